@@ -1,12 +1,13 @@
-"""Damage pictures and checkpoints at random and read them: each is read, or refused with a ZooError.
+"""Damage what the package reads at random and read it: each input is read, or refused with a ZooError.
 
-    python benchmarks/fuzz.py --minutes 10             both kinds, half of the time each; writes results/fuzz.csv
+    python benchmarks/fuzz.py --minutes 10             all kinds, each as long; writes results/fuzz.csv
     python benchmarks/fuzz.py --only pictures --keep FOLDER     keeps the inputs that failed
     python benchmarks/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
 
-The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, and a head of the
-miniature with a text probe, the other with a template. Bytes are flipped, set, cut, repeated and taken from
-another input; values and types in `config.json`, and numbers of tensors, are replaced too. A separate process reads.
+The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head of the
+miniature with a text probe, another with a template, trees of classes, files of labels, class names, sentences, recipes
+and results, and a feature cache. Bytes are flipped, set, cut, repeated and taken from another input; values and types
+in `config.json` and trees, and numbers of tensors, are replaced too. A separate process reads.
 Counted are its deaths, inputs that twice take longer than `--hang` seconds, other exceptions, and files elsewhere. If
 there is any, or the process has used more than `--max-mb`, the exit code is 1.
 """
@@ -27,7 +28,9 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import numpy as np
 from PIL import Image
 
 from dcp_zoo.data.images import check_complete, load_image
@@ -50,6 +53,16 @@ EXTREMES = (b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0
 VALUES = (
     *(None, True, 0, 1, -1, 10**9, 10**20, 1e-30, 1e30, float("nan"), float("inf")),
     *("", "x", "{}", "{:>99}", "\ud800", "\x1b[2J", "a" * 300, [], [1], ["a"], {}, {"a": 1}, {"a": ["b"]}),
+)
+INFO = {  # of heads, besides what they have
+    **{"dataset": "folder", "shots": 2, "seed": 1, "test_share": 0.3, "split_sha256": "0" * 64, "test_images": 9},
+    **{"class_images": {"cat": 2, "dog": None}, "labels": [["cat", 0], ["dog", "hound"]], "metrics": {"top1": 50.0}},
+    **{"recipe": {"eval_batch_size": 16}, "not_measured": "the classes were changed"},
+}
+NAMES = ["cat", "dog", "owl", "saw"]
+TREES = (
+    '{"animal": {"pet": ["cat", "dog"], "bird": ["owl"]}, "tool": ["saw"]}',
+    "animal:\n  pet: [cat, dog]\n  bird:\n  - owl\ntool: &t [saw]\nother: *t\n",
 )
 NUMBERS = (0.0, -1.0, 1e-30, 6e4, 1e14, 1e30, float("nan"), float("inf"))
 
@@ -142,6 +155,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
             model.save_pretrained(place)
             tensors = Path(place, "model.safetensors")
             config = json.loads(Path(place, "config.json").read_text())
+            config["dcp"] = INFO | config["dcp"]
             found.append((config, load_file(tensors), tensors.read_bytes()))
     return found
 
@@ -151,12 +165,14 @@ def fuzz_checkpoint(corpus: list[Any], chance: random.Random, folder: Path) -> C
     from safetensors.torch import save
 
     config, tensors, data = chance.choice(corpus)
-    text, kind = json.dumps(config, indent=1).encode(), chance.randrange(4)
+    text, kind = json.dumps(config, indent=1).encode(), chance.randrange(5)
     if kind == 0:
         text = damaged(text, [text], chance)
     elif kind == 1:
         text = json.dumps(_replaced(config, chance)).encode()
     elif kind == 2:
+        text = json.dumps(config | {"dcp": _replaced(config["dcp"], chance)}).encode()
+    elif kind == 3:
         data = damaged(data[: chance.choice((2000, len(data)))], [data], chance)
     else:
         name = chance.choice(sorted(tensors))
@@ -167,11 +183,14 @@ def fuzz_checkpoint(corpus: list[Any], chance: random.Random, folder: Path) -> C
     (folder / "model.safetensors").write_bytes(data)
 
     def read() -> None:
-        from dcp_zoo import create_model, predict
+        from dcp_zoo import FewShotClassifier, create_model, predict
+        from dcp_zoo.cli.show import describe_checkpoint, with_intervals
 
+        with_intervals(describe_checkpoint("head", folder))
         model = create_model(f"local-dir:{folder}", True).eval()
         answers = predict(model, sample_images()[:1])
         assert answers[0][0].probability >= 0, "the probability is NaN"
+        FewShotClassifier.load(folder)
 
     return read
 
@@ -189,9 +208,110 @@ def _replaced(value: Any, chance: random.Random) -> Any:
     return chance.choice(VALUES)
 
 
+def trees() -> list[bytes]:
+    return [text.encode() for text in TREES]
+
+
+def fuzz_tree(corpus: list[bytes], chance: random.Random, folder: Path) -> Callable[[], object]:
+    from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
+
+    file, text = folder / "tree.yaml", damaged(chance.choice(corpus), corpus, chance)
+    if chance.random() < 0.5:
+        text = json.dumps(_replaced(json.loads(TREES[0]), chance)).encode()
+    file.write_bytes(text)
+    return lambda: Hierarchy(read_hierarchy(file), 0.1)(np.full((1, len(NAMES)), 0.25), NAMES, 3)
+
+
+def labels() -> list[tuple[str, bytes]]:
+    """Files that people write, by their names."""
+    from openpyxl import Workbook
+
+    from dcp_zoo.benchmark.store import RESULT_COLUMNS
+
+    rows = [("file", "class"), *((f"{i}.jpg", NAMES[i % 4]) for i in range(8))]
+    book, buffer = Workbook(), BytesIO()
+    for row in rows:
+        book.active.append(row)
+    book.create_chartsheet()
+    book.save(buffer)
+    results = f"{','.join(RESULT_COLUMNS)}\nfew-shot,dcp_mini,x,dcp,,dtd,1,1,dtd,all,stored,50.5,4.1,0.9,10,2.5,none\n"
+    return [
+        *(("labels.csv", "\n".join(map(mark.join, rows)).encode()) for mark in ",;\t"),
+        *[("labels.xlsx", buffer.getvalue())] * 3,
+        ("names.txt", "\n".join(NAMES).encode()),
+        ("sentences.json", json.dumps({name: [f"a {name}"] for name in NAMES}).encode()),
+        ("recipe.yaml", b"epochs: 5\nlr: 0.002\nctx_init: a photo of a\n"),
+        ("results.csv", results.encode()),
+    ]
+
+
+def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: Path) -> Callable[[], object]:
+    from dcp_zoo.benchmark.report.tables import few_shot_tables, with_labels
+    from dcp_zoo.benchmark.store import gather
+    from dcp_zoo.data import load_labelled
+    from dcp_zoo.data.readers import read_classnames, read_descriptions
+    from dcp_zoo.training.recipes import Recipe, read_recipe
+
+    name, content = chance.choice(corpus)
+    others = [content for _, content in corpus]
+    file = folder / name
+    for i in range(8):
+        (folder / f"{i}.jpg").touch()
+    if name.endswith(".xlsx") and chance.random() < 0.8:  # otherwise hardly more than the zip is read
+        with ZipFile(BytesIO(content)) as before, ZipFile(file, "w") as after:
+            part = chance.choice(before.namelist())
+            for member in before.namelist():
+                text = before.read(member)
+                after.writestr(member, damaged(text, others, chance) if member == part else text)
+    else:
+        file.write_bytes(damaged(content, others, chance))
+    readers: dict[str, Callable[[Path], object]] = {
+        "names.txt": read_classnames,
+        "sentences.json": read_descriptions,
+        "recipe.yaml": lambda path: read_recipe(path, Recipe()),
+        "results.csv": lambda path: few_shot_tables(with_labels(gather(path))),
+    }
+    read = readers.get(name, lambda path: load_labelled("folder", folder, path))
+    return lambda: read(file)
+
+
+def caches() -> list[bytes]:
+    from dcp_zoo.training.cache import FILE_NAME, FeatureCache
+
+    with tempfile.TemporaryDirectory() as place:
+        FeatureCache(Path(place)).put(kept_tensors())
+        return [Path(place, FILE_NAME).read_bytes()]
+
+
+def kept_tensors() -> dict[str, Any]:
+    import torch
+
+    return {str(i): torch.full((500,), float(i)) for i in range(9)}
+
+
+def fuzz_cache(corpus: list[bytes], chance: random.Random, folder: Path) -> Callable[[], object]:
+    import torch
+
+    from dcp_zoo.training.cache import FILE_NAME, FeatureCache
+
+    (folder / FILE_NAME).write_bytes(damaged(corpus[0], corpus, chance))
+
+    def read() -> None:
+        values = kept_tensors()
+        for _ in range(2):  # the second one finds what the first one left
+            cache = FeatureCache(folder)
+            assert all(torch.equal(value, values[key]) for key, value in cache.get(values).items()), "another value"
+            cache.put(values)
+
+    return read
+
+
 KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Random, Path], Callable[[], object]]]] = {
     "pictures": (pictures, fuzz_picture),
     "checkpoints": (checkpoints, fuzz_checkpoint),
+    "hierarchies": (trees, fuzz_tree),
+    "labels": (labels, fuzz_labels),
+    "caches": (caches, fuzz_cache),
 }
 
 
@@ -293,7 +413,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--hang", type=float, default=5.0)
-    parser.add_argument("--max-mb", type=int, default=1000)
+    parser.add_argument("--max-mb", type=int, default=1500)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--csv", type=Path, default=CSV)
     args = parser.parse_args()

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-NONE = "none of these"
+from dcp_zoo.texts import NONE
+
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
 Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image

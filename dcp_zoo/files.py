@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import yaml
+
 from dcp_zoo.errors import ZooError, writing_to
+
+# The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.deploy.limits`.
+MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
+MAX_FRAME_PIXELS = 40_000_000  # of a film's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
+MAX_BYTES = 100_000_000  # of a file that is read as a whole
+MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
+MAX_CELLS = 5_000_000  # of a spreadsheet
+UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 
 def _new_file(folder: Path, name: str) -> Path:
@@ -67,6 +77,28 @@ def check_regular(path: str | Path) -> None:
         raise OSError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}, not a file")
 
 
+def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
+    """What is in a file; OSError for what is no file on a disk, and for more than so many bytes."""
+    check_regular(path)
+    with Path(path).open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"it has more than {most:,} bytes")
+    return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for what is neither, or has aliases,
+    with which a few lines stand for gigabytes."""
+    content = read_plain(path, MAX_YAML)
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            raise ValueError("aliases such as *name are not read: write out what they stand for")
+        return yaml.safe_load(content)
+    except Exception as error:  # such as AttributeError for !!timestamp x
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 @contextmanager
 def locked(file: Path) -> Iterator[bool]:
     """Whether this process has the lock of this file, which no other has until the context or the process ends. It is
@@ -82,13 +114,18 @@ def locked(file: Path) -> Iterator[bool]:
         yield free
 
 
-# control characters, which a terminal obeys, and marks that reverse the direction of writing
-HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# control characters, which a terminal obeys; marks that reverse the direction of writing; bytes that are no UTF-8
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """A name as it may be shown to people: on one line, with escapes such as \\x1b for what is `HIDDEN`."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text with several lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def format_duration(seconds: float | None) -> str:
@@ -107,8 +144,12 @@ def file_name(text: str) -> str:
 
 
 def templates(package: str) -> Any:
-    """The page templates in a package's folder, and shared ones; HTML is escaped, and a missing value is an error."""
+    """The page templates in a package's folder, and shared ones; HTML is escaped, names are shown as by `printable`,
+    and a missing value is an error."""
     import jinja2  # here, as most commands make no page
+
+    def shown(value: Any) -> Any:
+        return printable_lines(value) if type(value) is str else value  # not HTML, whose parts have been here
 
     here = Path(__file__).parent
     return jinja2.Environment(
@@ -117,6 +158,7 @@ def templates(package: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=shown,
     )
 
 
@@ -131,14 +173,3 @@ def cache_folder() -> Path:
         return Path(own)
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formula may begin
-
-
-def inert(cell: Any) -> Any:
-    """A cell that a spreadsheet does not take for a formula, and that can be encoded."""
-    if not isinstance(cell, str):
-        return cell
-    cell = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", cell)  # not those that stand for bytes of a file name
-    return f"'{cell}" if cell.startswith(FORMULA) else cell

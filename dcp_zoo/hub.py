@@ -6,7 +6,9 @@ Here are the zoo's requests, the check of a pinned hash, further attempts, and a
 
 import errno
 import json
+import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,13 +23,14 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
 
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error
-from dcp_zoo.files import sha256_of
+from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
@@ -43,7 +46,7 @@ WAITS = (2, 10, 30, 120)  # seconds before another attempt
 PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
 T = TypeVar("T")
 
-OFFLINE, NO_SPACE, READ_ONLY, FORBIDDEN = "offline", "no space", "read-only", "forbidden"
+OFFLINE, NO_SPACE, READ_ONLY, FORBIDDEN, NO_NETWORK = "offline", "no space", "read-only", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 MESSAGES: dict[Any, str] = {
     NO_SPACE: "Not enough disk space for {file} of {repo}. Free some, or move the cache with cache_dir=DIR or HF_HOME.",
@@ -52,6 +55,7 @@ MESSAGES: dict[Any, str] = {
     OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. Unset it, copy "
     "the cache from a machine that has the file, or use a checkpoint on disk: local-dir:PATH.",
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
+    NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
     # the first class that matches an error is used: specific ones before general ones
     GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
     RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check its name and revision. For another Hub "
@@ -80,9 +84,9 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
 
 
 def retried(call: Callable[[], T]) -> T:
-    """The result of `call`, tried again after a pause if the Hub is busy or the connection was lost. Repeating an
-    upload is safe: the client makes no commit without a change."""
-    for wait in WAITS:
+    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or the connection was lost.
+    Repeating an upload is safe: the client makes no commit without a change."""
+    for attempt, wait in enumerate(WAITS, 2):
         try:
             return call()
         except RAISED as raised:
@@ -90,7 +94,11 @@ def retried(call: Callable[[], T]) -> T:
             if not _may_pass(error):
                 raise
             after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-            time.sleep(max(wait, int(after) if after.isdecimal() else 0))
+            wait = max(wait, int(after) if after.isdecimal() else 0)
+            problem = next(iter(str(error).splitlines()), type(error).__name__)
+            attempts = f"attempt {attempt} of {len(WAITS) + 1} follows in {wait} s"
+            warnings.warn(f"{constants.ENDPOINT} does not answer as it should ({problem}): {attempts}.", stacklevel=2)
+            time.sleep(wait)
     return call()
 
 
@@ -105,8 +113,17 @@ def _may_pass(error: Exception) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING
+    if _is_offline(error):
+        return False
     lost = isinstance(error, (OSError, *HfHubHTTPError.__bases__))
     return lost and not isinstance(getattr(error, "errno", None), int)
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    """Whether this machine has no network, or must not use it: an unknown host is an error below the client's own."""
+    while error is not None and not isinstance(error, (socket.gaierror, OfflineModeIsEnabled)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _kind(error: Exception) -> Any:
@@ -118,6 +135,8 @@ def _kind(error: Exception) -> Any:
         return FORBIDDEN
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
         return OFFLINE
+    if not isinstance(error, LocalEntryNotFoundError) and _is_offline(error):
+        return NO_NETWORK
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
 
 
@@ -183,5 +202,5 @@ def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[
     """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
     path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
     with as_zoo_error(f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({{}})."):
-        config = json.loads(path.read_text())
+        config = json.loads(read_plain(path))
         return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}

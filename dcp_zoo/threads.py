@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
@@ -15,16 +17,25 @@ def wait_passively() -> None:
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch compute with this many threads; None keeps its own number, at most the cores of this process."""
+    """Let torch compute with this many threads in the whole process, that of a command; None keeps its own number, at
+    most the cores of this process."""
     import torch
 
-    if threads is None and "OMP_NUM_THREADS" in os.environ:
-        return
-    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cores()))
+    torch.set_num_threads(threads or _own_threads())
+
+
+def _own_threads() -> int:
+    import torch
+
+    return min(torch.get_num_threads(), available_cores())
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its container."""
+    """Cores that this process may use: those that the user, or Ray for its worker, grants by OMP_NUM_THREADS; or its
+    affinity and the quota of its container."""
+    granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if granted.isdecimal() and int(granted):
+        return int(granted)
     import joblib  # here, as it imports NumPy
 
     return joblib.cpu_count()
@@ -32,12 +43,15 @@ def available_cores() -> int:
 
 @contextmanager
 def fair_threads(threads: int | None = None) -> Iterator[None]:
-    """Inside this context torch computes with `use_threads(threads)`."""
-    import torch
-
-    before = torch.get_num_threads()
-    use_threads(threads)
-    try:
+    """Inside this context torch computes with as many threads as `use_threads` sets, but in this thread alone: others
+    that start meanwhile would take over what torch itself sets."""
+    with _openmp().limit(limits=threads or _own_threads()):
         yield
-    finally:
-        torch.set_num_threads(before)
+
+
+@cache
+def _openmp() -> Any:
+    import torch  # noqa: F401  the libraries are those that are loaded now
+    from threadpoolctl import ThreadpoolController  # which scikit-learn brings
+
+    return ThreadpoolController().select(user_api="openmp")

@@ -88,7 +88,7 @@ def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
 
 
 def read_csv(path: Path | str) -> list[dict[str, str]]:
-    with Path(path).open() as file:
+    with Path(path).open(encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 

@@ -1,31 +1,51 @@
 """`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in seconds."""
 
+import inspect
+import logging
 import os
 import pickle
+import random
+import resource
 import shutil
+import signal
+import socket
+import sqlite3
 import sys
 import warnings
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from conftest import GOLDEN
 from helpers import Count, in_distribution
-from PIL import Image
+from PIL import Image, ImageFile
+from safetensors.torch import save
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
+from dcp_zoo.api.estimator import seed_of
+from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
+from dcp_zoo.benchmark.plan import Settings, Trial
+from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.release.publish import prepare
 from dcp_zoo.training import cache
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
+from dcp_zoo.zoo.registry import get_head
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
 NAMES = ["blue", "red"]
@@ -64,10 +84,13 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
     for form in (image, array, array / 255, tensor, tensor / 255, array.astype(np.float32) / 255):
         assert np.array_equal(np.asarray(to_image(form)), array)
     assert [item.path for item in unlabelled(path)] == [path]
-    for one in (array, array[..., 0], tensor):
+    for one in (array, array[..., 0], array[None, ..., 0], array[None], tensor[None], [array], [tensor], [path]):
         assert len(unlabelled(one)) == 1
-    for several in ([array], array[None], np.array([path])):
-        assert len(unlabelled(several)) == 1
+    for either in (tensor, np.zeros((3, 8, 8))):  # one image, or three grey ones
+        with pytest.raises(ZooError, match=r"pass images\[None\] for one, list\(images\) for three"):
+            unlabelled(either)
+        assert len(unlabelled(list(either))) == 3
+    assert len(unlabelled(np.zeros((4, 8, 8)))) == 4
     with pytest.raises(ZooError, match="NoneType is (not|neither) an image"):
         unlabelled(None)
     assert to_image(array[..., 0]).mode == "L"
@@ -260,9 +283,14 @@ def test_check_estimator_finds_nothing():
 @pytest.mark.parametrize(("verbose", "shown"), [(None, True), (False, False)])
 def test_progress_is_shown_in_a_notebook(pictures, monkeypatch, capsys, verbose, shown):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("dcp_zoo.data.progress.DELAY", 0)
     classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", verbose=verbose).fit(*pictures)
     classifier.predict(pictures[0])
     assert ("/8 [" in capsys.readouterr().err) == shown  # images, not batches
+    if shown:
+        dcp_zoo.inspect(*pictures)
+        dcp_zoo.train("dcp_mini", *pictures, method="zero-shot", classifier="text-probe")
+        assert capsys.readouterr().err.count("/8 [") > 1
 
 
 def test_not_fitted_is_said():
@@ -378,6 +406,79 @@ def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run)
     assert loaded.predict(paths).tolist() == [2 * (label == "blue") for label in labels]
 
 
+def test_decisions_are_logits(pictures, fitted):
+    """Of two classes those of the second alone, as in scikit-learn."""
+    found = fitted.decision_function(pictures[0])
+    assert 1 / (1 + np.exp(-found)) == pytest.approx(fitted.predict_proba(pictures[0])[:, 1], abs=1e-5)
+    three = FewShotClassifier().fit(pictures[0], ["a", "b", "c", "a", *pictures[1][4:]])
+    assert (
+        three.classes_[three.decision_function(pictures[0]).argmax(1)].tolist() == three.predict(pictures[0]).tolist()
+    )
+
+
+def test_features_take_the_place_of_images(pictures, fitted):
+    """Of methods that need no more; the pictures are their own mirror images."""
+    paths, labels = pictures
+    first = FewShotClassifier().fit(paths, labels)
+    features = first.transform(paths)
+    again = clone(first).fit(features, labels)
+    for images in (features, paths, torch.from_numpy(features)):
+        assert again.predict_proba(images) == pytest.approx(first.predict_proba(paths), abs=0.02)
+    assert again.score(features, labels) == dcp_zoo.evaluate(again.model_, features, labels).accuracy.percent / 100 == 1
+    piped = make_pipeline(FewShotClassifier(method="zero-shot"), LogisticRegression(C=1e3)).fit(paths, labels)
+    assert piped.score(paths, labels) == 1
+    with pytest.raises(ZooError, match="dcp needs images, not only their features: choose from zero-shot, "):
+        clone(first).set_params(method="dcp").fit(features, labels)
+    for wrong, message in (
+        (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 columns"),
+        (lambda: fitted.predict(features), "prompts enter its tower"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            wrong()
+
+
+def test_tables_with_one_column(pictures):
+    paths, labels = (pandas.DataFrame({"column": column}) for column in pictures)
+    assert FewShotClassifier().fit(paths, labels).score(paths.to_numpy(), labels) == 1
+
+
+def test_weights_of_images_and_classes_in_the_text_probe(pictures):
+    paths, labels = pictures
+    wrong = ["red", *labels[1:]]
+
+    def red(labels, weights=None, **options):
+        classifier = FewShotClassifier(**options).fit(features[-len(labels) :], labels, weights)
+        return classifier.predict_proba(features)[:, 1]
+
+    features = FewShotClassifier(method="zero-shot").fit(paths, labels).transform(paths)
+    expected, equal = red(labels[1:]), red(wrong)
+    assert red(wrong, [0, *[1] * 7]) == pytest.approx(expected, abs=1e-5)  # as if it was not there
+    assert red(wrong, [2] * 8) == pytest.approx(equal, abs=1e-5)
+    assert red(wrong, [0.1, *[1] * 7])[0] < equal[0]
+    heavy = red(wrong, class_weight={"red": 9, "blue": 3})
+    assert red(wrong, class_weight={"red": 3}) == pytest.approx(heavy, abs=5e-3)  # L-BFGS stops early
+    assert (heavy > equal).all()
+    for method in ("dcp", "gda"):
+        with pytest.raises(ZooError, match=f"{method} has no sample_weight: choose method='text-probe'"):
+            FewShotClassifier(method=method).fit(paths, labels, [1] * 8)
+    with pytest.raises(ZooError, match="gda has no class_weight: choose a method that has, from text-probe, coop"):
+        FewShotClassifier(method="gda", class_weight={"red": 2}).fit(paths, labels)
+    for weights in ([1] * 7, [-1, *[1] * 7], [float("nan"), *[1] * 7]):
+        with pytest.raises(ZooError, match="sample_weight needs 8 numbers from 0"):
+            FewShotClassifier().fit(paths, labels, weights)
+    with pytest.raises(ZooError, match="images of fewer than two classes"):
+        FewShotClassifier().fit(paths, labels, [0] * 4 + [1] * 4)
+
+
+def test_numbers_as_class_names_are_doubted(pictures):
+    labels = [int(label == "red") for label in pictures[1]]
+    with pytest.warns(UserWarning, match=r"CLIP reads the class names, which are 0, 1: .*classnames=\{0: \"cat\""):
+        FewShotClassifier(method="zero-shot").fit(pictures[0], labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FewShotClassifier(method="zero-shot", classnames=NAMES).fit(pictures[0], labels)
+
+
 def test_methods_are_searched_by_cross_validation(pictures):
     grid = {"classifier": ["none", "text-probe"]}
     search = GridSearchCV(FewShotClassifier(method="zero-shot"), grid, cv=2).fit(*pictures)
@@ -414,9 +515,55 @@ def test_the_oldest_features_go_when_there_are_too_many(tmp_path):
         kept = few.get(map(str, range(300)))
         assert kept["299"][0] == 299
         assert 5 < len(kept) < 30
+
+
+def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
+    """Wherever the file is damaged, it gives what was put there or nothing."""
+    values = {str(i): torch.full((1000,), float(i)) for i in range(5)}
+    cache.FeatureCache(tmp_path).put(values)
+    file = tmp_path / cache.FILE_NAME
+    whole = file.read_bytes()
+    damages = [whole[:at] + bytes(9) + whole[at + 9 :] for at in (*range(0, 200, 9), *range(200, len(whole), 997))]
+    damages += [whole[:size] for size in range(1, len(whole), 997)]
+    for damaged in damages:
+        file.write_bytes(damaged)
+        for _ in range(2):  # the second one finds what the first one left
+            kept = cache.FeatureCache(tmp_path)
+            assert all(torch.equal(value, values[key]) for key, value in kept.get(values).items())
+            kept.put(values)
+    assert len(cache.FeatureCache(tmp_path).get(values)) == 5
+
+
+def test_foreign_values_in_the_cache_are_ignored(tmp_path):
+    cache.FeatureCache(tmp_path).put({"1": torch.ones(9), "2": torch.zeros(9)})
+    for value in (None, 5, "text", b"", bytes(99), save({"value": torch.zeros(9, dtype=torch.long)})):
+        with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as file, file:
+            file.execute("UPDATE kept SET value = ? WHERE key = '1'", (value,))
+            file.execute("INSERT OR REPLACE INTO kept SELECT '3', value FROM kept WHERE key = '2'")
+        assert cache.FeatureCache(tmp_path).get("123").keys() == {"2"}
+
+
+def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PATIENCE", 0.01)
     (tmp_path / "a file").touch()
-    with pytest.raises(ZooError, match="Cannot write to .*Choose another folder"):
-        cache.FeatureCache(tmp_path / "a file").get(["1"])
+    cache.FeatureCache(tmp_path).put({})
+    with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for folder, reason in ((tmp_path, "database is locked"), (tmp_path / "a file", "File exists")):
+            kept = cache.FeatureCache(folder)
+            with pytest.warns(UserWarning, match=f"not kept for the next run. .*{reason}. Choose another"):
+                kept.put({"1": torch.ones(3)})
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                kept.put({"2": torch.ones(3)})
+                assert kept.get("123").keys() == {"1", "2"}
+    assert not cache.FeatureCache(tmp_path).get("123")
+
+
+def test_the_cache_of_commands_can_be_switched_off(monkeypatch):
+    assert cache.features_folder().name == "features"
+    monkeypatch.setenv("DCP_ZOO_NO_FEATURE_CACHE", "1")
+    assert cache.features_folder() is None
 
 
 def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
@@ -462,3 +609,85 @@ def test_what_a_method_cannot_is_said(pictures):
         FewShotClassifier(method="svm").fit(*pictures)
     with pytest.raises(ZooError, match="gda has neither class_weight"):
         FewShotClassifier(method="gda", class_weight="balanced").fit(*pictures)
+
+
+# ------------------------------------------------------------------------------------------------ the process around it
+
+
+def state_of_the_process() -> dict[str, object]:
+    """What belongs to the user's process and not to a function that it calls."""
+    return {
+        "random": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "defaults": (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()),
+        "algorithms": (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled),
+        "warnings": (list(warnings.filters), warnings.showwarning),
+        "pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        "environment": dict(os.environ),
+        "folder": Path.cwd(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "signals": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "others": (socket.getdefaulttimeout(), np.geterr(), logging.getLogger().level),
+    }
+
+
+@pytest.fixture
+def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
+    """A call of every public function, and of the methods that work."""
+    head, images = fitted.model_, torch.rand(2, 3, 192, 192)
+    own, trial = FewShotClassifier(random_state=7), Trial("few-shot", "dcp_mini", "zero-shot", "digits", 0, 0)
+    vectors = {f"{part}_vector": np.eye(4, 8, dtype=np.float32) for part in ("train2", "test", "text")}
+    names = {"train2_label": [0, 0, 1, 1], "test_label": [0, 0, 1, 1], "classnames": ["a", "b"]}
+    vectors["text_vector"] = vectors["text_vector"][::2]
+    np.savez(tmp_path / "digits.npz", **vectors, **names)
+    clip_case = {"classnames": golden["classnames"], "clip": tiny_clip}
+    return {
+        "train": lambda: dcp_zoo.train("dcp_mini", folder, method="maple", recipe={"epochs": 1}),
+        "evaluate": lambda: dcp_zoo.evaluate(head, folder),
+        "predict": lambda: dcp_zoo.predict(head, folder),
+        "inspect": lambda: dcp_zoo.inspect(folder),
+        "search": lambda: dcp_zoo.search(folder, "something red"),
+        "suggest": lambda: dcp_zoo.suggest(folder),
+        "list_labelled_images": lambda: dcp_zoo.list_labelled_images(folder),
+        "create_model": lambda: dcp_zoo.create_model("dcp_mini", True).eval().get_classifier(),
+        "create_transform": lambda: dcp_zoo.create_transform(head)(Image.new("RGB", (9, 9))),
+        "load_head": lambda: dcp_zoo.load_head(head, head.save_pretrained(tmp_path / "head")),
+        "export": lambda: dcp_zoo.export(head, tmp_path / "file.safetensors", format="safetensors"),
+        "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
+        "convert_cmpa_checkpoint": lambda: dcp_zoo.convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", **clip_case),
+        "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
+        "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
+        **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models")},
+        "fit": lambda: own.fit(*pictures).add_class("green", pictures[0][:1]).transform(pictures[0]),
+        "head.predict": lambda: head.predict(images),
+        "explain": lambda: (nearest_words(head), coupling_moves(head), attention_maps(head, images)),
+        "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
+        "benchmark": lambda: sweep([trial], Settings(tmp_path / "sweep", features=tmp_path)),
+    }
+
+
+def test_no_public_function_changes_the_process(calls):
+    """Only fresh weights of a model are drawn from torch's random state, as those of every torch module are."""
+    functions = {name for name in dcp_zoo.__all__ if inspect.isfunction(getattr(dcp_zoo, name))}
+    assert functions <= calls.keys()
+    for name, call in calls.items():
+        random.random(), np.random.rand(), torch.rand(1)  # so that no state is the one after a seed
+        before = state_of_the_process()
+        call()
+        after = state_of_the_process()
+        assert [what for what in before if before[what] != after[what]] == [], name
+
+
+def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):
+    """As in scikit-learn; of torch, Python and the caller's NumPy it draws nothing, also in a loop with splits."""
+    np.random.seed(0)
+    states = (3, np.int64(3), np.random.RandomState(3), np.random.default_rng(3), None)
+    seeds = [seed_of(state) for state in states]
+    assert seeds[:2] == [3, 3]
+    assert len(set(seeds[1:])) == 4
+    FewShotClassifier(method="zero-shot", random_state=np.random.RandomState(3)).fit(*pictures)
+    for wrong in ("one", -1, 1.5):
+        with pytest.raises(ZooError, match="Pass an integer from 0, a RandomState, a Generator or None"):
+            seed_of(wrong)

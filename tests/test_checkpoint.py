@@ -9,6 +9,7 @@ from typing import is_typeddict
 import pytest
 import timm
 import torch
+from helpers import close
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from dcp_zoo.files import write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
 from dcp_zoo.model.config import COUPLINGS, DCPConfig, HeadConfig
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.mini import MINI_CFG
 from dcp_zoo.model.names import class_texts
 
@@ -89,6 +91,22 @@ def test_without_pretrained_a_folder_gives_random_weights_with_a_warning(folder,
     assert model.classnames == NAMES
     assert model.stored_stats is None
     assert not torch.equal(model.clip.visual.proj, mini.clip.visual.proj)
+
+
+@torch.no_grad()
+def test_a_folder_gives_what_is_asked_for(folder, mini, tmp_path):
+    """Not the trained prompts for "clip", and no other head than its own."""
+    fresh = create_model(f"local-dir:{folder}", "clip")
+    assert (fresh.stored_stats, fresh.info) == (None, {})
+    assert torch.equal(fresh.clip.visual.proj, mini.clip.visual.proj)
+    assert not close(fresh.prompts["text"], mini.prompts["text"], 0.1)
+    for name in (f"local-dir:{folder}", "hf-hub:me/head"):
+        with pytest.raises(ZooError, match="is one head, and pretrained='imagenet-16shot' names another"):
+            create_model(name, "imagenet-16shot")
+    head = LinearHead(mini.clip, NAMES, torch.zeros(3, 512), torch.zeros(3))
+    head.method, head.architecture, head.clip_source = "gda", mini.architecture, mini.clip_source
+    with pytest.raises(ZooError, match="head of gda, which has no fresh prompts"):
+        create_model(f"local-dir:{head.save_pretrained(tmp_path / 'gda')}", "clip")
 
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypatch):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.main import get_command
@@ -22,10 +23,13 @@ from typer.testing import CliRunner
 from dcp_zoo import ZooError
 from dcp_zoo.cli import console, main
 from dcp_zoo.cli.app import app
-from dcp_zoo.cli.console import stop_after_step
+from dcp_zoo.cli.console import progress_bar, stop_after_step
+from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.options import parse_changes, single_values, takes_options
+from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.recipes import PRECISIONS, Recipe
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS
 
@@ -83,6 +87,18 @@ def test_list_fits_a_screen(columns, run, monkeypatch):
     assert len(lines) <= 40
     assert max(map(len, lines)) <= columns
     assert not any("…" in line for line in lines)
+
+
+def test_the_tables_of_an_evaluation_fit_a_screen(monkeypatch, capsys):
+    """Names and paths are whole; those in the working folder start there."""
+    monkeypatch.setattr(console.output, "_width", 80)
+    names = ["balloon flower", "canterburybell", "spring crocuses"]
+    items = [Item(str(Path.cwd() / "flowers" / name / "1.jpg"), "", label) for label, name in enumerate(names)]
+    show_evaluation(Evaluation(names, items, torch.eye(3).roll(1, 0)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith(f"flowers/{names[2]}/1.jpg") for line in lines)
+    assert sum(line.startswith(names[0]) for line in lines) == 2  # in two tables, one below the other
 
 
 def test_list_planned(run):
@@ -161,7 +177,7 @@ def test_eval(head, animals, run):
 def test_train_writes_the_page_that_eval_writes(head, animals, run, tmp_path):
     """For DCP and for another method."""
     pages, gda = head.parent / "pages", tmp_path / "gda"
-    run.ok("train", animals, "--method", "gda", "--report", pages / "gda.html", "--output", gda)
+    run.ok("train", animals, "--method", "gda", "--no-refit", "--report", pages / "gda.html", "--output", gda)
     for folder, page in ((head, pages / "dcp.html"), (gda, pages / "gda.html")):
         run.ok("eval", "--head", folder, "--data-root", animals, "--report", tmp_path / "page.html")
         assert page.read_text() == (tmp_path / "page.html").read_text()
@@ -242,6 +258,9 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
         ([*DIGITS, "--recipe", "none.yaml"], "The recipe none.yaml cannot be read: No such file"),
         (["eval", "--head", "ROOT"], "no config.json"),
+        (["predict", f"{'a' * 5000}.zip"], "This path is too long for the system: 'aaaa"),
+        (["train", "a" * 5000, "--output", "OUT"], "This path is too long"),
+        (["predict", "--sample", "--output", f"{'a' * 5000}.csv"], "This path is too long"),
     ],
 )
 def test_bad_input_gets_one_message(run, head, tmp_path, args, message):
@@ -336,6 +355,18 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     assert all(name in helps["export"] for name in EXPORT_SUFFIXES)
     assert inspect.signature(train).parameters["save_every"].default == SAVE_EVERY
     assert inspect.signature(publish).parameters["license"].default == LICENSE
+
+
+def test_a_log_says_now_and_then_how_far_a_run_is(monkeypatch, capsys):
+    """Also while a sweep shows bars that vanish, which a log cannot."""
+    monkeypatch.setattr("dcp_zoo.cli.console.QUIET", 1e9)
+    list(progress_bar(range(3), "steps", 3, transient=True))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("dcp_zoo.cli.console.QUIET", 0)
+    list(progress_bar(range(3), "steps", 3, transient=True))
+    assert re.findall(r"steps: (\d) of 3 in 0 s, about 0 s left\n", capsys.readouterr().err) == ["1", "2"]
+    list(progress_bar(range(3), "steps", 3))
+    assert capsys.readouterr().err.endswith("steps: 3 of 3 in 0 s\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- Ctrl-C

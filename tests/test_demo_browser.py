@@ -133,12 +133,12 @@ def test_class_names_and_views(visit, photograph):
     page, other = visit(), visit()
     choose(other, PHOTOS, photograph)
     card(other, photograph.name).wait_for()
-    names = page.get_by_role("textbox", name="Class names, separated by commas")
-    names.fill("temple, flower, sea")
+    names = page.get_by_role("textbox", name="Class names, one per line")
+    names.fill("temple\nflower\nsea")
     page.get_by_role("button", name="Use these names").click()
     page.locator(".dcp-bars th", has_text="temple").first.wait_for()
     assert photograph.name not in page.content()  # which is another visitor's
-    names.fill("temple, Temple")
+    names.fill("temple\nTemple")
     page.get_by_role("button", name="Use these names").click()
     page.get_by_role("alert").filter(has_text="cannot be told apart").wait_for()
     tab(page, "Attention")
@@ -196,7 +196,7 @@ def test_accessible_in_every_light_and_on_a_phone(visit):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]}
     page = visit()
-    names = page.get_by_role("textbox", name="Class names, separated by commas")
+    names = page.get_by_role("textbox", name="Class names, one per line")
 
     def screens():
         for width, scheme in ((1280, "dark"), (390, "light")):
@@ -209,7 +209,7 @@ def test_accessible_in_every_light_and_on_a_phone(visit):
     for _ in screens():
         for control in (names, page.get_by_label("Model")):
             assert control.bounding_box()["y"] < 900  # on the first screen
-    names.fill("cat, coffee, otter, bird, lake, flowers")
+    names.fill("cat\ncoffee\notter\nbird\nlake\nflowers")
     page.get_by_role("button", name="Use these names").click()
     page.locator(".dcp-bars th").filter(has_text=re.compile("^flowers$")).first.wait_for()
 

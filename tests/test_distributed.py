@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from test_resume import stop_after
 from timm.data import create_transform
 from torch import nn
 
-from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo import DCP, FewShotClassifier, ZooError, create_model
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import History
@@ -49,13 +50,13 @@ def source(golden):
     return make
 
 
-def launch(work, processes: int = 2, timeout: float = 100) -> list:
+def launch(work, processes: int = 2, timeout: float = 100, group=distributed.process_group) -> list:
     """What `work()` returns in each process, or the exception it raises; None for a killed process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
     pipes, running = [], []
     for number in range(processes):
         receiver, sender = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_process, args=(work, number, processes, store.port, timeout, sender))
+        process = FORK.Process(target=_process, args=(work, number, processes, store.port, timeout, group, sender))
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -66,13 +67,13 @@ def launch(work, processes: int = 2, timeout: float = 100) -> list:
     return results
 
 
-def _process(work, number: int, processes: int, port: int, timeout: float, sender) -> None:
+def _process(work, number: int, processes: int, port: int, timeout: float, group, sender) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     try:
-        with distributed.process_group("cpu", timedelta(seconds=timeout)):
+        with group("cpu", timedelta(seconds=timeout)):
             sender.send(work())
     except BaseException as error:
         sender.send(error if isinstance(error, ZooError) else repr(error))
@@ -167,6 +168,27 @@ def test_a_stopped_run_resumes_in_two_processes(source, tmp_path):
 
     assert launch(stop)[0].startswith("KeyboardInterrupt")
     assert launch(resume) == launch(lambda: train(source(), RECIPE))
+
+
+@contextmanager
+def group_of_the_users_own(device, timeout):
+    dist.init_process_group("gloo", timeout=timeout)
+    yield
+    dist.destroy_process_group()
+
+
+def test_in_a_group_of_the_users_own_each_process_works_alone(source):
+    """One that trains does not wait for the others, and all get the whole head."""
+    images = [np.full((32, 32, 3), 20 * i, np.uint8) for i in range(8)]
+
+    def work():
+        losses = train(source(), RECIPE) if dist.get_rank() == 0 else None
+        classifier = FewShotClassifier().fit(images, ["dark"] * 4 + ["light"] * 4)
+        return losses, classifier.predict_proba(images).tolist(), classifier.model_.text_probe is not None
+
+    (losses, first, has_probe), (_, second, _) = launch(work, timeout=60, group=group_of_the_users_own)
+    assert losses == train(source(), RECIPE)
+    assert (has_probe, second) == (True, first)
 
 
 # ------------------------------------------------------------------------------------------------ rejections and faults

@@ -93,3 +93,6 @@ def test_base_and_new_classes(classes):
     assert subsample_classes(split, "all") == split
     with pytest.raises(ZooError, match="choose base, new or all"):
         subsample_classes(split, "old")
+    for few in (2, 3):  # one class alone is always recognised
+        with pytest.raises(ZooError, match=f"has {few} classes: two halves need at least 2 each"):
+            subsample_classes(small_split([4, 5, 6][:few]), "new")

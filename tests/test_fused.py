@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import build_tiny_clip
 from helpers import close, loud
+from PIL import Image
 from torch import nn
 
-from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.mini import HybridPatchEmbed
@@ -71,6 +72,8 @@ def test_miniature():
     model.store_stats(images)
     fused = model.fuse()
     assert isinstance(fused.visual.conv1, HybridPatchEmbed)
+    photo = Image.effect_noise((250, 290), 60).convert("RGB")
+    assert torch.equal(create_transform(fused)(photo), create_transform(model)(photo))
     assert close(fused(images), model(images))
 
 

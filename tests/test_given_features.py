@@ -13,7 +13,8 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 
 E, C = 16, 3
-ABLE = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "text-probe", "lp-plus-plus", "clap"}
+ABLE = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "proker", "ss-text", "gda", "text-probe"}
+ABLE |= {"lp-plus-plus", "clap"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +10,17 @@ import torch
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import v2
 
-from dcp_zoo.data import Item, load_image
+from dcp_zoo.data import Item, load_image, load_labelled
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import UnsupportedImage, check_complete
+from dcp_zoo.data.readers import read_classnames, read_descriptions
+from dcp_zoo.deploy.hierarchy import read_hierarchy
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import read_plain
+from dcp_zoo.inspection.inspection import fix
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
+from dcp_zoo.training.recipes import Recipe, read_recipe
 
 
 def test_load_image_of_every_mode(tmp_path):
@@ -79,12 +85,22 @@ NOT_REGULAR = {
 
 @pytest.mark.parametrize("kind", NOT_REGULAR)
 def test_what_is_no_file_does_not_hang(tmp_path, kind):
-    """Not as an image, nor as a table, a shard or a checkpoint."""
+    """Not as an image, nor as a text, a table, a shard or a checkpoint."""
     for name in ("x.jpg", "x.parquet", "x.tar", WEIGHTS_NAME):
         NOT_REGULAR[kind](tmp_path / name)
     for read in (load_image, check_complete):
         with pytest.raises(ZooError, match=r"x.jpg: it is a pipe, socket or device, not a file. Replace"):
             read(f"{tmp_path}/x.jpg")
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "a.png").touch()
+    NOT_REGULAR[kind](text := tmp_path / "x.csv")
+    for read in (
+        *(partial(load_labelled, "folder", tmp_path), partial(fix, tmp_path / "photos", output=tmp_path / "new")),
+        *(read_classnames, read_descriptions, read_hierarchy, partial(read_recipe, base=Recipe())),
+    ):
+        with pytest.raises(ZooError, match="it is a pipe, socket or device"):
+            read(text)
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
         read_tensors(tmp_path)
     pytest.importorskip("webdataset")
@@ -92,6 +108,13 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
     for source in (f"{tmp_path}/x.parquet", f"wds://{tmp_path}/x.tar"):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             find_images([source])
+
+
+def test_a_file_that_is_read_whole_has_a_limit(tmp_path):
+    (tmp_path / "text").write_bytes(b"four")
+    assert read_plain(tmp_path / "text", 4) == b"four"
+    with pytest.raises(OSError, match="it has more than 3 bytes"):
+        read_plain(tmp_path / "text", 3)
 
 
 def test_other_programs_are_not_started(tmp_path, monkeypatch):

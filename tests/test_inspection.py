@@ -16,13 +16,13 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk import outputs
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.texts import folder_name
 from dcp_zoo.zoo.factory import plain_clip
 
 NAME = '<b>cup & "saucer"'
@@ -66,6 +66,7 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     wrong = rows["cat/wrong.png"]
     assert "label?" in wrong["problems"]
     assert wrong["looks_like"] == wrong["suggestion"] == NAME
+    assert float(wrong["label_probability"]) < 0.05
     assert (rows["cat/0.jpg"]["same_as"], rows["cat/0.jpg"]["suggestion"]) == ("cat/twin.png", "")
     assert (rows["cat/twin.png"]["same_as"], rows["cat/twin.png"]["suggestion"]) == ("cat/0.jpg", "leave out")
     assert rows["flower/broken.jpg"]["problems"] == "cannot be read"
@@ -181,7 +182,7 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
     assert "Images moved: 1, left out: 2." in run.ok("inspect", folder, "--fix", table, "--output", tmp_path / "fixed")
     names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
-    place = outputs.folder_name(NAME)
+    place = folder_name(NAME)
     expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
     assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
     assert (tmp_path / "fixed" / place / "wrong.png").resolve() == (folder / "cat" / "wrong.png").resolve()
@@ -189,11 +190,14 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
 
 
 def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
-    _, table = dcp_zoo.inspect(folder).write(tmp_path)
+    _, table = (found := dcp_zoo.inspect(folder)).write(tmp_path)
     command = "inspect", folder, "--fix", table
     assert "pass --output FOLDER" in run(*command)[2]
     assert "is among the images" in run(*command, "--output", folder / "new")[2]
     assert "exists already" in run(*command, "--output", tmp_path)[2]
+    table.write_text("file,change\n" + "\n".join(f"{item.key},leave out" for item in found.data.items))
+    assert "leaves out every image" in run(*command, "--output", tmp_path / "fixed")[2]
+    _, table = found.write(tmp_path)
     changed(table, wrong="flour")
     assert (
         "'flour' in the column change is neither a class nor 'leave out'. Nearest: flower."

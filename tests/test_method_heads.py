@@ -11,6 +11,7 @@ from helpers import close
 from safetensors.torch import load_file, save_file
 from test_baselines import NAMES, logits_of, pixels, task
 
+from dcp_zoo.data import load_labelled
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
@@ -24,7 +25,7 @@ from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import KINDS, create_model
 
-NONLINEAR = ["tip-adapter", "tip-adapter-f"]
+NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
 PROMPTED = ["coop", "vpt-deep", "maple", "promptsrc"]
 FAST = {"epochs": 2, "steps": 2}
 
@@ -61,8 +62,8 @@ def test_a_loaded_head_gives_the_same_logits(method, clip, photos, tmp_path):
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
 
 
-@pytest.mark.parametrize("method", PROMPTED)
-def test_a_loaded_prompt_head_reads_new_names(method, clip, photos, tmp_path):
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.transfers])
+def test_a_loaded_head_reads_new_names(method, clip, photos, tmp_path):
     given = small(method, clip, photos)
     head, x = METHODS[method].fit(given), pixels(given.val)
     loaded = load(clip, head.save_pretrained(tmp_path))
@@ -139,7 +140,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "prolip", "maple"])
+@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "clip-svd", "prolip", "maple"])
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = METHODS[method].fit(given), METHODS[method].fit(small(method, clip, photos))
@@ -169,14 +170,12 @@ def test_a_head_with_a_probe_takes_new_classes(clip, photos, tmp_path):
     assert close(head(x)[:, :-1], before)
 
 
-def test_names_are_not_read_by_another_text_tower(clip, photos, tmp_path):
-    """The trained tower is not kept: the head reads new names until it is saved."""
-    head = METHODS["clip-lora"].fit(small("clip-lora", clip, photos))
-    head.set_classnames([*NAMES, "zebra"])
-    loaded = load(clip, head.save_pretrained(tmp_path))
-    assert loaded.template == ""
-    with pytest.raises(ZooError, match="clip-lora is limited to its classes"):
-        loaded.set_classnames(["cat"])
+def test_a_checkpoint_holds_a_text_tower_only_if_names_are_read(clip, photos, tmp_path):
+    """That of 2SFS, which is limited to its classes, changes the norms of both towers."""
+    METHODS["2sfs"].fit(small("2sfs", clip, photos)).save_pretrained(tmp_path)
+    names = tensor_shapes(tmp_path)
+    assert names.keys() > {"weight", "bias", "visual.ln_post.weight"}
+    assert all(name.startswith("visual.") for name in names.keys() - {"weight", "bias"})
 
 
 @torch.no_grad()
@@ -243,7 +242,8 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder)
-    assert "test top-1" in run.ok("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "gda")
+    gda = ("--method", "gda", "--no-refit", "--output", tmp_path / "gda")
+    assert "test top-1" in run.ok("train", tmp_path / "photos", *gda)
     code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
     assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     assert "made by gda" in run.refused("explain", "--head", tmp_path / "gda")
@@ -259,7 +259,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
         (("--classifier", "svm"), "classifier must be none or text-probe, not 'svm'"),
     ):
         assert wrong in run.refused("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
-    run.ok("train", tmp_path / "photos", "--method", "gda", "--refit", "--output", tmp_path / "all")
+    run.ok("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "all")
     measured, final = (read_config(tmp_path / name)["dcp"] for name in ("gda", "all"))
     assert final["metrics"] == measured["metrics"]
     assert final["test_share"] == 0
@@ -288,12 +288,19 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     assert (code, "training images are not learnt" in err, "--set epochs=3" in err) == (0, True, True), err
 
     options = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
-    run.ok("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")
+    run.ok("train", tmp_path / "photos", *options, "--no-refit", "--output", tmp_path / "plain")
     out = run.ok("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
     assert "test top-1" in out
     head = create_model(str(tmp_path / "refit"), True)
     assert head.text_probe.names == sorted(NAMES)
-    trained = read_config(tmp_path / "plain")["dcp"]
-    assert head.info["text_probe"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
+    trained, items = read_config(tmp_path / "plain")["dcp"], load_labelled("folder", tmp_path / "photos").items
+    assert head.info["test_images"] == len(items) - sum(trained["class_images"].values())
+    assert sum(head.info["class_images"].values()) == len(items)  # measured without the test images, then with all
+    err = run.refused("eval", tmp_path / "photos", "--head", tmp_path / "refit")
+    assert "was measured before" in err
+    shutil.move(tmp_path / "photos" / NAMES[0], tmp_path / "photos" / "unknown")
+    err = run.refused("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "refit", "--output", tmp_path / "x")
+    assert f"other classes than {tmp_path / 'refit'}. It lacks {NAMES[0]}. New: unknown." in err
+    shutil.move(tmp_path / "photos" / "unknown", tmp_path / "photos" / NAMES[0])
     assert head.info["text_probe"]["evidence"]
     assert head.info["metrics"].keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}

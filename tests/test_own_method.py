@@ -39,6 +39,7 @@ def package(tmp_path):
             file = tmp_path / "package" / token.info.split('title="')[1].rstrip('"')
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(token.content)
+    (tmp_path / "package" / "my_head").mkdir()  # as its commands leave there: no package
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", tmp_path / "site")
     subprocess.run([sys.executable, "-m", "pip", "install", *options, tmp_path / "package"], check=True)
     for colour in ("red", "blue"):

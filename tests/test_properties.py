@@ -1,28 +1,34 @@
 """Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples are made by
-hypothesis, the same at every run; `benchmarks/fuzz.py` does this for pictures and checkpoints, and for longer."""
+hypothesis, the same at every run; `benchmarks/fuzz.py` damages whole files, and for longer than here."""
 
 import asyncio
 import csv
 import json
 import os
+import random
+import re
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import fuzz
 import pytest
 from helpers import tar
 from test_download import zipped
 from trees import write_tree
 
-from dcp_zoo.data import DATASETS, load_split
+from dcp_zoo.data import DATASETS, load_labelled, load_split
 from dcp_zoo.data.archives import unpack
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.data.specs import Archive
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns, folder_name
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import FORMULA, HIDDEN, printable
+from dcp_zoo.files import HIDDEN, printable, templates
 from dcp_zoo.model.config import read_config
+from dcp_zoo.model.names import TEMPLATE, check_classnames, class_texts, default_tokenizer
+from dcp_zoo.texts import class_name, folder_name, quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -31,6 +37,7 @@ from hypothesis import strategies as st
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
 TEXT = st.text(st.characters(exclude_categories=()), max_size=400)  # surrogates too
+TEXT |= st.text(st.sampled_from("ab,;\t\n\r \"'=-+@%{}\u202e\ufeff\udce4é."), max_size=12)  # what means something
 NASTY = st.sampled_from(["..", ".", "", "a", "b.jpg", "C:", "\\", "~", " ", ".. ", "...", "CON", "\\..\\", "x:y", "/"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -56,6 +63,7 @@ def test_any_name_can_be_shown_and_be_a_folder(name):
     assert len(found.encode()) <= 143
     assert found == found.strip(" .")
     assert not set('<>:"/\\|?*\0') & set(found)
+    assert class_name(found) == name or not name or len(found.encode()) > 120 or re.search("[\ud800-\udfff]", name)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, found).mkdir()
         assert os.listdir(folder) == [found]  # noqa: PTH208
@@ -66,13 +74,36 @@ def test_any_names_survive_a_table(place, pairs):
     rows = [{"image": a, "predictions": [{"class": b, "probability": 0.5}]} for a, b in pairs]
     for suffix in (".csv", ".jsonl"):
         TABLES[suffix](str(place / f"p{suffix}"), rows, columns(rows))
-    with (place / "p.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        cells = [row[:2] for row in csv.reader(file)][1:]
-    for row, pair in zip(cells, pairs, strict=True):
-        for cell, name in zip(row, pair, strict=True):
-            assert not cell.startswith(FORMULA)
-            assert len(cell) == len(name) + name.startswith(FORMULA)
+    with (place / "p.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        assert not any(cell.startswith(tuple("=+-@\t\r")) for row in csv.reader(file) for cell in row)
+    encoded = [[re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name) for name in pair] for pair in pairs]
+    assert [row[:2] for row in read_csv(place / "p.csv")[1:]] == encoded
     assert [json.loads(line) for line in (place / "p.jsonl").read_text().split("\n")[:-1]] == rows
+
+
+@given(st.lists(TEXT, min_size=1, max_size=9))
+def test_any_names_survive_a_list(names):
+    assert split_list(",".join(map(quoted, names))) == names
+    assert split_list("\n".join(map(quoted, names))) == names or "" in names  # blank lines are none
+
+
+@given(TEXT)
+def test_any_name_can_be_on_a_page(name):
+    page = templates("dcp_zoo.inspection").get_template("sheet.html.jinja")
+    html = page.render(title=name, pictures=[("", name, name)]).encode().decode()
+    assert not HIDDEN.search(html.replace("\n", ""))
+
+
+@given(st.lists(TEXT, min_size=2, max_size=4))
+def test_any_class_names_are_labels_that_clip_reads_or_refused(place, names):
+    rows = [{"image": f"{i}.jpg", "predictions": [{"class": name}]} for i, name in enumerate(names)]
+    TABLES[".csv"](str(place / "labels.csv"), rows, ["image", "class"])
+    for i in range(len(names)):
+        (place / f"{i}.jpg").touch()
+    with suppress(ZooError), warnings.catch_warnings(action="ignore"):  # that some are the same
+        found = load_labelled("folder", place, place / "labels.csv")
+        assert found.classnames == sorted({name.strip() for name in names})
+        default_tokenizer()(class_texts(check_classnames(found.classnames), TEMPLATE)[0])
 
 
 @given(CONTENT)
@@ -81,9 +112,10 @@ def test_any_file_of_names_is_read_or_refused(place, content):
         ("names.txt", read_classnames),
         ("texts.json", read_descriptions),
         ("list.txt", lambda file: find_images([str(file)])),
+        ("labels.csv", lambda file: load_labelled("folder", place, file)),
     ):
         (place / name).write_bytes(content)
-        with suppress(ZooError):
+        with suppress(ZooError), warnings.catch_warnings(action="ignore"):  # that it is not in UTF-8
             assert read(place / name)
 
 
@@ -160,3 +192,16 @@ def test_any_request_is_read_or_refused(body, kind):
         status = error.status_code
     assert status == 200 or 400 <= status < 500
     assert 1 <= count <= DEFAULT_LIMITS.max_images
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "inputs"), {"pictures": 60, "checkpoints": 10, "hierarchies": 60, "labels": 60, "caches": 30}.items()
+)
+def test_the_first_inputs_of_the_fuzzing_script(kind, inputs, tmp_path):
+    pytest.importorskip("openpyxl")
+    make, damage = fuzz.KINDS[kind]
+    corpus = make()
+    for number in range(inputs):
+        with suppress(ZooError):
+            damage(corpus, random.Random(f"{kind} {number}"), tmp_path)()

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import socket
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import offline, use_endpoint
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from small_zoo import write_manifest
@@ -61,7 +64,8 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
 def test_a_busy_hub_is_asked_again(folder, uploads):
     """A rate limit, a server in trouble, and an answer that is lost after the commit: one commit in the end."""
     uploads.faults = [("repos/create", 429), ("PUT /lfs", 503), ("/commit/main", 500), ("/commit/main", 0)]
-    revision = publish.publish(publish.prepare(folder, "our-org"))
+    with pytest.warns(UserWarning, match=f"{uploads.url} .*429.*: attempt 2 of 5 follows in 2 s"):
+        revision = publish.publish(publish.prepare(folder, "our-org"))
     assert uploads.faults == []
     assert uploads.published() == {f"our-org/{MINI}": 1}
     assert revision == next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
@@ -75,6 +79,25 @@ def test_a_hub_that_stays_busy_is_an_error(folder, uploads):
             publish.publish(publish.prepare(folder, "our-org"))
         assert uploads.published() == {f"our-org/{MINI}": 0}
         uploads.objects.clear()
+
+
+@pytest.mark.parametrize("unplugged", [True, False])
+def test_without_a_network_an_upload_fails_at_once(folder, monkeypatch, unplugged):
+    """Where the Hub's name is not found, and where HF_HUB_OFFLINE forbids to look for it."""
+
+    def wait(seconds: float) -> None:
+        pytest.fail("tried again")
+
+    def unknown(*args: object, **options: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    use_endpoint(monkeypatch, "http://hub.invalid", folder / "cache")
+    monkeypatch.setattr("dcp_zoo.hub.time.sleep", wait)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    reason = "not known" if unplugged else "offline mode"
+    message = f"http://hub.invalid cannot be reached for our-org/{MINI}: .*{reason}"
+    with nullcontext() if unplugged else offline(), pytest.raises(ZooError, match=message):
+        publish.publish(publish.prepare(folder, "our-org"))
 
 
 def test_a_planned_head_becomes_published(folder, manifest):

@@ -1,6 +1,7 @@
 """The report, on made-up result files: no number here was measured."""
 
 import re
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,11 @@ def test_a_csv_file_of_results_is_reported_like_its_folder(sweep: Path, tmp_path
     assert "| DCP | none |" in (tmp_path / "report" / "report.md").read_text()
     assert store.gather(file).equals(store.gather(sweep))
     assert len(store.gather([file, sweep])) == 2 * len(store.gather(file))
+    table = store.gather(file).astype(object)
+    for name, value in zip(store.NUMBERS, cycle(["text", "NaN", "1e400", "", -1]), strict=False):
+        table.assign(**{name: [value, *table[name][1:]]}).to_csv(file, index=False)
+        with pytest.raises(ZooError, match=f"is not a CSV file of results .*{name}"):
+            store.gather(file)
     file.write_text("a,b\n1,2\n")
     with pytest.raises(ZooError, match="is not a CSV file of results"):
         store.gather(file)

@@ -18,6 +18,7 @@ from dcp_zoo.data import few_shot, load_image, load_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.tables import _builder, _split_images, _splits
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.sources import image_source
 
 NAMES = ["cat", "dog"]
@@ -291,3 +292,9 @@ def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, 
             assert torch.equal(images, other_images)
             assert torch.equal(labels, other_labels)
     assert not torch.equal(alone[0][0][0], alone[1][0][0])
+
+
+@pytest.mark.parametrize(("device", "workers", "pinned"), [("cuda", 1, True), ("cuda", 0, False), ("cpu", 1, False)])
+def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch, device, workers, pinned):
+    monkeypatch.setattr(FrozenCLIP, "device", torch.device(device))
+    assert image_source(clip, photos, "crop-flip", workers).batches(2).pin_memory == pinned

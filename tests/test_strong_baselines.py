@@ -1,9 +1,10 @@
-"""GDA, the text probe, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA and 2SFS against a plain implementation of their
-equations, on a small CLIP."""
+"""ProKeR, SS-Text, GDA, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA, CLIP-SVD and 2SFS against a plain implementation of
+their equations, on a small CLIP."""
 
 import copy
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -20,16 +21,25 @@ from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training import loop
 from dcp_zoo.training.fit_probe import within_class
 from dcp_zoo.training.methods import METHODS, base, clip_weights, probes, prompts
-from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.clip_weights import LoRA, TwoStage, train_updates, zero_shot_of
+from dcp_zoo.training.methods.base import Task, own_clip
+from dcp_zoo.training.methods.clip_weights import (
+    add_updates,
+    merge,
+    norm_parameters,
+    train_classifier,
+    train_singular_values,
+    train_updates,
+    train_weights,
+    zero_shot_of,
+)
 from dcp_zoo.training.methods.probes import CLAP, LPPlusPlus
 from dcp_zoo.training.methods.prompts import epoch_weights, fit_promptsrc, new_promptsrc, promptsrc_loss
-from dcp_zoo.training.methods.zero_shot import ALPHAS, gaussian_discriminant, out_of_fold
+from dcp_zoo.training.methods.zero_shot import ALPHAS, BETAS, PENALTIES, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
-STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
-CHOOSING = ["gda", "lp-plus-plus"]
+STRONG = ["proker", "ss-text", "gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"]
+CHOOSING = ["proker", "gda", "lp-plus-plus"]
 
 
 def with_flips(given: Task) -> Task:
@@ -65,6 +75,57 @@ def plain_features(given: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     sources = given.train, given.val
     train, val = (encode_image(given.clip, pixels(s)) if s._features is None else s._features[0] for s in sources)
     return train, val, encode_text(given.clip, fill(TEMPLATE))
+
+
+# -------------------------------------------------------------------------------------------------------------- ProKeR
+
+
+def proker_by_hand(given: Task, beta: float, strength: float) -> torch.Tensor:
+    """Logits of the validation images: what ridge regression adds to the cosines is scaled, too."""
+    train, val, texts = (t.double() for t in plain_features(given))
+    left = F.one_hot(given.train.labels, 3) - train @ texts.T
+    similar, queried = (torch.exp(-beta * torch.cdist(x, train).square() / 2) for x in (train, val))
+    ridge = torch.linalg.inv(similar + strength * torch.eye(len(train))) @ left
+    return (given.clip.clip.logit_scale.exp() * (val @ texts.T + strength * queried @ ridge)).float().detach()
+
+
+def test_proker(clip, photos):
+    given = task("proker", clip, photos, beta=2.0, penalty=0.3)
+    found = METHODS["proker"].fit(replace(given, val=None))
+    torch.testing.assert_close(logits_of(found, given.val), proker_by_hand(given, 2.0, 0.3), rtol=1e-4, atol=1e-3)
+    assert found.info == {"beta": 2.0, "lambda": 0.3}
+
+
+def test_proker_chooses_beta_and_lambda_on_the_validation_images(clip, photos):
+    given = with_random_features(task("proker", clip, photos))
+    pairs = list(product(BETAS, PENALTIES))
+    answers = [proker_by_hand(given, *pair).argmax(-1) for pair in pairs]
+    for labels in (given.val.labels, answers[8], answers[-1]):
+        hits = [int((answer == labels).sum()) for answer in answers]
+        beta, penalty = pairs[hits.index(max(hits))]  # the first, so the smallest
+        found = METHODS["proker"].fit(replace(given, val=relabelled(given.val, labels)))
+        assert found.info == {"beta": beta, "lambda": penalty}
+    assert len({tuple(answer.tolist()) for answer in answers}) > 4
+
+
+# ------------------------------------------------------------------------------------------------------------- SS-Text
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 2, 2, 2, 2, 2, 2]])  # uneven, one missing
+def test_ss_text(labels, clip, photos):
+    given = task("ss-text", clip, photos)
+    given.train = relabelled(given.train, torch.tensor(labels))
+    train, val, texts = plain_features(given)
+    weight = texts.clone()
+    for f, label in zip(train, labels, strict=True):
+        weight[label] += clip.clip.logit_scale.exp().detach() * labels.count(label) / 9 * f
+    weight.requires_grad_()
+    linear = -cosine(clip, train, weight)[range(9), labels].mean()
+    kept = sum((weight[c] - texts[c]).square().sum() / (2 * labels.count(c)) for c in set(labels))
+    (gradient,) = torch.autograd.grad(linear + kept, weight)
+    assert gradient.abs().max() < 1e-4
+    expected = cosine(clip, val, F.normalize(weight, dim=-1)).detach()
+    torch.testing.assert_close(logits_of(METHODS["ss-text"].fit(given), given.val), expected, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------- GDA
@@ -348,45 +409,47 @@ def test_prolip_needs_a_projection(clip, photos):
 # ----------------------------------------------------------------------------------------------------------- CLIP-LoRA
 
 
-def lora(given: Task, loud: bool = True) -> LoRA:
-    """Fresh updates, or with B away from 0."""
+def lora(given: Task, loud: bool = True) -> tuple[FrozenCLIP, torch.nn.ModuleList]:
+    """A copy of CLIP with fresh updates, or with B away from 0."""
     torch.manual_seed(2)
-    model = LoRA(given.clip, given.recipe).eval()
-    for update in (*model.text, *model.vision):
+    updates = add_updates(model := own_clip(given.clip), given.recipe)
+    for update in updates:
         update.b.data += loud * 0.1 * torch.randn_like(update.b)
-    return model
+    return model, updates
 
 
 def sentences(clip: FrozenCLIP) -> torch.Tensor:
     return clip.tokenizer(fill(TEMPLATE), context_length=len(clip.text.positional_embedding))
 
 
-def with_updates(model: LoRA) -> dict[str, torch.Tensor]:
+def text_features(model: FrozenCLIP, ids: torch.Tensor) -> torch.Tensor:
+    return F.normalize(base.sentence_features(model, ids), dim=-1)
+
+
+def with_updates(clip: FrozenCLIP, updates: torch.nn.ModuleList) -> dict[str, torch.Tensor]:
     """The attention weights of open_clip's modules with the updates added by hand, differentiable."""
     weights = {}
-    towers = (("transformer", model.text), ("visual.transformer", model.vision))
-    for name, updates in towers:
-        for i, update in enumerate(updates):
-            key = f"{name}.resblocks.{i}.attn.in_proj_weight"
-            parts = model.clip.clip.get_parameter(key).chunk(3)  # of queries, keys and values
-            scale = 1 / math.sqrt(update.a.shape[1])
-            added = [w + scale * b @ a for w, a, b in zip(parts, update.a, update.b, strict=True)]
-            weights[key] = torch.cat(added)
+    for i, update in enumerate(updates):
+        key = f"{'visual.' * (i > 3)}transformer.resblocks.{i % 4}.attn.in_proj_weight"
+        parts = clip.clip.get_parameter(key).chunk(3)  # of queries, keys and values
+        scale = 1 / math.sqrt(update.a.shape[1])
+        added = [w + scale * b @ a for w, a, b in zip(parts, update.a, update.b, strict=True)]
+        weights[key] = torch.cat(added)
     return weights
 
 
 @torch.no_grad()
 def test_clip_lora_starts_as_open_clip(clip, photos):
     given = task("clip-lora", clip, photos)
-    model, x = lora(given, loud=False), pixels(given.val)
+    (model, updates), x = lora(given, loud=False), pixels(given.val)
     images, texts, _ = clip.clip(x, sentences(clip))
     torch.testing.assert_close(model.encode_image(x), images, rtol=1e-5, atol=1e-6)
     ids, _ = base.sentence_ids(clip, NAMES, TEMPLATE)
     assert ids.shape[1] < sentences(clip).shape[1]
-    torch.testing.assert_close(model.encode_text(ids), texts, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(text_features(model, ids), texts, rtol=1e-5, atol=1e-6)
     patches = clip.visual.conv1(x)
     torch.testing.assert_close(model.encode_image(patches, patches=True), images, rtol=1e-5, atol=1e-6)
-    for update in (*model.text, *model.vision):  # like a linear layer's weight
+    for update in updates:  # like a linear layer's weight
         bound = update.a.shape[-1] ** -0.5
         assert 0.8 * bound < update.a.abs().max() <= bound
 
@@ -394,32 +457,32 @@ def test_clip_lora_starts_as_open_clip(clip, photos):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_clip_lora_equals_merged_weights(rank, clip, photos):
     given = task("clip-lora", clip, photos, rank=rank)
-    model, x = lora(given), pixels(given.val)
-    logits = clip.logits(model.encode_image(x), model.encode_text(sentences(clip)))
-    images, texts, _ = functional_call(clip.clip, with_updates(model), (x, sentences(clip)))
+    (model, updates), x = lora(given), pixels(given.val)
+    logits = clip.logits(model.encode_image(x), text_features(model, sentences(clip)))
+    images, texts, _ = functional_call(clip.clip, with_updates(clip, updates), (x, sentences(clip)))
     expected = cosine(clip, images, texts)
     assert not close(logits, cosine(clip, *clip.clip(x, sentences(clip))[:2]), 0.01)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    trained = model.updates()
+    trained = list(updates.parameters())
     slow = torch.autograd.grad(F.cross_entropy(expected, given.val.labels), trained)
     fast = torch.autograd.grad(F.cross_entropy(logits, given.val.labels), trained)
     assert len(trained) == 2 * 8
     for a, b in zip(fast, slow, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    merged = zero_shot_of(model.merge(), given)
+    merged = zero_shot_of(merge(model, updates), given)
     torch.testing.assert_close(logits_of(merged, given.val), logits.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_clip_lora_trajectory(clip, photos):
     """Steps of AdamW under a cosine, without dropout and with all images in each batch."""
     given = task("clip-lora", clip, photos, dropout=0.0, steps=4, batch_size=9, lr=0.01)
-    losses = train_updates(model := lora(given, loud=False), given)
-    plain, expected = lora(given, loud=False), []
-    optimizer = torch.optim.AdamW(plain.updates(), 0.01, weight_decay=0.01)
+    losses = train_updates(*(trained := lora(given, loud=False)), given)
+    (_, plain), expected = lora(given, loud=False), []
+    optimizer = torch.optim.AdamW(plain.parameters(), 0.01, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, eta_min=1e-6)
     for _ in range(4):
-        images, texts, _ = functional_call(clip.clip, with_updates(plain), (pixels(given.train), sentences(clip)))
+        images, texts, _ = functional_call(clip.clip, with_updates(clip, plain), (pixels(given.train), sentences(clip)))
         loss = F.cross_entropy(cosine(clip, images, texts), given.train.labels)
         optimizer.zero_grad()
         loss.backward()
@@ -428,19 +491,65 @@ def test_clip_lora_trajectory(clip, photos):
         expected.append(loss.item())
     assert losses == pytest.approx(expected, rel=1e-3)
     assert expected[3] < expected[0] - 0.01
-    assert not model.training
+    assert not trained[1].training
 
 
 def test_clip_lora_drops_inputs_in_training_only(clip, photos):
     given = task("clip-lora", clip, photos, dropout=0.5)
-    model, x = lora(given), pixels(given.val)
+    (model, updates), x = lora(given), pixels(given.val)
     assert torch.equal(model.encode_image(x), model.encode_image(x))
-    model.train()
+    updates.train()
     assert not torch.equal(model.encode_image(x), model.encode_image(x))
     assert not clip.clip.training
     torch.manual_seed(0)
-    means = torch.stack([model.vision[0](torch.ones(2, 128)) for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(means, model.eval().vision[0](torch.ones(2, 128)), rtol=0, atol=0.02)
+    means = torch.stack([updates[-1](torch.ones(2, 128)) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(means, updates.eval()[-1](torch.ones(2, 128)), rtol=0, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ CLIP-SVD
+
+
+def decomposed(weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The decompositions of queries, keys and values, or of the whole weight; the singular values are trained."""
+    parts = weight.chunk(3) if weight.shape[0] == 3 * weight.shape[1] else [weight]
+    return [(u, s.requires_grad_(), v) for u, s, v in (torch.linalg.svd(p, full_matrices=False) for p in parts)]
+
+
+def test_clip_svd(clip, photos):
+    """Two steps of AdamW on the singular values, by hand with open_clip's own forward pass."""
+    given = task("clip-svd", clip, photos, steps=2, batch_size=9, lr=0.01)
+    trained = own_clip(clip)
+    losses = train_singular_values(trained, given)
+
+    ends = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    plain = {n: p.detach() for n, p in clip.clip.named_parameters()}
+    parts = {n: decomposed(p) for n, p in plain.items() if n.endswith(ends)}
+    x, y, ids = pixels(given.train), given.train.labels, sentences(clip)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {n: torch.cat([u @ torch.diag(s) @ v for u, s, v in found]) for n, found in parts.items()}
+
+    def loss() -> torch.Tensor:
+        images, texts, _ = functional_call(clip.clip, weights(), (x, ids))
+        return F.cross_entropy(cosine(clip, images, texts), y)
+
+    values = [s for found in parts.values() for _, s, _ in found]
+    assert len(values) == 8 * 6
+    assert losses == pytest.approx(adamw(values, loss), rel=1e-3)
+    assert losses[1] < losses[0] - 0.01
+    after = weights()
+    for name, p in trained.clip.named_parameters():
+        assert torch.equal(p, plain[name]) == (name not in after)
+    for name, weight in after.items():
+        assert close(trained.clip.get_parameter(name) - plain[name], weight.detach() - plain[name], 1e-2)
+    assert [type(m) for m in trained.clip.modules()] == [type(m) for m in clip.clip.modules()]  # merged
+
+
+@pytest.mark.parametrize("method", ["clip-lora", "clip-svd"])
+def test_updates_of_blocks_need_open_clips_own_towers(method, clip, photos):
+    clip.clip.attn_mask = None
+    with pytest.raises(ZooError, match=r"open_clip's own ViT and causal text tower.*use 2sfs"):
+        METHODS[method].fit(task(method, clip, photos))
 
 
 # ----------------------------------------------------------------------------------------------------------- PromptSRC
@@ -531,8 +640,10 @@ def test_promptsrc_templates():
 def test_two_stage(clip, photos):
     """Two steps on the norms and two on the classifier, by hand with open_clip's own forward pass."""
     given = task("2sfs", clip, photos, steps=4, first_stage=0.5, batch_size=9, lr=0.01)
-    model = TwoStage(given)
-    losses = [*model.train_norms(given), *model.train_classifier(given)]
+    trained = own_clip(clip)
+    losses = train_weights(trained, given, norm_parameters(trained), 2)
+    classifier, more = train_classifier(trained, given)
+    losses += more
 
     plain, x, y, ids = copy.deepcopy(clip.clip), pixels(given.train), given.train.labels, sentences(clip)
     names = [n for n, _ in plain.named_parameters() if any(part.startswith("ln_") for part in n.split("."))]
@@ -549,11 +660,11 @@ def test_two_stage(clip, photos):
     expected += adamw([weight], lambda: F.cross_entropy(logits(weight), y))
     assert losses == pytest.approx(expected, rel=1e-3)
     assert losses[3] < losses[0] - 0.01
-    head = given.text_head(model.text, clip=model.clip)
+    head = given.text_head(F.normalize(classifier, dim=-1), clip=trained)
     torch.testing.assert_close(logits_of(head, given.train), logits(weight).detach(), rtol=5e-3, atol=5e-3)
 
     for name, p in clip.clip.named_parameters():
-        assert torch.equal(p, model.clip.clip.get_parameter(name)) == (name not in names)
+        assert torch.equal(p, trained.clip.get_parameter(name)) == (name not in names)
 
 
 def adamw(trained: list[torch.Tensor], loss_of) -> list[float]:
@@ -623,7 +734,7 @@ def test_missing_training_images(method, clip, photos):
         METHODS[method].fit(given)
 
 
-@pytest.mark.parametrize("method", ["clap", "prolip", "promptsrc", "clip-lora", "2sfs"])
+@pytest.mark.parametrize("method", ["clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"])
 def test_training_in_half_precision(method, clip, photos):
     given = task(method, clip, photos)
     heads = [METHODS[method].fit(replace(given, precision=p)) for p in ("float32", "bfloat16")]
@@ -671,6 +782,11 @@ def test_published_recipes():
     lora = recipe("clip-lora", 4)
     assert (lora.rank, lora.alpha, lora.dropout, lora.lr, lora.weight_decay) == (2, 1, 0.25, 2e-4, 1e-2)
     assert (lora.batch_size, lora.steps) == (32, 2000)
+    proker = [recipe("proker", k) for k in (1, 2, 3, 4, 8, 16, 40)]
+    assert [r.beta for r in proker] == [3, 2.6, 2.6, 1.5, 1.66, 1.7, 1.7]
+    assert [r.penalty for r in proker] == [0.05, 0.05, 0.05, 0.05, 0.07, 0.1, 0.1]
+    svd = recipe("clip-svd", 4)
+    assert (svd.lr, svd.weight_decay, svd.batch_size, svd.steps, svd.augment) == (5e-4, 1e-2, 32, 800, "crop-flip")
     assert recipe("2sfs", 1).stages == (180, 120)
     few, base, cross = (recipe("promptsrc", 16, p) for p in ("few-shot", "base-to-new", "cross-dataset"))
     assert (few.lr, few.batch_size, few.n_ctx, few.depth, few.epochs) == (0.0025, 4, 4, 9, 50)
@@ -688,7 +804,7 @@ def test_the_miniature_changes_augmentation_and_rates():
         mini, big = (recipe(method, model=model) for model in ("dcp_mini", "dcp_vitb16"))
         if method != "promptsrc":
             assert mini == replace(big, augment=mini.augment, **rates.get(method, {}))
-            assert mini.augment == ("none" if method == "lp-plus-plus" else "flip")
+            assert mini.augment == ("none" if method in ("ss-text", "lp-plus-plus") else "flip")
     budget = recipe("promptsrc", model="dcp_mini")
     assert (budget.epochs, budget.batch_size, budget.lr) == (default_recipe("dcp_mini").epochs, 32, 4e-3)
 

@@ -557,6 +557,33 @@ def test_few_images_make_no_threshold(plain):
 
 
 @torch.no_grad()
+def test_in_half_precision_it_still_rejects_nothing_and_is_saved(model, tmp_path):
+    model.half()
+    assert model.text_probe.threshold.isfinite()
+    assert not model.text_probe.rejects
+    model.save_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_in_training_mode_predictions_do_not_depend_on_the_batch(model):
+    x = images(5, 1)
+    expected = model.predict(x)
+    model.train()
+    model.forward = lambda images: type(model).forward(model, images) * (1 if not model.training else float("nan"))
+    assert [name for image in x.split(1) for name in model.predict(image)] == expected
+    assert model.training
+
+
+@torch.no_grad()
+def test_raw_pixels_and_images_of_another_size_are_refused(model):
+    """Also by the fused model; integers would be answered as if they were normalised."""
+    for wrong in (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 40, 32), torch.zeros(2, 1, 32, 32)):
+        for reader in (model, model.fuse(), model.predict):
+            with pytest.raises(ZooError, match=r"reads images \(n, 3, 32, 32\) of floats.*create_transform.*not \(2, "):
+                reader(wrong)
+
+
+@torch.no_grad()
 def test_prediction_names_a_class_or_none(model, plain):
     x = images(5, 1)
     for wrong, message in ((x[0], r"not a tensor \(3, "), (x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):

@@ -154,6 +154,8 @@ def test_data_config_and_transform(model):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (250, 290, 3), dtype=np.uint8))
     ours = dcp_zoo.create_transform(model)(image)
     assert torch.equal(create_transform(**cfg, is_training=False)(image), ours)
+    assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
+    assert getattr(model, model.default_cfg["classifier"]) is model.text_probe
     changed = timm.create_model("dcp_mini", pretrained_cfg_overlay={"crop_pct": 0.875})
     assert resolve_model_data_config(changed)["crop_pct"] == 0.875
 
@@ -183,6 +185,9 @@ def test_reset_classifier():
         model.reset_classifier(3)
     model.reset_classifier(3, classnames=["cat", "dog", "red fox"])
     assert model(IMAGES).shape == (2, 3)
+    model.reset_classifier(["cat", "dog"])
+    assert model.classnames == ["cat", "dog"]
+    assert model(IMAGES).shape == (2, 2)
     model.reset_classifier(0)
     assert torch.equal(model(IMAGES), model.forward_features(IMAGES))
     assert isinstance(model.get_classifier(), torch.nn.Identity)

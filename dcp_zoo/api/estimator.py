@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.api.functions import as_model, logits_of, plan_own, rejected
-from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled, list_labelled_images, unlabelled
+from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
-from dcp_zoo.data.progress import bar, is_watched
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.data.progress import bar
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
@@ -23,22 +26,26 @@ from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.training.sources import Progress, image_source
 from dcp_zoo.zoo.factory import create_transform
 
+SEEDS = 2**31  # how many there are to draw from
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """A classifier for images, trained on a few per class, that works wherever scikit-learn's classifiers do.
 
-    Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors.
+    Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors; paths may also
+    be a DataFrame with one column. Methods that need no more than features take those in their place: `transform`
+    returns them.
 
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the answers.
-        random_state: seed of all random draws.
+        random_state: seed of all random draws; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
+            own, of which each fit draws one. The process's other random states stay as they are.
         memory: a folder, or joblib.Memory, that keeps what a frozen image tower makes of an image, so that later
             processes need not compute it again. Within a process that is kept in memory, up to 512 MB: further fits,
             folds and methods on the same images take a fraction of the first one's time.
@@ -61,7 +68,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         class_weight: ClassWeights = None,
         callbacks: Sequence[Callback] | None = None,
         batch_size: int = 64,
-        random_state: int = 1,
+        random_state: int | np.random.RandomState | np.random.Generator | None = 1,
         device: str = "auto",
         precision: str = "auto",
         memory: Any = None,
@@ -82,7 +89,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     @fair_threads()
-    def fit(self, images: Images, labels: Labels = None, *, validation: Images = None) -> "FewShotClassifier":
+    def fit(
+        self, images: Images, labels: Labels = None, sample_weight: Any = None, *, validation: Images = None
+    ) -> "FewShotClassifier":
         """Train on labelled images: in seconds for methods on frozen features, such as "gda" or "zero-shot" with a
         classifier; in about 20 s for DCP on 120 photographs with dcp_mini and two free cores, and in minutes with
         larger models.
@@ -90,6 +99,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Args:
             images: a folder with one folder per class, or a sequence of images.
             labels: one per image, names or numbers; omitted for a folder.
+            sample_weight: how much each image counts (n,), compared with the others of its class; of a text probe
+                alone, as by default. Images with weight 0 are left out.
             validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
                 probe; other methods choose their hyperparameters on them. Not the images of a test.
 
@@ -97,10 +108,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: bad input, an unknown model or method, or images that cannot be read.
         """
         data, history = labelled(images, labels, self.classnames), History()
-        chosen: dict[str, Any] = {"recipe": self.recipe, "classifier": self.classifier}
-        chosen |= {"class_weight": self.class_weight}
-        settings: dict[str, Any] = {"seed": self.random_state, "device": self.device, "precision": self.precision}
-        run = plan_own(data, validation, self.model, self.method, **chosen, **settings)
+        if sample_weight is not None:
+            data, sample_weight = weighted(data, sample_weight)
+        named = ("recipe", "classifier", "class_weight", "device", "precision")
+        options: dict[str, Any] = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
+        options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
+        run = plan_own(data, validation, self.model, self.method, **options)
         check_supported(run, self.callbacks or ())
         callbacks = (history, *(self.callbacks or ())) if run.recipe.is_trained else ()
         with self._kept_features():
@@ -112,8 +125,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Probabilities (n, C) in the order of `classes_`."""
         return self._logits(images).softmax(-1).numpy()
 
+    def decision_function(self, images: Images) -> np.ndarray:
+        """Logits (n, C) in the order of `classes_`; as in scikit-learn of two classes how far the second is ahead
+        (n,)."""
+        logits = self._logits(images).numpy()
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    @fair_threads()
+    def transform(self, images: Images) -> np.ndarray:
+        """The features (n, E) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
+        method that trains no prompts are plain CLIP's, and can take the place of the images in another fit."""
+        head, items = self._head(), unlabelled(images, features=True)
+        with self._kept_features():
+            return image_source(head, items, once=True).features(1, self._progress())[0].numpy()
+
     def _logits(self, images: Images) -> torch.Tensor:
-        head, items = self._head(), unlabelled(images)
+        head, items = self._head(), unlabelled(images, features=True)
         with self._kept_features():
             return logits_of(head, items, self.batch_size, self._progress())
 
@@ -209,7 +236,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return kept_features(getattr(self.memory, "location", self.memory))
 
     def _progress(self) -> Progress:
-        return bar if (self.verbose is None and is_watched()) or self.verbose else no_progress
+        return bar if self.verbose is None else partial(bar, disable=not self.verbose)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -233,6 +260,27 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     (Path(folder) / name).write_bytes(content)
                 state = state | {"model_": as_model(f"local-dir:{folder}", state["device"])}
         super().__setstate__(state)
+
+
+def weighted(data: Labelled, sample_weight: Any) -> tuple[Labelled, tuple[float, ...]]:
+    """The images whose weight is above 0, and these weights. ZooError unless there is one for each image."""
+    weights = np.asarray(sample_weight, float)
+    if weights.shape != (len(data.items),) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ZooError(f"sample_weight needs {len(data.items)} numbers from 0, one per image.")
+    kept = np.flatnonzero(weights)
+    if len({data.items[i].label for i in kept}) < 2:
+        raise ZooError("sample_weight leaves images of fewer than two classes: raise some of the weights above 0.")
+    return data._replace(items=[data.items[i] for i in kept]), tuple(weights[kept].tolist())
+
+
+def seed_of(random_state: Any) -> int:
+    """A seed: the integer itself, or one drawn from a random state of NumPy's. ZooError for anything else."""
+    if isinstance(random_state, Integral) and int(random_state) >= 0:
+        return int(random_state)
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(SEEDS))
+    with as_zoo_error("random_state: {}. Pass an integer from 0, a RandomState, a Generator or None.", ValueError):
+        return int(check_random_state(random_state).randint(SEEDS))
 
 
 def _labels(model: Any) -> list[Any]:

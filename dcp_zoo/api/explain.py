@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.dcp import DCP
 
 RANDOM_VECTORS = 256  # averaged in `Words.chance`
@@ -117,7 +118,7 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     Prompts are rewritten before each coupled block in the model's context; with "batch", the batch is `images`.
 
     Args:
-        model: in eval mode.
+        model: any DCP, which is asked in eval mode.
         images: (B, 3, H, W), normalised as `create_transform` does.
 
     Returns:
@@ -130,17 +131,18 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     tower = model.vision_tower
     if tower.num_prefix == 0:
         raise ZooError("The image tower of this CLIP has no class token, whose attention could be shown.")
-    if model.stats == "per-image" and len(images) > 1:
-        return torch.cat([attention_weights(model, image) for image in images.split(1)])
-    weights = []
-    for step, x, _ in model.walk(images):
-        if model.first_block <= step.block < len(model.vision_blocks):
-            block = tower.blocks[step.block]
-            queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
-            query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d), as the keys
-            key = block.key_value(block.norm(x))[0]
-            weights.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1))
-    return torch.stack(weights, 1)
+    with in_eval_mode(model):
+        if model.stats == "per-image" and len(images) > 1:
+            return torch.cat([attention_weights(model, image) for image in images.split(1)])
+        weights = []
+        for step, x, _ in model.walk(images):
+            if model.first_block <= step.block < len(model.vision_blocks):
+                block = tower.blocks[step.block]
+                queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
+                query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d), as the keys
+                key = block.key_value(block.norm(x))[0]
+                weights.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1))
+        return torch.stack(weights, 1)
 
 
 def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:

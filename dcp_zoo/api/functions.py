@@ -1,5 +1,6 @@
 """Train a head on your own images, measure it, and classify with it."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,16 +13,17 @@ from dcp_zoo.answers import Row, in_distribution_score
 from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.job import Job, torch_predictor
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation, classified
 from dcp_zoo.training.evaluation import predict as predict_logits
-from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
-from dcp_zoo.training.sources import Progress, by_image, image_source, no_progress
+from dcp_zoo.training.sources import by_image, image_source
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
@@ -68,7 +70,8 @@ def train(
             is also fitted to them, and other methods choose their hyperparameters on them, at most 4 per class with
             `shots`. Not the images of a test.
         class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images; of methods that train prompts, as a text probe weighs every class the same. Default: all equal.
+            of images; of methods that train prompts, and of the text probe, in which classes weigh the same as it is,
+            however many images they have. Default: all equal.
         output: folder for the checkpoint; a training of prompts that was stopped resumes from there. Default: nothing
             is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
@@ -76,7 +79,8 @@ def train(
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
             threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
             in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a
-            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
+            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does
+            (default: tqdm's, in a terminal or notebook).
 
     Returns:
         The trained model, in evaluation mode.
@@ -87,17 +91,30 @@ def train(
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
     chosen: dict[str, Any] = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
-    run = plan_own(data, validation, model, method, **chosen, **options)
-    return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
+    settings = RunOptions(**own)
+    run = plan_own(data, validation, model, method, progress=settings.progress, **chosen, **options)
+    return train_head(run, None if output is None else Path(output), settings)[0]
 
 
-def plan_own(data: Labelled, validation: Images, model: str, method: str, **options: Any) -> Run:
+def plan_own(
+    data: Labelled, validation: Images, model: str, method: str, *, progress: Progress = bar, **options: Any
+) -> Run:
     """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
-    check_images([item for item in data.items if isinstance(item.path, str)])
+    check_images([item for item in data.items if isinstance(item.path, str)], progress)
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
     split = Split(OWN_IMAGES, data.names, data.items, val, [])
-    return plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
+    run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
+    if data.items and isinstance(data.items[0].path, torch.Tensor) and not METHODS[method].features:
+        able = ", ".join(name for name in METHODS if METHODS[name].features)
+        raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
+    if data.classes.dtype.kind in "iufb" and data.names == [str(label) for label in data.classes.tolist()]:
+        warnings.warn(
+            f"CLIP reads the class names, which are {shorten(data.names, 3)}: say what these numbers mean, as in "
+            'classnames={0: "cat", 1: "dog"}.',
+            stacklevel=3,
+        )
+    return run
 
 
 def evaluate(
@@ -107,7 +124,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: str | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> Evaluation:
     """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes.
 
@@ -134,7 +151,7 @@ def predict(
     reject: float = False,
     batch_size: int = 64,
     device: str | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> list[list[Prediction] | None]:
     """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints.
 
@@ -168,13 +185,13 @@ def prediction_of(row: Row) -> list[Prediction] | None:
 
 
 @fair_threads()
-def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
+def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = bar) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
 
 
-def rejected(model: Head, items: Sequence[Item], reject: float, progress: Progress = no_progress) -> np.ndarray:
+def rejected(model: Head, items: Sequence[Item], reject: float, progress: Progress) -> np.ndarray:
     """Whether the items' images belong to none of the classes (n,); `reject` as of `Head.rejection_threshold`."""
     threshold, source = model.rejection_threshold(reject), image_source(model, items, once=True)
     features = source.features(1, progress)[0]

@@ -20,6 +20,7 @@ FORMS = (
     "an image is a path, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or of floats from "
     "0 to 1"
 )
+UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
 
@@ -51,27 +52,34 @@ def is_folder(images: Images) -> bool:
 
 
 def labelled(
-    images: Images, labels: Labels = None, classnames: Mapping[Any, str] | Sequence[str] | None = None
+    images: Images,
+    labels: Labels = None,
+    classnames: Mapping[Any, str] | Sequence[str] | None = None,
+    features: bool = True,
 ) -> Labelled:
-    """Images with their labels; arguments as in `dcp_zoo.train`."""
+    """Images with their labels; arguments as in `dcp_zoo.train`, and `features` as in `as_images`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
     images, labels = _with_labels(images, labels)
     if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    found, values = as_images(images), np.asarray(labels)
+    found, values = as_images(images, features), np.asarray(labels)
     if values.ndim != 1:
         raise ZooError(f"Labels have one dimension, not the shape {values.shape}.")
     classes = np.unique(values)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    return Labelled(classes, _names(classes, classnames), with_classes(found, values.tolist(), classes.tolist()))
+    return Labelled(classes, _names(classes, classnames), _items(found, values.tolist(), classes.tolist()))
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any]) -> list[Item]:
     """Images with their labels among known classes."""
     images, labels = _with_labels(images, labels)
-    index, found, values = {label: i for i, label in enumerate(classes)}, as_images(images), list(labels)
+    return _items(as_images(images, features=True), list(labels), classes)
+
+
+def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any]) -> list[Item]:
+    index = {label: i for i, label in enumerate(classes)}
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
@@ -88,17 +96,27 @@ def _with_labels(images: Images, labels: Labels) -> tuple[Any, Any]:
         if isinstance(images, (str, Path)) and not Path(images).exists():
             raise ZooError(f"There is no folder {images}: pass one with one folder per class.")
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
-    return images, labels
+    return images, one_column(labels)
 
 
-def unlabelled(images: Images) -> list[Item]:
+def unlabelled(images: Images, features: bool = False) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images)
+    found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images, features)
     return [Item(image, str(i), 0) for i, image in enumerate(found)]
 
 
-def as_images(images: Images) -> list[str | Image.Image]:
-    """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images."""
+def one_column(values: Any) -> Any:
+    """The column of a table that has no other; anything else as it is, a DataFrame as an array."""
+    table = np.asarray(values) if hasattr(values, "columns") else values
+    return table[:, 0] if isinstance(table, np.ndarray) and table.ndim == 2 and table.shape[1] == 1 else table
+
+
+def as_images(images: Images, features: bool = False) -> list[Any]:
+    """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images; if
+    allowed, also `features` (E,) in the rows of a table, which have the length 1."""
+    images = one_column(images)
+    if features and (rows := _unit_rows(images)) is not None:
+        return list(rows)
     if isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
         return [to_image(images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
@@ -108,11 +126,26 @@ def as_images(images: Images) -> list[str | Image.Image]:
     return [to_image(image) for image in found]
 
 
+def _unit_rows(table: Any) -> torch.Tensor | None:
+    """A table (n, E) of features, as `FewShotClassifier.transform` returns them; None for anything else: the rows of
+    images do not all have the length 1."""
+    is_table = isinstance(table, torch.Tensor) or (isinstance(table, np.ndarray) and table.dtype.kind == "f")
+    if not is_table or table.ndim != 2 or not len(table):
+        return None
+    rows = torch.as_tensor(table).detach().float().cpu()
+    return rows if (rows.norm(dim=1) - 1).abs().max() < UNIT_TOLERANCE else None
+
+
 def _is_array_of_one(images: Images) -> bool:
-    """Whether this is an array or tensor of one image, not of several, or of paths."""
-    if isinstance(images, torch.Tensor) or (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
-        return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] in (1, 3) or images.shape[-1] in (1, 3)))
-    return False
+    """Whether this is an array or tensor of one image, not of several, or of paths. ZooError for what may be both."""
+    if not isinstance(images, torch.Tensor) and not (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
+        return False
+    if images.ndim == 3 and images.shape[0] == 3:
+        raise ZooError(
+            f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W): pass images[None] "
+            "for one, list(images) for three."
+        )
+    return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3)))
 
 
 def to_image(image: Any) -> str | Image.Image:

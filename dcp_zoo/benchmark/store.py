@@ -12,12 +12,13 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
-from dcp_zoo.files import locked, write_file
+from dcp_zoo.files import locked, read_plain, write_file
 from dcp_zoo.training.methods.table import DCP_METHOD
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ RESULT_COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
     *(*ENTRY_COLUMNS, "train_seconds", "selection"),
 )
+NUMBERS = ("shots", "seed", "top1", "ece", "nll", "images", "train_seconds")
 
 
 def save_result(output: Path, result: dict[str, Any]) -> None:
@@ -110,7 +112,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with as_zoo_error(f"{path} cannot be read ({{}}). Delete it and run the trial again."):
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_plain(path))
         if content["format"] != FILE_FORMAT:
             raise ValueError(f"format {content['format']}, not {FILE_FORMAT}")
     return content
@@ -144,7 +146,13 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 
 def _read_csv(file: Path) -> "pd.DataFrame":
     with as_zoo_error(f"{file} is not a CSV file of results ({{}}): pass a results.csv of `dcp-zoo benchmark`."):
-        return import_extra("pandas", "plots").read_csv(file, na_filter=False)[list(RESULT_COLUMNS)]
+        pandas = import_extra("pandas", "plots")
+        table = pandas.read_csv(BytesIO(read_plain(file)), na_filter=False)[list(RESULT_COLUMNS)]
+        for name in NUMBERS:
+            table[name] = pandas.to_numeric(table[name], errors="coerce")
+            if not table[name].between(0, 1e9).all():
+                raise ValueError(f"{name} is not a number above 0 in each row")
+    return table
 
 
 def write_results_csv(output: Path) -> Path:

@@ -3,10 +3,12 @@
 These modules import torch and everything else that is slow inside their functions, so that help and lists are fast.
 """
 
+import errno
 import io
 import sys
 import warnings
 from importlib.metadata import version
+from reprlib import repr as shortened
 from typing import Annotated, Any
 
 from rich.markup import escape
@@ -19,14 +21,14 @@ from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import convert, fit_text_probe
 from dcp_zoo.cli.inspect import inspect, search, suggest
-from dcp_zoo.cli.options import RecipeCommand, recipe_help
+from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.release import build, publish, submit, verify
 from dcp_zoo.cli.show import explain, info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
 
-app = Typer(name="dcp-zoo", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = Typer(name="dcp-zoo", cls=Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def print_version(requested: bool) -> None:
@@ -53,7 +55,7 @@ for command in (
     *(export, serve, convert, publish, build, verify, submit, report),
 ):
     epilog = recipe_help() if command is train else None
-    app.command(NAMES.get(command), cls=RecipeCommand, epilog=epilog)(command)
+    app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
 app.add_typer(heads.commands, name="classes")
 app.add_typer(data.commands, name="data")
 
@@ -68,4 +70,9 @@ def main() -> None:
         app()
     except ZooError as error:
         print_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print_error(f"This path is too long for the system: {shortened(error.filename)}. Check it.")
         sys.exit(2)

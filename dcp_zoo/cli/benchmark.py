@@ -19,6 +19,7 @@ from dcp_zoo.cluster import Event, Resources, import_ray
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import check_writable, format_duration
+from dcp_zoo.texts import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 
@@ -220,8 +221,8 @@ def grid_tables(
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
-    """Split at commas: "a,b" and "c" -> a, b, c."""
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+    """The entries of all values, see `split_list`: "a,b" and "c" -> a, b, c."""
+    return [part for value in values for part in split_list(value) if part]
 
 
 def numbers(values: Iterable[str], option: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,17 +11,25 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 
-from dcp_zoo.files import printable
+from dcp_zoo.files import format_duration, printable, printable_lines
+
+QUIET = 30.0  # seconds without a line, after which a log shows where a run is
 
 
 class SafeConsole(Console):
     """A terminal that names cannot command: everything printed passes here, see `printable`. Only lines may end."""
 
+    printed = time.monotonic()  # when a line was printed last
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        self.printed = time.monotonic()
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else "\n".join(map(printable, text.split("\n"))), style, control)
+            yield Segment(text if control else printable_lines(text), style, control)
 
 
 output = SafeConsole(highlight=False)
@@ -36,13 +45,16 @@ def progress_bar(
     size: Callable[[Any], int] = lambda item: 1,
 ) -> Iterator[Any]:
     """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
-    `size`. A transient bar is removed at the end, and not shown where stderr is no terminal."""
-    columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
-    times = TimeElapsedColumn(), "left", TimeRemainingColumn()
+    `size`. A transient bar is removed at the end. In a log a line says now and then how far it is, and at the end
+    unless it is transient."""
     if done:
         log(f"Resuming after {done:,} of {total:,} {description}.")
-    disable = transient and not errors.is_terminal
-    with Progress(*columns, *times, console=errors, transient=transient, disable=disable) as bar:
+    if not errors.is_terminal:
+        yield from _with_lines(iterable, description, total, transient, done, size)
+        return
+    columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
+    times = TimeElapsedColumn(), "left", TimeRemainingColumn()
+    with Progress(*columns, *times, console=errors, transient=transient) as bar:
         task = bar.add_task(description, total=total, completed=done, rate="")
         for item in iterable:
             yield item
@@ -52,9 +64,30 @@ def progress_bar(
             bar.update(task, rate=f"{new / elapsed:.3g}/s" if elapsed and new else "")
 
 
+def _with_lines(
+    iterable: Iterable[Any], description: str, total: int, transient: bool, done: int, size: Callable[[Any], int]
+) -> Iterator[Any]:
+    started, count = time.monotonic(), done
+
+    def say(now: float) -> None:
+        seconds, new = now - started, count - done
+        left = f", about {format_duration(seconds / new * (total - count))} left" if new and count < total else ""
+        log(f"{description}: {count:,} of {total:,} in {format_duration(seconds)}{left}")
+
+    try:
+        for item in iterable:
+            yield item
+            count += size(item)
+            if (now := time.monotonic()) - errors.printed >= QUIET and count < total:
+                say(now)
+    finally:
+        if not transient:
+            say(time.monotonic())
+
+
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without lines; its texts are shown verbatim, each on one line."""
-    table = Table(*header, box=None, pad_edge=False)
+    """A table without lines; its texts are shown verbatim, each on one line or, where they do not fit, folded."""
+    table = Table(*(Column(name, overflow="fold") for name in header), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(printable(text)) for text in row))
     return table

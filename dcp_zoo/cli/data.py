@@ -8,7 +8,7 @@ from rich.markup import escape
 from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.cli.console import output, plain_table, print_error
-from dcp_zoo.cli.options import Agree, ImagenetFrom
+from dcp_zoo.cli.options import Agree, Command, ImagenetFrom
 from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError
@@ -16,7 +16,7 @@ from dcp_zoo.errors import ZooError
 commands = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
 
 
-@commands.command("check")
+@commands.command("check", cls=Command)
 def check_(
     data_root: Annotated[
         Path | None, Option(exists=True, file_okay=False, help="Folder with the datasets in CoOp's layout.")
@@ -56,7 +56,7 @@ def check_(
         raise Exit(1)
 
 
-@commands.command()
+@commands.command(cls=Command)
 def download(
     names: Annotated[list[str], Argument(metavar="NAME...", help="Datasets, or `all`.")],
     data_root: Annotated[Path, Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],

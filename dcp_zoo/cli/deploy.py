@@ -15,6 +15,7 @@ from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
+from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
 
     def make() -> "FastAPI":
-        return application(find(), limits, urls, threads, head, hosts)
+        name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
+        return application(find(), limits, urls, threads, name, hosts)
 
     def announce(address: str) -> None:
         print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

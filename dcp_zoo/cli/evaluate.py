@@ -1,10 +1,11 @@
 """`dcp-zoo eval`."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.table import Table
+from rich.columns import Columns
 from typer import Option
 
 from dcp_zoo.benchmark.report.write import write_mistakes
@@ -26,6 +27,7 @@ MOST = 10  # rows of each table
 
 def evaluate(
     head: opt.HeadName,
+    photos: opt.Photos = None,
     dataset: Annotated[str | None, Option(help="Default: the dataset the head was trained on.")] = None,
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
@@ -42,10 +44,10 @@ def evaluate(
     """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
-    [dim]dcp-zoo eval --head my_head --data-root MY_PHOTOS --report mistakes.html[/]
+    [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
     """
     name = opt.head_name(head)
-    dataset, data_root = opt.data_source(None, dataset, data_root, labels)
+    dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
     if report:
         check_writable(report.parent, "choose another --report")
     sentences = read_descriptions(descriptions) if descriptions else None
@@ -93,7 +95,7 @@ def evaluate(
 
 def test_images(images: Split, model: "Head", head: str) -> list[Item]:
     """The test part of a dataset; of own images without parts those held out in training, or all if it saw others."""
-    split = training_split(images, model.info.get("test_share"))
+    split = training_split(images, model.info.get("test_share") if is_own(images.name) else None)
     if split.sha256 not in (model.info.get("split_sha256"), model.info.get("text_probe", {}).get("split_sha256")):
         if images.has_parts or not is_own(images.name):
             return split_images(images).test
@@ -101,7 +103,15 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
         return images.items
     if not split.test:
         used = "all" if subset_sha256(split.train) == model.info.get("subset_sha256") else "some"
-        raise ZooError(f"{head} was trained on {used} of these images, and held out none: pass other ones.")
+        measured = ""
+        metrics, tested = model.info.get("metrics"), model.info.get("test_images")
+        if metrics and tested:
+            top1 = next(iter(metrics.values()))
+            measured = f"Its accuracy, {top1:.1f} %, was measured before, on {tested} held out. "
+        raise ZooError(
+            f"{head} was trained on {used} of these images. {measured}Pass other images, or train with --no-refit to "
+            "test on those held out."
+        )
     return split.test
 
 
@@ -112,7 +122,7 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
     if dataset == "folder" and data_root is None:
         raise ZooError(
             f"{head} was trained on your own images of the classes {shorten(model.classnames)}. Pass their folder, or "
-            "another one with test images of these classes: --data-root FOLDER."
+            "another one with test images of these classes."
         )
     opt.data_source(None, dataset, data_root)
     return dataset
@@ -130,11 +140,19 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
     accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
     confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
-    mistakes = [(x.path, x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in evaluation.mistakes[:MOST]]
-    left = plain_table((worst, "correct", "of", "95 % interval"), accuracies)
-    both = Table.grid(padding=(0, 4))
-    both.add_row(left, plain_table(("images of", "named", "times"), confused))
-    output.print(both, plain_table(("surest mistakes", "is", "named", "probability"), mistakes))
+    surest = evaluation.mistakes[:MOST]
+    mistakes = [(near(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in surest]
+    tables = [
+        plain_table((worst, "correct", "of", "95 % interval"), accuracies),
+        plain_table(("images of", "named", "times"), confused),
+    ]
+    output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
+    output.print(plain_table(("surest mistakes", "is", "named", "probability"), mistakes))
+
+
+def near(path: str) -> str:
+    """A path as seen from the working folder, if it is in it."""
+    return path.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:

@@ -12,9 +12,11 @@ from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.data import Item, check_images, is_own, load_image, load_labelled, training_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
+from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
+from dcp_zoo.training.methods.table import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -44,10 +46,10 @@ def fit_text_probe(
 ) -> None:
     """Give a head a text probe, a classifier on its image features, in seconds. Prompts are not trained.
 
-    It needs a few labelled images of the head's classes, by default those that the head was trained on; of your
-    own, those held out for the test measure the accuracy. It also calibrates the probabilities, sets the threshold
-    for `predict --reject`, and lets new classes be added by images, unless the head's method is limited to its
-    classes.
+    It needs a few labelled images of the head's classes, by default those that the head was trained on. Of your own,
+    some are held out to measure the accuracy, and then it is fitted again on all, unless --shots limits them. It also
+    calibrates the probabilities, sets the threshold for `predict --reject`, and lets new classes be added by images,
+    unless the head's method is limited to its classes.
 
     [dim]dcp-zoo fit-text-probe --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo fit-text-probe MY_PHOTOS --head converted --output better[/]
@@ -61,31 +63,40 @@ def fit_text_probe(
 
     use_threads(threads)
     dataset = dataset or trained_on(head, model, data_root)
-    split = training_split(load_labelled(dataset, data_root, labels), model.info.get("test_share"))
-    if sorted(split.classnames) != sorted(model.classnames):
-        raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
+    share = model.info.get("test_share")
+    if model.method == DEFAULT_METHOD:  # nothing of it but its text probe has seen images
+        share = share or None
+    split = training_split(load_labelled(dataset, data_root, labels), share)
+    check_same_classes(str(data_root or dataset), split.classnames, head, model.classnames)
     own, seed, names = is_own(dataset), model.info.get("seed", 1), model.classnames
     if own:
         check_images(split.items)
         if split.note:
             log(split.note)
+    refit = own and split.held_out and shots is None
     shots = shots or (None if own else model.info.get("shots"))
     run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
+    result: dict[str, Any] = {}
+    if own and split.test:
+        metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
+        result = measurement(metrics, evaluation)
+        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
+        if model.method != DEFAULT_METHOD and model.info.get("split_sha256") != split.sha256:
+            log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
+    if refit:
+        split = all_for_training(split)
+        run.add_probe(model, split, None, seed, workers=workers, progress=progress_bar)
+        model.info["test_share"] = 0.0
     if own:
         counts = Counter(item.label for item in split.train)
         model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
-    if measured := own and bool(split.test):
-        metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
-        model.info |= measurement(metrics, evaluation)
-        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
-        if model.info.get("split_sha256") != split.sha256:
-            log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
+    model.info |= result
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
     remove_state(output_dir)
-    log(f"Fitted on images of {model.num_classes} classes.")
+    log(f"Fitted on {len(split.train):,} images of {model.num_classes} classes.")
     where = f" --data-root {data_root}" if data_root else ""
-    hint = "" if measured else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
+    hint = "" if result else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
     output.print(f"Saved in {output_dir}.{hint}")
 
 
@@ -125,7 +136,7 @@ def convert(
     output.print(f"Saved in {output_dir}.{hint}")
 
 
-@commands.command()
+@commands.command(cls=opt.Command)
 def add(
     name: Class,
     images: Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")],
@@ -161,7 +172,7 @@ def add(
     _save(model, output_dir, done, LOST)
 
 
-@commands.command()
+@commands.command(cls=opt.Command)
 def rename(
     name: Class,
     new: Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")],
@@ -184,7 +195,7 @@ def rename(
     _save(model, output_dir, f"{name} is now {new}", kept)
 
 
-@commands.command()
+@commands.command(cls=opt.Command)
 def remove(name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False) -> None:
     """Remove a class. Accuracy and rejection threshold are lost; the command says how to get them back.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.paths import is_archive
@@ -20,6 +20,7 @@ from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import option as option  # for the commands
 from dcp_zoo.model.config import is_checkpoint
+from dcp_zoo.texts import split_list
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
@@ -77,7 +78,8 @@ Stats = Annotated[
     str | None, Option(help="Prompt statistics: stored (the default), batch (as in the paper) or per-image.")
 ]
 Classes = Annotated[
-    str | None, Option("--classes", help="Other class names, separated by commas, or a file, one name per line.")
+    str | None,
+    Option("--classes", help='Other class names: cat,dog,"dandelion, yellow"; or a file, one name per line.'),
 ]
 Report = Annotated[
     Path | None,
@@ -135,14 +137,14 @@ def head_name(head: str) -> str:
 
 
 def class_list(classes: str | None) -> list[str] | None:
-    """The names of a --classes, which are in a file or separated by commas; None, the head's, if it is not given."""
+    """The names of a --classes, in a file or a list, see `split_list`; None, the head's, if it is not given."""
     if classes is None:
         return None
     if os.path.isfile(classes):  # noqa: PTH113  Path would raise for long texts
         return read_classnames(classes)
     if classes.lower().endswith((".txt", ".json")):
         raise ZooError(f"There is no file {classes}. --classes takes one, or names separated by commas.")
-    return [name.strip() for name in classes.split(",")]
+    return split_list(classes)
 
 
 def data_source(
@@ -215,7 +217,22 @@ def recipe_help() -> str:
     return text
 
 
-class RecipeCommand(TyperCommand):
+class _Flags:
+    """Help shows flags without the <bool> of Typer, which reads as if they took a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class Group(_Flags, TyperGroup):
+    """A group of commands."""
+
+
+class Command(_Flags, TyperCommand):
     """A command that explains --set epochs=50 to who writes --epochs 50, if it has --set."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

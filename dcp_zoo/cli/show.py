@@ -16,6 +16,7 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, import_extra, nearest_hint
 from dcp_zoo.files import check_writable, write_file
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
+from dcp_zoo.texts import quoted
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
@@ -82,7 +83,9 @@ def info(
         if key == "class_images":  # of many classes, perhaps
             value = [f"{count} of {name}" for name, count in value.items()]
         nested = value.items() if isinstance(value, dict) else ()
-        text = f"{len(value)}: {shorten(list(map(as_text, value)))}" if isinstance(value, list) else str(value)
+        text = str(value)
+        if isinstance(value, list):
+            text = f"{len(value)}: {shorten([quoted(as_text(part)) for part in value])}"
         table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
     output.print(table)
 

@@ -14,6 +14,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation, write_page
 from dcp_zoo.data import Split, check_images, is_own
+from dcp_zoo.data.progress import no_progress
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
     from dcp_zoo.training.run import Run
 
+REFIT = "The accuracy is measured first; the head that is saved is then fitted on all images (not with --no-refit)."
 DATASET_SHOTS = 16  # training images per class of a dataset
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
@@ -58,7 +60,12 @@ class TrainOptions:
     test: float | None = opt.option(
         None, "Share of your own images held out for the test. Default: 0.3, or your folder `test`.", min=0, max=0.9
     )
-    refit: bool = opt.option(False, "After the accuracy is measured, train again on all images, and save that.")
+    refit: bool | None = opt.option(
+        None,
+        "Once the accuracy is measured, fit again on all images, test images included, and save that. Default: so for "
+        "your own images that come without a test part and without --shots.",
+        "--refit/--no-refit",
+    )
     report: opt.Report = None
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
@@ -116,7 +123,8 @@ class TrainOptions:
 def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it.
 
-    Of your own images, 30 % of each class are held out for the test.
+    Of your own images, 30 % of each class are held out to measure the accuracy; the head that is saved has then been
+    fitted again on all of them.
     The same command resumes a training of prompts that was stopped or killed.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
@@ -168,12 +176,18 @@ def train(options: TrainOptions) -> None:
             if dataset == "folder":
                 _warn_of_copies(evaluation, run.subset())
 
-        display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show} if is_main() else {}
-        if is_main() and run.split.note:
-            log(run.split.note)
+        display: dict[str, Any] = {"progress": no_progress}
+        if is_main():
+            display = {"progress": progress_bar, "log": log, "show": show}
+        refit = options.refit
+        if refit is None:
+            refit = is_own(dataset) and run.split.held_out and run.shots is None
+        notes = filter(None, (run.split.note, REFIT if refit and run.split.test else ""))
+        if is_main() and (text := " ".join(notes)):
+            log(text)
         settings = RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
         with kept_features(features_folder()):
-            head, _ = (train_and_refit if options.refit else train_head)(run, output_dir, settings)
+            head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
         if is_main():
             if note := rejection_note(head.info):
                 output.print(f"With predict --reject, {note}", soft_wrap=True)

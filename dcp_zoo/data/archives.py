@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from contextlib import ExitStack
 from email.message import Message
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from dcp_zoo.data.paths import is_visible
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
+from dcp_zoo.files import UNPACKED
 
 PIECE = 2**20  # bytes
 SILENCE = 30.0  # seconds without a byte, after which a connection is broken
@@ -31,7 +33,7 @@ DAMAGED = (  # what the standard library raises for archives it cannot read, enc
     *(EOFError, KeyError, ValueError, RuntimeError),
 )
 
-_temporary: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+_temporary: list[ExitStack] = []  # folders that are removed when the process ends
 
 
 def fetch_archive(archive: Archive, folder: Path) -> Path:
@@ -110,7 +112,7 @@ def _continue(archive: Archive, part: Path) -> str:
         else:
             done, total = 0, None if length is None else int(length)
         _check_space(part, total, done)
-        shown = bar(None, archive.filename, total, initial=done, unit="B", unit_scale=True, disable=None)
+        shown = bar(None, archive.filename, total, initial=done, unit="B", unit_scale=True)
         with part.open("ab" if done else "wb") as file, shown:
             if not done:
                 _note(part).write_text(now)
@@ -197,17 +199,29 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
 @cache
 def unpacked(file: str) -> Path:
     """What is in the user's own archive, or in its only folder, in a temporary folder; ZooError as of `unpack`."""
-    temporary = tempfile.TemporaryDirectory(prefix="dcp_zoo-")
-    _temporary.append(temporary)
-    folder = Path(temporary.name)
-    with as_zoo_error(f"{file} cannot be unpacked ({{}}): is it a whole zip or tar file?", *DAMAGED, OSError):
+    damaged = as_zoo_error(f"{file} cannot be unpacked ({{}}): is it a whole zip or tar file?", *DAMAGED, OSError)
+    with damaged, ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp_zoo-")))
         _extract(Path(file), Archive(file, places={"": ""}), folder)
+        _temporary.append(stack.pop_all())
     inside = [path for path in folder.iterdir() if is_visible(path.name)]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _extract(file: Path, archive: Archive, target: Path) -> None:
-    """The places in a zip or tar archive, or in the tar archive `inner` inside a zip."""
+    """The places in a zip or tar archive, or in the tar archive `inner` inside a zip. ZooError before its files fill
+    the disk: a small archive can hold any number of zeros."""
+    most, times = UNPACKED
+    room = left = min(shutil.disk_usage(target).free, max(most, times * file.stat().st_size))
+
+    def take(size: int) -> None:
+        nonlocal left
+        left -= size
+        if left < 0:
+            raise ZooError(
+                f"{file} holds more than {room / 1e9:.1f} GB, which is more than {times} times its own size, or than "
+                f"{target} has free. Nothing was kept; if you trust it, unpack it yourself and pass the folder."
+            )
 
     def is_needed(name: str) -> bool:
         """Whether it is in one of the places, and not one of the files that macOS adds."""
@@ -218,6 +232,7 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
         if not is_needed(member.name):
             return None
         _check_path(member.name, file)
+        take(member.size)
         if not (member.isfile() or member.isdir()):
             raise ZooError(f"{file}: {member.name} is a link or a device, which no dataset needs. Nothing was kept.")
         return tarfile.data_filter(member, path)
@@ -236,6 +251,7 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
         names = list(filter(is_needed, opened.namelist()))
         for name in names:
             _check_path(name, file)
+            take(opened.getinfo(name).file_size)
         opened.extractall(target, names)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
@@ -14,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.data.images import in_threads, load_image
 from dcp_zoo.data.splits import Item
 
+CPU = torch.device("cpu")
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 
 
@@ -75,20 +77,29 @@ class ImageDataset(Dataset):
         return pil_to_tensor(image) if self._tensors else image
 
     def _transformed(self, image: Any, index: int) -> tuple[Any, int]:
-        with nullcontext() if self._seeds is None else _seeded(self._seeds[index]):
+        with nullcontext() if self._seeds is None else seeded(self._seeds[index]):
             x = self.transform(image)
         return x.flip(-1) if self._mirrored and self._mirrored[index] else x, self.items[index].label
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A context in which random transforms draw from a separate stream: torchvision's from torch's random state,
-    timm's from Python's too."""
-    before = random.getstate(), torch.get_rng_state()
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """A context in which everything that draws from a global random state does so from this seed: initial weights,
+    dropout and random transforms, in Python, NumPy, and torch on the CPU and this device. The caller's states come back
+    at the end: nothing else in the package seeds them."""
+    accelerator: Any = None if device.type == "cpu" else getattr(torch, device.type)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before_there = accelerator and accelerator.get_rng_state()
     random.seed(seed)
+    np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
+    if accelerator:
+        accelerator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
-        torch.set_rng_state(before[1])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if accelerator:
+            accelerator.set_rng_state(before_there)

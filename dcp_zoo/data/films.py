@@ -11,9 +11,11 @@ from PIL import Image
 
 from dcp_zoo.data.paths import VIDEO_SUFFIXES
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
-from dcp_zoo.files import check_regular
+from dcp_zoo.files import MAX_FRAME_PIXELS, check_regular
 
 FORWARD = 5.0  # seconds up to which the frames in between are decoded: from farther, a key frame is mostly nearer
+LOCAL = {"protocol_whitelist": "file"}  # playlists may name other places
+LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}
 _last = local()  # the film that this thread has open, for its next frame
 
 
@@ -24,7 +26,8 @@ def is_film(path: str) -> bool:
 
 def is_frame(path: str) -> bool:
     """Whether a path or a name is that of a frame, or a path that of a film as a whole."""
-    return is_film(path.rpartition("#t=")[0])
+    film, _, seconds = path.rpartition("#t=")
+    return is_film(film) and set(seconds) <= set("0123456789.e+")  # not a photograph such as a.mp4#t=1.png
 
 
 def frames_of(film: str, fps: float) -> Iterator[str]:
@@ -33,6 +36,8 @@ def frames_of(film: str, fps: float) -> Iterator[str]:
         end = _opened(film).end
     except ZooError:
         return
+    finally:
+        _close()
     yield from (f"{film}#t={number / fps:.6g}" for number in range(math.floor(end * fps) + 1))
 
 
@@ -42,18 +47,24 @@ def read_frame(path: str) -> Image.Image:
     film, _, seconds = path.rpartition("#t=")
     opened = _opened(film)
     with _reading(path):
-        return opened.at(float(seconds) if seconds else opened.end / 2)
+        frame = opened.at(float(seconds) if seconds else opened.end / 2)
+    if not seconds:  # the film as a whole follows its frames
+        _close()
+    return frame
 
 
 def _opened(film: str) -> "_Film":
     if getattr(_last, "name", None) != film:
         av = import_extra("av", "films")
-        _last.name = _last.film = None
+        _close()
         with _reading(film):
             check_regular(film)
-            container = av.open(film, options={"protocol_whitelist": "file"})  # playlists may name other places
-            _last.name, _last.film = film, _Film(container)
+            _last.name, _last.film = film, _Film(av.open(film, options=LOCAL | LIMIT))
     return _last.film
+
+
+def _close() -> None:
+    _last.name = _last.film = None
 
 
 def _reading(path: str) -> AbstractContextManager[None]:
@@ -66,9 +77,13 @@ class _Film:
     first one."""
 
     def __init__(self, container: Any) -> None:
+        self.container = container
         if not container.streams.video:
             raise ValueError("it has no pictures")
-        self.container, self.stream = container, container.streams.video[0]
+        self.stream = container.streams.video[0]
+        if not 0 < self.stream.width * self.stream.height <= MAX_FRAME_PIXELS:  # 0 for those beyond the limit
+            raise ValueError(f"its frames have no size, or more than the limit of {MAX_FRAME_PIXELS:,} pixels")
+        self.stream.codec_context.options = LIMIT  # the size may change from frame to frame
         self.start = float((self.stream.start_time or 0) * self.stream.time_base)
         self.now = math.inf
         if self.stream.duration:
@@ -85,6 +100,9 @@ class _Film:
         self.end = self.now
         if self.end < 0.9 * length - 1:
             raise ValueError(f"it ends after {self.end:.0f} of {length:.0f} seconds")
+
+    def __del__(self) -> None:
+        self.container.close()  # which refers to itself, so that it would stay open for long
 
     def at(self, seconds: float) -> Image.Image:
         """The first frame from this time on, or the last one."""

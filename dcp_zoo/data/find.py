@@ -10,10 +10,20 @@ from typing import NamedTuple
 
 from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.films import frames_of, is_film
-from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_archive, is_image, is_url, list_files, visible_files
+from dcp_zoo.data.paths import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    counted,
+    is_archive,
+    is_image,
+    is_url,
+    kind_of,
+    list_files,
+    visible_files,
+    warn_of_skipped,
+)
 from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
-from dcp_zoo.data.splits import shorten
 from dcp_zoo.data.tables import hub_images, is_parquet, parquet_images
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
@@ -103,15 +113,16 @@ def _in_folder(folder: str, films: bool) -> Iterator[str]:
             count += 1
             yield path
         else:
-            others[Path(path).suffix.lower() or Path(path).name] += 1
-    if not count:
+            others[kind_of(path)] += 1
+    if count:
+        warn_of_skipped(folder, others)
+    else:
         raise ZooError(f"No image in {folder} ({', '.join(IMAGE_SUFFIXES)}){_instead(others)}")
 
 
 def _instead(others: Counter[str]) -> str:
     """The end of the message for a folder without images: what is in it instead, and what to do."""
-    kinds = shorten([f"{count} {kind}" for kind, count in others.most_common()])
-    advice = ""
+    kinds, advice = counted(others), ""
     if any(kind in VIDEO_SUFFIXES for kind in others):
         advice = " " + FRAMES.format(video="VIDEO")
     elif ".tar" in others:
@@ -123,7 +134,7 @@ def _instead(others: Counter[str]) -> str:
 
 def _in_list(file: Path) -> Iterator[str]:
     with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
-        lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+        lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")
     paths = [line.strip() for line in lines if line.strip()]
     if not paths:
         raise ZooError(f"The list {file} is empty: write one image path per line.")

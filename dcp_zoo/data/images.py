@@ -1,6 +1,5 @@
 """Load the image at an item's path."""
 
-import os
 import struct
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +17,10 @@ from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_regular
+from dcp_zoo.files import MAX_PIXELS, check_regular
+from dcp_zoo.threads import available_cores
 
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
-MAX_PIXELS = 180_000_000  # more than the largest cameras; a GIF of this size took 3 s and the process 0.9 GB
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 ImageLike = str | Image.Image  # a path, or an image of PIL
@@ -81,7 +80,7 @@ def count_pixels(data: bytes, name: str, max_pixels: int) -> int:
 
 def in_threads(read: Callable[[Any], T], images: Iterable[Any]) -> list[T]:
     """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(read, images))
 
 

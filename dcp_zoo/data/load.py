@@ -13,12 +13,13 @@ from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
-from dcp_zoo.data.progress import bar
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split
 from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import available_cores
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -159,17 +160,23 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
 
 
-def check_images(items: list[Item]) -> None:
-    """Raise one ZooError for all images that are not images or are truncated, named up to ten."""
-    if damaged := _damaged("images", items, check_complete):
-        paths = sorted(damaged)
+def check_images(items: list[Item], progress: Progress = bar) -> None:
+    """Raise one ZooError for all images that are not images or are truncated: up to ten reasons, each with up to ten
+    images."""
+    if damaged := _damaged("images", items, check_complete, progress):
+        reasons: dict[str, list[str]] = {}
+        for path, reason in sorted(damaged.items()):
+            reasons.setdefault(reason, []).append(path)
+        named = shorten([f"{shorten(paths)} ({reason})" for reason, paths in reasons.items()])
         raise ZooError(
-            f"{len(paths)} of {len(items)} images cannot be read: {shorten(paths)} (the first: {damaged[paths[0]]}). "
-            "Replace them, or leave them out by moving them out of their class folders."
+            f"{len(damaged)} of {len(items)} images cannot be read: {named}. Replace them, or leave them out by moving "
+            "them out of their class folders."
         )
 
 
-def _damaged(name: str, items: list[Item], check_image: Callable[[str], object]) -> dict[str, str]:
+def _damaged(
+    name: str, items: list[Item], check_image: Callable[[str], object], progress: Progress = bar
+) -> dict[str, str]:
     """Why images cannot be read, by path: those for which `check_image` raises a ZooError."""
 
     def problem(item: Item) -> str:
@@ -179,6 +186,6 @@ def _damaged(name: str, items: list[Item], check_image: Callable[[str], object])
             return str(error.__cause__ or error) or "damaged"
         return ""
 
-    with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
-        problems = bar(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items), disable=None)
+    with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
+        problems = progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
         return {item.path: found for item, found in zip(items, problems, strict=True) if found}

@@ -3,6 +3,8 @@ https://, through fsspec and its plugins."""
 
 import os
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -11,7 +13,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten
 from dcp_zoo.files import check_regular
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
@@ -48,8 +50,8 @@ def is_archive(path: str | os.PathLike) -> bool:
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder is the user's own: not hidden, nor what macOS adds to zip files."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Whether a file or folder is the user's own: not hidden, nor added by macOS to archives or Windows to folders."""
+    return not name.startswith(".") and name.lower() not in ("__macosx", "thumbs.db", "desktop.ini")
 
 
 def visible_files(folder: str | Path) -> Iterator[str]:
@@ -61,6 +63,22 @@ def visible_files(folder: str | Path) -> Iterator[str]:
     for place, folders, files in os.walk(str(folder), onerror=cannot_list):
         folders[:] = sorted(filter(is_visible, folders))
         yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118
+
+
+def kind_of(file: str) -> str:
+    """What a file that is no image is called in messages: its suffix, or its name if it has none."""
+    return Path(file).suffix.lower() or Path(file).name
+
+
+def counted(kinds: Counter[str]) -> str:
+    """Such as "3 .mov, 1 .txt"."""
+    return shorten([f"{count:,} {kind}" for kind, count in kinds.most_common()])
+
+
+def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
+    """Warn of files that are not read, if there are any."""
+    if kinds:
+        warnings.warn(f"Not used of {folder}: {counted(kinds)}.", stacklevel=3)
 
 
 def is_url(path: str) -> bool:

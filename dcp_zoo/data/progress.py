@@ -1,24 +1,26 @@
-"""Progress bars of plain text on stderr, which notebooks show without extensions; they vanish at the end."""
+"""Progress bars where somebody watches: in a terminal or a notebook. They vanish at the end."""
 
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 # (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
 Progress = Callable[..., Iterable[Any]]
+DELAY = 1.0  # seconds before a bar is shown
 
 
 def no_progress(iterable: Iterable[Any], description: str, total: int, **counts: object) -> Iterable[Any]:
     return iterable
 
 
-def is_watched() -> bool:
-    """Whether somebody sees stderr: in a terminal or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
-
-
 def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
-    """The items with a bar of their number, with disable=None only in a terminal; `total`: if they have no length."""
-    from tqdm import tqdm  # which the server's container lacks
-
-    return tqdm(items, what, total, leave=False, **options)
+    """The items with a bar of their number, in a terminal or a notebook; `total`: if they have no length. `options` are
+    tqdm's, such as `disable`."""
+    in_notebook = "ipykernel" in sys.modules
+    if in_notebook and find_spec("ipywidgets"):
+        from tqdm.auto import tqdm
+    else:  # auto would warn in a notebook without widgets
+        from tqdm import tqdm  # here, as the server's container lacks it
+    settings = {"disable": not (in_notebook or sys.stderr.isatty()), "leave": False, "delay": DELAY}
+    return tqdm(items, what, total, **settings | options)

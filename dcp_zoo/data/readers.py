@@ -1,30 +1,45 @@
 """One reader for each layout of a dataset on disk, and those of class names and descriptions in a file. Bad input
 raises ZooError."""
 
-import csv
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from io import BytesIO
+from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 from PIL import Image
 
 from dcp_zoo.data import packaged
+from dcp_zoo.data.films import is_film, is_frame
 from dcp_zoo.data.packaged import SplitRows
-from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
+from dcp_zoo.data.paths import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    is_image,
+    is_visible,
+    kind_of,
+    visible_files,
+    warn_of_skipped,
+)
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
+from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
+from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
 
-LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
+LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes, and of the package's own tables
     ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
     ("class", "label", "classname", "class_name", "category", "species"),
+    ("change",),
+    ("error",),
+    ("rejected",),
 )
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
@@ -67,7 +82,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
     with as_zoo_error(f"{spec.name}: cannot read {file} ({{}}). {spec.where}"):
-        return file.read_text("utf-8")
+        return read_plain(file).decode()
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> Split:
@@ -153,6 +168,7 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
 
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/**/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`."""
+    others: Counter[str] = Counter()
     if (folder / "train").is_dir() and _folders(folder / "train"):
         stray = set(_class_folders(folder)).difference(PARTS)
         if stray:
@@ -161,52 +177,100 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
             )
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        train, val, test = (_given_part(folder, part, classes) if part in given else [] for part in PARTS)
+        train, val, test = (_given_part(folder, part, classes, others) if part in given else [] for part in PARTS)
     else:
-        classes = _class_folders(folder)
-        train, val, test = _listing(folder, classes), [], []
-    return Split(spec.name, classes, train, val, test, place=str(folder))
+        classes, given = _class_folders(folder), []
+        train, val, test = _listing(folder, classes, others=others), [], []
+    others.update(f"{kind_of(entry.name)} in no class folder" for entry in os.scandir(folder) if is_image(entry.name))
+    warn_of_skipped(folder, others)
+    answers = [
+        base / name for base in map(folder.joinpath, given or [""]) for name in _folders(base) if is_reserved(name)
+    ]
+    count = sum(file.lower().endswith(IMAGE_SUFFIXES) for path in answers for file in visible_files(path))
+    names = ", ".join(sorted({path.name for path in answers}))
+    note = f"Left out: {count} images in {names}, as these answers are no classes." if answers else ""
+    return _by_class(Split(spec.name, classes, train, val, test, note=note, place=str(folder)))
+
+
+def _by_class(split: Split) -> Split:
+    """A split with the names of folders, which `class_name` makes those of classes: two folders may be one class."""
+    names = [class_name(folder) for folder in split.classnames]
+    classes = sorted(set(names))
+    numbers = [classes.index(name) for name in names]
+    parts: dict[str, Any] = {
+        part: sorted((item._replace(label=numbers[item.label]) for item in getattr(split, part)), key=itemgetter(2))
+        for part in PARTS
+    }
+    return replace(split, classnames=classes, **parts)
 
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
-    """The images in a .csv or .xlsx file with their classes: columns `file`, relative to `folder`, and `class`; or
-    these in this order without a header."""
-    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", *UNREADABLE, BadZipFile, csv.Error):
-        rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else _read_csv(file)
+    """The images in a .csv or .xlsx file with their classes: columns `file` and `class`, or these in this order without
+    a header. Paths start at `folder` or, as in the tables of `dcp-zoo predict`, at the current folder. A `change` of
+    inspection.csv replaces the class. What has no class is left out, with a note: images that could not be read,
+    answers such as "none of these", and films."""
+    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
+        rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
+        rows = [[cell.strip() for cell in row] for row in rows]
         header = [cell.lower() for cell in rows[0]]
-    columns = [next((i for i, cell in enumerate(header) if cell in names), None) for names in LABEL_COLUMNS]
+    columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
+    if "suggestion" not in header:  # it is no inspection.csv
+        columns[2] = -1
     first = 2
-    if None in columns:
+    if -1 in columns[:2]:
         if len(header) != 2 or not is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
-        columns, rows, first = [0, 1], [[], *rows], 1
-    found: dict[str, str] = {}
+        columns, rows, first = [0, 1, -1, -1, -1], [[], *rows], 1
+    found: dict[str, tuple[str, str]] = {}  # paths and classes
+    left_out, missing = Counter[str](), []
     for number, row in enumerate(rows[1:], first):
-        image, name = (row[i] if i is not None and i < len(row) else "" for i in columns)
-        if not image or not name or found.setdefault(image, name) != name:
+        image, name, change, error, rejected = ("" if i < 0 else row[i] for i in columns)
+        name = NONE if rejected.lower() == "true" else change or name
+        if error or is_reserved(name) or is_frame(image) or is_film(image):
+            left_out["that cannot be read" if error else f"{name!r}" if is_reserved(name) else "of films"] += 1
+        elif not image or not name or len(row) > len(header) or rejected.lower() not in ("", "false"):
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-    missing = [image for image in found if not (folder / image).is_file()]
-    if missing:
+        elif not (path := _listed(image, folder)):
+            missing.append(image)
+        elif found.setdefault(os.path.relpath(path, folder), (path, name))[1] != name:
+            raise ZooError(f"{file}, row {number}: {row} has another class than the same file above.")
+    if missing or not found:
         raise ZooError(
-            f"{file} lists {len(found)} images, of which {len(missing)} are not in {folder}: {shorten(missing)}. Pass "
-            "the folder that their paths start from."
+            f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in "
+            f"{folder}: {shorten(missing)}. Pass the folder that their paths start from."
         )
-    classes = sorted(set(found.values()))
-    items = [Item(str(folder / image), image, classes.index(name)) for image, name in sorted(found.items())]
+    classes = sorted({name for _, name in found.values()})
+    items = [Item(path, key.replace(os.sep, "/"), classes.index(name)) for key, (path, name) in sorted(found.items())]
     items.sort(key=lambda item: item.label)
-    return Split(spec.name, classes, items, place=str(file))
+    note = ", ".join(f"{count} {what}" for what, count in left_out.items())
+    return Split(spec.name, classes, items, note=f"Left out of {file}: {note}." * bool(note), place=str(file))
 
 
-def _read_csv(file: Path) -> list[list[str]]:
-    text = file.read_text("utf-8-sig")
-    dialect = csv.Sniffer().sniff(text.partition("\n")[0], ",;\t")
-    return [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), dialect) if any(row)]
+def _listed(image: str, folder: Path) -> str:
+    """The path of an image that a labels file lists, or "" if it is neither in the folder nor in the current one."""
+    places = [Path(os.path.abspath(place)) for place in (folder, "")]  # noqa: PTH100  without .., so that each file ...
+    paths = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
+    inside = (path for path in paths if any(map(Path(path).is_relative_to, places)))
+    return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
 
 
 def _read_sheet(file: Path) -> list[list[str]]:
-    """The active sheet of a spreadsheet."""
-    sheet = import_extra("openpyxl", "data").load_workbook(file, read_only=True, data_only=True).active
-    return [["" if cell is None else str(cell).strip() for cell in row] for row in sheet.values if any(row)]
+    """The active sheet of a spreadsheet, whose empty cells and rows count too."""
+    content = BytesIO(read_plain(file))
+    with ZipFile(content) as parts:
+        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
+            raise ValueError(f"unpacked, it has more than {MAX_BYTES:,} bytes: save it as CSV")
+    sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
+    if not hasattr(sheet, "values"):
+        raise ValueError("its active sheet is no table")
+    rows, cells = [], 0
+    for row in sheet.values:
+        cells += 1 + len(row)
+        if cells > MAX_CELLS:
+            raise ValueError(f"it has more than {MAX_CELLS:,} cells: save it as CSV")
+        if any(row):
+            rows.append(["" if cell is None else active(str(cell)) for cell in row])
+    return rows
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
@@ -229,12 +293,12 @@ def read_style(spec: DatasetSpec, folder: Path) -> Split:
     return images if spec.shifts else replace(images, train=[], val=[], test=images.items)
 
 
-def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
+def _given_part(folder: Path, part: str, classes: list[str], others: Counter[str]) -> list[Item]:
     difference = set(classes).symmetric_difference(_class_folders(folder / part))
     if difference:
         names = ", ".join(sorted(difference))
         raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
-    return _listing(folder, classes, part)
+    return _listing(folder, classes, part, others)
 
 
 def read_digits(spec: DatasetSpec, _: Path) -> Split:
@@ -248,8 +312,9 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     return Split(spec.name, classes, items, place=spec.name)
 
 
-def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
-    """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`."""
+def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str] | None = None) -> list[Item]:
+    """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`; other
+    files are counted in `others`."""
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
@@ -260,6 +325,8 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
             advice = "Take pictures from its videos, add some, or" if videos else "Add one or"
             known = ", ".join(IMAGE_SUFFIXES)
             raise ZooError(f"The class folder {base / key} has no image ({known}). {advice} remove it.")
+        if others is not None:
+            others.update(kind_of(file) for file in found if not file.lower().endswith(IMAGE_SUFFIXES))
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
 
@@ -268,7 +335,7 @@ def _class_folders(folder: Path) -> list[str]:
     """Sorted names of the visible folders in `folder`."""
     if not folder.is_dir():
         raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
-    names = _folders(folder)
+    names = [name for name in _folders(folder) if not is_reserved(name)]
     if not names:
         raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class.")
     return names
@@ -284,8 +351,8 @@ CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
 def read_classnames(path: str | Path) -> list[str]:
     """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line."""
     with as_zoo_error(f"Cannot read class names from {path} ({{}}). Use a text file, one name per line."):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        text = read_text(Path(path))
+        names = json.loads(text) if text.lstrip().startswith("[") else re.split("\r?\n|\r", text)
     names = [name for line in names if (name := line.strip() if isinstance(line, str) else line) != ""]
     if not any(names) or not all(isinstance(name, str) for name in names):
         raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")
@@ -297,7 +364,7 @@ def read_classnames(path: str | Path) -> list[str]:
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
     with as_zoo_error(f"Cannot read descriptions from {path} ({{}}). Use {CUPL}."):
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(read_plain(path).decode("utf-8-sig"))
     if not found or mismatch(found, dict[str, list[str]]):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
     if bad := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:

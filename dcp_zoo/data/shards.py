@@ -30,10 +30,10 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
     base = place if fixed == place and not place.endswith(".tar") else fixed.rpartition("/")[0]
     names = {shard: shard.removeprefix(f"{base}/") for shard in shards}
     parts = _parts_of(names)
-    samples = {shard: list(_samples(shard, names[shard])) for shard in bar(shards, "Reading shards", disable=None)}
+    samples = {shard: list(_samples(shard, names[shard])) for shard in bar(shards, "Reading shards")}
     classes = _classes(base, {label for found in samples.values() for _, _, label in found})
     numbers = {name: number for number, name in enumerate(classes)}
-    items: dict[str, list[Item]] = {}
+    items: dict[str, Any] = {}
     for shard, found in samples.items():
         for path, key, label in found:
             number = numbers.get(label, int(label) if label.isdecimal() else -1)
@@ -51,7 +51,7 @@ def shard_files(name: str) -> list[str]:
 
 def shard_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every image in the shards `wds://PATH`, which need no labels."""
-    for shard in bar(shard_files(name), "Reading shards", disable=None):
+    for shard in bar(shard_files(name), "Reading shards"):
         with _opened_shard(shard) as tar:
             for member in tar:
                 if member.isreg() and is_image(member.name.rpartition("/")[2]):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dcp_zoo.data.specs import is_own
 from dcp_zoo.errors import ZooError, shorten
 
+BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
 PARTS = ("train", "val", "test")
 PART_NAMES = dict.fromkeys(("train", "training"), "train")  # common names of the parts
 PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
@@ -39,6 +40,7 @@ class Split:
     test: list[Item] = field(default_factory=list)
     note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
     place: str = ""  # where the images were found, for messages
+    held_out: bool = False  # whether the test images are a share of each class, chosen here
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
@@ -61,13 +63,13 @@ class Split:
         digest = hashlib.sha256()
         for part in PARTS:
             for item in getattr(self, part):
-                digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode())
+                digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode(*BYTES))
         return digest.hexdigest()
 
 
 def subset_sha256(items: Iterable[Item]) -> str:
     """Hash of a list of images: sha256 of their keys joined by newlines."""
-    return hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()
+    return hashlib.sha256("\n".join(item.key for item in items).encode(*BYTES)).hexdigest()
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
@@ -110,11 +112,14 @@ def _check_class_sizes(split: Split, shots: int) -> None:
 
 
 def subsample_classes(split: Split, part: str) -> Split:
-    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all"."""
+    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all".
+    ZooError for fewer than four classes, whose halves would have nothing to tell apart."""
     base = math.ceil(len(split.classnames) / 2)
     ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
     if part not in ranges:
         raise ZooError(f"No classes {part!r}: choose base, new or all.")
+    if part != "all" and len(split.classnames) < 4:  # with one class, every answer would be right
+        raise ZooError(f"{split.name} has {len(split.classnames)} classes: two halves need at least 2 each.")
     first, last = ranges[part]
 
     def keep(items: list[Item]) -> list[Item]:
@@ -133,13 +138,14 @@ def split_images(images: Split, test: float | None = None) -> Split:
     training images, by default 50/20/30. A validation part serves as test part if there is none; nothing is left for
     selection then. With `test=0`, all images are for training, also those of a given test part."""
     train, val, tests, done = images.train, images.val, images.test, ""
+    held_out = not images.has_parts and test != 0
     if not tests and val:
         val, tests, done = [], val, "testing on the validation part"
     elif not tests:
         train, val, tests = divide(train, test)
         shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
         done = f"split {shares} within each class, deterministically"
-    split = replace(images, train=train, val=val, test=tests)
+    split = replace(images, train=train, val=val, test=tests, held_out=held_out)
     if test == 0:
         split, done = all_for_training(split), "all images are for training, none for a test"
     tested = {item.label for item in split.test}
@@ -174,6 +180,18 @@ def check_test_share(images: Split, test: float | None) -> None:
         )
     if not training_split(images, test).test:
         raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
+
+
+def check_same_classes(place: str, found: Iterable[str], head: str, expected: Iterable[str]) -> None:
+    """ZooError unless the images at a place have the classes of a head."""
+    missing, new = sorted(set(expected).difference(found)), sorted(set(found).difference(expected))
+    if missing or new:
+        lacks, has = (
+            f" {verb} {shorten(names)}." if names else "" for verb, names in (("It lacks", missing), ("New:", new))
+        )
+        raise ZooError(
+            f"{place} has other classes than {head}.{lacks}{has} Pass labelled images of the head's classes."
+        )
 
 
 def warn_of_tiny_classes(split: Split) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -19,6 +20,7 @@ _NAME = re.compile(
 )
 _ENCODED = re.compile(r"(large_)?binary$|struct<.*\bbytes: (large_)?binary")  # Arrow types of image columns
 PARQUET_SCHEME = "parquet://"
+_reading = Lock()  # threads that decode images wait for a row group instead of reading it once more each
 TEXT_LABELS = ("label", "labels")  # text columns with these names are used as classes by default
 
 
@@ -88,7 +90,7 @@ def _split_images(name: str, split: str) -> Any:
     return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
 
 
-def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> tuple[dict[str, list[Item]], list[str]]:
+def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> tuple[dict[str, Any], list[str]]:
     """Items of train, val and test from each split's labels or class names; and the splits that are left out."""
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, list[Item]] = {}
@@ -211,7 +213,9 @@ def read_cell(path: str) -> bytes:
     file, _, place = path.removeprefix(PARQUET_SCHEME).rpartition("#")
     file, _, column = file.rpartition("?")
     group, _, row = place.partition("+")
-    cell = _row_group(file, column, int(group))[int(row)].as_py()
+    with _reading:
+        images = _row_group(file, column, int(group))
+    cell = images[int(row)].as_py()
     return _image_file(cell if isinstance(cell, dict) else {"bytes": cell})
 
 
@@ -222,9 +226,9 @@ def _open_parquet(file: str) -> Any:
     return import_extra("pyarrow.parquet", "data").ParquetFile(place, filesystem=system)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _row_group(file: str, column: str, group: int) -> Any:
-    """The images of one row group: rows are read in order, so that one group at a time is enough."""
+    """The images of one row group: rows are read in order, and a batch of them may lie in two groups."""
     with _open_parquet(file) as table:
         return table.read_row_group(group, columns=[column]).column(0)
 

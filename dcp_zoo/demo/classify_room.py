@@ -51,7 +51,7 @@ class ClassifyRoom:
         return {
             self.head: gr.update(choices=[*self.heads, *([OWN_HEAD] if session.trained else [])], value=session.head),
             self.about: head_note(session.head, len(default)),
-            self.names: ", ".join(session.names or default),
+            self.names: "\n".join(session.names or default),
             self.reject: gr.update(visible=can_reject, value=session.reject, info=passing),
             self.attended: gr.update(choices=photos, value=0 if photos else None),
             self.token: gr.update(choices=tokens, value=CLASS_TOKEN),
@@ -107,7 +107,7 @@ class ClassifyRoom:
     def _menus(self) -> None:
         self.head = gr.Dropdown([], label="Model", interactive=True)
         self.about = gr.Markdown(elem_classes="dcp-note")
-        self.names = gr.Textbox(label="Class names, separated by commas", lines=4, max_lines=8, max_length=20_000)
+        self.names = gr.Textbox(label="Class names, one per line", lines=4, max_lines=8, max_length=20_000)
         with gr.Row():
             apply = small_button("Use these names", min_width=120, variant="primary")
             reset = small_button("The model's own", min_width=120)

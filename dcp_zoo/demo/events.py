@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.demo import pages
 from dcp_zoo.demo.session import Sessions
 from dcp_zoo.errors import ZooError
@@ -47,6 +48,7 @@ def on(event: Callable, handler: Callable | None, inputs: Part = None, outputs: 
     return event(handler, inputs, outputs, **({"api_visibility": "private", "show_progress": "minimal"} | how))
 
 
-drop_zone = partial(gr.File, file_count="multiple", file_types=["image"])  # takes a folder with the help of `page.js`
+PICTURES = ["image", *IMAGE_SUFFIXES]  # not every system knows that .heic is an image
+drop_zone = partial(gr.File, file_count="multiple", file_types=PICTURES)  # takes a folder with the help of `page.js`
 small_button = partial(gr.Button, size="sm", min_width=100)
 folder_button = partial(gr.UploadButton, "Folder ...", file_count="directory", size="sm", min_width=100)

@@ -16,7 +16,7 @@
     const images = async (entry) => {
         if (entry.isFile) {
             const file = await new Promise((done, fail) => entry.file(done, fail));
-            return file.type.startsWith("image/") ? [file] : [];
+            return file.type.startsWith("image/") || /\.(heic|heif|avif)$/i.test(file.name) ? [file] : [];
         }
         const reader = entry.createReader(), found = [];
         for (;;) {  // a reader returns at most 100 entries at a time

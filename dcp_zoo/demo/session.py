@@ -1,6 +1,5 @@
 """The state of one visitor's page, in memory and discarded when the page is closed."""
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -93,10 +92,12 @@ class Session:
         self.head, self.names = head or self.head, None
 
     def set_names(self, text: str | None) -> None:
-        """Set the class names, separated by commas or line breaks; an empty text restores the head's."""
+        """Set the class names, one per line; an empty text restores the head's."""
         with acquire(self.source) as model:
             default = list(model.classnames)
-        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or default
+        names = [name.strip() for name in (text or "").split("\n") if name.strip()] or default
+        if len(names) == 1 and "," in names[0]:
+            raise ZooError("These names are in one line: write one name per line.")
         if names == (self.names or default):
             raise ZooError("The class names are the same as before: change some, then apply.")
         with acquire(self.source, names):  # raises for invalid names

@@ -109,7 +109,7 @@ def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
 
 
 class Outputs(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E), and distances (B,) if the head rejects."""
+    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); distances (B,) if the head rejects."""
 
     def __init__(self, fused: FusedDCP) -> None:
         super().__init__()

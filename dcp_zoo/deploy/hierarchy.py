@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dcp_zoo.answers import top_classes
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.files import read_yaml
+from dcp_zoo.texts import NOT_SURE, is_reserved
 
-NOT_SURE = "not sure"
 FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}, "tool": ["saw"]}, in JSON or YAML'
 
 
@@ -26,10 +26,12 @@ class Hierarchy:
 
     def __call__(self, probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
         """Probabilities (n, C) of the classes -> rows of at most C entries; the first is `NOT_SURE` if no node is sure.
-        ZooError for a class in the tree that is none of these."""
-        for name in self.paths:
+        ZooError for a class in the tree that is none of these, or a parent that is one."""
+        for name, *parents in self.paths.values():
             if name not in classnames:
                 raise ZooError(f"The hierarchy has {name!r}, which is not a class.{nearest_hint(name, classnames)}")
+            if both := set(parents).intersection(classnames):
+                raise ZooError(f"The hierarchy has the class {both.pop()!r} above {name!r}: give one another name.")
         paths = [self.paths.get(name, [name]) for name in classnames]
         nodes = {node: len(path) - i for path in paths for i, node in enumerate(path)}
         below = np.array([[node in path for path in paths] for node in nodes])
@@ -45,12 +47,15 @@ class Hierarchy:
 
 
 def read_hierarchy(file: Path) -> dict[str, list[str]]:
-    """The `paths` in a file; ZooError for anything else than `FORM`, or a class that is there twice."""
-    with as_zoo_error(f"Cannot read the hierarchy {file} ({{}}): write {FORM}.", *UNREADABLE, yaml.YAMLError):
-        leaves = list(_leaves(yaml.safe_load(file.read_text("utf-8-sig")), []))
-    paths = {path[0]: path for path in leaves}
-    if len(paths) < len(leaves) or not paths:
-        raise ZooError(f"The hierarchy {file} must name each class once: write {FORM}.")
+    """The `paths` in a file; ZooError for anything else than `FORM`, a name that is there twice, or an answer's."""
+    with as_zoo_error(f"Cannot read the hierarchy {file} ({{}}): write {FORM}."):
+        leaves = list(_leaves(read_yaml(file), []))
+    paths, nodes = {path[0]: path for path in leaves}, {tuple(path[i:]) for path in leaves for i in range(len(path))}
+    names = {name for name, *_ in nodes}
+    if len(paths) < len(leaves) or len(names) < len(nodes) or not paths:
+        raise ZooError(f"The hierarchy {file} must have each name once: write {FORM}.")
+    if answers := [*filter(is_reserved, names)]:
+        raise ZooError(f"The hierarchy {file} has the name {answers[0]!r}, which is an answer: choose another.")
     return paths
 
 

@@ -46,7 +46,8 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
 
 def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> "uvicorn.Server":
     """A server that, when it is stopped, first answers the requests in progress, for so many seconds at most. It takes
-    as many connections as the system lets a process have open files: only a proxy in front limits each client's."""
+    as many connections as the system lets a process have open files: only a proxy in front limits each client's. For
+    commands alone, as it raises this limit of the process."""
     import uvicorn
 
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit, macOS none that can be set

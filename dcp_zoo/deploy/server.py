@@ -208,7 +208,7 @@ def application(
 
 
 class Batcher:
-    """Runs a model, batch (B, ...) -> B answers, in a thread on one batch at a time, without ever waiting for it to fill:
+    """Runs a model, batch (B, ...) -> B rows, in a thread on one batch at a time, without ever waiting for it to fill:
     whatever waits when the model becomes free is its next batch, up to `most` images. Of more than `waiting` images
     that wait each further one raises `Full`. `observe` is told the size of each batch. It answers while `running`."""
 

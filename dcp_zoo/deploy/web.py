@@ -19,7 +19,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
-from dcp_zoo.files import cache_folder, check_empty, sha256_of, write_file
+from dcp_zoo.files import cache_folder, check_empty, printable, sha256_of, write_file
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 
@@ -65,7 +65,7 @@ def export_web(
             exported = OnnxClassifier(file)
             about = {
                 "name": title or exported.name,
-                "classnames": exported.classnames,
+                "classnames": list(map(printable, exported.classnames)),
                 "precision": exported.info["precision"],
                 "sha256": sha256_of(file),
                 "dcp_zoo": version("dcp_zoo"),

@@ -1,11 +1,9 @@
 """Inspect labelled images before training: a page and a CSV file of what was found, and a copy with changes."""
 
-import csv
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,22 +14,23 @@ from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import sort_into
-from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.files import check_empty, inert, printable, templates, write_file
+from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.files import check_empty, templates, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.texts import LEAVE_OUT, class_folders, read_csv, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import plain_clip
 
 PAGE, TABLE = "inspection.html", "inspection.csv"
-LEAVE_OUT = "leave out"
 SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
 DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 
@@ -45,7 +44,7 @@ class Inspected(NamedTuple):
         part: train, val or test.
         problems: "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?" and "twice", joined by ";".
         looks_like: the most probable class by the other images.
-        probability: of its own class, from 0 to 1.
+        label_probability: of its own class, from 0 to 1.
         same_as: another file with the same picture.
         suggestion: what to do: "leave out", the name of another class, or "".
     """
@@ -55,7 +54,7 @@ class Inspected(NamedTuple):
     part: str
     problems: str
     looks_like: str
-    probability: float | None
+    label_probability: float | None
     same_as: str
     suggestion: str
 
@@ -115,7 +114,7 @@ class Inspection:
         page, table = Path(folder) / PAGE, Path(folder) / TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:], "change"]
-        write_table(table, columns, ([*row, ""] for row in self.rows))
+        write_file(table, lambda temporary: write_csv(temporary, columns, ([*row, ""] for row in self.rows)))
         return page, table
 
     def page(self) -> str:
@@ -131,11 +130,11 @@ class Inspection:
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
-            title=f"Inspection of {printable(Path(self.data.place).name)}",
+            title=f"Inspection of {Path(self.data.place).name}",
             inspection=self,
             rows={row.file: row for row in self.rows},
             items=items,
-            names=[printable(name) for name in names],
+            names=names,
             parts=parts if len(set(parts)) > 1 else None,
             pictures=pictures,
             groups=groups,
@@ -167,7 +166,7 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
 @fair_threads()
 @torch.no_grad()
 def inspect(
-    images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = no_progress
+    images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
     accuracy to expect.
@@ -184,6 +183,7 @@ def inspect(
         ZooError: no such folder, fewer than two classes, or a class without an image that can be read.
     """
     data = _read(images, labels)
+    check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
     keep = isinstance(images, (str, Path)) and not is_archive(images)
     seen = look([item.path for item in data.items], clip, keep, progress)
@@ -215,7 +215,7 @@ def _read(images: Any, labels: Any) -> Split:
         return images
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
-    given = labelled(images, labels)
+    given = labelled(images, labels, features=False)
     return Split("images", given.names, given.items, place=f"{len(given.items)} images")
 
 
@@ -256,27 +256,20 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
     place = Path(output)
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
-    changes = _changes(Path(table), data)
+    changes, folders = _changes(Path(table), data), class_folders(data.classnames)
+    left_out = sum(change == LEAVE_OUT for change in changes.values())
+    if left_out == len(data.items):
+        raise ZooError(f"{table} leaves out every image of {folder}: nothing is left to write.")
     for part in dict.fromkeys(parts_of(data)):
         items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
-        classes = [changes.get(item.key, data.classnames[item.label]) for item in items]
-        sort_into([item.path for item in items], classes, place / part if data.has_parts else place, can_link(folder))
-    left_out = sum(change == LEAVE_OUT for change in changes.values())
+        named = [folders[changes.get(item.key, data.classnames[item.label])] for item in items]
+        sort_into([item.path for item in items], named, place / part if data.has_parts else place, can_link(folder))
     return len(changes) - left_out, left_out
 
 
 def can_link(images: str | Path) -> bool:
     """Whether copies may be links: not of an archive, as what it was unpacked to goes when the process ends."""
     return os.name != "nt" and not is_archive(images)
-
-
-def write_table(file: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file whose cells a spreadsheet does not take for formulas."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(map(inert, row) for row in rows)
-    write_file(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def check_new(place: Path, images: Path) -> None:
@@ -288,12 +281,11 @@ def check_new(place: Path, images: Path) -> None:
 
 def _changes(table: Path, data: Split) -> dict[str, str]:
     """What changes, by the key of the image."""
-    try:
-        with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = [(row["file"], row["change"].strip()) for row in csv.DictReader(file)]
-    except (OSError, KeyError, AttributeError, csv.Error) as error:
-        raise ZooError(f"Cannot read {table} ({error}): pass the inspection.csv of these images.") from error
-    keys = {inert(item.key): item for item in data.items}
+    with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images."):
+        header, *cells = read_csv(table)
+        columns = header.index("file"), header.index("change")
+    rows = [(row[columns[0]], row[columns[1]].strip()) for row in cells]
+    keys = {item.key: item for item in data.items}
     if new := [file for file, _ in rows if file not in keys]:
         raise ZooError(f"{table} lists images that are not in {data.place}: {shorten(new)}. Inspect the folder again.")
     for _, change in rows:

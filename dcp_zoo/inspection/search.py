@@ -9,12 +9,12 @@ import torch
 
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import printable, templates, write_file
+from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.look import look
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import plain_clip
 
 
@@ -36,7 +36,7 @@ def search(
     model: str = "dcp_mini",
     device: str = "auto",
     sheet: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> list[Match]:
     """The images of a folder that fit a text, or look like another image, best first.
 
@@ -73,7 +73,7 @@ def search(
 
 def write_sheet(file: Path, title: str, paths: Sequence[str], notes: Sequence[str]) -> None:
     """Write a page with the images, and a note for each."""
-    pictures = zip(thumbnails(paths), map(printable, notes), map(printable, paths), strict=True)
+    pictures = zip(thumbnails(paths), notes, paths, strict=True)
     page = templates(__package__).get_template("sheet.html.jinja")
-    content = page.render(title=printable(title), pictures=list(pictures))
+    content = page.render(title=title, pictures=list(pictures))
     write_file(file, content, "choose another file for the sheet")

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.inspection.inspection import can_link, check_new, write_table
+from dcp_zoo.files import write_file
+from dcp_zoo.inspection.inspection import can_link, check_new
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import write_sheet
 from dcp_zoo.model.head import Head
+from dcp_zoo.texts import class_folders, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import plain_clip
 
 TABLE, PAGE, UNSORTED = "suggestions.csv", "suggestions.html", "unsorted"
@@ -55,7 +57,7 @@ def suggest(
     output: str | Path | None = None,
     model: str = "dcp_mini",
     device: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, from no label at all on: those that stand for most of
     the others, and are unlike those with a label.
@@ -115,7 +117,8 @@ def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:
 
 
 def _write(found: list[Suggestion], folder: Path, link: bool) -> None:
-    write_table(folder / TABLE, Suggestion._fields, found)
+    write_file(folder / TABLE, lambda temporary: write_csv(temporary, Suggestion._fields, found))
     notes = [f"{row.guess}? {100 * row.probability:.0f} %" if row.probability else "" for row in found]
     write_sheet(folder / PAGE, f"{len(found)} images to label", [row.file for row in found], notes)
-    sort_into([row.file for row in found], [row.guess or UNSORTED for row in found], folder, link)
+    folders = class_folders({row.guess or UNSORTED for row in found})
+    sort_into([row.file for row in found], [folders[row.guess or UNSORTED] for row in found], folder, link)

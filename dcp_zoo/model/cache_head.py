@@ -5,6 +5,8 @@ With features f (B, E), the zero-shot classifier W (C, E), keys K (n, E), the no
 images, and their one-hot labels L (n, C):
 
     z = exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L     (B, C)
+
+ProKeR (Bendou et al., CVPR 2025) solves for other values in the place of L.
 """
 
 from collections.abc import Mapping, Sequence

@@ -122,10 +122,16 @@ class FrozenCLIP(nn.Module):
         return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP."""
-        own = hasattr(self.text, "positional_embedding")  # others have room for far more than their tokenizer fills
-        length = {"context_length": self.text.context_length} if own else {}
-        return self.tokenizer(list(sentences), **length).to(self.device)
+        """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP. ZooError for a
+        sentence that is longer."""
+        sentences, own = list(sentences), hasattr(self.text, "positional_embedding")
+        # others have room for far more than their tokenizer fills
+        length = self.text.context_length if own else getattr(self.tokenizer, "context_length", None)
+        if length is None:  # a tokenizer of the user's
+            return self.tokenizer(sentences).to(self.device)
+        ids = self.tokenizer(sentences, context_length=4 * length)  # as in `names.tokenize_names`
+        names.check_lengths([f"The text {text!r}" for text in sentences], names.last_tokens(ids) + 1, length)
+        return ids[:, :length].to(self.device)
 
     def embed_words(self, phrase: str, n: int) -> Tensor:
         """The embeddings (n, Dt) of a phrase's first tokens."""
@@ -138,7 +144,7 @@ class FrozenCLIP(nn.Module):
     @torch.no_grad()
     def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> Tensor:
         """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
-        the normalised mean of their normalised features. Texts longer than the text tower reads are cut."""
+        the normalised mean of their normalised features. ZooError as of `tokenize`."""
         sentences, counts = names.class_texts(classnames, texts)
         ids = self.tokenize(sentences)
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])

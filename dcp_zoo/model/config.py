@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
+from dcp_zoo.files import read_plain
 
 COUPLINGS = ("bidirectional", "text_to_vision")
 POOLINGS = ("mean", "max", "first")
@@ -111,7 +112,7 @@ def read_config(directory: str | Path) -> HeadConfig:
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
     with as_zoo_error(f"{path} is damaged: invalid JSON ({{}}). Train or download it again."):
-        config = json.loads(path.read_text())
+        config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
     check(path, [] if config["label_names"] else ["label_names is empty"], advice)

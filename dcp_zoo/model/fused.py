@@ -42,6 +42,7 @@ class FusedDCP(nn.Module):
         super().__init__()
         self.config, self.info = config, info
         self.classnames: list[str] = info["classnames"]
+        self.pretrained_cfg = info["preprocessing"]  # as timm and `create_transform` read it
         self.visual: Any = visual
         self.tower: VisionTower = vision_tower(self)
         fold(self.tower)

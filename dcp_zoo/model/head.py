@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model._torch import WeightCache
+from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
 from dcp_zoo.model.fused import FusedDCP, both, fuse
@@ -51,7 +51,7 @@ class Head(TimmContract):
     since_measured: str  # what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing
     is_linear = True  # whether its logits are a linear function of its image features
     is_coupled = False  # whether the prompts of both towers rewrite each other, as explanations show
-    has_changed_tower = False  # whether the method changed CLIP's image tower
+    has_changed_tower = False  # whether the method changed CLIP's own weights
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(clip, tokenizer)
@@ -217,8 +217,9 @@ class Head(TimmContract):
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
         images."""
         threshold, images = self.rejection_threshold(reject) if reject else None, self._batch(images)
-        features = self.encode_image(images)
-        logits = self.classify(features) if self.stats == "stored" else self(images)
+        with in_eval_mode(self):  # no answer depends on the other images
+            features = self.encode_image(images)
+            logits = self.classify(features) if self.stats == "stored" else self(images)
         distances = self.distances(features) if reject else None
         rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
@@ -337,7 +338,7 @@ class Head(TimmContract):
 
     def head_config(self, info: dict[str, Any]) -> dict[str, Any]:
         """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
-        omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
+        omitted = (*ORIGIN, "architecture", "num_classes", "label_names", "first_conv", "classifier")
         options, block = self.method_config()
         return {
             "architecture": self.architecture,

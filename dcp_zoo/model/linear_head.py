@@ -1,4 +1,4 @@
-"""A head with a linear classifier on CLIP's image features, of which a method may have changed the tower.
+"""A head with a linear classifier on the image features of a CLIP of which a method may have changed the towers.
 
 With features f (B, E):
 
@@ -22,21 +22,17 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, saved_texts
 from dcp_zoo.model.text_probe import Linear
 
-TOWER = "visual."  # prefix of the tensors of the image tower that a method trained
-
 
 class LinearHead(Head):
     """See the module; nothing in it requires gradients. ZooError for a classifier of another shape.
 
     Args:
-        clip: an open_clip CLIP, in which the method may have changed the tensors `changed` of the image tower.
+        clip: an open_clip CLIP, in which the method may have changed the tensors `changed`.
         classnames: one name per class.
         weight, bias: of the logits, (C, E) and (C,).
         template: for the names of new classes, or sentences of each class; "" if the method reads no names.
-        changed: names of tensors in `clip.visual.state_dict()`, which a checkpoint then holds.
+        changed: names of tensors in `clip.state_dict()`, which a checkpoint then holds.
         original: the CLIP without these changes.
-        reads_when_loaded: whether a loaded head reads the names of new classes, too; not if the method changed the text
-            tower, which no checkpoint holds.
         tokenizer: of the CLIP.
     """
 
@@ -53,13 +49,11 @@ class LinearHead(Head):
         template: Texts = "",
         changed: Sequence[str] = (),
         original: FrozenCLIP | None = None,
-        reads_when_loaded: bool = True,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(clip, tokenizer)
         self.classnames, self.template, self.changed = check_classnames(classnames), template, list(changed)
-        self.num_classes, self.reads_when_loaded = len(self.classnames), reads_when_loaded
-        self.original = original
+        self.num_classes, self.original = len(self.classnames), original
         if (tuple(weight.shape), tuple(bias.shape)) != ((self.num_classes, self.num_features), (self.num_classes,)):
             raise ZooError(
                 f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}, which do not fit "
@@ -73,19 +67,16 @@ class LinearHead(Head):
     def from_config(
         cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
-        names, known = config["label_names"], clip.visual.state_dict()  # type: ignore[union-attr]
-        changed = [name.removeprefix(TOWER) for name in shapes if name.startswith(TOWER)]
-        original = FrozenCLIP(copy.copy(clip), tokenizer)
-        if changed:
-            original.clip._modules = clip._modules | {"visual": copy.deepcopy(clip.visual)}
+        names, known = config["label_names"], clip.state_dict()
+        changed = [name for name in shapes if name in known]
         return cls(
             clip,
             names,
-            torch.zeros(len(names), original.num_features),
+            torch.zeros(len(names), FrozenCLIP(clip, tokenizer).num_features),
             torch.zeros(len(names)),
             template=config["dcp"].get("template", ""),
-            changed=[name for name in changed if name in known],
-            original=original if changed else None,
+            changed=changed,
+            original=FrozenCLIP(copy.deepcopy(clip), tokenizer) if changed else None,
             tokenizer=tokenizer,
         )
 
@@ -93,15 +84,15 @@ class LinearHead(Head):
         return self.weight, self.bias
 
     def trained_state(self) -> dict[str, Tensor]:
-        visual = self.visual.state_dict()
-        return {"weight": self.weight, "bias": self.bias} | {f"{TOWER}{name}": visual[name] for name in self.changed}
+        state = self.clip.state_dict()
+        return {"weight": self.weight, "bias": self.bias} | {name: state[name] for name in self.changed}
 
     def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        self.visual.load_state_dict({name: state.pop(f"{TOWER}{name}") for name in self.changed}, strict=False)
+        self.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
         super().load_trained(state, config)
 
     def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        texts = saved_texts(self.classnames, self.template) if self.reads_when_loaded else ""
+        texts = saved_texts(self.classnames, self.template)
         return {}, {"head": "linear", "method": self.method, "template": texts}
 
     @property

@@ -1,5 +1,6 @@
 """Class names: validated, tokenised, and padded in chunks for the text tower."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.texts import is_reserved
 
 CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 NAME = "{}."  # the template after learned prompts
@@ -22,7 +24,8 @@ Texts = str | Sequence[str] | Descriptions
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none or one is empty, and a warning if some are repeated."""
+    """The names as a list; ZooError if there are none, or one is empty or an answer of `dcp_zoo.texts`; a warning if
+    some are repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
@@ -30,6 +33,8 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
         raise ZooError(f"Class names must be strings, not {wrong[0]!r}: a text tower reads them.")
     if not names or not all(map(_normalised, names)):
         raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
+    if reserved := [name for name in names if is_reserved(name)]:
+        raise ZooError(f"{reserved[0]!r} is an answer besides the classes, and cannot be one: choose another name.")
     if problem := repeated_names(names):
         warnings.warn(problem, stacklevel=3)
     return names
@@ -74,11 +79,13 @@ def saved_texts(classnames: Sequence[str], texts: Texts) -> Any:
 
 
 def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
-    """The texts of all classes in order, and how many each class has; None for one each."""
-    if isinstance(texts, str):
-        return [texts.replace("{}", name.replace("_", " ")) for name in classnames], None
+    """The texts of all classes in order, and how many each class has; None for one each. ZooError for bytes of a file
+    name that are no text."""
     found = as_sentences(classnames, texts)
-    return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
+    sentences = [text for name in classnames for text in found[name]]
+    if unreadable := [text for text in sentences if re.search("[\ud800-\udfff]", text)]:
+        raise ZooError(f"CLIP cannot read {unreadable[0]!r}, which is not in UTF-8: rename the class, or its folder.")
+    return sentences, None if isinstance(texts, str) else [len(found[name]) for name in classnames]
 
 
 def same_texts(classnames: Sequence[str], one: Texts, other: Texts) -> bool:
@@ -158,7 +165,7 @@ def tokenize_names(
     labels = [f"The class name {name!r}" for name in classnames]
     if counts is not None:
         labels = [f"The sentence {sentence!r}" for sentence in sentences]
-    # longer than the tower's context, so that long texts are detected instead of truncated
+    # longer than the tower's context, so that long texts are detected instead of cut
     ids = tokenizer(sentences, context_length=4 * tower.length)
     chunks = (_after_prompts if tower.shares_prefix else _whole)(labels, ids, tokenizer, tower, n_ctx)
     chunks.start_id, chunks.counts = int(ids[0, 0]), counts
@@ -167,7 +174,7 @@ def tokenize_names(
 
 def _after_prompts(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
     ends = end_positions(tower.text, ids)  # the number of tokens after the start token
-    _check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
+    check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
     return TextChunks(ids[:, 1:], ends - 1, ends, slice(1, 1 + n_ctx))
 
 
@@ -180,21 +187,25 @@ def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx
         ends = end_positions(text, ids)
     else:  # the tower reads its first or its last token, whatever that is
         ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
-    words = (ids != ids[:, -1:]).long()  # padding repeats the last token, which may be the end token too
-    _check_lengths(labels, words.cumsum(1).argmax(1) + 1 - start, length - 1 - start - n_ctx, n_ctx)
+    check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start - n_ctx, n_ctx)
     filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
     whole = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
     ends = ends + n_ctx * (ends >= start)
     return TextChunks(whole, ends, torch.full_like(ends, length), slice(start, start + n_ctx))
 
 
-def _check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int) -> None:
+def last_tokens(ids: Tensor) -> Tensor:
+    """ids (n, L) -> (n,), the position of the last token before the padding, which repeats the last token, and may be
+    the end token too."""
+    return (ids != ids[:, -1:]).long().cumsum(1).argmax(1)
+
+
+def check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int = 0) -> None:
+    """ZooError for the first text that takes more tokens than there is room for next to the prompts."""
+    beside, fewer = (f" next to {n_ctx} prompt tokens", " or use fewer prompt tokens (n_ctx)") if n_ctx else ("", "")
     for label, length in zip(labels, lengths.tolist(), strict=True):
         if length > room:
-            raise ZooError(
-                f"{label} takes {length} tokens, but only {room} are left next to {n_ctx} prompt "
-                "tokens: shorten it or use fewer prompt tokens (n_ctx)."
-            )
+            raise ZooError(f"{label} takes {length} tokens, but only {room} are left{beside}: shorten it{fewer}.")
 
 
 def start_tokens(tokenizer: Tokenizer) -> int:

@@ -43,7 +43,7 @@ STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `Problem.solve`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
-NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
+NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
@@ -134,9 +134,8 @@ class TextProbe(nn.Module):
         if not (new := [name for name in dict.fromkeys(classes) if name not in seen]):
             return ""
         return (
-            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what belongs to none of the classes: "
-            "load the head with its own class names (omit --classes), or add these classes by their images (dcp-zoo "
-            "classes add)."
+            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load it "
+            "with its own class names (omit --classes), or add these classes by their images (dcp-zoo classes add)."
         )
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -191,9 +190,10 @@ def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
 
 class Candidates:
     """What a text probe is the mean of, fitted on normalised features (V, n, E) of training images and their labels
-    (n,), from the scaled text logits a z as a linear function of the features; all on the CPU."""
+    (n,), from the scaled text logits a z as a linear function of the features; all on the CPU. `weights` (n,) multiply
+    the losses of the images, whose sum stays as it is."""
 
-    def __init__(self, views: Tensor, labels: Tensor, text: Linear) -> None:
+    def __init__(self, views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> None:
         rows, self.text = views.flatten(0, 1), text
         self.labels = labels.repeat(len(views))
         self.metric = half_whitening(rows, self.labels)
@@ -201,6 +201,9 @@ class Candidates:
         self.present, self.means = counts > 0, means_of_some(rows, self.labels, len(counts)).float()
         self.x, self.start = rows @ self.metric, F.linear(rows, *text).masked_fill(~self.present, -math.inf)
         self.weights = (len(labels) / (self.present.sum() * len(views) * counts))[self.labels]
+        if weights is not None:
+            weighted = self.weights * weights.repeat(len(views))
+            self.weights = weighted * (self.weights.sum() / weighted.sum())
 
     def loss(self, d: Tensor, penalty: float) -> Tensor:
         """What D (C, E) minimises."""

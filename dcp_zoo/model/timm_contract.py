@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.model.towers.blocks import checkpointed
@@ -111,18 +112,26 @@ class TimmContract(FrozenCLIP, ABC):
         if self.num_classes == 0:
             return nn.Identity()
         weight, bias = self.linear()
-        classifier = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device=weight.device)
+        with skip_init():  # and no draw from torch's random state
+            classifier = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device=weight.device)
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
             classifier.bias.copy_(bias)
         return classifier
 
     def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, classnames: Sequence[str] | None = None
+        self,
+        num_classes: int | Sequence[str],
+        global_pool: str | None = None,
+        classnames: Sequence[str] | None = None,
     ) -> None:
-        """Classify into other classes or, with `num_classes=0`, return image features. ZooError for a number of classes
-        that differs from that of `classnames`, by default the current ones, and for another pooling than "token"."""
+        """Classify into other classes, given by their names, or with `num_classes=0` return image features. ZooError
+        for a number of classes that differs from that of `classnames`, by default the current ones, and for another
+        pooling than "token"."""
         check_only("global_pool", global_pool, *POOL)
+        if not isinstance(num_classes, int):
+            self.set_classnames(num_classes)
+            return
         if num_classes == 0:
             self.classnames, self.num_classes = list[str](), 0
             return
@@ -130,7 +139,7 @@ class TimmContract(FrozenCLIP, ABC):
         if len(names) != num_classes:
             raise ZooError(
                 f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names: pass "
-                f"{num_classes} of them as classnames=[...], or call model.set_classnames."
+                f"{num_classes} of them, to create_model as classnames=[...], later to reset_classifier([...])."
             )
         self.set_classnames(names)
 

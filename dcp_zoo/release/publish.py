@@ -19,6 +19,7 @@ from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
+from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.head import Head, load_head
 from dcp_zoo.training.device import pick_device
@@ -27,7 +28,7 @@ from dcp_zoo.training.recipes import NO_CLASSIFIER
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, MODELS, HeadEntry, all_heads, get_head, trained_heads
-from dcp_zoo.zoo.resolve import parse_name
+from dcp_zoo.zoo.resolve import parse_name, resolve
 
 CARD_NAME = "README.md"
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -137,10 +138,11 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
     build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
     folder = Path(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CLIP's weights are random: nothing is downloaded
+    with warnings.catch_warnings(), skip_init():
+        warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
         model = create_model(f"local-dir:{folder}", False)
     load_head(model, folder)
+    model.info = resolve(f"local-dir:{folder}").info
     head = entry_of(model, folder)
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
     card = make_card(model, repo_id, license, weights.stat().st_size)

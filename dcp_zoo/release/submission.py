@@ -5,11 +5,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-
 from dcp_zoo.data import list_datasets, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, problems
+from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
 from dcp_zoo.release.publish import Claim, measured
 from dcp_zoo.zoo.factory import create_model
@@ -45,10 +44,8 @@ def read_submission(folder: Path) -> Submission:
     """The submission in a folder's `submission.yaml`; ZooError names every field that is missing, unknown or wrong."""
     path = folder / SUBMISSION
     names = [part.name for part in fields(Submission)]
-    with as_zoo_error(
-        f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}.", OSError, yaml.YAMLError
-    ):
-        found = yaml.safe_load(path.read_text())
+    with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}."):
+        found = read_yaml(path)
     if isinstance(found, dict):  # empty ones are missing
         found = dict.fromkeys(names) | {name: value for name, value in found.items() if value not in ("", [])}
     check(path, problems(found, Submission))

@@ -3,8 +3,9 @@
 import os
 import sqlite3
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from hashlib import sha256
 from itertools import islice
@@ -20,7 +21,10 @@ from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import cache_folder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
-FILE_NAME = "towers.sqlite"
+FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name
+OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
+PATIENCE = 5.0  # seconds that another process may hold the file
+SEAL = 32  # bytes of a checksum before each value
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 SIZE = """SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"""
@@ -29,59 +33,87 @@ DELETE_OLDEST = "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER B
 
 class FeatureCache:
     """Tensors by key, in a file in `folder` for all processes or in memory. A killed process leaves what it has put.
-    The oldest go at `limit` bytes; all if the file is damaged. ZooError if the folder is full or not writable."""
+    The oldest go at `limit` bytes; damaged values are not returned. If the file is damaged, held by another process, or
+    cannot be written, a warning says so, and this cache goes on in memory; a damaged file is deleted."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
-        self.folder, self.limit = folder, limit or (MEMORY_LIMIT if folder is None else FILE_LIMIT)
-        self.place = ":memory:" if folder is None else str(folder / FILE_NAME)
-        self._lock, self._memory = threading.Lock(), self._connect() if folder is None else None
+        self.place = MEMORY if folder is None else str(folder / FILE_NAME)
+        self.limit = limit or (MEMORY_LIMIT if folder is None else FILE_LIMIT)
+        self._lock, self._memory = threading.Lock(), _connected(self.place) if folder is None else None
 
     def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """What is kept of these."""
+        found = {}
         with self._open() as file:
-            rows = ((key, file.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()) for key in keys)
-            return {key: load(row[0])["value"] for key, row in rows if row}
+            for key in keys:
+                row = file.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()
+                if row and isinstance(row[0], bytes) and row[0] == _sealed(key, row[0][SEAL:]):
+                    found[key] = load(row[0][SEAL:])["value"]
+        return found
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         with self._open() as file:
             while file.execute(SIZE).fetchone()[0] > self.limit and file.execute(DELETE_OLDEST).rowcount:
                 pass
-            rows = ((key, save({"value": value.contiguous()})) for key, value in values.items())
+            rows = ((key, _sealed(key, save({"value": value.contiguous()}))) for key, value in values.items())
             file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """The file, for one transaction."""
-        try:
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock, nullcontext(self._memory) if self._memory else closing(self._connect()) as file, file:
-                yield file
-        except (OSError, sqlite3.Error) as error:
-            otherwise = "choose another folder (DCP_ZOO_CACHE, in Python memory=)"
-            raise cannot_write(self.place, error, otherwise) from error
+        """The file, or what is in memory, for one transaction, which ends early if the file cannot be used."""
+        with self._lock:
+            try:
+                file = self._memory or _connected(self.place)
+            except (OSError, sqlite3.Error) as error:
+                file = self._in_memory(error)
+            try:
+                with file:
+                    yield file
+            except sqlite3.Error as error:
+                self._in_memory(error)
+            finally:
+                if file is not self._memory:
+                    file.close()
 
-    def _connect(self) -> sqlite3.Connection:
-        file = sqlite3.connect(self.place, timeout=60, check_same_thread=False)
-        try:
-            file.execute("PRAGMA synchronous = OFF")
-            file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:  # damaged, such as by a system that crashed
-            file.close()
-            Path(self.place).unlink()
-            return self._connect()
-        return file
+    def _in_memory(self, error: Exception) -> sqlite3.Connection:
+        """Go on without the file after an error, and delete it unless the error says that it is whole."""
+        if not any(word in str(error) for word in ("locked", "readonly", "full")):
+            with suppress(OSError):
+                for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
+                    Path(file).unlink(missing_ok=True)
+        self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
+        problem = cannot_write(self.place, error, f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1")
+        warnings.warn(f"Features of images are not kept for the next run. {problem}", stacklevel=2)
+        return self._memory
+
+
+def _connected(place: str) -> sqlite3.Connection:
+    """The file at this place, with its table."""
+    if place != MEMORY:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+    file = sqlite3.connect(place, timeout=PATIENCE, check_same_thread=False)
+    try:
+        file.text_factory = bytes  # what is no value need not be UTF-8
+        file.execute("PRAGMA synchronous = OFF")
+        file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
+    except sqlite3.Error:
+        file.close()
+        raise
+    return file
+
+
+def _sealed(key: str, content: bytes) -> bytes:
+    """The content after a checksum of it and its key."""
+    return sha256(key.encode() + content).digest() + content
 
 
 _active: ContextVar[FeatureCache | None] = ContextVar("feature cache", default=None)
 _memory = FeatureCache()
 
 
-def features_folder() -> Path:
-    """Where commands keep features of the user's images."""
-    return cache_folder() / "features"
+def features_folder() -> Path | None:
+    """Where commands keep features of the user's images; None if that is switched off."""
+    return None if os.environ.get(OFF) else cache_folder() / "features"
 
 
 @contextmanager
@@ -106,7 +138,10 @@ def per_image(
     if cache is None or "" in names:
         return torch.cat(list(compute(range(len(images)))), 1)
     name = setting()
-    keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in names]
+    keys = [
+        [sha256(f"{name} {image} {view}".encode("utf-8", "surrogateescape")).hexdigest() for view in range(views)]
+        for image in names
+    ]
     found = cache.get(key for own in keys for key in own)
     rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
     missing = [i for i in range(len(images)) if i not in rows]

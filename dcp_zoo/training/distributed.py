@@ -12,7 +12,8 @@ All copies are equal, so dL/dtheta = sum_r dL/dtheta_r: one more all-reduce, wit
 DistributedDataParallel would compute the same up to a factor, but its advantage is sending each gradient as soon as it
 is ready, and those of CMPA, shared by all coupled blocks, are ready only at the end.
 
-Without a launcher, all functions here run in a single process.
+Without a launcher, all functions here run in a single process; also in a process group of the user's own, which none
+of them joins.
 """
 
 import os
@@ -31,12 +32,12 @@ from dcp_zoo.model.head import Head
 STEP_TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
 PATIENCE = timedelta(days=7)  # while the main process alone fits the classifier and tests
 
-_patient: Any = None  # the group of all processes with that patience
+_patient: Any = None  # inside `process_group`, the group of all processes with that patience
 
 
 def world_size() -> int:
     """Number of processes of this run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return 1 if _patient is None else dist.get_world_size()
 
 
 def rank() -> int:
@@ -60,7 +61,8 @@ def process_group(device: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[st
     device = _local_device(device)
     store = _join("nccl" if device.startswith("cuda") else "gloo", timeout)
     global _patient
-    number, size, _patient = rank(), world_size(), dist.new_group(backend="gloo", timeout=PATIENCE)
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    number, size = rank(), world_size()
     try:
         yield device
     except Exception as error:
@@ -72,6 +74,8 @@ def process_group(device: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[st
                 "saved state, if there is one."
             ) from error
         raise
+    finally:
+        _patient = None
     dist.destroy_process_group()
 
 

@@ -54,9 +54,12 @@ LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, E) and labels (
 
 
 @torch.no_grad()
-def fit_probe(head: Head, train: ImageSource, progress: Progress = no_progress) -> dict[str, object]:
-    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. ZooError for a head
-    whose logits are no linear function of its features, or were fitted to features of the training images."""
+def fit_probe(
+    head: Head, train: ImageSource, progress: Progress = no_progress, weights: Tensor | None = None
+) -> dict[str, object]:
+    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. `weights` (n,) are
+    those of the training images' losses. ZooError for a head whose logits are no linear function of its features, or
+    were fitted to features of the training images."""
     head.text_probe = None
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
@@ -70,7 +73,7 @@ def fit_probe(head: Head, train: ImageSource, progress: Progress = no_progress) 
         frozen = encode_views(source, head.encode_frozen, count, progress).float()
     unseen = frozen, on_cpu(head.frozen_linear())
     readings = [(views, own), unseen] if head.has_own_features else [(views, own)]
-    head.text_probe, info = fit_on_features(head.classnames, train.labels, readings, unseen)
+    head.text_probe, info = fit_on_features(head.classnames, train.labels, readings, unseen, weights)
     head.to(head.device)
     return info
 
@@ -81,7 +84,11 @@ def probe_views(train: ImageSource) -> int:
 
 
 def fit_on_features(
-    names: list[str], labels: Tensor, readings: Sequence[Reading], unseen: Reading | None = None
+    names: list[str],
+    labels: Tensor,
+    readings: Sequence[Reading],
+    unseen: Reading | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[TextProbe, dict[str, object]]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images; a class may
     have none.
@@ -91,6 +98,7 @@ def fit_on_features(
         readings: features (V, n, E) of the images and their mirror images, in float32 on the CPU, with the method's
             logits; of two, their mean is read.
         unseen: the same of zero-shot CLIP, which training images are left out with. Default: the only reading.
+        weights: (n,) of the images' losses, see `Candidates`.
     """
     views = readings[0][0]
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
@@ -98,25 +106,25 @@ def fit_on_features(
     frozen, zero_shot = unseen or readings[0]
     text_logits = F.linear(frozen[0], *zero_shot)
     scale = text_scale(text_logits, labels)
-    left_out = folds(frozen, labels, _times(scale, zero_shot))
+    left_out = folds(frozen, labels, _times(scale, zero_shot), weights)
     if left_out:
         logits, truth = left_out_logits(left_out)
-        weights = by_evidence(logits, truth)
+        evidence = by_evidence(logits, truth)
     else:
-        weights = without_evidence(F.cross_entropy(scale * text_logits, labels), len(names))
-    fitted = [Candidates(features, labels, _times(scale, linear)) for features, linear in readings]
+        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(names))
+    fitted = [Candidates(features, labels, _times(scale, linear), weights) for features, linear in readings]
     probe = TextProbe(names, views.shape[-1], len(readings))
-    weight, bias = join([each.mean(weights) for each in fitted])
+    weight, bias = join([each.mean(evidence) for each in fitted])
     probe.weight.copy_(weight)
     probe.bias.copy_(bias)
     probe.text_scale.fill_(scale)
     probe.metric.copy_(torch.block_diag(*(each.metric for each in fitted)))
-    regressions = weights[: len(PENALTIES)].clamp(min=1e-6)
+    regressions = evidence[: len(PENALTIES)].clamp(min=1e-6)
     probe.evidence.copy_(regressions / regressions.sum())
     probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
-    info: dict[str, object] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in weights.tolist()]}
+    info: dict[str, object] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
     if left_out:
-        info |= _set_threshold(probe, left_out, (weights[:, None, None] * logits).sum(0))
+        info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0))
     return probe, info
 
 
@@ -188,7 +196,7 @@ def without_evidence(loss: Tensor, classes: int) -> Tensor:
     return F.pad(weights, (0, len(STRENGTHS)))
 
 
-def folds(views: Tensor, labels: Tensor, text: Linear) -> list[LeftOut]:
+def folds(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> list[LeftOut]:
     """Candidates from three quarters of the training images, or on fewer if no class has four, each with features and
     labels of the others; a class's only image is never left out. Empty if each class has one; of more than `ENOUGH`
     images the first alone."""
@@ -196,7 +204,8 @@ def folds(views: Tensor, labels: Tensor, text: Linear) -> list[LeftOut]:
     number, found = min(FOLDS, int(counts.max())), []
     for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):
         out = (position % number == fold) & (counts[labels] > 1)
-        found.append((Candidates(views[:, ~out], labels[~out], text), views[0, out], labels[out]))
+        kept = None if weights is None else weights[~out]
+        found.append((Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]))
     return found
 
 

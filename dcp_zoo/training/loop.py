@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.data.dataset import seeded
 from dcp_zoo.errors import writing_to
 from dcp_zoo.files import format_duration
 from dcp_zoo.training import distributed
@@ -45,7 +46,7 @@ def descend(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr_at(step)
             with autocast(device, state.precision):
-                found = loss_of(*(t.to(device) for t in batch))
+                found = loss_of(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
             loss, reported = found if isinstance(found, tuple) else (found, found)
             state.optimizer.zero_grad()
             state.scaler.scale(loss).backward()
@@ -153,9 +154,9 @@ def train(
                 average.add(trained, epoch - 1)
             size = sizes[batch]
             share(size)
-            torch.manual_seed(_mix(seed, len(losses), 1))  # for models with dropout: it depends on the step only
             part = len(labels) / size  # 1, unless several processes share the batch
-            return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
+            with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
+                return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
 
         if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
             steps = len(losses)

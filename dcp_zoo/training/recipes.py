@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import yaml
-
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
+from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
@@ -190,8 +189,8 @@ def release_recipe(dataset: str | None = None) -> Recipe:
 
 def read_recipe(path: str | Path, base: R) -> R:
     """`base` with the changes of a YAML file such as `epochs: 50`; ZooError if it cannot be read or does not fit."""
-    with as_zoo_error(f"The recipe {path} cannot be read: {{}}", OSError, ValueError, yaml.YAMLError):
-        changes = yaml.safe_load(Path(path).read_text())
+    with as_zoo_error(f"The recipe {path} cannot be read: {{}}"):
+        changes = read_yaml(path)
     if not isinstance(changes, dict):
         raise ZooError(f"The recipe {path} must consist of lines `name: value`, such as `epochs: 50`.")
     return base.updated(changes, where=str(path))

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import locked
+from dcp_zoo.files import format_duration, locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import read_config
@@ -31,9 +32,9 @@ from dcp_zoo.training.fit_probe import fit_probe
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
+from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -66,6 +67,8 @@ class Run:
     descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
     test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
     class_weight: tuple[float, ...] | None = None  # of the images' losses for each class. Default: all 1
+    probe_class_weight: tuple[float, ...] | None = None  # of the classes in the text probe. Default: all 1
+    sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
 
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
@@ -94,7 +97,24 @@ class Run:
             self.seed,
             self.precision,
             progress,
+            probe_weights=self._probe_weights(subset),
         )
+
+    def _probe_weights(self, subset: Split) -> torch.Tensor | None:
+        """Weights (n,) of the training images in the text probe, whose mean over a class is the weight of the class."""
+        if self.probe_class_weight is None and self.sample_weight is None:
+            return None
+        labels = torch.tensor([item.label for item in subset.train])
+        weights = torch.tensor(self.sample_weight or [1.0] * len(labels))
+        sums, counts = torch.bincount(labels, weights), torch.bincount(labels)
+        classes = torch.tensor(self.probe_class_weight or [1.0] * len(counts))
+        return weights * (classes[: len(counts)] * counts / sums)[labels]
+
+    @property
+    def is_probe_alone(self) -> bool:
+        """Whether nothing but a text probe is fitted to the training images."""
+        fits_nothing = self.method == DEFAULT_METHOD or not METHODS[self.method].trains
+        return self.recipe.classifier != "none" and fits_nothing
 
     def info(self, subset: Split) -> dict[str, Any]:
         """What a checkpoint stores about how it was trained, on the training images of `subset`."""
@@ -129,7 +149,7 @@ class RunOptions:
         test: whether to measure on the split's test images, if it has any.
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
         save_every: seconds between two saves of the state of a training; 0 saves after every step.
-        progress, log: progress bars and messages.
+        progress, log: progress bars, by default in a terminal or notebook; messages, by default none.
         stop: called after every step of a training, see `TrainingState`.
         show: receives the answers on the test images.
         callbacks: called after every epoch, see `loop.train`; the split's validation images are classified for them.
@@ -138,7 +158,7 @@ class RunOptions:
     test: bool = True
     overwrite: bool = False
     save_every: float = SAVE_EVERY
-    progress: Progress = no_progress
+    progress: Progress = bar
     log: Log = no_log
     stop: Callable[[], bool] = never
     show: Callable[[Evaluation], object] = show_nothing
@@ -196,7 +216,7 @@ def load_for_training(
 
 def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
     """The run with the weights of its classes, which have these labels; their mean over the images is 1. A text probe
-    weighs every class the same as it is, and is balanced without them."""
+    is balanced without them."""
     if class_weight == "balanced" and run.recipe.classifier != "none" and not run.recipe.is_trained:
         return run
     images = run.split.train
@@ -206,6 +226,7 @@ def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Ru
         if unknown := sorted(map(str, class_weight.keys() - set(labels))):
             raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
         weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
+        run = replace(run, probe_class_weight=tuple(weights.tolist()))
         if (weights < 0).any() or not weights.any():
             raise ZooError("class_weight must be at least 0, and not all 0.")
     else:
@@ -215,12 +236,13 @@ def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Ru
 
 
 def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
-    """ZooError for what only methods that train by epochs have."""
-    if not run.recipe.is_trained and (run.class_weight is not None or callbacks):
-        able = ", ".join(
-            name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained
-        )
-        raise ZooError(f"{run.method} has neither class_weight nor callbacks: choose a method that has, from {able}.")
+    """ZooError for what only methods that train by epochs have, or only the text probe."""
+    if run.sample_weight is not None and not run.is_probe_alone:
+        raise ZooError(f"{run.method} has no sample_weight: choose method={DEFAULT_METHOD!r}.")
+    if not run.recipe.is_trained and (callbacks or (run.class_weight is not None and not run.is_probe_alone)):
+        able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
+        lacks, able = ("callbacks", able) if callbacks else ("class_weight", [DEFAULT_METHOD, *able])
+        raise ZooError(f"{run.method} has no {lacks}: choose a method that has, from {', '.join(able)}.")
 
 
 def train_head(
@@ -230,9 +252,9 @@ def train_head(
     input, an error of the method, or an output folder that is not writable, belongs to another run or to another
     process.
 
-    A training that was stopped or killed resumes from the last state in its output folder and ends with the same
-    weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
-    and only the main process stores statistics, measures and saves.
+    A training that was stopped or killed resumes from the last state in its output folder. On a CPU it ends with the
+    same weights bit for bit, given the same machine and number of threads. With several processes, all call this
+    function, and only the main process stores statistics, measures and saves.
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.
@@ -340,6 +362,8 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         train_head(run, first, replace(options, overwrite=options.overwrite or finished))
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in MEASURED if name in info}
+    took = format_duration(info["train_seconds"])
+    options.log(f"Fitting again, now on all {len(final.split.train):,} images; the first fit took {took}.")
     head, _ = train_head(final, output, options, measured)
     if distributed.is_main():
         shutil.rmtree(first)

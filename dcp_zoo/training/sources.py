@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.cache import per_image, tower_setting
@@ -135,7 +136,9 @@ class ImageSource:
     def features(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
         """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those
         of a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default
-        all that `batches` show."""
+        all that `batches` show. Given ones stay as they are."""
+        if self.views is not None and self.views.ndim == 3:
+            return self.views[:views].float()
         if self._original is not None:
             return self._original.features(views, progress)
         count = views or self.num_views
@@ -174,7 +177,10 @@ class ImageSource:
             targets: Any = self.targets[view, torch.arange(n)]
             dataset = StackDataset(dataset, targets)
         workers = self.workers if self.views is None else 0
-        return DataLoader(dataset, batch_sampler=batches[first:], generator=generator, num_workers=workers)
+        # without a generator DataLoader would draw from torch's global state; workers end with the epoch
+        settings: dict[str, Any] = {"generator": generator or torch.Generator(), "num_workers": workers}
+        pinned = workers > 0 and self.model.device.type == "cuda"
+        return DataLoader(dataset, batch_sampler=batches[first:], pin_memory=pinned, **settings)
 
 
 def image_source(
@@ -186,7 +192,15 @@ def image_source(
     once: bool = False,
 ) -> ImageSource:
     """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
-    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
+    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
+    may have features (E,) of the image tower as their paths. ZooError for those of another one, or if prompts enter
+    it."""
+    if items and isinstance(items[0].path, Tensor):
+        given = torch.stack([item.path for item in items])
+        if model.is_prompted or given.shape[1] != model.num_features:
+            reads = "images alone, as prompts enter its tower" if model.is_prompted else f"{model.num_features} columns"
+            raise ZooError(f"Features {tuple(given.shape)} do not fit: this model reads {reads}. See `transform`.")
+        return ImageSource(model, items, create_transform(model), views=given[None])
     crops = augment == "crop-flip"
     source = ImageSource(
         model, items, create_transform(model, is_training=crops), workers=workers, crops=crops, once=once

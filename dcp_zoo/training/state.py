@@ -1,4 +1,4 @@
-"""The state of a training run in a file, from which a stopped or killed run resumes bit for bit.
+"""The state of a training run in a file, from which a stopped or killed run resumes; on a CPU bit for bit.
 
 The next steps depend on the trained weights, the optimizer, the scaler and the number of steps done. The order of the
 images, their augmentation and all other randomness depend only on the seed and the step, see `loop.train`.

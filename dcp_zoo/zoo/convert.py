@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import check_finite
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
@@ -76,10 +77,11 @@ def convert_cmpa_checkpoint(
         "pooling": pooling,
         "share_cmpa": all(torch.equal(tensor, queries[0]) for tensor in queries),
     }
-    if clip is not None:
-        dcp = DCP(clip, classnames, **args)
-    else:
-        dcp = create_model(str(model), "clip", classnames=classnames, **args)
+    with skip_init():  # all weights are loaded below, none drawn
+        if clip is not None:
+            dcp = DCP(clip, classnames, **args)
+        else:
+            dcp = create_model(str(model), "clip", classnames=classnames, **args)
     tensors = {name: tensor.to(dcp.device) for name, tensor in tensors.items()}
     check_clip(dcp, tensors, path)
     check_classes(dcp, tensors, path)

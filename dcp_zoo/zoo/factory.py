@@ -20,6 +20,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head, load_head
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.mini import build_mini_clip
@@ -52,8 +53,9 @@ def create_model(
             it has the name of a model, "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
             `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
-            prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
-            the model's default one.
+            prompts, a tag such as "imagenet-16shot" of a model of the zoo for CLIP's weights and that head, True for
+            the head in `name` or the model's default one. Random weights and fresh prompts are drawn from torch's
+            random state, as those of any torch module.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
@@ -78,20 +80,21 @@ def create_model(
     clip_tag = check_tag(spec, clip_pretrained or source.clip_tag)
     tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
     clip = build_clip(spec, clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
-    load = source.folder if pretrained else None
+    load = source.folder if pretrained not in (False, "clip") else None
     with skip_init(load is not None):
         if config is None:
+            if pretrained == "clip":
+                made = f"{name} is a head of {source.info['method']}, which has no fresh prompts"
+                raise ZooError(f"{made}: pass pretrained=True for its weights.")
             model = _other_head(clip, source, tokenizer)
         else:
             model = _dcp(clip, source, config, classnames, descriptions, tokenizer)
-    model.info = source.info
-    if source.config:
-        model.measured_classes = sorted(source.config["label_names"])
     model.architecture, model.clip_source = spec.name, clip_tag
-    cfg = weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
-    if load:
+    cfg = _timm_cfg(clip, spec, clip_tag)
+    if load and source.config:
         load_head(model, load, source.config)
-    elif source.folder:
+        model.info, model.measured_classes = source.info, sorted(source.config["label_names"])
+    elif source.folder and not pretrained:
         text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
         warnings.warn(text, stacklevel=2)
     if config is None and (classnames is not None or descriptions):
@@ -155,10 +158,19 @@ def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: 
     random ones, which need no download; on the CPU."""
     spec = resolve(model, "clip").spec
     tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
-    preprocessing = weights_spec(spec, tag).data_cfg
-    clip = FrozenCLIP(build_clip(spec, tag, with_weights=with_weights), build_tokenizer(spec), preprocessing)
+    built = build_clip(spec, tag, with_weights=with_weights)
+    clip = FrozenCLIP(built, build_tokenizer(spec), _timm_cfg(built, spec, tag))
     clip.architecture, clip.clip_source = spec.name, tag
     return clip
+
+
+def _timm_cfg(clip: nn.Module, spec: ModelSpec, tag: str) -> dict[str, Any]:
+    """What timm reads of a model: its preprocessing, and the names of its first convolution and of the module that
+    belongs to the classes. As no head has a linear layer for them, that is the text probe, which may be None."""
+    visual = clip.get_submodule("visual").named_modules(prefix="clip.visual")
+    first_conv = next((name for name, module in visual if isinstance(module, nn.Conv2d)), None)
+    own = {"architecture": spec.name, "first_conv": first_conv, "classifier": "text_probe"}
+    return weights_spec(spec, tag).data_cfg | own
 
 
 def check_tag(spec: ModelSpec, tag: str) -> str:
@@ -237,7 +249,9 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
         ) from error
 
 
-def create_transform(model_or_name: FrozenCLIP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:
+def create_transform(
+    model_or_name: FrozenCLIP | FusedDCP | str, is_training: bool = False
+) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 
     Testing: the CLIP's own, bit for bit: resize of the short side and centre crop, or for some of both sides.

@@ -96,6 +96,11 @@ def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | No
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
         return Source(name, cache_dir=cache_dir)
     head, folder = None, Path(place)
+    if kind != "zoo" and isinstance(pretrained, str) and not fresh:
+        raise ZooError(
+            f"{name} is one head, and pretrained={pretrained!r} names another: pass True for its weights, or 'clip' "
+            "for CLIP's weights and fresh prompts."
+        )
     if kind == "hf-hub":
         from dcp_zoo.hub import download_head  # slow to import
 

@@ -27,6 +27,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -124,9 +125,7 @@ def decode_batches(
     process decode each batch when it is asked for. ZooError if a worker died."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     if workers == 0:
-        # set by users, and by Ray to a worker's cores
-        granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-        with ThreadPoolExecutor(int(granted or 0) or None) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             for batch in batches:
                 yield _decode_batch(preprocessing, batch, pool.map)
         return

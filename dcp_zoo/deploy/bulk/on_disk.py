@@ -13,6 +13,7 @@ from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.parts import UNFINISHED, UnfinishedRun, unfinished_run
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable
+from dcp_zoo.texts import class_folders
 
 PART_SECONDS = 20.0  # of work that a kill may lose
 
@@ -75,8 +76,9 @@ def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> i
     if outputs.sheet:
         rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows.rows()))
     if outputs.sort_into:
-        classes = (None if "error" in row else label(row) for row in rows.rows())
-        writers.sort_into((image.path for image in images), classes, outputs.sort_into, outputs.link)
+        folders = class_folders({label(row) for row in rows.rows() if "error" not in row})
+        sorted_ = (None if "error" in row else folders[label(row)] for row in rows.rows())
+        writers.sort_into((image.path for image in images), sorted_, outputs.sort_into, outputs.link)
     write_table = writers.TABLES[outputs.table.suffix]
     rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), writers.columns(rows.rows())))
     return sum("error" in row for row in rows.rows())

@@ -4,9 +4,7 @@ contact sheet, and folders of sorted images.
 Rows are written in a stream, and features from a file mapped into memory, which thus grows with the names alone.
 """
 
-import csv
 import filecmp
-import hashlib
 import heapq
 import json
 import os
@@ -28,7 +26,8 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import HIDDEN, inert, templates, write_file
+from dcp_zoo.files import templates, write_file
+from dcp_zoo.texts import write_csv
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
@@ -64,10 +63,7 @@ def _cells(row: Row) -> dict[str, Any]:
 
 
 def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({name: inert(cell) for name, cell in _cells(row).items()} for row in rows)
+    write_csv(path, columns, ([cells.get(name) for name in columns] for cells in map(_cells, rows)))
 
 
 def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
@@ -163,10 +159,6 @@ def _link(path: str, folder: Path) -> str:
         return Path(path).absolute().as_uri()
 
 
-NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
-DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
-
-
 def check_sortable(images: Sequence[Found], folder: Path) -> None:
     """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
     target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
@@ -177,18 +169,18 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
             raise ZooError(f"--sort-into {folder} is where the images are ({image.name}): choose another folder.")
 
 
-def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path, link: bool = False) -> None:
-    """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
-    call or by any other file, it gets a number; nothing is replaced. Images without a class are left out, and those
+def sort_into(files: Iterable[str], folders: Iterable[str | None], place: Path, link: bool = False) -> None:
+    """Copy each image to `place/FOLDER/NAME`, or make a symbolic link there. If the name is taken, by an image of this
+    call or by any other file, it gets a number; nothing is replaced. Images without a folder are left out, and those
     that an earlier call has copied are not copied again."""
     advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
-    for file, classname in zip(files, classes, strict=True):
-        if classname is None:
+    for file, folder in zip(files, folders, strict=True):
+        if folder is None:
             continue
         source = Path(file)
-        unnumbered = folder / folder_name(classname) / source.name
+        unnumbered = place / folder / source.name
         key = str(unnumbered).casefold()
         with writing_to(unnumbered, advice):
             unnumbered.parent.mkdir(parents=True, exist_ok=True)
@@ -207,15 +199,6 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
 
 def _is_copy(source: Path, target: Path) -> bool:
     return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
-
-
-def folder_name(classname: str) -> str:
-    """A class name as the name of a folder that every system allows."""
-    name = re.sub(rf'[<>:"/\\|?*\ud800-\udfff]|{HIDDEN.pattern}', "_", classname).strip(" .")
-    if len(name.encode()) > NAME_BYTES:
-        digest = hashlib.sha256(classname.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-        name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{digest}"
-    return f"_{name}" if not name or DEVICE.match(name) else name
 
 
 def _numbered(file: Path, number: int) -> str:

@@ -117,11 +117,11 @@ class TimmViT(VisionTower):
         return missing_parts(trunk.blocks, ATTENTION_NEEDS) + sizes
 
     def patch_maps(self, images: Tensor) -> Tensor:
-        return self.visual.trunk.patch_embed(images.to(self.dtype)).transpose(1, 2).unflatten(2, self.grid)
+        return self.visual.trunk.patch_embed(self.checked(images)).transpose(1, 2).unflatten(2, self.grid)
 
     def embed(self, images: Tensor, patches: bool = False) -> Tensor:
-        trunk, images = self.visual.trunk, images.to(self.dtype)
-        tokens = images.flatten(2).transpose(1, 2) if patches else trunk.patch_embed(images)
+        trunk, maps = self.visual.trunk, images.to(self.dtype) if patches else self.patch_maps(images)
+        tokens = maps.flatten(2).transpose(1, 2)
         x = trunk._pos_embed(tokens)
         x = x[0] if isinstance(x, tuple) else x  # Eva adds its rotary positions, which `TimmBlock` asks for itself
         return trunk.norm_pre(x)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.errors import ZooError
 from dcp_zoo.model.towers.blocks import Block, KeyValue, OpenClipBlock, call, missing_parts
 
 
@@ -52,6 +53,17 @@ class VisionTower:
     def dtype(self) -> torch.dtype:
         """Of the embedded images."""
         return next(self.visual.parameters()).dtype
+
+    def checked(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in the tower's dtype; ZooError for raw pixels, and for images of another size."""
+        size = (3, *self.visual.image_size)
+        if images.shape[1:] == size and images.is_floating_point():
+            return images.to(self.dtype)
+        raise ZooError(
+            f"This model reads images (n, {', '.join(map(str, size))}) of floats, as create_transform(model) returns "
+            f"them, not {tuple(images.shape)} of {images.dtype}. For files, PIL images and raw pixels of any size: "
+            "dcp_zoo.predict(model, images)."
+        )
 
     def features(self, x: Tensor) -> Tensor:
         """`pool`, normalised; further tokens of x are ignored."""
@@ -112,7 +124,7 @@ class OpenClipViT(VisionTower):
         return missing_parts(visual.transformer.resblocks) + ["pooling of kind tok or avg"] * (not known)
 
     def patch_maps(self, images: Tensor) -> Tensor:
-        return self.visual.conv1(images.to(self.dtype))
+        return self.visual.conv1(self.checked(images))
 
     def embed(self, images: Tensor, patches: bool = False) -> Tensor:
         visual = self.visual

@@ -17,7 +17,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
-from dcp_zoo.model.towers.blocks import Block
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import build_optimizer, cosine, descend, train
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
@@ -44,6 +43,7 @@ class Task:
         reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
         probe_images: the training images without augmentation, for the text probe, if the method has them in a form
             that its head reads faster.
+        probe_weights: of the training images (n,) in the text probe, see `Problem`. Default: all the same.
     """
 
     clip: FrozenCLIP
@@ -59,6 +59,7 @@ class Task:
     training: dict[str, Any] = field(default_factory=dict)
     reload_clip: Callable[[], FrozenCLIP] | None = None
     probe_images: ImageSource | None = None
+    probe_weights: Tensor | None = None
 
     @property
     def text(self) -> Tensor:
@@ -123,18 +124,16 @@ class Task:
         """
         own = clip or self.clip
         before = self.clip.clip.state_dict() if clip else {}
-        after = own.clip.state_dict() if clip else {}
-        changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
-        tower = [name.removeprefix("visual.") for name in changed if name.startswith("visual.")]
+        after = own.clip.state_dict()
+        changed = [name for name in before if not torch.equal(after[name], before[name])]
         return LinearHead(
             own.clip,
             self.classnames,
             weight,
             bias,
             template=texts,
-            changed=tower,
-            original=self.clip if tower else None,
-            reads_when_loaded=len(tower) == len(changed),
+            changed=[name for name in changed if texts or name.startswith("visual.")],
+            original=self.clip if changed else None,
             tokenizer=own.tokenizer,
         )
 
@@ -162,14 +161,13 @@ def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
-def sentence_features(clip: FrozenCLIP, ids: Tensor, blocks: Sequence[Block] = ()) -> Tensor:
-    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them, and those of
-    `blocks`, which take the place of a causal tower's."""
+def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
+    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them."""
     if not shares_prefix(clip.text):
         return clip.clip.encode_text(ids, normalize=False)
     text = clip.text
     y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
-    for block in blocks or clip.text_tower.blocks:
+    for block in clip.text_tower.blocks:
         y = block(y, causal=True)
     return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
 
@@ -181,14 +179,14 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
         yield from source.batches(batch_size, generator, drop_last=drop_last)
 
 
-def zero_shot_loss(task: Task, encode_image: Callable[..., Tensor], encode_text: Callable[[Tensor], Tensor]) -> Loss:
-    """Cross-entropy of zero-shot classification by towers that encode images and token ids (S, L) in every step."""
+def zero_shot_loss(task: Task, clip: FrozenCLIP) -> Loss:
+    """Cross-entropy of zero-shot classification by a copy of CLIP, which encodes images and sentences in every step."""
     ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
     patches = task.train_images.patches
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        text = mean_of_texts(encode_text(ids), counts)
-        logits = task.clip.logits(encode_image(images, patches=patches), text)
+        text = mean_of_texts(F.normalize(sentence_features(clip, ids), dim=-1), counts)
+        logits = task.clip.logits(clip.encode_image(images, patches), text)
         return F.cross_entropy(logits.float(), labels)
 
     return loss

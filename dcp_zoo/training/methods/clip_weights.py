@@ -1,6 +1,6 @@
 """Methods that train a small part of CLIP's own weights, in a copy of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
@@ -54,7 +55,43 @@ class LowRankBlock(OpenClipBlock):
         return super().project(normed, parts) + self.update(normed, slice(1) if parts == "q" else slice(1, None))
 
 
-class LoRA(nn.Module):
+def check_blocks(clip: FrozenCLIP, method: str) -> None:
+    """Raise ZooError unless both towers are open_clip's own, the text tower a causal one."""
+    if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
+        raise ZooError(
+            f"{method} updates the blocks of open_clip's own ViT and causal text tower, which this CLIP does not have: "
+            "use 2sfs, tip-adapter-f or clap instead."
+        )
+
+
+def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
+    """Train these weights of a copy of CLIP by zero-shot classification; returns the loss of every step."""
+    losses = base.train_steps(task, trained, base.zero_shot_loss(task, clip), task.train_images, steps)
+    clip.requires_grad_(False).zero_grad(set_to_none=True)
+    return losses
+
+
+def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
+    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first."""
+    check_blocks(clip, "CLIP-LoRA")
+    updates = nn.ModuleList()
+    towers: Any = clip.text_tower, clip.vision_tower
+    for tower in towers:
+        own = [LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device) for _ in tower.blocks]
+        tower.blocks = [LowRankBlock(block.module, update) for block, update in zip(tower.blocks, own, strict=True)]
+        updates.extend(own)
+    return updates.eval()
+
+
+@torch.no_grad()
+def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
+    """The CLIP with the updates of its blocks merged into its weights."""
+    for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
+        block.attn.in_proj_weight.add_(update.merged())
+    return FrozenCLIP(clip.clip, clip.tokenizer, clip.pretrained_cfg)
+
+
+def train_updates(clip: FrozenCLIP, updates: nn.ModuleList, task: Task) -> list[float]:
     """CLIP-LoRA (Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024):
     low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
 
@@ -65,70 +102,72 @@ class LoRA(nn.Module):
 
     A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
     W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then
-    an ordinary CLIP that accepts any class names. No model selection: the last step is used.
+    an ordinary CLIP that accepts any class names. No model selection: the last step is used. Returns the loss of every
+    step.
     """
-
-    def __init__(self, clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> None:
-        super().__init__()
-        if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
-            raise ZooError(
-                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does "
-                "not have: use 2sfs, tip-adapter-f or clap instead."
-            )
-        self.clip = clip
-        self.text, self.vision = (
-            nn.ModuleList(LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout) for _ in tower.blocks)
-            for tower in (clip.text_tower, clip.vision_tower)
-        )
-        self.text_blocks = [LowRankBlock(*pair) for pair in zip(clip.text_blocks, self.text, strict=True)]
-        self.vision_blocks = [LowRankBlock(*pair) for pair in zip(clip.vision_blocks, self.vision, strict=True)]
-        self.to(clip.device)
-
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        tower = self.clip.vision_tower
-        x = tower.embed(images, patches)
-        for block in self.vision_blocks:
-            x = block(x)
-        return tower.features(x)
-
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids (S, L) of sentences -> normalised features (S, E)."""
-        return F.normalize(base.sentence_features(self.clip, ids, self.text_blocks), dim=-1)
-
-    def updates(self) -> list[nn.Parameter]:
-        """All trainable parameters."""
-        return [*self.text.parameters(), *self.vision.parameters()]
-
-    @torch.no_grad()
-    def merge(self) -> FrozenCLIP:
-        """A copy of the CLIP with the updates merged into its weights."""
-        clip = own_clip(self.clip)
-        updates: Any = [*self.text, *self.vision]
-        for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
-            block.attn.in_proj_weight.add_(update.merged())
-        return clip
-
-
-def train_updates(model: LoRA, task: Task) -> list[float]:
-    """Train the low-rank updates on the task's images; returns the loss of every step."""
-    loss = base.zero_shot_loss(task, model.encode_image, model.encode_text)
-    model.train()
-    losses = base.train_steps(task, model.updates(), loss, task.train_images, task.recipe.steps)
-    model.eval()
+    updates.train()
+    losses = train_weights(clip, task, updates.parameters(), task.recipe.steps)
+    updates.eval()
     return losses
 
 
 def fit_lora(task: Task) -> LinearHead:
-    model = LoRA(task.clip, task.recipe)
-    train_updates(model, task)
-    return zero_shot_of(model.merge(), task)
+    clip = own_clip(task.clip)
+    updates = add_updates(clip, task.recipe)
+    train_updates(clip, updates, task)
+    return zero_shot_of(merge(clip, updates), task)
 
 
 def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
     """Zero-shot classification by a copy of CLIP that was trained."""
     text = clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
     return task.text_head(text, clip=clip, texts=task.template)
+
+
+class SingularValues(nn.Module):
+    """Parametrises a weight W by the singular values of its `parts`, equal blocks of rows (D, D'): U diag(values) V^T.
+    What is trained is added to W as it is, so that nothing changes before."""
+
+    def __init__(self, weight: Tensor, parts: int) -> None:
+        super().__init__()
+        u, s, vh = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
+        self.u, self.start, self.vh, self.values = u, s, vh, nn.Parameter(s.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + ((self.u * (self.values - self.start)[:, None]) @ self.vh).flatten(0, 1)
+
+
+def train_singular_values(clip: FrozenCLIP, task: Task) -> list[float]:
+    """CLIP-SVD (Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, 2025): trains only the
+    singular values of the weights in both towers, through the dataset's prompt template.
+
+    In every block of both towers, each of the weights W of queries, keys, values, the attention's output and the two
+    layers of the MLP is
+
+        W = U diag(values) V^T
+
+    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
+    selection: the last step is used.
+
+    Trains `clip`, a copy of the task's CLIP that is an ordinary one again afterwards, and returns the loss of every
+    step.
+    """
+    check_blocks(clip, "CLIP-SVD")
+    blocks = [*clip.text_blocks, *clip.vision_blocks]
+    weights = [(block.attn, "in_proj_weight", 3) for block in blocks]
+    weights += [(m, "weight", 1) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    for module, name, parts in weights:
+        parametrize.register_parametrization(module, name, SingularValues(getattr(module, name), parts))
+    losses = train_weights(clip, task, [p for p in clip.parameters() if p.requires_grad], task.recipe.steps)
+    for module, name, _ in weights:
+        parametrize.remove_parametrizations(module, name)
+    return losses
+
+
+def fit_svd(task: Task) -> LinearHead:
+    clip = own_clip(task.clip)
+    train_singular_values(clip, task)
+    return zero_shot_of(clip, task)
 
 
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
@@ -194,7 +233,13 @@ def fit_prolip(task: Task) -> LinearHead:
     return zero_shot_of(clip, task)
 
 
-class TwoStage:
+def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
+    """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
+    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
+    return [p for norm in norms for p in norm.parameters()]
+
+
+def fit_2sfs(task: Task) -> LinearHead:
     """2SFS (Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025): first
     trains the LayerNorms of both towers, then a classifier on top.
 
@@ -205,54 +250,25 @@ class TwoStage:
 
     both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot, stage 2 the
     rest. For the miniature, which only flips, stage 2 caches the features of both views. No model selection: the last
-    step is used. `clip` is a copy, and `weight` (C, E) the classifier.
+    step is used.
     """
-
-    def __init__(self, task: Task) -> None:
-        self.clip = own_clip(task.clip)
-        self.names, self.weight = check_classnames(task.classnames), torch.empty(0)
-
-    @property
-    def text(self) -> Tensor:
-        """The normalised classifier (C, E)."""
-        return F.normalize(self.weight, dim=-1)
-
-    def train_norms(self, task: Task) -> list[float]:
-        """Stage 1; returns the loss of every step."""
-
-        def encode_text(ids: Tensor) -> Tensor:
-            return F.normalize(base.sentence_features(self.clip, ids), dim=-1)
-
-        loss = base.zero_shot_loss(task, self.clip.encode_image, encode_text)
-        losses = base.train_steps(task, norm_parameters(self.clip), loss, task.train_images, task.recipe.stages[0])
-        self.clip.requires_grad_(False).zero_grad(set_to_none=True)
-        return losses
-
-    def train_classifier(self, task: Task) -> list[float]:
-        """Stage 2; returns the loss of every step."""
-        source = task.train_images
-        self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
-        if source.views is not None or task.recipe.augment != "crop-flip":
-            source = replace(source, views=source.for_model(self.clip).features())
-
-        def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-            with torch.no_grad():
-                features = self.clip.encode_image(inputs, source.patches)
-            return F.cross_entropy(self.clip.logits(features, self.text).float(), labels)
-
-        losses = base.train_steps(task, [self.weight], loss, source, task.recipe.stages[1])
-        self.weight.requires_grad_(False)
-        return losses
+    clip = own_clip(task.clip)
+    train_weights(clip, task, norm_parameters(clip), task.recipe.stages[0])
+    weight, _ = train_classifier(clip, task)
+    return task.text_head(F.normalize(weight, dim=-1), clip=clip)
 
 
-def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
-    """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
-    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
-    return [p for norm in norms for p in norm.parameters()]
+def train_classifier(clip: FrozenCLIP, task: Task) -> tuple[Tensor, list[float]]:
+    """Stage 2 on a copy of CLIP: the classifier (C, E), not normalised, and the loss of every step."""
+    source = task.train_images
+    weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.template).requires_grad_()
+    if source.views is not None or task.recipe.augment != "crop-flip":
+        source = replace(source, views=source.for_model(clip).features())
 
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = clip.encode_image(inputs, source.patches)
+        return F.cross_entropy(clip.logits(features, F.normalize(weight, dim=-1)).float(), labels)
 
-def fit_2sfs(task: Task) -> LinearHead:
-    model = TwoStage(task)
-    model.train_norms(task)
-    model.train_classifier(task)
-    return task.text_head(model.text, clip=model.clip)
+    losses = base.train_steps(task, [weight], loss, source, task.recipe.stages[1])
+    return weight.requires_grad_(False), losses

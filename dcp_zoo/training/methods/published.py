@@ -11,7 +11,7 @@ from dcp_zoo.fields import count, option
 from dcp_zoo.training.recipes import TEXT_PROBE, BaseRecipe, Recipe, TrainingRecipe, augment_option, default_recipe
 from dcp_zoo.zoo.registry import get_spec
 
-LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
+LORA_STEPS, TWO_STAGE_STEPS, SVD_STEPS = 500, 300, 200  # per shot
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 PEAK = "peak learning rate, reached in epoch 1 and followed by a cosine towards 0"
 EPOCHS = "length of the schedule; null: as many as the number of classes and images needs"
@@ -33,11 +33,13 @@ def augmentation(model: str, dataset: str) -> str:
     return budget_overrides(model, dataset).get("augment", "crop-flip")
 
 
-def published(recipe: type[Published]) -> Callable[[str, str, int, str], Published]:
-    """For a method with the same numbers for every task: the defaults of its recipe, with the model's augmentation."""
+def published(recipe: type[Published], **by_shots: Callable[[int], Any]) -> Callable[[str, str, int, str], Published]:
+    """For a method with the same numbers for every task, but those that depend on the shots: the defaults of its
+    recipe, with the model's augmentation."""
 
     def of_task(model: str, dataset: str, shots: int, protocol: str) -> Published:
-        return recipe() if recipe.augment == "none" else recipe(augment=augmentation(model, dataset))
+        augment = "none" if recipe.augment == "none" else augmentation(model, dataset)
+        return recipe(augment=augment, **{name: value(max(shots, 1)) for name, value in by_shots.items()})
 
     return of_task
 
@@ -72,6 +74,22 @@ class TipAdapterFRecipe(TipAdapterRecipe):
     eps: float = option(1e-4, "epsilon of adamw")
     batch_size: int = count(256, "images per step")
     epochs: int = count(20, "length of the schedule")
+
+
+@dataclass(frozen=True)
+class ProKeRRecipe(BaseRecipe):
+    """The authors' code, which searches other ranges for each dataset; here all share 5 betas from 0.5 to 8 and 6
+    lambdas from 0.01 to 3."""
+
+    augment: str = augment_option("crop-flip")
+    augment_epochs: int = count(10, "random crops of an image whose features are averaged; unused by the miniature")
+    beta: float = option(1.5, "sharpness of the kernel, without validation images", min=0)
+    penalty: float = option(0.05, "lambda, without validation images", min=1e-4)
+
+
+def at_most(shots: int, known: dict[int, float]) -> float:
+    """The value for the largest known number of shots that is not above this one."""
+    return known[max(k for k in known if k <= shots)]
 
 
 @dataclass(frozen=True)
@@ -205,7 +223,7 @@ class ProLIPRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class AdamWRecipe(BaseRecipe):
-    """AdamW with a cosine down to 1e-6, as in the authors' code of CLIP-LoRA and 2SFS."""
+    """AdamW with a cosine down to 1e-6, as in the authors' code of CLIP-LoRA, CLIP-SVD and 2SFS."""
 
     augment: str = augment_option("crop-flip")
     lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
@@ -230,6 +248,14 @@ def clip_lora(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARe
 
 
 @dataclass(frozen=True)
+class CLIPSVDRecipe(AdamWRecipe):
+    """The authors' code: one setting for all datasets."""
+
+    lr: float = option(5e-4, "learning rate of the first step")
+    steps: int = count(4 * SVD_STEPS, "optimizer steps; the default is 200 per shot")
+
+
+@dataclass(frozen=True)
 class TwoStageRecipe(AdamWRecipe):
     """The authors' code."""
 
@@ -249,18 +275,23 @@ RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
     "linear-probe": published(LinearProbeRecipe),
     "tip-adapter": published(TipAdapterRecipe),
     "tip-adapter-f": published(TipAdapterFRecipe),
+    "proker": published(  # without validation images the authors' code has values that it chose on ImageNet
+        ProKeRRecipe,
+        beta=lambda shots: at_most(shots, {1: 3.0, 2: 2.6, 4: 1.5, 8: 1.66, 16: 1.7}),
+        penalty=lambda shots: at_most(shots, {1: 0.05, 8: 0.07, 16: 0.1}),
+    ),
+    "ss-text": published(BaseRecipe),
     "gda": published(GDARecipe),
     "lp-plus-plus": published(LPPlusPlusRecipe),
     "text-probe": lambda *_: BaseRecipe(classifier=TEXT_PROBE),
     "clap": published(CLAPRecipe),
-    "prolip": lambda model, dataset, shots, _: ProLIPRecipe(augmentation(model, dataset), penalty=1 / max(shots, 1)),
+    "prolip": published(ProLIPRecipe, penalty=lambda shots: 1 / shots),
     "coop": coop,
     "vpt-deep": vpt_deep,
     "maple": maple,
     "promptsrc": promptsrc,
     "clip-lora": clip_lora,
-    "2sfs": lambda model, dataset, shots, _: TwoStageRecipe(
-        augmentation(model, dataset), steps=TWO_STAGE_STEPS * max(shots, 1)
-    ),
+    "clip-svd": published(CLIPSVDRecipe, steps=lambda shots: SVD_STEPS * shots),
+    "2sfs": published(TwoStageRecipe, steps=lambda shots: TWO_STAGE_STEPS * shots),
     "dcp": dcp,
 }

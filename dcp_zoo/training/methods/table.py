@@ -35,6 +35,11 @@ RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
 TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
 COOP = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
+PROKER = "Bendou et al., ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models, CVPR 2025"
+SS_TEXT = (
+    "Silva-Rodriguez et al., Few-Shot, Now for Real: Medical VLMs Adaptation without Balanced Sets or Validation, "
+    "MICCAI 2025"
+)
 GDA = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
 LPP = "Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024"
 CLAP = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
@@ -43,6 +48,7 @@ VPT = "Jia et al., Visual Prompt Tuning, ECCV 2022"
 MAPLE = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
 PROMPTSRC = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
 LORA = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
+SVD = "Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, arXiv:2509.03740"
 TWO_STAGE = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
 OWN = "this project, see docs/baselines.md"
 DCP = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
@@ -94,8 +100,7 @@ class Method:
     def fit(self, task: "Task") -> "Head":
         """Turn a task into a head, followed by the text probe if the recipe names one; draws follow the task's seed. A
         recipe without a number of epochs gets that for the task's images."""
-        from timm.utils import random_seed
-
+        from dcp_zoo.data.dataset import seeded
         from dcp_zoo.training.distributed import is_main
         from dcp_zoo.training.fit_probe import fit_probe
 
@@ -105,15 +110,16 @@ class Method:
         if probed and self.fits_classifier:
             raise ZooError(FITTED.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
-        random_seed(task.seed)
-        head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
+        with seeded(task.seed, task.clip.device):
+            head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
         head.method, clip = self.name, task.clip
         head.architecture, head.clip_source = clip.architecture, clip.clip_source
         classes = {"architecture": head.architecture, "num_classes": head.num_classes, "label_names": head.classnames}
         head.pretrained_cfg = head.default_cfg = clip.pretrained_cfg | classes
         head.to(clip.device).eval()
         if probed and is_main():
-            found = fit_probe(head, task.probe_images or task.plain_train, task.progress)
+            images = task.probe_images or task.plain_train
+            found = fit_probe(head, images, task.progress, task.probe_weights)
             head.info = head.info | {"text_probe": found}
         return head
 
@@ -126,6 +132,10 @@ _METHODS = [
     Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_classifier=True, **ON_FEATURES),
     Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", **ON_FEATURES),
     Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", **ON_FEATURES),
+    Method("proker", "ProKeR", PROKER, "zero_shot", "_proker", **ON_FEATURES),
+    Method(
+        "ss-text", "SS-Text", SS_TEXT, "zero_shot", "_ss_text", transfers=False, features=True, fits_classifier=True
+    ),
     Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_classifier=True, **ON_FEATURES),
     Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_classifier=True, **ON_FEATURES),
     Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", features=True),
@@ -136,6 +146,7 @@ _METHODS = [
     Method("maple", "MaPLe", MAPLE, "prompts", "_maple"),
     Method("promptsrc", "PromptSRC", PROMPTSRC, "prompts", "_promptsrc"),
     Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora"),
+    Method("clip-svd", "CLIP-SVD", SVD, "clip_weights", "_svd"),
     Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False),
     Method("dcp", "DCP", DCP, "coupled"),
 ]

@@ -1,4 +1,7 @@
-"""Zero-shot CLIP, and two methods that add to its logits what they know of the training images."""
+"""Zero-shot CLIP, and methods without training loop or with a short one that add to its logits what they know of the
+training images."""
+
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ def fit_ensemble(task: Task) -> LinearHead:
     return task.text_head(F.normalize(torch.stack(found).mean(0), dim=-1), texts=texts)
 
 
-def tip_adapter(task: Task) -> CacheHead:
+def cache_head(task: Task, alpha: float) -> CacheHead:
     """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022), see `CacheHead`, before anything is chosen or trained:
     the keys are the normalised mean features of the views of each training image."""
     recipe, text = task.recipe, task.text
@@ -52,7 +55,7 @@ def tip_adapter(task: Task) -> CacheHead:
         "weight": text,
         "keys": keys,
         "values": F.one_hot(task.train_labels, len(task.classnames)).to(keys),
-        "alpha": keys.new_tensor(recipe.alpha),
+        "alpha": keys.new_tensor(alpha),
         "beta": keys.new_tensor(recipe.beta),
     }
     return CacheHead(task.clip.clip, task.classnames, tensors, tokenizer=task.clip.tokenizer)
@@ -103,13 +106,71 @@ def train_keys(head: CacheHead, task: Task) -> None:
 
 
 def fit_tip_adapter(task: Task) -> CacheHead:
-    return choose_strength(tip_adapter(task), task)
+    return choose_strength(cache_head(task, task.recipe.alpha), task)
 
 
 def fit_tip_adapter_f(task: Task) -> CacheHead:
-    head = tip_adapter(task)
+    head = cache_head(task, task.recipe.alpha)
     train_keys(head, task)
     return choose_strength(head, task)
+
+
+BETAS, PENALTIES = (0.5, 1.0, 2.0, 4.0, 8.0), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+@torch.no_grad()
+def fit_proker(task: Task) -> CacheHead:
+    """ProKeR (Bendou et al., ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models, CVPR
+    2025): kernel ridge regression of what zero-shot CLIP leaves over of the labels.
+
+    With image features f (B, E), the zero-shot classifier W (C, E), s = exp(logit_scale), n keys K (n, E) and one-hot
+    labels L (n, C) as in `CacheHead`, and the kernel k(x, y) = exp(-beta (1 - x y^T)):
+
+        A      = (k(K, K) / lambda + I)^-1 (L - K W^T)                       (n, C)
+        logits = s (f W^T + k(f, K) A)                                       (B, C)
+
+    This is the authors' code, in which lambda scales what the ridge regression adds, besides penalising it. beta and
+    lambda are chosen by accuracy on the few-shot validation images, the smallest on a tie; without any they are those
+    that the authors chose on ImageNet for this number of shots.
+    """
+    head = cache_head(task, task.clip.clip.logit_scale.exp().item())
+    keys, text = head.keys.cpu().double(), head.weight.cpu().double()
+    similar, left = keys @ keys.T, head.values.cpu() - keys @ text.T
+
+    def with_strength(beta: float, penalty: float) -> CacheHead:
+        system = (-beta * (1 - similar)).exp() / penalty + torch.eye(len(keys))
+        head.values = torch.cholesky_solve(left, torch.linalg.cholesky(system)).to(head.values)
+        head.beta.fill_(beta)
+        return head
+
+    beta, penalty = task.recipe.beta, task.recipe.penalty
+    if task.val is not None:
+        features, pairs = task.features(task.val), list(product(BETAS, PENALTIES))
+        shown = task.progress(pairs, "beta and lambda", len(pairs))
+        candidates = ((pair, with_strength(*pair).classify(features)) for pair in shown)
+        beta, penalty = most_accurate(candidates, task.val.labels)
+    head.info = {"beta": beta, "lambda": penalty}
+    return with_strength(beta, penalty)
+
+
+@torch.no_grad()
+def fit_ss_text(task: Task) -> LinearHead:
+    """SS-Text (Silva-Rodriguez et al., Few-Shot, Now for Real: Medical VLMs Adaptation without Balanced Sets or
+    Validation, MICCAI 2025): text features plus training features, with nothing to choose.
+
+    With image features f (B, E), text features t_c (E,) of the classes, s = exp(logit_scale), and n training images, of
+    which n_c are of class c and have features that sum to m_c (E,):
+
+        w_c      = t_c + s n_c / n m_c                                       (E,)
+        logits_c = s f w_c^T / |w_c|                                         (B,)
+
+    w minimises the linear part of the cross-entropy, -s f w_y^T in the mean over the training images, plus the sum over
+    the classes of |w_c - t_c|^2 / (2 n_c): the fewer images a class has, the closer it stays to its text.
+    """
+    features, classes = task.train_features, len(task.classnames)
+    one_hot = F.one_hot(task.train_labels, classes).to(features)  # (n, C)
+    strength = task.clip.clip.logit_scale.exp() * one_hot.mean(0)  # (C,)
+    return task.text_head(F.normalize(task.text + strength[:, None] * (one_hot.T @ features), dim=-1))
 
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)

@@ -1,0 +1,137 @@
+"""Names of users in CSV files, in lists and as folders: what is written here is read back the same."""
+
+import codecs
+import csv
+import hashlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
+
+from dcp_zoo.files import HIDDEN, read_plain
+
+NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
+_FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
+# an entry of a list, in quotes or with braces in it, and what ends it
+_ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')
+NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
+_UNSAFE = re.compile(rf'[<>:"/\\|?*]|{HIDDEN.pattern}|%(?=[0-9A-Fa-f]{{2}})|\A[ .]|[ .]\Z')  # in a folder's name
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name is an answer besides the classes, so that it can be none of them."""
+    return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
+
+
+def inert(cell: Any) -> Any:
+    """A cell that a spreadsheet does not take for a formula, by the mark ', and that can be encoded."""
+    if not isinstance(cell, str):
+        return cell
+    cell = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", cell)  # not those that stand for bytes of a file name
+    return f"'{cell}" if re.match(_FORMULA, cell) else cell
+
+
+def active(cell: str) -> str:
+    """A cell without the mark of `inert`."""
+    return re.sub(f"^'(?={_FORMULA})", "", cell)
+
+
+def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table that `read_csv` reads back. It begins with a byte order mark, without which Excel would take UTF-8
+    for something else."""
+    with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # noqa: PTH123
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(map(inert, row) for row in rows)
+
+
+def read_csv(file: Path) -> list[list[str]]:
+    """The rows of a CSV file, but for empty ones: of `write_csv`, or as spreadsheets save them in any country, with
+    commas, semicolons or tabs; short rows are filled up to the first one's length. OSError or ValueError for what is no
+    such file."""
+    text = read_text(file)
+    first = text.partition("\n")[0]
+    try:
+        separator = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+        spaced = f"{separator} " in first
+        lines = csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=spaced, strict=True)
+        rows = [list(map(active, row)) for row in lines if any(row)]
+    except csv.Error as error:
+        raise ValueError(error) from error
+    return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, in UTF-16 with its mark, or otherwise, with a warning, in Windows-1252. Where a mark
+    says that it is UTF-8, other bytes are those of a file name. OSError or ValueError if it cannot be read."""
+    data = read_plain(file)
+    if data.startswith(codecs.BOM_UTF8):
+        return data.decode("utf-8-sig", "surrogateescape")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        text = data.decode("cp1252")
+    warnings.warn(
+        f"{file} is not in UTF-8 and was read as Windows-1252: check its names, or save it in UTF-8.", stacklevel=2
+    )
+    return text
+
+
+def split_list(text: str) -> list[str]:
+    """The entries of a list with commas or line breaks between them. Commas in double quotes or braces belong to an
+    entry; a quote in quotes is written twice."""
+    entries = []
+    for found in _ENTRY.finditer(f"{text.strip()}\n"):
+        entry = found[1].strip()
+        is_quoted = len(entry) > 1 and entry.startswith('"') and entry.endswith('"')
+        entries.append(entry[1:-1].replace('""', '"') if is_quoted else entry)
+    return entries
+
+
+def quoted(name: str) -> str:
+    """A name as an entry for `split_list`, in quotes if it needs them."""
+    return '"{}"'.format(name.replace('"', '""')) if re.search(r'[",{}\n]|\A\s|\s\Z', name) else name
+
+
+def folder_name(classname: str) -> str:
+    """A class name as the name of a folder that every system allows and that is not hidden: with codes such as %2F for
+    what is not allowed. `class_name` is the way back, but for names that are too long: they end with a hash."""
+    name = _UNSAFE.sub(lambda found: _codes(found[0]), classname) or "_"
+    if _DEVICE.match(name):
+        name = _codes(name[0]) + name[1:]
+    if len(name.encode()) > NAME_BYTES:
+        name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{_short_hash(classname)}"
+    return name
+
+
+def class_name(folder: str) -> str:
+    """The class name of a folder: what `folder_name` made it of, or the name itself."""
+    name = unquote(folder)
+    return name if folder_name(name) == folder else folder
+
+
+def class_folders(classnames: Iterable[str]) -> dict[str, str]:
+    """The folder of each of several classes: `folder_name`, and a hash for those that are one folder where the system
+    ignores the case of letters or how accents are encoded."""
+    folders = {name: folder_name(name) for name in classnames}
+    keys = {name: normalize("NFC", folder).casefold() for name, folder in folders.items()}
+    times = Counter(keys.values())
+    return {
+        name: folders[name] if times[key] == 1 else f"{folders[name]}-{_short_hash(name)}" for name, key in keys.items()
+    }
+
+
+def _codes(text: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
