@@ -237,8 +237,6 @@ def test_it_outlives_changes_of_the_classes(picky, tiny_clip, tmp_path):
     picky.remove_class("zebra")
     assert picky.predict(x, reject=True) == answers
     assert picky.fuse().info["threshold"] == threshold
-    picky.remove_class("kite")
-    assert picky.predict(x, reject=True).count(None) >= 2  # what was a kite is none of them
 
 
 @pytest.mark.parametrize("classes", [["kite", "zebra", "bus"], ["dog"], [*NAMES, "zebra"]])

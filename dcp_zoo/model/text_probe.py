@@ -134,8 +134,8 @@ class TextProbe(nn.Module):
         if not (new := [name for name in dict.fromkeys(classes) if name not in seen]):
             return ""
         return (
-            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load it "
-            "with its own class names (omit --classes), or add these classes by their images (dcp-zoo classes add)."
+            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
+            "it with its own class names (omit --classes), or add these classes by their images (dcp-zoo classes add)."
         )
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
