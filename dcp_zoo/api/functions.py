@@ -59,8 +59,9 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release", the
-            authors'. Default: the method's; for DCP with a schedule that fits the number of classes and images.
+        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
+            the released code of DCP's authors, "paper" for the same with their paper's coupling. Default: the method's;
+            for DCP with a schedule that fits the number of classes and images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
         validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
