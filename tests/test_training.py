@@ -392,6 +392,22 @@ def test_the_rounded_weights_are_measured(sources, tmp_path):
     assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
 
 
+def test_the_released_precision_loses_small_steps(sources):
+    """Float16 cannot add most of the steps of the warm-up to a weight; float32 can add more."""
+    kept = {}
+    for precision in ("release", "float32"):
+        model = mini()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        recipe = Recipe(**QUICK | {"epochs": 1})
+        train(sources(model), recipe, precision=precision)
+        if precision == "release":
+            assert all(torch.equal(p, p.half()) for p in trained)
+            before = [p.half() for p in before]
+        kept[precision] = torch.cat([(a == b).flatten() for a, b in zip(trained, before, strict=True)]).float().mean()
+    assert kept["release"] > 0.9 > kept["float32"]
+
+
 def test_unknown_precision_and_device():
     with pytest.raises(ZooError, match="float32, bfloat16, float16"):
         plan(load_for_training("digits", None), "dcp_mini", shots=2, precision="int4")

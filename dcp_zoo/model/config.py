@@ -11,6 +11,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
 
 COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
+PHRASE = "a photo of a"  # the authors' `ctx_init`
 POOLINGS = ("mean", "max", "first")
 STATS = ("batch", "stored", "per-image")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint

@@ -12,11 +12,12 @@ import yaml
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
-from dcp_zoo.model.config import DCPConfig
+from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
 OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
+AS_RELEASED = "release"  # float16 weights, and no scaled loss
+PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
@@ -32,8 +33,7 @@ FEWEST_STEPS, MANY, MIN_EPOCHS = 100, 2000, 5
 # of the loss of a random guess: training images with a higher loss are not learnt, and what `flat_epochs` must gain
 NOT_LEARNT, FLAT = 0.4, 0.01
 # changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's other numbers
-PHRASE = {"ctx_init": "a photo of a"}
-AUTHORS: dict[str, Any] = {"release": PHRASE | {"coupling": "text_to_vision"}, "paper": PHRASE}
+AUTHORS = {"release": {"ctx_init": PHRASE, "coupling": "text_to_vision"}, "paper": {"ctx_init": PHRASE}}
 FAST = "fast"  # late coupling
 LATE: dict[str, Any] = FITTED_SCHEDULE | {
     "augment": "flip",
@@ -171,16 +171,16 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def named_recipe(name: str, model: str) -> Recipe:
-    """One of the `AUTHORS`', the same for every model; or late coupling for this one: prompts in the last three blocks,
-    two known views of each image, and half of the steps."""
-    return Recipe(**(get_spec(model).recipe | LATE if name == FAST else AUTHORS[name]))
+    """The `AUTHORS`' "release" or "paper", the same for every model; or "fast", late coupling: prompts in the last
+    three blocks, two known views of each image, and half of the steps."""
+    changes: dict[str, Any] = get_spec(model).recipe | LATE if name == FAST else AUTHORS[name]
+    return Recipe(**changes)
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     """For CLIP models on the paper's datasets the recipe "paper" and the text probe, for the zoo's planned heads, too;
     otherwise its values with the changes of the model's row in the registry, and a schedule that fits the training set.
-    None is one of the paper's datasets. The coupling is the paper's because it is the method as described, and was no
-    less accurate than the released code's where both were measured."""
+    None is one of the paper's datasets. The coupling is the paper's because it is the method as described."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
         return replace(named_recipe("paper", model), classifier=TEXT_PROBE)

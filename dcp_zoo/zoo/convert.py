@@ -7,8 +7,7 @@ text half of CMPA is dropped: in the released code it never reaches the logits.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch import nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import check_finite
+from dcp_zoo.model.config import PHRASE
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
 
-PHRASE = "a photo of a"  # in the published configuration
 # the release's names -> ours; CLIP's parts are prefixed with their tower
 NAMES = {
     r"prompt_learner\.prompts_text": "prompts.text",
@@ -39,10 +38,14 @@ NAMES = {
 }
 DROPPED = r"prompt_learner\.token_prefix|.*\.prompt_attn\.(proj_v2t|ln_pa_\d_text|promt_attention_text|mlp_pa_text)\..+"
 
-# Dassl stores its warm-up schedule with the schedule that follows, an object, and the optimizer in that
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
-STORED_CLASSES = [(f"torch.optim.{module}", name) for module, name in OPTIMIZERS.items()]
-STORED_CLASSES += [("torch.optim.lr_scheduler", name) for name in ("CosineAnnealingLR", "StepLR", "MultiStepLR")]
+# Dassl stores its warm-up schedule with the schedule that follows, an object, and the optimizer in that. Empty classes
+# take their place: torch compares names, so that nothing of theirs is called. It fills dicts, but no defaultdict.
+STAND_INS: list[Any] = [
+    type("SGD", (), {"__module__": "torch.optim.sgd"}),
+    type("CosineAnnealingLR", (), {"__module__": "torch.optim.lr_scheduler"}),
+    type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, default: {}}),
+    dict,
+]
 
 
 def convert_cmpa_checkpoint(
@@ -100,9 +103,10 @@ def convert_cmpa_checkpoint(
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
     """The `state_dict` in a checkpoint of the release; no code in the file is executed."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(STAND_INS)
     try:
-        with stand_ins():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ZooError(f"There is no checkpoint {path}. Name a file such as model.pth.tar-20.") from error
     except Exception as error:  # torch raises many types for damaged and for hostile files
@@ -111,25 +115,13 @@ def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} was not read: it is damaged, or holds something other than tensors, possibly harmful code "
             f"({reason}). Nothing in it was executed. Only checkpoints of tensors and plain values are accepted."
         ) from error
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ZooError(f"{path} is not a checkpoint of the release: it has no state_dict of tensors.")
     return state
-
-
-@contextmanager
-def stand_ins() -> Iterator[None]:
-    """Let torch read objects of `STORED_CLASSES` as those of empty classes of the same name: it compares names, and
-    nothing of theirs is imported or called. A defaultdict is read as a dict, as torch fills no other."""
-    before = torch.serialization.get_safe_globals()
-    empty = [type(name, (), {"__module__": module}) for module, name in STORED_CLASSES]
-    plain = type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, default: {}})
-    torch.serialization.add_safe_globals([*empty, plain, dict])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 def renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
