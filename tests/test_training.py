@@ -392,6 +392,7 @@ def test_the_rounded_weights_are_measured(sources, tmp_path):
     assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The training images are not learnt")
 def test_the_released_precision_loses_small_steps(sources):
     """Float16 cannot add most of the steps of the warm-up to a weight; float32 can add more."""
     kept = {}

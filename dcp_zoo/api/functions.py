@@ -73,10 +73,10 @@ def train(
             is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
-            default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
-            threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
-            in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a
-            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
+            default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
+            images (0: threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after
+            every epoch in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace
+            a checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
     Returns:
         The trained model, in evaluation mode.
