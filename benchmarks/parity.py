@@ -9,7 +9,7 @@
 
 DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as `CHANGES` says:
 for a machine without CUDA, for a current torch, and where a published line cannot run. The miniature takes the place of
-CLIP. Every run replaces its own rows in `results/parity.csv`.
+CLIP. Every run replaces its own rows in `results/parity.csv`; those there are of `--epochs 2 --every 15 --first 25`.
 """
 
 import argparse
@@ -46,7 +46,6 @@ from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "parity.csv"
 MODEL, DATASET, SHOTS = "dcp_mini", "caltech101", 1
-EARLY = 100  # steps after which losses and parameters are compared for the first time
 CONTEXT = 24  # tokens of a text in place of 77, to save time: a causal tower does not see those after the end token
 # the miniature's MLPs are twice as wide as its tokens, not 4 times
 SHARED = {
@@ -94,8 +93,8 @@ UNUSED = ("wilds", "gdown", "torch.utils.tensorboard")  # packages that Dassl im
 
 @dataclass
 class Recorded:
-    """What one of the two trainers did: its state before and after training and after `EARLY` steps, the loss of every
-    step, and its logits of the test images."""
+    """What one of the two trainers did: its state before and after training and after its first steps, the loss of
+    every step, and its logits of the test images."""
 
     before: dict[str, Tensor] = field(default_factory=dict)
     early: dict[str, Tensor] = field(default_factory=dict)
@@ -113,6 +112,7 @@ class Theirs(Recorded):
     tokens: Tensor = field(default_factory=lambda: torch.zeros(0))
     batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     per_epoch: int = 0
+    first: int = 0  # steps
     pixels: float = 0.0
 
 
@@ -186,9 +186,9 @@ def clip_config() -> dict[str, Any]:
     return {"size": cfg["input_size"][-1], "mean": list(cfg["mean"]), "std": list(cfg["std"])}
 
 
-def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]]) -> Theirs:
+def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]], first: int) -> Theirs:
     """Train and test with their trainer, and record what it does; `ours` are our test images in batches of theirs."""
-    found = Theirs(before=copy_of(trainer.model))
+    found = Theirs(before=copy_of(trainer.model), first=first)
     found.drawn = [item.impath for item in trainer.dm.dataset.train_x]
     found.tested = [item.impath for item in trainer.dm.dataset.test]
     found.per_epoch = len(trainer.train_loader_x)
@@ -199,7 +199,7 @@ def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]]) -> Theirs:
         summary = step(batch)
         found.batches.append((batch["img"], batch["label"]))
         found.losses.append(summary["loss"])
-        if len(found.losses) == EARLY:
+        if len(found.losses) == first:
             found.early = copy_of(trainer.model)
         return summary
 
@@ -238,13 +238,14 @@ class TheirBatches(ImageSource):
 
 
 class Early(Callback):
-    """Keeps the parameters after `EARLY` steps."""
+    """Keeps the parameters after the first steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        self.first = first
         self.state: dict[str, Tensor] = {}
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
-        if epoch.step == EARLY:
+        if epoch.step == self.first:
             self.state = trained(model)
 
 
@@ -305,7 +306,7 @@ def run_ours(head: Head, recipe: TrainingRecipe, theirs: Theirs, items: list[Ite
     size = theirs.per_epoch
     epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
     source = TheirBatches(head, items, tests.transform, epochs=iter(epochs))
-    early, before = Early(), trained(head)
+    early, before = Early(theirs.first), trained(head)
     losses = train(source, recipe, callbacks=[early])
     logits = predict(tests.for_model(head), 16)
     return Recorded(before, early.state, trained(head), losses, [logits])
@@ -332,9 +333,11 @@ def compare(method: str, seed: int, theirs: Theirs, ours: Recorded, head: Head, 
         **same,
         "test pixels apart by": theirs.pixels,
         "steps": len(losses),
-        f"losses of {EARLY} steps apart by": float(losses[:EARLY].max()),
+        f"losses of {theirs.first} steps apart by": float(losses[: theirs.first].max()),
         "all losses apart by": float(losses.max()),
-        f"parameters after {EARLY} steps apart by": distance(ours.early, as_ours(method, theirs.early, head), start),
+        f"parameters after {theirs.first} steps apart by": distance(
+            ours.early, as_ours(method, theirs.early, head), start
+        ),
         "parameters at the end apart by": distance(ours.after, as_ours(method, theirs.after, head), start),
         "test logits apart by": float((own - other).abs().max()),
         "their top-1": round(100 * float((predicted[1] == labels).float().mean()), 2),
@@ -346,14 +349,14 @@ def compare(method: str, seed: int, theirs: Theirs, ours: Recorded, head: Head, 
 
 def write(row: dict[str, Any]) -> None:
     """Replace the rows of this method and seed."""
-    new = pd.DataFrame(
-        [{"method": row["method"], "seed": row["seed"], "what": k, "value": v} for k, v in row.items()][2:]
-    )
+    identity = {name: row.pop(name) for name in ("method", "seed")}
+    short = {what: f"{v:.2g}" if isinstance(v, float) and v < 1 else str(v) for what, v in row.items()}
+    rows = pd.DataFrame([{**identity, "what": what, "value": v} for what, v in short.items()])
     if RESULTS.exists():
         old = pd.read_csv(RESULTS, dtype={"value": str})
-        new = pd.concat([old[(old.method != row["method"]) | (old.seed != row["seed"])], new])
-    new.to_csv(RESULTS, index=False)
-    print(new.to_string(index=False))
+        rows = pd.concat([old[(old.method != identity["method"]) | (old.seed != identity["seed"])], rows])
+    rows.to_csv(RESULTS, index=False)
+    print(rows.to_string(index=False))
 
 
 def main() -> None:
@@ -363,11 +366,13 @@ def main() -> None:
     parser.add_argument("--dassl", type=Path, required=True, help="checkout of Dassl.pytorch")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--epochs", type=int, help="a shorter schedule, for a trial; nothing is written then")
+    parser.add_argument("--epochs", type=int, help="of a shorter schedule than the published one")
+    parser.add_argument("--every", type=int, default=1, help="test on every N-th test image only")
+    parser.add_argument("--first", type=int, default=100, help="steps, whole epochs, of the first comparison")
     args = parser.parse_args()
     split = few_shot(load_split(DATASET, args.data_root), SHOTS, args.seed)
     clip = plain_clip(MODEL)
-    tests = image_source(clip, split.test, once=True)
+    tests = image_source(clip, split.test[:: args.every], once=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
         copied(args.authors, folder / "authors", CHANGES[args.method])
@@ -378,7 +383,8 @@ def main() -> None:
             (data / file.name).symlink_to(file.resolve())
         trainer = build_theirs(args.method, args.seed, folder, data.parent, clip.clip, args.epochs)
         loader = trainer.test_loader
-        theirs = run_theirs(trainer, iter(tests.batches(loader.batch_size)))
+        loader.dataset.data_source = loader.sampler.data_source = loader.dataset.data_source[:: args.every]
+        theirs = run_theirs(trainer, iter(tests.batches(loader.batch_size)), args.first)
         keys = [
             [str(Path(path).relative_to(data / "101_ObjectCategories")) for path in paths]
             for paths in (theirs.drawn, theirs.tested)
@@ -391,10 +397,7 @@ def main() -> None:
         "labels": tests.labels,
     }
     ours = run_ours(head, recipe, theirs, split.train, tests)
-    row = compare(args.method, args.seed, theirs, ours, head, same)
-    print(row)
-    if args.epochs is None:
-        write(row)
+    write(compare(args.method, args.seed, theirs, ours, head, same))
 
 
 if __name__ == "__main__":

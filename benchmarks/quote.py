@@ -192,15 +192,7 @@ def parity() -> str:
     rows = results("parity")
     runs = rows.assign(run=rows.method.map(tables.title) + ", seed " + rows.seed.astype(str))
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False)
-    return as_table(
-        ["", *shown.columns], [[what, *map(_short, row)] for what, row in zip(shown.index, shown.values, strict=True)]
-    )
-
-
-def _short(value: str) -> str:
-    """A value of the parity table: numbers below 0.1 with two digits, others as they are."""
-    tiny = "e-" in value or value.startswith("0.0")
-    return f"{float(value):.1e}" if tiny and float(value) else value
+    return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
 
 def couplings() -> str:
