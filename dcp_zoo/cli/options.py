@@ -59,7 +59,11 @@ DataRoot = Annotated[
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
-    str, Option(help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster.")
+    str,
+    Option(
+        help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster; or release, the float16 "
+        "weights of DCP's authors."
+    ),
 ]
 Workers = Annotated[
     int,

@@ -77,9 +77,9 @@ class TrainOptions:
     save_every: float = opt.option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
     recipe: str | None = of_recipe(
         None,
-        "fast (of dcp: prompts in the last three blocks only, in a fraction of the time), release (the authors'), or "
-        "a YAML file with lines such as `epochs: 50`.",
-        metavar="fast|release|FILE",
+        "fast (of dcp: prompts in the last three blocks only, in a fraction of the time), release (the code of DCP's "
+        "authors), paper (the same with their paper's coupling), or a YAML file with lines such as `epochs: 50`.",
+        metavar="fast|release|paper|FILE",
     )
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 

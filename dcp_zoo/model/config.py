@@ -11,7 +11,8 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
 from dcp_zoo.files import read_plain
 
-COUPLINGS = ("bidirectional", "text_to_vision")
+COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
+PHRASE = "a photo of a"  # the authors' `ctx_init`
 POOLINGS = ("mean", "max", "first")
 STATS = ("batch", "stored", "per-image")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
@@ -27,8 +28,12 @@ class DCPConfig(Checked):
     depth: int = count(9, "coupled blocks; at most one less than the blocks of the shorter tower")
     pooling: str = option("mean", "how vision prompts are pooled over the batch", choices=POOLINGS)
     share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
-    coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", choices=COUPLINGS)
-    ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
+    coupling: str = option(
+        "bidirectional", "the paper's, or what the authors' release computes", choices=tuple(COUPLINGS)
+    )
+    ctx_init: str | None = option(
+        None, "phrase that initialises the text prompts if n_ctx is at most 4; further words stay before the name"
+    )
     prompted_blocks: int | None = option(
         None, "late coupling: prompts enter only so many last blocks of each tower; null: all, as in the paper", min=2
     )
