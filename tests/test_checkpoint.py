@@ -9,8 +9,9 @@ from typing import is_typeddict
 import pytest
 import timm
 import torch
+from helpers import write_weights
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError, create_model, load_head
 from dcp_zoo.fields import kinds_of
@@ -134,7 +135,7 @@ def test_nan_is_not_saved(tmp_path):
 def change(folder, **tensors):
     """Replace tensors of a checkpoint; None removes one."""
     state = load_file(folder / "model.safetensors") | tensors
-    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
+    write_weights(folder, {k: v for k, v in state.items() if v is not None})
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ WRONG = {
 }
 TEXTS = (
     "dcp.clip dcp.method dcp.template dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
-    "dcp.text_probe.split_sha256"
+    "dcp.text_probe.split_sha256 weights_sha256"
 )
 RIGHT = {  # what of `WRONG` a field may be
     **dict.fromkeys([*TEXTS.split(), "architecture"], ("text",)),

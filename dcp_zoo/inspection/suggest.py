@@ -17,6 +17,7 @@ from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import unfinished
 from dcp_zoo.inspection.inspection import can_link, check_new, write_table
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import write_sheet
@@ -93,7 +94,9 @@ def suggest(
         answers = [row[0] for row in predict(known, files) if row]
         found = [Suggestion(file, *answer) for file, answer in zip(files, answers, strict=True)]
     if output is not None:
-        _write(found, Path(output), can_link(images))
+        with unfinished(Path(output)) as new:
+            _write(found, new, can_link(images))
+            new.replace(output)
     return found
 
 

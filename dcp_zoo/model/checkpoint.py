@@ -1,4 +1,5 @@
-"""A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read.
+"""A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read, and that names
+these tensors by their hash: one head replaces another at the moment when its `config.json` does.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one, as `classifier.weight` and `.means` (C, E), the
@@ -7,8 +8,10 @@ weights are never included. Loading is strict: exactly the model's tensors, with
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import check, problems
-from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig
+from dcp_zoo.files import check_regular, sha256_of, write_file
+from dcp_zoo.model.config import CONFIG_NAME, NEW_WEIGHTS, WEIGHTS_NAME, HeadConfig, alone_in, settle
 from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SMALLEST = 1e-6  # text scale
+SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 METRIC = f"{FILE_PREFIX}metric"  # the only tensor that a file holds in another form
 
 
@@ -36,15 +40,37 @@ def library_versions() -> dict[str, str]:
 
 
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
-    """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
+    """Write both files; returns the directory. A process that is killed leaves the old head or the new one. See
+    `Head.save_pretrained`."""
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {_file_name(name): t.contiguous() for name, t in state.items()}
     if METRIC in stored:
         stored[METRIC] = upper_triangle(stored[METRIC])
     check_finite(stored, "Not saved")
-    write_file(directory / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}), "choose another directory")
-    write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", "choose another directory")
+    weights, advice = save(stored, metadata={"format": "pt"}), "choose another directory"
+    config = config | {"weights_sha256": sha256(weights).hexdigest()}
+    with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
+        for name in (NEW_WEIGHTS, CONFIG_NAME):
+            for left in directory.glob(f".{name}.*"):  # by a process that was killed
+                left.unlink()
+        try:
+            write_file(directory / NEW_WEIGHTS, weights, advice)
+            if (directory / WEIGHTS_NAME).exists():
+                shutil.copymode(directory / WEIGHTS_NAME, directory / NEW_WEIGHTS)
+            write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", advice)
+        finally:
+            settle(directory)
     return directory
+
+
+def check_weights(directory: str | Path, config: HeadConfig) -> None:
+    """ZooError if the weights are not those that `config.json` was written with."""
+    path, expected = Path(directory) / WEIGHTS_NAME, config.get("weights_sha256")
+    if expected and path.is_file() and sha256_of(path) != expected:
+        raise ZooError(
+            f"{path} is damaged, or of another head than {CONFIG_NAME} beside it. Train or download the head again; if "
+            "another process is saving it just now, try again."
+        )
 
 
 def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import HIDDEN, inert, templates, write_file
+from dcp_zoo.files import HIDDEN, check_writable, inert, templates, unfinished, write_file
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
@@ -182,6 +182,14 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
     call or by any other file, it gets a number; nothing is replaced. Images without a class are left out, and those
     that an earlier call has copied are not copied again."""
     advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
+    check_writable(folder, advice)
+    with unfinished(folder / ".copies") as temporary:
+        _sort_into(files, classes, folder, link, temporary, advice)
+
+
+def _sort_into(
+    files: Iterable[str], classes: Iterable[str | None], folder: Path, link: bool, temporary: Path, advice: str
+) -> None:
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
     for file, classname in zip(files, classes, strict=True):
@@ -200,7 +208,8 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
             taken.add(str(target).casefold())
             first[key] += number == first[key] + 1
             if not link and not _is_copy(source, target):
-                write_file(target, partial(shutil.copy2, source), advice)
+                target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
+                write_file(target, partial(shutil.copy2, source), advice, temporary)
             elif link and not os.path.lexists(target):
                 target.symlink_to(source.absolute())
 
