@@ -17,6 +17,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk import outputs
+from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
@@ -204,6 +205,24 @@ def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
     assert "images that are not in" in run(*command, "--output", tmp_path / "fixed")[2]
     table.write_text("no,columns\n1,2\n")
     assert "pass the inspection.csv" in run(*command, "--output", tmp_path / "fixed")[2]
+
+
+def test_a_copy_that_was_killed_begins_again(folder, cache, tmp_path, run):
+    """In a folder of its own, which nobody takes for the copy; one of the user's is not touched."""
+    (tmp_path / "table.csv").write_text("file,change\n")
+    command = "inspect", folder, "--fix", tmp_path / "table.csv", "--output", tmp_path / "fixed"
+    left = tmp_path / "fixed.unfinished" / "new" / "cat" / "old.png"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert f"fixed.unfinished is needed while {tmp_path / 'fixed'} is written: rename it" in run.refused(*command)
+    (tmp_path / "fixed.unfinished" / ".lock").touch()
+    with locked(tmp_path / "fixed.unfinished" / ".lock"):
+        assert f"Another process is writing {tmp_path / 'fixed'}: wait" in run.refused(*command)
+    assert left.exists()
+    (tmp_path / "fixed.unfinished" / ".lock").touch()
+    run.ok(*command)
+    assert not (tmp_path / "fixed" / "cat" / "old.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"fixed", "table.csv"}
 
 
 # -------------------------------------------------------------------------------------------------------------- search
