@@ -53,11 +53,11 @@ def write_file(
 
 @contextmanager
 def unfinished(output: Path) -> Iterator[Path]:
-    """The empty folder OUTPUT.unfinished, for what is moved to `output` when it is complete. It is this process's alone
-    and removed at the end; what a killed process has left there goes at the next beginning. ZooError if another process
-    has it, or if it is a folder of the user's."""
+    """An empty folder in OUTPUT.unfinished, for what is moved to `output` when it is complete. It is this process's
+    alone and removed at the end; what a killed process has left there goes at the next beginning. ZooError if another
+    process has it, or if it is a folder of the user's."""
     folder = output.with_name(output.name + UNFINISHED)
-    if folder.exists() and not (folder / LOCK).exists():
+    if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, "new"}:
         raise ZooError(f"{folder} is needed while {output} is written: rename it, or choose another --output.")
     with locked(folder / LOCK) as free:
         if not free:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -468,3 +469,10 @@ def test_no_command_replaces_a_file_unasked(run, tmp_path, monkeypatch, command,
         assert re.search(r"photo.jpg exists already: choose another --\w+\.", said)
     assert Path(file).read_text() == Path("photo.jpg").read_text() == "mine"
     assert sorted(path.name for path in Path().iterdir()) == sorted({file, "photo.jpg", "photos"})
+
+
+def test_a_device_is_refused_before_the_work(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.html")
+    for place, what in ((tmp_path / "pipe.html", "pipe, socket or device"), (tmp_path, "folder")):
+        said = run.refused("search", tmp_path, "cat", "--sheet", place, "--overwrite")
+        assert f"Cannot write to {place}: it is a {what}, not a file. Choose another --sheet." in said

@@ -211,15 +211,15 @@ def test_a_copy_that_was_killed_begins_again(folder, cache, tmp_path, run):
     """In a folder of its own, which nobody takes for the copy; one of the user's is not touched."""
     (tmp_path / "table.csv").write_text("file,change\n")
     command = "inspect", folder, "--fix", tmp_path / "table.csv", "--output", tmp_path / "fixed"
-    left = tmp_path / "fixed.unfinished" / "new" / "cat" / "old.png"
+    left = tmp_path / "fixed.unfinished" / "own" / "cat" / "old.png"
     left.parent.mkdir(parents=True)
     left.touch()
     assert f"fixed.unfinished is needed while {tmp_path / 'fixed'} is written: rename it" in run.refused(*command)
-    (tmp_path / "fixed.unfinished" / ".lock").touch()
+    left.parent.parent.rename(tmp_path / "fixed.unfinished" / "new")
+    left = tmp_path / "fixed.unfinished" / "new" / "cat" / "old.png"
     with locked(tmp_path / "fixed.unfinished" / ".lock"):
         assert f"Another process is writing {tmp_path / 'fixed'}: wait" in run.refused(*command)
     assert left.exists()
-    (tmp_path / "fixed.unfinished" / ".lock").touch()
     run.ok(*command)
     assert not (tmp_path / "fixed" / "cat" / "old.png").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"fixed", "table.csv"}

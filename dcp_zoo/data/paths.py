@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, writing_to
 from dcp_zoo.files import check_regular, check_writable
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
@@ -50,12 +50,14 @@ def is_archive(path: str | os.PathLike) -> bool:
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     """Raise ZooError for an output file that exists, unless `overwrite` and not an image, film or archive by its name,
     or that cannot be written."""
+    advice = f"choose another {option}"
     if os.path.lexists(file):
+        with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
+            check_regular(file)
         precious = os.path.realpath(file).lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *ARCHIVE_SUFFIXES))
         if precious or not overwrite:
-            advice = "" if precious else ", or pass --overwrite"
-            raise ZooError(f"{file} exists already: choose another {option}{advice}.")
-    check_writable(file.parent, f"choose another {option}")
+            raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
+    check_writable(file.parent, advice)
 
 
 def is_visible(name: str) -> bool:

@@ -34,13 +34,13 @@ class Outputs:
             writers.check_suffix(self.features, writers.FEATURES, "--features")
         if self.sort_into:
             writers.check_sortable(images, self.sort_into)
-        files = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
-        named = [file for file in files.values() if file]
-        for option, file in files.items():
+        given = (("--output", self.table), ("--features", self.features), ("--sheet", self.sheet))
+        files = [file for _, file in given if file]
+        for option, file in given:
+            if file and files.count(file) > 1:
+                raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
             if file:
                 check_output(file, self.overwrite or self._has_begun(file), option)
-            if file and named.count(file) > 1:
-                raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
         if self.sort_into:
             check_writable(self.sort_into)
 

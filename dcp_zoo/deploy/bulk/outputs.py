@@ -182,36 +182,30 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
     call or by any other file, it gets a number; nothing is replaced. Images without a class are left out, and those
     that an earlier call has copied are not copied again."""
     advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
-    check_writable(folder, advice)
-    with unfinished(folder / ".copies") as temporary:
-        _sort_into(files, classes, folder, link, temporary, advice)
-
-
-def _sort_into(
-    files: Iterable[str], classes: Iterable[str | None], folder: Path, link: bool, temporary: Path, advice: str
-) -> None:
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
-    for file, classname in zip(files, classes, strict=True):
-        if classname is None:
-            continue
-        source = Path(file)
-        unnumbered = folder / folder_name(classname) / source.name
-        key = str(unnumbered).casefold()
-        with writing_to(unnumbered, advice):
-            unnumbered.parent.mkdir(parents=True, exist_ok=True)
-            for number in count(first[key] + 1):
-                target = unnumbered.with_name(_numbered(source, number))
-                done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
-                if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
-                    break
-            taken.add(str(target).casefold())
-            first[key] += number == first[key] + 1
-            if not link and not _is_copy(source, target):
-                target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
-                write_file(target, partial(shutil.copy2, source), advice, temporary)
-            elif link and not os.path.lexists(target):
-                target.symlink_to(source.absolute())
+    check_writable(folder, advice)
+    with unfinished(folder / ".copies") as temporary:
+        for file, classname in zip(files, classes, strict=True):
+            if classname is None:
+                continue
+            source = Path(file)
+            unnumbered = folder / folder_name(classname) / source.name
+            key = str(unnumbered).casefold()
+            with writing_to(unnumbered, advice):
+                unnumbered.parent.mkdir(parents=True, exist_ok=True)
+                for number in count(first[key] + 1):
+                    target = unnumbered.with_name(_numbered(source, number))
+                    done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
+                    if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
+                        break
+                taken.add(str(target).casefold())
+                first[key] += number == first[key] + 1
+                if not link and not _is_copy(source, target):
+                    target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
+                    write_file(target, partial(shutil.copy2, source), advice, temporary)
+                elif link and not os.path.lexists(target):
+                    target.symlink_to(source.absolute())
 
 
 def _is_copy(source: Path, target: Path) -> bool:
