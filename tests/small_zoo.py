@@ -70,7 +70,8 @@ def write_manifest(root: Path) -> Path:
 
 # a fork of this process would hang in the first loop that torch splits over threads: it has none of this process's
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["small_zoo", "dcp_zoo.zoo.factory", "dcp_zoo.training.run", "open_clip"])
+SLOW = "open_clip dcp_zoo.training.run dcp_zoo.inspection.inspection dcp_zoo.deploy.export dcp_zoo.deploy.bulk.on_disk"
+SERVER.set_forkserver_preload(["small_zoo", *SLOW.split()])
 
 
 def finish_or_kill(

@@ -13,7 +13,6 @@ from dcp_zoo.data import Item, check_images, is_own, load_image, load_labelled, 
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import alone_in
 from dcp_zoo.threads import use_threads
 
@@ -216,7 +215,6 @@ def _load(command: Context, head: str, output_dir: Path, overwrite: bool, device
 
 def _take(command: Context, output_dir: Path, overwrite: bool) -> None:
     """Keep others from the output folder until the command ends: what it reads there and changes is the same head."""
-    check_writable(output_dir)
     from dcp_zoo.training.run import check_free
 
     command.with_resource(alone_in(output_dir))
