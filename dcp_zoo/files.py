@@ -168,12 +168,8 @@ def templates(package: str) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file of any size, as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The sha256 of a file, as hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import check, problems
-from dcp_zoo.files import check_regular, sha256_of, write_file
+from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.config import CONFIG_NAME, NEW_WEIGHTS, WEIGHTS_NAME, HeadConfig, alone_in, settle
 from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
 
@@ -63,28 +63,25 @@ def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) 
     return directory
 
 
-def check_weights(directory: str | Path, config: HeadConfig) -> None:
-    """ZooError if the weights are not those that `config.json` was written with."""
-    path, expected = Path(directory) / WEIGHTS_NAME, config.get("weights_sha256")
-    if expected and path.is_file() and sha256_of(path) != expected:
-        raise ZooError(
-            f"{path} is damaged, or of another head than {CONFIG_NAME} beside it. Train or download the head again; if "
-            "another process is saving it just now, try again."
-        )
-
-
 def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
-    with _opened(directory) as file:
+    with _weights(directory) as path, safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return _unpacked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
-def read_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
-    with _opened(directory) as file:
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    damaged = f"{Path(directory) / WEIGHTS_NAME} is damaged"
+def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged, or does not have the
+    hash that its `config.json` names, if that is given."""
+    with _weights(directory) as path:
+        content = path.read_bytes()  # once: another process may replace the file
+        if expected and sha256(content).hexdigest() != expected:
+            raise ZooError(
+                f"{path} is damaged, or of another head than {CONFIG_NAME} beside it. Train or download the head "
+                "again; if another process is saving it just now, try again."
+            )
+        state = {name: t.float() for name, t in load(content).items()}
+    damaged = f"{path} is damaged"
     check_finite(state, damaged)
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= SMALLEST).all():
@@ -113,12 +110,11 @@ def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _opened(directory: str | Path) -> Iterator[Any]:
+def _weights(directory: str | Path) -> Iterator[Path]:
     path = Path(directory) / WEIGHTS_NAME
     try:
         check_regular(path)
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield path
     except FileNotFoundError as error:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
     except (SafetensorError, OSError) as error:

@@ -141,7 +141,7 @@ def settle(directory: Path) -> None:
     """End a save, also that of a killed process, in a folder that is locked: put new weights into their place if
     `config.json` names them, and remove them otherwise."""
     new = directory / NEW_WEIGHTS
-    with suppress(OSError, ValueError):  # `check_weights` tells
+    with suppress(OSError, ValueError):  # `read_tensors` tells
         named = new.exists() and json.loads((directory / CONFIG_NAME).read_bytes()).get("weights_sha256")
         if named == sha256_of(new):
             new.replace(directory / WEIGHTS_NAME)

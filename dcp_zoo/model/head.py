@@ -343,7 +343,6 @@ def load_head(head: Any, directory: str | Path, config: HeadConfig | None = None
     if any(name.startswith(PREFIX) for name in shapes):
         probe = TextProbe(config["label_names"], head.num_features).to(head.device)
     head.check_fits(shapes, Path(directory) / WEIGHTS_NAME, probe)
-    checkpoint.check_weights(directory, config)
     head.text_probe = probe
-    head.load_trained(checkpoint.read_tensors(directory), config)
+    head.load_trained(checkpoint.read_tensors(directory, config.get("weights_sha256")), config)
     return head
