@@ -5,10 +5,11 @@
     PYTHONPATH=tests python benchmarks/kills.py --only builds     until results/builds.csv has four rounds
 
 "old" and "new" count the states that kills left, "third" any other, and "broken" commands that did not lead to the new
-state when they were repeated. A kill comes between a quarter of a command's time, when it has started, and its end. Of
-saves, "third" are heads with the weights of one save and the classes of another, as a reader sees them all the while.
-In every round of builds, with one head for each of the 11 datasets on a Hub of the tests, a build is killed at seven
-random moments (three in the first two rounds) and then finishes; "lost" counts heads that are not published then,
+state when they were repeated. Every second kill comes at most 30 ms after the first change in the folder, the others
+between a quarter of the command's time, when it has started, and its end. Of saves, "third" are heads with the weights
+of one save and the classes of another, as a reader sees them all the while, and "old" counts reads that are told to try
+again. In every round of builds, with one head for each of the 11 datasets on a Hub of the tests, a build is killed at
+seven random moments (three in the first two rounds) and then finishes; "lost" counts heads that are not published then,
 "repeated" heads with more than one commit.
 """
 
@@ -113,6 +114,19 @@ def sorted_(photos: Path, place: Path) -> object:
     return (table, sorted(found)) if table else {}
 
 
+def names(place: Path) -> dict[str, int]:
+    """What is in a folder and when it was changed, locks left out."""
+    with suppress(FileNotFoundError):  # of a file that goes just now
+        return {
+            str(path): path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file() and path.name != ".lock"
+        }
+    return {}
+
+
+def has_changed(place: Path, before: dict[str, int]) -> bool:
+    return names(place) != before
+
+
 def run_case(case: Case, kills: int, root: Path, chance: random.Random) -> dict[str, int]:
     """The counts of `COLUMNS`."""
 
@@ -130,7 +144,10 @@ def run_case(case: Case, kills: int, root: Path, chance: random.Random) -> dict[
     while counts["old"] + counts["new"] + counts["third"] < kills:
         place, args = begin(f"killed {counts.total()}")
         end = time.monotonic() + chance.uniform(0.25, 1) * seconds
-        if small_zoo.finish_or_kill(args, lambda end=end: time.monotonic() > end):
+        until, pause = (lambda end=end: time.monotonic() > end), 0.0
+        if counts.total() % 2:
+            until, pause = partial(has_changed, place, names(place)), chance.uniform(0, 0.03)
+        if small_zoo.finish_or_kill(args, until, pause=pause):
             shutil.rmtree(place)
             seconds *= 0.95  # it has become faster
             continue
