@@ -228,6 +228,7 @@ def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, run):
     shutil.copy(CHECKPOINT, tmp_path / "model.pth.tar-20")
     args = ["--model", "dcp_vitb16", "--classnames", tmp_path / "names.txt", "--output", tmp_path / "head"]
     run.ok("convert", tmp_path / "model.pth.tar-20", *args, "--images", tmp_path / "images", "--device", "cpu")
+    assert "head already holds a checkpoint" in run.refused("convert", tmp_path / "model.pth.tar-20", *args)
     config = json.loads((tmp_path / "head/config.json").read_text())
     assert load_file(tmp_path / "head/model.safetensors")["context"].shape == (3, 16, 128)
     assert config["dcp"]["converted_from"] == "model.pth.tar-20"

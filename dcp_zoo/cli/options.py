@@ -101,7 +101,7 @@ ImagenetFrom = Annotated[
     str | None, Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
 ]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace a checkpoint in the output folder.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there already.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]

@@ -17,7 +17,6 @@ import torch
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.training import distributed
 from dcp_zoo.training.recipes import AS_RELEASED
 
@@ -188,9 +187,8 @@ class TrainingState:
 def remove_state(folder: Path) -> None:
     """Remove the state of a run that has finished or is to start again, and partial files of killed runs."""
     (folder / STATE_NAME).unlink(missing_ok=True)
-    for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
-        for leftover in folder.glob(f".{name}.*"):
-            leftover.unlink()
+    for leftover in folder.glob(f".{STATE_NAME}.*"):
+        leftover.unlink()
 
 
 def _reason(error: BaseException) -> str | None:
