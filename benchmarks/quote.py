@@ -185,6 +185,30 @@ def supports() -> str:
     return as_table(["balanced top-1 (ECE), the text probe minus it", *sets], lines)
 
 
+def parity() -> str:
+    """The runs of `parity.py` side by side."""
+    if not (RESULTS / "parity.csv").exists():
+        return "*Not measured yet.*"
+    rows = results("parity")
+    runs = rows.assign(run=rows.method.map(tables.title) + ", seed " + rows.seed.astype(str))
+    shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False)
+    return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
+
+
+def couplings() -> str:
+    """The paper's coupling against the released code's, by set, with batch statistics and with stored ones."""
+    if not (RESULTS / "couplings.csv").exists():
+        return "*Not measured yet.*"
+    rows, lines = results("couplings"), []
+    for (name, shots), group in rows.groupby(["set", "shots"], sort=False):
+        for stats, same in group.groupby("stats"):
+            by_seed = same.pivot_table("top1", "seed", "coupling").dropna()
+            gain = by_seed.bidirectional - by_seed.text_to_vision
+            means = [f"{by_seed[coupling].mean():.1f}" for coupling in ("bidirectional", "text_to_vision")]
+            lines.append([f"{name}, {shots} per class", stats, len(gain), *means, tables.difference_cell(gain)])
+    return as_table(["set", "statistics", "seeds", "`paper`", "`release`", "`paper` minus `release`"], lines)
+
+
 def rejection() -> str:
     """How well the scores tell known images from others, by images per class, and what the heads' threshold accepts."""
     if not (RESULTS / "rejection.csv").exists():

@@ -111,8 +111,10 @@ def embed_names(model: DCP) -> tuple[torch.Tensor, int, torch.Tensor, Any]:
 
 
 def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and ends (C,)."""
-    sentences = [" ".join(["X"] * model.config.n_ctx) + f" {name.replace('_', ' ')}." for name in model.classnames]
+    """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and ends (C,).
+    The rest of a phrase precedes the name."""
+    prompts = "X " * model.config.n_ctx
+    sentences = [prompts + model.template.format(name.replace("_", " ")) for name in model.classnames]
     ids = model.tokenizer(sentences, context_length=len(model.text.positional_embedding))
     return ids, end_positions(model.text, ids)
 

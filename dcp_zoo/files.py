@@ -3,11 +3,14 @@
 import hashlib
 import os
 import re
+import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +18,7 @@ import yaml
 
 from dcp_zoo.errors import ZooError, writing_to
 
+UNFINISHED, LOCK = ".unfinished", ".lock"
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.deploy.limits`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_FRAME_PIXELS = 40_000_000  # of a film's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
@@ -22,13 +26,6 @@ MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
 MAX_CELLS = 5_000_000  # of a spreadsheet
 UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
-
-
-def _new_file(folder: Path, name: str) -> Path:
-    """A new hidden file in the folder, with the mode of the user's umask, unlike those of `tempfile`."""
-    path = folder / f".{name[:50]}.{uuid4().hex}"
-    path.touch(0o666, exist_ok=False)
-    return path
 
 
 def write_file(
@@ -39,10 +36,16 @@ def write_file(
 ) -> None:
     """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system, or
     put this content there; then move that file to `path`: a crash leaves the old file or the new one. A file that is
-    replaced keeps its mode. ZooError, with the advice `otherwise`, if the folder, which is made, is not writable."""
+    replaced keeps its mode, and a symbolic link leads to the new file. ZooError, with the advice `otherwise`, if the
+    folder, which is made, is not writable, or if `path` is a folder, pipe or device."""
     with writing_to(path, otherwise):
+        if path.is_symlink():
+            path, folder = Path(os.path.realpath(path)), None
+        if path.exists():
+            check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _new_file(folder or path.parent, path.name)
+        temporary = (folder or path.parent) / f".{path.name[:50]}.{uuid4().hex}"
+        temporary.touch(0o666, exist_ok=False)  # with the user's umask, unlike those of `tempfile`
         try:
             mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
             if callable(write):
@@ -57,11 +60,31 @@ def write_file(
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def unfinished(output: Path) -> Iterator[Path]:
+    """An empty folder in OUTPUT.unfinished, for what is moved to `output` when it is complete. It is this process's
+    alone and removed at the end; what a killed process has left there goes at the next beginning. ZooError if another
+    process has it, or if it is a folder of the user's."""
+    folder = output.with_name(output.name + UNFINISHED)
+    if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, "new"}:
+        raise ZooError(f"{folder} is needed while {output} is written: rename it, or choose another --output.")
+    with locked(folder / LOCK) as free:
+        if not free:
+            raise ZooError(f"Another process is writing {output}: wait for it, or choose another --output.")
+        try:
+            shutil.rmtree(folder / "new", ignore_errors=True)
+            with writing_to(folder):
+                (folder / "new").mkdir()
+            yield folder / "new"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:
     """Raise ZooError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
     with writing_to(folder, otherwise):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        _new_file(place, "dcp_zoo").unlink()
+        TemporaryFile(dir=place).close()
 
 
 def check_empty(folder: Path) -> None:
@@ -100,18 +123,41 @@ def read_yaml(path: str | Path) -> Any:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[bool]:
-    """Whether this process has the lock of this file, which no other has until the context or the process ends. It is
-    the Hub client's, which also works where the file system has none. ZooError if the folder is not writable."""
+def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
+    """Whether this process has the lock of this file, for which it waits so long, and which no other has until the
+    context or the process ends. The lock is the Hub client's, which also works where the file system has none; its file
+    goes with it. ZooError if the folder is not writable."""
+    end, free, made = time.monotonic() + seconds, False, not file.parent.exists()
+    with ExitStack() as stack:
+        with writing_to(file.parent):
+            while not (free := _acquire(file, stack, end)) and time.monotonic() < end:
+                pass
+        if free:
+            stack.callback(_remove, file, made)
+        yield free
+
+
+def _acquire(file: Path, stack: ExitStack, end: float) -> bool:
+    """Whether the stack has the lock now; False after a time, or if whoever had the lock has removed its file."""
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
-    free = False
-    with ExitStack() as stack:
-        with writing_to(file.parent), suppress(TimeoutError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(file, timeout=0.1))
-            free = True
-        yield free
+    with ExitStack() as attempt, suppress(TimeoutError, FileNotFoundError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        before = file.stat()
+        attempt.enter_context(WeakFileLock(file, timeout=max(end - time.monotonic(), 0.01)))
+        if os.path.samestat(before, file.stat()):
+            stack.push(attempt.pop_all())
+            return True
+    return False
+
+
+def _remove(file: Path, made: bool) -> None:
+    """Remove a lock's file, and its folder if that was made for it and is still empty."""
+    with suppress(OSError):  # Windows keeps a file that is open
+        file.unlink()
+        if made:
+            file.parent.rmdir()
 
 
 # control characters, which a terminal obeys; marks that reverse the direction of writing; bytes that are no UTF-8

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import tarfile
 import threading
 import time
@@ -17,12 +18,15 @@ import huggingface_hub
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.job import Job, Predictor, Rows
+from dcp_zoo.files import sha256_of
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 
@@ -39,6 +43,13 @@ def loud(model: Any) -> Any:
         if p.requires_grad:
             p.data += 0.2 * torch.randn_like(p)
     return model
+
+
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the tensors of a checkpoint, and their hash."""
+    save_file(tensors, folder / WEIGHTS_NAME)
+    config = json.loads((folder / CONFIG_NAME).read_text()) | {"weights_sha256": sha256_of(folder / WEIGHTS_NAME)}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
 
 
 @torch.no_grad()

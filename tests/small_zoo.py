@@ -1,18 +1,20 @@
 """The 11 datasets with three classes and a few images each, and a miniature trained for four steps: `dcp-zoo build` in
 seconds."""
 
+import multiprocessing
 import os
-import random
-import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import huggingface_hub
 import trees
 from PIL import Image
+from upload_hub import TOKEN
 
 from dcp_zoo.cli import main
 from dcp_zoo.data import DATASETS, list_datasets, packaged
@@ -66,31 +68,44 @@ def write_manifest(root: Path) -> Path:
     return path
 
 
-def finish_or_kill(args: Sequence[str], until: Callable[[], bool], chance: random.Random) -> bool:
-    """Run `dcp-zoo ARGS` in a fork of this process, and kill it a moment after `until` is true. Whether it had finished
-    before; an error of the command is one here."""
-    child = os.fork()
-    if child == 0:
-        code: Any = 1
-        try:
-            sys.stdout = sys.stderr = os.fdopen(2, "w")  # what it says is shown if the test fails
-            sys.argv = ["dcp-zoo", *args]
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:  # skip cleanup of the parent's resources, such as its temporary folder
-            sys.stderr.flush()
-            os._exit(code)
-    status = None
-    while status is None:
-        ended, raw = os.waitpid(child, os.WNOHANG)
-        if not ended and until():
-            time.sleep(chance.random() / 5)
-            os.kill(child, signal.SIGKILL)
-            ended, raw = os.waitpid(child, 0)
-        if ended:
-            status = os.waitstatus_to_exitcode(raw)
-        else:
-            time.sleep(0.01)
-    assert status <= 0, f"dcp-zoo {' '.join(args)} failed"
-    return status == 0
+# a fork of this process would hang in the first loop that torch splits over threads: it has none of this process's
+SERVER = multiprocessing.get_context("forkserver")
+SLOW = "open_clip dcp_zoo.training.run dcp_zoo.inspection.inspection dcp_zoo.deploy.export dcp_zoo.deploy.bulk.on_disk"
+SERVER.set_forkserver_preload(["small_zoo", *SLOW.split()])
+
+
+def finish_or_kill(
+    args: Sequence[str], until: Callable[[], bool], prepare: Callable[[], object] = list, pause: float = 0.0
+) -> bool:
+    """Run `dcp-zoo ARGS` in a new process, which calls `prepare` first, and kill it so many seconds after `until` is
+    true. Whether it had finished before; an error of the command is one here."""
+    with NamedTemporaryFile() as said:
+        child = SERVER.Process(target=_command, args=(args, prepare, said.name))
+        child.start()
+        while child.exitcode is None:
+            if until():
+                child.join(pause)
+                child.kill()
+            child.join(0.01)
+        assert child.exitcode <= 0, f"dcp-zoo {' '.join(args)} failed: {said.read().decode()}"
+        return child.exitcode == 0
+
+
+def _command(args: Sequence[str], prepare: Callable[[], object], said: str) -> None:
+    with Path(said).open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        prepare()
+        sys.argv = ["dcp-zoo", *args]
+        main()
+
+
+def use_hub(url: str) -> None:
+    """What HF_ENDPOINT and a token do in a new process."""
+    huggingface_hub.constants.ENDPOINT = url
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
+    os.environ["HF_TOKEN"] = TOKEN
+
+
+def prepare_build(manifest: Path, url: str) -> None:
+    """For a process that builds heads of small data."""
+    shrink(manifest)
+    use_hub(url)

@@ -94,13 +94,14 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
 
 
 def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
-    """`benchmarks/kill_builds.py` does this 20 times."""
+    """`benchmarks/kills.py` does this 20 times."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
     chance, folder = random.Random(), small / "BUILD"
+    prepare = partial(small_zoo.prepare_build, publish.MANIFEST, uploads.url)
     for kind in ("results", "published"):  # while it trains, and while it publishes
         goal = chance.randint(1, 2)
         until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
-        finish_or_kill(arguments(small, *few), until, chance)
+        finish_or_kill(arguments(small, *few), until, prepare, chance.random() / 5)
     assert "2 published." in run.ok(*arguments(small, *few))
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
 

@@ -366,7 +366,7 @@ def test_names_of_strangers_are_no_formulas(photos):
         ({"table": "p.xlsx"}, "--output p.xlsx: its suffix must be .csv or .jsonl or .parquet"),
         ({"table": "p.csv", "features": "f.csv"}, "--features f.csv: its suffix must be .npz or .parquet"),
         ({"table": "p.parquet", "features": "p.parquet"}, "p.parquet is named twice"),
-        ({"table": "old.csv"}, "old.csv exists already: delete it, or choose another file"),
+        ({"table": "old.csv"}, "old.csv exists already: choose another --output, or pass --overwrite"),
         ({"table": "p.csv", "sort_into": "photos"}, "--sort-into photos is where the images are"),
         ({"table": "old.csv/p.csv"}, "Cannot write to old.csv: .*Choose another --output"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import is_typeddict
@@ -9,16 +10,16 @@ from typing import is_typeddict
 import pytest
 import timm
 import torch
-from helpers import close
+from helpers import close, write_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError, create_model, load_head
 from dcp_zoo.fields import kinds_of
-from dcp_zoo.files import write_file
+from dcp_zoo.files import LOCK, locked, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
-from dcp_zoo.model.config import COUPLINGS, DCPConfig, HeadConfig
+from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.mini import MINI_CFG
 from dcp_zoo.model.names import class_texts
@@ -122,6 +123,62 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_save_that_was_killed_is_undone_or_finished(folder, tmp_path, committed):
+    """Between its weights and its config.json, or after both; whoever comes first does it."""
+    other = create_model("dcp_mini", classnames=["cup"], n_ctx=4).save_pretrained(tmp_path / "other")
+    shutil.copy(other / WEIGHTS_NAME, folder / NEW_WEIGHTS)
+    if committed:
+        shutil.copy(other / CONFIG_NAME, folder)
+    assert create_model(f"local-dir:{folder}", True).classnames == (["cup"] if committed else NAMES)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_the_weights_of_another_head_are_refused(folder):
+    weights = folder / WEIGHTS_NAME
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ZooError, match=r"model.safetensors is damaged, or of another head than config.json beside it"):
+        create_model(f"local-dir:{folder}", True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "classes remove ant --head HEAD",
+        "classes rename ant bee --head HEAD",
+        "classes add bee . --head HEAD",
+        "fit-text-probe --dataset digits --head HEAD",
+        "convert x.pth --model dcp_mini --classnames names.txt",
+    ],
+)
+def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, monkeypatch, command):
+    monkeypatch.chdir(folder.parent)
+    Path("names.txt").write_text("ant\nbee\n")
+    Image.new("RGB", (9, 9)).save("bee.png")
+    command = [*command.replace("HEAD", str(folder)).split(), "--output", folder, "--overwrite"]
+    monkeypatch.setattr("dcp_zoo.model.checkpoint.SAVE_SECONDS", 0.1)
+    with locked(folder / LOCK):
+        assert f"Another process is training or saving a head in {folder}: wait" in run.refused(*command)
+        with pytest.raises(ZooError, match="Another process is training or saving a head"):
+            mini.save_pretrained(folder)
+    mini.save_pretrained(folder)
+
+
+def test_a_link_is_written_through_and_no_device_is_replaced(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "new link").symlink_to(tmp_path / "new")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "new link"):
+        write_file(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "file").read_text() == (tmp_path / "new").read_text() == "new"
+    for place in (tmp_path / "pipe", tmp_path, Path(os.devnull)):
+        with pytest.raises(ZooError, match=f"Cannot write to {place}: it is a (folder|pipe, socket or device), not a"):
+            write_file(place, "new")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
 def test_modes_are_the_users(mini, tmp_path, umask):
     """New files as the umask says, also in a folder with names of the longest kind; replaced ones keep theirs."""
@@ -152,7 +209,7 @@ def test_nan_is_not_saved(tmp_path):
 def change(folder, **tensors):
     """Replace tensors of a checkpoint; None removes one."""
     state = load_file(folder / "model.safetensors") | tensors
-    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
+    write_weights(folder, {k: v for k, v in state.items() if v is not None})
 
 
 @pytest.mark.parametrize(
@@ -246,7 +303,7 @@ WRONG = {
 }
 TEXTS = (
     "dcp.clip dcp.method dcp.template dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
-    "dcp.text_probe.split_sha256"
+    "dcp.text_probe.split_sha256 weights_sha256"
 )
 RIGHT = {  # what of `WRONG` a field may be
     **dict.fromkeys([*TEXTS.split(), "architecture"], ("text",)),

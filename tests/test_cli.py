@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def test_train_writes_the_page_that_eval_writes(head, animals, run, tmp_path):
     pages, gda = head.parent / "pages", tmp_path / "gda"
     run.ok("train", animals, "--method", "gda", "--no-refit", "--report", pages / "gda.html", "--output", gda)
     for folder, page in ((head, pages / "dcp.html"), (gda, pages / "gda.html")):
-        run.ok("eval", "--head", folder, "--data-root", animals, "--report", tmp_path / "page.html")
+        run.ok("eval", "--head", folder, "--data-root", animals, "--report", tmp_path / "page.html", "--overwrite")
         assert page.read_text() == (tmp_path / "page.html").read_text()
         assert f"<h1>{folder} on folder</h1>" in page.read_text()
 
@@ -470,3 +471,39 @@ def test_commands_without_a_model_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", FRESH, json.dumps(tried)], capture_output=True, text=True, check=False)
     expected = [f"{' '.join(args)}: {2 if '--epochs' in args else 0}" for args in tried]
     assert done.stdout.splitlines() == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("search photos cat --sheet FILE", "page.html"),
+        ("eval --head dcp_mini.digits-16shot --report FILE", "page.html"),
+        ("train --dataset digits --output head --report FILE", "page.html"),
+        ("predict --sample --sheet FILE", "page.html"),
+        ("export --head dcp_mini.digits-16shot --format safetensors --output FILE", "head.safetensors"),
+        ("explain --head dcp_mini.digits-16shot --output FILE", "moves.png"),
+        ("inspect photos --output .", "inspection.csv"),
+        ("report . --output .", "report.md"),
+    ],
+)
+def test_no_command_replaces_a_file_unasked(run, tmp_path, monkeypatch, command, file):
+    """Nor a photograph when asked."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in (file, "photo.jpg"):
+        Path(name).write_text("mine")
+    advice = "" if file == "moves.png" else ", or pass --overwrite"
+    said = run.refused(*command.replace("FILE", file).split())
+    assert re.search(rf"{file} exists already: choose another --\w+{advice}\.", said)
+    if "FILE" in command and advice:
+        said = run.refused(*command.replace("FILE", "photo.jpg").split(), "--overwrite")
+        assert re.search(r"photo.jpg exists already: choose another --\w+\.", said)
+    assert Path(file).read_text() == Path("photo.jpg").read_text() == "mine"
+    assert sorted(path.name for path in Path().iterdir()) == sorted({file, "photo.jpg", "photos"})
+
+
+def test_a_device_is_refused_before_the_work(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.html")
+    for place, what in ((tmp_path / "pipe.html", "pipe, socket or device"), (tmp_path, "folder")):
+        said = run.refused("search", tmp_path, "cat", "--sheet", place, "--overwrite")
+        assert f"Cannot write to {place}: it is a {what}, not a file. Choose another --sheet." in said

@@ -1,18 +1,27 @@
 """Conversion of the authors' checkpoints: the golden one, and everything that must be rejected."""
 
+import itertools
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import timeit
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN
+from helpers import close
 from safetensors.torch import load_file
+from torch import nn
 
 import dcp_zoo
 from dcp_zoo import ZooError, convert_cmpa_checkpoint
 from dcp_zoo.data.readers import read_classnames
+from dcp_zoo.zoo.convert import read_pickle
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 
@@ -48,6 +57,27 @@ def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
     with torch.inference_mode():
         assert again.stats == "stored"
         torch.testing.assert_close(again(images), case["logits"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_checkpoint_as_dassl_writes_it(golden, tiny_clip, tmp_path, zipped):
+    """Its warm-up schedule is stored with the `successor`, an object that holds the optimizer; here in half precision,
+    as the release trains."""
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    prompts = nn.Parameter(checkpoint["state_dict"]["prompt_learner.prompts_text"])
+    optimizer = torch.optim.SGD([prompts], 0.0035, momentum=0.9, weight_decay=5e-4)
+    prompts.sum().backward()
+    optimizer.step()
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20.0)
+    scheduler = {"successor": successor, "warmup_epoch": 1, "cons_lr": 1e-5, "base_lrs": [0.0035], "last_epoch": 20}
+    half = {name: t.half() if t.is_floating_point() else t for name, t in checkpoint["state_dict"].items()}
+    stored = {"state_dict": half, "optimizer": optimizer.state_dict(), "scheduler": scheduler, "val_result": 91.8}
+    path = tmp_path / "model-best.pth.tar"
+    torch.save(checkpoint | stored, path, _use_new_zipfile_serialization=zipped)
+    allowed = torch.serialization.get_safe_globals()
+    model = convert_cmpa_checkpoint(path, classnames=golden["classnames"], clip=tiny_clip)
+    assert close(model.prompts["text"], half["prompt_learner.prompts_text"].float())
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
 
 
 def test_another_clip_is_refused(golden, tiny_clip):
@@ -86,23 +116,63 @@ def test_damaged_checkpoints_are_refused(golden, tiny_clip, changed, changes, me
 
 
 class Harmful:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable, *args: object, state: object = None) -> None:
+        self.call = (function, args, state)
+
     def __reduce__(self):
-        return os.mkdir, ("executed",)
+        return self.call
+
+
+CODE = "__import__('os').mkdir('executed')"
+HARMFUL = [
+    Harmful(os.mkdir, "executed"),
+    Harmful(os.mkdir, "executed", state={"successor": 1}),
+    Harmful(os.system, "mkdir executed"),
+    Harmful(subprocess.call, ["mkdir", "executed"]),
+    Harmful(subprocess.Popen, ["mkdir", "executed"]),
+    Harmful(eval, CODE),
+    Harmful(exec, CODE),
+    Harmful(open, "executed", "w"),
+    Harmful(shutil.copytree, "/etc/apt", "executed"),
+    Harmful(timeit.timeit, CODE, "pass", timeit.default_timer, 1),
+    Harmful(Path("executed").mkdir),
+    Harmful(pickle.loads, pickle.dumps(Harmful(os.mkdir, "executed"))),
+]
+
+
+def stored_in(harmful: Harmful) -> list[object]:
+    """Checkpoints with this object in different places, also in the state of a class that may be stored."""
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], 0.1), 20.0)
+    successor.T_max = harmful
+    return [
+        {"state_dict": harmful},
+        {"state_dict": {"prompt_learner.prompts_text": harmful}},
+        {"state_dict": {}, "optimizer": {"state": [(1, {"nested": harmful})]}},
+        {"state_dict": {}, "scheduler": {"successor": successor}},
+        {"state_dict": defaultdict(dict, first=harmful)},
+        {harmful: 1},
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", [pickle.dumps, None], ids=["plain pickle", "torch file"])
-def test_code_in_a_pickle_is_not_executed(golden, tiny_clip, tmp_path, monkeypatch, write):
+def test_code_in_a_pickle_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.pth.tar-20"
-    if write:
-        path.write_bytes(write({"state_dict": Harmful()}))
-    else:
-        torch.save({"state_dict": Harmful()}, path)
-    with pytest.raises(ZooError, match=r"harmful code .*Nothing in it was executed"):
-        convert_cmpa_checkpoint(path, classnames=golden["classnames"], clip=tiny_clip)
-    assert not (tmp_path / "executed").exists()
-    pickle.loads(pickle.dumps(Harmful()))  # what an unguarded reader would have done
+    files = 0
+    for checkpoint in itertools.chain.from_iterable(stored_in(harmful) for harmful in HARMFUL):
+        for zipped in (True, False, None):
+            if zipped is None:
+                path.write_bytes(pickle.dumps(checkpoint))
+            else:
+                torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(ZooError, match=r"harmful code .*Nothing in it was executed"):
+                read_pickle(path)
+            files += 1
+    assert files > 200
+    assert [*tmp_path.iterdir()] == [path]
+    pickle.loads(pickle.dumps(HARMFUL[0]))  # what an unguarded reader would have done
     assert (tmp_path / "executed").exists()
 
 
@@ -158,6 +228,7 @@ def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, run):
     shutil.copy(CHECKPOINT, tmp_path / "model.pth.tar-20")
     args = ["--model", "dcp_vitb16", "--classnames", tmp_path / "names.txt", "--output", tmp_path / "head"]
     run.ok("convert", tmp_path / "model.pth.tar-20", *args, "--images", tmp_path / "images", "--device", "cpu")
+    assert "head already holds a checkpoint" in run.refused("convert", tmp_path / "model.pth.tar-20", *args)
     config = json.loads((tmp_path / "head/config.json").read_text())
     assert load_file(tmp_path / "head/model.safetensors")["context"].shape == (3, 16, 128)
     assert config["dcp"]["converted_from"] == "model.pth.tar-20"

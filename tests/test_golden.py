@@ -1,6 +1,8 @@
 """Logits, losses and gradients against the authors' code, for the fast and the plain forward pass."""
 
+import json
 import re
+from dataclasses import dataclass, replace
 
 import pytest
 import reference
@@ -11,6 +13,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from dcp_zoo import DCP
+from dcp_zoo.data import Item
+from dcp_zoo.training.loop import train
+from dcp_zoo.training.recipes import named_recipe
+from dcp_zoo.training.sources import ImageSource
 
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
 TOLERANCE = 2e-4 if OLD_TORCH else 1e-4  # relative; old builds round otherwise, 1.1e-4 was seen
@@ -68,6 +74,53 @@ def test_logits_loss_and_every_gradient(case, golden, forward):
     assert close(loss, expected["loss"], TOLERANCE)
     for name, gradient in expected["grad"].items():
         assert close(model.get_parameter(name).grad, gradient, TOLERANCE), name
+
+
+def with_weights(model: DCP, case: dict) -> DCP:
+    """The model with a case's trained tensors, which one CMPA shares, cut to its number of prompts."""
+    found = {our_name(n.removeprefix("param."), True): t for n, t in case.items() if n.startswith("param.")}
+    for name, own in model.head_state().items():
+        own.data.copy_(found[name][: len(own)])
+    return model
+
+
+@dataclass
+class OneBatch(ImageSource):
+    """The golden images as a source of one batch per epoch."""
+
+    batch: tuple[torch.Tensor, torch.Tensor] = ()
+
+    def batches(self, *args, **options):
+        return [self.batch]
+
+
+@pytest.mark.filterwarnings("ignore:The training images are not learnt")
+@pytest.mark.parametrize("name", ["release", "paper"])
+def test_ten_steps_of_the_authors_trainer(golden, tiny_clip, name):
+    """Losses of the authors' code, with its optimizer and schedule, one step in each of the first ten epochs: as it was
+    released, and with its new text prompts written back, as in the paper."""
+    recipe = replace(named_recipe(name, "dcp_vitb16"), stop_epoch=10)
+    expected = json.loads((GOLDEN / "trajectory.json").read_text())[recipe.coupling]
+    model = with_weights(DCP(tiny_clip, golden["classnames"], recipe.config), load_file(GOLDEN / expected["case"]))
+    labels = golden["labels"]
+    items = [Item("", "", label) for label in labels]
+    source = OneBatch(model, items, None, batch=(golden["backbone"]["images"], torch.tensor(labels)))
+    assert close(torch.tensor(train(source, recipe)), torch.tensor(expected["losses"]), 1e-3)
+
+
+def test_words_of_the_phrase_beyond_the_prompts_stay(golden, tiny_clip):
+    """The authors' code reads "p1 p2 of a name." after two prompts from "a photo of a"."""
+    expected = json.loads((GOLDEN / "trajectory.json").read_text())["phrase"]
+    model = DCP(
+        tiny_clip,
+        golden["classnames"],
+        named_recipe("release", "dcp_vitb16").updated({"n_ctx": expected["n_ctx"]}).config,
+    )
+    text = model.prompts["text"].detach().clone()
+    with_weights(model, load_file(GOLDEN / expected["case"])).prompts["text"].data.copy_(text)
+    images, labels = golden["backbone"]["images"], torch.tensor(golden["labels"])
+    for logits in (model.train()(images), reference.forward(model, images)):
+        assert close(F.cross_entropy(logits, labels), torch.tensor(expected["loss"]), TOLERANCE)
 
 
 @torch.no_grad()

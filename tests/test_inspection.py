@@ -16,6 +16,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
@@ -78,7 +79,8 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
     looked = Count(monkeypatch, look_module, "_measured")
-    assert run("inspect", folder, "--output", tmp_path / "found")[1] == out
+    assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited
+    assert run.ok("inspect", folder, "--output", tmp_path / "found", "--overwrite") == out
     assert looked.calls == 0
 
 
@@ -207,6 +209,24 @@ def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
     assert "images that are not in" in run(*command, "--output", tmp_path / "fixed")[2]
     table.write_text("no,columns\n1,2\n")
     assert "pass the inspection.csv" in run(*command, "--output", tmp_path / "fixed")[2]
+
+
+def test_a_copy_that_was_killed_begins_again(folder, cache, tmp_path, run):
+    """In a folder of its own, which nobody takes for the copy; one of the user's is not touched."""
+    (tmp_path / "table.csv").write_text("file,change\n")
+    command = "inspect", folder, "--fix", tmp_path / "table.csv", "--output", tmp_path / "fixed"
+    left = tmp_path / "fixed.unfinished" / "own" / "cat" / "old.png"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert f"fixed.unfinished is needed while {tmp_path / 'fixed'} is written: rename it" in run.refused(*command)
+    left.parent.parent.rename(tmp_path / "fixed.unfinished" / "new")
+    left = tmp_path / "fixed.unfinished" / "new" / "cat" / "old.png"
+    with locked(tmp_path / "fixed.unfinished" / ".lock"):
+        assert f"Another process is writing {tmp_path / 'fixed'}: wait" in run.refused(*command)
+    assert left.exists()
+    run.ok(*command)
+    assert not (tmp_path / "fixed" / "cat" / "old.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"fixed", "table.csv"}
 
 
 # -------------------------------------------------------------------------------------------------------------- search

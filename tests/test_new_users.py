@@ -841,7 +841,8 @@ def test_a_folder_that_is_not_writable_is_found_first(
     def refuse(*args, **options):
         raise OSError(number, errno.errorcode[number])
 
-    monkeypatch.setattr("dcp_zoo.files.Path.touch", refuse)
+    monkeypatch.setattr("dcp_zoo.files.TemporaryFile", refuse)
+    monkeypatch.setattr("dcp_zoo.files.Path.touch", refuse)  # of a lock
     err = run.refused(*command)
     assert f"Cannot write to {'MY_PHOTOS_head' if command[0] == 'train' else 'out'}" in err
     assert message in err

@@ -146,6 +146,7 @@ def test_contents_of_the_card(folder, monkeypatch):
     seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
     monkeypatch.setattr(publish, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
+    assert "coupling `bidirectional`, the paper's" in text
     config = json.loads((folder / "config.json").read_text())["dcp"]
     assert f"| 1 | {config['metrics']['top1_stored']} | {config['metrics']['top1_batch']} |" in text
     assert "| 2 | 12.5 | not measured |" in text

@@ -16,11 +16,11 @@ from timm.data import create_transform
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
-from dcp_zoo.files import locked
+from dcp_zoo.files import LOCK, locked
 from dcp_zoo.training.loop import _mix, train
 from dcp_zoo.training.methods.coupled import frozen_tokens
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.training.run import LOCK_NAME, RunOptions, load_for_training, plan, train_head
+from dcp_zoo.training.run import RunOptions, load_for_training, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import plain_clip
@@ -360,8 +360,8 @@ def test_overwrite_starts_again(digits_run, tmp_path):
 def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path, overwrite):
     (tmp_path / STATE_NAME).write_bytes(b"of the other")
     with (
-        locked(tmp_path / LOCK_NAME),
-        pytest.raises(ZooError, match=f"Another process is training in {tmp_path}: wait"),
+        locked(tmp_path / LOCK),
+        pytest.raises(ZooError, match=f"Another process is training or saving a head in {tmp_path}: wait"),
     ):
         train_head(digits_run, tmp_path, RunOptions(overwrite=overwrite))
     assert (tmp_path / STATE_NAME).read_bytes() == b"of the other"

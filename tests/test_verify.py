@@ -56,6 +56,7 @@ def change(folder: Path, **values: object) -> None:
 
 def test_verify(head, data, run):
     out = run.ok("verify", "--head", head, "--data-root", data)
+    assert "bidirectional" in out
     assert out.count("holds") == 3
     metrics = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
     change(head, metrics=metrics | {"top1_batch": metrics["top1_batch"] + 0.06})

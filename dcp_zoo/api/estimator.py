@@ -19,7 +19,8 @@ from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, li
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
-from dcp_zoo.model.config import is_checkpoint
+from dcp_zoo.model.checkpoint import SAVE_SECONDS
+from dcp_zoo.model.config import alone_in, is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
@@ -206,13 +207,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: a folder that has a checkpoint, unless `overwrite`, or one that is not writable.
         """
         model = self._head()
-        if is_checkpoint(folder) and not overwrite:
-            raise ZooError(f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True.")
         labels = [list(pair) for pair in zip(model.classnames, self.classes_.tolist(), strict=True)]
         info = model.info | {LABELS: labels}
         if all(name == label for name, label in labels):
             del info[LABELS]
-        return model.save_pretrained(folder, **info)
+        with alone_in(Path(folder), SAVE_SECONDS):
+            if is_checkpoint(folder) and not overwrite:
+                raise ZooError(f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True.")
+            return model.save_pretrained(folder, **info)
 
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":

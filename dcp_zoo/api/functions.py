@@ -62,8 +62,9 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release", the
-            authors'. Default: the method's; for DCP with a schedule that fits the number of classes and images.
+        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
+            the released code of DCP's authors, "paper" for the same with their paper's coupling. Default: the method's;
+            for DCP with a schedule that fits the number of classes and images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
         validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
@@ -75,11 +76,11 @@ def train(
         output: folder for the checkpoint; a training of prompts that was stopped resumes from there. Default: nothing
             is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
-            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
-            bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
-            threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
-            in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a
-            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does
+            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
+            default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
+            images (0: threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after
+            every epoch in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace
+            a checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does
             (default: tqdm's, in a terminal or notebook).
 
     Returns:

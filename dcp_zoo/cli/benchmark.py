@@ -16,6 +16,7 @@ from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Event, Resources, import_ray
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import check_writable, format_duration
@@ -243,6 +244,7 @@ def report(
     output_dir: Annotated[
         Path | None, Option("--output", help="Folder for the report. Default: `report` in the first folder.")
     ] = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.
 
@@ -250,7 +252,8 @@ def report(
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
     output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
-    check_writable(output_dir)
+    for name in ("report.md", "report.html"):
+        check_output(output_dir / name, overwrite)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")
     for path in write_report(folders, output_dir):

@@ -10,6 +10,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.data import load_labelled, training_split
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
@@ -38,6 +39,7 @@ class ExportOptions:
     precision: str | None = opt.option(None, "Of ONNX files: float32, float16 (the default for web) or int8.")
     dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: opt.DataRoot = None
+    overwrite: opt.Overwrite = False
     max_drop: float = opt.option(1.0, "For int8: points of top-1 that may be lost, or nothing is written.", min=0)
 
 
@@ -64,9 +66,11 @@ def export(options: ExportOptions) -> None:
     if web and preprocessing == "outside":
         raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
     file = options.file or Path(file_stem(name) + ("-web" if web else files.EXPORT_SUFFIXES[format]))
-    check_writable(file.parent)
     if web:
         check_empty(file)
+        check_writable(file.parent)
+    else:
+        check_output(file, options.overwrite)
     model = create_model(name, True, classnames=names).eval()
     data = calibration_images(model, options) if precision == "int8" else None
     if web:

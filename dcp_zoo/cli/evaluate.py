@@ -12,10 +12,10 @@ from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def evaluate(
     workers: opt.Workers = 0,
     threads: opt.Threads = None,
     report: opt.Report = None,
+    overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
@@ -49,7 +50,7 @@ def evaluate(
     name = opt.head_name(head)
     dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
     if report:
-        check_writable(report.parent, "choose another --report")
+        check_output(report, overwrite, "--report")
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.api.functions import as_model
     from dcp_zoo.training.evaluation import Evaluation, predict

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, Context, Option, Typer
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
@@ -14,7 +14,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_writable
+from dcp_zoo.model.config import alone_in
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
 
@@ -30,6 +30,7 @@ LOST = (
 
 
 def fit_text_probe(
+    command: Context,
     head: opt.HeadName,
     output_dir: opt.Output,
     photos: opt.Photos = None,
@@ -55,7 +56,7 @@ def fit_text_probe(
     [dim]dcp-zoo fit-text-probe MY_PHOTOS --head converted --output better[/]
     """
     dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
-    model = _load(head, output_dir, overwrite, device)
+    model = _load(command, head, output_dir, overwrite, device)
     from dcp_zoo.training import run
     from dcp_zoo.training.evaluation import measure, measurement
     from dcp_zoo.training.sources import image_source
@@ -101,6 +102,7 @@ def fit_text_probe(
 
 
 def convert(
+    command: Context,
     path: Annotated[Path, Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
     model: Annotated[str, Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[
@@ -113,6 +115,7 @@ def convert(
     depth: Annotated[int, Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
     pooling: Annotated[str, Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
     device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
 
@@ -124,7 +127,7 @@ def convert(
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
 
-    check_writable(output_dir)
+    _take(command, output_dir, overwrite)
     names = read_classnames(classnames)
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
     dcp.to(pick_device(device))
@@ -138,6 +141,7 @@ def convert(
 
 @commands.command(cls=opt.Command)
 def add(
+    command: Context,
     name: Class,
     images: Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")],
     head: opt.HeadName,
@@ -153,7 +157,7 @@ def add(
     [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
     """
     found = find_images(images)
-    model = _load(head, output_dir, overwrite, device)
+    model = _load(command, head, output_dir, overwrite, device)
     import torch
 
     from dcp_zoo.zoo.factory import create_transform
@@ -174,6 +178,7 @@ def add(
 
 @commands.command(cls=opt.Command)
 def rename(
+    command: Context,
     name: Class,
     new: Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")],
     head: opt.HeadName,
@@ -185,7 +190,7 @@ def rename(
 
     [dim]dcp-zoo classes rename tulipe tulip --head my_head --output english_head[/]
     """
-    model = _load(head, output_dir, overwrite)
+    model = _load(command, head, output_dir, overwrite)
     model.rename_class(name, new)
     for key in ("class_images", "labels"):  # labels: pairs, those of a FewShotClassifier
         if stored := dict(model.info.get(key) or ()):
@@ -196,26 +201,34 @@ def rename(
 
 
 @commands.command(cls=opt.Command)
-def remove(name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False) -> None:
+def remove(
+    command: Context, name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False
+) -> None:
     """Remove a class. Accuracy and rejection threshold are lost; the command says how to get them back.
 
     [dim]dcp-zoo classes remove tulip --head my_head --output smaller_head[/]
     """
-    model = _load(head, output_dir, overwrite)
+    model = _load(command, head, output_dir, overwrite)
     model.remove_class(name)
     (model.info.get("class_images") or {}).pop(name, None)
     _save(model, output_dir, f"{name} removed", LOST)
 
 
-def _load(head: str, output_dir: Path, overwrite: bool, device: str = "cpu") -> "Head":
+def _load(command: Context, head: str, output_dir: Path, overwrite: bool, device: str = "cpu") -> "Head":
     """The head, once it is clear that the output can be written."""
     name = opt.head_name(head)
-    check_writable(output_dir)
+    _take(command, output_dir, overwrite)
     from dcp_zoo.api.functions import as_model
+
+    return as_model(name, device)
+
+
+def _take(command: Context, output_dir: Path, overwrite: bool) -> None:
+    """Keep others from the output folder until the command ends: what it reads there and changes is the same head."""
     from dcp_zoo.training.run import check_free
 
+    command.with_resource(alone_in(output_dir))
     check_free(output_dir, overwrite)
-    return as_model(name, device)
 
 
 def _save(model: "Head", output_dir: Path, done: str, note: str) -> None:

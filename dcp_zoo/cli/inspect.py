@@ -7,7 +7,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, data_source, head_name
+from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
@@ -32,6 +33,7 @@ def inspect(
             "another class, or `leave out`. Nothing is changed in place.",
         ),
     ] = None,
+    overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
@@ -55,9 +57,12 @@ def inspect(
         output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.")
         return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
-    check_writable(folder)
     use_threads(threads)
+    from dcp_zoo.inspection.inspection import PAGE, TABLE
     from dcp_zoo.inspection.inspection import inspect as find
+
+    for name in (TABLE, PAGE):
+        check_output(folder / name, overwrite)
 
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
@@ -74,6 +79,7 @@ def search(
     like: Annotated[Path | None, Option(metavar="PHOTO", help="Find images that look like this one.")] = None,
     count: Annotated[int, Option(min=1, help="How many images.")] = 20,
     sheet: Annotated[Path | None, Option(metavar="FILE.html", help="Write a page with the images as pictures.")] = None,
+    overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
@@ -84,7 +90,7 @@ def search(
     [dim]dcp-zoo search MY_PHOTOS --like photo.jpg[/]
     """
     if sheet is not None:
-        check_writable(sheet.parent, "choose another --sheet")
+        check_output(sheet, overwrite, "--sheet")
     use_threads(threads)
     from dcp_zoo.inspection.search import search as find
 

@@ -59,7 +59,11 @@ DataRoot = Annotated[
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
-    str, Option(help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster.")
+    str,
+    Option(
+        help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster; or release, the float16 "
+        "weights of DCP's authors."
+    ),
 ]
 Workers = Annotated[
     int,
@@ -97,7 +101,7 @@ ImagenetFrom = Annotated[
     str | None, Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
 ]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace a checkpoint in the output folder.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there already.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]

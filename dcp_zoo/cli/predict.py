@@ -74,6 +74,7 @@ class PredictOptions:
     sheet: Path | None = to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
+    overwrite: bool = opt.option(False, "Replace files that exist already.", rich_help_panel="Files")
     runtime: str = opt.option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
     onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
@@ -222,7 +223,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
-    outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
+    outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link, options.overwrite)
     return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
 
 

@@ -198,9 +198,10 @@ def verify(
             failed = True  # the others can be measured all the same
             print_error(f"{name}: {error}")
     rows = [
-        (c.head, c.stats, f"{c.claimed:.2f}", f"{c.measured:.2f}", "holds" if c.holds else "differs") for c in claims
+        (c.head, c.coupling, c.stats, f"{c.claimed:.2f}", f"{c.measured:.2f}", "holds" if c.holds else "differs")
+        for c in claims
     ]
-    output.print(plain_table(("head", "stats", "claimed", "measured", ""), rows))
+    output.print(plain_table(("head", "coupling", "stats", "claimed", "measured", ""), rows))
     if failed or not all(claim.holds for claim in claims):
         raise Exit(1)
 

@@ -12,9 +12,10 @@ from typer import Argument, Option
 from dcp_zoo.cli.console import log, output, plain_table
 from dcp_zoo.cli.options import AsJson, HeadName, as_text, head_name
 from dcp_zoo.data import find_spec
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, import_extra, nearest_hint
-from dcp_zoo.files import check_writable, write_file
+from dcp_zoo.files import write_file
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.texts import quoted
 from dcp_zoo.training.accuracy import Accuracy
@@ -110,7 +111,7 @@ def explain(
     """
     name = head_name(head)
     if figure:
-        check_writable(figure.parent)
+        check_output(figure, False)
         import_extra("matplotlib", "plots")
     from dcp_zoo.api.explain import coupling_moves, draw, nearest_words
     from dcp_zoo.zoo.factory import create_model

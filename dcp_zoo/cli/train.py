@@ -14,6 +14,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation, write_page
 from dcp_zoo.data import Split, check_images, is_own
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import no_progress
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
@@ -77,9 +78,9 @@ class TrainOptions:
     save_every: float = opt.option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
     recipe: str | None = of_recipe(
         None,
-        "fast (of dcp: prompts in the last three blocks only, in a fraction of the time), release (the authors'), or "
-        "a YAML file with lines such as `epochs: 50`.",
-        metavar="fast|release|FILE",
+        "fast (of dcp: prompts in the last three blocks only, in a fraction of the time), release (the code of DCP's "
+        "authors), paper (the same with their paper's coupling), or a YAML file with lines such as `epochs: 50`.",
+        metavar="fast|release|paper|FILE",
     )
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
@@ -160,7 +161,7 @@ def train(options: TrainOptions) -> None:
         if is_main():
             check_writable(output_dir)
             if options.report:
-                check_writable(options.report.parent, "choose another --report")
+                check_output(options.report, options.overwrite, "--report")
         run = _planned(options, dataset, data_root, device)
         if options.report and not run.split.test:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")

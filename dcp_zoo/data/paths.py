@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten
-from dcp_zoo.files import check_regular
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten, writing_to
+from dcp_zoo.files import check_regular, check_writable
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
@@ -47,6 +47,19 @@ def is_image(file: str) -> bool:
 def is_archive(path: str | os.PathLike) -> bool:
     """Whether this is the user's own archive of images."""
     return str(path).lower().endswith(ARCHIVE_SUFFIXES) and Path(path).is_file()
+
+
+def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
+    """Raise ZooError for an output file that exists, unless `overwrite` and not an image, film or archive by its name,
+    or that cannot be written."""
+    advice = f"choose another {option}"
+    if os.path.lexists(file):
+        with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
+            check_regular(file)
+        precious = os.path.realpath(file).lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *ARCHIVE_SUFFIXES))
+        if precious or not overwrite:
+            raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
+    check_writable(file.parent, advice)
 
 
 def is_visible(name: str) -> bool:

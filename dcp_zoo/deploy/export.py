@@ -18,7 +18,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import write_file
+from dcp_zoo.files import unfinished, write_file
 from dcp_zoo.model.fused import FusedDCP, load_fused
 from dcp_zoo.model.head import Head
 
@@ -81,7 +81,8 @@ def export(
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
-        write_file(path, write_and_check, "choose another file")
+        with unfinished(path) as folder:
+            write_file(path, write_and_check, "choose another file", folder)
     return path
 
 

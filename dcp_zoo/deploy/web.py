@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
-from dcp_zoo.files import cache_folder, check_empty, printable, sha256_of, write_file
+from dcp_zoo.files import cache_folder, check_empty, printable, sha256_of, unfinished, write_file
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 
@@ -53,27 +52,24 @@ def export_web(
     """
     folder = Path(folder)
     check_empty(folder)
-    with writing_to(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            new = Path(temporary) / "page"
-            shutil.copytree(PAGE, new)
-            for source in runtime_files():
-                shutil.copyfile(source, new / source.name)
-            how: dict[str, Any] = {"preprocessing": "inside", "precision": precision, "calibration": calibration}
-            file = export(model, new / "model.onnx", **how)
-            exported = OnnxClassifier(file)
-            about = {
-                "name": title or exported.name,
-                "classnames": list(map(printable, exported.classnames)),
-                "precision": exported.info["precision"],
-                "sha256": sha256_of(file),
-                "dcp_zoo": version("dcp_zoo"),
-            }
-            if exported.rejects:
-                about |= {"threshold": exported.info["threshold"], "distance_weight": DISTANCE_WEIGHT}
-            (new / "head.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-            new.replace(folder)
+    with writing_to(folder), unfinished(folder) as new:
+        shutil.copytree(PAGE, new, dirs_exist_ok=True)
+        for source in runtime_files():
+            shutil.copyfile(source, new / source.name)
+        how: dict[str, Any] = {"preprocessing": "inside", "precision": precision, "calibration": calibration}
+        file = export(model, new / "model.onnx", **how)
+        exported = OnnxClassifier(file)
+        about = {
+            "name": title or exported.name,
+            "classnames": list(map(printable, exported.classnames)),
+            "precision": exported.info["precision"],
+            "sha256": sha256_of(file),
+            "dcp_zoo": version("dcp_zoo"),
+        }
+        if exported.rejects:
+            about |= {"threshold": exported.info["threshold"], "distance_weight": DISTANCE_WEIGHT}
+        (new / "head.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+        new.replace(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
-from dcp_zoo.files import check_empty, templates, write_file
+from dcp_zoo.files import check_empty, templates, unfinished, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
@@ -252,7 +252,8 @@ def _tested(
 
 def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str | Path | None = None) -> tuple[int, int]:
     """Write a copy of the images, as links where the system has them, with the column `change` of the CSV file: another
-    class, "leave out", or nothing. Returns how many images were moved to another class, and how many left out."""
+    class, "leave out", or nothing. The folder appears when it is complete. Returns how many images were moved to
+    another class, and how many left out."""
     place = Path(output)
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
@@ -260,10 +261,12 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
     left_out = sum(change == LEAVE_OUT for change in changes.values())
     if left_out == len(data.items):
         raise ZooError(f"{table} leaves out every image of {folder}: nothing is left to write.")
-    for part in dict.fromkeys(parts_of(data)):
-        items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
-        named = [folders[changes.get(item.key, data.classnames[item.label])] for item in items]
-        sort_into([item.path for item in items], named, place / part if data.has_parts else place, can_link(folder))
+    with unfinished(place) as new:
+        for part in dict.fromkeys(parts_of(data)):
+            items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
+            named = [folders[changes.get(item.key, data.classnames[item.label])] for item in items]
+            sort_into([item.path for item in items], named, new / part if data.has_parts else new, can_link(folder))
+        new.replace(place)
     return len(changes) - left_out, left_out
 
 

@@ -18,7 +18,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import write_file
+from dcp_zoo.files import unfinished, write_file
 from dcp_zoo.inspection.inspection import can_link, check_new
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import write_sheet
@@ -95,7 +95,9 @@ def suggest(
         answers = [row[0] for row in predict(known, files) if row]
         found = [Suggestion(file, *answer) for file, answer in zip(files, answers, strict=True)]
     if output is not None:
-        _write(found, Path(output), can_link(images))
+        with unfinished(Path(output)) as new:
+            _write(found, new, can_link(images))
+            new.replace(output)
     return found
 
 

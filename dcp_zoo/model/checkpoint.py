@@ -1,4 +1,5 @@
-"""A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read.
+"""A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read, and that names
+these tensors by their hash: one head replaces another at the moment when its `config.json` does.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one, as `classifier.weight` and `.means` (C, E), the
@@ -7,26 +8,29 @@ weights are never included. Loading is strict: exactly the model's tensors, with
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig
+from dcp_zoo.model.config import CONFIG_NAME, NEW_WEIGHTS, WEIGHTS_NAME, HeadConfig, alone_in, settle
 from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SMALLEST = 1e-6  # text scale
+SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 METRIC = f"{FILE_PREFIX}metric"  # the only tensor that a file holds in another form
 
 
@@ -36,29 +40,48 @@ def library_versions() -> dict[str, str]:
 
 
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
-    """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
+    """Write both files; returns the directory. A process that is killed leaves the old head or the new one. See
+    `Head.save_pretrained`."""
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {_file_name(name): t.contiguous() for name, t in state.items()}
     if METRIC in stored:
         stored[METRIC] = upper_triangle(stored[METRIC])
     check_finite(stored, "Not saved")
-    write_file(directory / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}), "choose another directory")
-    write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", "choose another directory")
+    weights, advice = save(stored, metadata={"format": "pt"}), "choose another directory"
+    config = config | {"weights_sha256": sha256(weights).hexdigest()}
+    with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
+        for name in (NEW_WEIGHTS, CONFIG_NAME):
+            for left in directory.glob(f".{name}.*"):  # by a process that was killed
+                left.unlink()
+        try:
+            write_file(directory / NEW_WEIGHTS, weights, advice)
+            if (directory / WEIGHTS_NAME).exists():
+                shutil.copymode(directory / WEIGHTS_NAME, directory / NEW_WEIGHTS)
+            write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", advice)
+        finally:
+            settle(directory)
     return directory
 
 
 def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
-    with _opened(directory) as file:
+    with _weights(directory) as path, safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return _unpacked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
-def read_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
-    with _opened(directory) as file:
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    damaged = f"{Path(directory) / WEIGHTS_NAME} is damaged"
+def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged, or does not have the
+    hash that its `config.json` names, if that is given."""
+    with _weights(directory) as path:
+        content = path.read_bytes()  # once: another process may replace the file
+        if expected and sha256(content).hexdigest() != expected:
+            raise ZooError(
+                f"{path} is damaged, or of another head than {CONFIG_NAME} beside it. Train or download the head "
+                "again; if another process is saving it just now, try again."
+            )
+        state = {name: t.float() for name, t in load(content).items()}
+    damaged = f"{path} is damaged"
     check_finite(state, damaged)
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= SMALLEST).all():
@@ -87,12 +110,11 @@ def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _opened(directory: str | Path) -> Iterator[Any]:
+def _weights(directory: str | Path) -> Iterator[Path]:
     path = Path(directory) / WEIGHTS_NAME
     try:
         check_regular(path)
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield path
     except FileNotFoundError as error:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
     except (SafetensorError, OSError) as error:

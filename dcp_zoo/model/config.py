@@ -2,19 +2,23 @@
 
 import json
 import os.path
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
-from dcp_zoo.files import read_plain
+from dcp_zoo.files import LOCK, locked, read_plain, sha256_of
 
-COUPLINGS = ("bidirectional", "text_to_vision")
+COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
+PHRASE = "a photo of a"  # the authors' `ctx_init`
 POOLINGS = ("mean", "max", "first")
 STATS = ("batch", "stored", "per-image")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
+NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 
@@ -27,8 +31,12 @@ class DCPConfig(Checked):
     depth: int = count(9, "coupled blocks; at most one less than the blocks of the shorter tower")
     pooling: str = option("mean", "how vision prompts are pooled over the batch", choices=POOLINGS)
     share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
-    coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", choices=COUPLINGS)
-    ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
+    coupling: str = option(
+        "bidirectional", "the paper's, or what the authors' release computes", choices=tuple(COUPLINGS)
+    )
+    ctx_init: str | None = option(
+        None, "phrase that initialises the text prompts if n_ctx is at most 4; further words stay before the name"
+    )
     prompted_blocks: int | None = option(
         None, "late coupling: prompts enter only so many last blocks of each tower; null: all, as in the paper", min=2
     )
@@ -85,7 +93,11 @@ class HeadInfo(_Identity, total=False):
     not_measured: str
 
 
-class HeadConfig(TypedDict):
+class _Files(TypedDict, total=False):
+    weights_sha256: str  # of `model.safetensors`; heads that were written before have none
+
+
+class HeadConfig(_Files):
     """A `config.json`, as far as this package reads it."""
 
     dcp: HeadInfo
@@ -106,9 +118,48 @@ def is_checkpoint(place: str | Path) -> bool:
     return os.path.isfile(checkpoint_folder(place) / CONFIG_NAME)  # noqa: PTH113  Path would raise
 
 
+_alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
+
+
+@contextmanager
+def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
+    """Hold the lock of a folder, which everything has that writes a head there, and for which it waits so long; within,
+    again. ZooError if another process has it."""
+    place, held = directory.absolute(), _alone.get()
+    if place in held:
+        yield
+        return
+    with locked(directory / LOCK, seconds) as free:
+        if not free:
+            raise ZooError(
+                f"Another process is training or saving a head in {directory}: wait for it, or choose another --output."
+            )
+        token = _alone.set(held | {place})
+        try:
+            settle(directory)
+            yield
+        finally:
+            _alone.reset(token)
+
+
+def settle(directory: Path) -> None:
+    """End a save, also that of a killed process, in a folder that is locked: put new weights into their place if
+    `config.json` names them, and remove them otherwise."""
+    new = directory / NEW_WEIGHTS
+    with suppress(OSError, ValueError):  # `read_tensors` tells
+        named = new.exists() and json.loads((directory / CONFIG_NAME).read_bytes()).get("weights_sha256")
+        if named == sha256_of(new):
+            new.replace(directory / WEIGHTS_NAME)
+        else:
+            new.unlink()
+
+
 def read_config(directory: str | Path) -> HeadConfig:
     """The checked `config.json` of a checkpoint directory; ZooError if it is missing, damaged, or of another format."""
     path = Path(directory) / CONFIG_NAME
+    if (path.parent / NEW_WEIGHTS).exists():
+        with suppress(ZooError), alone_in(path.parent):
+            pass  # a save is finished that was killed
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
     with as_zoo_error(f"{path} is damaged: invalid JSON ({{}}). Train or download it again."):

@@ -71,8 +71,10 @@ class DCP(Head):
         if config.n_ctx > room:
             raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
+        self.template = NAME  # follows the text prompts
         if config.ctx_init and config.n_ctx <= 4:
             initial["text"] = self.embed_words(config.ctx_init, config.n_ctx)
+            self.template = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
         self.prompts = nn.ParameterDict(initial).to(self.device)
         blocks = len(self.vision_blocks), len(self.text_blocks)
         self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
@@ -310,12 +312,12 @@ class DCP(Head):
         """
         names = check_classnames(classnames)
         descriptions = texts if isinstance(texts, Mapping) else self.descriptions
-        self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx, descriptions or NAME)
-        self.rely_on_texts(descriptions or NAME, self.descriptions or NAME)
+        self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx, descriptions or self.template)
+        self.rely_on_texts(descriptions or self.template, self.descriptions or self.template)
         self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 
     def keep_texts(self, name: str, new: str) -> None:
-        texts = as_sentences(self.classnames, self.descriptions or NAME)
+        texts = as_sentences(self.classnames, self.descriptions or self.template)
         self.descriptions = {new if known == name else known: own for known, own in texts.items()}
 
     @property
@@ -328,7 +330,7 @@ class DCP(Head):
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics. Among classes with descriptions, a new one has its name."""
         if self.descriptions and name not in self.classnames:
-            self.descriptions = {name: [NAME.format(name.replace("_", " "))], **self.descriptions}
+            self.descriptions = {name: [self.template.format(name.replace("_", " "))], **self.descriptions}
         stats, self._stats = self._stats, None  # stored
         try:
             with in_eval_mode(self):
@@ -363,7 +365,7 @@ class DCP(Head):
         if classnames is None:
             return self._constants()[1]
         names = check_classnames(classnames)
-        return self._run_text(self.tokenize_names(names, self.config.n_ctx, self.descriptions or NAME))[1]
+        return self._run_text(self.tokenize_names(names, self.config.n_ctx, self.descriptions or self.template))[1]
 
     def trained_state(self) -> dict[str, Tensor]:
         """Prompts and CMPA, and the stored statistics if there are any."""
@@ -388,7 +390,7 @@ class DCP(Head):
         if stored and given is None:
             self.set_classnames(self.classnames, stored)
         super().load_trained(state, config)
-        self.rely_on_texts(given or stored or NAME, stored or NAME)
+        self.rely_on_texts(given or stored or self.template, stored or self.template)
 
     @classmethod
     def from_config(

@@ -359,10 +359,10 @@ class Head(TimmContract):
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: Any) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
-        ZooError if a trained tensor is not finite, or the directory is not writable.
+        ZooError if a trained tensor is not finite, or the directory is not writable or another process's.
 
         Args:
-            directory: created if needed; files with the same names are replaced, each atomically.
+            directory: created if needed; a head that is there is replaced as a whole.
             dtype: of the tensors. Default: float16 for prompts, float32 for classifiers. Those of the text probe that
                 logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
@@ -402,5 +402,5 @@ def load_head(head: Any, directory: str | Path, config: HeadConfig | None = None
         probe = TextProbe(config["label_names"], head.num_features, 1 + two).to(head.device)
     head.check_fits(shapes, Path(directory) / WEIGHTS_NAME, probe)
     head.text_probe = probe
-    head.load_trained(checkpoint.read_tensors(directory), config)
+    head.load_trained(checkpoint.read_tensors(directory, config.get("weights_sha256")), config)
     return head

@@ -20,7 +20,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, WEIGHTS_NAME
 from dcp_zoo.model.head import Head, load_head
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import measure
@@ -62,6 +62,8 @@ def make_card(model: Head, repo_id: str, license: str, size: int) -> ModelCard:
         clip=model.clip_source,
         num_classes=model.num_classes,
         method=model.method,
+        coupling=options.get("coupling"),
+        whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
         rows=_seed_rows(model),
         **info | {"dataset": public_name(info["dataset"])},
@@ -222,12 +224,13 @@ CLAIM_TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed top-1 accuracy in percent and the one that was measured, with one stats."""
+    """A claimed top-1 accuracy in percent and the one that was measured, with one stats; and the coupling of a DCP."""
 
     head: str
     stats: str
     claimed: float
     measured: float
+    coupling: str = ""
 
     @property
     def holds(self) -> bool:
@@ -241,7 +244,8 @@ def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Cla
     if not (claims := claimed(name, model)):
         raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
     found = measured(name, model, data_root, **options)
-    return [Claim(name, stats, value, found.get(stats, math.nan)) for stats, value in claims.items()]
+    coupling = model.method_config()[0].get("coupling", "")
+    return [Claim(name, stats, value, found.get(stats, math.nan), coupling) for stats, value in claims.items()]
 
 
 def measured(

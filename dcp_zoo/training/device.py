@@ -9,7 +9,7 @@ import torch
 
 from dcp_zoo.errors import as_zoo_error, check_choice
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.recipes import AUTO, PRECISIONS
+from dcp_zoo.training.recipes import AS_RELEASED, AUTO, PRECISIONS
 from dcp_zoo.zoo.registry import get_spec
 
 CHECKPOINTING = ("auto", "on", "off")
@@ -41,18 +41,27 @@ def pick_precision(name: str, model: str, device: torch.device) -> str:
     return "bfloat16" if fast and get_spec(model).clip_repo else "float32"
 
 
+def computed_in(precision: str, device: torch.device) -> torch.dtype:
+    """The type of most computations of a precision. That of the release is float16's on a GPU; elsewhere only its
+    rounded weights are emulated, see `TrainingState`."""
+    if precision == AS_RELEASED:
+        precision = "float16" if device.type == "cuda" else "float32"
+    return getattr(torch, precision)
+
+
 @torch.no_grad()
 def cast_frozen(model: Head, precision: str) -> None:
     """Store CLIP's weights in this precision only; trained parameters and the logit scale stay in float32."""
     for p in model.clip.parameters():
         if p.numel() > 1 and p.is_floating_point():
-            p.data = p.data.to(getattr(torch, precision))
+            p.data = p.data.to(computed_in(precision, p.device))
 
 
 def autocast(device: torch.device, precision: str) -> Any:
     """The autocast context of a precision; a null context for float32. ZooError for an unknown precision."""
     check_choice("precision", precision, PRECISIONS)
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
+    dtype = computed_in(precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def needs_checkpointing(choice: str, model: Head, batch: int) -> bool:

@@ -117,7 +117,8 @@ def train(
         source: the few-shot training images, and the head to train, with fresh prompts and on its device.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
-        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA.
+        precision: "float32"; "bfloat16" or "float16" for autocast over float32 prompts and CMPA; or "release" for the
+            float16 weights of DCP's authors.
         step_log: receives a CSV line for every step.
         log: receives how many steps there are, and after a few of them how long all take.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.

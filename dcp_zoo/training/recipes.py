@@ -11,12 +11,12 @@ from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
 from dcp_zoo.files import read_yaml
-from dcp_zoo.model.config import DCPConfig
+from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
 OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
-HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
+AS_RELEASED = "release"  # float16 weights, and no scaled loss
+PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
@@ -26,12 +26,14 @@ FITTED = (
     "A head of {} is fitted to features of its training images, from which a text probe would learn nothing more: omit "
     "the classifier, or use the method text-probe."
 )
-# the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
+# the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
 FITTED_SCHEDULE: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST_STEPS, MANY, MIN_EPOCHS = 100, 2000, 5
 # of the loss of a random guess: training images with a higher loss are not learnt, and what `flat_epochs` must gain
 NOT_LEARNT, FLAT = 0.4, 0.01
-RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
+# changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's other numbers
+AUTHORS = {"release": {"ctx_init": PHRASE, "coupling": "text_to_vision"}, "paper": {"ctx_init": PHRASE}}
+FAST = "fast"  # late coupling
 LATE: dict[str, Any] = FITTED_SCHEDULE | {
     "augment": "flip",
     "prompted_blocks": 3,
@@ -99,7 +101,7 @@ class BaseRecipe(Checked):
 
 @dataclass(frozen=True)
 class TrainingRecipe(BaseRecipe):
-    """How prompts are trained. The defaults are the DCP release's."""
+    """How prompts are trained. The defaults are those of DCP's authors."""
 
     is_trained = True
     augment: str = augment_option("crop-flip")
@@ -150,7 +152,8 @@ class TrainingRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe, DCPConfig):
-    """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
+    """How a DCP head is trained: options of the model and hyperparameters of its training, by default the paper's with
+    the numbers of the authors' code."""
 
     eval_batch_size: int = count(16, "images per batch when batch statistics are evaluated")
     clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: as in PromptSRC")
@@ -166,25 +169,21 @@ class Recipe(TrainingRecipe, DCPConfig):
         return {name: value for name, value in self.as_dict().items() if name not in DCPConfig.__dataclass_fields__}
 
 
-def fast_recipe(model: str) -> Recipe:
-    """Late coupling: prompts in the last three blocks, two known views of each image, and half of the steps."""
-    return Recipe(**(get_spec(model).recipe | LATE))
+def named_recipe(name: str, model: str) -> Recipe:
+    """The `AUTHORS`' "release" or "paper", the same for every model; or "fast", late coupling: prompts in the last
+    three blocks, two known views of each image, and half of the steps."""
+    changes: dict[str, Any] = get_spec(model).recipe | LATE if name == FAST else AUTHORS[name]
+    return Recipe(**changes)
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
-    """For CLIP models on the paper's datasets `release_recipe` and the text probe; otherwise the release's values
-    with the changes of the model's row in the registry, and a schedule that fits the training set. None is one of the
-    paper's datasets."""
+    """For CLIP models on the paper's datasets the recipe "paper" and the text probe, for the zoo's planned heads, too;
+    otherwise its values with the changes of the model's row in the registry, and a schedule that fits the training set.
+    None is one of the paper's datasets. The coupling is the paper's because it is the method as described."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
-        return replace(release_recipe(dataset), classifier=TEXT_PROBE)
+        return replace(named_recipe("paper", model), classifier=TEXT_PROBE)
     return Recipe(**(FITTED_SCHEDULE | changes))
-
-
-def release_recipe(dataset: str | None = None) -> Recipe:
-    """The authors' release's recipe, with the changes of `head_recipes/DATASET.yaml`."""
-    changes = HEAD_RECIPES / f"{dataset}.yaml"
-    return read_recipe(changes, Recipe()) if changes.is_file() else Recipe()
 
 
 def read_recipe(path: str | Path, base: R) -> R:

@@ -4,8 +4,8 @@
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,9 @@ from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import format_duration, locked
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.files import format_duration
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, read_config
 from dcp_zoo.model.head import MEASURED, Head
 from dcp_zoo.model.names import Texts, saved_texts
 from dcp_zoo.training import distributed
@@ -38,7 +37,6 @@ from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
-LOCK_NAME = ".lock"  # in the output folder while a process trains there
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 ClassWeights = str | Mapping[Any, float] | None
 
@@ -355,18 +353,19 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     first, final = output / BEFORE_REFIT, replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
     if not run.split.test:
         return train_head(final, output, options)
-    if distributed.is_main():
-        check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-    finished = distributed.from_main(lambda: _is_finished(first))
-    if options.overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run)):
-        train_head(run, first, replace(options, overwrite=options.overwrite or finished))
-    info = distributed.from_main(lambda: read_config(first)["dcp"])
-    measured = {name: info[name] for name in MEASURED if name in info}
-    took = format_duration(info["train_seconds"])
-    options.log(f"Fitting again, now on all {len(final.split.train):,} images; the first fit took {took}.")
-    head, _ = train_head(final, output, options, measured)
-    if distributed.is_main():
-        shutil.rmtree(first)
+    with _alone_in(output):
+        if distributed.is_main():
+            check_free(output, options.overwrite, resumes=run.recipe.is_trained)
+        finished = distributed.from_main(lambda: _is_finished(first))
+        if options.overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run)):
+            train_head(run, first, replace(options, overwrite=options.overwrite or finished))
+        info = distributed.from_main(lambda: read_config(first)["dcp"])
+        measured = {name: info[name] for name in MEASURED if name in info}
+        took = format_duration(info["train_seconds"])
+        options.log(f"Fitting again, now on all {len(final.split.train):,} images; the first fit took {took}.")
+        head, _ = train_head(final, output, options, measured)
+        if distributed.is_main():
+            shutil.rmtree(first)
     return head, measured.get("metrics", {})
 
 
@@ -388,7 +387,8 @@ def add_probe(
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / WEIGHTS_NAME).exists() and not (folder / STATE_NAME).exists()
+    any_file = (folder / WEIGHTS_NAME).exists() or (folder / CONFIG_NAME).exists()
+    return any_file and not (folder / STATE_NAME).exists()
 
 
 def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
@@ -429,17 +429,6 @@ def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _alone_in(output: Path | None) -> Iterator[None]:
-    """Hold the lock of an output folder, if there is one; ZooError if another process trains there."""
-    if output is None or not distributed.is_main():
-        yield
-        return
-    with locked(lock := output / LOCK_NAME) as free:
-        if not free:
-            raise ZooError(f"Another process is training in {output}: wait for it, or choose another --output.")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps it, as it is open
-                lock.unlink()
+def _alone_in(output: Path | None) -> AbstractContextManager[None]:
+    """Hold the lock of an output folder, if there is one; ZooError if another process has it."""
+    return alone_in(output) if output and distributed.is_main() else nullcontext()

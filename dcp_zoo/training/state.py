@@ -17,8 +17,8 @@ import torch
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.training import distributed
+from dcp_zoo.training.recipes import AS_RELEASED
 
 STATE_NAME = "training.state"
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
@@ -64,6 +64,7 @@ class TrainingState:
         of the file if there is one."""
         self.optimizer, self.precision, self.others = optimizer, precision, others
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._round()
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
         if self._found:
@@ -78,6 +79,7 @@ class TrainingState:
         self._between_steps = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._round()
         if not math.isfinite(loss):
             raise ZooError(
                 f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}. {self._lower_rate()}, or use "
@@ -90,6 +92,13 @@ class TrainingState:
             raise KeyboardInterrupt
         if self.path and time.perf_counter() - self._saved >= self.every:
             self._save()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Weights of the release's precision are float16's numbers after every step, so that small steps are lost."""
+        if self.precision == AS_RELEASED:
+            for p in self.trained:
+                p.copy_(p.half())
 
     def _lower_rate(self) -> str:
         return f"Lower the learning rate (--set lr=..., now {self.optimizer.defaults['lr']})"
@@ -178,9 +187,8 @@ class TrainingState:
 def remove_state(folder: Path) -> None:
     """Remove the state of a run that has finished or is to start again, and partial files of killed runs."""
     (folder / STATE_NAME).unlink(missing_ok=True)
-    for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
-        for leftover in folder.glob(f".{name}.*"):
-            leftover.unlink()
+    for leftover in folder.glob(f".{STATE_NAME}.*"):
+        leftover.unlink()
 
 
 def _reason(error: BaseException) -> str | None:

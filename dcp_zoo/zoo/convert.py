@@ -1,8 +1,9 @@
 """Import checkpoints of the authors' released code, `MultiModalPromptLearner/model.pth.tar-N`.
 
-They are pickles, read with `weights_only=True`: that builds tensors and executes nothing. A file holds the prompts,
-CMPA and the complete frozen CLIP. The trained tensors are kept. The frozen CLIP is compared with the model's, because
-prompts do not work on another one. The text half of CMPA is dropped: in the released code it never reaches the logits.
+They are pickles, read with `weights_only=True`: that builds tensors and plain values, and executes nothing. A file
+holds the prompts, CMPA and the complete frozen CLIP, and the states of optimizer and schedule, which are not used. The
+trained tensors are kept. The frozen CLIP is compared with the model's, because prompts do not work on another one. The
+text half of CMPA is dropped: in the released code it never reaches the logits.
 """
 
 import re
@@ -16,6 +17,7 @@ from torch import nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import check_finite
+from dcp_zoo.model.config import PHRASE
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
 
@@ -37,6 +39,15 @@ NAMES = {
 }
 DROPPED = r"prompt_learner\.token_prefix|.*\.prompt_attn\.(proj_v2t|ln_pa_\d_text|promt_attention_text|mlp_pa_text)\..+"
 
+# Dassl stores its warm-up schedule with the schedule that follows, an object, and the optimizer in that. Empty classes
+# take their place: torch compares names, so that nothing of theirs is called. It fills dicts, but no defaultdict.
+STAND_INS: list[Any] = [
+    type("SGD", (), {"__module__": "torch.optim.sgd"}),
+    type("CosineAnnealingLR", (), {"__module__": "torch.optim.lr_scheduler"}),
+    type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, default: {}}),
+    dict,
+]
+
 
 def convert_cmpa_checkpoint(
     path: str | Path,
@@ -56,7 +67,8 @@ def convert_cmpa_checkpoint(
         classnames: the classes it was trained for, in label order; they are compared with those in the file.
         model: the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are downloaded.
         clip: instead of `model`, that CLIP itself.
-        depth, pooling: what it was trained with; not stored in the file. The defaults are the release's.
+        depth, pooling: what it was trained with; not stored in the file. The defaults are the release's, as is the
+            phrase whose first words up to four prompts start from.
 
     Returns:
         The model in eval mode.
@@ -67,7 +79,7 @@ def convert_cmpa_checkpoint(
     """
     if (model is None) == (clip is None):
         raise ZooError('Give either a model, such as model="dcp_vitb16", or a clip.')
-    tensors = _renamed(read_pickle(path), path)
+    tensors = renamed(read_pickle(path), path)
     # a CMPA that all blocks share is stored under every block
     queries = [tensor for name, tensor in tensors.items() if re.fullmatch(r"block\.\d+\.query\.weight", name)]
     args: dict[str, Any] = {
@@ -76,6 +88,7 @@ def convert_cmpa_checkpoint(
         "depth": depth,
         "pooling": pooling,
         "share_cmpa": all(torch.equal(tensor, queries[0]) for tensor in queries),
+        "ctx_init": PHRASE,
     }
     with skip_init():  # all weights are loaded below, none drawn
         if clip is not None:
@@ -85,13 +98,15 @@ def convert_cmpa_checkpoint(
     tensors = {name: tensor.to(dcp.device) for name, tensor in tensors.items()}
     check_clip(dcp, tensors, path)
     check_classes(dcp, tensors, path)
-    _load_trained(dcp, tensors, path)
+    load_trained(dcp, tensors, path)
     dcp.info = {"converted_from": Path(path).name}
     return dcp.eval()
 
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
     """The `state_dict` in a checkpoint of the release; no code in the file is executed."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(STAND_INS)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -102,13 +117,16 @@ def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} was not read: it is damaged, or holds something other than tensors, possibly harmful code "
             f"({reason}). Nothing in it was executed. Only checkpoints of tensors and plain values are accepted."
         ) from error
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ZooError(f"{path} is not a checkpoint of the release: it has no state_dict of tensors.")
     return state
 
 
-def _renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+def renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors under our names, without `DROPPED`; ZooError lists unknown and missing ones."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
@@ -152,14 +170,14 @@ def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path
     suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
     if len(suffix) != model.num_classes:
         raise ZooError(f"{path} was trained for {len(suffix)} classes, but {model.num_classes} class names are given.")
-    ids = model.tokenize([name.replace("_", " ") + "." for name in model.classnames])
+    ids = model.tokenize([model.template.format(name.replace("_", " ")) for name in model.classnames])
     for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
         embedded = model.text.token_embedding(row[1 : 1 + len(expected)])
         if not _agree(embedded, expected):
             raise ZooError(f"{path} was trained for another class in place of {name!r}: pass its class names in order.")
 
 
-def _load_trained(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+def load_trained(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
     """Load the trained tensors into the model: the prompts, and the CMPA before each coupled block."""
     state = {name: tensors[name] for name in ("prompts.text", "prompts.vision")}
     for k in range(len(model.cmpa)):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from dcp_zoo.answers import label
 from dcp_zoo.data.find import Found
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import Job, Summary
-from dcp_zoo.deploy.bulk.parts import UNFINISHED, UnfinishedRun, unfinished_run
+from dcp_zoo.deploy.bulk.parts import PLAN, UnfinishedRun, unfinished_run
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_writable
+from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders
 
 PART_SECONDS = 20.0  # of work that a kill may lose
@@ -25,6 +26,7 @@ class Outputs:
     sheet: Path | None = None  # an HTML contact sheet
     sort_into: Path | None = None  # a folder that gets a folder of images per class
     link: bool = False  # symbolic links instead of copies there
+    overwrite: bool = False  # replace files that exist
 
     def check(self, images: Sequence[Found]) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
@@ -33,14 +35,20 @@ class Outputs:
             writers.check_suffix(self.features, writers.FEATURES, "--features")
         if self.sort_into:
             writers.check_sortable(images, self.sort_into)
-        files = list(filter(None, (self.table, self.features, self.sheet)))
-        for file in files:
-            if file.exists() and not self.table.with_name(self.table.name + UNFINISHED).exists():
-                raise ZooError(f"{file} exists already: delete it, or choose another file.")
-            if files.count(file) > 1:
+        given = (("--output", self.table), ("--features", self.features), ("--sheet", self.sheet))
+        files = [file for _, file in given if file]
+        for option, file in given:
+            if file and files.count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
-        for folder in {file.parent for file in files} | ({self.sort_into} if self.sort_into else set()):
-            check_writable(folder)
+            if file:
+                check_output(file, self.overwrite or self._has_begun(file), option)
+        if self.sort_into:
+            check_writable(self.sort_into)
+
+    def _has_begun(self, file: Path) -> bool:
+        """Whether an earlier run, which this one resumes, has written a file."""
+        plan = self.table.with_name(self.table.name + UNFINISHED) / PLAN
+        return file.exists() and plan.exists() and file.stat().st_mtime >= plan.stat().st_mtime
 
 
 def run(

@@ -26,7 +26,7 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import templates, write_file
+from dcp_zoo.files import check_writable, templates, unfinished, write_file
 from dcp_zoo.texts import write_csv
 
 GROUP_ROWS = 10_000  # of Parquet
@@ -176,25 +176,28 @@ def sort_into(files: Iterable[str], folders: Iterable[str | None], place: Path, 
     advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
-    for file, folder in zip(files, folders, strict=True):
-        if folder is None:
-            continue
-        source = Path(file)
-        unnumbered = place / folder / source.name
-        key = str(unnumbered).casefold()
-        with writing_to(unnumbered, advice):
-            unnumbered.parent.mkdir(parents=True, exist_ok=True)
-            for number in count(first[key] + 1):
-                target = unnumbered.with_name(_numbered(source, number))
-                done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
-                if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
-                    break
-            taken.add(str(target).casefold())
-            first[key] += number == first[key] + 1
-            if not link and not _is_copy(source, target):
-                write_file(target, partial(shutil.copy2, source), advice)
-            elif link and not os.path.lexists(target):
-                target.symlink_to(source.absolute())
+    check_writable(place, advice)
+    with unfinished(place / ".copies") as temporary:
+        for file, folder in zip(files, folders, strict=True):
+            if folder is None:
+                continue
+            source = Path(file)
+            unnumbered = place / folder / source.name
+            key = str(unnumbered).casefold()
+            with writing_to(unnumbered, advice):
+                unnumbered.parent.mkdir(parents=True, exist_ok=True)
+                for number in count(first[key] + 1):
+                    target = unnumbered.with_name(_numbered(source, number))
+                    done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
+                    if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
+                        break
+                taken.add(str(target).casefold())
+                first[key] += number == first[key] + 1
+                if not link and not _is_copy(source, target):
+                    target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
+                    write_file(target, partial(shutil.copy2, source), advice, temporary)
+                elif link and not os.path.lexists(target):
+                    target.symlink_to(source.absolute())
 
 
 def _is_copy(source: Path, target: Path) -> bool:

@@ -22,10 +22,9 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.paths import filesystem
 from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
-from dcp_zoo.files import locked, write_file
+from dcp_zoo.files import LOCK, UNFINISHED, locked, write_file
 
 PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
-UNFINISHED = ".unfinished"
 FRAMES = "-frames"
 
 
@@ -78,7 +77,7 @@ class PartFolder:
 def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
     """The finished rows of an output file, for this process alone; ZooError for rows of another plan."""
     folder = output.with_name(output.name + UNFINISHED)
-    with locked(folder / ".lock") as free:  # the system releases it with the process
+    with locked(folder / LOCK) as free:  # the system releases it with the process
         if not free:
             raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
         run = UnfinishedRun(folder)

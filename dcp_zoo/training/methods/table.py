@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods.published import RECIPES
 from dcp_zoo.training.recipes import (
+    AUTHORS,
     FAST,
     FITTED,
-    RELEASE,
     BaseRecipe,
     Recipe,
-    fast_recipe,
+    named_recipe,
     read_recipe,
-    release_recipe,
 )
 from dcp_zoo.zoo.registry import get_spec
 
@@ -179,14 +178,14 @@ def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
     """The recipe of a run on a dataset; ZooError for an unknown method or classifier, or a recipe that does not fit.
-    `recipe` is "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001}, or a
-    recipe, by default the method's own; `classifier` "none" or "text-probe", by default the recipe's."""
+    `recipe` is a name, see `named_recipe`, a YAML file, changes such as {"lr": 0.001}, or a recipe, by default the
+    method's own; `classifier` "none" or "text-probe", by default the recipe's."""
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
-    if recipe in (RELEASE, FAST):
+    if isinstance(recipe, str) and recipe in (*AUTHORS, FAST):
         if not isinstance(base, Recipe):
             raise ZooError(f"The recipe {recipe} is for DCP: omit it, or use --method {DCP_METHOD}.")
-        base = release_recipe(dataset) if recipe == RELEASE else fast_recipe(model)
+        base = named_recipe(recipe, model)
     elif isinstance(recipe, Mapping):
         base = base.updated(recipe, where="recipe")
     elif isinstance(recipe, (str, Path)):

@@ -1,0 +1,404 @@
+"""Train DCP or MaPLe with its authors' own trainer and with this package, on the same batches, and compare everything.
+
+    git clone https://github.com/GingL/CMPA
+    git clone https://github.com/KaiyangZhou/Dassl.pytorch
+    git clone https://github.com/muzairkhattak/multimodal-prompt-learning
+    pip install yacs tabulate
+    python benchmarks/parity.py dcp --authors CMPA --dassl Dassl.pytorch --data-root DATA --seed 1
+    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch --data-root DATA
+
+DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as `CHANGES` says:
+for a machine without CUDA, for a current torch, and where a published line cannot run. The miniature takes the place of
+CLIP. Every run replaces its own rows in `results/parity.csv`; those there are of `--epochs 2 --every 15 --first 25`.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from dcp_zoo.data import Item, load_split
+from dcp_zoo.data.splits import few_shot
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.training.callbacks import Callback, Epoch
+from dcp_zoo.training.evaluation import predict
+from dcp_zoo.training.loop import train
+from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.methods.prompts import new_maple
+from dcp_zoo.training.methods.published import MaPLeRecipe
+from dcp_zoo.training.recipes import Recipe, TrainingRecipe
+from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.zoo.convert import load_trained, renamed
+from dcp_zoo.zoo.factory import plain_clip
+
+RESULTS = Path(__file__).parent / "results" / "parity.csv"
+MODEL, DATASET, SHOTS = "dcp_mini", "caltech101", 1
+CONTEXT = 24  # tokens of a text in place of 77, to save time: a causal tower does not see those after the end token
+# the miniature's MLPs are twice as wide as its tokens, not 4 times
+SHARED = {
+    "clip/clip.py": [("context_length: int = 77", f"context_length: int = {CONTEXT}")],
+    "clip/model.py": [("d_model * 4", "d_model * 2")],
+}
+# in each file of a checkout: what is replaced, and by what
+DASSL_CHANGES = {
+    "dassl/optim/lr_scheduler.py": [
+        ("super().__init__(optimizer, last_epoch, verbose)", "super().__init__(optimizer, last_epoch)")
+    ]
+}
+CHANGES = {
+    "dcp": SHARED
+    | {
+        "train.py": [  # options that main.sh sets and the published configuration does not know
+            (
+                "    cfg.DATASET.SUBSAMPLE_CLASSES",
+                "    cfg.TRAINER.CMPA.FUSING = 'mean'\n    cfg.DATASET.SUBSAMPLE_CLASSES",
+            ),
+            ("    cfg.DATASET.SUBSAMPLE_CLASSES", "    cfg.TRAINER.CMPA.PS = True\n    cfg.DATASET.SUBSAMPLE_CLASSES"),
+        ],
+        "trainers/cmpa.py": [("self.proj_visual.half()", "self.proj_visual"), ("n_ctx, 768", "n_ctx, 256")],
+    },
+    "maple": SHARED
+    | {
+        "trainers/maple.py": [
+            ("self.proj.half()", "pass"),
+            ("ctx_dim, 768", "ctx_dim, 256"),
+            ("n_ctx, 512", "n_ctx, 192"),
+        ],
+        "clip/model.py": [
+            *SHARED["clip/model.py"],
+            (".permute(1, 0, 2).half()", ".permute(1, 0, 2)"),
+            ("-1, -1).half()", "-1, -1)"),
+        ],
+    },
+}
+CONFIGS = {
+    "dcp": ("CMPA", "configs/trainers/CMPA/vit_b16_c2_ep20_batch4_16ctx.yaml", "TRAINER.CMPA.PREC"),
+    "maple": ("MaPLe", "configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml", "TRAINER.MAPLE.PREC"),
+}
+UNUSED = ("wilds", "gdown", "torch.utils.tensorboard")  # packages that Dassl imports and these runs do not need
+
+
+@dataclass
+class Recorded:
+    """What one of the two trainers did: its state before and after training and after its first steps, the loss of
+    every step, and its logits of the test images."""
+
+    before: dict[str, Tensor] = field(default_factory=dict)
+    early: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Theirs(Recorded):
+    """Beside that, the images they drew, the batches they trained on, and their test images' pixels against ours."""
+
+    drawn: list[str] = field(default_factory=list)
+    tested: list[str] = field(default_factory=list)
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0))
+    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    per_epoch: int = 0
+    first: int = 0  # steps
+    pixels: float = 0.0
+
+
+def copied(checkout: Path, folder: Path, changes: dict[str, list[tuple[str, str]]]) -> None:
+    """Copy a checkout and change the copy; an error if a line that is to be changed is not there."""
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.pyc"))
+    for name, replaced in changes.items():
+        source = (folder / name).read_text()
+        for old, new in replaced:
+            if old not in source:
+                raise SystemExit(f"{checkout / name} has no {old!r}: it is not the code that this script was made for.")
+            source = source.replace(old, new)
+        (folder / name).write_text(source)
+
+
+def miniature_for(build_model: Callable[..., nn.Module], clip: nn.Module, design: dict[str, Any]) -> nn.Module:
+    """Their CLIP with the miniature's weights, and its patch embedding in the place of theirs."""
+    weights = {name: t for name, t in clip.state_dict().items() if not name.startswith("visual.conv1")}
+    weights["visual.conv1.weight"] = torch.zeros(len(weights["visual.class_embedding"]), 3, 32, 32)
+    weights["positional_embedding"] = weights["positional_embedding"][:CONTEXT]
+    built: Any = build_model(weights, design)
+    stem: Any = deepcopy(clip.visual.conv1)
+    stem.weight = torch.zeros(())  # its type is read as the type of all computation
+    if hasattr(built, "conv1_visual"):
+        built.conv1_visual = stem
+    else:
+        built.visual.conv1 = stem
+    return built
+
+
+def design_of(method: str) -> dict[str, Any]:
+    """What their `load_clip_to_cpu` hands to `build_model`, for the published configuration."""
+    common = {"vision_depth": 0, "language_depth": 0, "vision_ctx": 0, "language_ctx": 0}
+    if method == "dcp":
+        return common | {"trainer": "CMPA", "cmpa_length": 16, "fusing": "mean", "parameter_sharing": True}
+    return common | {"trainer": "MaPLe", "maple_length": 2}
+
+
+def build_theirs(method: str, seed: int, folder: Path, data: Path, clip: nn.Module, epochs: int | None) -> Any:
+    """Their trainer, built by their code from their configuration: with the miniature, its image size, and float32."""
+    sys.path[:0] = [str(folder / "authors"), str(folder / "dassl")]
+    for name in UNUSED:
+        sys.modules[name] = MagicMock(spec=ModuleType(name))
+    sys.modules["wilds"].get_dataset = sys.modules["torch.utils.tensorboard"].SummaryWriter = MagicMock()
+    import train as their_script
+    from clip.model import build_model
+    from dassl.engine import build_trainer
+    from dassl.utils import set_random_seed
+
+    trainer, config, precision = CONFIGS[method]
+    module = sys.modules[f"trainers.{trainer.lower()}"]
+    module.load_clip_to_cpu = lambda cfg: miniature_for(build_model, clip, design_of(method))
+    cfg = clip_config()
+    options = ["INPUT.SIZE", (cfg["size"], cfg["size"]), "INPUT.PIXEL_MEAN", cfg["mean"], "INPUT.PIXEL_STD", cfg["std"]]
+    options += [precision, "fp32", "DATASET.NUM_SHOTS", SHOTS, "DATALOADER.NUM_WORKERS", 0, "USE_CUDA", False]
+    options += ["OPTIM.MAX_EPOCH", epochs] if epochs else []
+    args = argparse.Namespace(
+        root=str(data), output_dir=str(folder / "output"), resume="", seed=seed, trainer=trainer, backbone="", head="",
+        source_domains=None, target_domains=None, transforms=None, opts=options,
+        dataset_config_file=str(folder / "authors/configs/datasets/caltech101.yaml"),
+        config_file=str(folder / "authors" / config),
+    )  # fmt: skip
+    their_cfg = their_script.setup_cfg(args)
+    set_random_seed(seed)
+    return build_trainer(their_cfg)
+
+
+def clip_config() -> dict[str, Any]:
+    """The miniature's image size, and the mean and standard deviation of its pixels."""
+    cfg = plain_clip(MODEL).pretrained_cfg
+    return {"size": cfg["input_size"][-1], "mean": list(cfg["mean"]), "std": list(cfg["std"])}
+
+
+def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]], first: int) -> Theirs:
+    """Train and test with their trainer, and record what it does; `ours` are our test images in batches of theirs."""
+    found = Theirs(before=copy_of(trainer.model), first=first)
+    found.drawn = [item.impath for item in trainer.dm.dataset.train_x]
+    found.tested = [item.impath for item in trainer.dm.dataset.test]
+    found.per_epoch = len(trainer.train_loader_x)
+    found.tokens = trainer.model.tokenized_prompts
+    step, read, process = trainer.forward_backward, trainer.parse_batch_test, trainer.evaluator.process
+
+    def forward_backward(batch: Any) -> Any:
+        summary = step(batch)
+        found.batches.append((batch["img"], batch["label"]))
+        found.losses.append(summary["loss"])
+        if len(found.losses) == first:
+            found.early = copy_of(trainer.model)
+        return summary
+
+    def parse_batch_test(batch: Any) -> Any:
+        images, labels = next(ours)
+        assert torch.equal(labels, batch["label"])
+        found.pixels = max(found.pixels, float((images - batch["img"]).abs().max()))
+        return read(batch)
+
+    def keep(logits: Tensor, labels: Tensor) -> None:
+        found.logits.append(logits)
+        process(logits, labels)
+
+    trainer.forward_backward, trainer.parse_batch_test, trainer.evaluator.process = (
+        forward_backward,
+        parse_batch_test,
+        keep,
+    )
+    trainer.train()
+    found.after = copy_of(trainer.model)
+    return found
+
+
+def copy_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+@dataclass
+class TheirBatches(ImageSource):
+    """Their batches in their order, as a source of training images for our loop."""
+
+    epochs: Iterator[list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: iter(()))
+
+    def batches(self, *args: Any, **options: Any) -> Any:
+        return next(self.epochs)
+
+
+class Early(Callback):
+    """Keeps the parameters after the first steps."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.state: dict[str, Tensor] = {}
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
+        if epoch.step == self.first:
+            self.state = trained(model)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def maple_names(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
+    """Their MaPLe's parameters under our names: the first block's are theirs of another name, and of the others only
+    those of blocks that the miniature has."""
+    blocks = len(head.text_prompts)
+    ours = {"text_prompts.0": state["prompt_learner.ctx"]}
+    ours |= {f"text_prompts.{i}": state[f"prompt_learner.compound_prompts_text.{i - 1}"] for i in range(1, blocks)}
+    for part in ("weight", "bias"):
+        ours[f"couplings.0.{part}"] = state[f"prompt_learner.proj.{part}"]
+        for i in range(1, blocks):
+            ours[f"couplings.{i}.{part}"] = state[f"prompt_learner.compound_prompt_projections.{i - 1}.{part}"]
+    return ours
+
+
+def build_ours(
+    method: str, names: list[str], state: dict[str, Tensor], epochs: int | None
+) -> tuple[Head, TrainingRecipe]:
+    """Our head with their parameters from before the first step, and our recipe."""
+    clip = plain_clip(MODEL)
+    length = {"epochs": epochs} if epochs else {}
+    if method == "maple":
+        recipe: Any = MaPLeRecipe(**({"epochs": 5} | length))
+        head: Any = new_maple(Task(clip, MODEL, names, "a photo of a {}.", None, None, recipe))
+        head.load_state_dict(maple_names(state, head), strict=False)
+    else:
+        recipe = Recipe(coupling="text_to_vision", **length)
+        head = DCP(clip.clip, names, recipe.config, tokenizer=clip.tokenizer)
+        load_trained(head, renamed(state, "theirs"), "theirs")
+        head.stats = "batch"
+    return head, recipe
+
+
+def same_tokens(theirs: Tensor, head: Head, names: list[str]) -> bool:
+    """Whether what follows the prompts are the same tokens for every class."""
+    before = head.rest + " " if isinstance(head, PromptHead) else ""
+    ours = head.tokenize([f"{before}{name.replace('_', ' ')}." for name in names])
+    n_ctx = head.n_ctx
+    return torch.equal(ours[:, 1 : CONTEXT - n_ctx].cpu(), theirs[:, 1 + n_ctx :])
+
+
+def as_ours(method: str, state: dict[str, Tensor], head: Head) -> dict[str, Tensor]:
+    """Their trained parameters under our names."""
+    if method == "maple":
+        return maple_names(state, head)
+    copy: Any = deepcopy(head)
+    load_trained(copy, renamed(state, "theirs"), "theirs")
+    return trained(copy)
+
+
+def run_ours(head: Head, recipe: TrainingRecipe, theirs: Theirs, items: list[Item], tests: ImageSource) -> Recorded:
+    """Our loop on their batches, then our test on our own reading of the test images."""
+    size = theirs.per_epoch
+    epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
+    source = TheirBatches(head, items, tests.transform, epochs=iter(epochs))
+    early, before = Early(theirs.first), trained(head)
+    losses = train(source, recipe, callbacks=[early])
+    logits = predict(tests.for_model(head), 16)
+    return Recorded(before, early.state, trained(head), losses, [logits])
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """The largest difference of a parameter from theirs, in parts of the largest change from its start in training."""
+    assert ours.keys() == theirs.keys() == start.keys()
+    apart = max(float((ours[name] - t).abs().max()) for name, t in theirs.items())
+    moved = max(float((start[name] - t).abs().max()) for name, t in theirs.items())
+    return apart / moved
+
+
+def compare(method: str, seed: int, theirs: Theirs, ours: Recorded, head: Head, same: dict[str, Any]) -> dict[str, Any]:
+    labels = same.pop("labels")
+    losses = (torch.tensor(theirs.losses) - torch.tensor(ours.losses)).abs()
+    own, other = torch.cat(ours.logits), torch.cat(theirs.logits).cpu()
+    predicted = own.argmax(-1), other.argmax(-1)
+    start = ours.before
+    equal = int((predicted[0] == predicted[1]).sum())
+    return {
+        "method": method,
+        "seed": seed,
+        **same,
+        "test pixels apart by": theirs.pixels,
+        "steps": len(losses),
+        f"losses of {theirs.first} steps apart by": float(losses[: theirs.first].max()),
+        "all losses apart by": float(losses.max()),
+        f"parameters after {theirs.first} steps apart by": distance(
+            ours.early, as_ours(method, theirs.early, head), start
+        ),
+        "parameters at the end apart by": distance(ours.after, as_ours(method, theirs.after, head), start),
+        "test logits apart by": float((own - other).abs().max()),
+        "their top-1": round(100 * float((predicted[1] == labels).float().mean()), 2),
+        "our top-1": round(100 * float((predicted[0] == labels).float().mean()), 2),
+        "test images": len(own),
+        "equal predictions": equal,
+    }
+
+
+def write(row: dict[str, Any]) -> None:
+    """Replace the rows of this method and seed."""
+    identity = {name: row.pop(name) for name in ("method", "seed")}
+    short = {what: f"{v:.2g}" if isinstance(v, float) and v < 1 else str(v) for what, v in row.items()}
+    rows = pd.DataFrame([{**identity, "what": what, "value": v} for what, v in short.items()])
+    if RESULTS.exists():
+        old = pd.read_csv(RESULTS, dtype={"value": str})
+        rows = pd.concat([old[(old.method != identity["method"]) | (old.seed != identity["seed"])], rows])
+    rows.to_csv(RESULTS, index=False)
+    print(rows.to_string(index=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=tuple(CONFIGS))
+    parser.add_argument("--authors", type=Path, required=True, help="checkout of CMPA, or of MaPLe's code")
+    parser.add_argument("--dassl", type=Path, required=True, help="checkout of Dassl.pytorch")
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--epochs", type=int, help="of a shorter schedule than the published one")
+    parser.add_argument("--every", type=int, default=1, help="test on every N-th test image only")
+    parser.add_argument("--first", type=int, default=100, help="steps, whole epochs, of the first comparison")
+    args = parser.parse_args()
+    split = few_shot(load_split(DATASET, args.data_root), SHOTS, args.seed)
+    clip = plain_clip(MODEL)
+    tests = image_source(clip, split.test[:: args.every], once=True)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        copied(args.authors, folder / "authors", CHANGES[args.method])
+        copied(args.dassl, folder / "dassl", DASSL_CHANGES)
+        data = folder / "data/caltech-101"  # their code writes into it
+        data.mkdir(parents=True)
+        for file in (args.data_root / "caltech-101").iterdir():
+            (data / file.name).symlink_to(file.resolve())
+        trainer = build_theirs(args.method, args.seed, folder, data.parent, clip.clip, args.epochs)
+        loader = trainer.test_loader
+        loader.dataset.data_source = loader.sampler.data_source = loader.dataset.data_source[:: args.every]
+        theirs = run_theirs(trainer, iter(tests.batches(loader.batch_size)), args.first)
+        keys = [
+            [str(Path(path).relative_to(data / "101_ObjectCategories")) for path in paths]
+            for paths in (theirs.drawn, theirs.tested)
+        ]
+    head, recipe = build_ours(args.method, split.classnames, theirs.before, args.epochs)
+    same = {
+        "same training images in order": keys[0] == [item.key for item in split.train],
+        "same test images in order": keys[1] == [item.key for item in split.test],
+        "same tokens of class names": same_tokens(theirs.tokens, head, split.classnames),
+        "labels": tests.labels,
+    }
+    ours = run_ours(head, recipe, theirs, split.train, tests)
+    write(compare(args.method, args.seed, theirs, ours, head, same))
+
+
+if __name__ == "__main__":
+    main()
