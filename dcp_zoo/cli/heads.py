@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 LOST = (
-    "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
-    "fit-text-probe PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
+    "Its accuracy was measured without this change, so it is gone. dcp-zoo fit-text-probe PHOTOS --head {0} --output "
+    "OTHER measures it again, and fits all classes together, from a folder with images of all of them."
 )
 
 
@@ -151,8 +151,8 @@ def add(
 ) -> None:
     """Add a class from a few images, or more images to a class that the head has.
 
-    The scores of the other classes stay as they are. Accuracy and rejection threshold are lost; the command says how to
-    get them back.
+    The scores of the other classes and the rejection threshold stay as they are. The accuracy is lost; the command says
+    how to get it back.
 
     [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
     """
@@ -204,7 +204,7 @@ def rename(
 def remove(
     command: Context, name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False
 ) -> None:
-    """Remove a class. Accuracy and rejection threshold are lost; the command says how to get them back.
+    """Remove a class. The accuracy is lost; the command says how to get it back.
 
     [dim]dcp-zoo classes remove tulip --head my_head --output smaller_head[/]
     """
