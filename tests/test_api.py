@@ -607,7 +607,7 @@ def test_other_methods_are_saved_like_dcp(pictures, tmp_path, method):
 def test_what_a_method_cannot_is_said(pictures):
     with pytest.raises(ZooError, match="Unknown method 'svm': choose from zero-shot"):
         FewShotClassifier(method="svm").fit(*pictures)
-    with pytest.raises(ZooError, match="gda has neither class_weight"):
+    with pytest.raises(ZooError, match="gda has no class_weight: choose a method that has, from text-probe"):
         FewShotClassifier(method="gda", class_weight="balanced").fit(*pictures)
 
 

@@ -9,6 +9,7 @@ import torch
 import dcp_zoo
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.model._torch import skip_init
+from dcp_zoo.model.config import PHRASE
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo import registry
@@ -21,7 +22,7 @@ def test_info_of_every_head():
         assert (name, facts["seed"]) == (f"{model}.{dataset}-{shots}shot", 1)
         assert facts["train it"] == f"dcp-zoo train --head {name} --data-root DIR"
         assert {field.name for field in fields(Recipe)} <= facts["recipe"].keys(), name
-        assert dataset != "imagenet" or facts["recipe"]["stop_epoch"] == 5, name
+        assert facts["recipe"]["coupling"] == "bidirectional", name
         if facts["status"] == "planned":
             assert "not trained" in facts["licence"], name
             assert "not measured" in facts["metrics"], name
@@ -77,9 +78,9 @@ def test_a_head_is_trained_from_its_name_alone(trained, run):
     run.ok("train", "--head", "dcp_vitb32.imagenet-4shot-seed2", "--data-root", "D")
     assert trained["head"] == ("dcp_vitb32", "imagenet", 4, 2)
     assert (trained["data_root"], trained["output"]) == ("D", "dcp_vitb32.imagenet-4shot-seed2")
-    assert trained["recipe"] == Recipe(stop_epoch=5, classifier="text-probe")
+    assert trained["recipe"] == Recipe(ctx_init=PHRASE, classifier="text-probe")
     run.ok("train", "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", "--set", "lr=0.1", "--output", "o")
-    assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1, classifier="text-probe"), "o")
+    assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1, ctx_init=PHRASE, classifier="text-probe"), "o")
 
 
 @pytest.mark.parametrize(

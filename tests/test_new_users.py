@@ -106,7 +106,8 @@ def planned(monkeypatch) -> dict:
         calls["run"] = run
         return SimpleNamespace(info={}), {}
 
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
+    for name in ("train_head", "train_and_refit"):
+        monkeypatch.setattr(f"dcp_zoo.training.run.{name}", train_head)
     return calls
 
 
