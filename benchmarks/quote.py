@@ -212,6 +212,8 @@ def couplings() -> str:
 def rejection() -> str:
     """How well the scores tell known images from others: means over sets and draws, the worst set of the far ones, and
     what the heads' threshold refuses and lets pass."""
+    if not (RESULTS / "rejection.csv").exists():
+        return "*Not measured yet.*"
     rows = results("rejection")
     keys, columns = ["images_per_class", "score"], ["known_refused", "near_passed", "far_passed"]
     means = rows.groupby(keys, sort=False).mean(numeric_only=True)

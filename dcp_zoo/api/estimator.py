@@ -152,7 +152,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
         """
-        labels = self.classes_[self._logits(images).argmax(-1).numpy()]  # says if nothing is fitted
+        best = self._logits(images).argmax(-1).numpy()  # says if nothing is fitted
+        labels = self.classes_[best]
         if reject:
             with self._kept_features():
                 unknown = rejected(self._head(), unlabelled(images), reject, self._progress())

@@ -191,10 +191,13 @@ class Head(TimmContract):
         """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if they are
         none: a head that keeps its training images, or text features that depend on the images, see
         `DCP.encode_text`."""
-        own, probe = self.own_linear(), self.text_probe
-        if probe is None:
-            return own
-        return probe.linear(join([own, self.frozen_linear()]) if self.reads_frozen else own, self.classnames)
+        before, probe = self.linear_before_probe(), self.text_probe
+        return before if probe is None else probe.linear(before, self.classnames)
+
+    def linear_before_probe(self) -> Linear:
+        """`linear` without the text probe: the method's own logits, or the mean of both readings'."""
+        own = self.own_linear()
+        return join([own, self.frozen_linear()]) if self.reads_frozen else own
 
     def fuse(self) -> FusedDCP:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
@@ -282,8 +285,7 @@ class Head(TimmContract):
         if known:
             mean += (probe.means[probe.names.index(name)] - mean) * (known / count)
         with torch.no_grad():
-            own = join([self.own_linear(), self.frozen_linear()]) if self.reads_frozen else self.own_linear()
-            probe.add(name, mean, count, self.classnames, own)
+            probe.add(name, mean, count, self.classnames, self.linear_before_probe())
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:

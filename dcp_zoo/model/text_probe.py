@@ -109,8 +109,9 @@ class TextProbe(nn.Module):
 
     def measure(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What `distance` needs: whitening (E, E), and the class means (C', E) in its space, of those with images."""
-        whitening = torch.linalg.matrix_power(self.metric[-self.width :, -self.width :], 2) / self.spread
-        means = self._ordered(self.means, classes)[:, -self.width :]
+        metric = self.metric[-self.width :, -self.width :].float()
+        whitening = metric @ metric / self.spread.float()
+        means = self._ordered(self.means, classes)[:, -self.width :].float()
         return whitening, means[means.any(1)] @ whitening * math.sqrt(self.readings)
 
     def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
@@ -183,7 +184,7 @@ class TextProbe(nn.Module):
 
 def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
     """The distance (B,) of features (B, E) to the nearest mean, see `TextProbe.measure`."""
-    x = features.to(means.dtype) @ whitening
+    x = features.float() @ whitening
     squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
     return squared.amin(1).clamp(min=0).sqrt()
 

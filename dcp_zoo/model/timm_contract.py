@@ -91,7 +91,12 @@ class TimmContract(FrozenCLIP, ABC):
         outputs: list[Any] = patches
         if return_prefix_tokens:
             outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
-        return outputs if intermediates_only else (tower.features(final), outputs)
+        if intermediates_only:
+            return outputs
+        features = tower.features(final)
+        if not stop_early and features.shape[1] < self.num_features:  # the head reads two towers
+            features = self.forward_features(images)
+        return features, outputs
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

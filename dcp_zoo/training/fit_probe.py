@@ -71,7 +71,9 @@ def fit_probe(
         frozen = train.targets[:count]
     elif head.has_own_features:
         frozen = encode_views(source, head.encode_frozen, count, progress).float()
-    unseen = frozen, on_cpu(head.frozen_linear())
+    given = train.model.zero_shot_classifier  # which knows texts that are given as features
+    text = head.frozen_linear() if head.has_own_features else head.scaled(given(head.classnames, head.texts))
+    unseen = frozen, on_cpu(text)
     readings = [(views, own), unseen] if head.has_own_features else [(views, own)]
     head.text_probe, info = fit_on_features(head.classnames, train.labels, readings, unseen, weights)
     head.to(head.device)

@@ -105,7 +105,9 @@ def torch_predictor(
                 encoded = encode(images)
                 logits = answer(encoded)
         kept = encoded.float().cpu().numpy() if features else None
-        distances = None if model.cannot_reject else model.distances(encoded)
+        distances = None
+        if not model.cannot_reject:
+            distances = fused.distance(encoded).cpu().numpy() if fused else model.distances(encoded)
         return Computed(logits.float().cpu().numpy(), distances, kept)
 
     threshold = None if model.cannot_reject else model.rejection_threshold(reject)
