@@ -64,13 +64,15 @@ def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rejecting(head: Any) -> tuple[Any, list[bool]]:
-    """A copy of a head of four classes that rejects some of the package's photographs, and which."""
+def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
+    """A copy of a head of four classes that rejects half of the package's first photographs, and which of all."""
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
     head.text_probe = fit_on_features(head.classnames, labels, [(views, head.own_linear())])[0]
-    head.text_probe.threshold.copy_(in_distribution(head, images).sort().values[2:4].mean())
+    head.text_probe.threshold.copy_(
+        in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
+    )
     return head, [name is None for name in head.predict(images, True)]
 
 

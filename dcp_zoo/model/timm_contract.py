@@ -75,7 +75,8 @@ class TimmContract(FrozenCLIP, ABC):
             return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token (B,
                 1, Dv).
             norm: apply CLIP's final layer norm to the outputs.
-            stop_early: compute no block after the last of `indices`; the image features are then taken from that block.
+            stop_early: compute no block after the last of `indices`; the image features are then taken from that block,
+                of a head that reads two towers those of its own.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
             intermediates_only: omit the image features.
         """
