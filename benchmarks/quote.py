@@ -210,17 +210,19 @@ def couplings() -> str:
 
 
 def rejection() -> str:
-    """How well the scores tell known images from others, by images per class, and what the heads' threshold accepts."""
+    """How well the scores tell known images from others: means over sets and draws, the worst set of the far ones, and
+    what the heads' threshold refuses and lets pass."""
     if not (RESULTS / "rejection.csv").exists():
         return "*Not measured yet.*"
     rows = results("rejection")
-    rows = rows[rows.weights == rows.weights.iloc[-1]]
-    means = rows.groupby(["images_per_class", "score"], sort=False).mean(numeric_only=True).reset_index()
-    header = ["images per class", "score", "AUROC", "FPR at 95 %", "known images accepted", "unknown images accepted"]
-    shown = means[["auroc", "fpr95", "accepted_known", "accepted_unknown"]]
+    keys, columns = ["images_per_class", "score"], ["known_refused", "near_passed", "far_passed"]
+    means = rows.groupby(keys, sort=False).mean(numeric_only=True)
+    worst = rows.groupby([*keys, "set"], sort=False).auroc_far.mean().groupby(keys, sort=False).min()
+    shown = means[["auroc_near", "auroc_far"]].assign(worst=worst).join(means[columns])
     cells = shown.map(lambda x: "" if x != x else f"{x:.1f}").values.tolist()
-    keys = means[["images_per_class", "score"]].astype(str).values.tolist()
-    return as_table(header, ([*k, *c] for k, c in zip(keys, cells, strict=True)))
+    header = ["images per class", "score", "AUROC, near", "AUROC, far", "worst set, far"]
+    header += ["known refused", "near passed", "far passed"]
+    return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
 
 
 def inspected() -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dcp_zoo.texts import NONE
 
+DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
 Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image
 Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
@@ -24,11 +25,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def in_distribution_score(logits: np.ndarray) -> np.ndarray:
-    """Logits (n, C) -> minus the mean log-probability of the classes (n,), which is log sum exp(logits) - mean(logits):
-    lower for images of none of the classes, as these are similar to no class more than to the others. Chosen on
-    validation images, see `benchmarks/rejection.py`."""
-    return -log_softmax(logits).mean(1)
+def in_distribution_score(logits: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """Logits (n, C), and distances (n,) as of `TextProbe.distance` -> a score (n,) that is lower for images of none of
+    the classes: minus the entropy of the probabilities - `DISTANCE_WEIGHT` distances. A classifier alone is sure of
+    things that it has never seen; the distance to what it has seen tells them apart, and the entropy those that are
+    much like the classes. Chosen on the sets that `benchmarks/rejection.py` names for choosing."""
+    logs = log_softmax(logits)
+    return (np.exp(logs) * logs).sum(1) - DISTANCE_WEIGHT * distances
 
 
 def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
@@ -45,18 +48,20 @@ def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int
 @dataclass(frozen=True)
 class Answering:
     """How logits become answers: so many classes per image, ranked by `rank`; images whose `in_distribution_score` is
-    below the `threshold` belong to none of the classes. Without one, nothing is rejected."""
+    below the `threshold` belong to none of the classes. Without one, nothing is rejected, and no distances are needed.
+    """
 
     top_k: int = 5
     threshold: float | None = None
     rank: Ranking = top_classes
 
-    def __call__(self, logits: np.ndarray, classnames: Sequence[str]) -> list[Row]:
-        """Logits (n, C) -> the answers for n images."""
+    def __call__(self, logits: np.ndarray, classnames: Sequence[str], distances: np.ndarray | None = None) -> list[Row]:
+        """Logits (n, C) and `TextProbe.distance` (n,) -> the answers for n images."""
         ranked = self.rank(np.exp(log_softmax(logits)), classnames, self.top_k)
         rows: list[Row] = [{"predictions": classes} for classes in ranked]
         if self.threshold is not None:
-            unknown = in_distribution_score(logits) < self.threshold
+            assert distances is not None
+            unknown = in_distribution_score(logits, distances) < self.threshold
             rows = [row | {"rejected": bool(no)} for row, no in zip(rows, unknown, strict=True)]
         return rows
 

@@ -1,5 +1,6 @@
 """Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
 
+import copy
 import csv
 import io
 import json
@@ -23,12 +24,16 @@ from torch import nn
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial
+from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Predictor, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.training.fit_probe import fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
+from dcp_zoo.zoo.factory import create_transform
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
@@ -52,9 +57,23 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config))
 
 
-def in_distribution(logits: torch.Tensor) -> torch.Tensor:
-    """The `in_distribution_score` (n,) of logits (n, C)."""
-    return torch.from_numpy(in_distribution_score(logits.detach().numpy()))
+@torch.no_grad()
+def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
+    """The `in_distribution_score` (n,) of images (n, 3, H, W)."""
+    return torch.from_numpy(in_distribution_score(head(images).numpy(), head.distances(head.encode_image(images))))
+
+
+@torch.no_grad()
+def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
+    """A copy of a head of four classes that rejects half of the package's first photographs, and which of all."""
+    head = copy.deepcopy(head)
+    images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
+    views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
+    head.text_probe = fit_on_features(head.classnames, labels, [(views, head.own_linear())])[0]
+    head.text_probe.threshold.copy_(
+        in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
+    )
+    return head, [name is None for name in head.predict(images, True)]
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -75,15 +75,15 @@ def test_folders_are_compared_with_the_best_other_method(tmp_path, monkeypatch):
 def test_rejection_is_averaged_over_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
     assert quote.rejection() == "*Not measured yet.*"
-    numbers = ["auroc", "fpr95", "accepted_known", "accepted_unknown"]
-    rows = [("old", 4, 1, "energy", 0, 0, 0, 0), ("new", 4, 1, "energy", 90, 20, 94, 30)]
-    rows += [("new", 4, 2, "energy", 92, 21, 96, 31), ("new", 4, 1, "zero-shot", 80, 50, None, None)]
-    frame = quote.pd.DataFrame(rows, columns=["weights", "images_per_class", "seed", "score", *numbers])
+    numbers = ["auroc_near", "auroc_far", "known_refused", "near_passed", "far_passed"]
+    rows = [("a", 4, 1, "energy", 60, 90, 4, 50, 20), ("a", 4, 2, "energy", 62, 92, 6, 52, 21)]
+    rows += [("b", 4, 1, "energy", 70, 80, 5, 60, 25), ("a", 4, 1, "zero-shot", 80, 50, None, None, None)]
+    frame = quote.pd.DataFrame(rows, columns=["set", "images_per_class", "seed", "score", *numbers])
     frame.to_csv(tmp_path / "rejection.csv", index=False)
     monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
     assert quote.rejection().splitlines()[2:] == [
-        "| 4 | energy | 91.0 | 20.5 | 95.0 | 30.5 |",
-        "| 4 | zero-shot | 80.0 | 50.0 |  |  |",
+        "| 4 | energy | 64.0 | 87.3 | 80.0 | 5.0 | 54.0 | 22.0 |",
+        "| 4 | zero-shot | 80.0 | 50.0 | 50.0 |  |  |  |",
     ]
 
 

@@ -1,6 +1,5 @@
 """Exported files against the model, their metadata, and the command line without torch's model."""
 
-import copy
 import json
 import shutil
 import subprocess
@@ -11,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import classify, in_distribution
+from fastapi.testclient import TestClient
+from helpers import classify, rejecting
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
@@ -23,8 +23,8 @@ from dcp_zoo.deploy import onnx_cache
 from dcp_zoo.deploy.bulk.job import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy.server import application
 from dcp_zoo.model.fused import load_fused
-from dcp_zoo.training.fit_probe import fit_on_features
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -142,16 +142,16 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, tmp_path):
-    head, found = copy.deepcopy(tiny_head), find_images(sample_images())
-    images = torch.stack([create_transform(head)(load_image(image.path)) for image in found])
-    views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = probe = fit_on_features(NAMES, views, labels, head.own_linear())[0]
-    probe.threshold.copy_(in_distribution(head(images)).sort().values[2:4].mean())
-    expected = [name is None for name in head.predict(images, True)]
+    """And so does the server with it."""
+    found = find_images(sample_images())
+    head, expected = rejecting(tiny_head)
     assert set(expected) == {False, True}
-    file = onnx_predictor(export(head, tmp_path / "inside.onnx", preprocessing="inside"))
-    (answers,) = classify(found, file, reject=True)
+    file = export(head, tmp_path / "inside.onnx", preprocessing="inside")
+    (answers,) = classify(found, onnx_predictor(file), reject=True)
     assert [row["rejected"] for row in answers.rows] == expected
+    with TestClient(application(file)) as client:
+        served = client.post("/predict", files=[("images", Path(image.path).read_bytes()) for image in found]).json()
+    assert [image["rejected"] for image in served["images"]] == expected
     with pytest.raises(ZooError, match="model.onnx has no threshold to reject images. Export a head that can"):
         next(classify(found, onnx_predictor(onnx_file), reject=True))
 
@@ -231,7 +231,7 @@ def test_a_cached_head_classifies_without_torch(exports):
 @torch.no_grad()
 def test_onnx_features_are_the_models(model, onnx_file):
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
-    logits, features = OnnxClassifier(onnx_file).with_features(images.numpy())
+    logits, features = OnnxClassifier(onnx_file).outputs(images.numpy(), "features")[::2]
     np.testing.assert_allclose(features, model.encode_image(images), atol=1e-4)
     np.testing.assert_allclose(logits, model(images), atol=1e-3)
     ((rows, kept),) = classify(find_images(sample_images()), onnx_predictor(onnx_file, features=True))

@@ -39,7 +39,7 @@ from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
 from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
+from dcp_zoo.deploy.bulk.job import Computed, Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.server import application
@@ -270,13 +270,13 @@ def fake(folder: Path, level: int = -1, deaths: int = 0) -> Callable[[], Predict
             file.write(f"{os.getpid()}\n")
         return Predictor("fake", ["dark", "bright"], cfg, compute)
 
-    def compute(pixels: np.ndarray) -> tuple[np.ndarray, None]:
+    def compute(pixels: np.ndarray) -> Computed:
         killed = len(list(folder.glob("killed*")))
         if killed < deaths and (pixels[:, 0, 0, 0] == level).any():
             (folder / f"killed{killed}").touch()
             os.kill(os.getpid(), sigkill)
         bright = pixels.mean((1, 2, 3), dtype=np.float32) / 255
-        return np.log(np.stack([1 - bright, bright], 1) + 1e-9), None
+        return Computed(np.log(np.stack([1 - bright, bright], 1) + 1e-9))
 
     return load
 

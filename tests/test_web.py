@@ -6,16 +6,17 @@ from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
-from helpers import http_server
+from helpers import http_server, rejecting
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
 
 from dcp_zoo import ZooError  # noqa: E402
+from dcp_zoo.answers import Answering  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.deploy import web  # noqa: E402
+from dcp_zoo.deploy import export, web  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.web import export_web  # noqa: E402
 
@@ -48,14 +49,17 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def test_the_page_answers_as_python_does(tiny_head, onnx_file, photographs, tmp_path, chromium):
+def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium, monkeypatch):
+    monkeypatch.setitem(
+        export.WRITERS, "onnx", export._write_onnx
+    )  # the head rejects images: no copy of another's file
     try:
-        page_folder = export_web(tiny_head, tmp_path / "site" / "page", title="My head")
+        page_folder = export_web(rejecting(tiny_head, among=2)[0], tmp_path / "site" / "page", title="My head")
     except ZooError as error:
         if "download" in str(error):
             pytest.skip(f"onnxruntime-web is not in the cache: {error}")
         raise
-    classifier = OnnxClassifier(onnx_file)
+    classifier, unknown = OnnxClassifier(page_folder / "model.onnx"), []
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     narrow = {"width": 380, "height": 800}
     with serve(page_folder) as address, chromium.new_context(viewport=narrow, color_scheme="dark") as context:
@@ -80,6 +84,11 @@ def test_the_page_answers_as_python_does(tiny_head, onnx_file, photographs, tmp_
             ]
             expected = classifier.classify(load_image(str(path)))
             assert [name for name, _ in rows] == [row["class"] for row in expected]
+            logits, distances = classifier.outputs(classifier.preprocess(load_image(str(path)))[None])
+            unknown.append(
+                Answering(1, classifier.info["threshold"])(logits, classifier.classnames, distances)[0]["rejected"]
+            )
+            assert ("None of these" in card.inner_text()) == unknown[-1]
             np.testing.assert_allclose(
                 [float(p) for _, p in rows], [row["probability"] for row in expected], atol=1e-3, err_msg=path.name
             )
@@ -89,6 +98,7 @@ def test_the_page_answers_as_python_does(tiny_head, onnx_file, photographs, tmp_
         page.get_by_role("button", name="Use the camera").click()
         page.get_by_text("There is no camera that this page may use.").wait_for()
         assert errors == []
+        assert set(unknown) == {False, True}
         assert [url for url in asked if not url.startswith((f"{address}/", f"blob:{address}/", "data:"))] == []
 
 

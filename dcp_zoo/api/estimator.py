@@ -14,8 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.answers import Answering
-from dcp_zoo.api.functions import as_model, logits_of, plan_own
+from dcp_zoo.api.functions import as_model, logits_of, plan_own, rejected
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
@@ -153,13 +152,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
         """
-        threshold = self._head().rejection_threshold(reject) if reject else None
-        logits = self._logits(images).numpy()  # says if nothing is fitted
-        rows = Answering(1, threshold)(logits, [str(i) for i in range(len(self.classes_))])
-        labels = self.classes_[[int(row["predictions"][0]["class"]) for row in rows]]
-        if threshold is not None:
-            labels = labels.astype(object)
-            labels[[row["rejected"] for row in rows]] = None
+        best = self._logits(images).argmax(-1).numpy()  # says if nothing is fitted
+        labels = self.classes_[best]
+        if reject:
+            with self._kept_features():
+                unknown = rejected(self._head(), unlabelled(images), reject, self._progress())
+            labels = np.where(unknown, None, labels.astype(object))
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Any = None) -> float:

@@ -6,9 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from dcp_zoo.answers import Row
+from dcp_zoo.answers import Row, in_distribution_score
 from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
@@ -18,7 +19,7 @@ from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.evaluation import Evaluation, classified
 from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
@@ -189,6 +190,14 @@ def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Pro
     """Logits (n, C) of the items' images, on the CPU."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
+
+
+def rejected(model: Head, items: Sequence[Item], reject: float, progress: Progress) -> np.ndarray:
+    """Whether the items' images belong to none of the classes (n,); `reject` as of `Head.rejection_threshold`."""
+    threshold, source = model.rejection_threshold(reject), image_source(model, items, once=True)
+    features = source.features(1, progress)[0]
+    distances = model.distances(features.to(model.device))
+    return in_distribution_score(classified(model, features).numpy(), distances) < threshold
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

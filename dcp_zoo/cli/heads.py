@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 LOST = (
-    "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
-    "fit-text-probe PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
+    "Its accuracy was measured without this change, so it is gone. dcp-zoo fit-text-probe PHOTOS --head {0} --output "
+    "OTHER measures it again, and fits all classes together, from a folder with images of all of them."
 )
 
 
@@ -76,7 +76,7 @@ def fit_text_probe(
             log(split.note)
     refit = own and split.held_out and shots is None
     shots = shots or (None if own else model.info.get("shots"))
-    found = run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
+    run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
     result: dict[str, Any] = {}
     if own and split.test:
         metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
@@ -86,7 +86,7 @@ def fit_text_probe(
             log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
     if refit:
         split = all_for_training(split)
-        found = run.add_probe(model, split, None, seed, workers=workers, progress=progress_bar)
+        run.add_probe(model, split, None, seed, workers=workers, progress=progress_bar)
         model.info["test_share"] = 0.0
     if own:
         counts = Counter(item.label for item in split.train)
@@ -95,8 +95,7 @@ def fit_text_probe(
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
     remove_state(output_dir)
-    chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
-    log(f"Fitted on {len(split.train):,} images of {model.num_classes} classes; weights chosen on {chosen}.")
+    log(f"Fitted on {len(split.train):,} images of {model.num_classes} classes.")
     where = f" --data-root {data_root}" if data_root else ""
     hint = "" if result else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
     output.print(f"Saved in {output_dir}.{hint}")
@@ -152,8 +151,8 @@ def add(
 ) -> None:
     """Add a class from a few images, or more images to a class that the head has.
 
-    The scores of the other classes stay as they are. Accuracy and rejection threshold are lost; the command says how to
-    get them back.
+    The scores of the other classes and the rejection threshold stay as they are. The accuracy is lost; the command says
+    how to get it back.
 
     [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
     """
@@ -205,7 +204,7 @@ def rename(
 def remove(
     command: Context, name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False
 ) -> None:
-    """Remove a class. Accuracy and rejection threshold are lost; the command says how to get them back.
+    """Remove a class. The accuracy is lost; the command says how to get it back.
 
     [dim]dcp-zoo classes remove tulip --head my_head --output smaller_head[/]
     """

@@ -109,20 +109,22 @@ def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
 
 
-class LogitsAndFeatures(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E)."""
+class Outputs(nn.Module):
+    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); distances (B,) if the head rejects."""
 
     def __init__(self, fused: FusedDCP) -> None:
         super().__init__()
         self.fused = fused
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.fused.encode_image(images)
-        return self.fused.logits(features), features
+        distance = (self.fused.distance(features),) if self.fused.rejects else ()
+        return self.fused.logits(features), features, *distance
 
 
 def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
-    program = onnx_program(LogitsAndFeatures(fused).eval(), images, "logits", "features")
+    distance = ["distance"] if fused.rejects else []
+    program = onnx_program(Outputs(fused).eval(), images, "logits", "features", *distance)
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
     program.save(path)
     read = OnnxClassifier(path)
@@ -208,11 +210,11 @@ def with_preprocessing(model: Any, cfg: dict[str, Any]) -> Any:
     before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset))
     before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
     model = onnx.compose.merge_models(before, model, [("images", "images")])
-    probabilities = next(output for output in model.graph.output if output.name == "logits")
-    probabilities.name = "probabilities"
+    kept = [output for output in model.graph.output if output.name != "features"]
+    kept[0].name = "probabilities"
     model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
     del model.graph.output[:]
-    model.graph.output.append(probabilities)
+    model.graph.output.extend(kept)
     return model
 
 

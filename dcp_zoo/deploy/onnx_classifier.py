@@ -64,6 +64,7 @@ class OnnxClassifier:
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             self.classnames: list[str] = self.info["classnames"]
             self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
+        self.rejects = "threshold" in self.info
         self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -71,15 +72,20 @@ class OnnxClassifier:
         taken, returned = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
         return self.session.run([returned], {taken: images})[0]
 
-    def with_features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); not of a file that `takes_pixels`."""
-        logits, features = self.session.run(["logits", "features"], {"images": images})
-        return logits, features
+    def outputs(self, images: np.ndarray, *others: str) -> list[Any]:
+        """A batch of what `preprocess` returns -> logits (B, C), of a file that `takes_pixels` the logarithms of its
+        probabilities, which are logits too; and if the head can reject, the distances (B,) of `Answering`, else None.
+        `others`: further outputs, such as "features" (B, E), normalised; not of a file that `takes_pixels`."""
+        taken, returned = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
+        distance = ["distance"] if self.rejects else []
+        found = self.session.run([returned, *distance, *others], {taken: images})
+        if self.takes_pixels:
+            found[0] = np.log(found[0] + SMALLEST)
+        return found if self.rejects else [found[0], None, *found[1:]]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """A batch of what `preprocess` returns -> logits (B, C); of a file that `takes_pixels` the logarithms of its
-        probabilities, which are logits too, also for rejection."""
-        return np.log(self(images) + SMALLEST) if self.takes_pixels else self(images)
+        """A batch of what `preprocess` returns -> logits (B, C)."""
+        return self.outputs(images)[0]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> probabilities (B, C)."""

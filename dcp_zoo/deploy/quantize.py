@@ -85,7 +85,7 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
 
 
 def _quantize_file(path: str, images: np.ndarray) -> None:
-    """The first convolutions, products of two activations and the classifier stay float32."""
+    """The first convolutions, products of two activations, the classifier and the distance stay float32."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -107,6 +107,7 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
             convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
             products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
             attention = [node.name for node in products if node.input[1] not in weights]
+            last = 3 if len(graph.output) > 2 else 1  # those of the distance are exact, too
             quantize_static(
                 optimised,
                 path,
@@ -116,7 +117,7 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-                nodes_to_exclude=[*convolutions[:FIRST], *attention, products[-1].name],
+                nodes_to_exclude=[*convolutions[:FIRST], *attention, *(node.name for node in products[-last:])],
             )
     finally:
         logging.disable(logging.NOTSET)

@@ -64,7 +64,7 @@ class Service:
         self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
         self.seconds = Histogram("dcp_request_seconds", "Time from a request to its answer.", registry=registry)
         sizes = Histogram("dcp_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
-        self.batcher = Batcher(self.classifier.logits, limits.max_batch, limits.max_waiting, sizes.observe)
+        self.batcher = Batcher(self._compute, limits.max_batch, limits.max_waiting, sizes.observe)
         waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=registry)
         waiting.set_function(self.batcher.queue.qsize)
         versions = {name: version(name) for name in ("dcp_zoo", "onnxruntime")} | {"python": platform.python_version()}
@@ -117,17 +117,22 @@ class Service:
         most = REQUEST_IMAGES * self.limits.max_pixels
         if sum(sizes) > most:
             raise HTTPException(422, f"{sum(sizes):,} pixels in one request, more than the limit of {most:,}.")
-        answer = Answering(top_k)
+        answer = Answering(top_k, self.classifier.info.get("threshold"))
         lanes = [self.large if size > LARGE else self.small for size in sizes]
 
         async def one(lane: Lane, name: str, data: bytes) -> dict[str, Any]:
-            row = await self.batcher(await run(lane, self._prepare, name, data))
-            return {"name": name} | answer(row[None], self.classifier.classnames)[0]
+            logits, distance = await self.batcher(await run(lane, self._prepare, name, data))
+            return {"name": name} | answer(logits[None], self.classifier.classnames, distance)[0]
 
         with self.small.budget.share() as take_small, self.large.budget.share() as take_large:
             for lane, size in zip(lanes, sizes, strict=True):
                 (take_large if lane is self.large else take_small)(size)
             return await gather(one(lane, *image) for lane, image in zip(lanes, named, strict=True))
+
+    def _compute(self, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Logits (C,) of each image, and its distance (1,)."""
+        logits, distances = self.classifier.outputs(images)
+        return [(z, None if distances is None else distances[i : i + 1]) for i, z in enumerate(logits)]
 
     def _prepare(self, name: str, data: bytes) -> np.ndarray:
         return self.classifier.preprocess(decode_upload(name, data, self.limits))
@@ -203,12 +208,12 @@ def application(
 
 
 class Batcher:
-    """Runs a model, batch (B, ...) -> (B, C), in a thread on one batch at a time, without ever waiting for it to fill:
+    """Runs a model, batch (B, ...) -> B rows, in a thread on one batch at a time, without ever waiting for it to fill:
     whatever waits when the model becomes free is its next batch, up to `most` images. Of more than `waiting` images
     that wait each further one raises `Full`. `observe` is told the size of each batch. It answers while `running`."""
 
     def __init__(
-        self, model: Callable[[np.ndarray], np.ndarray], most: int, waiting: int, observe: Callable[[int], object]
+        self, model: Callable[[np.ndarray], Sequence[Any]], most: int, waiting: int, observe: Callable[[int], object]
     ) -> None:
         self.model, self.most, self.observe = model, most, observe
         self.queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue(waiting)
@@ -226,8 +231,8 @@ class Batcher:
     def alive(self) -> bool:
         return self.task is not None and not self.task.done()
 
-    async def __call__(self, image: np.ndarray) -> np.ndarray:
-        """One image (...) -> its row (C,)."""
+    async def __call__(self, image: np.ndarray) -> Any:
+        """One image (...) -> its answer."""
         future = asyncio.get_running_loop().create_future()
         try:
             self.queue.put_nowait((image, future))

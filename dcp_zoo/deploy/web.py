@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
@@ -65,6 +66,8 @@ def export_web(
             "sha256": sha256_of(file),
             "dcp_zoo": version("dcp_zoo"),
         }
+        if exported.rejects:
+            about |= {"threshold": exported.info["threshold"], "distance_weight": DISTANCE_WEIGHT}
         (new / "head.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
         new.replace(folder)
     return folder

@@ -66,9 +66,6 @@ class CacheHead(Head):
         empty = {name: torch.zeros(size) for name, size in sizes.items()}
         return cls(clip, config["label_names"], empty, tokenizer=tokenizer)
 
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        return self.encode_prompted(images, (), patches)
-
     def classify(self, features: Tensor) -> Tensor:
         return self.logits(features, self.weight) + self.alpha * self.cached(features, self.beta)
 

@@ -57,7 +57,7 @@ class ProbeInfo(TypedDict, total=False):
     """How the text probe of a head was fitted."""
 
     thresholds: dict[str, float]  # by the share of refused images, such as "0.05"
-    others_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares
+    like_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares
     split_sha256: str
 
 
@@ -178,12 +178,12 @@ def read_config(directory: str | Path) -> HeadConfig:
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
     rate = REFUSED if reject is True else reject
-    others = info.get("text_probe", {}).get("others_accepted", {}).get(f"{rate:g}")
-    if others is None:
+    like = info.get("text_probe", {}).get("like_accepted", {}).get(f"{rate:g}")
+    if like is None:
         return ""
     return (
-        f"{100 * rate:g} % of the images of the head's classes are refused, and about {others:.0f} % of those of other "
-        "things let through, as measured by leaving classes out."
+        f"{100 * rate:g} % of the images of the head's classes are refused. Of things much like its classes about "
+        f"{like:.0f} % pass, as measured by leaving classes out; of other pictures far fewer."
     )
 
 

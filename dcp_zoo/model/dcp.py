@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, DCPConfig, HeadConfig
-from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.fused import FusedDCP, both
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import (
     NAME,
@@ -93,13 +95,19 @@ class DCP(Head):
         """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features.
         With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead, or of all that is
         frozen, the tokens (B, N, Dv) that enter `first_block`."""
-        if self.num_classes == 0:
-            return self.encode_image(images, patches)
+        if self.num_classes == 0 or self.stats == "stored":
+            return super().forward(images, patches)
         if self.stats == "per-image" and len(images) > 1:
             return torch.cat([self(image, patches) for image in images.split(1)])
         features, text_features = self.encode(images, patches)
         logits = self.logits(features, text_features)
-        return logits if self.text_probe is None else self.text_probe(logits, features, self.classnames)
+        if self.text_probe is None:
+            return logits
+        if self.reads_frozen:
+            frozen = self.encode_frozen(images, patches)
+            logits = (logits + F.linear(frozen, *self.frozen_linear())) / 2
+            features = both(features, frozen)
+        return self.text_probe(logits, features, self.classnames)
 
     def encode(self, images: Tensor, patches: bool = False) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W), one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
@@ -289,7 +297,8 @@ class DCP(Head):
             if weight is None:
                 self.text_probe = None
             elif own is None or own.weight.shape != weight.shape:
-                self.text_probe = TextProbe(self.classnames, weight.shape[1]).to(weight.device)
+                width = FrozenCLIP(self.clip, self.tokenizer).num_features
+                self.text_probe = TextProbe(self.classnames, width, weight.shape[1] // width).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
@@ -334,9 +343,15 @@ class DCP(Head):
         return self._constants()[0]
 
     def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W) -> normalised features (B, E), with the current statistics; `patches` as in `forward`."""
+        """See `Head.encode_image`; with the current statistics, and `patches` as in `forward`. Both readings share the
+        blocks before the first with prompts."""
+        if self.reads_frozen:
+            images, patches = self.enter(images, patches), True
+        return super().encode_image(images, patches)
+
+    def encode_own(self, images: Tensor, patches: bool = False) -> Tensor:
         if self.stats == "per-image" and len(images) > 1:
-            return torch.cat([self.encode_image(image, patches) for image in images.split(1)])
+            return torch.cat([self.encode_own(image, patches) for image in images.split(1)])
         return self._encode(images, patches)[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:

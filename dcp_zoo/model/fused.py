@@ -7,6 +7,7 @@ new prompts, so it is not computed.
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
+from dcp_zoo.model.text_probe import nearest
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower
@@ -29,10 +31,14 @@ class FusedDCP(nn.Module):
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
-    classifier: Tensor  # (C, E)
+    classifier: Tensor  # (C, E), or (C, 2E)
     bias: Tensor  # (C,)
+    whitening: Tensor  # (E, E), and
+    means: Tensor  # (C, E), see `TextProbe.measure`, of a head that can reject
 
-    def __init__(self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module) -> None:
+    def __init__(
+        self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module, original: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.config, self.info = config, info
         self.classnames: list[str] = info["classnames"]
@@ -40,16 +46,21 @@ class FusedDCP(nn.Module):
         self.visual: Any = visual
         self.tower: VisionTower = vision_tower(self)
         fold(self.tower)
+        self.original = None if original is None else ImageTower(original)
         for name, shape in config["shapes"].items():
             self.register_buffer(name, torch.empty(shape, device="meta"))
         self.requires_grad_(False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> normalised features (B, E)."""
+        """images (B, 3, H, W) -> the normalised features (B, E) that the classifier reads, or (B, 2E) of two readings,
+        see `Head.encode_image`."""
         tower, first = self.tower, self.config["first"]
         x = tower.run(tower.embed(images), (), stop=first)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
-        return tower.features(tower.run(x, [*constants, self.prompts], first))
+        own = tower.features(tower.run(x, [*constants, self.prompts], first))
+        if not self.config["reads_frozen"]:
+            return own
+        return both(own, tower.features(tower.run(x, (), first)) if self.original is None else self.original(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
@@ -58,6 +69,34 @@ class FusedDCP(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Normalised features (B, E) -> logits (B, C)."""
         return features @ self.classifier.T + self.bias
+
+    @property
+    def rejects(self) -> bool:
+        """Whether there is a threshold to reject images."""
+        return "threshold" in self.info
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Normalised features (B, E) -> `TextProbe.distance` (B,), of a head that can reject."""
+        frozen = features[:, -len(self.whitening) :] * math.sqrt(1 + self.config["reads_frozen"])
+        return nearest(frozen, self.whitening, self.means)
+
+
+class ImageTower(nn.Module):
+    """images (B, 3, H, W) -> normalised features (B, E), by an image tower without prompts whose blocks are folded."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.tower: VisionTower = vision_tower(self)
+        fold(self.tower)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tower.features(self.tower.run(self.tower.embed(images), ()))
+
+
+def both(own: Tensor, frozen: Tensor) -> Tensor:
+    """Normalised features (B, E) of the method and of the frozen tower -> those of both (B, 2E)."""
+    return torch.cat([own, frozen], -1) / math.sqrt(2)
 
 
 class Attention(nn.Module):
@@ -115,14 +154,21 @@ def fuse(model: Any) -> FusedDCP:
     with in_eval_mode(model):  # do not pool over a batch
         state = _constants(model)
         state["classifier"], state["bias"] = model.linear()
-    tensors = (*model.visual.parameters(), *model.visual.buffers())
-    visual = copy.deepcopy(model.visual, {id(t): t for t in tensors})  # a copy that shares them
+        if not model.cannot_reject:
+            state["whitening"], state["means"] = model.text_probe.measure(model.classnames)
     shapes = {name: list(t.shape) for name, t in state.items()}
     config = {"clip": _tower_config(model), "first": model.first_block, "shapes": shapes}
-    fused = FusedDCP(config, fused_info(model), visual)
-    state |= {f"visual.{name}": t for name, t in visual.state_dict().items()}
+    config |= {"reads_frozen": model.reads_frozen, "has_original": model.reads_frozen and model.has_changed_tower}
+    original = _shared(model.frozen.visual) if config["has_original"] else None
+    fused = FusedDCP(config, fused_info(model), _shared(model.visual), original)
+    state |= {name: t for name, t in fused.state_dict().items() if name not in state}
     fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
     return fused.eval()
+
+
+def _shared(visual: nn.Module) -> nn.Module:
+    """A copy that shares all tensors."""
+    return copy.deepcopy(visual, {id(t): t for t in (*visual.parameters(), *visual.buffers())})
 
 
 def _constants(model: Any) -> dict[str, Tensor]:
@@ -182,7 +228,8 @@ def load_fused(path: str | Path) -> FusedDCP:
         config, info = json.loads(metadata["config"]), json.loads(metadata["dcp"])
     except Exception as error:  # missing, damaged, or another kind of file
         raise ZooError(f"{path} is not a fused model ({error!r}): create one with dcp-zoo export.") from error
-    fused = FusedDCP(config, info, _rebuilt(**config["clip"]))
+    original = _rebuilt(**config["clip"]) if config["has_original"] else None
+    fused = FusedDCP(config, info, _rebuilt(**config["clip"]), original)
     fused.load_state_dict(state, assign=True)
     for module in fused.modules():
         if isinstance(module, Stem):

@@ -4,6 +4,11 @@ With images x (B, 3, H, W), normalised features f (B, E) and logits z (B, C):
 
     f = encode_image(x)
     z = classify(f)        the method's own logits, followed by the text probe if the head has one
+
+If the method changed the image features, a head with a text probe reads the frozen tower's, too:
+
+    f = [encode_own(x), encode_frozen(x)] / sqrt(2)    (B, 2E)
+    z = the mean of the method's own logits and zero-shot CLIP's, followed by the text probe
 """
 
 from abc import abstractmethod
@@ -11,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,11 +24,12 @@ from torch.nn import functional as F
 from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model._torch import in_eval_mode
+from dcp_zoo.model._torch import WeightCache, in_eval_mode
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
-from dcp_zoo.model.fused import FusedDCP, fuse
+from dcp_zoo.model.fused import FusedDCP, both, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
-from dcp_zoo.model.text_probe import PREFIX, Linear, TextProbe
+from dcp_zoo.model.text_probe import PREFIX, Linear, TextProbe, join
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers.vision import Step, append_prompts
 
@@ -45,17 +52,18 @@ class Head(TimmContract):
     is_linear = True  # whether its logits are a linear function of its image features
     is_coupled = False  # whether the prompts of both towers rewrite each other, as explanations show
     has_changed_tower = False  # whether the method changed CLIP's own weights
-    is_like_zero_shot = True  # whether zero-shot CLIP can stand for it on its training images, see `fit_probe`
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(clip, tokenizer)
         self.register_module("text_probe", None)
         self.register_module("name_tokens", None)
         self.info = {}
+        self._frozen_text = WeightCache()
 
-    @abstractmethod
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+    def encode_own(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E), as the method made
+        them."""
+        return self.encode_prompted(images, (), patches)
 
     @abstractmethod
     def own_linear(self) -> Linear:
@@ -86,6 +94,41 @@ class Head(TimmContract):
     ) -> "Head":
         """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
         names and shapes of its tensors."""
+
+    @property
+    def frozen(self) -> FrozenCLIP:
+        """The CLIP before the method changed anything."""
+        return self
+
+    def encode_frozen(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images as in `encode_own` -> normalised features (B, E) of the frozen tower."""
+        return self.frozen.encode_prompted(images, (), patches)
+
+    def frozen_linear(self) -> Linear:
+        """Zero-shot CLIP's logits of these classes as a linear function of the frozen tower's features."""
+        clip, names, texts = self.frozen, self.classnames, self.texts
+        text = self._frozen_text(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
+        return clip.scaled(text)
+
+    @property
+    def has_own_features(self) -> bool:
+        """Whether its image features differ from the frozen tower's."""
+        return self.is_prompted or self.has_changed_tower
+
+    @property
+    def reads_frozen(self) -> bool:
+        """Whether it reads the frozen tower's features beside its own."""
+        return self.text_probe is not None and self.text_probe.readings == 2
+
+    @property
+    def num_features(self) -> int:
+        """The width of the features that the classifier reads: E, or 2E if they are of two towers."""
+        return super().num_features * (1 + self.reads_frozen)
+
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> the normalised features that `classify` reads."""
+        own = self.encode_own(images, patches)
+        return both(own, self.encode_frozen(images, patches)) if self.reads_frozen else own
 
     @property
     def is_prompted(self) -> bool:
@@ -148,8 +191,13 @@ class Head(TimmContract):
         """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if they are
         none: a head that keeps its training images, or text features that depend on the images, see
         `DCP.encode_text`."""
-        own, probe = self.own_linear(), self.text_probe
-        return own if probe is None else probe.linear(own, self.classnames)
+        before, probe = self.linear_before_probe(), self.text_probe
+        return before if probe is None else probe.linear(before, self.classnames)
+
+    def linear_before_probe(self) -> Linear:
+        """`linear` without the text probe: the method's own logits, or the mean of both readings'."""
+        own = self.own_linear()
+        return join([own, self.frozen_linear()]) if self.reads_frozen else own
 
     def fuse(self) -> FusedDCP:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
@@ -171,10 +219,12 @@ class Head(TimmContract):
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
         images."""
-        threshold = self.rejection_threshold(reject) if reject else None
+        threshold, images = self.rejection_threshold(reject) if reject else None, self._batch(images)
         with in_eval_mode(self):  # no answer depends on the other images
-            logits = self(self._batch(images)).float().cpu().numpy()
-        rows = Answering(1, threshold)(logits, self.classnames)
+            features = self.encode_image(images)
+            logits = self.classify(features) if self.stats == "stored" else self(images)
+        distances = self.distances(features) if reject else None
+        rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
     def rejection_threshold(self, reject: float = True) -> float:
@@ -194,6 +244,12 @@ class Head(TimmContract):
             )
         return float(thresholds[f"{reject:g}"])
 
+    def distances(self, features: Tensor) -> np.ndarray:
+        """Features of `encode_image` (B, F) -> how far each image is from what the head has seen (B,), see
+        `TextProbe.distance`; of a head that can reject."""
+        assert self.text_probe is not None
+        return self.text_probe.distance(features, self.classnames).float().cpu().numpy()
+
     @property
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
@@ -207,8 +263,8 @@ class Head(TimmContract):
             self.text_probe.unset_threshold()
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
-        """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
-        reject images, which held for the classes before, is lost. ZooError without a text probe.
+        """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
+        reject images stays as it is. ZooError without a text probe.
 
         Args:
             name: of the class; a name that the model already has gets new images.
@@ -229,11 +285,12 @@ class Head(TimmContract):
         if known:
             mean += (probe.means[probe.names.index(name)] - mean) * (known / count)
         with torch.no_grad():
-            probe.add(name, mean, count, self.classnames, self.own_linear())
+            probe.add(name, mean, count, self.classnames, self.linear_before_probe())
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
-        """Remove a class, its scores and the rejection threshold; ZooError for the last or an unknown one."""
+        """Remove a class and its scores, whose images belong to none of the classes from now on; ZooError for the last
+        or an unknown one."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
         if self.text_probe is not None:
@@ -272,7 +329,7 @@ class Head(TimmContract):
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
         """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
         if self.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-            kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "others_accepted")}
+            kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "like_accepted")}
             info = info | {"text_probe": kept}
         same = sorted(self.classnames) == self.measured_classes
         reason = self.since_measured or ("" if same else "the classes were changed")
@@ -314,7 +371,7 @@ class Head(TimmContract):
                 what the model was loaded with.
         """
         dtype = dtype or self.saved_dtype
-        exact = {f"{PREFIX}{name}" for name in ("weight", "evidence", "text_scale", "threshold")}
+        exact = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
         state = {name: t.to("cpu", torch.float32 if name in exact else dtype) for name, t in self.head_state().items()}
         return checkpoint.write(Path(directory), state, self.head_config(self.valid(info or self.info)))
 
@@ -341,9 +398,10 @@ def load_head(head: Any, directory: str | Path, config: HeadConfig | None = None
     unknown, of another shape or not finite."""
     config = config or read_config(directory)
     shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
-    probe = None
+    probe, head.text_probe = None, None
     if any(name.startswith(PREFIX) for name in shapes):
-        probe = TextProbe(config["label_names"], head.num_features).to(head.device)
+        two = head.has_own_features and shapes.get(f"{PREFIX}means", torch.empty(0)).shape[-1] == 2 * head.num_features
+        probe = TextProbe(config["label_names"], head.num_features, 1 + two).to(head.device)
     head.check_fits(shapes, Path(directory) / WEIGHTS_NAME, probe)
     head.text_probe = probe
     head.load_trained(checkpoint.read_tensors(directory, config.get("weights_sha256")), config)

@@ -7,6 +7,7 @@ With features f (B, E):
 followed by the text probe if the head has one. No text is encoded, except for the names of new classes.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class LinearHead(Head):
         weight, bias: of the logits, (C, E) and (C,).
         template: for the names of new classes, or sentences of each class; "" if the method reads no names.
         changed: names of tensors in `clip.state_dict()`, which a checkpoint then holds.
+        original: the CLIP without these changes.
         tokenizer: of the CLIP.
     """
 
@@ -46,11 +48,12 @@ class LinearHead(Head):
         *,
         template: Texts = "",
         changed: Sequence[str] = (),
+        original: FrozenCLIP | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(clip, tokenizer)
         self.classnames, self.template, self.changed = check_classnames(classnames), template, list(changed)
-        self.num_classes = len(self.classnames)
+        self.num_classes, self.original = len(self.classnames), original
         if (tuple(weight.shape), tuple(bias.shape)) != ((self.num_classes, self.num_features), (self.num_classes,)):
             raise ZooError(
                 f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}, which do not fit "
@@ -65,18 +68,17 @@ class LinearHead(Head):
         cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
         names, known = config["label_names"], clip.state_dict()
+        changed = [name for name in shapes if name in known]
         return cls(
             clip,
             names,
             torch.zeros(len(names), FrozenCLIP(clip, tokenizer).num_features),
             torch.zeros(len(names)),
             template=config["dcp"].get("template", ""),
-            changed=[name for name in shapes if name in known],
+            changed=changed,
+            original=FrozenCLIP(copy.deepcopy(clip), tokenizer) if changed else None,
             tokenizer=tokenizer,
         )
-
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        return self.encode_prompted(images, (), patches)
 
     def own_linear(self) -> Linear:
         return self.weight, self.bias
@@ -94,10 +96,14 @@ class LinearHead(Head):
         return {}, {"head": "linear", "method": self.method, "template": texts}
 
     @property
-    def is_like_zero_shot(self) -> bool:  # type: ignore[override]
-        """Whether logits are cosines of the frozen tower's features."""
+    def frozen(self) -> FrozenCLIP:
+        return self.original or self
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the classifier, on the frozen tower's features, is no longer one of cosines."""
         scale = self.clip.logit_scale.exp()
-        return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
+        return not self.changed and not torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
 
     @property
     def has_changed_tower(self) -> bool:  # type: ignore[override]

@@ -111,7 +111,7 @@ class PromptHead(Head):
     def image_prompts(self) -> list[Tensor]:
         return self.entering(list(self.vision_prompts))
 
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
+    def encode_own(self, images: Tensor, patches: bool = False) -> Tensor:
         return self.encode_prompted(images, self.image_prompts(), patches, self._checkpointed)
 
     def trained_state(self) -> dict[str, Tensor]:

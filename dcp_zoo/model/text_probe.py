@@ -1,7 +1,8 @@
-"""The text probe of a head: softmax regression on its image features that starts at the method's own logits, usually
+"""The text probe of a head: a linear classifier on its image features that starts at the method's own logits, usually
 the text logits, and leaves them only as far as the training images ask. This project's own.
 
-With normalised image features f (B, E) and the method's logits z (B, C):
+With normalised image features f (B, E) and the method's logits z (B, C), it is the mean of several candidates. For each
+of `PENALTIES`, softmax regression from the text:
 
     logits = a z + f M D^T                                               (B, C)
 
@@ -11,9 +12,17 @@ D (C, E) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the traini
 M (E, E) P^(1/4), with the precision P within classes, see `shared_precision`: where images of one class hardly differ,
          moving costs less. Scaled so that features about their mean keep their length.
 
-No penalty is chosen: the probe is the mean of the solutions for several, each weighted by its evidence on images that
-were left out. A class without images is its text: its row of D is 0. If it took part, the images of the others would
-only push it away. A new class is fitted alone, against the mean features of the others.
+And for each of `STRENGTHS` s, Gaussian classes with means m (C, E) and shared precision G = M^4, about the mean of m:
+
+    logits = a z + s r (f G (m_c - m)^T - (m_c - m) G (m_c + m)^T / 2)   (B, C)
+
+with r such that for s = 1 both parts are equally spread over the training images. None is chosen: each is weighted by
+its evidence on images that were left out. A class without images is its text, and nothing is added to it: if it took
+part, the images of the others would only push it away. A new class is fitted alone, by softmax regression against the
+mean features of the others.
+
+A head whose method changed the image features reads both them and those of the frozen tower: f is [f_own, f_frozen] /
+sqrt(2), z the mean of both logits, and the probe the mean of two, each fitted on its own features. M is block-diagonal.
 """
 
 import math
@@ -30,6 +39,7 @@ from dcp_zoo.threads import fair_threads
 
 PREFIX = "text_probe."  # of its tensors in a head
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `Problem.solve`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
@@ -37,50 +47,76 @@ NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
-    "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
-    "now. dcp-zoo fit-text-probe sets one, from images of all its classes, at least two of each and 20 in all."
+    "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
+    "dcp-zoo fit-text-probe sets one, from at least two images of a class and 20 in all."
 )
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
 
 class TextProbe(nn.Module):
-    """See the module. `weight` (C, E) is D M^T in the order of `names`, the classes that it was fitted on, and
-    `text_scale` a. New classes need the mean features `means` (C, E), `metric`, M (E, E), and `evidence`, the weights
-    of `PENALTIES`. Images with an `in_distribution_score` below `threshold` belong to none of the classes. It holds for
-    exactly these classes and their texts: whatever changes them unsets it."""
+    """See the module. `weight` (C, E) and `bias` (C,) are added to the scaled logits, in the order of `names`, the
+    classes that it was fitted on; `text_scale` is a. New classes need the mean features `means` (C, E), `metric`, M (E,
+    E), and `evidence`, the weights of `PENALTIES`, which sum to 1.
+
+    Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
+    frozen tower's features to the nearest of the class means, in the metric M^2, in units of `spread`, the mean of
+    training images that were left out. Classes may be added by their images, renamed and removed; other texts unset the
+    threshold.
+
+    Args:
+        names: of the classes.
+        width: E of each reading.
+        readings: 2 if the features are the method's own and the frozen tower's."""
 
     weight: Tensor
+    bias: Tensor
     text_scale: Tensor
     means: Tensor
     metric: Tensor
     evidence: Tensor
     threshold: Tensor
+    spread: Tensor
 
-    def __init__(self, names: Sequence[str], width: int) -> None:
+    def __init__(self, names: Sequence[str], width: int, readings: int = 1) -> None:
         super().__init__()
-        self.names = list(names)
+        self.names, self.width, self.readings = list(names), width, readings
+        width *= readings
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(names), width))
+        self.register_buffer("bias", torch.zeros(len(names)))
         self.register_buffer("metric", torch.zeros(width, width))
         self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
-        for name, value in {"text_scale": 1.0, "threshold": NEVER}.items():
+        for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0}.items():
             self.register_buffer(name, torch.tensor(value))
 
     def _ordered(self, rows: Tensor, classes: Sequence[str]) -> Tensor:
-        """Rows (C, E) of its classes in the order of `classes`; 0 for those of which it saw no image."""
+        """Rows (C, ...) of its classes in the order of `classes`; 0 for those of which it saw no image."""
         if classes == self.names:  # the usual case, asked in every forward
             return rows
         index = {name: i for i, name in enumerate(self.names)}
-        return F.pad(rows, (0, 0, 0, 1))[[index.get(name, len(index)) for name in classes]]
+        return torch.cat([rows, torch.zeros_like(rows[:1])])[[index.get(name, len(index)) for name in classes]]
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
-        return self.text_scale * logits + (features @ self._ordered(self.weight, classes).T).to(logits.dtype)
+        weight, bias = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
+        return self.text_scale * logits + F.linear(features, weight, bias).to(logits.dtype)
 
     def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
         """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
         weight, bias = text
-        return self.text_scale * weight + self._ordered(self.weight, classes), self.text_scale * bias
+        own = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
+        return self.text_scale * weight + own[0], self.text_scale * bias + own[1]
+
+    def measure(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `distance` needs: whitening (E, E), and the class means (C', E) in its space, of those with images."""
+        metric = self.metric[-self.width :, -self.width :].float()
+        whitening = metric @ metric / self.spread.float()
+        means = self._ordered(self.means, classes)[:, -self.width :].float()
+        return whitening, means[means.any(1)] @ whitening * math.sqrt(self.readings)
+
+    def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
+        """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
+        return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
 
     def unset_threshold(self) -> None:
         """From now on images cannot be rejected, until a threshold is fitted again."""
@@ -95,19 +131,19 @@ class TextProbe(nn.Module):
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
         if not self.rejects:
             return NO_THRESHOLD
-        if sorted(classes) == sorted(self.names):  # in any order; some datasets have two classes of one name
+        seen = {name for name, mean in zip(self.names, self.means, strict=True) if mean.any()}
+        if not (new := [name for name in dict.fromkeys(classes) if name not in seen]):
             return ""
         return (
-            f"The threshold to reject images holds for exactly the {len(self.names)} classes it was fitted for, not "
-            f"for these {len(classes)}. Load the head with its own class names (omit --classes), or save it with these "
-            "(model.save_pretrained) and fit a threshold for them: dcp-zoo fit-text-probe, with images of each."
+            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
+            "it with its own class names (omit --classes), or add these classes by their images (dcp-zoo classes add)."
         )
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
         classes = self.names if classes is None else classes
         state = self.state_dict()
-        state |= {name: self._ordered(state[name], classes) for name in ("weight", "means")}
+        state |= {name: self._ordered(state[name], classes) for name in ("weight", "bias", "means")}
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}
@@ -118,6 +154,7 @@ class TextProbe(nn.Module):
         self.remove(name)
         self.names = [*self.names, name]
         self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        self.bias = torch.cat([self.bias, torch.zeros_like(self.bias[:1])])
         self.means = torch.cat([self.means, mean.to(self.means)[None]])
         own = list(classes).index(name)
         weight, bias = (t.cpu() for t in self.linear(text, classes))
@@ -135,30 +172,36 @@ class TextProbe(nn.Module):
                 d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
             row = row + evidence * (metric @ d)
         self.weight[-1] = row.to(self.weight)
-        self.unset_threshold()
 
     def remove(self, name: str) -> None:
         """Forget a class, if it is known."""
         if name not in self.names:
             return
-        self.unset_threshold()
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
-        self.weight, self.means = self.weight[keep], self.means[keep]
+        self.weight, self.bias, self.means = self.weight[keep], self.bias[keep], self.means[keep]
 
 
-class Problem:
-    """The convex problem for D, on normalised features (V, n, E) of training images, their labels (n,), and the scaled
-    text logits a z as a linear function of the features; all on the CPU. `weights` (n,) multiply the losses of the
-    images, whose sum stays as it is."""
+def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
+    """The distance (B,) of features (B, E) to the nearest mean, see `TextProbe.measure`."""
+    x = features.float() @ whitening
+    squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
+    return squared.amin(1).clamp(min=0).sqrt()
+
+
+class Candidates:
+    """What a text probe is the mean of, fitted on normalised features (V, n, E) of training images and their labels
+    (n,), from the scaled text logits a z as a linear function of the features; all on the CPU. `weights` (n,) multiply
+    the losses of the images, whose sum stays as it is."""
 
     def __init__(self, views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> None:
         rows, self.text = views.flatten(0, 1), text
         self.labels = labels.repeat(len(views))
         self.metric = half_whitening(rows, self.labels)
         counts = torch.bincount(labels, minlength=len(text[0]))
-        self.x, self.start = rows @ self.metric, F.linear(rows, *text).masked_fill(counts == 0, -math.inf)
-        self.weights = (len(labels) / ((counts > 0).sum() * len(views) * counts))[self.labels]
+        self.present, self.means = counts > 0, means_of_some(rows, self.labels, len(counts)).float()
+        self.x, self.start = rows @ self.metric, F.linear(rows, *text).masked_fill(~self.present, -math.inf)
+        self.weights = (len(labels) / (self.present.sum() * len(views) * counts))[self.labels]
         if weights is not None:
             weighted = self.weights * weights.repeat(len(views))
             self.weights = weighted * (self.weights.sum() / weighted.sum())
@@ -188,7 +231,7 @@ class Problem:
         return minimum(lambda u: self.loss(u @ back, penalty), first, max_iter=FEWER_STEPS) @ back
 
     @cached_property
-    def solutions(self) -> Tensor:
+    def regressions(self) -> Tensor:
         """D M^T for each of `PENALTIES`, (K, C, E)."""
         d, rows = torch.zeros(self.text[0].shape), []
         is_small = self.x.numel() * len(d) < SMALL
@@ -197,6 +240,44 @@ class Problem:
                 d = self.solve(penalty, d)
                 rows.append(d @ self.metric.T)
         return torch.stack(rows)
+
+    @cached_property
+    def gaussian(self) -> Linear:
+        """The scores of Gaussian classes, as spread as the text logits: weight (C, E) and bias (C,)."""
+        middle = self.means[self.present].mean(0)
+        weight = (self.means - middle) @ torch.linalg.matrix_power(self.metric, 4) * self.present[:, None]
+        bias = -(weight * (self.means + middle)).sum(1) / 2
+        scores = self.x @ torch.linalg.matrix_power(self.metric, 3) @ (self.means - middle).T + bias
+        text, own = (z[:, self.present] - z[:, self.present].mean(1, keepdim=True) for z in (self.start, scores))
+        strength = text.std() / own.std().clamp(min=1e-6)
+        return strength * weight, strength * bias
+
+    @cached_property
+    def added(self) -> Linear:
+        """What each candidate adds to the text logits, as a linear function: weights (K, C, E) and biases (K, C)."""
+        weight, bias = self.gaussian
+        strengths, flat = torch.tensor(STRENGTHS), torch.zeros(len(PENALTIES), len(bias))
+        return (
+            torch.cat([self.regressions, strengths[:, None, None] * weight]),
+            torch.cat([flat, strengths[:, None] * bias]),
+        )
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (m, E) -> the logits (K, m, C) of each candidate."""
+        weight, bias = self.added
+        return F.linear(features, *self.text) + features @ weight.mT + bias[:, None]
+
+    def mean(self, weights: Tensor) -> Linear:
+        """What the probe adds to the text logits, by weights (K,) of the candidates: weight (C, E) and bias (C,)."""
+        weight, bias = self.added
+        return (weights[:, None, None] * weight).sum(0), weights @ bias
+
+
+def join(linears: Sequence[Linear]) -> Linear:
+    """The mean of linear functions of several features f_1, f_2, .. of an image, as one of [f_1, f_2, ..] / sqrt(their
+    number)."""
+    weights, biases = zip(*linears, strict=True)
+    return torch.cat(weights, 1) / math.sqrt(len(weights)), torch.stack(biases).mean(0)
 
 
 def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
@@ -242,14 +323,18 @@ def _of_few(centred: Tensor, length: float) -> Tensor:
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """features (n, E), labels (n,) -> class means (C, E) in float64; ZooError if a class has no features."""
-    counts = torch.bincount(labels, minlength=classes)
-    if (counts == 0).any():
-        missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()[:5]))
-        raise ZooError(f"No training image has label {missing}: every class needs at least one. Add images or drop it.")
+    if missing := sorted(set(range(classes)).difference(labels.tolist())):
+        listed = ", ".join(map(str, missing[:5]))
+        raise ZooError(f"No training image has label {listed}: every class needs at least one. Add images or drop it.")
+    return means_of_some(features, labels, classes)
+
+
+def means_of_some(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """`class_means`, which are 0 for a class without features."""
     sums = torch.zeros(classes, features.shape[1], dtype=torch.float64)
     for rows, of in _in_float64(features, labels):
         sums.index_add_(0, of, rows)
-    return sums / counts[:, None]
+    return sums / torch.bincount(labels, minlength=classes).clamp(min=1)[:, None]
 
 
 def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class TimmContract(FrozenCLIP, ABC):
             return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token (B,
                 1, Dv).
             norm: apply CLIP's final layer norm to the outputs.
-            stop_early: compute no block after the last of `indices`; the image features are then taken from that block.
+            stop_early: compute no block after the last of `indices`; the image features are then taken from that block,
+                of a head that reads two towers those of its own.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
             intermediates_only: omit the image features.
         """
@@ -91,7 +92,12 @@ class TimmContract(FrozenCLIP, ABC):
         outputs: list[Any] = patches
         if return_prefix_tokens:
             outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
-        return outputs if intermediates_only else (tower.features(final), outputs)
+        if intermediates_only:
+            return outputs
+        features = tower.features(final)
+        if not stop_early and features.shape[1] < self.num_features:  # the head reads two towers
+            features = self.forward_features(images)
+        return features, outputs
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

@@ -151,7 +151,8 @@ def predict_modes(
             found[stats] = classified(head, features)
             if head.text_probe is not None:
                 weight, bias = (part.detach().cpu() for part in head.own_linear())
-                without[NO_CLASSIFIER] = F.linear(features, weight, bias)
+                own = features[:, : weight.shape[1]] * math.sqrt(1 + head.reads_frozen)
+                without[NO_CLASSIFIER] = F.linear(own, weight, bias)
         else:
             found[stats] = predict(source, batch_size, progress=progress)
     head.stats = None

@@ -22,9 +22,9 @@ CLASSIFIERS = ("none", TEXT_PROBE)
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
-NEEDS_VAL = (
-    "A text probe for a head of {} needs validation images, which the head was not trained on: pass a dataset that has "
-    "some, or train a head of dcp or zero-shot on these images."
+FITTED = (
+    "A head of {} is fitted to features of its training images, from which a text probe would learn nothing more: omit "
+    "the classifier, or use the method text-probe."
 )
 # the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
 FITTED_SCHEDULE: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}

@@ -377,10 +377,9 @@ def add_probe(
     subset = split if shots is None else few_shot(split, shots, seed)
     head.set_classnames(subset.classnames)
     train = image_source(head, subset.train, "flip" if head.stem else "none", workers, progress)
-    val = image_source(head, subset.val, "none", workers, progress) if subset.val else None
     if head.stats != "stored":
         head.store_stats(train.batches(64), train.patches)
-    found: dict[str, Any] = fit_probe(head, train, val, progress)
+    found: dict[str, Any] = fit_probe(head, train, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
     head.info["text_probe"] = found

@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
 FEW = 16  # images, for which fusing a head takes longer than it saves
-Computed = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
+
+
+class Computed(NamedTuple):
+    """What a head computes of n images."""
+
+    logits: np.ndarray  # (n, C)
+    distances: np.ndarray | None = None  # (n,), see `Answering`, of a head that can reject
+    features: np.ndarray | None = None  # (n, E), normalised, if kept
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,9 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
 
     def compute(pixels: np.ndarray) -> Computed:
         if exported.takes_pixels:
-            return exported.logits(pixels.transpose(0, 2, 3, 1)), None
+            return Computed(*exported.outputs(pixels.transpose(0, 2, 3, 1)))
         images = normalise(pixels, info["preprocessing"])
-        return exported.with_features(images) if features else (exported(images), None)
+        return Computed(*exported.outputs(images, *(["features"] if features else [])))
 
     cannot_reject = (
         f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-text-probe), "
@@ -92,10 +99,16 @@ def torch_predictor(
         images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
         with autocast(model.device, precision):
             if alone:
-                return torch.cat([model(image) for image in images.split(1)]).float().cpu().numpy(), None
-            encoded = encode(images)
-            kept = encoded.float().cpu().numpy() if features else None
-            return answer(encoded).float().cpu().numpy(), kept
+                parts = [(model(image), model.encode_image(image)) for image in images.split(1)]
+                logits, encoded = map(torch.cat, zip(*parts, strict=True))
+            else:
+                encoded = encode(images)
+                logits = answer(encoded)
+        kept = encoded.float().cpu().numpy() if features else None
+        distances = None
+        if not model.cannot_reject:
+            distances = fused.distance(encoded).cpu().numpy() if fused else model.distances(encoded)
+        return Computed(logits.float().cpu().numpy(), distances, kept)
 
     threshold = None if model.cannot_reject else model.rejection_threshold(reject)
     given = model.architecture, model.classnames, model.pretrained_cfg
@@ -213,9 +226,9 @@ class Job:
         start, films = 0, _Films()
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
             batch, start = images[start : start + len(errors)], start + len(errors)
-            logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
-            films.average(batch, errors, [logits] if features is None else [logits, features])
-            answers = answer(logits, predictor.classnames)
+            found = predictor.compute(pixels)  # of damaged images too, for they are few
+            films.average(batch, errors, [values for values in found if values is not None])
+            answers, features = answer(found.logits, predictor.classnames, found.distances), found.features
             if features is not None:
                 features[[bool(error) for error in errors]] = np.nan
             rows = [{"error": error} if error else row for error, row in zip(errors, answers, strict=True)]

@@ -18,20 +18,30 @@ async function start() {
   worker.onerror = (event) => say(`The model cannot be run in this browser: ${event.message}`);
 }
 
-function receive({ kind, number, probabilities, message }) {
+function receive({ kind, number, probabilities, distance, message }) {
   if (kind === "ready") say("");
   else if (kind === "failed") say(`The model cannot be loaded: ${message}`);
   else {
     const article = waiting.get(number);
     waiting.delete(number);
     article.removeAttribute("aria-busy");
-    if (kind === "answer") article.lastChild.append(bars(probabilities));
+    if (kind === "answer") {
+      if (isUnknown(probabilities, distance)) article.lastChild.append(Object.assign(document.createElement("p"), { className: "unknown", textContent: "None of these" }));
+      article.lastChild.append(bars(probabilities));
+    }
     else refuse(article, message);
   }
 }
 
 function say(text) {
   element("status").textContent = text;
+}
+
+// as in_distribution_score in dcp_zoo/answers.py
+function isUnknown(probabilities, distance) {
+  if (head.threshold === undefined) return false;
+  const score = probabilities.reduce((sum, p) => sum + (p > 0 ? p * Math.log(p) : 0), 0) - head.distance_weight * distance;
+  return score < head.threshold;
 }
 
 function bars(probabilities) {

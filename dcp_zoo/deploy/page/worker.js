@@ -37,8 +37,9 @@ let last = Promise.resolve(); // one image at a time
 self.onmessage = ({ data: { number, bitmap } }) => {
   last = last.then(async () => {
     try {
-      const { probabilities } = await (await session).run({ pixels: pixels(bitmap) });
-      postMessage({ kind: "answer", number, probabilities: await probabilities.getData() });
+      const { probabilities, distance } = await (await session).run({ pixels: pixels(bitmap) });
+      const [distances] = distance ? await distance.getData() : [];
+      postMessage({ kind: "answer", number, probabilities: await probabilities.getData(), distance: distances });
     } catch (error) {
       postMessage({ kind: "error", number, message: `This image cannot be classified: ${error.message}` });
     }

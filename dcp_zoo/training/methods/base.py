@@ -133,6 +133,7 @@ class Task:
             bias,
             template=texts,
             changed=[name for name in changed if texts or name.startswith("visual.")],
+            original=self.clip if changed else None,
             tokenizer=own.tokenizer,
         )
 

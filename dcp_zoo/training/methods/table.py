@@ -16,7 +16,7 @@ from dcp_zoo.training.methods.published import RECIPES
 from dcp_zoo.training.recipes import (
     AUTHORS,
     FAST,
-    NEEDS_VAL,
+    FITTED,
     BaseRecipe,
     Recipe,
     named_recipe,
@@ -69,8 +69,8 @@ class Method:
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
         text: whether it needs text.
-        fits_features: whether its classifier or image tower is fitted to the training images, so that zero-shot CLIP
-            cannot stand for it there: a text probe after it needs validation images, which is said before it trains.
+        fits_classifier: whether it fits the classifier itself to features of the training images, so that no text probe
+            can follow.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Method:
     chooses: bool = False
     features: bool = False
     text: bool = True
-    fits_features: bool = False
+    fits_classifier: bool = False
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
@@ -106,8 +106,8 @@ class Method:
         if task.train is not None:
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
         probed = task.recipe.classifier != "none"
-        if probed and self.fits_features and task.val is None:
-            raise ZooError(NEEDS_VAL.format(self.name))
+        if probed and self.fits_classifier:
+            raise ZooError(FITTED.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
         with seeded(task.seed, task.clip.device):
             head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
@@ -118,7 +118,7 @@ class Method:
         head.to(clip.device).eval()
         if probed and is_main():
             images = task.probe_images or task.plain_train
-            found = fit_probe(head, images, task.val, task.progress, task.probe_weights)
+            found = fit_probe(head, images, task.progress, task.probe_weights)
             head.info = head.info | {"text_probe": found}
         return head
 
@@ -128,23 +128,25 @@ ON_FEATURES: dict[str, Any] = {"transfers": False, "chooses": True, "features": 
 _METHODS = [
     Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
     Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
-    Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_features=True, **ON_FEATURES),
+    Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_classifier=True, **ON_FEATURES),
     Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", **ON_FEATURES),
     Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", **ON_FEATURES),
     Method("proker", "ProKeR", PROKER, "zero_shot", "_proker", **ON_FEATURES),
-    Method("ss-text", "SS-Text", SS_TEXT, "zero_shot", "_ss_text", transfers=False, features=True),
-    Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_features=True, **ON_FEATURES),
-    Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_features=True, **ON_FEATURES),
-    Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", chooses=True, features=True),
+    Method(
+        "ss-text", "SS-Text", SS_TEXT, "zero_shot", "_ss_text", transfers=False, features=True, fits_classifier=True
+    ),
+    Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_classifier=True, **ON_FEATURES),
+    Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_classifier=True, **ON_FEATURES),
+    Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", features=True),
     Method("clap", "CLAP", CLAP, "probes", "_clap", transfers=False, features=True),
-    Method("prolip", "ProLIP", PROLIP, "clip_weights", "_prolip", fits_features=True),
+    Method("prolip", "ProLIP", PROLIP, "clip_weights", "_prolip"),
     Method("coop", "CoOp", COOP, "prompts", "_coop"),
     Method("vpt-deep", "VPT-deep", VPT, "prompts", "_vpt"),
     Method("maple", "MaPLe", MAPLE, "prompts", "_maple"),
     Method("promptsrc", "PromptSRC", PROMPTSRC, "prompts", "_promptsrc"),
-    Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora", fits_features=True),
-    Method("clip-svd", "CLIP-SVD", SVD, "clip_weights", "_svd", fits_features=True),
-    Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False, fits_features=True),
+    Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora"),
+    Method("clip-svd", "CLIP-SVD", SVD, "clip_weights", "_svd"),
+    Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False),
     Method("dcp", "DCP", DCP, "coupled"),
 ]
 
