@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tuning import of_class, tiny_imagenet
 
-from dcp_zoo.data import Item, Split, load_split
+from dcp_zoo.data import Item, load_split
 
 TRAIN, TEST = 50, 70  # images of each class of PACS
 TINY_TRAIN = 16  # of the 25 of Tiny ImageNet
@@ -69,12 +69,3 @@ REPORTING: dict[str, Callable[[Path, Path], Pool]] = {
     "PACS, photos": partial(pacs, "photo"),
     "Tiny ImageNet, 40 others": partial(tiny, 1),
 }
-
-
-def draw(pool: Pool, images: int, seed: int) -> Split:
-    """So many training images of each class, as far as there are, and all test images."""
-    names, train, test = pool
-    rng = random.Random(1000 * seed + images)
-    of_each = [of_class(train, label) for label in range(len(names))]
-    drawn = [item for own in of_each for item in rng.sample(own, min(images, len(own)))]
-    return Split("folder", names, drawn, [], test)
