@@ -248,7 +248,7 @@ class Head(TimmContract):
         """Features of `encode_image` (B, F) -> how far each image is from what the head has seen (B,), see
         `TextProbe.distance`; of a head that can reject."""
         assert self.text_probe is not None
-        return self.text_probe.distance(features, self.classnames).float().cpu().numpy()
+        return self.text_probe.distance(features, self.classnames).detach().float().cpu().numpy()
 
     @property
     def cannot_reject(self) -> str:

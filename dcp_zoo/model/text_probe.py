@@ -22,7 +22,8 @@ part, the images of the others would only push it away. A new class is fitted al
 mean features of the others.
 
 A head whose method changed the image features reads both them and those of the frozen tower: f is [f_own, f_frozen] /
-sqrt(2), z the mean of both logits, and the probe the mean of two, each fitted on its own features. M is block-diagonal.
+sqrt(2), z the mean of both logits, and the probe the mean of two, each fitted on its own features. New classes and
+distances take the frozen tower's M.
 """
 
 import math
@@ -80,9 +81,8 @@ class TextProbe(nn.Module):
     def __init__(self, names: Sequence[str], width: int, readings: int = 1) -> None:
         super().__init__()
         self.names, self.width, self.readings = list(names), width, readings
-        width *= readings
         for name in ("weight", "means"):
-            self.register_buffer(name, torch.zeros(len(names), width))
+            self.register_buffer(name, torch.zeros(len(names), width * readings))
         self.register_buffer("bias", torch.zeros(len(names)))
         self.register_buffer("metric", torch.zeros(width, width))
         self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
@@ -109,7 +109,7 @@ class TextProbe(nn.Module):
 
     def measure(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What `distance` needs: whitening (E, E), and the class means (C', E) in its space, of those with images."""
-        metric = self.metric[-self.width :, -self.width :].float()
+        metric = self.metric.float()
         whitening = metric @ metric / self.spread.float()
         means = self._ordered(self.means, classes)[:, -self.width :].float()
         return whitening, means[means.any(1)] @ whitening * math.sqrt(self.readings)
@@ -159,7 +159,7 @@ class TextProbe(nn.Module):
         own = list(classes).index(name)
         weight, bias = (t.cpu() for t in self.linear(text, classes))
         metric, means = self.metric.cpu(), self._ordered(self.means, classes).cpu()
-        x, start, labels = means @ metric, F.linear(means, weight, bias), torch.arange(len(means))
+        x, start, labels = self._moved(means, metric), F.linear(means, weight, bias), torch.arange(len(means))
         column = F.one_hot(torch.tensor(own), len(means)).to(x)
         row = d = torch.zeros_like(x[0])
         for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
@@ -170,8 +170,12 @@ class TextProbe(nn.Module):
 
             if not math.isinf(penalty):
                 d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
-            row = row + evidence * (metric @ d)
+            row = row + evidence * self._moved(d[None], metric)[0]
         self.weight[-1] = row.to(self.weight)
+
+    def _moved(self, rows: Tensor, metric: Tensor) -> Tensor:
+        """Rows (n, F) times M, each reading's part."""
+        return (rows.unflatten(1, (self.readings, self.width)) @ metric).flatten(1)
 
     def remove(self, name: str) -> None:
         """Forget a class, if it is known."""

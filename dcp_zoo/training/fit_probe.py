@@ -120,7 +120,7 @@ def fit_on_features(
     probe.weight.copy_(weight)
     probe.bias.copy_(bias)
     probe.text_scale.fill_(scale)
-    probe.metric.copy_(torch.block_diag(*(each.metric for each in fitted)))
+    probe.metric.copy_(fitted[-1].metric)
     regressions = evidence[: len(PENALTIES)].clamp(min=1e-6)
     probe.evidence.copy_(regressions / regressions.sum())
     probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
