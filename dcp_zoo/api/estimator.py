@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.api.functions import as_model, logits_of, plan_own, rejected
+from dcp_zoo.api.functions import as_model, best_or_none, logits_of, plan_own
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
@@ -150,14 +150,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         classes, see `dcp_zoo.predict`.
 
         Raises:
-            ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
+            ZooError: `reject`, and a head without a threshold for its classes, as of too few images.
         """
-        best = self._logits(images).argmax(-1).numpy()  # says if nothing is fitted
-        labels = self.classes_[best]
-        if reject:
-            with self._kept_features():
-                unknown = rejected(self._head(), unlabelled(images), reject, self._progress())
-            labels = np.where(unknown, None, labels.astype(object))
+        head = self._head()  # says if nothing is fitted
+        if not reject:
+            return self.classes_[self._logits(images).argmax(-1).numpy()]
+        with self._kept_features():
+            best, unknown = best_or_none(head, unlabelled(images, features=True), reject, self._progress())
+        labels = self.classes_[best].astype(object)
+        labels[unknown] = None
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Any = None) -> float:

@@ -169,7 +169,7 @@ def predict(
     """
     model = as_model(model, device)
     items = unlabelled(images)
-    predictor = torch_predictor(model, reject=reject or True, images=len(items))
+    predictor = torch_predictor(model, reject=reject, images=len(items))
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject))
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
@@ -192,12 +192,15 @@ def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Pro
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
 
 
-def rejected(model: Head, items: Sequence[Item], reject: float, progress: Progress) -> np.ndarray:
-    """Whether the items' images belong to none of the classes (n,); `reject` as of `Head.rejection_threshold`."""
+def best_or_none(
+    model: Head, items: Sequence[Item], reject: float, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the best class of each item's image (n,), and whether the image belongs to none (n,); `reject` as
+    of `Head.rejection_threshold`."""
     threshold, source = model.rejection_threshold(reject), image_source(model, items, once=True)
     features = source.features(1, progress)[0]
-    distances = model.distances(features.to(model.device))
-    return in_distribution_score(classified(model, features).numpy(), distances) < threshold
+    logits, distances = classified(model, features).numpy(), model.distances(features.to(model.device))
+    return logits.argmax(-1), in_distribution_score(logits, distances) < threshold
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

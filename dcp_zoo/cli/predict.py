@@ -201,8 +201,7 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
 
         use_threads(threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
-        reject, known = options.rejects or True, images or None
-        return torch_predictor(model, options.features is not None, options.precision, reject, known)
+        return torch_predictor(model, options.features is not None, options.precision, options.rejects, images or None)
 
     plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
     return load, plan | {"stats": options.stats, "precision": options.precision, "reject_rate": options.rejects}

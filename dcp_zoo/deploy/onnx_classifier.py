@@ -66,17 +66,18 @@ class OnnxClassifier:
             self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
         self.rejects = "threshold" in self.info
         self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
+        self._names = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""
-        taken, returned = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
+        taken, returned = self._names
         return self.session.run([returned], {taken: images})[0]
 
     def outputs(self, images: np.ndarray, *others: str) -> list[Any]:
         """A batch of what `preprocess` returns -> logits (B, C), of a file that `takes_pixels` the logarithms of its
         probabilities, which are logits too; and if the head can reject, the distances (B,) of `Answering`, else None.
         `others`: further outputs, such as "features" (B, E), normalised; not of a file that `takes_pixels`."""
-        taken, returned = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
+        taken, returned = self._names
         distance = ["distance"] if self.rejects else []
         found = self.session.run([returned, *distance, *others], {taken: images})
         if self.takes_pixels:

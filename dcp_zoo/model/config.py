@@ -183,7 +183,7 @@ def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
         return ""
     return (
         f"{100 * rate:g} % of the images of the head's classes are refused. Of things much like its classes about "
-        f"{like:.0f} % pass, as measured by leaving classes out; of other pictures far fewer."
+        f"{like:.0f} % pass, as measured by leaving classes out."
     )
 
 

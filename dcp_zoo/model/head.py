@@ -220,10 +220,14 @@ class Head(TimmContract):
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
         images."""
         threshold, images = self.rejection_threshold(reject) if reject else None, self._batch(images)
+        distances = None
         with in_eval_mode(self):  # no answer depends on the other images
-            features = self.encode_image(images)
-            logits = self.classify(features) if self.stats == "stored" else self(images)
-        distances = self.distances(features) if reject else None
+            is_stored = self.stats == "stored"
+            if is_stored or reject:
+                features = self.encode_image(images)
+            logits = self.classify(features) if is_stored else self(images)
+            if reject:
+                distances = self.distances(features)
         rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 

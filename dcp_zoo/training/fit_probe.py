@@ -138,8 +138,10 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) ->
     """Set the unit of distances and the threshold by the images that were left out, of which `logits` (m, C) are,
     unless they are too few; returns what the head's info says of it."""
     labels = torch.cat([labels for *_, labels in left_out])
+    if len(labels) < THRESHOLD_IMAGES:
+        return {}
     own, others = (torch.cat([_distances(*part, without) for part in left_out]) for without in (False, True))
-    if len(labels) < THRESHOLD_IMAGES or not own.mean() > 0:
+    if not own.mean() > 0:
         return {}
     probe.spread.copy_(own.mean())
     scores = torch.from_numpy(in_distribution_score(logits.numpy(), (own / probe.spread).numpy()))

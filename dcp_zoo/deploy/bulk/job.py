@@ -77,11 +77,11 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
 
 
 def torch_predictor(
-    model: "Head", features: bool = False, precision: str = "float32", reject: float = True, images: int | None = None
+    model: "Head", features: bool = False, precision: str = "float32", reject: float = False, images: int | None = None
 ) -> Predictor:
     """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
-    of `Head.rejection_threshold`; `images` says how many there are, if that is known. ZooError for an unknown
-    precision, or features without stored statistics."""
+    of `Head.rejection_threshold`, or False for a predictor that measures no distances; `images` says how many there
+    are, if that is known. ZooError for an unknown precision, or features without stored statistics."""
     import torch
 
     from dcp_zoo.training.device import autocast
@@ -92,6 +92,7 @@ def torch_predictor(
     pays = images is None or images > FEW
     fused = model.fuse() if model.is_linear and pays and not alone else None
     encode, answer = (fused.encode_image, fused.logits) if fused else (model.encode_image, model.classify)
+    rejects = bool(reject) and not model.cannot_reject
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
 
     @torch.inference_mode()
@@ -99,18 +100,18 @@ def torch_predictor(
         images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
         with autocast(model.device, precision):
             if alone:
-                parts = [(model(image), model.encode_image(image)) for image in images.split(1)]
-                logits, encoded = map(torch.cat, zip(*parts, strict=True))
+                logits = torch.cat([model(image) for image in images.split(1)])
+                encoded = torch.cat([model.encode_image(image) for image in images.split(1)]) if rejects else None
             else:
                 encoded = encode(images)
                 logits = answer(encoded)
         kept = encoded.float().cpu().numpy() if features else None
         distances = None
-        if not model.cannot_reject:
+        if rejects:
             distances = fused.distance(encoded).cpu().numpy() if fused else model.distances(encoded)
         return Computed(logits.float().cpu().numpy(), distances, kept)
 
-    threshold = None if model.cannot_reject else model.rejection_threshold(reject)
+    threshold = model.rejection_threshold(reject) if rejects else None
     given = model.architecture, model.classnames, model.pretrained_cfg
     return Predictor(*given, compute, threshold, model.cannot_reject)
 
