@@ -98,10 +98,12 @@ def torch_predictor(
     @torch.inference_mode()
     def compute(pixels: np.ndarray) -> Computed:
         images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
+        encoded: Any = None
         with autocast(model.device, precision):
             if alone:
                 logits = torch.cat([model(image) for image in images.split(1)])
-                encoded = torch.cat([model.encode_image(image) for image in images.split(1)]) if rejects else None
+                if rejects:
+                    encoded = torch.cat([model.encode_image(image) for image in images.split(1)])
             else:
                 encoded = encode(images)
                 logits = answer(encoded)
