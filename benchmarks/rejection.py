@@ -2,19 +2,23 @@
 
     python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
+    python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
 
 DATA: see `sets.py`. A text probe is trained on a few images of half of the classes of a set, another half for every
 seed. Its known test images are compared with test images of the other half ("near"), and of all other sets ("far";
 PACS's domains, which share their classes, are not far from each other). The threshold comes from the training images.
---choose compares scores on the sets for choosing, which decided the one that heads use.
+--choose compares scores on the sets for choosing, which decided the one that heads use. --real-clip takes features of
+the real CLIP ViT-B/32, see `real_clip.py`, without its text, of which only parts are known; these sets took part in
+the choice. Of two sets that share a kind of thing neither is far from the other.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
@@ -25,15 +29,38 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.cli.console import progress_bar
+from dcp_zoo.data import Item
+from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.model.text_probe import nearest
-from dcp_zoo.training.fit_probe import fit_on_features, on_cpu
+from dcp_zoo.training.fit_probe import fit_on_features, on_cpu, within_class
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, IMAGES, SEEDS, FAR = "dcp_mini", (1, 2, 6, 16), (1, 2), 200
 HEADS_OWN = "entropy and distance"  # the score that heads reject by
+REAL = {"Caltech-101": "caltech101", "flowers": "oxford_flowers", "actions": "ucf101", "aircraft": "fgvc"}
+RELATED = [{"Caltech-101", "flowers"}, {"Caltech-101", "aircraft"}]
 Linear = tuple[Tensor, Tensor]
+
+
+class RealFeatures:
+    """Those of the real CLIP for one set, without text: of its 16 training images per class, half of which are the test
+    images here. The set's own test images will not do: a training image's features are a mean over ten augmented views,
+    a test image's those of one."""
+
+    def __init__(self, path: Path) -> None:
+        arrays = np.load(path)
+        self.names = [str(name) for name in arrays["classnames"]]
+        labels = torch.from_numpy(arrays["train16_label"]).long()
+        vectors = F.normalize(torch.from_numpy(arrays["train16_vector"]).float(), dim=-1)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        vectors, labels = vectors[order], labels[order]
+        first = within_class(labels) < 8
+        self.train, self.labels = vectors[None, first], labels[first]
+        self.test, self.test_labels = vectors[~first], labels[~first]
+        self.text = torch.zeros(len(self.names), vectors.shape[1]), torch.zeros(len(self.names))
+        self.everyday = None
 
 
 class Features:
@@ -46,6 +73,8 @@ class Features:
         self.train, self.labels = sources[0].features(2, progress_bar), sources[0].labels
         self.test, self.test_labels = sources[1].features(1, progress_bar)[0], sources[1].labels
         self.text = on_cpu(clip.scaled(clip.zero_shot_classifier(self.names)))
+        pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
+        self.everyday = image_source(clip, pictures).features(1)[0]
 
 
 def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tensor]:
@@ -66,7 +95,14 @@ def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -
     }
 
 
-def measured(name: str, sets: dict[str, Features], images: int, seed: int) -> Iterator[dict[str, Any]]:
+def is_far(name: str, other: str) -> bool:
+    """Whether no image of the other set shows a class of this one."""
+    return name != other and not (name[:4] == other[:4] == "PACS") and {name, other} not in RELATED
+
+
+def measured(
+    name: str, sets: Mapping[str, Features | RealFeatures], images: int, seed: int
+) -> Iterator[dict[str, Any]]:
     """A row for each score: AUROC against near and far images, and what the head's own threshold refuses."""
     own, rng = sets[name], random.Random(seed)
     classes = sorted(rng.sample(range(len(own.names)), len(own.names) // 2))
@@ -76,10 +112,8 @@ def measured(name: str, sets: dict[str, Features], images: int, seed: int) -> It
     text = own.text[0][classes], own.text[1][classes]
     probe, info = fit_on_features([own.names[label] for label in classes], labels, [(views, text)])
     known = torch.isin(own.test_labels, torch.tensor(classes))
-    others = [
-        each.test[:FAR] for other, each in sets.items() if other != name and not (name[:4] == other[:4] == "PACS")
-    ]
-    parts = own.test[known], own.test[~known], torch.cat(others)
+    others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
+    parts = own.test[known], own.test[~known], others
     found_scores = [scores(views, labels, text, probe, f) for f in parts]
     for score in found_scores[0]:
         inside, near, far = (found[score] for found in found_scores)
@@ -91,6 +125,9 @@ def measured(name: str, sets: dict[str, Features], images: int, seed: int) -> It
             row |= {"known_refused": 100 - accepted, "near_passed": passed[0], "far_passed": passed[1]}
             estimates: Any = info.get("like_accepted", {})
             row["near_passed_estimate"] = estimates.get("0.05")
+            if own.everyday is not None:
+                found = scores(views, labels, text, probe, own.everyday)[score]
+                row["far_passed_estimate"] = 100 * (found >= threshold).float().mean().item()
         yield row
 
 
@@ -100,16 +137,24 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def main(
-    data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")],
+    data_root: Annotated[Path | None, typer.Option(help="Folder with the sets, see sets.py.")] = None,
+    real_clip: Annotated[Path | None, typer.Option(help="Folder with features of the real CLIP.")] = None,
     choose: Annotated[bool, typer.Option("--choose", help="Compare scores on the sets for choosing.")] = False,
 ) -> None:
     """Measure all sets and write the table."""
-    with TemporaryDirectory() as folder:
-        chosen = CHOOSING if choose else REPORTING
-        sets = {name: Features(make, data_root, Path(folder)) for name, make in chosen.items()}
-    rows = [row for n in IMAGES for seed in SEEDS for name in sets for row in measured(name, sets, n, seed)]
+    if real_clip:
+        part, images = "_clip", (2, 4, 8)
+        sets: Any = {name: RealFeatures(real_clip / f"{file}.npz") for name, file in REAL.items()}
+    elif data_root:
+        part, images = "_choice" * choose, IMAGES
+        with TemporaryDirectory() as folder:
+            chosen = CHOOSING if choose else REPORTING
+            sets = {name: Features(make, data_root, Path(folder)) for name, make in chosen.items()}
+    else:
+        raise typer.BadParameter("give --data-root or --real-clip")
+    rows = [row for n in images for seed in SEEDS for name in sets for row in measured(name, sets, n, seed)]
     table = pd.DataFrame(rows).round(1)
-    table.to_csv(RESULTS / f"rejection{'_choice' * choose}.csv", index=False)
+    table.to_csv(RESULTS / f"rejection{part}.csv", index=False)
     print(table.groupby(["images_per_class", "score"], sort=False).mean(numeric_only=True).round(1).to_string())
 
 

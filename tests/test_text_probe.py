@@ -8,12 +8,14 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from conftest import CFG
 from helpers import close, loud, write_weights
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.data import Item
+from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import load_head
@@ -28,7 +30,7 @@ from dcp_zoo.model.text_probe import (
 )
 from dcp_zoo.training import fit_probe as fitting
 from dcp_zoo.training.sources import ImageSource, encode_views
-from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.factory import create_model, create_transform
 
 NAMES = ["bus", "cat", "kite"]
 
@@ -42,6 +44,7 @@ def plain(tiny_clip):
     """A DCP with stored statistics without a text probe."""
     model = loud(DCP(tiny_clip, NAMES, n_ctx=2)).eval()
     model.store_stats(images(4))
+    model.pretrained_cfg = CFG
     return model
 
 
@@ -518,6 +521,11 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
         expected(F.linear(frozen_features, *zero_shot), frozen_features, NAMES),
     ]
     assert close(plain(x), (z[0] + z[1]) / 2, 1e-2)
+    everyday = plain.encode_image(torch.stack([create_transform(plain)(each) for each in everyday_pictures()]))
+    scores = in_distribution_score(plain.classify(everyday).numpy(), plain.distances(everyday))
+    assert len(scores) == 30
+    accepted = {rate: 100 * (scores >= threshold).mean() for rate, threshold in info["thresholds"].items()}
+    assert info["others_accepted"] == pytest.approx(accepted, abs=0.1)
     assert plain.distances(plain.encode_image(x)) == pytest.approx(
         expected.distance(frozen_features, NAMES).numpy(), rel=1e-3
     )
@@ -550,7 +558,7 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 
 
 def test_few_images_make_no_threshold(plain):
-    assert "thresholds" not in fitting.fit_probe(plain, source(plain, 12, 0))
+    assert not {"thresholds", "others_accepted"} & {*fitting.fit_probe(plain, source(plain, 12, 0))}
     assert cannot_reject(plain, "fitted on too few")
 
 

@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from dcp_zoo.data.images import load_image
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
 from dcp_zoo.errors import ZooError
@@ -90,3 +93,14 @@ SAMPLE_CLASSES = [
 def sample_images() -> list[str]:
     """The paths of six photographs, in the order of the first six of `SAMPLE_CLASSES`."""
     return [str(HERE / "photos" / f"{name}.jpg") for name in ("cat", "coffee", "otter", "osprey", "lake", "flowers")]
+
+
+def everyday_pictures() -> list[Image.Image]:
+    """Thirty pictures that few classifiers are about: the photographs of `sample_images` and their quarters."""
+    photos = [load_image(path) for path in sample_images()]
+    return [photo.crop(box) for photo in photos for box in _whole_and_quarters(*photo.size)]
+
+
+def _whole_and_quarters(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    x, y = width // 2, height // 2
+    return [(0, 0, width, height), (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]

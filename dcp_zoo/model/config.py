@@ -57,7 +57,8 @@ class ProbeInfo(TypedDict, total=False):
     """How the text probe of a head was fitted."""
 
     thresholds: dict[str, float]  # by the share of refused images, such as "0.05"
-    like_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares
+    like_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares, things much like the classes
+    others_accepted: dict[str, Annotated[float, PERCENT]]  # and everyday pictures
     split_sha256: str
 
 
@@ -178,13 +179,16 @@ def read_config(directory: str | Path) -> HeadConfig:
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
     rate = REFUSED if reject is True else reject
-    like = info.get("text_probe", {}).get("like_accepted", {}).get(f"{rate:g}")
+    like, others = (
+        info.get("text_probe", {}).get(name, {}).get(f"{rate:g}") for name in ("like_accepted", "others_accepted")
+    )
     if like is None:
         return ""
-    return (
+    note = (
         f"{100 * rate:g} % of the images of the head's classes are refused. Of things much like its classes about "
-        f"{like:.0f} % pass, as measured by leaving classes out."
+        f"{like:.0f} % pass, as measured by leaving classes out"
     )
+    return f"{note}." if others is None else f"{note}; of thirty everyday pictures {others:.0f} %."
 
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"

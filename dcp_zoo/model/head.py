@@ -333,7 +333,8 @@ class Head(TimmContract):
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
         """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
         if self.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-            kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "like_accepted")}
+            measured = ("thresholds", "like_accepted", "others_accepted")
+            kept = {name: value for name, value in fitted.items() if name not in measured}
             info = info | {"text_probe": kept}
         same = sorted(self.classnames) == self.measured_classes
         reason = self.since_measured or ("" if same else "the classes were changed")

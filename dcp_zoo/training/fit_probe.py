@@ -13,20 +13,24 @@ zero-shot CLIP in units of that of a random guess. Validation images are not use
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
 that were left out would exceed if their scores were normally distributed, which takes fewer of them than counting does;
-20 are enough. `REJECT_RATES` are the other shares. `like_accepted` says how many would pass if their class was unknown.
-Compared with other rules on the real CLIP's features and on validation images of the miniature, see
-`benchmarks/notes.md`.
+20 are enough. `REJECT_RATES` are the other shares. `like_accepted` says how many would pass if their class was unknown,
+`others_accepted` how many of `everyday_pictures` pass, some of which may show a class of the head. Compared with
+other rules on the real CLIP's features and on validation images of the miniature, see `benchmarks/notes.md`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.data import Item
+from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.head import Head
@@ -44,6 +48,7 @@ from dcp_zoo.model.text_probe import (
 )
 from dcp_zoo.training.recipes import FITTED, MANY
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
+from dcp_zoo.zoo.factory import create_transform
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
@@ -76,8 +81,19 @@ def fit_probe(
     unseen = frozen, on_cpu(text)
     readings = [(views, own), unseen] if head.has_own_features else [(views, own)]
     head.text_probe, info = fit_on_features(head.classnames, train.labels, readings, unseen, weights)
+    thresholds: Any = info.get("thresholds")
     head.to(head.device)
+    if thresholds and not train.has_features:
+        pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
+        features = ImageSource(head, pictures, create_transform(head), once=True).features(1)[0].to(head.device)
+        scores = in_distribution_score(head.classify(features).cpu().numpy(), head.distances(features))
+        info["others_accepted"] = share_above(thresholds, scores)
     return info
+
+
+def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
+    """The percentage of scores (n,) that are not below each threshold."""
+    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}
 
 
 def probe_views(train: ImageSource) -> int:
@@ -152,7 +168,7 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) ->
     if logits.shape[1] > 2:
         unknown = logits[~F.one_hot(labels, logits.shape[1]).bool()].view(len(labels), -1)
         like = in_distribution_score(unknown.numpy(), (others / probe.spread).numpy())
-        info["like_accepted"] = {rate: round(100 * float((like >= t).mean()), 1) for rate, t in thresholds.items()}
+        info["like_accepted"] = share_above(thresholds, like)
     return info
 
 

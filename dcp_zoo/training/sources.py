@@ -120,6 +120,11 @@ class ImageSource:
         return self.views is not None and self.views.ndim > 3
 
     @property
+    def has_features(self) -> bool:
+        """Whether features are given, and no images."""
+        return self.views is not None and self.views.ndim == 3
+
+    @property
     def num_views(self) -> int:
         return len(self.views) if self.views is not None else 1 + self.flips
 
@@ -137,7 +142,7 @@ class ImageSource:
         """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those
         of a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default
         all that `batches` show. Given ones stay as they are."""
-        if self.views is not None and self.views.ndim == 3:
+        if self.views is not None and self.has_features:
             return self.views[:views].float()
         if self._original is not None:
             return self._original.features(views, progress)

@@ -1,0 +1,138 @@
+"""The methods that a reader would choose from, on many sets of images with 1 to 16 training images per class.
+
+    python benchmarks/many_sets.py --data-root DATA              writes results/many_sets.csv; resumes when repeated
+    python benchmarks/many_sets.py --data-root DATA --choose     the same on the sets for choosing
+
+DATA, and which sets choose and which only report: see `sets.py`. A method that chooses hyperparameters gets validation
+images besides, at most four per class as in the papers, as far as the set has more images than are trained on; all
+others see K images per class. Prompts and weights are trained once and their head then answers in up to three ways: by
+the method's own logits, with the text probe on the method's own features, and read both ways (the default), with a text
+probe on these features and one on the frozen tower's.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from sets import CHOOSING, REPORTING, Pool
+from torch import Tensor
+from torch.nn import functional as F
+from tuning import GrowingTable, of_class
+
+from dcp_zoo.benchmark.plan import weights_id
+from dcp_zoo.cli.console import progress_bar
+from dcp_zoo.data import Item, Split
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.fused import both
+from dcp_zoo.model.head import Head
+from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
+from dcp_zoo.training.fit_probe import fit_on_features, on_cpu, probe_views
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.run import Run, RunOptions, fit, plan
+from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.zoo.factory import plain_clip
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
+MODEL, TEST_IMAGES, VAL_IMAGES = "dcp_mini", 800, 4  # at most so many test images, and validation images per class
+# method, recipe and whether prompts or weights change the image features
+ON_FEATURES = ("zero-shot", "linear-probe", "lp-plus-plus", "gda", "proker", "ss-text", "text-probe")
+TRAINED = {"dcp": None, "dcp, fast": "fast", "2sfs": None, "clip-lora": None, "clip-svd": None}
+
+
+def draw(pool: Pool, images: int, seed: int) -> Split:
+    """Training images of one draw, validation images of what is left, and at most `TEST_IMAGES` test images."""
+    names, train, test = pool
+    rng, drawn, val = random.Random(seed * 1000 + images), list[Item](), list[Item]()
+    for label in range(len(names)):
+        own = of_class(train, label)
+        own = rng.sample(own, len(own))
+        drawn += own[:images]
+        val += own[images : images + min(images, VAL_IMAGES)]
+    return Split("folder", names, drawn, val, random.Random(0).sample(test, min(TEST_IMAGES, len(test))))
+
+
+def planned(split: Split, method: str, seed: int) -> tuple[Run, Task]:
+    name, classifier = method.split(",")[0], None if method in ON_FEATURES else "none"
+    if not METHODS[name].chooses:
+        split = Split(split.name, split.classnames, split.train, [], split.test)
+    run = plan(split, MODEL, name, seed=seed, recipe=TRAINED.get(method), classifier=classifier, device="cpu")
+    return run, run.task(split, plain_clip(MODEL))
+
+
+def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
+    """Reading, top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, for each reading."""
+    started = time.process_time()
+    run, task = planned(split, method, seed)
+    head, _ = fit(run, task, split, options=RunOptions(test=False, progress=progress_bar))
+    trained = time.process_time() - started
+    test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
+    if method in ON_FEATURES:
+        yield "", *scores(predict(test.for_model(head), EVAL_BATCH), test.labels), round(trained, 1)
+        return
+    yield from read_in_three_ways(head, task.probe_images or task.plain_train, test, trained)
+
+
+@torch.no_grad()
+def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, seconds: float) -> Iterator[tuple[Any, ...]]:
+    """The rows of a head that was trained for so many seconds."""
+    own, frozen = features(test, head), features(test, plain_clip(MODEL))
+    yield "", *scores(head.classify(own), test.labels), round(seconds, 1)
+    views, started = probe_views(train), time.process_time()
+    readings = [
+        (train.for_model(head).features(views), on_cpu(head.own_linear())),
+        (train.for_model(plain_clip(MODEL)).features(views), on_cpu(head.frozen_linear())),
+    ]
+    for name, read, x in ("own", readings[:1], own), ("both", readings, both(own, frozen)):
+        head.text_probe, _ = fit_on_features(head.classnames, train.labels, read, readings[1])
+        logits = head.classify(x)
+        yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
+
+
+def features(images: ImageSource, encoder: FrozenCLIP) -> Tensor:
+    return images.for_model(encoder).features(1, progress_bar)[0]
+
+
+def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:
+    nll = F.cross_entropy(logits, labels).item()
+    return (
+        round(top1(logits, labels), 2),
+        round(expected_calibration_error(logits, labels), 2),
+        round(nll, 4),
+        len(labels),
+    )
+
+
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")],
+    choose: Annotated[bool, typer.Option("--choose", help="Measure on the sets for choosing.")] = False,
+    methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join([*ON_FEATURES, *TRAINED]),
+    images: Annotated[str, typer.Option(help="Images per class, in this order.")] = "4,1,16,2,8",
+    sets: Annotated[str, typer.Option(help="Names of sets, between semicolons; default: all.")] = "",
+    seeds: str = "1",
+    output: Annotated[Path | None, typer.Option(help="Another file for the rows.")] = None,
+) -> None:
+    """Measure every set, number of images, seed and method that the table does not have for the current weights yet."""
+    table = GrowingTable(output or RESULTS / "many_sets.csv", COLUMNS, COLUMNS[:1] + COLUMNS[1:2] + COLUMNS[3:6])
+    weights, chosen = weights_id(MODEL), CHOOSING if choose else REPORTING
+    with TemporaryDirectory() as folder:
+        pools = {
+            name: make(data_root, Path(folder)) for name, make in chosen.items() if not sets or name in sets.split("; ")
+        }
+        for seed in map(int, seeds.split(",")):
+            for number in map(int, images.split(",")):
+                for method in methods.split("; "):
+                    for name, pool in pools.items():
+                        if (weights, name, number, seed, method) not in table:
+                            head = weights, name, len(pool[0]), number, seed, method
+                            table.add((*head, *row) for row in measured(draw(pool, number, seed), seed, method))
+
+
+if __name__ == "__main__":
+    typer.run(main)
