@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -24,11 +24,10 @@ import numpy as np
 import torch
 import typer
 from cleanlab.filter import find_label_issues
-from folders import TINY, Folder, draw
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable
+from tuning import GrowingTable, of_class, relabelled, tiny_imagenet
 
 from dcp_zoo import inspect
 from dcp_zoo.benchmark.plan import weights_id
@@ -49,6 +48,19 @@ COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
 MODEL, TEMPLATE = "dcp_mini", "a photo of a {}."
 SWAPPED, DRAWS = 0.05, range(1, 11)
 PER_CLASS, TESTED = 8, 500  # training images of a draw; test images
+TEST_IMAGES = 800  # at most
+TINY = "tiny-imagenet-200"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The classes `labels` of a dataset, all for None or so many drawn ones, with so many training images each."""
+
+    dataset: str
+    images: int
+    labels: range | int | None = None
+
+
 SETS = {  # how many images of each class the draws are from
     "100 kinds of objects": Folder("caltech101", 16),
     "7 classes of art paintings": Folder("pacs_art_painting", 30),
@@ -105,6 +117,29 @@ class Images:
         if tested is None:
             return top1(F.linear(self.test, *linear), self.test_labels)
         return top1(F.linear(self.train[tested], *linear), self.labels[tested])
+
+
+def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
+    """Training images of one draw, and test images: the dataset's own, or those that are left."""
+    rng = random.Random(seed)
+    if folder.dataset == TINY:
+        chosen = sorted(rng.sample(range(200), folder.labels)) if isinstance(folder.labels, int) else folder.labels
+        names, items = tiny_imagenet(chosen, 25, data_root / TINY, images, "val")
+        train = test = items
+    else:
+        split = load_split(folder.dataset, data_root)
+        count = folder.labels or len(split.classnames)
+        chosen = sorted(rng.sample(range(len(split.classnames)), count))
+        names = [split.classnames[label] for label in chosen]
+        train, test = relabelled(split.train or split.test, chosen), relabelled(split.test, chosen)  # PACS has no parts
+    drawn = [item for label in range(len(names)) for item in _draw(train, label, folder.images, rng)]
+    rest = sorted({*test} - {*drawn})
+    return Split("folder", names, drawn, [], rng.sample(rest, min(TEST_IMAGES, len(rest))))
+
+
+def _draw(items: list[Item], label: int, count: int, rng: random.Random) -> list[Item]:
+    own = of_class(items, label)
+    return rng.sample(own, min(count, len(own)))
 
 
 def labels(images: Images, seed: int) -> Measured:

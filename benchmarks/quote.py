@@ -135,17 +135,71 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     return "\n".join(lines)
 
 
-def folders() -> str:
-    """Accuracies on folders of images, and the text probe's difference from the best other method of each."""
-    if not (RESULTS / "folders.csv").exists():
-        return "*Not measured yet.*"
-    rows = results("folders")
-    by_seed = rows[rows.weights == rows.weights.iloc[-1]].pivot_table("top1", ["set", "seed"], "method", sort=False)
+WAYS = {"": "own logits", "own": "text probe on its own features", "both": "read both ways"}
+
+
+@cache
+def on_sets() -> pd.DataFrame:
+    """Top-1, ECE and CPU seconds on the reporting sets, a column of each for every method and way of reading it; a row
+    for every set, number of images per class and seed."""
+    rows = results("many_sets").fillna({"reading": ""})
+    changed = rows.groupby("method").reading.transform("nunique") > 1
+    titles = rows.method.map(lambda method: ", ".join([tables.title(method.split(",")[0]), *method.split(",")[1:]]))
+    rows["label"] = titles.str.replace(",  ", ", ") + (", " + rows.reading.map(WAYS)).where(changed, "")
+    keys = ["set", "images_per_class", "seed"]
+    return rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
+
+
+def set_gaps(label: str, reference: str = "Text probe", images: int | None = None) -> pd.Series:
+    """Top-1 minus the reference's, paired by set, images per class and seed."""
+    found = on_sets()["top1"]
+    gaps = (found[label] - found[reference]).dropna()
+    return gaps if images is None else gaps.xs(images, level="images_per_class")
+
+
+def set_gap(*args: Any) -> float:
+    """The mean of `set_gaps`."""
+    return float(set_gaps(*args).mean())
+
+
+def set_versus(*args: Any) -> str:
+    """Whether a method is above or below the reference on the sets, as far as the interval tells."""
+    low, high = tables.interval(set_gaps(*args)) or (0, 0)
+    return "above" if low > 0 else "below" if high < 0 else "level with"
+
+
+def set_mean(label: str, images: int | None = None, what: str = "top1") -> float:
+    """The mean over the sets."""
+    found = on_sets()[what][label]
+    return float((found if images is None else found.xs(images, level="images_per_class")).mean())
+
+
+def many_sets() -> str:
+    """Averages over the reporting sets: top-1 by images per class, the paired difference from the text probe, ECE, and
+    CPU seconds of training at 4 images per class."""
+    found = on_sets()
+    numbers = sorted({images for _, images, _ in found.index})
+    header = ["top-1, %, averages over sets", *map(str, numbers), "minus text probe", "ECE", "CPU seconds"]
     lines = []
-    for name, group in by_seed.groupby(level="set", sort=False):
-        best, own = group.drop(columns=DEFAULT_METHOD).mean().idxmax(), group[DEFAULT_METHOD]
-        lines.append([name, *(f"{x:.1f}" for x in group.mean()), tables.difference_cell(own - group[best])])
-    return as_table(["top-1, %", *map(tables.title, by_seed.columns), "Text probe minus the best other"], lines)
+    for label in found["top1"].columns:
+        means = found["top1"][label].dropna().groupby("images_per_class")
+        whole = found["top1"]["Text probe"].groupby("images_per_class").size()
+        cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
+        gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label))
+        ece, seconds = set_mean(label, None, "ece"), set_mean(label, 4, "train_cpu_seconds")
+        lines.append([label, *cells, gaps, f"{ece:.1f}", f"{seconds:.0f}"])
+    return as_table(header, lines)
+
+
+def by_set(*labels: str) -> str:
+    """Top-1 of these methods on each set, by images per class."""
+    found = on_sets()["top1"][list(labels)].groupby(["set", "images_per_class"], sort=False).mean()
+    lines = []
+    for name, rows in found.groupby(level="set", sort=False):
+        rows = rows.droplevel("set").sort_index()
+        lines += [[name, label, *(f"{x:.1f}" for x in rows[label])] for label in labels]
+    numbers = sorted({images for _, images in found.index})
+    return as_table(["set", "method", *map(str, numbers)], lines)
 
 
 def factorial() -> str:
@@ -209,19 +263,19 @@ def couplings() -> str:
     return as_table(["set", "statistics", "seeds", "`paper`", "`release`", "`paper` minus `release`"], lines)
 
 
-def rejection() -> str:
-    """How well the scores tell known images from others: means over sets and draws, the worst set of the far ones, and
+def rejection(file: str = "rejection") -> str:
+    """How well the scores tell known images from others: means over sets and seeds, the worst set of the far ones, and
     what the heads' threshold refuses and lets pass."""
-    if not (RESULTS / "rejection.csv").exists():
-        return "*Not measured yet.*"
-    rows = results("rejection")
+    rows = results(file)
     keys, columns = ["images_per_class", "score"], ["known_refused", "near_passed", "far_passed"]
+    header = ["images per class", "score", "AUROC, near", "AUROC, far", "worst set, far"]
+    header += ["known refused", "near passed", "far passed"]
+    if "far_passed_estimate" in rows:
+        columns, header = [*columns, "far_passed_estimate"], [*header, "everyday pictures passed"]
     means = rows.groupby(keys, sort=False).mean(numeric_only=True)
     worst = rows.groupby([*keys, "set"], sort=False).auroc_far.mean().groupby(keys, sort=False).min()
     shown = means[["auroc_near", "auroc_far"]].assign(worst=worst).join(means[columns])
     cells = shown.map(lambda x: "" if x != x else f"{x:.1f}").values.tolist()
-    header = ["images per class", "score", "AUROC, near", "AUROC, far", "worst set, far"]
-    header += ["known refused", "near passed", "far passed"]
     return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
 
 

@@ -83,7 +83,7 @@ def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -
     logs = z.log_softmax(-1)
     entropy, distance = -(logs.exp() * logs).sum(-1), probe.distance(f, probe.names)
     whitening, _ = probe.measure(probe.names)
-    return {
+    found = {
         HEADS_OWN: -entropy - DISTANCE_WEIGHT * distance,
         "distance to the nearest class mean": -distance,
         "distance to the nearest training image": -nearest(f, whitening, views[0] @ whitening),
@@ -91,8 +91,10 @@ def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -
         "entropy": -entropy,
         "maximum probability": logs.amax(-1),
         "energy": z.logsumexp(-1),
-        "maximum probability of zero-shot (MCM)": F.linear(f, *text).log_softmax(-1).amax(-1),
     }
+    if text[0].any():
+        found["maximum probability of zero-shot (MCM)"] = F.linear(f, *text).log_softmax(-1).amax(-1)
+    return found
 
 
 def is_far(name: str, other: str) -> bool:

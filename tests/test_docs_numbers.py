@@ -56,25 +56,41 @@ def test_what_needs_a_mark(text, found):
     assert quote.unmarked("as above", comparing=True) == ["above"]
 
 
-def test_folders_are_compared_with_the_best_other_method(tmp_path, monkeypatch):
+def test_methods_are_compared_on_the_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
-    assert quote.folders() == "*Not measured yet.*"
-    rows = [("old", "cats", 1, "text-probe", 0)] + [
-        ("new", "cats", s, m, x + s) for s in (1, 2) for m, x in METHODS.items()
-    ]
-    frame = quote.pd.DataFrame(rows, columns=["weights", "set", "seed", "method", "top1"])
-    frame.to_csv(tmp_path / "folders.csv", index=False)
     monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
-    assert (
-        quote.folders().splitlines()[0]
-        == "| top-1, % | Text probe | Zero-shot | GDA | Text probe minus the best other |"
-    )
-    assert quote.folders().splitlines()[2] == "| cats | 71.5 | 51.5 | 61.5 | +10.0 (+10.0 to +10.0) * |"
+    monkeypatch.setattr(quote, "on_sets", quote.on_sets.__wrapped__)
+    rows = [
+        {
+            "set": s,
+            "images_per_class": k,
+            "seed": 1,
+            "method": m,
+            "reading": r,
+            "top1": x + k,
+            "ece": 2,
+            "train_cpu_seconds": 3,
+        }
+        for s, gain in (("cats", 1), ("dogs", 3))
+        for k in (1, 4)
+        for m, r, x in (("text-probe", "", 50), ("dcp, fast", "", 40), ("dcp, fast", "both", 50 + gain))
+    ]
+    quote.pd.DataFrame(rows[:-1]).to_csv(tmp_path / "many_sets.csv", index=False)
+    assert quote.many_sets().splitlines()[2:] == [
+        "| Text probe | 51.0 | 54.0 |  | 2.0 | 3 |",
+        "| DCP, fast, own logits | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
+        "| DCP, fast, read both ways | 53.0 | - | +1.7 (-1.2 to +4.5) | 2.0 | 3 |",
+    ]
+    assert (quote.set_gap("DCP, fast, own logits"), quote.set_versus("DCP, fast, own logits")) == (-10, "below")
+    assert quote.set_versus("DCP, fast, read both ways") == "level with"
+    assert quote.by_set("Text probe").splitlines()[2:] == [
+        "| cats | Text probe | 51.0 | 54.0 |",
+        "| dogs | Text probe | 51.0 | 54.0 |",
+    ]
 
 
 def test_rejection_is_averaged_over_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
-    assert quote.rejection() == "*Not measured yet.*"
     numbers = ["auroc_near", "auroc_far", "known_refused", "near_passed", "far_passed"]
     rows = [("a", 4, 1, "energy", 60, 90, 4, 50, 20), ("a", 4, 2, "energy", 62, 92, 6, 52, 21)]
     rows += [("b", 4, 1, "energy", 70, 80, 5, 60, 25), ("a", 4, 1, "zero-shot", 80, 50, None, None, None)]
