@@ -14,20 +14,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 import doc_tables
+import quote
+from matplotlib.figure import Figure
 
 import dcp_zoo
 from dcp_zoo.api.explain import coupling_moves, draw
-from dcp_zoo.benchmark.report.write import LearningCurves
 from dcp_zoo.zoo.registry import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 SOURCES = IMAGES / "sources.json"
-HEAD = "dcp_mini.caltech101-16shot"
+HEAD, OTHER = "dcp_mini.caltech101-16shot", "dcp_mini.pacs_photo-16shot"
 
 
-def curves() -> None:
-    (IMAGES / "curves.svg").write_text(LearningCurves(doc_tables.unchanged(doc_tables.labelled("few-shot"))).file())
+SHOWN = {  # in the plot of averages, with their colours
+    "Linear probe": "#999999",
+    "LP++": "#56B4E9",
+    "GDA": "#009E73",
+    "Text probe": "#0072B2",
+    "DCP, fast, read both ways": "#D55E00",
+}
+
+
+def averages() -> None:
+    """Averages over the sets: over images per class, and at four images per class over the CPU time of training."""
+    found = quote.on_sets()
+    figure = Figure((9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for label, color in SHOWN.items():
+        means = found["top1"][label].groupby("images_per_class").mean()
+        left.plot(means.index, means, marker="o", color=color, label=label)
+        seconds = quote.set_mean(label, 4, "train_cpu_seconds")
+        right.plot(seconds, means[4], marker="o", color=color)
+        right.annotate(label, (seconds, means[4]), (6, -3), textcoords="offset points", fontsize=8)
+    left.set(xscale="log", xlabel="images per class", ylabel="top-1, %, mean over seven datasets")
+    left.set_xticks(means.index, means.index.astype(str))
+    right.set(xscale="log", xlabel="CPU seconds of training, 4 images per class", xlim=(4, 100))
+    right.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+    for ax in (left, right):
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(IMAGES / "averages.svg")
 
 
 def explained() -> None:
@@ -46,9 +74,11 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
-    "curves.svg": Picture(curves, [doc_tables.RESULTS / "few-shot.csv"]),
+    "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv"]),
     "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
-    "predictions.png": Picture(script("hub/predictions.py"), [WEIGHTS / HEAD / "model.safetensors"]),
+    "predictions.png": Picture(
+        script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]
+    ),
     "scaling.svg": Picture(script("benchmarks/scaling.py"), [doc_tables.RESULTS / "scaling_simulated.csv"]),
 }
 
