@@ -1,7 +1,6 @@
 """Runs that are stopped, killed or fail, and resume as if nothing had happened."""
 
 import errno
-import multiprocessing
 import os
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +11,7 @@ import torch
 from conftest import build_tiny_clip
 from helpers import trained, until
 from PIL import Image
+from small_zoo import SERVER
 from timm.data import create_transform
 
 from dcp_zoo import DCP, ZooError, create_model
@@ -318,9 +318,7 @@ def _train_by_threads(number: int, run, folder) -> None:
 
 def _kill_when(run, folder, lines: int) -> None:
     """Start a run in a new process, and kill it when its log has this many lines."""
-    process = multiprocessing.get_context("spawn").Process(  # autograd may have threads here, which a fork lacks
-        target=_train_by_threads, args=(torch.get_num_threads(), run, folder)
-    )
+    process = SERVER.Process(target=_train_by_threads, args=(torch.get_num_threads(), run, folder))
     process.start()
     log = folder / "log.csv"
     until(lambda: not process.is_alive() or (log.exists() and len(log.read_text().splitlines()) >= lines), 120)
