@@ -4,19 +4,21 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+
+# containers set it: every process that a test starts would compile torch again, which takes longer than the test
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import huggingface_hub
 import open_clip
 import pytest
 import torch
 from filelock import FileLock
-from helpers import loud, use_endpoint
+from helpers import loud, photo, use_endpoint
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from upload_hub import TOKEN, UploadHub, serve_uploads
 
 from dcp_zoo import DCP
@@ -26,9 +28,11 @@ from dcp_zoo.deploy import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import default_tokenizer
+from dcp_zoo.zoo.registry import WEIGHTS
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
+BUNDLED = "dcp_mini.caltech101-1shot"
 GOLDEN = Path(__file__).parent / "golden" / "cmpa"
 COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))
 CFG = {
@@ -39,23 +43,6 @@ CFG = {
     "crop_pct": 1.0,
     "crop_mode": "center",
 }
-
-
-# few tests, but long ones: they start first, so that no worker has them left at the end; builds train in forks, which
-# inherit what other tests leave in their process
-SLOW_FILES = (
-    *("build", "ray", "timm", "demo_browser", "placement", "docs", "api", "distributed", "method_heads"),
-    *("hub", "recipe_miniature", "export", "strong_baselines", "training", "resume", "serve", "baselines", "web"),
-    *("inspection", "bulk", "new_users", "verify", "publish", "variants", "test_labels", "own_method", "faults"),
-    *("speed_benchmark", "broken_trees", "given_features"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, then those with the most tests; each file runs in one worker."""
-    place = {f"test_{name}": i for i, name in enumerate(SLOW_FILES)}
-    count = Counter(item.path for item in items)
-    items.sort(key=lambda item: (place.get(item.path.stem, len(place)), -count[item.path]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -209,3 +196,39 @@ def chromium():
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch) -> Path:
+    """The working folder, with MY_PHOTOS in it: two classes of six photographs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rose", "tulip"):
+        for i in range(6):
+            photo(tmp_path / "MY_PHOTOS" / name / f"{i}.jpg", i)
+    return tmp_path / "MY_PHOTOS"
+
+
+@pytest.fixture
+def my_head(tmp_path, monkeypatch) -> Path:
+    """A checkpoint folder in the working folder, as training on MY_PHOTOS writes it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "my_head")
+    path = tmp_path / "my_head" / "config.json"
+    config = json.loads(path.read_text())
+    config["label_names"] = ["rose", "tulip"]
+    weights = tmp_path / "my_head" / "model.safetensors"  # without the text probe of other classes
+    save_file({name: t for name, t in load_file(weights).items() if "classifier" not in name}, weights)
+    config["dcp"] |= {"dataset": "folder", "shots": 3}
+    path.write_text(json.dumps(config))
+    return tmp_path / "my_head"
+
+
+@pytest.fixture
+def no_work(monkeypatch) -> None:
+    """Fails the test when a model or a dataset is loaded."""
+
+    def work(*args, **options):
+        pytest.fail("the error should have come first")
+
+    for name in ("zoo.factory.create_model", "training.run.load_labelled", "benchmark.sweep.sweep"):
+        monkeypatch.setattr(f"dcp_zoo.{name}", work)

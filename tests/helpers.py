@@ -190,3 +190,9 @@ def offline() -> Iterator[None]:
 def classify(images: Sequence[Found], predictor: Predictor, **options: Any) -> Iterator[Rows]:
     """The batches of a job with these options."""
     return Job(lambda: predictor, {}, **options).classify(images, predictor)
+
+
+def photo(path: Path, number: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((130, 140), 30 + number).convert("RGB").save(path)
+    return path

@@ -22,7 +22,7 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 import torch
-from helpers import Count, classify, encoded, read_csv, tar
+from helpers import Count, classify, encoded, photo, read_csv, tar
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -873,3 +873,33 @@ def test_batches_give_the_answers_of_single_images(bundled):
         for row, best in zip(rows, expected, strict=True):
             assert [p["class"] for p in row] == [bundled.classnames[i] for i in best.indices]
             assert [p["probability"] for p in row] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+@pytest.fixture
+def damaged(tmp_path) -> list[Path]:
+    """A truncated photograph, a text, and a file that does not exist."""
+    cut = photo(tmp_path / "cut.jpg")
+    cut.write_bytes(cut.read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("not an image")
+    return [cut, tmp_path / "text.jpg", tmp_path / "nothing.jpg"]
+
+
+def test_predict_goes_on_after_damaged_images(run, damaged, my_head):
+    good = sample_images()[:2]
+    paths = [damaged[0], good[0], *damaged[1:], good[1]]
+    for batch_size in (1, 2, 32):
+        code, out, err = run("predict", *paths, "--head", "my_head", "--json", "--batch-size", batch_size)
+        assert code == 1
+        answers = json.loads(out)
+        assert [answer["image"] for answer in answers] == list(map(str, paths))
+        assert [answer["image"] for answer in answers if "error" in answer] == list(map(str, damaged))
+        assert all(str(path) in answers[paths.index(path)]["error"] for path in damaged)
+        assert err.count("Error:") == 3
+        assert "3 of 5 images cannot be read" in err
+    code, out, err = run("predict", *paths, "--head", "my_head")
+    assert code == 1
+    assert "cat.jpg" in out
+    assert "coffee.jpg" in out
+    assert err.count("Error:") == 3
+    code, out, err = run("predict", damaged[1], "--head", "my_head")
+    assert (code, out.strip(), err.count("text.jpg")) == (1, "", 1)

@@ -17,6 +17,7 @@ from typing import Annotated
 import pytest
 import torch
 import typer
+from helpers import photo
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -24,9 +25,10 @@ from typer.testing import CliRunner
 from dcp_zoo import ZooError
 from dcp_zoo.cli import console, main
 from dcp_zoo.cli.app import app
+from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.console import progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation
-from dcp_zoo.cli.options import parse_changes, single_values, takes_options
+from dcp_zoo.cli.options import class_list, parse_changes, single_values, takes_options
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
@@ -435,19 +437,16 @@ def test_other_handlers_of_ctrl_c_and_other_threads_are_left_alone(interruptible
 CHECKPOINT = str(WEIGHTS / "dcp_mini.caltech101-1shot")  # a checkpoint folder like any other
 HEAVY = ("torch", "torchvision", "timm", "open_clip", "huggingface_hub", "numpy", "pandas", "sklearn")
 FRESH = f"""
-import contextlib, io, json, os, sys
+import contextlib, io, json, sys
 from dcp_zoo.cli import main
 for args in json.loads(sys.argv[1]):
-    if os.fork() == 0:
-        sys.argv = ["dcp-zoo", *args]
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                main()
-        except SystemExit as stop:
-            heavy = [name for name in {HEAVY} if name in sys.modules]
-            print(" ".join(args), stop.code or 0, *heavy, sep=": ", flush=True)
-        os._exit(0)
-    os.wait()
+    sys.argv = ["dcp-zoo", *args]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as stop:
+        heavy = [name for name in {HEAVY} if name in sys.modules]
+        print(" ".join(args), stop.code or 0, *heavy, sep=": ")
 """
 
 
@@ -458,7 +457,7 @@ def commands(group, *names: str) -> list[list[str]]:
 
 
 def test_commands_without_a_model_import_nothing_heavy():
-    """Each in a fork of a process that has imported the command line."""
+    """One after the other in one process: what one imports is said of all later ones."""
     tried = [
         *([*words, "--help"] for words in commands(get_command(app))),
         ["--version"],
@@ -507,3 +506,71 @@ def test_a_device_is_refused_before_the_work(run, tmp_path):
     for place, what in ((tmp_path / "pipe.html", "pipe, socket or device"), (tmp_path, "folder")):
         said = run.refused("search", tmp_path, "cat", "--sheet", place, "--overwrite")
         assert f"Cannot write to {place}: it is a {what}, not a file. Choose another --sheet." in said
+
+
+def test_flags_take_no_value_in_help(run):
+    for command in ([], ["train"], ["classes", "add"]):
+        assert "<bool>" not in run.ok(*command, "--help")
+
+
+def test_classes_are_names_or_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert class_list("cat, dog,tea cup") == ["cat", "dog", "tea cup"]
+    assert class_list(",".join(f"name {i}" for i in range(500)))[499] == "name 499"
+    assert class_list('cat, "dandelion, yellow", 32""') == ["cat", "dandelion, yellow", '32""']
+    assert split_commas(["wds:///d/{train,test}-*.tar,dtd", "eurosat"]) == [
+        "wds:///d/{train,test}-*.tar",
+        "dtd",
+        "eurosat",
+    ]
+    assert class_list(None) is None
+    assert class_list("") == [""]  # which is refused
+    Path("cats.txt").write_text("Siamese\nPersian cat\n \n")
+    Path("cats.json").write_text('["Siamese", "Persian cat"]')
+    assert class_list("cats.txt") == class_list("cats.json") == ["Siamese", "Persian cat"]
+    for name in ("cat.txt", "lists/cats.JSON"):
+        with pytest.raises(ZooError, match=f"There is no file {name}. --classes takes one, or names"):
+            class_list(name)
+
+
+def test_names_are_shown_as_they_are(run, flowers):
+    photo(flowers / "rose" / "x [/y].jpg")
+    code, out, err = run("predict", "MY_PHOTOS/rose", "--classes", "[red]rose,[/b]")
+    assert (code, "y].jpg" in out, "[red]rose" in out) == (0, True, True), err
+    code, out, err = run("predict", flowers / "rose" / "x [/y].jpg", "--classes", "[red]rose,[/b]")
+    assert (code, "[red]rose" in out, "[/b]" in out) == (0, True, True), err
+
+
+def test_predict_and_export_read_the_file(run, my_head):
+    Path("names.txt").write_text("hall\nflower\n")
+    _, out, _ = run("predict", "--sample", "--head", "my_head", "--classes", "names.txt", "--json")
+    assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"hall", "flower"}
+    run.ok("export", "--head", "my_head", "--classes", "names.txt", "--output", "my.safetensors")
+    assert run("export", "--head", "my_head", "--classes", "name.txt")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        (["export", "--head", "my_head"], "onnx", "export"),
+        (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
+        (["export", "--head", "my_head", "--format", "onnx"], "onnxruntime", "export"),
+        (["explain", "--head", "my_head", "--output", "moves.png"], "matplotlib", "plots"),
+        (["report", "out"], "pandas", "plots"),
+        (["report", "out"], "matplotlib", "plots"),
+        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "plots"),
+        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
+        (["train", "--dataset", "hf://datasets/a/b", "--output", "out"], "datasets", "data"),
+        (["train", "--dataset", "wds://flowers", "--output", "out"], "webdataset", "data"),
+    ],
+)
+def test_a_missing_extra_is_named_before_the_work(run, my_head, monkeypatch, command, module, extra):
+    def work(*args, **options):
+        pytest.fail("the error should have come first")
+
+    for name in ("zoo.factory.create_model", "benchmark.sweep.execute", "benchmark.store.gather"):
+        monkeypatch.setattr(f"dcp_zoo.{name}", work)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", work)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"pip install 'dcp_zoo[{extra}]'" in run.refused(*command)
+    assert not Path("out").exists()

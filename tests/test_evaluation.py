@@ -1,7 +1,9 @@
 """The answers of a head on labelled images: intervals, classes, confusions, mistakes, and the page that shows them."""
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report.write import write_mistakes
-from dcp_zoo.data import Item
+from dcp_zoo.data import Item, load_split
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 
@@ -80,3 +82,29 @@ def test_top_classes_are_sorted_and_ties_keep_the_order_of_the_classes():
     assert [row["probability"] for row in rows[0]] == [0.3, 0.3, 0.2]
     assert [row["probability"] for row in rows[1]] == [1, 0, 0]
     assert len(top_classes(np.ones((1, 4)), list("abcd"), 9)[0]) == 4
+
+
+def test_eval_says_that_the_classes_differ(run, my_head, flowers):
+    shutil.copytree(flowers / "rose", flowers / "daisy")
+    code, out, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
+    assert code == 0
+    assert "Note: my_head was trained on 2 classes. It is tested with the 3 class names of MY_PHOTOS" in err
+    assert "on 18 test images of MY_PHOTOS" in out  # all, as these are other images than it was trained on
+    assert "trained on other images; if it saw some of these, the accuracy is too high" in err
+    shutil.rmtree(flowers / "daisy")
+    assert "Note:" not in run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")[2]
+
+
+def test_eval_names_the_folder_it_needs(run, my_head, flowers):
+    err = run.refused("eval", "--head", "my_head")
+    assert "my_head was trained on your own images of the classes rose, tulip. Pass their folder" in err
+    err = run.refused("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
+    assert "digits needs no --data-root" in err
+
+
+def test_eval_names_all_damaged_images(run, my_head, flowers):
+    tests = load_split("folder", flowers).test
+    for item in tests:
+        Path(item.path).write_bytes(b"")
+    err = run.refused("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
+    assert f"{len(tests)} of 12 images cannot be read" in err

@@ -15,13 +15,15 @@ from helpers import classify, rejecting
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
+from dcp_zoo.cli.deploy import export_format, file_stem
+from dcp_zoo.cli.options import head_name
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
 from dcp_zoo.deploy.bulk.job import onnx_predictor, torch_predictor
-from dcp_zoo.deploy.export import export
+from dcp_zoo.deploy.export import EXPORT_SUFFIXES, export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.fused import load_fused
@@ -240,3 +242,40 @@ def test_onnx_features_are_the_models(model, onnx_file):
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]
         assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "expected"),
+    [
+        (None, None, "onnx"),
+        (None, "safetensors", "safetensors"),
+        ("x.onnx", None, "onnx"),
+        ("x.pt2", None, "torch-export"),
+        ("x.safetensors", None, "safetensors"),
+        ("x", None, "onnx"),
+        ("x.bin", "safetensors", "safetensors"),
+        ("x.pt2", "torch-export", "torch-export"),
+        ("x.pt2", "onnx", "--format onnx contradicts x.pt2, which is named like torch-export"),
+        ("x.pth", None, r"No format has the suffix .pth: choose .onnx, .pt2, .safetensors, or pass --format"),
+        ("x.onnx", "tflite", "onnx, torch-export, safetensors"),
+    ],
+)
+def test_the_suffix_decides_the_format(file, format, expected):
+    file = Path(file) if file else None
+    if expected in EXPORT_SUFFIXES:
+        assert export_format(file, format, EXPORT_SUFFIXES) == expected
+    else:
+        with pytest.raises(ZooError, match=expected):
+            export_format(file, format, EXPORT_SUFFIXES)
+
+
+def test_a_contradiction_is_found_before_the_model_is_loaded(run, my_head, no_work):
+    assert "contradicts x.pt2" in run.refused("export", "--head", "my_head", "--output", "x.pt2", "--format", "onnx")
+
+
+def test_the_default_file_is_named_after_the_head(my_head, monkeypatch):
+    assert file_stem(head_name("my_head/model.safetensors")) == "my_head"
+    assert file_stem(head_name(BUNDLED)) == BUNDLED
+    assert file_stem("hf-hub:org/name") == "name"
+    monkeypatch.chdir(my_head)
+    assert file_stem(head_name(".")) == "my_head"

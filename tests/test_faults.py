@@ -12,6 +12,7 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store, trial_images
 from dcp_zoo.benchmark.sweep import execute, sweep
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable
 
 TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1, 2, 3])
 
@@ -113,3 +114,44 @@ def test_a_jumping_clock_does_not_change_durations(
     outcome = execute(TRIALS[0], Settings(tmp_path))
     assert outcome.state == "done"
     assert 0 <= outcome.seconds < 60
+
+
+REASONS = [
+    (errno.EACCES, "permission denied. Get write permission, or choose another --output"),
+    (errno.EROFS, "the file system is read-only. Choose another --output"),
+    (errno.ENOSPC, "no space left. Free disk space, or choose another --output"),
+]
+
+
+@pytest.mark.parametrize(("number", "message"), REASONS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "MY_PHOTOS"],
+        ["export", "--head", "my_head", "--output", "out/my.onnx"],
+        ["explain", "--head", "my_head", "--output", "out/moves.png"],
+        ["benchmark", "few-shot", "--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out"],
+        ["report", "out"],
+        ["convert", "x", "--model", "dcp_mini", "--classnames", "x", "--output", "out"],
+    ],
+    ids=lambda command: command[0] if isinstance(command, list) else None,
+)
+def test_a_folder_that_is_not_writable_is_found_first(
+    run, flowers, my_head, no_work, monkeypatch, command, number, message
+):
+    def refuse(*args, **options):
+        raise OSError(number, errno.errorcode[number])
+
+    monkeypatch.setattr("dcp_zoo.files.TemporaryFile", refuse)
+    monkeypatch.setattr("dcp_zoo.files.Path.touch", refuse)  # of a lock
+    err = run.refused(*command)
+    assert f"Cannot write to {'MY_PHOTOS_head' if command[0] == 'train' else 'out'}" in err
+    assert message in err
+
+
+def test_the_check_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match="file/head: Not a directory. Choose another --output"):
+        check_writable(tmp_path / "file" / "head")

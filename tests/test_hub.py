@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 import dcp_zoo
 from dcp_zoo import ZooError, hub
 from dcp_zoo.files import sha256_of
+from dcp_zoo.hub import explained
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import registry
 
@@ -409,3 +411,20 @@ def test_hostile_configs_are_rejected(folder, change):
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ZooError):
         trained(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_read_only_cache_names_hf_home(number):
+    with pytest.raises(ZooError, match="Hub cache is not writable .*cache/hub.*Set HF_HOME"), explained("org/name"):
+        raise OSError(number, "no", "cache/hub")
+
+
+def test_without_a_network_there_is_one_try(tmp_path, monkeypatch):
+    use_endpoint(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client waits for another try"))
+    for name, pretrained in (("hf-hub:org/name", True), ("dcp_vitb16", "clip")):
+        started = time.perf_counter()
+        message = r"http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*local-dir:PATH.*HF_HUB_OFFLINE=1"
+        with pytest.raises(ZooError, match=message):
+            dcp_zoo.create_model(name, pretrained)
+        assert time.perf_counter() - started < 5

@@ -2,18 +2,24 @@
 
 import os
 import socket
+import sys
+import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import photo, png_that_claims
 from PIL import EpsImagePlugin, Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import v2
 
-from dcp_zoo.data import Item, load_image, load_labelled
+from dcp_zoo.data import Item, check_images, load_image, load_labelled, load_split
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import UnsupportedImage, check_complete
+from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.deploy.hierarchy import read_hierarchy
 from dcp_zoo.errors import ZooError
@@ -169,3 +175,97 @@ def test_image_dataset_gives_tensors_to_transforms_that_take_them(tmp_path, cach
     else:
         with pytest.raises(ZooError, match="No image at"):
             data[0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "webp", "tif"])
+def test_truncated_files_are_found_and_whole_ones_are_not_decoded_twice(tmp_path, monkeypatch, suffix):
+    path = photo(tmp_path / f"a.{suffix}")
+    content = path.read_bytes()
+    check_complete(str(path))
+    path.write_bytes(content + b"\0" * 100)  # appended by some cameras
+    check_complete(str(path))
+    path.write_bytes(content + b"MotionPhoto")  # appended by some phones
+    check_complete(str(path))
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ZooError, match=f"a.{suffix}"):
+        check_complete(str(path))
+    path.write_bytes(content)
+    if suffix in ("jpg", "png", "webp"):
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+        check_complete(str(path))
+
+
+def test_photographs_above_pils_limit_are_read(tmp_path, monkeypatch):
+    """And that limit, which is the whole process's, is left alone: other threads open images of their own."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a photograph has 18,200 pixels: PIL warns
+    path = str(photo(tmp_path / "a.jpg"))
+    limits, opened = [], JpegImageFile._open
+    monkeypatch.setattr(JpegImageFile, "_open", lambda self: limits.append(Image.MAX_IMAGE_PIXELS) or opened(self))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(path).size == (130, 140)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # PIL raises
+        assert load_image(path).size == (130, 140)
+    assert limits == [10_000, 1_000]
+
+
+def test_our_own_limit_is_explained(tmp_path):
+    for side, fits in ((13_000, True), (14_000, False), (60_000, False)):
+        path = tmp_path / f"{side}.png"
+        path.write_bytes(png_that_claims(side))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if fits:
+                check_complete(str(path))
+            else:
+                with pytest.raises(ZooError, match=f"{side} x {side} pixels, more than the limit of 180,000,000"):
+                    load_image(str(path))
+
+
+HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """As if pillow-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    picture_formats.cache_clear()
+    yield
+    picture_formats.cache_clear()
+
+
+def test_heic_names_the_plugin(flowers, no_heif):
+    for name in ("rose/a.HEIC", "rose/b.heif", "tulip/c.heic"):
+        (flowers / name).write_bytes(HEIC_START)
+    message = r"3 of 15 images cannot be read: .*rose/a.HEIC.*PIL cannot read HEIC .*\(pip install pillow-heif\)"
+    with pytest.raises(ZooError, match=message):
+        check_images(load_split("folder", flowers).items)
+    renamed = flowers / "rose" / "c.jpg"
+    renamed.write_bytes(HEIC_START)
+    with pytest.raises(ZooError, match=r"c.jpg: PIL cannot read HEIC without a plugin \(pip install pillow-heif\)"):
+        load_image(str(renamed))
+
+
+def test_heic_is_read_where_the_plugin_is_installed(flowers):
+    pytest.importorskip("pillow_heif")
+    assert "HEIF" in picture_formats()
+    photo(flowers / "rose" / "a.heic")
+    assert load_image(str(flowers / "rose" / "a.heic")).size == (130, 140)
+    assert len(load_split("folder", flowers).items) == 13
+
+
+def test_the_plugin_is_registered_once(flowers, monkeypatch):
+    calls: list[str] = []
+    plugin = SimpleNamespace(register_heif_opener=lambda: calls.append("registered"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    picture_formats.cache_clear()
+    for path in flowers.rglob("*.jpg"):
+        load_image(str(path))
+    picture_formats.cache_clear()
+    assert calls == ["registered"]
+
+
+def test_avif_is_read(flowers):
+    photo(flowers / "rose" / "a.avif")
+    assert len(load_split("folder", flowers).items) == 13
+    assert load_image(str(flowers / "rose" / "a.avif")).size == (130, 140)

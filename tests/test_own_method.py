@@ -11,6 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
+import dcp_zoo
 from dcp_zoo.training.methods import table
 
 TAKEN = table.METHODS["gda"]
@@ -21,13 +22,6 @@ import dcp_zoo.cli.train
 from dcp_zoo.training.methods.table import METHODS
 assert "torch" not in sys.modules
 assert "nearest-mean" in METHODS
-import dcp_zoo
-classifier = dcp_zoo.FewShotClassifier(method="nearest-mean").fit("photos")
-print(classifier.predict(["photos/red/0.png", "photos/blue/0.png"]))
-classifier.save("head")
-loaded = dcp_zoo.create_model("local-dir:head", True)
-for (best,) in dcp_zoo.predict(loaded, ["photos/red/0.png", "photos/blue/0.png"]):
-    print(best.name)
 """
 
 
@@ -49,18 +43,21 @@ def package(tmp_path):
     return tmp_path
 
 
-def test_the_example_of_the_page(package):
+def test_the_example_of_the_page(package, monkeypatch):
     path = os.pathsep.join([str(package / "site"), str(PAGE.parents[1])])
-    run = subprocess.run(
-        [sys.executable, "-c", CODE],
-        cwd=package,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["['red'", "'blue']", "red", "blue"]
-    assert '"method": "nearest-mean"' in (package / "head" / "config.json").read_text()
+    subprocess.run([sys.executable, "-c", CODE], cwd=package, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+    monkeypatch.syspath_prepend(package / "site")
+    monkeypatch.chdir(package)
+    for name, method in table.installed().items():
+        monkeypatch.setitem(table.METHODS, name, method)
+    photos = ["photos/red/0.png", "photos/blue/0.png"]
+    classifier = dcp_zoo.FewShotClassifier(method="nearest-mean").fit("photos")
+    assert list(classifier.predict(photos)) == ["red", "blue"]
+    classifier.save("head")
+    loaded = dcp_zoo.create_model("local-dir:head", True)
+    assert [best.name for (best,) in dcp_zoo.predict(loaded, photos)] == ["red", "blue"]
+    assert '"method": "nearest-mean"' in Path("head/config.json").read_text()
 
 
 @pytest.mark.parametrize(

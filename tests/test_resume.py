@@ -1,7 +1,6 @@
 """Runs that are stopped, killed or fail, and resume as if nothing had happened."""
 
 import errno
-import multiprocessing
 import os
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +11,7 @@ import torch
 from conftest import build_tiny_clip
 from helpers import trained, until
 from PIL import Image
+from small_zoo import SERVER
 from timm.data import create_transform
 
 from dcp_zoo import DCP, ZooError, create_model
@@ -287,7 +287,7 @@ def test_a_requested_stop_comes_after_the_current_step(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def digits_run():
-    changes = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}  # 15 steps
+    changes = {"epochs": 4, "batch_size": 10, "n_ctx": 2, "depth": 2}  # 8 steps
     recipe = replace(default_recipe("dcp_mini"), **changes)
     run = plan(load_for_training("digits", None), "dcp_mini", shots=2, recipe=recipe, device="cpu")
     return replace(run, split=replace(run.split, test=run.split.test[:5]))
@@ -300,7 +300,7 @@ def plain(run, **changes):
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     train_head(digits_run, reference)
-    for lines in (3, 8):
+    for lines in (2, 5):
         _kill_when(digits_run, killed, lines)
         assert (killed / STATE_NAME).exists()
     _, metrics = train_head(digits_run, killed)
@@ -318,9 +318,7 @@ def _train_by_threads(number: int, run, folder) -> None:
 
 def _kill_when(run, folder, lines: int) -> None:
     """Start a run in a new process, and kill it when its log has this many lines."""
-    process = multiprocessing.get_context("spawn").Process(  # autograd may have threads here, which a fork lacks
-        target=_train_by_threads, args=(torch.get_num_threads(), run, folder)
-    )
+    process = SERVER.Process(target=_train_by_threads, args=(torch.get_num_threads(), run, folder))
     process.start()
     log = folder / "log.csv"
     until(lambda: not process.is_alive() or (log.exists() and len(log.read_text().splitlines()) >= lines), 120)
@@ -345,7 +343,7 @@ def test_a_run_killed_while_testing_is_not_trained_again(digits_run, tmp_path, m
     monkeypatch.undo()
     messages = []
     train_head(plain(digits_run), tmp_path, RunOptions(log=messages.append))
-    assert "Resuming after step 15" in " ".join(messages)
+    assert "Resuming after step 8" in " ".join(messages)
 
 
 def test_overwrite_starts_again(digits_run, tmp_path):

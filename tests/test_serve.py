@@ -20,9 +20,11 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from conftest import BUNDLED
 from helpers import encoded, http_server, png_that_claims, until
 from PIL import Image
 
@@ -463,3 +465,13 @@ def test_hosts():
     assert allowed_hosts("0.0.0.0", ["*.example.org"])[-2:] == ["[::1]", "*.example.org"]
     with pytest.raises(ZooError, match="without scheme and port"):
         allowed_hosts("0.0.0.0", ["https://example.org"])
+
+
+def test_a_server_does_not_tell_where_its_head_is(run, my_head, monkeypatch):
+    names = []
+    monkeypatch.setattr("dcp_zoo.deploy.server.application", lambda *args: names.append(args[4]))
+    for name in ("onnx_file", "listen", "server"):
+        monkeypatch.setattr(f"dcp_zoo.cli.deploy.{name}", MagicMock())
+    for head in (my_head, my_head / "config.json", BUNDLED):
+        run.ok("serve", "--head", head)
+    assert names == ["my_head", "my_head", BUNDLED]

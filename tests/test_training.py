@@ -422,7 +422,7 @@ def test_unknown_precision_and_device():
 
 @pytest.fixture(scope="module")
 def digits_run():
-    recipe = replace(default_recipe("dcp_mini"), **QUICK)
+    recipe = replace(default_recipe("dcp_mini"), **QUICK | {"batch_size": 10})
     run = plan(load_for_training("digits", None), "dcp_mini", shots=2, recipe=recipe, device="cpu")
     return replace(run, split=replace(run.split, test=run.split.test[:10]))
 
@@ -432,7 +432,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"model.safetensors", "config.json", "log.csv"}
     lines = (tmp_path / "a" / "log.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,lr,loss,seconds"
-    assert len(lines) == 1 + 3 * (20 // 4)
+    assert len(lines) == 1 + 3 * (20 // 10)
     again = create_model(f"local-dir:{tmp_path / 'a'}", True)
     assert again.info["metrics"] == metrics == model.info["metrics"]
     assert (again.info["dataset"], again.info["shots"], again.info["seed"]) == ("digits", 2, 1)

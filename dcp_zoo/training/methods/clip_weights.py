@@ -92,8 +92,8 @@ def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
 
 
 def train_updates(clip: FrozenCLIP, updates: nn.ModuleList, task: Task) -> list[float]:
-    """CLIP-LoRA (Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024):
-    low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
+    """CLIP-LoRA: low-rank updates of the attention weights in both towers, trained through the dataset's prompt
+    template.
 
     In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each
     get an update with A (r, D), B (D, r) and its own dropout:
@@ -138,8 +138,7 @@ class SingularValues(nn.Module):
 
 
 def train_singular_values(clip: FrozenCLIP, task: Task) -> list[float]:
-    """CLIP-SVD (Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, 2025): trains only the
-    singular values of the weights in both towers, through the dataset's prompt template.
+    """CLIP-SVD: trains only the singular values of the weights in both towers, through the dataset's prompt template.
 
     In every block of both towers, each of the weights W of queries, keys, values, the attention's output and the two
     layers of the MLP is
@@ -171,8 +170,7 @@ def fit_svd(task: Task) -> LinearHead:
 
 
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
-    """ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes only the last
-    projection of the image tower, with a penalty on its change.
+    """ProLIP: fine-tunes only the last projection of the image tower, with a penalty on its change.
 
     With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
     (C, E), and s = exp(logit_scale):
@@ -240,8 +238,7 @@ def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
 
 
 def fit_2sfs(task: Task) -> LinearHead:
-    """2SFS (Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025): first
-    trains the LayerNorms of both towers, then a classifier on top.
+    """2SFS: first trains the LayerNorms of both towers, then a classifier on top.
 
     With image features f (B, E), text features W (C, E) of the dataset's template, and s = exp(logit_scale):
 

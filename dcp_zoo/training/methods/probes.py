@@ -76,8 +76,8 @@ ALPHA_EVERY = 10  # epochs
 
 
 class LPPlusPlus:
-    """LP++ (Huang et al., A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024): a linear probe blended with
-    the text features by learned class-wise weights, with data-driven step sizes and initialisation.
+    """LP++: a linear probe blended with the text features by learned class-wise weights, whose step sizes and initial
+    values follow from the data.
 
     With image features f (B, E) and the zero-shot classifier W (C, E):
 
@@ -152,8 +152,7 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
 
 
 class CLAP:
-    """CLAP (Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR
-    2024): a linear probe initialised with the text features and penalised, class by class, for leaving them.
+    """CLAP: a linear probe initialised with the text features and penalised, class by class, for leaving them.
 
     With image features f (B, E), s = exp(logit_scale), the text features t_c (E,) of the classes, and prototypes w (C,
     E) initialised to t:

@@ -1,8 +1,8 @@
 """A frozen CLIP with learned prompts, see `PromptHead`, by four methods that differ in where the prompts are:
 
-- CoOp (Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022): in the text, before the name.
-- VPT-deep (Jia et al., Visual Prompt Tuning, ECCV 2022), in the setting of MaPLe's comparison: in the image.
-- MaPLe (Khattak et al., Multi-modal Prompt Learning, CVPR 2023): in both, those of the image mapped from the text's.
+- CoOp: in the text, before the name.
+- VPT-deep, in the setting of MaPLe's comparison: in the image.
+- MaPLe: in both, those of the image mapped from the text's.
 - PromptSRC: in both.
 """
 
@@ -110,8 +110,7 @@ def new_promptsrc(task: Task) -> PromptHead:
 
 
 def fit_promptsrc(task: Task) -> PromptHead:
-    """PromptSRC (Khattak et al., Self-regulating Prompts, ICCV 2023): independent prompts in both towers, regularised
-    towards frozen CLIP and averaged over epochs.
+    """PromptSRC: independent prompts in both towers, regularised towards frozen CLIP and averaged over epochs.
 
     Prompts enter the first blocks of each tower as in MaPLe, except that the vision prompts are learned directly
     instead of mapped from the text prompts. With prompted features f (B, E) of images and t (C, E) of class names,

@@ -1,4 +1,5 @@
-"""The table of methods: one row each, naming the module that implements it, which is imported on first use.
+"""The table of methods, `methods.yaml`: one row each, naming the module that implements it, which is imported on first
+use.
 
 Other packages add rows by the entry-point group `dcp_zoo.methods`, see docs/own_method.md.
 """
@@ -11,17 +12,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods.published import RECIPES
-from dcp_zoo.training.recipes import (
-    AUTHORS,
-    FAST,
-    FITTED,
-    BaseRecipe,
-    Recipe,
-    named_recipe,
-    read_recipe,
-)
+from dcp_zoo.training.recipes import AUTHORS, FAST, FITTED, BaseRecipe, Recipe, named_recipe, read_recipe
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
@@ -31,26 +26,6 @@ if TYPE_CHECKING:
 DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: as accurate on the miniature in a fraction of the time, see docs/results.md
 RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
-CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
-TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
-COOP = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
-PROKER = "Bendou et al., ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models, CVPR 2025"
-SS_TEXT = (
-    "Silva-Rodriguez et al., Few-Shot, Now for Real: Medical VLMs Adaptation without Balanced Sets or Validation, "
-    "MICCAI 2025"
-)
-GDA = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
-LPP = "Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024"
-CLAP = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
-PROLIP = "Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, arXiv:2410.05270"
-VPT = "Jia et al., Visual Prompt Tuning, ECCV 2022"
-MAPLE = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
-PROMPTSRC = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
-LORA = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
-SVD = "Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, arXiv:2509.03740"
-TWO_STAGE = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
-OWN = "this project, see docs/baselines.md"
-DCP = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
 
 
 @dataclass(frozen=True)
@@ -123,34 +98,8 @@ class Method:
         return head
 
 
-# of methods whose classifier is fitted to image features
-ON_FEATURES: dict[str, Any] = {"transfers": False, "chooses": True, "features": True}
-_METHODS = [
-    Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
-    Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
-    Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_classifier=True, **ON_FEATURES),
-    Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", **ON_FEATURES),
-    Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", **ON_FEATURES),
-    Method("proker", "ProKeR", PROKER, "zero_shot", "_proker", **ON_FEATURES),
-    Method(
-        "ss-text", "SS-Text", SS_TEXT, "zero_shot", "_ss_text", transfers=False, features=True, fits_classifier=True
-    ),
-    Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_classifier=True, **ON_FEATURES),
-    Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_classifier=True, **ON_FEATURES),
-    Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", features=True),
-    Method("clap", "CLAP", CLAP, "probes", "_clap", transfers=False, features=True),
-    Method("prolip", "ProLIP", PROLIP, "clip_weights", "_prolip"),
-    Method("coop", "CoOp", COOP, "prompts", "_coop"),
-    Method("vpt-deep", "VPT-deep", VPT, "prompts", "_vpt"),
-    Method("maple", "MaPLe", MAPLE, "prompts", "_maple"),
-    Method("promptsrc", "PromptSRC", PROMPTSRC, "prompts", "_promptsrc"),
-    Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora"),
-    Method("clip-svd", "CLIP-SVD", SVD, "clip_weights", "_svd"),
-    Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False),
-    Method("dcp", "DCP", DCP, "coupled"),
-]
-
-METHODS = {method.name: method for method in _METHODS}
+ROWS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text("utf-8"))
+METHODS = {name: Method(name, **row) for name, row in ROWS.items() if not name.startswith(".")}
 
 
 def installed() -> dict[str, Method]:

@@ -47,8 +47,8 @@ def fit_ensemble(task: Task) -> LinearHead:
 
 
 def cache_head(task: Task, alpha: float) -> CacheHead:
-    """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022), see `CacheHead`, before anything is chosen or trained:
-    the keys are the normalised mean features of the views of each training image."""
+    """Tip-Adapter and Tip-Adapter-F, see `CacheHead`, before anything is chosen or trained: the keys are the normalised
+    mean features of the views of each training image."""
     recipe, text = task.recipe, task.text
     keys = F.normalize(task.augmented_features(recipe.augment_epochs).mean(0), dim=-1).to(text.device)
     tensors = {
@@ -120,8 +120,7 @@ BETAS, PENALTIES = (0.5, 1.0, 2.0, 4.0, 8.0), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 @torch.no_grad()
 def fit_proker(task: Task) -> CacheHead:
-    """ProKeR (Bendou et al., ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models, CVPR
-    2025): kernel ridge regression of what zero-shot CLIP leaves over of the labels.
+    """ProKeR: kernel ridge regression of what zero-shot CLIP leaves over of the labels.
 
     With image features f (B, E), the zero-shot classifier W (C, E), s = exp(logit_scale), n keys K (n, E) and one-hot
     labels L (n, C) as in `CacheHead`, and the kernel k(x, y) = exp(-beta (1 - x y^T)):
@@ -155,8 +154,7 @@ def fit_proker(task: Task) -> CacheHead:
 
 @torch.no_grad()
 def fit_ss_text(task: Task) -> LinearHead:
-    """SS-Text (Silva-Rodriguez et al., Few-Shot, Now for Real: Medical VLMs Adaptation without Balanced Sets or
-    Validation, MICCAI 2025): text features plus training features, with nothing to choose.
+    """SS-Text: text features plus training features, with nothing to choose.
 
     With image features f (B, E), text features t_c (E,) of the classes, s = exp(logit_scale), and n training images, of
     which n_c are of class c and have features that sum to m_c (E,):
@@ -178,8 +176,7 @@ ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
 @torch.no_grad()
 def fit_gda(task: Task) -> LinearHead:
-    """GDA (Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024): a closed-form
-    classifier of Gaussian classes with a shared covariance, added to zero-shot CLIP.
+    """GDA: a closed-form classifier of Gaussian classes with a shared covariance, added to zero-shot CLIP.
 
     With image features f (B, E), the zero-shot classifier W (C, E), s = exp(logit_scale), and n training features with
     class means m_c (E,) and covariance S (E, E) around these means:

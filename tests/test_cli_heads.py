@@ -1,0 +1,134 @@
+"""Heads on the command line: how they are named, what is said of them, and changes of their classes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BUNDLED
+from helpers import photo
+
+import dcp_zoo
+from dcp_zoo import ZooError
+from dcp_zoo.cli.options import head_name
+
+COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["explain"], ["export"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["my_head", "my_head/", "my_head/model.safetensors", "my_head/config.json", "local-dir:my_head"]
+)
+def test_every_name_of_a_checkpoint_works(my_head, name):
+    assert Path(head_name(name).removeprefix("local-dir:")).resolve() == my_head
+    assert dcp_zoo.create_model(head_name(name), True).classnames == ["rose", "tulip"]
+    assert dcp_zoo.create_model(name, True).classnames == ["rose", "tulip"]
+
+
+def test_other_heads_keep_their_names(my_head):
+    for name in (BUNDLED, "dcp_mini", "hf-hub:org/name", "hf-hub:org/name@v1"):
+        assert head_name(name) == name
+    with pytest.raises(ZooError, match="neither a checkpoint folder nor a head of the zoo"):
+        dcp_zoo.create_model("x" * 1000, True)
+    Path("dcp_mini").mkdir()  # any folder with the name of a model
+    assert head_name("dcp_mini") == "dcp_mini"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, command):
+    for name, message in {
+        "my_haed": "'my_haed' is neither a checkpoint folder nor a head of the zoo. Nearest: my_head",
+        "local-dir:nothing": "nothing is not a checkpoint: it has no config.json",
+        "s3:bucket/head": "neither a checkpoint folder nor a head",
+    }.items():
+        assert message in run.refused(*command, "--head", name)
+
+
+def test_a_file_of_a_checkpoint_is_a_head(run, my_head):
+    out = run.ok("predict", "--sample", "--head", "my_head/model.safetensors", "--json")
+    assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"rose", "tulip"}
+    run.ok("explain", "--head", "my_head/config.json")
+
+
+@pytest.mark.parametrize("name", ["my_head", "my_head/model.safetensors", "local-dir:my_head"])
+def test_info_on_a_checkpoint(run, my_head, name):
+    out = run.ok("info", name)
+    for text in ("my_head", "dcp_mini", "folder", "2: rose, tulip", "top1_stored", "epochs: ", "torch: "):
+        assert text in out
+    details = json.loads(run("info", name, "--json")[1])
+    assert (details["classes"], details["shots"]) == (["rose", "tulip"], 3)
+    assert "my_head" in details["head"]
+
+
+@pytest.mark.parametrize("labels", [{"rose": "R", "tulip": "T"}, {"rose": 0, "tulip": 1}, None])
+def test_info_on_a_head_saved_from_python(run, flowers, labels):
+    """Labels are shown where they are not the names; lists of numbers, such as class weights, are too."""
+    paths, names = dcp_zoo.list_labelled_images(flowers)
+    labels = labels or dict(zip(names, names, strict=True))
+    weights = {label: 1 + (name == "rose") for name, label in labels.items()}
+    classifier = dcp_zoo.FewShotClassifier(
+        method="dcp",
+        recipe={"epochs": 1, "depth": 2, "n_ctx": 2},
+        classnames={label: name for name, label in labels.items()},
+        class_weight=weights,
+    )
+    classifier.fit(paths, [labels[name] for name in names]).save("python_head")
+    out = run.ok("info", "python_head")
+    assert re.search(r"class_weight.*2: 1\.3\d+, 0\.6", out)
+    assert ("rose: " in out) == (labels["rose"] != "rose")
+
+
+def test_info_on_a_wrong_name(run, my_head):
+    assert "Nearest: my_head" in run.refused("info", "my_haed")
+
+
+def test_accuracies_that_no_longer_hold_are_not_saved(run, tmp_path):
+    """They are those of the classes they were measured for, in any order."""
+    one, photos = dcp_zoo.create_model(BUNDLED, True).classnames[0], torch.zeros(1, 3, 192, 192)
+    for change, reason in (
+        (lambda model: model.set_classnames(model.classnames[::-1]), ""),
+        (lambda model: model.set_classnames(["rose", "daisy"]), "the classes were changed"),
+        (lambda model: model.add_class("daisy", photos), "the class daisy was added"),
+        (lambda model: model.add_class(one, photos), f"the class {one} got other images"),
+        (lambda model: model.remove_class(one), f"the class {one} was removed"),
+    ):
+        model = dcp_zoo.create_model(BUNDLED, True)
+        change(model)
+        model.save_pretrained(tmp_path)
+        details = json.loads(run("info", tmp_path, "--json")[1])
+        assert ("metrics" in details) == (not reason)
+        assert details.get("not_measured", "").startswith(reason)
+    dcp_zoo.create_model(BUNDLED, True, classnames=["rose", "daisy"]).save_pretrained(tmp_path)
+    assert "the classes were changed" in json.loads(run("info", tmp_path, "--json")[1])["not_measured"]
+
+
+def test_classes_are_changed_on_the_command_line(run, flowers):
+    """Each command says what becomes of the accuracy and the threshold, and stores what it says."""
+
+    def config(head: str) -> dict:
+        return json.loads(run("info", head, "--json")[1])
+
+    paths, labels = dcp_zoo.list_labelled_images(flowers)
+    classifier = dcp_zoo.FewShotClassifier(method="zero-shot", classifier="text-probe").fit(paths, labels)
+    classifier.model_.info |= {"metrics": {"top1_stored": 50.0}, "test_images": 4}
+    classifier.save("head")
+    for i in range(3):
+        photo(flowers / "daisy" / f"{i}.jpg", 9)
+    command = ("classes", "rename", "rose", "wild rose", "--head", "head", "--output", "renamed")
+    assert "accuracy and the rejection threshold stay" in run.ok(*command)
+    assert "already holds a checkpoint" in run(*command)[2]
+    assert config("renamed")["class_images"] == {"wild rose": 6, "tulip": 6}
+    assert config("renamed")["metrics"]
+    assert "2: 6 of wild rose, 6 of tulip" in " ".join(run("info", "renamed")[1].split())
+    renamed = dcp_zoo.FewShotClassifier.load("renamed")
+    assert [name.replace("wild ", "") for name in renamed.predict(paths)] == classifier.predict(paths).tolist()
+    code, out, err = run("classes", "add", "daisy", flowers / "daisy", "--head", "head", "--output", "bigger")
+    assert (code, "so it is gone" in out, "by 3 images: 3 classes" in out) == (0, True, True), err
+    assert "the class daisy was added" in config("bigger")["not_measured"]
+    out = run.ok("classes", "add", "daisy", flowers / "daisy/0.jpg", "--head", "bigger", "--output", "more")
+    assert "1 images added to the 3 of daisy" in out
+    assert config("more")["class_images"] == {"rose": 6, "tulip": 6, "daisy": 4}
+    code, _, _ = run("classes", "remove", "rose", "--head", "more", "--output", "more", "--overwrite")
+    assert (code, config("more")["classes"]) == (0, ["tulip", "daisy"])
+    assert config("more")["class_images"] == {"tulip": 6, "daisy": 4}
+    run.ok("classes", "add", "chair", flowers / "daisy", "--head", BUNDLED, "--output", "other")

@@ -1,0 +1,142 @@
+"""One's own images, in a folder for each class or listed in a table."""
+
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
+
+import pytest
+from helpers import photo
+
+from dcp_zoo import ZooError
+from dcp_zoo.data import load_image, load_labelled, load_split, readers
+from dcp_zoo.texts import class_folders
+
+
+def test_one_class_is_refused(flowers):
+    shutil.rmtree(flowers / "tulip")
+    with pytest.raises(ZooError, match="one class only, 'rose': at least two are needed"):
+        load_split("folder", flowers)
+
+
+def test_a_folder_too_far_up_or_of_videos_is_explained(flowers):
+    with pytest.raises(ZooError, match=r"one class only, 'MY_PHOTOS'.* Perhaps you mean .*/MY_PHOTOS"):
+        load_split("folder", flowers.parent)
+    (flowers / "lily" / "day").mkdir(parents=True)
+    (flowers / "lily" / "day" / "a.MP4").touch()
+    with pytest.raises(ZooError, match=r"lily has no image .* Take pictures from its videos, add some, or remove it"):
+        load_split("folder", flowers)
+
+
+def test_what_computers_add_to_folders_is_skipped(flowers):
+    before = load_split("folder", flowers)
+    for name in ("__MACOSX/rose/._0.jpg", ".Trash/x.jpg", "rose/._0.jpg", "rose/.thumbs/y.jpg", "rose/__MACOSX/z.jpg"):
+        photo(flowers / name)
+    for name in (".DS_Store", "rose/.DS_Store", "rose/Thumbs.db", "tulip/desktop.ini"):
+        (flowers / name).touch()
+    assert load_split("folder", flowers) == before
+
+
+def test_files_that_are_not_used_are_counted(run, flowers, my_head):
+    for name in ("rose/a.mov", "rose/b.MOV", "tulip/notes.txt", "tulip/README", "loose.jpg"):
+        (flowers / name).touch()
+    with pytest.warns(UserWarning, match=r"2 \.mov, 1 README, 1 \.txt, 1 \.jpg in no class folder\.") as seen:
+        load_split("folder", flowers)
+    assert len(seen) == 1
+    assert re.search(r"Not used of MY_PHOTOS: .*1 README, 1 \.txt", run("predict", "MY_PHOTOS", "--head", "my_head")[2])
+
+
+def test_class_folders_with_subfolders(flowers):
+    for i in range(4):
+        photo(flowers / "daisy" / f"day{i % 2}" / "camera" / f"{i}.jpg", i)
+        photo(flowers / "daisy" / ".cache" / f"{i}.jpg", i)
+    photo(flowers / "rose" / "night" / "0.jpg")
+    split = load_split("folder", flowers)
+    assert split.classnames == ["daisy", "rose", "tulip"]
+    assert sorted(item.key for item in split.items if item.label == 0) == [
+        *("daisy/day0/camera/0.jpg", "daisy/day0/camera/2.jpg"),
+        *("daisy/day1/camera/1.jpg", "daisy/day1/camera/3.jpg"),
+    ]
+    assert len(split.items) == 17
+    assert all(load_image(item.path).size == (130, 140) for item in split.items)
+
+
+def test_given_parts_with_subfolders(tmp_path):
+    for part in ("train", "test", "__MACOSX/train"):
+        photo(tmp_path / part / "rose" / "day" / "a.jpg")
+        photo(tmp_path / part / "tulip" / "a.jpg")
+    split = load_split("folder", tmp_path)
+    assert [item.key for item in split.test] == ["test/rose/day/a.jpg", "test/tulip/a.jpg"]
+
+
+def test_sorted_images_are_classes_again(flowers, tmp_path):
+    """More images of a class may be sorted into its folder, whatever it is called; answers are no classes."""
+    (flowers / "tulip").rename(flowers / "red: white?")
+    for folder in (*class_folders(["red: white?", "none of these"]).values(), "Not sure"):
+        photo(flowers / folder / "new.jpg")
+    found = load_labelled("folder", flowers)
+    assert found.classnames == ["red: white?", "rose"]
+    assert [item.label for item in found.items] == [0] * 7 + [1] * 6
+    assert "Left out: 2 images in Not sure, none of these" in found.note
+
+
+@pytest.mark.parametrize("text", ["file,class\n{}", "Path;Label;note\n{}", "{}", "class\tfile\n{}"])
+def test_labels_in_a_table(flowers, text):
+    separator = "\t" if "\t" in text else ";" if ";" in text else ","
+    rows = [(f"{name}/{i}.jpg", {"rose": "r", "tulip": "t"}[name]) for name in ("rose", "tulip") for i in range(6)]
+    lines = [separator.join(row[::-1] if text.startswith("class") else row) for row in rows]
+    Path("labels.csv").write_text(text.format("\n".join(lines)))
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["file", "class"], *rows):
+        book.active.append(row)
+    book.save("labels.xlsx")
+    for file in ("labels.csv", "labels.xlsx"):
+        found = load_labelled("folder", flowers, file)
+        assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+    Path("broken.xlsx").write_bytes(b"PK")
+    with pytest.raises(ZooError, match="Cannot read broken.xlsx"):
+        load_labelled("folder", flowers, "broken.xlsx")
+
+
+def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
+    openpyxl = pytest.importorskip("openpyxl")
+    monkeypatch.setattr(readers, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(readers, "MAX_CELLS", 10_000)
+    book = openpyxl.Workbook()
+    book.active.append(["file", "class"])
+    book.save("good.xlsx")
+    book.active["A20000"] = "x"
+    book.save("rows.xlsx")
+    chart = openpyxl.chart.BarChart()
+    chart.add_data(openpyxl.chart.Reference(book.active, min_row=1, max_row=1, min_col=1))
+    book.active = book.create_chartsheet()
+    book.active.add_chart(chart)
+    book.save("chart.xlsx")
+    changes = {
+        "entities": ("<worksheet", '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'),
+        "size": ("<sheetData>", "<sheetData>" + 50_000 * " "),
+    }
+    for name, (old, new) in changes.items():
+        with ZipFile("good.xlsx") as before, ZipFile(f"{name}.xlsx", "w", ZIP_DEFLATED) as after:
+            for part in before.namelist():
+                text = before.read(part).decode()
+                after.writestr(part, text.replace(old, new) if part == "xl/worksheets/sheet1.xml" else text)
+    for name, message in (
+        ("chart", "its active sheet is no table"),
+        ("entities", "Unable to read"),
+        ("rows", "more than 10,000 cells: save it as CSV"),
+        ("size", "unpacked, it has more than 50,000 bytes"),
+    ):
+        with pytest.raises(ZooError, match=rf"Cannot read {name}.xlsx \(.*{message}"):
+            load_labelled("folder", flowers, f"{name}.xlsx")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_labels_are_read_as_spreadsheets_save_them(flowers, encoding):
+    """In Germany with semicolons, in an encoding of their choice; cells that are empty at the end may be missing."""
+    text = 'file;class;note\r\nrose/0.jpg;"TV 32""";a\r\nrose/1.jpg;Märchen\r\ntulip/0.jpg;"a; b, c\nd";\r\n'
+    Path("labels.csv").write_bytes(text.encode(encoding))
+    with pytest.warns(UserWarning, match="Windows-1252") if encoding == "cp1252" else nullcontext():
+        assert load_labelled("folder", flowers, "labels.csv").classnames == ["Märchen", 'TV 32"', "a; b, c\nd"]

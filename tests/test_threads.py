@@ -1,0 +1,84 @@
+"""How many threads compute, and how they wait."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
+
+import pytest
+import torch
+
+from dcp_zoo import threads
+from dcp_zoo.data import check_images, load_split
+from dcp_zoo.data.images import thumbnails
+
+
+def test_threads_are_those_asked_for_or_the_cores(monkeypatch):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 3)  # which knows the quota of a container
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads.use_threads(None)
+    threads.use_threads(5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    threads.use_threads(None)
+    threads.use_threads(2)
+    assert chosen == [3, 5, 7, 2]
+
+
+def test_functions_choose_the_threads_of_their_own_thread_only():
+    """Otherwise one that starts meanwhile keeps what another has set for itself, and all later ones with it."""
+
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads(), elsewhere()
+    with threads.fair_threads(before[1] + 2):
+        assert (torch.get_num_threads(), elsewhere()) == (before[1] + 2, before[1])
+    assert (torch.get_num_threads(), elsewhere()) == before
+
+
+def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
+    pools: list[int] = []
+    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.load")):
+        monkeypatch.setattr(f"{place}.{kind.__name__}", lambda n, kind=kind: pools.append(n) or kind(n))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 3)
+    for granted in ("", "2,1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", granted)
+        check_images(load_split("folder", flowers).items)
+        thumbnails([str(flowers / "rose" / "0.jpg")])
+    assert pools == [3, 3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "--sample", "--head", "my_head"],
+        ["train", "MY_PHOTOS", "--shots", "2"],
+        ["eval", "--head", "my_head", "--data-root", "MY_PHOTOS"],
+        ["benchmark", "few-shot", "--datasets=folder", "--data-root=MY_PHOTOS", "--methods=zero-shot", "--output=out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, command):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    run.ok(*command, "--threads", 3)
+    assert chosen == [3]
+
+
+def test_threads_on_ray_are_cores(run, flowers, no_work):
+    args = ["--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out", "--ray", "local", "--threads", 2]
+    assert "with --ray, use --cpus" in run.refused("benchmark", "few-shot", *args)
+
+
+@pytest.mark.parametrize("own", [{}, {"KMP_BLOCKTIME": "200"}])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(own):
+    """In Python as on the command line, as both import the package before torch."""
+    env = {name: value for name, value in os.environ.items() if name not in threads.PASSIVE} | own
+    program = "import os, sys, dcp_zoo; print('torch' in sys.modules, *map(os.environ.get, dcp_zoo.threads.PASSIVE))"
+    found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
