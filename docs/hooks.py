@@ -22,7 +22,7 @@ from dcp_zoo.cli.app import app
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-NOTEBOOK = DOCS / "first_steps.ipynb"
+NOTEBOOKS = sorted(DOCS.glob("*.ipynb"))
 OUTSIDE = {  # pages of the site that are files of the repository, as links inside `docs` name them
     "../README.md": "index.md",
     "../CONTRIBUTING.md": "contributing.md",
@@ -36,8 +36,10 @@ REFERENCE = re.compile(r'<!-- begin: names\("([\w.]+)",\s*"([\w\s]+)"\) -->.*?<!
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and pictures that are made from something else."""
-    page, pictures = run_notebook(NOTEBOOK)
-    made: dict[str, str | bytes] = {"cli.md": command_line(), "first_steps.md": page, **pictures}
+    made: dict[str, str | bytes] = {"cli.md": command_line()}
+    for notebook in NOTEBOOKS:
+        page, pictures = run_notebook(notebook)
+        made |= {f"{notebook.stem}.md": page, **pictures}
     made |= {name: moved(ROOT, DOCS / path) for path, name in OUTSIDE.items()}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
@@ -63,7 +65,8 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
         page.meta["hide"] = ["toc"]
     for path, name in OUTSIDE.items():
         markdown = re.sub(rf"\]\({re.escape(path)}(?=[)#])", f"]({name}", markdown)
-    markdown = markdown.replace("](first_steps.ipynb)", "](first_steps.md)")
+    for notebook in NOTEBOOKS:
+        markdown = markdown.replace(f"]({notebook.name})", f"]({notebook.stem}.md)")
     # what the site does not contain is named, without a link
     markdown = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
     return REFERENCE.sub(lambda m: "\n".join(f"::: {m[1]}.{name}" for name in m[2].split()), markdown)
@@ -121,6 +124,7 @@ def shape(cell: nbformat.NotebookNode) -> list[str]:
 
 
 if __name__ == "__main__":
-    renewed = nbformat.read(NOTEBOOK, as_version=4)
-    execute(renewed)
-    nbformat.write(renewed, NOTEBOOK)
+    for path in NOTEBOOKS:
+        renewed = nbformat.read(path, as_version=4)
+        execute(renewed)
+        nbformat.write(renewed, path)

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml")
 RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
-NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 GROUPS = {"dcp_zoo.methods"}  # entry points, no module
 
 
@@ -208,15 +208,16 @@ def test_pictures_are_current():
     assert pictures.outdated() == [], "run python benchmarks/pictures.py"
 
 
-def test_the_notebook_has_its_outputs():
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_have_their_outputs(notebook):
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "run python docs/hooks.py"
     assert [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"] == []
 
 
 def documented() -> Iterator[tuple[str, str]]:
     """Every path below dcp_zoo that README, docs and the notebook name, and where."""
-    for page in (*PAGES, NOTEBOOK):
+    for page in (*PAGES, *NOTEBOOKS):
         text = page.read_text()
         for module, names in re.findall(r"from (dcp_zoo[\w.]*) import ([\w, ]+)", text):
             yield from ((f"{module}.{name.strip()}", page.name) for name in names.split(","))
