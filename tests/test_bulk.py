@@ -42,7 +42,7 @@ from dcp_zoo.deploy.bulk.outputs import TABLES, columns, sort_into, write_sheet
 from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
-from dcp_zoo.deploy.together import together
+from dcp_zoo.deploy.together import count, together
 from dcp_zoo.texts import class_folders
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -701,7 +701,7 @@ def test_images_of_a_folder_help_each_other(photos):
     ((alone, _),) = classify(images[7:8], DOUBTFUL)
     assert Job(lambda: DOUBTFUL, {}, together=True).collect(
         classify(images[7:8], DOUBTFUL, together=True), DOUBTFUL.classnames
-    ) == [alone[0] | {"alone": "bright"}]
+    ).rows == [alone[0] | {"alone": "bright"}]
 
 
 def test_a_stopped_run_together_gives_the_same_answers(photos):
@@ -724,11 +724,12 @@ def test_a_stopped_run_together_gives_the_same_answers(photos):
 
 def test_rejected_images_lend_nothing(photos):
     found = []
-    for count in (24, 21):  # the last three are rejected
-        batches = classify(find_images(["photos"])[:count], DOUBTFUL, reject=True, together=True)
+    for images in (24, 21):  # the last three are rejected
+        batches = classify(find_images(["photos"])[:images], DOUBTFUL, reject=True, together=True)
         found.append(Job(lambda: DOUBTFUL, {}, reject=True, together=True).collect(batches, DOUBTFUL.classnames))
-    assert found[0][:21] == found[1]
-    assert [row["alone"] for row in found[0][21:]] == ["none of these"] * 3
+    assert found[0].rows[:21] == found[1].rows
+    assert [row["alone"] for row in found[0].rows[21:]] == ["none of these"] * 3
+    assert [of.answers for of in found[0].counts] == [11, 9]
 
 
 def test_folders_without_evidence_stay_as_they_are():
@@ -744,6 +745,11 @@ def test_folders_without_evidence_stay_as_they_are():
     few[0] = [0.3, 0.25, 0.35, 0.05, 0.05]
     assert agreeing.shape == few.shape
     assert together(few, features)[0].argmax() == 0
+
+
+def test_images_are_counted():
+    p = np.array([[0.9, 0.1, 0.0]] * 10 + [[0.4, 0.6, 0.0]] * 10, np.float32)
+    assert count(p, ["a", "b", "c"]) == [("a", 11.5, 4, 19, 10), ("b", 8.5, 2, 15, 10), ("c", 0.0, 0, 0, 0)]
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -789,8 +795,9 @@ def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
 def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
-    code, _, err = run("predict", "photos/b", "--head", BUNDLED, "--together")
+    code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together", "--count")
     assert (code, bool(re.search(r"The other images changed \d+ of 12 answers", err))) == (0, True), err
+    assert re.search(r"class +images +90 % between +answers\n", out)
     Path("list.txt").write_text("x.jpg\n" * 1001)
     err = run.refused("predict", "list.txt", "--head", BUNDLED)
     assert "1,001 images are too many for the screen: pass --output predictions.csv" in err
@@ -834,6 +841,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
+        (["--count"], "--count prints a table beside the answers of --together: add --together"),
         (["--link"], "--link belongs to --sort-into"),
         (["--together", "--ray", "auto", "--output", "p"], "--together needs all answers on one machine: omit --ray"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),

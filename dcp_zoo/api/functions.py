@@ -176,7 +176,7 @@ def predict(
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    return [prediction_of(row) for row in job.collect(batches, predictor.classnames)]
+    return [prediction_of(row) for row in job.collect(batches, predictor.classnames).rows]
 
 
 def prediction_of(row: Row) -> list[Prediction] | None:

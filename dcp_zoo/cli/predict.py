@@ -29,6 +29,7 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
+    from dcp_zoo.deploy.together import Count
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
@@ -59,6 +60,9 @@ class PredictOptions:
     )
     together: bool = opt.option(
         False, "Refine the answers by the other images, on which they then depend: usually more are right."
+    )
+    count: bool = opt.option(
+        False, "With --together: print how many images there are of each class, with 90 % intervals."
     )
     hierarchy: Path | None = opt.option(
         None,
@@ -121,6 +125,8 @@ class PredictOptions:
             raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
         if self.link and not self.sort_into:
             raise ZooError("--link belongs to --sort-into FOLDER.")
+        if self.count and (self.as_json or not self.together):
+            raise ZooError("--count prints a table beside the answers of --together: add --together, and omit --json.")
         if self.files and self.as_json:
             raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
         if self.ray:
@@ -161,7 +167,7 @@ def predict(options: PredictOptions) -> None:
         failed = done.failed
         bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        say_changed(done.changed, done.images, options)
+        say_together(done.changed, done.images, done.counts, options)
     else:
         failed = show_on_screen(find_images(sources, options.fps), options)
     if failed:
@@ -248,7 +254,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
-    rows = job.collect(batches, predictor.classnames)
+    rows, counts = job.collect(batches, predictor.classnames)
     failed = [row["error"] for row in rows if "error" in row]
     if options.as_json:
         print(json.dumps(rows, indent=1))
@@ -263,14 +269,14 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         print_error(printable(error))
     if failed and len(rows) > 1:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
-    say_changed([row for row in rows if is_changed(row)], len(rows), options)
+    say_together([row for row in rows if is_changed(row)], len(rows), counts, options)
     if predictor.architecture == "dcp_mini" and not options.as_json:
         errors.print(MINIATURE_NOTE, style="dim")
     return len(failed)
 
 
-def say_changed(changed: "Sequence[Row]", images: int, options: PredictOptions) -> None:
-    """Say how many answers the other images changed, with examples."""
+def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]", options: PredictOptions) -> None:
+    """Say how many answers the other images changed, with examples, and how many there are of each class."""
     if not options.together:
         return
     from dcp_zoo.answers import label
@@ -278,6 +284,10 @@ def say_changed(changed: "Sequence[Row]", images: int, options: PredictOptions) 
     examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]
     such = f", such as {'; '.join(examples)}" if examples else ""
     log(printable(f"The other images changed {len(changed):,} of {images:,} answers{such}."))
+    if options.count:
+        found = sorted((of for of in counts if of.high), key=lambda of: -of.images)
+        cells = [(of.name, f"{of.images:,.0f}", f"{of.low:,} to {of.high:,}", f"{of.answers:,}") for of in found]
+        output.print(plain_table(("class", "images", "90 % between", "answers"), cells))
 
 
 def predictions_table(row: "Row") -> Table:

@@ -15,10 +15,14 @@ Both are measured in the folder itself; no labelled image is needed. The numbers
 `benchmarks/together.py`.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 NEAREST, ROUNDS = 8, 10
 AGREEMENT, SHARES = 0.7, 2.0  # the numbers in a and b
+TOGETHER, ALIKE, NINETY = 3.0, 0.3, 1.645  # of `count`; the last is a normal distribution's
 
 
 def together(probabilities: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -45,3 +49,28 @@ def together(probabilities: np.ndarray, features: np.ndarray) -> np.ndarray:
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
     return z
+
+
+class Count(NamedTuple):
+    """How many images of a folder are of a class: `images` as estimated, between `low` and `high` with a probability of
+    90 %; and how many `answers` name it."""
+
+    name: str
+    images: float
+    low: int
+    high: int
+    answers: int
+
+
+def count(refined: np.ndarray, classnames: Sequence[str]) -> list[Count]:
+    """The images of each of the C classes, from the probabilities (n, C) of `together`: the mean of the number of
+    answers and the sum of the probabilities, as one overestimates frequent classes where the other underestimates them.
+    The variance is three times that of independent answers, as those of one class err together, plus the square of 30 %
+    of the estimate."""
+    n, classes = refined.shape
+    answers = np.bincount(refined.argmax(1), minlength=classes)
+    images = (answers + refined.sum(0)) / 2
+    deviation = np.sqrt(TOGETHER * (refined * (1 - refined)).sum(0) + np.square(ALIKE * images))
+    low, high = (np.clip(images + sign * NINETY * deviation, 0, n).round().astype(int) for sign in (-1, 1))
+    columns = (images.round(1).tolist(), low.tolist(), high.tolist(), answers.tolist())
+    return [Count(*row) for row in zip(classnames, *columns, strict=True)]

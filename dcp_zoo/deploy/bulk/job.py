@@ -26,7 +26,7 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
-from dcp_zoo.deploy.together import together
+from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import available_cores
 
@@ -190,6 +190,13 @@ class Rows(NamedTuple):
     features: np.ndarray | None
 
 
+class Answers(NamedTuple):
+    """The rows of all images, and if they were refined by each other, how many there are of each class."""
+
+    rows: list[Row]
+    counts: list[Count]
+
+
 @dataclass
 class _Films:
     """Frames of the current film that were read, and the sums of their logits and features."""
@@ -244,14 +251,14 @@ class Job:
             rows = [{"error": error} if error else row for error, row in zip(errors, answers, strict=True)]
             yield Rows([{"image": image.name} | row for image, row in zip(batch, rows, strict=True)], features)
 
-    def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> list[Row]:
+    def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> Answers:
         """The rows of all batches of `classify`, refined if they are to be."""
         found = list(batches)
         rows = [row for batch in found for row in batch.rows]
         kept = [batch.features for batch in found if batch.features is not None]
-        return self.refined(rows, np.concatenate(kept), classnames) if self.together else rows
+        return self.refined(rows, np.concatenate(kept), classnames) if self.together else Answers(rows, [])
 
-    def refined(self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str]) -> list[Row]:
+    def refined(self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str]) -> Answers:
         """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
         each image had without the others. Those that are rejected, or cannot be read, stay so and lend nothing."""
         rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
@@ -261,7 +268,7 @@ class Job:
         probabilities = together(np.exp(log_softmax(logits)), features)
         for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
             rows[i]["predictions"] = classes
-        return rows
+        return Answers(rows, count(probabilities, classnames))
 
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
         """All that determines the results for these images."""
@@ -273,9 +280,10 @@ class Job:
 @dataclass(frozen=True)
 class Summary:
     """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read; and the
-    rows that the other images changed."""
+    rows that the other images changed, and how many images there are of each class, of answers together."""
 
     images: int
     resumed: int
     failed: int
     changed: Sequence[Row] = ()
+    counts: Sequence[Count] = ()

@@ -14,6 +14,7 @@ from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.parts import PLAN, UnfinishedRun, unfinished_run
+from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders
@@ -73,14 +74,15 @@ def run(
             computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
             rows.keep(batches, part_seconds)
-        answers, kept = rows.rows, rows.features() if job.together or outputs.features else None
+        answers, counts = rows.rows, list[Count]()
+        kept = rows.features() if job.together or outputs.features else None
         if predictor and job.together and kept is not None:
-            refined, kept = job.refined([*answers()], kept, predictor.classnames), kept[:, : -len(predictor.classnames)]
-            answers = refined.__iter__
+            refined, counts = job.refined([*answers()], kept, predictor.classnames)
+            answers, kept = refined.__iter__, kept[:, : -len(predictor.classnames)]
         _finish(rows, images, outputs, answers, kept)
         failed, changed = sum("error" in row for row in answers()), [row for row in answers() if is_changed(row)]
     rows.remove()
-    return Summary(len(images), resumed, failed, changed)
+    return Summary(len(images), resumed, failed, changed, counts)
 
 
 def _finish(
