@@ -124,7 +124,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.history_, self.classes_ = history.epochs, data.classes
         return self
 
-    @fair_threads()
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`; with `together` they depend on the other images, see
         `dcp_zoo.predict`."""
