@@ -279,6 +279,48 @@ def rejection(file: str = "rejection") -> str:
     return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
 
 
+def folder(keys: str = "") -> str:
+    """What the rules for a folder as a whole change, in points: of all runs by rule, or by these columns."""
+    if not (RESULTS / "together.csv").exists():
+        return "*Not measured yet.*"
+    rows = results("together")
+    rows["features"] = rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"})
+    few = rows[rows.images_per_class <= 4]
+    if keys:
+        means = few.pivot_table("change", keys.split(), "rule", sort=False)
+        lines = [[*index, *map("{:+.1f}".format, line)] for index, line in zip(means.index, means.values, strict=True)]
+        return as_table([*(key.replace("_", " ") for key in keys.split()), *means.columns], lines)
+    lines = []
+    for rule, runs in rows.groupby("rule", sort=False):
+        own, at_16 = few[few.rule == rule].groupby("features").change.mean(), runs[runs.images_per_class == 16]
+        worst = runs.groupby("set").change.apply(lowest_tenth).min()
+        cells = [own["real CLIP"], own["miniature"], at_16.change.mean(), runs.change.quantile(0.1)]
+        lines.append([rule, *map("{:+.1f}".format, [*cells, lowest_tenth(runs.change), worst, runs.ece_change.mean()])])
+    header = [
+        "rule",
+        "real CLIP, 1 to 4 images",
+        "miniature, 1 to 4 images",
+        "16 images",
+        "a tenth of all runs is below",
+    ]
+    return as_table([*header, "mean of the worst tenth", "the same of the worst set", "calibration error (ECE)"], lines)
+
+
+def counts() -> str:
+    """The numbers per class of a folder as a whole, by its composition."""
+    rows = results("together_counts")
+    columns = {"coverage": "in the range, %", "error_plain": "error of answers alone"}
+    columns |= {"error_together": "of refined answers", "error_count": "of --count"}
+    means = rows.groupby("composition", sort=False)[[*columns]].mean()
+    lines = [[name, *map("{:.1f}".format, line)] for name, line in zip(means.index, means.values, strict=True)]
+    return as_table(["composition", *columns.values()], lines)
+
+
+def lowest_tenth(values: "pd.Series[float]") -> float:
+    """The mean of the lowest tenth."""
+    return float(values.nsmallest(max(1, len(values) // 10)).mean())
+
+
 def inspected() -> str:
     """Swapped labels and suggested images, by set: means over draws, and paired differences in points."""
     rows = results("inspection").pivot_table("value", ["set", "draw"], "name", sort=False)

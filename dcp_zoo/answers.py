@@ -15,7 +15,7 @@ Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "prob
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image
 Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
-# and "error" in place of the others if it cannot be read
+# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone
 Row = dict[str, Any]
 
 
@@ -69,3 +69,8 @@ class Answering:
 def label(row: Row) -> str:
     """The class of an answer, or `NONE`."""
     return NONE if row.get("rejected") else row["predictions"][0]["class"]
+
+
+def is_changed(row: Row) -> bool:
+    """Whether the image had another class without the other images of its folder."""
+    return "alone" in row and row["alone"] != label(row)

@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,7 @@ from dcp_zoo.deploy.bulk.outputs import TABLES, columns, sort_into, write_sheet
 from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
+from dcp_zoo.deploy.together import count, together
 from dcp_zoo.texts import class_folders
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -669,6 +671,87 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     assert not re.search(r'(?:src|href)="(?!data:|#|\.\./photos/)', page)
 
 
+# ------------------------------------------------------------------------------------------------------------ together
+
+
+def doubtful(pixels: np.ndarray) -> Computed:
+    """Dark and bright images look alike among themselves, and two of them are taken for the other kind."""
+    level = np.round(pixels.mean((1, 2, 3)) / 10)
+    bright, doubt = level > 11, np.isin(level, (7, 19))
+    logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
+    features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1)
+    logits = np.stack([0 * logit, logit], 1).astype(np.float32)
+    return Computed(logits, np.where(level > 20, 9, 0), (features / np.linalg.norm(features, axis=1)[:, None]))
+
+
+DOUBTFUL = Predictor("fake", FAKE.classnames, CFG, doubtful, threshold=-5.0)
+
+
+def test_images_of_a_folder_help_each_other(photos):
+    images = find_images(["photos"])
+    outputs = Outputs(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
+    done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
+    rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
+    assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
+    assert [(row["alone"], label(row)) for row in done.changed] == [("bright", "dark"), ("dark", "bright")]
+    assert (rows["04"]["alone"], rows["04"]["error"] != "") == ("", True)
+    assert Path("sorted/dark/07.jpg").exists()
+    assert Path("s.html").read_text().count("<small>alone ") == 2
+    assert np.load("f.npz")["features"].shape == (24, 3)
+    ((alone, _),) = classify(images[7:8], DOUBTFUL)
+    assert Job(lambda: DOUBTFUL, {}, together=True).collect(
+        classify(images[7:8], DOUBTFUL, together=True), DOUBTFUL.classnames
+    ).rows == [alone[0] | {"alone": "bright"}]
+
+
+def test_a_stopped_run_together_gives_the_same_answers(photos):
+    images, options = find_images(["photos"]), {"batch_size": 5, "together": True}
+    run_bulk(images, lambda: DOUBTFUL, Outputs(Path("q.csv")), {}, **options)
+    calls = iter(range(2))
+
+    def stop(pixels: np.ndarray) -> Computed:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return doubtful(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bulk(images, lambda: replace(DOUBTFUL, compute=stop), Outputs(Path("p.csv")), {}, **options)
+    with pytest.raises(ZooError, match="another run, which differs in together"):
+        run_bulk(images, lambda: DOUBTFUL, Outputs(Path("p.csv")), {})
+    assert run_bulk(images, lambda: DOUBTFUL, Outputs(Path("p.csv")), {}, **options).resumed == 10
+    assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
+
+
+def test_rejected_images_lend_nothing(photos):
+    found = []
+    for images in (24, 21):  # the last three are rejected
+        batches = classify(find_images(["photos"])[:images], DOUBTFUL, reject=True, together=True)
+        found.append(Job(lambda: DOUBTFUL, {}, reject=True, together=True).collect(batches, DOUBTFUL.classnames))
+    assert found[0].rows[:21] == found[1].rows
+    assert [row["alone"] for row in found[0].rows[21:]] == ["none of these"] * 3
+    assert [of.answers for of in found[0].counts] == [11, 9]
+
+
+def test_folders_without_evidence_stay_as_they_are():
+    rng = np.random.default_rng(0)
+    features = np.tile(np.eye(20, dtype=np.float32), (5, 1)) + rng.normal(0, 0.01, (100, 20)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    sure = np.full((100, 5), 0.05, np.float32)
+    sure[np.arange(100), np.arange(100) // 20] = 0.8  # nearest images are of other classes
+    agreeing = sure[np.argsort(np.arange(100) % 5, kind="stable")]
+    assert np.abs(together(sure, features) - sure).max() < 0.1
+    assert together(sure, features).dtype == np.float32
+    few = np.where(np.arange(100)[:, None] % 20 < 10, sure[:1], sure[20:21])  # two of five classes
+    few[0] = [0.3, 0.25, 0.35, 0.05, 0.05]
+    assert agreeing.shape == few.shape
+    assert together(few, features)[0].argmax() == 0
+
+
+def test_images_are_counted():
+    p = np.array([[0.9, 0.1, 0.0]] * 10 + [[0.4, 0.6, 0.0]] * 10, np.float32)
+    assert count(p, ["a", "b", "c"]) == [("a", 11.5, 4, 19, 10), ("b", 8.5, 2, 15, 10), ("c", 0.0, 0, 0, 0)]
+
+
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
@@ -712,6 +795,9 @@ def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
 def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
+    code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together", "--count")
+    assert (code, bool(re.search(r"The other images changed \d+ of 12 answers", err))) == (0, True), err
+    assert re.search(r"class +images +90 % between +answers\n", out)
     Path("list.txt").write_text("x.jpg\n" * 1001)
     err = run.refused("predict", "list.txt", "--head", BUNDLED)
     assert "1,001 images are too many for the screen: pass --output predictions.csv" in err
@@ -755,7 +841,9 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
+        (["--count"], "--count prints a table beside the answers of --together: add --together"),
         (["--link"], "--link belongs to --sort-into"),
+        (["--together", "--ray", "auto", "--output", "p"], "--together needs all answers on one machine: omit --ray"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )

@@ -18,6 +18,7 @@ from dcp_zoo.api.functions import as_model, best_or_none, logits_of, plan_own
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
+from dcp_zoo.deploy.together import together as refine_together
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
 from dcp_zoo.model.config import alone_in, is_checkpoint
@@ -25,6 +26,7 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
+from dcp_zoo.training.evaluation import classified
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
 from dcp_zoo.training.sources import Progress, image_source
@@ -122,9 +124,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.history_, self.classes_ = history.epochs, data.classes
         return self
 
-    def predict_proba(self, images: Images) -> np.ndarray:
-        """Probabilities (n, C) in the order of `classes_`."""
-        return self._logits(images).softmax(-1).numpy()
+    def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
+        """Probabilities (n, C) in the order of `classes_`; with `together` they depend on the other images, see
+        `dcp_zoo.predict`."""
+        if not together:
+            return self._logits(images).softmax(-1).numpy()
+        features = self.transform(images)
+        logits = classified(self._head(), torch.from_numpy(features))
+        return refine_together(logits.softmax(-1).numpy(), features)
 
     def decision_function(self, images: Images) -> np.ndarray:
         """Logits (n, C) in the order of `classes_`; as in scikit-learn of two classes how far the second is ahead

@@ -150,6 +150,7 @@ def predict(
     *,
     top_k: int = 1,
     reject: float = False,
+    together: bool = False,
     batch_size: int = 64,
     device: str | None = None,
     progress: Progress = bar,
@@ -161,6 +162,8 @@ def predict(
         images: one image, a sequence of images, or a folder; see `train`.
         reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
             that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
+        together: refine the answers by the other images, which usually makes them better; then they depend on which
+            others there are. Rejected images stay rejected, and play no part.
         batch_size: images per batch; it does not affect the answers.
 
     Raises:
@@ -169,11 +172,11 @@ def predict(
     """
     model = as_model(model, device)
     items = unlabelled(images)
-    predictor = torch_predictor(model, reject=reject, images=len(items))
-    job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject))
+    predictor = torch_predictor(model, together, reject=reject, images=len(items))
+    job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    return [prediction_of(row) for batch in batches for row in batch.rows]
+    return [prediction_of(row) for row in job.collect(batches, predictor.classnames).rows]
 
 
 def prediction_of(row: Row) -> list[Prediction] | None:

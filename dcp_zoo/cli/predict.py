@@ -29,9 +29,11 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
+    from dcp_zoo.deploy.together import Count
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
+EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 
@@ -55,6 +57,12 @@ class PredictOptions:
         None,
         f"Like --reject, but refuse this share of the images of the head's classes, not {REFUSED}. The more, the less "
         "of other things gets through.",
+    )
+    together: bool = opt.option(
+        False, "Refine the answers by the other images, on which they then depend: usually more are right."
+    )
+    count: bool = opt.option(
+        False, "With --together: print how many images there are of each class, with 90 % intervals."
     )
     hierarchy: Path | None = opt.option(
         None,
@@ -97,6 +105,10 @@ class PredictOptions:
         return self.reject_rate or self.reject
 
     @property
+    def keeps_features(self) -> bool:
+        return self.together or self.features is not None
+
+    @property
     def on_onnx(self) -> bool:
         return self.onnx is not None or self.runtime == "onnx"
 
@@ -113,9 +125,13 @@ class PredictOptions:
             raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
         if self.link and not self.sort_into:
             raise ZooError("--link belongs to --sort-into FOLDER.")
+        if self.count and (self.as_json or not self.together):
+            raise ZooError("--count prints a table beside the answers of --together: add --together, and omit --json.")
         if self.files and self.as_json:
             raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
         if self.ray:
+            if self.together:
+                raise ZooError("--together needs all answers on one machine: omit --ray, or omit --together.")
             import_ray()
             if not self.table or len(self.files) > 1:
                 raise ZooError(
@@ -151,6 +167,7 @@ def predict(options: PredictOptions) -> None:
         failed = done.failed
         bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
+        say_together(done.changed, done.images, done.counts, options)
     else:
         failed = show_on_screen(find_images(sources, options.fps), options)
     if failed:
@@ -170,7 +187,7 @@ def job_of(options: PredictOptions, images: int = 0) -> "Job":
     if options.hierarchy:
         rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
         plan |= {"hierarchy": asdict(rank)}
-    return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank)
+    return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank, options.together)
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, and what the predictions depend on
@@ -179,7 +196,7 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.job import onnx_predictor
 
-    file, features = options.onnx, options.features is not None
+    file, features = options.onnx, options.keeps_features
     threads = options.threads or (1 if options.ray else available_cores())
     # called on every machine of a cluster, which has a cache of its own
     find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
@@ -201,7 +218,7 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
 
         use_threads(threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
-        return torch_predictor(model, options.features is not None, options.precision, options.rejects, images or None)
+        return torch_predictor(model, options.keeps_features, options.precision, options.rejects, images or None)
 
     plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
     return load, plan | {"stats": options.stats, "precision": options.precision, "reject_rate": options.rejects}
@@ -230,14 +247,14 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.answers import label
+    from dcp_zoo.answers import is_changed, label
 
     job = job_of(options, len(found))
     predictor = job.load()
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
-    rows = [row for batch in batches for row in batch.rows]
+    rows, counts = job.collect(batches, predictor.classnames)
     failed = [row["error"] for row in rows if "error" in row]
     if options.as_json:
         print(json.dumps(rows, indent=1))
@@ -252,9 +269,25 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         print_error(printable(error))
     if failed and len(rows) > 1:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
+    say_together([row for row in rows if is_changed(row)], len(rows), counts, options)
     if predictor.architecture == "dcp_mini" and not options.as_json:
         errors.print(MINIATURE_NOTE, style="dim")
     return len(failed)
+
+
+def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]", options: PredictOptions) -> None:
+    """Say how many answers the other images changed, with examples, and how many there are of each class."""
+    if not options.together:
+        return
+    from dcp_zoo.answers import label
+
+    examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]
+    such = f", such as {'; '.join(examples)}" if examples else ""
+    log(printable(f"The other images changed {len(changed):,} of {images:,} answers{such}."))
+    if options.count:
+        found = sorted((of for of in counts if of.high), key=lambda of: -of.images)
+        cells = [(of.name, f"{of.images:,.0f}", f"{of.low:,} to {of.high:,}", f"{of.answers:,}") for of in found]
+        output.print(plain_table(("class", "images", "90 % between", "answers"), cells))
 
 
 def predictions_table(row: "Row") -> Table:

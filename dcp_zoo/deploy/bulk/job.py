@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dcp_zoo.answers import Answering, Ranking, Row, top_classes
+from dcp_zoo.answers import Answering, Ranking, Row, label, log_softmax, top_classes
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
+from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import available_cores
 
@@ -60,7 +61,10 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
     exported = OnnxClassifier(path, threads)
     info = exported.info
     if features and exported.takes_pixels:
-        raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
+        raise ZooError(
+            f"{path} has no image features: export it without the preprocessing inside, or omit --features "
+            "and --together."
+        )
 
     def compute(pixels: np.ndarray) -> Computed:
         if exported.takes_pixels:
@@ -179,10 +183,18 @@ def _start_worker() -> None:
 
 
 class Rows(NamedTuple):
-    """The rows of one batch, and their image features (n, E) if they are kept: NaN where an image cannot be read."""
+    """The rows of one batch, and their image features (n, E) if they are kept: NaN where an image cannot be read. Of
+    answers that are to be refined together, they are followed by the logits, (n, E + C)."""
 
     rows: list[Row]
     features: np.ndarray | None
+
+
+class Answers(NamedTuple):
+    """The rows of all images, and if they were refined by each other, how many there are of each class."""
+
+    rows: list[Row]
+    counts: list[Count]
 
 
 @dataclass
@@ -218,6 +230,7 @@ class Job:
     workers: int = 0  # see `decode_batches`
     reject: bool = False  # say of each image whether it belongs to none of the classes
     rank: Ranking = top_classes  # makes the predictions of probabilities; part of the plan
+    together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
         """Classify images in order, batch by batch. One that cannot be read gets a row with the error. ZooError for
@@ -233,20 +246,44 @@ class Job:
             films.average(batch, errors, [values for values in found if values is not None])
             answers, features = answer(found.logits, predictor.classnames, found.distances), found.features
             if features is not None:
+                features = np.concatenate([features, found.logits], 1) if self.together else features
                 features[[bool(error) for error in errors]] = np.nan
             rows = [{"error": error} if error else row for error, row in zip(errors, answers, strict=True)]
             yield Rows([{"image": image.name} | row for image, row in zip(batch, rows, strict=True)], features)
 
+    def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> Answers:
+        """The rows of all batches of `classify`, refined if they are to be."""
+        found = list(batches)
+        rows = [row for batch in found for row in batch.rows]
+        kept = [batch.features for batch in found if batch.features is not None]
+        return self.refined(rows, np.concatenate(kept), classnames) if self.together else Answers(rows, [])
+
+    def refined(self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str]) -> Answers:
+        """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
+        each image had without the others. Those that are rejected, or cannot be read, stay so and lend nothing."""
+        rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
+        own = [i for i, row in enumerate(rows) if "error" not in row and not row.get("rejected")]
+        features, logits = np.split(kept[own], [-len(classnames)], axis=1)
+        features = features / np.linalg.norm(features, axis=1, keepdims=True)  # a film's are means of its frames'
+        probabilities = together(np.exp(log_softmax(logits)), features)
+        for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
+            rows[i]["predictions"] = classes
+        return Answers(rows, count(probabilities, classnames))
+
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
         """All that determines the results for these images."""
         digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
-        return self.plan | {"top_k": self.top_k, "reject": self.reject, **more, "images": digest}
+        own = {"top_k": self.top_k, "reject": self.reject, "together": self.together}
+        return self.plan | own | {**more, "images": digest}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read."""
+    """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read; and the
+    rows that the other images changed, and how many images there are of each class, of answers together."""
 
     images: int
     resumed: int
     failed: int
+    changed: Sequence[Row] = ()
+    counts: Sequence[Count] = ()

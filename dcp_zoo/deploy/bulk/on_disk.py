@@ -1,17 +1,20 @@
 """From many images to files on this machine, by way of parts in the folder OUTPUT.unfinished: see `UnfinishedRun`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dcp_zoo.answers import label
+import numpy as np
+
+from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.parts import PLAN, UnfinishedRun, unfinished_run
+from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders
@@ -66,27 +69,39 @@ def run(
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
-        if resumed < len(images):
-            computed = job.classify(images[resumed:], job.load())
+        predictor = job.load() if resumed < len(images) or job.together else None
+        if predictor and resumed < len(images):
+            computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
             rows.keep(batches, part_seconds)
-        failed = _finish(rows, images, outputs)
+        answers, counts = rows.rows, list[Count]()
+        kept = rows.features() if job.together or outputs.features else None
+        if predictor and job.together and kept is not None:
+            refined, counts = job.refined([*answers()], kept, predictor.classnames)
+            answers, kept = refined.__iter__, kept[:, : -len(predictor.classnames)]
+        _finish(rows, images, outputs, answers, kept)
+        failed, changed = sum("error" in row for row in answers()), [row for row in answers() if is_changed(row)]
     rows.remove()
-    return Summary(len(images), resumed, failed)
+    return Summary(len(images), resumed, failed, changed, counts)
 
 
-def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> int:
-    """Write the outputs, the table last: it says that the run is complete. Returns how many images cannot be read."""
+def _finish(
+    rows: UnfinishedRun,
+    images: Sequence[Found],
+    outputs: Outputs,
+    answers: Callable[[], Iterator[Row]],
+    features: np.ndarray | None,
+) -> None:
+    """Write the outputs, the table last: it says that the run is complete."""
     if outputs.features:
         names = [writers.as_unicode(image.name) for image in images]
         write = writers.FEATURES[outputs.features.suffix]
-        rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
+        rows.write(outputs.features, lambda temporary: write(temporary, names, features))
     if outputs.sheet:
-        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows.rows()))
+        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, answers()))
     if outputs.sort_into:
-        folders = class_folders({label(row) for row in rows.rows() if "error" not in row})
-        sorted_ = (None if "error" in row else folders[label(row)] for row in rows.rows())
+        folders = class_folders({label(row) for row in answers() if "error" not in row})
+        sorted_ = (None if "error" in row else folders[label(row)] for row in answers())
         writers.sort_into((image.path for image in images), sorted_, outputs.sort_into, outputs.link)
     write_table = writers.TABLES[outputs.table.suffix]
-    rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), writers.columns(rows.rows())))
-    return sum("error" in row for row in rows.rows())
+    rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))

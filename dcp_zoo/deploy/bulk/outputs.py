@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.answers import Row, label
+from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
@@ -44,14 +44,15 @@ def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
 def columns(rows: Iterable[Row]) -> list[str]:
     """The columns of a table of these rows: the best class has no number."""
     row = next((row for row in rows if "error" not in row), {"predictions": [None]})  # all others are like it
-    return column_names(len(row["predictions"]), "rejected" in row)
+    return column_names(len(row["predictions"]), "rejected" in row, "alone" in row)
 
 
-def column_names(ranks: int, rejects: bool) -> list[str]:
-    """The columns of a table with so many classes per image, and of rejections if `rejects`."""
+def column_names(ranks: int, rejects: bool, together: bool = False) -> list[str]:
+    """The columns of a table with so many classes per image, of rejections if `rejects`, and of the class of each image
+    alone if `together`."""
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
     named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
-    return [IMAGES, *(["rejected"] if rejects else []), *named, "error"]
+    return [IMAGES, *(["rejected"] if rejects else []), *named, *(["alone"] if together else []), "error"]
 
 
 def _cells(row: Row) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
                 "path": image.name,
                 "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
+                "alone": row["alone"] if is_changed(row) else None,
             }
 
     content = {"groups": sorted(groups.items()), "pictures": pictures, "errors": errors, "total": len(images)}

@@ -1,0 +1,76 @@
+"""The images of a folder say something about each other: nearest ones often show the same, and some classes may be
+missing.
+
+With the probabilities p_i (C,) of each image alone, the mean W over its `NEAREST` images by their features, and s (C,),
+the shares of the classes among the answers:
+
+    z_i  <-  softmax(log p_i + a (W z)_i + b log((1 + C s) / 2)),    s  <-  the mean of z,    from z = p
+
+a = 0.7 log(C) A: how much an image with all its nearest ones in a class leans to it, where
+A = sum_i p_i . (W p)_i / sum_i p_i . p_i, at most 1, is how far nearest images agree: near 0 where most are of other
+classes, so that each answer stays as it is
+b = 2 (1 - e / C)^3 with e = exp(entropy of s), the effective number of classes: near 0 where all are about as frequent
+
+Both are measured in the folder itself; no labelled image is needed. The numbers, and what else was tried, are in
+`benchmarks/together.py`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+NEAREST, ROUNDS = 8, 10
+AGREEMENT, SHARES = 0.7, 2.0  # the numbers in a and b
+TOGETHER, ALIKE, NINETY = 3.0, 0.3, 1.645  # of `count`; the last is a normal distribution's
+
+
+def together(probabilities: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Refine the probabilities (n, C) of images by each other's, with their features (n, E) of length 1; all in
+    float32. The images are those of the classes: others would lend their neighbours what they have not."""
+    from sklearn.neighbors import NearestNeighbors  # slow to import
+
+    n, classes = probabilities.shape
+    if n < 2 or classes < 2:
+        return probabilities
+    nearest = min(NEAREST, n - 1)
+    found = NearestNeighbors(n_neighbors=nearest, algorithm="brute").fit(features)
+    average = found.kneighbors_graph().astype(np.float32)  # W, sparse; no image is a neighbour of itself
+    average.data /= nearest
+    logs = np.log(probabilities.clip(min=1e-9))
+    agree = (probabilities * (average @ probabilities)).sum() / np.square(probabilities).sum()
+    lean = np.float32(AGREEMENT * np.log(classes) * min(1.0, agree))
+    z = probabilities
+    for _ in range(ROUNDS):
+        shares = z.mean(0)
+        effective = np.exp(-(shares * np.log(shares.clip(min=1e-9))).sum())
+        weight = np.float32(SHARES * max(0.0, 1 - effective / min(n, classes)) ** 3)
+        z = logs + lean * (average @ z) + weight * np.log((1 + classes * shares) / 2)
+        z = np.exp(z - z.max(1, keepdims=True))
+        z /= z.sum(1, keepdims=True)
+    return z
+
+
+class Count(NamedTuple):
+    """How many images of a folder are of a class: `images` as estimated, between `low` and `high` with a probability of
+    90 %; and how many `answers` name it."""
+
+    name: str
+    images: float
+    low: int
+    high: int
+    answers: int
+
+
+def count(refined: np.ndarray, classnames: Sequence[str]) -> list[Count]:
+    """The images of each of the C classes, from the probabilities (n, C) of `together`: the mean of the number of
+    answers and the sum of the probabilities, as one overestimates frequent classes where the other underestimates them.
+    The variance is three times that of independent answers, as those of one class err together, plus the square of 30 %
+    of the estimate."""
+    n, classes = refined.shape
+    answers = np.bincount(refined.argmax(1), minlength=classes)
+    images = (answers + refined.sum(0)) / 2
+    deviation = np.sqrt(TOGETHER * (refined * (1 - refined)).sum(0) + np.square(ALIKE * images))
+    low, high = (np.clip(images + sign * NINETY * deviation, 0, n).round().astype(int) for sign in (-1, 1))
+    columns = (images.round(1).tolist(), low.tolist(), high.tolist(), answers.tolist())
+    return [Count(*row) for row in zip(classnames, *columns, strict=True)]
