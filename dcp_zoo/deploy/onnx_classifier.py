@@ -11,6 +11,7 @@ from dcp_zoo.answers import Answering, log_softmax
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 SMALLEST = np.finfo(np.float32).tiny
+INPUT = "pixel_values"  # of normalised images, as other programs call it
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
 
@@ -65,8 +66,9 @@ class OnnxClassifier:
             self.classnames: list[str] = self.info["classnames"]
             self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
         self.rejects = "threshold" in self.info
-        self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
-        self._names = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
+        taken = self.session.get_inputs()[0].name
+        self.takes_pixels = taken == "pixels"
+        self._names = taken, "probabilities" if self.takes_pixels else "logits"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""
