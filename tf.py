@@ -2,6 +2,7 @@ import json, sys, warnings
 from pathlib import Path
 from optimum.onnxruntime import ORTModelForImageClassification
 from transformers import AutoImageProcessor, pipeline
+
 d, photos = sys.argv[1:3]
 m = ORTModelForImageClassification.from_pretrained(d)
 p = AutoImageProcessor.from_pretrained(d)

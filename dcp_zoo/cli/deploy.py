@@ -147,6 +147,7 @@ class ServeOptions:
     port: opt.Port = 8000
     host: opt.Host = "127.0.0.1"
     classes: opt.Classes = None
+    device: opt.Device = "auto"
     threads: opt.Threads = None
     allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
@@ -178,7 +179,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
 
     def make() -> "FastAPI":
         name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-        return application(find(), limits, urls, threads, name, hosts)
+        return application(find(), limits, urls, threads, name, hosts, options.device)
 
     def announce(address: str) -> None:
         print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

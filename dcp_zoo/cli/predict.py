@@ -124,16 +124,11 @@ class PredictOptions:
                 )
         elif self.table and is_url(self.table):
             raise ZooError(f"Without --ray, --output is a file on this machine, not {self.table}.")
-        fixed = (
-            self.stats
-            or self.descriptions
-            or self.precision not in (AUTO, "float32")
-            or self.device not in ("auto", "cpu")
-        )
+        fixed = self.stats or self.descriptions or self.precision not in (AUTO, "float32")
         if self.on_onnx and (fixed or self.reject_rate or (self.onnx and self.classes)):
-            others = "--stats, --descriptions, --reject-rate, --device and --precision"
+            others = "--stats, --descriptions, --reject-rate and --precision"
             others += ", and --classes" if self.onnx else ""
-            raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
+            raise ZooError(f"ONNX Runtime runs an exported file as it is: omit {others}.")
 
 
 @opt.takes_options
@@ -191,7 +186,10 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
     if not find().is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    return lambda: onnx_predictor(find(), threads, features), {"runtime": "onnx", "file": sha256_of(find())}
+    return lambda: onnx_predictor(find(), threads, features, options.device), {
+        "runtime": "onnx",
+        "file": sha256_of(find()),
+    }
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
@@ -223,7 +221,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     if options.ray:
         from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 
-        on_cpu = options.on_onnx or options.device == "cpu"
+        on_cpu = options.device == "cpu" or (options.on_onnx and options.device == "auto")
         resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
         place, how = str(options.table), dict[str, Any](address=options.ray, resources=resources)
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place

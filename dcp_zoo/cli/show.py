@@ -76,7 +76,7 @@ def show_recommended() -> None:
     rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
     output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
     output.print(
-        f"By figures of an AMD EPYC in float32, for the {available_cores()} cores that this process may use; a GPU is "
+        f"By figures of an AMD EPYC in float32, for this process on {available_cores()} of its cores; a GPU is "
         "faster. How accurate each is on your images, dcp-zoo train measures. dcp_mini is for trying things out.",
         style="dim",
     )

@@ -12,7 +12,6 @@ in FOLDER/node_modules. It fails unless all most probable classes are the same a
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,14 +42,16 @@ def main(
         repo = export_hub(model, Path(temporary, "repo"))
         script = Path(temporary, "pipeline.mjs")  # which finds node_modules beside it
         script.write_bytes((HERE / "pipeline.mjs").read_bytes())
-        os.symlink((node / "node_modules").resolve(), script.with_name("node_modules"))
+        script.with_name("node_modules").symlink_to((node / "node_modules").resolve())
         for name, command in (("optimum", [python, HERE / "pipeline.py"]), ("transformers.js", ["node", script])):
             answers = subprocess.run([*command, repo, *chosen], check=True, capture_output=True, text=True).stdout
             *_, versions, rows = answers.splitlines()
             client = table(json.loads(rows), model.classnames)
             same = int((client.argmax(1) == expected.argmax(1)).sum())
             error = float(np.abs(client - expected).max())
-            print(f"{name} ({versions}): {same} of {len(chosen)} answers are the same, probabilities within {error:.1g}")
+            print(
+                f"{name} ({versions}): {same} of {len(chosen)} answers are the same, probabilities within {error:.1g}"
+            )
             if same < len(chosen) or error > TOLERANCE:
                 raise typer.Exit(1)
 

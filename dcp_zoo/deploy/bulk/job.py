@@ -55,9 +55,9 @@ class Predictor:
     cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
 
 
-def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -> Predictor:
+def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, device: str = "cpu") -> Predictor:
     """An exported file, run with ONNX Runtime; ZooError if it is none, or has no `features` and these are wanted."""
-    exported = OnnxClassifier(path, threads)
+    exported = OnnxClassifier(path, threads, device)
     info = exported.info
     if features and exported.takes_pixels:
         raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
