@@ -1,5 +1,7 @@
-import json, sys, warnings
+import json
+import sys
 from pathlib import Path
+
 from optimum.onnxruntime import ORTModelForImageClassification
 from transformers import AutoImageProcessor, pipeline
 
