@@ -73,7 +73,9 @@ def bare(folder: Path, onnx: Path, workers: int, threads: int, passive: bool) ->
 
         def classify() -> None:
             pixels = np.stack(batch).transpose(0, 3, 1, 2)
-            best.extend(session.run(["logits"], {"images": (pixels - np.float32(127)) / np.float32(128)})[0].argmax(1))
+            best.extend(
+                session.run(["logits"], {"pixel_values": (pixels - np.float32(127)) / np.float32(128)})[0].argmax(1)
+            )
             batch.clear()
 
         for image in images:

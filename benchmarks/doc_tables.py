@@ -46,6 +46,12 @@ SERVING = {
     "rss_before_mb": "memory before, MB",
     "rss_after_mb": "memory after, MB",
 }
+PRECISIONS = {
+    "runtime": "runtime",
+    "precision": "precision",
+    "core_ms_per_image": "ms per image",
+    "peak_mb": "memory, MB",
+}
 
 
 def as_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:

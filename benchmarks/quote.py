@@ -21,6 +21,7 @@ import pandas as pd
 import speed_report
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     FORMATS,
+    PRECISIONS,
     SERVING,
     as_table,
     columns_table,

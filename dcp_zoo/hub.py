@@ -48,12 +48,16 @@ T = TypeVar("T")
 
 OFFLINE, NO_SPACE, READ_ONLY, FORBIDDEN, NO_NETWORK = "offline", "no space", "read-only", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+BY_HAND = (
+    "Without a network, run `hf download {files}` on a machine that has one, and copy the folder {folder} from its Hub "
+    "cache to {cache}. A head that is on disk is local-dir:PATH."
+)
 MESSAGES: dict[Any, str] = {
     NO_SPACE: "Not enough disk space for {file} of {repo}. Free some, or move the cache with cache_dir=DIR or HF_HOME.",
     READ_ONLY: "The Hub cache is not writable ({error}). Set HF_HOME to a folder that is, or use a checkpoint on "
     "disk: local-dir:PATH.",
-    OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. Unset it, copy "
-    "the cache from a machine that has the file, or use a checkpoint on disk: local-dir:PATH.",
+    OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it: unset it. "
+    + BY_HAND,
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
     NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
     # the first class that matches an error is used: specific ones before general ones
@@ -62,8 +66,7 @@ MESSAGES: dict[Any, str] = {
     f"or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
     RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "
-    "network, set HF_ENDPOINT to use a mirror, or use a checkpoint on disk: local-dir:PATH. On a machine without a "
-    "network, HF_HUB_OFFLINE=1 skips this request.",
+    f"network, or set HF_ENDPOINT to use a mirror. {BY_HAND} HF_HUB_OFFLINE=1 then skips this request.",
     EntryNotFoundError: "{repo} has no file {file}: it is not a checkpoint of this kind. Check the repo and revision.",
     HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME, as in hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
@@ -71,7 +74,9 @@ MESSAGES: dict[Any, str] = {
 
 
 @contextmanager
-def explained(repo_id: str, filename: str = "", revision: str | None = None) -> Iterator[None]:
+def explained(
+    repo_id: str, filename: str = "", revision: str | None = None, cache_dir: str | Path | None = None
+) -> Iterator[None]:
     """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
@@ -80,7 +85,10 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
         if not isinstance(error, CLIENT_ERRORS):
             raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
-        raise ZooError(MESSAGES[_kind(error)].format(**fields)) from error
+        # the repo of a CLIP has its weights in other formats, too
+        fields |= {"files": f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id}
+        folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
+        raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
 
 
 def retried(call: Callable[[], T]) -> T:
@@ -163,7 +171,7 @@ def download_head(
 
 def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     """One file of a Hub repo in the client's cache."""
-    with explained(repo_id, filename, revision):
+    with explained(repo_id, filename, revision, cache_dir):
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
             check_connection(constants.ENDPOINT)

@@ -833,11 +833,11 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
         (
             ["--runtime", "onnx", "--stats", "batch"],
-            "as it is, on the CPU: omit --stats, --descriptions, --reject-rate, --device and --precision.",
+            "as it is: omit --stats, --descriptions, --reject-rate and --precision.",
         ),
         (
             ["--onnx", "x.onnx", "--classes", "a,b"],
-            "omit --stats, --descriptions, --reject-rate, --device and --precision, and --classes.",
+            "omit --stats, --descriptions, --reject-rate and --precision, and --classes.",
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),

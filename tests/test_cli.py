@@ -23,7 +23,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dcp_zoo import ZooError
-from dcp_zoo.cli import console, main
+from dcp_zoo.cli import console, main, show
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.console import progress_bar, stop_after_step
@@ -34,7 +34,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.recipes import PRECISIONS, Recipe
-from dcp_zoo.zoo.registry import MODELS, WEIGHTS
+from dcp_zoo.zoo.registry import MODELS, WEIGHTS, get_spec
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,20 @@ def test_list(run):
     assert "dcp_mini.caltech101-1shot" not in out
 
 
-@pytest.mark.parametrize("columns", [80, 100])
-def test_list_fits_a_screen(columns, run, monkeypatch):
+def test_models_to_choose_from(run, monkeypatch):
+    """The time is that of a core, divided by those here."""
+    monkeypatch.setattr(show, "available_cores", lambda: 2)
+    costs = re.search(r"\ndcp_vitb16 +English +mit +0.6 GB +([\d.]+) GB +(\d+) s", run.ok("list", "--recommend"))
+    spec = get_spec("dcp_vitb16")
+    assert list(map(float, costs.groups())) == [round(spec.memory_mb / 1000, 1), round(spec.core_ms / 20)]
+    assert "omit FILTER" in run.refused("list", "*b32*", "--recommend")
+    assert show.model_line(spec) == "Model: dcp_vitb16, open_clip's ViT-B-16 with the weights openai."
+
+
+@pytest.mark.parametrize(("columns", "args"), [(80, []), (100, []), (80, ["--recommend"])])
+def test_list_fits_a_screen(columns, args, run, monkeypatch):
     monkeypatch.setattr(console.output, "_width", columns)
-    lines = run.ok("list").splitlines()
+    lines = run.ok("list", *args).splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= columns
     assert not any("…" in line for line in lines)

@@ -24,7 +24,7 @@ from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
 from dcp_zoo.deploy.bulk.job import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES, export
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, providers
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.fused import load_fused
 from dcp_zoo.zoo.registry import WEIGHTS
@@ -89,6 +89,28 @@ def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path, run):
 
 
 @torch.no_grad()
+def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
+    """With a provider for GPUs and without one; and with one that cannot start, which leaves the CPU's answers."""
+    import onnxruntime
+
+    cpu = ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: cpu)
+    assert providers("auto") == providers("cpu") == cpu
+    with pytest.warns(UserWarning, match="cannot compute on cuda:1 here, and does so on the CPU: install"):
+        assert providers("cuda:1") == cpu
+    with pytest.raises(ZooError, match="auto, cpu, cuda"):
+        providers("mps")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, *cpu])
+    assert providers("auto") == [(CUDA, {"device_id": "0"}), *cpu]
+    assert providers("cuda:1") == [(CUDA, {"device_id": "1"}), *cpu]
+    assert providers("cpu") == cpu
+    with pytest.warns(UserWarning, match="cannot compute on auto here"):
+        classifier = OnnxClassifier(onnx_file, device="auto")
+    for batch in (1, 3):
+        images = np.zeros((batch, 3, 192, 192), np.float32)
+        np.testing.assert_allclose(classifier(images), OnnxClassifier(onnx_file)(images), rtol=1e-5)
+
+
 def test_torch_export_file(tiny_head, tmp_path):
     path = export(tiny_head, tmp_path / "new" / "model.pt2", "torch-export")
     extra = {"dcp": ""}

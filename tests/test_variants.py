@@ -11,6 +11,7 @@ for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
 
 from dcp_zoo import ZooError  # noqa: E402
+from dcp_zoo.answers import log_softmax  # noqa: E402
 from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
@@ -19,6 +20,7 @@ from dcp_zoo.deploy.bulk.job import onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop  # noqa: E402
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402
+from dcp_zoo.model.config import read_config  # noqa: E402
 
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
 
@@ -89,6 +91,40 @@ def test_the_command_line_takes_such_a_file(run, inside, plain):
     out = run.ok("predict", sample_images()[0], "--onnx", inside.path, "--json", "--top-k", 1)
     expected = plain.classify(load_image(sample_images()[0]), 1)
     assert json.loads(out)[0]["predictions"][0]["class"] == expected[0]["class"]
+
+
+def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
+    """They scale pixels to [0, 1], and the file does all else; transformers alone must not find weights."""
+    import onnxruntime
+
+    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: tiny_head)
+    folder = tmp_path / "repo"
+    assert "README.md shows how to use it" in run.ok(
+        "export", "--head", "dcp_mini.caltech101-1shot", "--format", "hub", "--precision", "float16", "--output", folder
+    )
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    onnx_files = {"onnx/model.onnx", "onnx/model_fp16.onnx"}
+    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *onnx_files}
+    config = json.loads((folder / "config.json").read_text())
+    names = config["id2label"]
+    assert [names[str(config["label2id"][name])] for name in tiny_head.classnames] == tiny_head.classnames
+    assert config["model_type"] == "vit"
+    assert not (folder / config["transformers_weights"]).exists()
+    assert read_config(folder)["label_names"] == tiny_head.classnames  # it is a checkpoint all the same
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert [processor[f"do_{step}"] for step in ("resize", "center_crop", "normalize", "rescale")] == [False] * 3 + [
+        True
+    ]
+    assert (processor["size"], processor["image_mean"]) == ({"shortest_edge": 32}, [0.5] * 3)
+    assert "ORTModelForImageClassification" in (folder / "README.md").read_text()
+
+    image = load_image(sample_images()[0]).resize(SIZES[0])
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] * np.float32(processor["rescale_factor"])
+    for file, tolerance in (("onnx/model.onnx", 1e-5), ("onnx/model_fp16.onnx", 5e-3)):
+        session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"pixel_values": pixels})
+        expected = plain.probabilities(plain.preprocess(image)[None])
+        np.testing.assert_allclose(np.exp(log_softmax(logits)), expected, atol=tolerance)
 
 
 def test_int8(tiny_head, plain, photos, tmp_path):

@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.api.functions import as_model, best_or_none, logits_of, plan_own
+from dcp_zoo.api.functions import as_model, best_or_none, logits_of, plan_own, to_read
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
@@ -29,7 +29,7 @@ from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.evaluation import classified
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import Progress, image_source
+from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
@@ -145,12 +145,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method that trains no prompts are plain CLIP's, and can take the place of the images in another fit."""
         head, items = self._head(), unlabelled(images, features=True)
         with self._kept_features():
-            return image_source(head, items, once=True).features(1, self._progress())[0].numpy()
+            return to_read(head, items, self.precision).features(1, self._progress())[0].numpy()
 
     def _logits(self, images: Images) -> torch.Tensor:
         head, items = self._head(), unlabelled(images, features=True)
         with self._kept_features():
-            return logits_of(head, items, self.batch_size, self._progress())
+            return logits_of(head, items, self.batch_size, self.precision, self._progress())
 
     def predict(self, images: Images, *, reject: float = False) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
@@ -163,7 +163,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not reject:
             return self.classes_[self._logits(images).argmax(-1).numpy()]
         with self._kept_features():
-            best, unknown = best_or_none(head, unlabelled(images, features=True), reject, self._progress())
+            best, unknown = best_or_none(
+                head, unlabelled(images, features=True), reject, self.precision, self._progress()
+            )
         labels = self.classes_[best].astype(object)
         labels[unknown] = None
         return labels

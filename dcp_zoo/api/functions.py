@@ -18,12 +18,13 @@ from dcp_zoo.deploy.bulk.job import Job, torch_predictor
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation, classified
 from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
+from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
-from dcp_zoo.training.sources import by_image, image_source
+from dcp_zoo.training.sources import ImageSource, by_image, image_source
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
@@ -125,6 +126,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: str | None = None,
+    precision: str = AUTO,
     progress: Progress = bar,
 ) -> Evaluation:
     """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes.
@@ -134,6 +136,7 @@ def evaluate(
         images, labels: see `train`; labels are names of the model's classes.
         batch_size: images per batch; with batch statistics it affects the answers.
         device: see `train`; default: where the model is, or "auto" for a name.
+        precision: of the image features, see `train`; "float32" is the reference.
         progress: see `train`.
 
     Raises:
@@ -141,7 +144,7 @@ def evaluate(
     """
     model = as_model(model, device)
     items = with_classes(images, labels, model.classnames)
-    return Evaluation(model.classnames, items, logits_of(model, items, batch_size, progress))
+    return Evaluation(model.classnames, items, logits_of(model, items, batch_size, precision, progress))
 
 
 def predict(
@@ -153,12 +156,13 @@ def predict(
     together: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    precision: str = AUTO,
     progress: Progress = bar,
 ) -> list[list[Prediction] | None]:
     """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints.
 
     Args:
-        model, device, progress: see `evaluate`.
+        model, device, precision, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
         reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
             that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
@@ -172,7 +176,7 @@ def predict(
     """
     model = as_model(model, device)
     items = unlabelled(images)
-    predictor = torch_predictor(model, together, reject=reject, images=len(items))
+    predictor = torch_predictor(model, together, precision, reject, len(items))
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
@@ -189,18 +193,26 @@ def prediction_of(row: Row) -> list[Prediction] | None:
 
 
 @fair_threads()
-def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = bar) -> torch.Tensor:
+def logits_of(
+    model: Head, items: Sequence[Item], batch_size: int, precision: str, progress: Progress = bar
+) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
-    return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
+    return predict_logits(to_read(model, items, precision, once), batch_size, progress)
+
+
+def to_read(model: Head, items: Sequence[Item], precision: str, once: bool = True) -> ImageSource:
+    """Images that are classified, in a precision as of `pick_precision`."""
+    precision = pick_precision(precision, model.architecture, model.device)
+    return image_source(model, items, once=once, precision=precision)
 
 
 def best_or_none(
-    model: Head, items: Sequence[Item], reject: float, progress: Progress
+    model: Head, items: Sequence[Item], reject: float, precision: str, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """The number of the best class of each item's image (n,), and whether the image belongs to none (n,); `reject` as
     of `Head.rejection_threshold`."""
-    threshold, source = model.rejection_threshold(reject), image_source(model, items, once=True)
+    threshold, source = model.rejection_threshold(reject), to_read(model, items, precision)
     features = source.features(1, progress)[0]
     logits, distances = classified(model, features).numpy(), model.distances(features.to(model.device))
     return logits.argmax(-1), in_distribution_score(logits, distances) < threshold

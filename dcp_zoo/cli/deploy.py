@@ -29,14 +29,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExportOptions:
     head: opt.HeadName
-    file: Path | None = opt.option(None, "The file, or for web the folder. Default: named after the head.", "--output")
-    format: str | None = opt.option(None, "onnx, torch-export, safetensors or web. Default: by --output, or onnx.")
+    file: Path | None = opt.option(
+        None, "The file, or for web and hub the folder. Default: named after the head.", "--output"
+    )
+    format: str | None = opt.option(
+        None,
+        "onnx, torch-export, safetensors, web (a page) or hub (a repo for transformers.js and optimum). Default: by "
+        "--output, or onnx.",
+    )
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(
         None,
         "Of ONNX files: outside (normalised images in, logits out; the default) or inside (RGB in, probabilities out).",
     )
-    precision: str | None = opt.option(None, "Of ONNX files: float32, float16 (the default for web) or int8.")
+    precision: str | None = opt.option(
+        None, "Of ONNX files: float32, float16 (the default for web) or int8. For hub: of a second file."
+    )
     dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: opt.DataRoot = None
     overwrite: opt.Overwrite = False
@@ -45,37 +53,44 @@ class ExportOptions:
 
 @opt.takes_options
 def export(options: ExportOptions) -> None:
-    """Export a head to a file, or a web page, that works without this package, and verify it against the model.
+    """Export a head to a file, a web page or a repo that works without this package, and verify it against the model.
 
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo predict photo.jpg --onnx caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
+    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
     from dcp_zoo.deploy import export as files
     from dcp_zoo.deploy.web import export_web
+    from dcp_zoo.release.publish import export_hub
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(options.head), opt.class_list(options.classes)
-    chosen = export_format(options.file, options.format, {**files.EXPORT_SUFFIXES, "web": ""})
-    web = chosen == "web"
-    format = "onnx" if web else chosen
-    precision = options.precision or ("float16" if web else "float32")
-    preprocessing = options.preprocessing or ("inside" if web else "outside")
+    chosen = export_format(options.file, options.format, {**files.EXPORT_SUFFIXES, "web": "", "hub": ""})
+    in_folder = chosen in ("web", "hub")
+    format = "onnx" if in_folder else chosen
+    precision = options.precision or ("float16" if chosen == "web" else "float32")
+    preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
     files.check_export(format, preprocessing, precision)
-    if web and preprocessing == "outside":
-        raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
-    file = options.file or Path(file_stem(name) + ("-web" if web else files.EXPORT_SUFFIXES[format]))
-    if web:
+    if in_folder and preprocessing == "outside":
+        raise ZooError(f"The format {chosen} needs the preprocessing inside its file: omit --preprocessing.")
+    file = options.file or Path(file_stem(name) + (f"-{chosen}" if in_folder else files.EXPORT_SUFFIXES[format]))
+    if in_folder:
         check_empty(file)
         check_writable(file.parent)
     else:
         check_output(file, options.overwrite)
     model = create_model(name, True, classnames=names).eval()
     data = calibration_images(model, options) if precision == "int8" else None
-    if web:
-        path = export_web(model, file, precision=precision, calibration=data, title=Path(options.head).name)
-        output.print(f"Wrote {path}, {model.num_classes} classes. Try it: python -m http.server -d {path}")
+    if in_folder:
+        if chosen == "web":
+            path = export_web(model, file, precision=precision, calibration=data, title=Path(options.head).name)
+            next_step = f"Try it: python -m http.server -d {path}"
+        else:
+            path = export_hub(model, file, precision=precision, calibration=data)
+            next_step = f"{path / 'README.md'} shows how to use it."
+        output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}")
         return
     path = files.export(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)
     megabytes = path.stat().st_size / 1e6
@@ -132,6 +147,7 @@ class ServeOptions:
     port: opt.Port = 8000
     host: opt.Host = "127.0.0.1"
     classes: opt.Classes = None
+    device: opt.Device = "auto"
     threads: opt.Threads = None
     allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
@@ -163,7 +179,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
 
     def make() -> "FastAPI":
         name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-        return application(find(), limits, urls, threads, name, hosts)
+        return application(find(), limits, urls, threads, name, hosts, options.device)
 
     def announce(address: str) -> None:
         print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

@@ -17,6 +17,7 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
+from dcp_zoo.training.recipes import AUTO
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -35,7 +36,7 @@ def evaluate(
     stats: opt.Stats = None,
     batch_size: opt.BatchSize = 16,
     device: opt.Device = "auto",
-    precision: opt.Precision = "float32",
+    precision: opt.Precision = AUTO,
     workers: opt.Workers = 0,
     threads: opt.Threads = None,
     report: opt.Report = None,
@@ -53,6 +54,7 @@ def evaluate(
         check_output(report, overwrite, "--report")
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.api.functions import as_model
+    from dcp_zoo.training.device import pick_precision
     from dcp_zoo.training.evaluation import Evaluation, predict
     from dcp_zoo.training.sources import image_source
 
@@ -70,8 +72,9 @@ def evaluate(
             f"class names of {shown}, as in the cross-dataset protocol."
         )
     model.set_classnames(images.classnames, sentences)
-    source = image_source(model, test, "none", workers, progress_bar)
-    evaluation = Evaluation(images.classnames, test, predict(source, batch_size, precision, progress_bar))
+    precision = pick_precision(precision, model.architecture, model.device)
+    source = image_source(model, test, "none", workers, progress_bar, precision=precision)
+    evaluation = Evaluation(images.classnames, test, predict(source, batch_size, progress_bar))
     if report:
         write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
@@ -84,6 +87,7 @@ def evaluate(
         "dataset": dataset,
         "images": len(test),
         "stats": model.stats,
+        "precision": precision,
         "batch_size": batch_size,
         "top1": top1,
         "balanced": top1 if evaluation.balanced is None else evaluation.balanced,

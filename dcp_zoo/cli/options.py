@@ -61,8 +61,8 @@ Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
     str,
     Option(
-        help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster; or release, the float16 "
-        "weights of DCP's authors."
+        help="auto: bfloat16 for a real CLIP where the device multiplies in it, else float32, which is the reference; "
+        "float32, bfloat16 or float16; or release, the float16 weights of DCP's authors."
     ),
 ]
 Workers = Annotated[

@@ -24,6 +24,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
+from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class PredictOptions:
         None, "Processes that decode images, if not 0. Default: one per core for more than two batches.", min=0
     )
     device: opt.Device = "auto"
-    precision: opt.Precision = "float32"
+    precision: opt.Precision = AUTO
     threads: opt.Threads = None
     ray: opt.Ray = None
 
@@ -139,11 +140,11 @@ class PredictOptions:
                 )
         elif self.table and is_url(self.table):
             raise ZooError(f"Without --ray, --output is a file on this machine, not {self.table}.")
-        fixed = self.stats or self.descriptions or self.precision != "float32" or self.device not in ("auto", "cpu")
+        fixed = self.stats or self.descriptions or self.precision not in (AUTO, "float32")
         if self.on_onnx and (fixed or self.reject_rate or (self.onnx and self.classes)):
-            others = "--stats, --descriptions, --reject-rate, --device and --precision"
+            others = "--stats, --descriptions, --reject-rate and --precision"
             others += ", and --classes" if self.onnx else ""
-            raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
+            raise ZooError(f"ONNX Runtime runs an exported file as it is: omit {others}.")
 
 
 @opt.takes_options
@@ -202,26 +203,34 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
     if not find().is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    return lambda: onnx_predictor(find(), threads, features), {"runtime": "onnx", "file": sha256_of(find())}
+    return lambda: onnx_predictor(find(), threads, features, options.device), {
+        "runtime": "onnx",
+        "file": sha256_of(find()),
+    }
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.job import torch_predictor
+    from dcp_zoo.training.device import pick_device, pick_precision
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None
     texts: dict[str, Any] = {"classnames": options.classnames, "descriptions": sentences}
 
+    precision = options.precision
+    if precision == AUTO:  # of rows that another machine may continue
+        architecture = read_config(head_folder(name))["architecture"]
+        precision = "float32" if options.ray else pick_precision(AUTO, architecture, pick_device(options.device))
+
     def load() -> "Predictor":
-        from dcp_zoo.training.device import pick_device
         from dcp_zoo.zoo.factory import create_model
 
         use_threads(threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
-        return torch_predictor(model, options.keeps_features, options.precision, options.rejects, images or None)
+        return torch_predictor(model, options.keeps_features, precision, options.rejects, images or None)
 
     plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
-    return load, plan | {"stats": options.stats, "precision": options.precision, "reject_rate": options.rejects}
+    return load, plan | {"stats": options.stats, "precision": precision, "reject_rate": options.rejects}
 
 
 def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path | str]":
@@ -229,7 +238,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     if options.ray:
         from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 
-        on_cpu = options.on_onnx or options.device == "cpu"
+        on_cpu = options.device == "cpu" or (options.on_onnx and options.device == "auto")
         resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
         place, how = str(options.table), dict[str, Any](address=options.ray, resources=resources)
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place

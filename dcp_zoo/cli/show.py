@@ -15,25 +15,35 @@ from dcp_zoo.data import find_spec
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, import_extra, nearest_hint
-from dcp_zoo.files import write_file
+from dcp_zoo.files import format_duration, write_file
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.texts import quoted
+from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import MODELS, HeadEntry, ModelSpec, all_heads, get_head, get_spec
 from dcp_zoo.zoo.resolve import parse_name
 
+REAL_MODEL = "dcp_vitb16"  # the first that docs/models.md recommends
+
 
 def list_(
     filter: Annotated[str, Argument(metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
     planned: Annotated[bool, Option("--planned", help="List the heads that have not been trained yet.")] = False,
+    recommend: Annotated[bool, Option("--recommend", help="Compare models to choose one for your own images.")] = False,
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
     [dim]dcp-zoo list --planned '*.dtd-*'[/]
+    [dim]dcp-zoo list --recommend[/]
     """
+    if recommend:
+        if filter or planned:
+            raise ZooError("--recommend compares models: omit FILTER and --planned.")
+        show_recommended()
+        return
     not_trained = registry.list_heads(filter, "planned")
     if planned:
         _check_found("planned head", filter, not_trained, registry.list_heads(status="planned"))
@@ -58,6 +68,39 @@ def list_(
         text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
         text += f" and not trained yet: dcp-zoo list --planned '{pattern}'"
         output.print(text, style="dim", markup=False)
+
+
+def show_recommended() -> None:
+    """The models whose costs were measured, the fastest first."""
+    measured = sorted((spec for spec in MODELS.values() if spec.core_ms), key=lambda spec: spec.core_ms or 0)
+    rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
+    output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
+    output.print(
+        f"By figures of an AMD EPYC in float32, for this process on {available_cores()} of its cores; a GPU is "
+        "faster. How accurate each is on your images, dcp-zoo train measures. dcp_mini is for trying things out.",
+        style="dim",
+    )
+
+
+def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
+    """Memory, and the time for these images on the cores of this process, of a model that was measured."""
+    assert spec.core_ms
+    assert spec.memory_mb
+    seconds = spec.core_ms / 1000 * images / available_cores()
+    return f"{spec.memory_mb / 1000:.1f} GB", format_duration(seconds)
+
+
+def model_line(spec: ModelSpec) -> str:
+    """What a head is trained on; of the miniature, what a real CLIP costs in its place."""
+    if spec.clip:
+        return f"Model: {spec.name}, open_clip's {spec.clip} with the weights {spec.clip_pretrained}."
+    real = get_spec(REAL_MODEL)
+    memory, time = costs(real, 200)  # each image, and its mirror image
+    return (
+        f"Model: {spec.name}, a miniature for trying things out. For real use pass --model {real.name}: "
+        f"{real.download} to download once, {memory} of memory and about {time} for 100 images without a GPU. "
+        "Others: dcp-zoo list --recommend."
+    )
 
 
 def info(
@@ -179,7 +222,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
     size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
     if spec.clip:
         clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
-        size = f"{4 * spec.parameters / 1e3:.1f} GB in float32" if spec.parameters else ""  # its file may be smaller
+        size = spec.download and f"{spec.download} in float32"  # its file may be smaller
     page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
     details = {
         "model": spec.name,

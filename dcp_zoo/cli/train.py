@@ -13,6 +13,7 @@ from typer import confirm
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation, write_page
+from dcp_zoo.cli.show import model_line
 from dcp_zoo.data import Split, check_images, is_own
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import no_progress
@@ -24,7 +25,7 @@ from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
 from dcp_zoo.training.recipes import BaseRecipe
-from dcp_zoo.zoo.registry import get_head, is_model
+from dcp_zoo.zoo.registry import get_head, get_spec, is_model
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
@@ -159,6 +160,7 @@ def train(options: TrainOptions) -> None:
         if not recipe.is_trained and world_size() > 1:
             raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")
         if is_main():
+            log(model_line(get_spec(options.model)))
             check_writable(output_dir)
             if options.report:
                 check_output(options.report, options.overwrite, "--report")

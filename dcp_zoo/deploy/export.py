@@ -15,7 +15,7 @@ from torch import nn
 
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
+from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import unfinished, write_file
@@ -42,8 +42,8 @@ def export(
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
-        format: "onnx" (any batch size; its outputs are "logits" and "features", the normalised image features;
-            verified with ONNX Runtime), "torch-export" (any batch size; load it with
+        format: "onnx" (any batch size; its input is "pixel_values", its outputs are "logits" and "features", the
+            normalised image features; verified with ONNX Runtime), "torch-export" (any batch size; load it with
             `torch.export.load`, the metadata is the extra file "dcp") or "safetensors" (load it with
             `dcp_zoo.model.load_fused`).
         preprocessing: of ONNX files: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
@@ -105,7 +105,7 @@ Reader = Callable[[torch.Tensor], torch.Tensor]
 def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
     check_export("onnx")
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": list(outputs)}
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": list(outputs)}
     return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
 
 
@@ -156,6 +156,23 @@ SMALL = 1024  # weights with at most this many numbers stay in float32
 
 # PIL's resize, up to 1 of 255 grey levels in a few of 10,000 values: the short side, then the centre.
 PREPROCESSING_GRAPH = Path(__file__).parent / "preprocessing.onnx.txt"
+LAYOUTS: dict[str, dict[str, Any]] = {  # what it takes: uint8 with the channels last, or [0, 1] with the channels first
+    "pixels": {
+        "taken": "uint8[batch, height, width, 3] pixels",
+        "constants": "",
+        "begin": "",
+        **{"first": 1, "last": 3, "sides": "1, 2", "channels": "3"},
+        "finish": "Transpose <perm = [0, 3, 1, 2]>",
+    },
+    "rgb": {
+        "taken": "float[batch, 3, height, width] rgb",
+        "constants": ", float white = {255.0}, float step = {0.5}",
+        "begin": "scaled_up = Mul (rgb, white) rounded_up = Add (scaled_up, step) pixels = Cast <to = 2> (rounded_up)",
+        # no Transpose: ONNX Runtime 1.32 moves it before Shape and does not mind `start` and `end`
+        **{"first": 2, "last": 4, "sides": "2, 3", "channels": "3, 1, 1"},
+        "finish": "Identity",
+    },
+}
 
 
 def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
@@ -175,7 +192,7 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
     if precision == "float16":
         model = with_float16_weights(model)
     if preprocessing == "inside":
-        model = with_preprocessing(model, info["preprocessing"])
+        model = with_softmax(with_preprocessing(model, info["preprocessing"]))
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(info)})
     onnx.save(model, path)
     _compare_probabilities(OnnxClassifier(path), plain, TOLERANCES[precision])
@@ -196,9 +213,10 @@ def _compare_probabilities(variant: OnnxClassifier, plain: OnnxClassifier, toler
             )
 
 
-def with_preprocessing(model: Any, cfg: dict[str, Any]) -> Any:
-    """images -> logits becomes pixels (B, H, W, 3), uint8 RGB of any size -> probabilities (B, C), in an
-    `onnx.ModelProto`; ZooError for another preprocessing `cfg` than a bicubic resize and a centre crop."""
+def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") -> Any:
+    """images -> logits becomes RGB of any size in one of the `LAYOUTS`, which names the input -> logits (B, C), in an
+    `onnx.ModelProto`, and the features are left out; ZooError for another preprocessing `cfg` than a bicubic resize and
+    a centre crop."""
     import onnx
 
     if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":
@@ -207,23 +225,30 @@ def with_preprocessing(model: Any, cfg: dict[str, Any]) -> Any:
             f"{cfg['crop_mode']}: export with the preprocessing outside."
         )
     ir, opset = model.ir_version, next(entry.version for entry in model.opset_import if entry.domain == "")
-    before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset))
+    before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset, layout))
     before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
-    model = onnx.compose.merge_models(before, model, [("images", "images")])
+    model = onnx.compose.merge_models(before, model, [("images", INPUT)])
     kept = [output for output in model.graph.output if output.name != "features"]
-    kept[0].name = "probabilities"
-    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
     del model.graph.output[:]
     model.graph.output.extend(kept)
     return model
 
 
-def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int) -> str:
+def with_softmax(model: Any) -> Any:
+    """logits (B, C), the first output, become probabilities (B, C)."""
+    import onnx
+
+    model.graph.output[0].name = "probabilities"
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
+    return model
+
+
+def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int, layout: str = "pixels") -> str:
     _, rows, columns = cfg["input_size"]
     scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
     offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))
-    crop = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"])}
-    return PREPROCESSING_GRAPH.read_text().format(ir=ir, opset=opset, **crop, scale=scale, offset=offset)
+    values = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"]), **LAYOUTS[layout]}
+    return PREPROCESSING_GRAPH.read_text().format(ir=ir, opset=opset, **values, scale=scale, offset=offset)
 
 
 def with_float16_weights(model: Any) -> Any:

@@ -1,6 +1,7 @@
 """Classify with an exported ONNX file: ONNX Runtime, PIL and NumPy, no torch."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import numpy as np
 from PIL import Image
 
 from dcp_zoo.answers import Answering, log_softmax
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 
 SMALLEST = np.finfo(np.float32).tiny
+INPUT = "pixel_values"  # of normalised images, as other programs call it
+CUDA = "CUDAExecutionProvider"
+NO_CUDA = (
+    "ONNX Runtime cannot compute on {} here, and does so on the CPU: install onnxruntime-gpu in place of onnxruntime, "
+    "and check the driver and CUDA."
+)
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
 
@@ -33,12 +40,26 @@ def normalise(pixels: np.ndarray, cfg: dict[str, Any]) -> np.ndarray:
     return (pixels / np.float32(255) - mean) / std
 
 
+def providers(device: str) -> list[Any]:
+    """ONNX Runtime's providers for a device as of `pick_device`; "auto" is the GPU if there is a provider for one. A
+    warning, and the CPU, if the GPU is asked for and there is none."""
+    kind, _, number = device.partition(":")
+    check_choice("device", kind, ("auto", "cpu", "cuda"))
+    cpu: list[Any] = ["CPUExecutionProvider"]
+    if kind != "cpu" and CUDA in import_extra("onnxruntime", "export").get_available_providers():
+        return [(CUDA, {"device_id": number or "0"}), *cpu]
+    if kind == "cuda":
+        warnings.warn(NO_CUDA.format(device), stacklevel=3)
+    return cpu
+
+
 class OnnxClassifier:
     """An exported model.
 
     Args:
         path: a file written by `dcp-zoo export --format onnx`.
         threads: number of threads; 0 lets ONNX Runtime decide.
+        device: see `providers`.
 
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.
@@ -50,23 +71,26 @@ class OnnxClassifier:
         ZooError: no such file, not ONNX, or not an export of this package.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, threads: int = 0, device: str = "cpu") -> None:
         runtime = import_extra("onnxruntime", "export")
         if not Path(path).is_file():
             raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
-        self.path = path
+        self.path, chosen = path, providers(device)
         # ONNX Runtime has a separate exception for every kind of bad file
         with as_zoo_error(f"{path} is not an exported model ({{}}): create one with dcp-zoo export.", Exception):
-            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = runtime.InferenceSession(str(path), options, providers=chosen)
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             self.classnames: list[str] = self.info["classnames"]
             self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
+        if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
+            warnings.warn(NO_CUDA.format(device), stacklevel=2)
         self.rejects = "threshold" in self.info
-        self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
-        self._names = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
+        taken = self.session.get_inputs()[0].name
+        self.takes_pixels = taken == "pixels"
+        self._names = taken, "probabilities" if self.takes_pixels else "logits"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""

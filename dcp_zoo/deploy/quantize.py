@@ -15,7 +15,7 @@ import numpy as np
 from dcp_zoo.data import Split
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.splits import Item, few_shot
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.head import Head
 
@@ -95,7 +95,7 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
-            return None if batch is None else {"images": batch}
+            return None if batch is None else {INPUT: batch}
 
     logging.disable(logging.WARNING)  # advice to pre-process the file, which is done
     try:

@@ -53,10 +53,10 @@ class Lane(ThreadPoolExecutor):
 class Service:
     """A loaded file: `answer` answers requests while `running`."""
 
-    def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str) -> None:
+    def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str, device: str) -> None:
         with suppress(Exception):  # not glibc, which keeps the memory of freed images and bodies for itself
             ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
-        self.classifier, self.limits, self.urls = OnnxClassifier(path, threads), limits, urls
+        self.classifier, self.limits, self.urls = OnnxClassifier(path, threads, device), limits, urls
         self.bytes = Budget(max(BYTES, 2 * limits.max_bytes))
         self.small, self.large = Lane("decode", threads, limits), Lane("decode-large", max(1, threads // 2), limits)
         self.registry = registry = CollectorRegistry()
@@ -168,11 +168,13 @@ def application(
     threads: int = 1,
     name: str = "",
     hosts: Sequence[str] = ("*",),
+    device: str = "cpu",
 ) -> FastAPI:
     """The server's ASGI application for a file from `dcp-zoo export`. Images may be fetched from addresses that begin
     with `urls`; so many `threads` run the model, and as many decode; `name` is that of the head, as shown, by default
-    the one in the file; clients may call the server by the names `hosts`, such as "*.example.org"."""
-    service = Service(path, limits, urls, threads, name)
+    the one in the file; clients may call the server by the names `hosts`, such as "*.example.org"; `device`
+    is that of `OnnxClassifier`."""
+    service = Service(path, limits, urls, threads, name, device)
     app = FastAPIOffline(
         title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running, redoc_url=None
     )

@@ -16,8 +16,10 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import HubDataset
-from dcp_zoo.errors import ZooError
-from dcp_zoo.files import sha256_of, write_file
+from dcp_zoo.deploy.hub_files import ONNX_FILES, PREPROCESSOR, write_client_files
+from dcp_zoo.deploy.quantize import Calibration
+from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.files import check_empty, sha256_of, unfinished, write_file
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, WEIGHTS_NAME
@@ -46,8 +48,8 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
 
 
-def make_card(model: Head, repo_id: str, license: str, size: int) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes."""
+def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients."""
     spec = MODELS.get(model.architecture)
     base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
     options, _ = model.method_config()
@@ -57,6 +59,8 @@ def make_card(model: Head, repo_id: str, license: str, size: int) -> ModelCard:
         template_path=str(CARD_TEMPLATE),
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
+        onnx=onnx,
+        clip_license=spec.license if spec else "",
         architecture=model.architecture,
         base=base,
         clip=model.clip_source,
@@ -147,7 +151,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     model.info = resolve(f"local-dir:{folder}").info
     head = entry_of(model, folder)
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
-    card = make_card(model, repo_id, license, weights.stat().st_size)
+    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILES["float32"]).exists())
     return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
 
 
@@ -167,14 +171,46 @@ def publish(release: Release) -> str:
     return upload(release.folder, release.repo_id)
 
 
-def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE) -> str:
+def export_hub(
+    model: Head,
+    folder: str | Path,
+    *,
+    precision: str = "float32",
+    calibration: Calibration | None = None,
+    repo_id: str = "ORG/NAME",
+    license: str = LICENSE,
+) -> Path:
+    """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
+
+    Args:
+        model: with stored statistics; float32, on the CPU.
+        folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
+            and `onnx/model.onnx`, which contains CLIP's image tower.
+        precision: of a second ONNX file, as in `export`: "float16" or "int8".
+        calibration: images for int8, as in `export`.
+        repo_id, license: see `push_to_hub`.
+
+    Raises:
+        ZooError: as `export`; a folder that is not empty or not writable; or images are not resized by their short side
+            and cropped in the centre.
+    """
+    folder = Path(folder)
+    check_empty(folder)
+    with writing_to(folder), unfinished(folder) as new:
+        _write_repo(model, new, repo_id, license, True, precision=precision, calibration=calibration)
+        new.replace(folder)
+    return folder
+
+
+def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE, onnx: bool = False) -> str:
     """Upload a model's head, of any dataset, with a model card.
 
     Args:
-        model: only its trained tensors are uploaded, never CLIP.
+        model: only its trained tensors are uploaded, never CLIP, unless `onnx`.
         repo_id: "org/name"; created if needed.
         private: whether a new repo is private.
         license: of the trained weights, as an identifier of the Hub.
+        onnx: whether to upload what `export_hub` writes, CLIP's image tower included.
 
     Returns:
         The commit: `create_model(f"hf-hub:{repo_id}@{commit}", pretrained=True)` loads exactly this upload.
@@ -182,13 +218,20 @@ def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: st
     Raises:
         ZooError: the Hub refuses the upload or cannot be reached.
     """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write_repo(model, folder, repo_id, license, onnx)
+        return upload(folder, repo_id, private)
+
+
+def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, **variant: Any) -> None:
     info = dict(model.info)
     if str(info.get("dataset")).startswith(SHARD_SCHEME):  # holds a local path
         info["dataset"] = public_name(info["dataset"])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = model.save_pretrained(temporary, **info)
-        make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size).save(folder / CARD_NAME)
-        return upload(folder, repo_id, private)
+    model.save_pretrained(folder, **info)
+    if onnx:
+        write_client_files(model, folder, **variant)
+    make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size, onnx).save(folder / CARD_NAME)
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
@@ -201,7 +244,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
             commit_message="Upload a head with dcp_zoo",
         ).oid
 

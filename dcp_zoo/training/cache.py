@@ -175,7 +175,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return f"{total % 2**64:016x}"
 
 
-def tower_setting(model: Any, what: str) -> str:
+def tower_setting(model: Any, what: str, precision: str = "float32") -> str:
     """What features of a frozen image tower depend on besides the images."""
+    what += "" if precision == "float32" else f" in {precision}"
     state, cfg = model.visual.state_dict().values(), model.pretrained_cfg
     return f"{what} {fingerprint(state)} {model.device.type} {[cfg.get(name) for name in PREPROCESSING]}"

@@ -10,7 +10,7 @@ import torch
 from dcp_zoo.errors import as_zoo_error, check_choice
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.recipes import AS_RELEASED, AUTO, PRECISIONS
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
 
 CHECKPOINTING = ("auto", "on", "off")
 VALUES_PER_CHANNEL = 18  # kept for the backward pass of one block, per token and channel of its width; measured
@@ -28,8 +28,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, model: str, device: torch.device) -> str:
-    """A precision of training for a model of the zoo; "auto" is bfloat16 where the device multiplies in it, and float32
-    elsewhere and for the miniature, which is too small to gain. ZooError for an unknown one."""
+    """A precision for a model; "auto" is bfloat16 for a CLIP of open_clip where the device multiplies in it, and
+    float32 elsewhere and for the miniature, which is too small to gain. ZooError for an unknown one."""
     check_choice("precision", name, (AUTO, *PRECISIONS))
     if name != AUTO:
         return name
@@ -38,7 +38,8 @@ def pick_precision(name: str, model: str, device: torch.device) -> str:
     else:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
         fast = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
-    return "bfloat16" if fast and get_spec(model).clip_repo else "float32"
+    is_real = model.startswith(OPEN_CLIP) or (model in MODELS and MODELS[model].clip_repo)
+    return "bfloat16" if fast and is_real else "float32"
 
 
 def computed_in(precision: str, device: torch.device) -> torch.dtype:

@@ -118,15 +118,13 @@ class Evaluation:
         ]
 
 
-def predict(
-    source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
-) -> Tensor:
+def predict(source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU, by its head with the current statistics. With
     other than stored ones a batch has `batch_size` images."""
     head = source.head.eval()
-    with torch.no_grad(), autocast(head.device, precision):
-        if head.stats == "stored":
-            return classified(head, source.features(1, progress)[0])
+    if head.stats == "stored":
+        return classified(head, source.features(1, progress)[0])
+    with torch.no_grad(), autocast(head.device, source.precision):
         batches = by_image(progress, source.batches(batch_size), "test images", len(source.items))
         return torch.cat([head(x.to(head.device), patches=source.patches).float().cpu() for x, _ in batches])
 
@@ -154,7 +152,7 @@ def predict_modes(
                 own = features[:, : weight.shape[1]] * math.sqrt(1 + head.reads_frozen)
                 without[NO_CLASSIFIER] = F.linear(own, weight, bias)
         else:
-            found[stats] = predict(source, batch_size, progress=progress)
+            found[stats] = predict(source, batch_size, progress)
     head.stats = None
     return found | without
 

@@ -277,7 +277,7 @@ def _after_step(
         reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
         left = recipe.num_epochs - reached.epoch
         if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
-            logits, labels = predict(validation.for_model(model), EVAL_BATCH, run.precision), validation.labels
+            logits, labels = predict(validation.for_model(model), EVAL_BATCH), validation.labels
             model.train()
             reached = reached._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
         stops = [callback.on_epoch(model, reached) for callback in callbacks]

@@ -79,7 +79,7 @@ class Run:
         method = METHODS[self.method]
 
         def images(items: Sequence[Item], augment: str, once: bool) -> ImageSource:
-            return image_source(clip, items, augment, self.workers, progress, once)
+            return image_source(clip, items, augment, self.workers, progress, once, self.precision)
 
         read = read or images
         augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
@@ -289,7 +289,7 @@ def _train_head(
     seconds = round(earlier + time.perf_counter() - started, 1)
     if measured is None and options.test and run.split.test:
         once = head.stats_modes == ("stored",)
-        test = image_source(head, run.split.test, "none", run.workers, options.progress, once)
+        test = image_source(head, run.split.test, "none", run.workers, options.progress, once, run.precision)
         metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         found = measurement(metrics, evaluation)
     head.info = head.info | {"train_seconds": seconds} | found

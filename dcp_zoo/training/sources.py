@@ -20,6 +20,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.cache import per_image, tower_setting
+from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
@@ -65,6 +66,7 @@ class ImageSource:
         flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
         crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
+        precision: in which features are computed; they are kept in float32.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
@@ -77,6 +79,7 @@ class ImageSource:
     flips: bool = False
     crops: bool = False
     once: bool = False
+    precision: str = "float32"
     targets: Tensor | None = field(default=None, init=False)
     _features: Tensor | None = field(default=None, init=False)  # of an image tower without prompts, see `features`
     _original: "ImageSource | None" = field(default=None, init=False)  # for the same image tower, which keeps these
@@ -195,6 +198,7 @@ def image_source(
     workers: int = 0,
     progress: Progress = no_progress,
     once: bool = False,
+    precision: str = "float32",
 ) -> ImageSource:
     """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
@@ -220,6 +224,7 @@ def image_source(
         source.views = encode_views(source, patch_maps, views, progress, "images", "patches")
     else:
         source.flips = augment == "flip"
+    source.precision = precision  # not of patch maps, which other models may read
     return source
 
 
@@ -244,9 +249,15 @@ def encode_views(
         else:
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x, _ in part.batches(VIEW_BATCH))
         for shown in by_image(progress, read, description, len(rows)):
-            yield torch.stack([encode(x.to(device), patches=patches).cpu() for x in shown])
+            with autocast(device, source.precision):
+                found = [encode(x.to(device), patches=patches).cpu() for x in shown]
+            yield torch.stack(found)
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
     views = views if source.views is None else min(views, len(source.views))
-    return per_image([item.path for item in source.items], lambda: tower_setting(source.model, kept), views, batches)
+
+    def setting() -> str:
+        return tower_setting(source.model, kept, source.precision)
+
+    return per_image([item.path for item in source.items], setting, views, batches)

@@ -42,10 +42,18 @@ class ModelSpec:
     crop_mode: str = "center"  # "center" resizes the short side and crops, "squash" resizes both sides
     parameters: int | None = None  # of both towers, in millions
     gflops: float | None = None  # of the image tower, for one image, as torch's `FlopCounterMode` counts them
+    core_ms: float | None = None  # milliseconds in which one core classifies an image, and
+    memory_mb: int | None = None  # what the process then needs, by `benchmarks/precision.py`; None: not measured
+    language: str = "English"  # of class names
     head_mb: float = 0  # megabytes of a head of DCP by the default recipe, without a text probe: float16
     default_tag: str = "imagenet-16shot"  # of the head that `pretrained=True` loads
     recipe: dict[str, Any] = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
     baseline_recipes: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same by other methods' names
+
+    @property
+    def download(self) -> str:
+        """The size of CLIP's weights in float32, as most repos have them; "" if it is not known, or for the bundled."""
+        return f"{4 * self.parameters / 1e3:.1f} GB" if self.clip and self.parameters else ""
 
     @property
     def license(self) -> str:

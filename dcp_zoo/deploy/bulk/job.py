@@ -56,9 +56,9 @@ class Predictor:
     cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
 
 
-def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -> Predictor:
+def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, device: str = "cpu") -> Predictor:
     """An exported file, run with ONNX Runtime; ZooError if it is none, or has no `features` and these are wanted."""
-    exported = OnnxClassifier(path, threads)
+    exported = OnnxClassifier(path, threads, device)
     info = exported.info
     if features and exported.takes_pixels:
         raise ZooError(
@@ -81,15 +81,16 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
 
 
 def torch_predictor(
-    model: "Head", features: bool = False, precision: str = "float32", reject: float = False, images: int | None = None
+    model: "Head", features: bool = False, precision: str = "auto", reject: float = False, images: int | None = None
 ) -> Predictor:
     """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
     of `Head.rejection_threshold`, or False for a predictor that measures no distances; `images` says how many there
     are, if that is known. ZooError for an unknown precision, or features without stored statistics."""
     import torch
 
-    from dcp_zoo.training.device import autocast
+    from dcp_zoo.training.device import autocast, pick_precision
 
+    precision = pick_precision(precision, model.architecture, model.device)
     alone = model.stats != "stored"  # then each image is a batch
     if features and alone:
         raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
@@ -109,8 +110,9 @@ def torch_predictor(
                 if rejects:
                     encoded = torch.cat([model.encode_image(image) for image in images.split(1)])
             else:
-                encoded = encode(images)
-                logits = answer(encoded)
+                encoded = encode(images).float()
+        if not alone:
+            logits = answer(encoded)  # of features that are alike, small differences are large ones of logits
         kept = encoded.float().cpu().numpy() if features else None
         distances = None
         if rejects:

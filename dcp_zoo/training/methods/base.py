@@ -78,7 +78,8 @@ class Task:
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
-        return image_source(self.train.model, self.train.items, "none", self.train.workers, self.progress)
+        train = self.train
+        return image_source(train.model, train.items, "none", train.workers, self.progress, precision=train.precision)
 
     def features(self, source: ImageSource) -> Tensor:
         """Normalised features (n, E) of a source by the plain image tower, in float32 on its device."""

@@ -87,7 +87,7 @@ def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
-    return lambda pixels: torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
 @torch.inference_mode()

@@ -1,0 +1,147 @@
+"""What a precision costs and changes: time and memory by model and runtime, and the miniature's answers.
+
+    python benchmarks/precision.py                              precision.csv: dcp_vitb16 in torch and ONNX Runtime
+    python benchmarks/precision.py --models                     model_costs.csv: other models, in torch
+    python benchmarks/precision.py --answers --data-root DATA   precision_answers.csv: DATA holds caltech-101
+
+Weights of models that are not part of the package are random. Each row is a process of its own with one thread, which
+classifies the same batch of decoded images as `dcp-zoo predict` does; its time is the processor's, which counts on a
+busy machine too. Caches are shared with other processes, so it is the fastest of some repeats. The answers are those of
+a bundled head on 2,000 test images.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, REPEATS, CLASSES = 8, 5, 100
+RUNS = [("torch", "float32"), ("torch", "bfloat16"), ("onnx", "float32"), ("onnx", "float16"), ("onnx", "int8")]
+MODELS = "dcp_mini dcp_vitb32 dcp_vitb16 dcp_siglip2_b16 dcp_vitl14".split()
+HEAD, IMAGES = "dcp_mini.caltech101-16shot", 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--answers", action="store_true")
+    parser.add_argument("--data-root")
+    parser.add_argument("--one", nargs=4, help="for the processes that are started here")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(cost(*args.one)))
+    elif args.answers:
+        write("precision_answers", answers(args.data_root))
+    else:
+        plan = [(model, "torch", p) for model in MODELS for p in ("float32", "bfloat16")]
+        plan = plan if args.models else [("dcp_vitb16", *run) for run in RUNS]
+        with tempfile.TemporaryDirectory() as folder:
+            write("model_costs" if args.models else "precision", [in_a_process(*run, folder) for run in plan])
+
+
+def write(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def in_a_process(model: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:
+    if runtime == "onnx":
+        export_file(model, precision, Path(folder))
+    command = [sys.executable, __file__, "--one", model, runtime, precision, folder]
+    row: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(row, flush=True)
+    return row
+
+
+def random_model(name: str) -> Any:
+    from speed_variants import Case, build_model, make_images
+
+    case = Case("inference", name, CLASSES, (1,), ())
+    model = build_model(case)
+    model.store_stats(make_images(case, 1))
+    return model
+
+
+def pixels(model: str) -> Any:
+    import numpy as np
+
+    from dcp_zoo import get_pretrained_cfg
+
+    size = get_pretrained_cfg(model)["input_size"]
+    return np.random.default_rng(0).integers(0, 256, (BATCH, *size), np.uint8)
+
+
+def export_file(name: str, precision: str, folder: Path) -> None:
+    import numpy as np
+
+    from dcp_zoo.deploy.export import export
+    from dcp_zoo.deploy.onnx_classifier import normalise
+    from dcp_zoo.deploy.quantize import Calibration
+
+    model = random_model(name)
+    images = normalise(pixels(name), model.pretrained_cfg)
+    data = Calibration(images, images, np.zeros(BATCH, int), "random", max_drop=100)
+    export(model, folder / f"{precision}.onnx", precision=precision, calibration=data if precision == "int8" else None)
+
+
+def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:
+    import torch
+
+    from dcp_zoo.deploy.bulk.job import onnx_predictor, torch_predictor
+
+    torch.set_num_threads(1)
+    if runtime == "onnx":
+        predictor = onnx_predictor(Path(folder) / f"{precision}.onnx", 1)
+    else:
+        predictor = torch_predictor(random_model(name), precision=precision)
+    images, seconds = pixels(name), []
+    for _ in range(REPEATS + 1):  # the first warms up
+        started = time.process_time()
+        predictor.compute(images)
+        seconds.append(time.process_time() - started)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = {"model": name, "runtime": runtime, "precision": precision}
+    return found | {"core_ms_per_image": round(1000 * min(seconds[1:]) / BATCH, 1), "peak_mb": round(memory)}
+
+
+def answers(data_root: str) -> list[dict[str, Any]]:
+    import torch
+
+    from dcp_zoo import create_model
+    from dcp_zoo.data import load_split
+    from dcp_zoo.training.evaluation import expected_calibration_error, predict, top1
+    from dcp_zoo.training.sources import image_source
+
+    model = create_model(HEAD, True).eval()
+    items = load_split(model.info["dataset"], data_root).test
+    items = sorted(items, key=lambda item: item.key)[:: max(1, len(items) // IMAGES)][:IMAGES]
+    labels, rows, exact = torch.tensor([item.label for item in items]), [], None
+    for precision in ("float32", "bfloat16", "float16"):
+        logits = predict(image_source(model, items, precision=precision), 32)
+        exact = logits if exact is None else exact
+        rows.append(
+            {
+                "precision": precision,
+                "images": len(items),
+                "same_answer": round(100 * float((logits.argmax(1) == exact.argmax(1)).float().mean()), 2),
+                "logits_apart": round(float((logits - exact).abs().max()), 3),
+                "top1": top1(logits, labels),
+                "ece": expected_calibration_error(logits, labels),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
