@@ -161,7 +161,7 @@ def predict(
         images: one image, a sequence of images, or a folder; see `train`.
         reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
             that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
-        batch_size: images per batch; it does not affect the answers.
+        batch_size: images per batch; it does not affect the predictions.
 
     Raises:
         ZooError: an unknown model, an image that cannot be read, or `reject` and a model without a threshold for its
