@@ -45,7 +45,7 @@ def fit_text_probe(
     threads: opt.Threads = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Give a head a text probe, a classifier on its image features, in seconds. Prompts are not trained.
+    """Give a head a text probe, a classifier on its image features. Prompts are not trained.
 
     It needs a few labelled images of the head's classes, by default those that the head was trained on. Of your own,
     some are held out to measure the accuracy, and then it is fitted again on all, unless --shots limits them. It also
