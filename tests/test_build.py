@@ -157,8 +157,8 @@ RELEASE = publish.Release(Path(), registry.HeadEntry("dcp_mini.dtd-1shot"), "org
     [
         ({}, ""),
         ({"modes": {"stored": 65.0, "batch": 65.0}}, ""),  # within 2 points and chance
-        ({"modes": {"stored": 64.0, "batch": 64.0}}, "is more than 4.9 points below zero-shot CLIP's 69.00"),
-        ({"modes": {"stored": 70.0, "batch": 74.5}}, "more than 3.8 points apart"),
+        ({"modes": {"stored": 64.0, "batch": 64.0}}, "is over 4.9 percentage points below zero-shot CLIP's 69.00"),
+        ({"modes": {"stored": 70.0, "batch": 74.5}}, "over 3.8 percentage points apart"),
         ({"modes": {"batch": 70.0}}, "not measured with both kinds of statistics"),
         ({"info": {"first_loss": 1.0, "last_loss": 1.2}}, "its loss rose from 1.000 to 1.200"),
         ({"info": {"first_loss": 1.0, "last_loss": float("nan")}}, "not finite"),

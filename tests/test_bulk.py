@@ -225,7 +225,7 @@ def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
     outputs = Outputs(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(35, 0, 2)
     rows = {row["image"]: row for row in map(json.loads, Path("out.jsonl").read_text().splitlines())}
-    assert "Cannot read the film photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
+    assert "Cannot read the video photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
     with np.load("out.npz") as kept:
         features = dict(zip(kept["image"], kept["features"], strict=True))
     levels = np.array([features[name].mean() for name in frames])
@@ -244,7 +244,7 @@ def test_films_with_huge_frames_are_refused(photos, monkeypatch):
     film(Path("a.mp4"))
     monkeypatch.setattr(films, "MAX_FRAME_PIXELS", 700)
     monkeypatch.setattr(films, "LIMIT", {"max_pixels": "700"})
-    with pytest.raises(ZooError, match="Cannot read the film a.mp4: .* more than the limit of 700 pixels"):
+    with pytest.raises(ZooError, match="Cannot read the video a.mp4: .* more than the limit of 700 pixels"):
         load_image("a.mp4#t=0")
 
 
@@ -909,7 +909,7 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
         *(("[a, a]", "each name once"), ("", "each name once"), ("{a: [b], b: [c]}", "each name once")),
         *(
             ("{a: {x: [b]}, c: {x: [d]}}", "each name once"),
-            ("{not sure: [a]}", "the name 'not sure', which is an answer"),
+            ("{not sure: [a]}", "the name 'not sure', which is reserved"),
         ),
         *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),
         (

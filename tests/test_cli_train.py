@@ -203,7 +203,7 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     TABLES[".csv"]("SORTED/predictions.csv", rows, ["image", "rejected", "class", "error"])
     for place in ([], [flowers]):
         err = run("train", *place, "--labels", "SORTED/predictions.csv")[2]
-        assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read, 1 of films." in err
+        assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read, 1 of videos." in err
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)

@@ -444,7 +444,7 @@ def test_the_forms_photographs_are_inspected(rooms):
     session.shots = {i: [photo] * 2 for i, photo in enumerate(photos)}
     page = unescape(rooms.train.inspect(VISITOR, *names))
     assert "4 images of 2 classes" in page
-    assert "Pictures that are there twice: 2" in page
+    assert "Groups of duplicates: 2" in page
     assert f"flowers, 2: {photos[1].name}" in page
     assert "--fix" not in page
     assert "<b>cats" not in page

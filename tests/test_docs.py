@@ -2,8 +2,8 @@
 checked without running.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
-whose title begins with "Needs" (CLIP's weights, a network, a server, minutes) or is the name of a file is not run: its
-Python is compiled, and its `dcp-zoo` lines are parsed by the command line.
+below a line in italics that begins with "Needs" (CLIP's weights, a network, a server, minutes), or whose title does or
+is the name of a file, is not run: its Python is compiled, and its `dcp-zoo` lines are parsed by the command line.
 """
 
 import json
@@ -48,11 +48,13 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> Iterator[Block]:
     """All code blocks of a page."""
+    above = ""  # the paragraph or the block before
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             language, _, rest = token.info.partition(" ")
-            runs = re.match(r'title="(Needs |[\w/]+\.\w+")', rest) is None
-            yield Block(language, token.content, token.map[0] + 1, runs)
+            needs = above.startswith("*Needs ") or re.match(r'title="(Needs |[\w/]+\.\w+")', rest)
+            yield Block(language, token.content, token.map[0] + 1, runs=not needs)
+        above = token.content or above
 
 
 def commands(code: str) -> list[str]:

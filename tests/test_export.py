@@ -70,6 +70,17 @@ def test_onnx_preprocessing_is_the_transform(model, onnx_file, tmp_path):
         np.testing.assert_allclose(classifier.preprocess(image), transform(image).numpy(), atol=1e-6)
 
 
+def test_the_documented_client(onnx_file, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "walk_engineer.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(onnx_file, "model.onnx")
+    Image.effect_noise((300, 201), 90).convert("RGB").save("photo.jpg")
+    client: dict = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], client)
+    expected = OnnxClassifier(onnx_file).classify(load_image("photo.jpg"))
+    assert client["classify"]("photo.jpg") == pytest.approx({p["class"]: p["probability"] for p in expected}, abs=1e-5)
+
+
 def test_onnx_command_line_needs_no_torch_model(model, onnx_file, monkeypatch, run):
     path = sample_images()[0]
     with torch.no_grad():

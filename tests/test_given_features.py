@@ -39,7 +39,7 @@ def test_every_method_that_needs_features_only(folder, run):
     """Without further options: the files have one dataset, 4 shots and one draw."""
     code, _, err = sweep(run, folder)
     assert code == 0, err
-    assert "dcp (they need images); seeds 2, 3 (the features are of one draw)." in err
+    assert "dcp (they need images); seeds 2, 3 (the features are of one seed)." in err
     rows = {row["method"]: row for row in read_csv(folder / "sweep" / "results.csv")}
     assert set(rows) == ABLE
     assert {row["weights"] for row in rows.values()} == {"features of dcp_vitb32"}
@@ -119,7 +119,7 @@ def test_defaults_are_what_the_files_allow(without_text):
         "caltech101.npz has no text_vector; caltech101.npz has no train1_vector",
         "dtd.npz has no train4_vector",
         "cats.npz (not named after a dataset)",
-        "dcp (they need images); seeds 2, 3 (the features are of one draw)",
+        "dcp (they need images); seeds 2, 3 (the features are of one seed)",
     ):
         assert part in left_out
     chosen = {"methods": ["linear-probe"], "datasets": ["dtd"], "shots": [1], "seeds": [1]}

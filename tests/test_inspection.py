@@ -246,7 +246,7 @@ def test_train_says_what_copies_in_the_test_add_to_the_accuracy(cache, tmp_path,
     assert code == 0, err
     said = " ".join(err.split())
     assert re.search(r"2 of 4 test images show the same picture as a training image, such as test/cat/0.png and", said)
-    assert re.search(r"Without them: [\d.]+ % \(\d of 2; .*\), [+-][\d.]+ points", said)
+    assert re.search(r"Without them: [\d.]+ % \(\d of 2; .*\), [+-][\d.]+ percentage points", said)
     config = json.loads(Path("head/config.json").read_text())
     assert config["dcp"]["test_images"] == 4
     for file in Path("photos/test").glob("*/0.png"):

@@ -169,7 +169,7 @@ def test_autocast(model, precision):
         ({"depth": 0}, "depth must be at least 1"),
         ({"classnames": []}, "must not be empty"),
         ({"classnames": ["ant", " "]}, "must not be empty"),
-        ({"classnames": ["ant", "None of these"]}, "'None of these' is an answer besides the classes"),
+        ({"classnames": ["ant", "None of these"]}, "'None of these' is a reserved name"),
         ({"classnames": "ant"}, "must be a list"),
         ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten it"),
         ({"classnames": ["ant", "very " * 500 + "long"]}, "shorten it"),

@@ -201,7 +201,7 @@ def plan_given(
         if method in METHODS and method not in able:
             raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
     if set(seeds) - {DRAW}:
-        raise ZooError(f"The features are of one draw of the training images: pass --seeds {DRAW}, or omit --seeds.")
+        raise ZooError(f"The features are of one seed's training images: pass --seeds {DRAW}, or omit --seeds.")
     found = sorted(path.stem for path in folder.glob("*.npz"))
     names = datasets or [name for name in DATASETS if name in found]
     if not names:
@@ -224,7 +224,7 @@ def plan_given(
     if not methods:
         left_out.append(f"{', '.join(name for name in METHODS if name not in able)} (they need images)")
     if not seeds:
-        left_out.append(f"seeds {', '.join(str(s) for s in SEEDS if s != DRAW)} (the features are of one draw)")
+        left_out.append(f"seeds {', '.join(str(s) for s in SEEDS if s != DRAW)} (the features are of one seed)")
     return kept, "; ".join(left_out)
 
 

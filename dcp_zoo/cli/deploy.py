@@ -48,7 +48,7 @@ class ExportOptions:
     dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: opt.DataRoot = None
     overwrite: opt.Overwrite = False
-    max_drop: float = opt.option(1.0, "For int8: points of top-1 that may be lost, or nothing is written.", min=0)
+    max_drop: float = opt.option(1.0, "For int8: percentage points of top-1 that may be lost.", min=0)
 
 
 @opt.takes_options
@@ -101,7 +101,7 @@ def export(options: ExportOptions) -> None:
         q = OnnxClassifier(path).info["quantization"]
         output.print(
             f"int8 on {q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} "
-            f"%), {q['same_answer']:.1f} % of the answers are the same, {q['speedup']:.1f} x as fast on this machine."
+            f"%), {q['same_answer']:.1f} % of predictions the same, {q['speedup']:.1f} x as fast on this machine."
         )
 
 

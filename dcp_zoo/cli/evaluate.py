@@ -145,14 +145,14 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
     accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
     confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
-    surest = evaluation.mistakes[:MOST]
-    mistakes = [(near(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in surest]
+    most_confident = evaluation.mistakes[:MOST]
+    mistakes = [(near(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in most_confident]
     tables = [
         plain_table((worst, "correct", "of", "95 % interval"), accuracies),
         plain_table(("images of", "named", "times"), confused),
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
-    output.print(plain_table(("surest mistakes", "is", "named", "probability"), mistakes))
+    output.print(plain_table(("most confident mistakes", "is", "named", "probability"), mistakes))
 
 
 def near(path: str) -> str:

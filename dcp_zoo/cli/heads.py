@@ -45,7 +45,7 @@ def fit_text_probe(
     threads: opt.Threads = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Give a head a text probe, a classifier on its image features, in seconds. Prompts are not trained.
+    """Give a head a text probe, a classifier on its image features. Prompts are not trained.
 
     It needs a few labelled images of the head's classes, by default those that the head was trained on. Of your own,
     some are held out to measure the accuracy, and then it is fitted again on all, unless --shots limits them. It also
@@ -185,8 +185,8 @@ def rename(
     output_dir: opt.Output,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Rename a class. CLIP goes on reading the old name, so that every answer, the accuracy and the rejection threshold
-    stay as they are.
+    """Rename a class. CLIP goes on reading the old name, so that predictions, accuracy and rejection
+    threshold stay as they are.
 
     [dim]dcp-zoo classes rename tulipe tulip --head my_head --output english_head[/]
     """
@@ -196,7 +196,7 @@ def rename(
         if stored := dict(model.info.get(key) or ()):
             changed = {new if known == name else known: value for known, value in stored.items()}
             model.info[key] = changed if key == "class_images" else [list(pair) for pair in changed.items()]
-    kept = "CLIP goes on reading the old name: the answers, the accuracy and the rejection threshold stay."
+    kept = "CLIP goes on reading the old name: the predictions, the accuracy and the rejection threshold stay."
     _save(model, output_dir, f"{name} is now {new}", kept)
 
 

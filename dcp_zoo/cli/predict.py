@@ -44,7 +44,7 @@ class PredictOptions:
     images: Annotated[
         list[str] | None,
         Argument(
-            help="Images, films, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
+            help="Images, videos, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
             "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None
@@ -67,13 +67,13 @@ class PredictOptions:
     )
     hierarchy: Path | None = opt.option(
         None,
-        "A tree of the classes in JSON or YAML, parents above classes: answer with the most specific one that is sure.",
+        "A tree of the classes in JSON or YAML, parents above classes: predict the most specific confident one.",
         metavar="FILE",
     )
     error_rate: float = opt.option(
-        0.1, "With --hierarchy: the share of the answers that may be wrong.", min=0.001, max=0.49
+        0.1, "With --hierarchy: the share of predictions that may be wrong.", min=0.001, max=0.49
     )
-    fps: float = opt.option(1.0, "Of films: classify so many frames per second.", min=0.001)
+    fps: float = opt.option(1.0, "Of videos: classify so many frames per second.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(

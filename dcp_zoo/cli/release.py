@@ -178,7 +178,7 @@ def verify(
 ) -> None:
     """Measure a head again on the test images of its dataset, and compare with what its card claims.
 
-    The exit code is 1 if an accuracy differs by more than 0.05 points, or a head of --all cannot be measured.
+    The exit code is 1 if an accuracy differs by over 0.05 percentage points, or a head of --all cannot be measured.
 
     [dim]dcp-zoo verify --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo verify --all --data-root DATA[/]

@@ -44,18 +44,18 @@ class TrainOptions:
     model: opt.Model = "dcp_mini"
     method: str | None = opt.option(
         None,
-        f"{DEFAULT_METHOD}, a classifier on CLIP's features, in seconds (the default); dcp, prompts in both towers and "
-        f"that, in minutes; or another: {', '.join(METHODS)}.",
+        f"{DEFAULT_METHOD}, a classifier on CLIP's features, the default; dcp, coupled prompts in both towers and a "
+        f"text probe, which takes longer; or another: {', '.join(METHODS)}.",
     )
     classifier: str | None = opt.option(
-        None, "What follows the method's logits: text-probe or none. Default: the recipe's; text-probe for dcp."
+        None, "What is added to the method's logits: text-probe or none. Default: the recipe's; text-probe for dcp."
     )
     labels: opt.Labels = None
     dataset: opt.Dataset = None
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     class_weight: str | None = opt.option(
-        None, "Classes weigh the same in dcp's loss, as in a text probe by default.", metavar="balanced"
+        None, "Weight classes equally in the loss of prompts, as a text probe does anyway.", metavar="balanced"
     )
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
     seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
@@ -222,7 +222,7 @@ def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
     without = "None is left without them."
     if others := [hit for i, hit in enumerate(hits) if i not in found]:
         rest = Accuracy("", sum(others), len(others))
-        without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} points."
+        without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} percentage points."
     warnings.warn(
         f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as "
         f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high. {without} dcp-zoo inspect "

@@ -68,7 +68,7 @@ def _close() -> None:
 
 
 def _reading(path: str) -> AbstractContextManager[None]:
-    message = f"Cannot read the film {path}: {{}}. Replace the file, or leave it out."
+    message = f"Cannot read the video {path}: {{}}. Replace the file, or leave it out."
     return as_zoo_error(message, Exception)  # decoders raise almost any exception for damaged files
 
 

@@ -188,7 +188,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     ]
     count = sum(file.lower().endswith(IMAGE_SUFFIXES) for path in answers for file in visible_files(path))
     names = ", ".join(sorted({path.name for path in answers}))
-    note = f"Left out: {count} images in {names}, as these answers are no classes." if answers else ""
+    note = f"Left out: {count} images in {names}, as these names are reserved." if answers else ""
     return _by_class(Split(spec.name, classes, train, val, test, note=note, place=str(folder)))
 
 
@@ -227,7 +227,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         image, name, change, error, rejected = ("" if i < 0 else row[i] for i in columns)
         name = NONE if rejected.lower() == "true" else change or name
         if error or is_reserved(name) or is_frame(image) or is_film(image):
-            left_out["that cannot be read" if error else f"{name!r}" if is_reserved(name) else "of films"] += 1
+            left_out["that cannot be read" if error else f"{name!r}" if is_reserved(name) else "of videos"] += 1
         elif not image or not name or len(row) > len(header) or rejected.lower() not in ("", "false"):
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
         elif not (path := _listed(image, folder)):

@@ -55,7 +55,7 @@ def read_hierarchy(file: Path) -> dict[str, list[str]]:
     if len(paths) < len(leaves) or len(names) < len(nodes) or not paths:
         raise ZooError(f"The hierarchy {file} must have each name once: write {FORM}.")
     if answers := [*filter(is_reserved, names)]:
-        raise ZooError(f"The hierarchy {file} has the name {answers[0]!r}, which is an answer: choose another.")
+        raise ZooError(f"The hierarchy {file} has the name {answers[0]!r}, which is reserved: choose another.")
     return paths
 
 

@@ -23,7 +23,7 @@ class Limits(Checked):
     max_images: int = count(16, "Images of one request.")
     max_batch: int = count(16, "Images of one batch.")
     max_waiting: int = count(256, "Images that may wait; others get 503.")
-    timeout: float = option(30, "Seconds for a request to arrive, and for what is in progress at the end.", min=0.001)
+    timeout: float = option(30, "Seconds for a request to arrive, and the grace period at shutdown.", min=0.001)
 
     @property
     def max_bytes(self) -> int:

@@ -34,7 +34,7 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     if not names or not all(map(_normalised, names)):
         raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
     if reserved := [name for name in names if is_reserved(name)]:
-        raise ZooError(f"{reserved[0]!r} is an answer besides the classes, and cannot be one: choose another name.")
+        raise ZooError(f"{reserved[0]!r} is a reserved name, and cannot be a class: choose another name.")
     if problem := repeated_names(names):
         warnings.warn(problem, stacklevel=3)
     return names

@@ -124,9 +124,9 @@ def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: R
         stored, batch, clip = top1["stored"], top1["batch"], plain["top1"]
         below, apart = BELOW_ZERO_SHOT + chance(clip, images), STATS_APART + chance(batch, images)
         if stored < clip - below:
-            found.append(f"top-1 {stored:.2f} is more than {below:.1f} points below zero-shot CLIP's {clip:.2f}")
+            found.append(f"top-1 {stored:.2f} is over {below:.1f} percentage points below zero-shot CLIP's {clip:.2f}")
         if abs(stored - batch) > apart:
-            found.append(f"stored {stored:.2f} and batch statistics {batch:.2f} are more than {apart:.1f} points apart")
+            found.append(f"stored {stored:.2f} and batch {batch:.2f} are over {apart:.1f} percentage points apart")
     else:
         found.append("its accuracy was not measured with both kinds of statistics")
     return [*found, split_note] if split_note else found

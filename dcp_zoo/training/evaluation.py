@@ -1,4 +1,4 @@
-"""Run a head on labelled images, and measure its answers: accuracy with its interval, per class, confused classes,
+"""Run a head on labelled images, and measure its predictions: accuracy with its interval, per class, confused classes,
 mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
 
 import math
@@ -58,7 +58,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answers of a head on labelled images. `logits` (n, C), for its class names, are on the CPU."""
+    """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU."""
 
     classnames: Sequence[str]
     items: Sequence[Item]
@@ -108,7 +108,7 @@ class Evaluation:
 
     @property
     def mistakes(self) -> list[Mistake]:
-        """The images that were classified wrongly, those with the most probable wrong answer first."""
+        """The images that were classified wrongly, those with the most probable wrong class first."""
         sure = self.logits.softmax(-1).amax(-1)
         wrong = (self.predicted != self.labels).nonzero().flatten().tolist()
         names = self.classnames
@@ -160,7 +160,7 @@ def predict_modes(
 def measure(
     source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent in each mode of `predict_modes`, and the answers in the first."""
+    """Top-1 accuracy in percent in each mode of `predict_modes`, and the predictions in the first."""
     logits = predict_modes(source, batch_size, progress)
     metrics = {f"top1_{mode}": top1(found, source.labels) for mode, found in logits.items()}
     return metrics, Evaluation(source.head.classnames, source.items, next(iter(logits.values())))

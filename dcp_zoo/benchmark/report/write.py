@@ -1,5 +1,5 @@
 """The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page; and a page
-on the answers of a head: accuracy per class, confused pairs, and the mistakes as pictures."""
+on the predictions of a head: accuracy per class, confused pairs, and the mistakes as pictures."""
 
 import io
 import re
