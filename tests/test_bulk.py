@@ -883,7 +883,10 @@ def test_images_of_other_things_are_rejected(photos):
     assert list(table.rejected) == [True, True, True, True, None, True, *[False] * 6]
     assert set(table["class"].dropna()) == {"bright"}
     assert len(list(Path("sorted/none of these").iterdir())) == 5
-    assert ">none of these\n<small>5 images" in Path("s.html").read_text()
+    page = Path("s.html").read_text()
+    assert re.findall(r'<h2 id="\d+">(.*)', page) == ["bright", "none of these"]
+    assert ">none of these\n<small>5 images" in page
+    assert "images in 1 class" in page
 
 
 def test_a_hierarchy_answers_with_what_is_sure(photos):

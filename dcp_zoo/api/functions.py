@@ -166,8 +166,8 @@ def predict(
         images: one image, a sequence of images, or a folder; see `train`.
         reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
             that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
-        together: refine the predictions by the other images, on which they then depend. Rejected images stay rejected, and
-            play no part.
+        together: refine the predictions by the other images, on which they then depend. Rejected images stay rejected
+            and play no part.
         batch_size: images per batch; it does not affect the predictions.
 
     Raises:

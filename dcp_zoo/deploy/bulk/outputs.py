@@ -27,7 +27,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.files import check_writable, templates, unfinished, write_file
-from dcp_zoo.texts import write_csv
+from dcp_zoo.texts import NONE, write_csv
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
@@ -148,7 +148,10 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
-    content = {"groups": sorted(groups.items()), "pictures": pictures, "errors": errors, "total": len(images)}
+    last = [(NONE, groups.pop(NONE))] if NONE in groups else []
+    classes = sorted(groups.items())
+    content = {"groups": classes + last, "classes": len(classes), "pictures": pictures, "errors": errors}
+    content["total"] = len(images)
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
 
