@@ -9,7 +9,8 @@
 
 DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as `CHANGES` says:
 for a machine without CUDA, for a current torch, and where a published line cannot run. The miniature takes the place of
-CLIP. Every run replaces its own rows in `results/parity.csv`; those there are of `--epochs 2 --every 15 --first 25`.
+CLIP. Every run replaces its own rows in `results/parity.csv`; those of MaPLe are of `--epochs 2 --every 15 --first
+25`.
 """
 
 import argparse

@@ -246,7 +246,7 @@ def parity() -> str:
         return "*Not measured yet.*"
     rows = results("parity")
     runs = rows.assign(run=rows.method.map(tables.title) + ", seed " + rows.seed.astype(str))
-    shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False)
+    shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
     return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
 
