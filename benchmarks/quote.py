@@ -281,9 +281,7 @@ def rejection(file: str = "rejection") -> str:
 
 
 def folder(keys: str = "") -> str:
-    """What the rules for a folder as a whole change, in points: of all runs by rule, or by these columns."""
-    if not (RESULTS / "together.csv").exists():
-        return "*Not measured yet.*"
+    """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns."""
     rows = results("together")
     rows["features"] = rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"})
     few = rows[rows.images_per_class <= 4]
@@ -310,8 +308,8 @@ def folder(keys: str = "") -> str:
 def counts() -> str:
     """The numbers per class of a folder as a whole, by its composition."""
     rows = results("together_counts")
-    columns = {"coverage": "in the range, %", "error_plain": "error of answers alone"}
-    columns |= {"error_together": "of refined answers", "error_count": "of --count"}
+    columns = {"coverage": "in the range, %", "error_plain": "error of predictions alone"}
+    columns |= {"error_together": "of refined predictions", "error_count": "of --count"}
     means = rows.groupby("composition", sort=False)[[*columns]].mean()
     lines = [[name, *map("{:.1f}".format, line)] for name, line in zip(means.index, means.values, strict=True)]
     return as_table(["composition", *columns.values()], lines)
