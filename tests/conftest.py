@@ -81,6 +81,11 @@ class CommandLine:
         return err
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: torch refuses to train in a fork of a process in which it has used more threads."""
+    items.sort(key=lambda item: item.path.name not in ("test_distributed.py", "test_build.py"))
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> CommandLine:
     return CommandLine(monkeypatch, capsys)

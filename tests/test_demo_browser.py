@@ -149,7 +149,7 @@ def test_class_names_and_views(visit, photograph):
     tab(page, "Batch")
     headers = page.get_by_role("table", name="Logits of cat.jpg").get_by_role("columnheader")
     headers.last.wait_for()
-    assert headers.all_inner_texts()[:3] == ["statistics", "other images", "answer"]
+    assert headers.all_inner_texts()[:3] == ["statistics", "other images", "prediction"]
     tab(page, "Answers")
     page.get_by_role("button", name="The model's own").click()
     page.locator(".dcp-bars th", has_text="temple").first.wait_for(state="detached")

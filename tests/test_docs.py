@@ -33,10 +33,10 @@ from dcp_zoo.data import Split, load_split
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml")
+SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml", "bibtex")
 RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
-GROUPS = {"dcp_zoo.methods"}  # entry points, no module
+GROUPS = {"dcp_zoo.methods", "dcp_zoo.__file__"}  # entry points, and what every module has
 
 
 class Block(NamedTuple):

@@ -82,7 +82,7 @@ def run(
         _finish(rows, images, outputs, answers, kept)
         failed, changed = sum("error" in row for row in answers()), [row for row in answers() if is_changed(row)]
     rows.remove()
-    return Summary(len(images), resumed, failed, changed, counts)
+    return Summary(len(images), resumed, failed, tuple(changed), tuple(counts))
 
 
 def _finish(
