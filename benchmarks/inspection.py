@@ -27,7 +27,7 @@ from cleanlab.filter import find_label_issues
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable, of_class, relabelled, tiny_imagenet
+from tuning import GrowingTable, of_class, tiny_imagenet
 
 from dcp_zoo import inspect
 from dcp_zoo.benchmark.plan import weights_id
@@ -54,11 +54,11 @@ TINY = "tiny-imagenet-200"
 
 @dataclass(frozen=True)
 class Folder:
-    """The classes `labels` of a dataset, all for None or so many drawn ones, with so many training images each."""
+    """The classes `labels` of a dataset, or all, with so many training images each."""
 
     dataset: str
     images: int
-    labels: range | int | None = None
+    labels: range | None = None
 
 
 SETS = {  # how many images of each class the draws are from
@@ -123,15 +123,13 @@ def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
     """Training images of one draw, and test images: the dataset's own, or those that are left."""
     rng = random.Random(seed)
     if folder.dataset == TINY:
-        chosen = sorted(rng.sample(range(200), folder.labels)) if isinstance(folder.labels, int) else folder.labels
-        names, items = tiny_imagenet(chosen, 25, data_root / TINY, images, "val")
+        names, items = tiny_imagenet(folder.labels, 25, data_root / TINY, images, "val")
         train = test = items
     else:
         split = load_split(folder.dataset, data_root)
-        count = folder.labels or len(split.classnames)
-        chosen = sorted(rng.sample(range(len(split.classnames)), count))
-        names = [split.classnames[label] for label in chosen]
-        train, test = relabelled(split.train or split.test, chosen), relabelled(split.test, chosen)  # PACS has no parts
+        names = split.classnames
+        rng.sample(names, len(names))  # the draws of the committed results come after this one
+        train, test = split.train or split.test, split.test  # PACS has no parts
     drawn = [item for label in range(len(names)) for item in _draw(train, label, folder.images, rng)]
     rest = sorted({*test} - {*drawn})
     return Split("folder", names, drawn, [], rng.sample(rest, min(TEST_IMAGES, len(rest))))

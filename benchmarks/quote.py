@@ -283,7 +283,7 @@ def rejection(file: str = "rejection") -> str:
 def folder(keys: str = "") -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns."""
     rows = results("together")
-    rows["features"] = rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"})
+    rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"}))
     few = rows[rows.images_per_class <= 4]
     if keys:
         means = few.pivot_table("change", keys.split(), "rule", sort=False)

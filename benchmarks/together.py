@@ -32,7 +32,7 @@ from rejection import MODEL
 from sets import CHOOSING, REPORTING
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable
+from tuning import GrowingTable, of_class
 
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.deploy.together import count, together
@@ -77,7 +77,7 @@ def features(data: Path, output: Path) -> None:
             continue
         with TemporaryDirectory() as folder:
             names, train, test = make(data, Path(folder))
-            of_each = [[item for item in train if item.label == label] for label in range(len(names))]
+            of_each = [of_class(train, label) for label in range(len(names))]
             pool = [item for own in of_each for item in random.Random(1).sample(own, min(POOL, len(own)))]
             sources = [image_source(clip, items, "none", 0, progress_bar, True) for items in (pool, test)]
             weight, bias = on_cpu(clip.scaled(clip.zero_shot_classifier(names)))
@@ -192,8 +192,8 @@ def stat_a(folder: Folder) -> Tensor:
 
 
 def trans_clip(folder: Folder) -> Tensor:
-    """TransCLIP without labelled images (Zanella et al., NeurIPS 2024), by its equations, on the head's probabilities;
-    class means begin at the eight surest images."""
+    """TransCLIP without labelled images (Zanella et al., NeurIPS 2024), written from memory of the paper, on the head's
+    probabilities; class means begin at the eight surest images."""
     (p, f, _), w = folder, folder.affinities(3)
     z, logs = p, p.clamp(min=1e-9).log()
     means = torch.stack([f[of.topk(min(8, len(f))).indices].mean(0) for of in p.T])
