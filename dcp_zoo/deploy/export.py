@@ -161,7 +161,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {  # what it takes: uint8 with the channels
         "taken": "uint8[batch, height, width, 3] pixels",
         "constants": "",
         "begin": "",
-        **{"first": 1, "last": 3, "sides": "1, 2", "channels": "3"},
+        "first": 1,
+        "last": 3,
+        "sides": "1, 2",
+        "channels": "3",
         "finish": "Transpose <perm = [0, 3, 1, 2]>",
     },
     "rgb": {
@@ -169,7 +172,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {  # what it takes: uint8 with the channels
         "constants": ", float white = {255.0}, float step = {0.5}",
         "begin": "scaled_up = Mul (rgb, white) rounded_up = Add (scaled_up, step) pixels = Cast <to = 2> (rounded_up)",
         # no Transpose: ONNX Runtime 1.32 moves it before Shape and does not mind `start` and `end`
-        **{"first": 2, "last": 4, "sides": "2, 3", "channels": "3, 1, 1"},
+        "first": 2,
+        "last": 4,
+        "sides": "2, 3",
+        "channels": "3, 1, 1",
         "finish": "Identity",
     },
 }
@@ -195,16 +201,23 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
         model = with_softmax(with_preprocessing(model, info["preprocessing"]))
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(info)})
     onnx.save(model, path)
-    _compare_probabilities(OnnxClassifier(path), plain, TOLERANCES[precision])
+    variant = OnnxClassifier(path)
+
+    def probabilities(image: Image.Image) -> np.ndarray:
+        given = np.asarray(image) if variant.takes_pixels else variant.preprocess(image)
+        return variant.probabilities(given[None])
+
+    compare_probabilities(probabilities, plain, TOLERANCES[precision])
 
 
-def _compare_probabilities(variant: OnnxClassifier, plain: OnnxClassifier, tolerance: float) -> None:
-    """Raise ZooError if probabilities of photographs of odd sizes differ."""
+def compare_probabilities(
+    variant: Callable[[Image.Image], np.ndarray], plain: OnnxClassifier, tolerance: float
+) -> None:
+    """Raise ZooError if the probabilities (1, C) that a variant gives for photographs of odd sizes differ."""
     for path, size in zip(sample_images(), SIZES, strict=False):
         image = load_image(path).resize(size, Image.Resampling.BICUBIC)
         expected = plain.probabilities(plain.preprocess(image)[None])
-        given = np.asarray(image) if variant.takes_pixels else variant.preprocess(image)
-        error = float(np.abs(variant.probabilities(given[None]) - expected).max())
+        error = float(np.abs(variant(image) - expected).max())
         if error > tolerance:
             raise ZooError(
                 f"Probabilities of the file for a photograph of {size[0]} x {size[1]} differ from the model's by "

@@ -47,8 +47,7 @@ from dcp_zoo.model.text_probe import (
     nearest,
 )
 from dcp_zoo.training.recipes import FITTED, MANY
-from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
-from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.training.sources import ImageSource, Progress, encode_views, image_source, no_progress
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
@@ -85,7 +84,8 @@ def fit_probe(
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
-        features = ImageSource(head, pictures, create_transform(head), once=True).features(1)[0].to(head.device)
+        shown = image_source(head, pictures, once=True, precision=train.precision)
+        features = shown.features(1)[0].to(head.device)
         scores = in_distribution_score(head.classify(features).cpu().numpy(), head.distances(features))
         info["others_accepted"] = share_above(thresholds, scores)
     return info

@@ -78,11 +78,12 @@ def run(
         kept = rows.features() if job.together or outputs.features else None
         if predictor and job.together and kept is not None:
             refined, counts = job.refined([*answers()], kept, predictor.classnames)
-            answers, kept = refined.__iter__, kept[:, : -len(predictor.classnames)]
+            answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
         _finish(rows, images, outputs, answers, kept)
-        failed, changed = sum("error" in row for row in answers()), [row for row in answers() if is_changed(row)]
+        failed = sum("error" in row for row in answers())
+        changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
     rows.remove()
-    return Summary(len(images), resumed, failed, tuple(changed), tuple(counts))
+    return Summary(len(images), resumed, failed, changed, tuple(counts))
 
 
 def _finish(

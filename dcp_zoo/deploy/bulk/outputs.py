@@ -150,8 +150,13 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
 
     last = [(NONE, groups.pop(NONE))] if NONE in groups else []
     classes = sorted(groups.items())
-    content = {"groups": classes + last, "classes": len(classes), "pictures": pictures, "errors": errors}
-    content["total"] = len(images)
+    content = {
+        "groups": classes + last,
+        "classes": len(classes),
+        "pictures": pictures,
+        "errors": errors,
+        "total": len(images),
+    }
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
 
