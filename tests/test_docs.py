@@ -2,7 +2,7 @@
 checked without running.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
-below a line in italics that begins with "Needs" (CLIP's weights, a network, a server, minutes), or whose title does or
+below a line in italics that begins with "Needs" (CLIP's weights, a network, a server, minutes), or whose title
 is the name of a file, is not run: its Python is compiled, and its `dcp-zoo` lines are parsed by the command line.
 """
 
@@ -52,7 +52,7 @@ def blocks(page: Path) -> Iterator[Block]:
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             language, _, rest = token.info.partition(" ")
-            needs = above.startswith("*Needs ") or re.match(r'title="(Needs |[\w/]+\.\w+")', rest)
+            needs = above.startswith("*Needs ") or re.match(r'title="[\w/]+\.\w+"', rest)
             yield Block(language, token.content, token.map[0] + 1, runs=not needs)
         above = token.content or above
 
