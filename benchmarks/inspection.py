@@ -1,11 +1,12 @@
-"""`dcp-zoo inspect` and `suggest` measured: swapped labels, suggested images, planted duplicates, and the time.
+"""`dcp-zoo inspect` and `suggest` measured: swapped labels, images of none of the classes, suggested images, planted
+duplicates, and the time.
 
     python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
 
-DATA holds `caltech-101` in CoOp's layout, `pacs` and `tiny-imagenet-200` (parquet). Thresholds were chosen on training
-and validation images of Caltech-101 and PACS photographs; how images are suggested, on Caltech-101's validation images,
-photographs, sketches and other classes of Tiny ImageNet. Of that only validation images are read, as the miniature was
-trained on the others. Times are of the processor.
+DATA is as in `sets.py`. Images of none of the classes come from the reporting sets there. Other thresholds were chosen
+on training and validation images of Caltech-101 and PACS photographs; how images are suggested, on Caltech-101's
+validation images, photographs, sketches and other classes of Tiny ImageNet. Of that only validation images are read,
+as the miniature was trained on the others. Times are of the processor.
 """
 
 import os
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 import typer
 from cleanlab.filter import find_label_issues
 from PIL import Image, ImageOps
+from sets import REPORTING
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class, tiny_imagenet
@@ -33,7 +36,7 @@ from dcp_zoo import inspect
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_image, load_split
-from dcp_zoo.inspection.labels import out_of_fold, suspected
+from dcp_zoo.inspection.labels import of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
@@ -85,6 +88,12 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
                     drawn = which if measure is labels else replace(which, images=10**6)
                     images = images or Images(clip, draw(drawn, data_root, Path(folder), 0))
                     table.add((*head, *row) for row in measure(images, seed))
+        for name, others in product(*[REPORTING] * 2):
+            for seed in DRAWS if name != others else ():
+                head = weights_id(MODEL), strangers.__name__, f"{name} with {others}", seed
+                if head not in table:
+                    pair = [reporting(clip, each, data_root, Path(folder)) for each in (name, others)]
+                    table.add((*head, *row) for row in strangers(*pair, seed))
         for once in (duplicates, processor_time):
             head = weights_id(MODEL), once.__name__, "Caltech-101 and PACS", 1
             if head not in table:
@@ -149,7 +158,7 @@ def labels(images: Images, seed: int) -> Measured:
     given = images.labels[rows].clone()
     for i in swapped:
         given[i] = rng.choice([label for label in range(classes) if label != given[i]])
-    chances = out_of_fold(images.train[rows], images.text[rows], given)
+    chances, _ = out_of_fold(images.train[rows], images.text[rows], given)
     found = suspected(chances, given)
     doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
     kinds = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
@@ -173,6 +182,36 @@ def labels(images: Images, seed: int) -> Measured:
     yield "top1 without suspects", images.top1([row for i, row in enumerate(rows) if i not in {*found}], with_swaps)
     kept = [row for i, row in enumerate(rows) if i not in seen]
     yield "top1 without those that a person finds among twice as many", images.top1(kept, with_swaps)
+
+
+# ---------------------------------------------------------------------------------------------------------- strangers
+
+
+@cache
+def reporting(clip: FrozenCLIP, name: str, data_root: Path, folder: Path) -> Images:
+    """Up to twice `PER_CLASS` images of each class of a reporting set."""
+    names, train, test = REPORTING[name](data_root, folder)
+    rng = random.Random(0)
+    drawn = [item for label in range(len(names)) for item in _draw(train + test, label, 2 * PER_CLASS, rng)]
+    return Images(clip, Split("folder", names, drawn))
+
+
+def strangers(images: Images, others: Images, seed: int) -> Measured:
+    """Images of another set among the classes at random, one in twenty: how many of them, and of the set's own, are
+    said to show none of the classes."""
+    rng, classes = random.Random(seed), len(images.split.classnames)
+    own = [(images.labels == label).nonzero().flatten().tolist() for label in range(classes)]
+    rows = [i for of_class in own for i in rng.sample(of_class, PER_CLASS)]
+    planted = rng.sample(range(len(others.labels)), max(2, round(SWAPPED * len(rows))))
+    features = torch.cat([images.train[rows], others.train[planted]])
+    labels = torch.cat([images.labels[rows], torch.tensor([rng.randrange(classes) for _ in planted])])
+    chances, distances = out_of_fold(features, F.linear(features, *images.linear), labels)
+    found = of_no_class(chances, distances, labels)
+    right = sum(i >= len(rows) for i in found)
+    yield "images", len(rows)
+    yield "planted", len(planted)
+    yield "planted found", right
+    yield "others taken for planted", len(found) - right
 
 
 # --------------------------------------------------------------------------------------------------------- suggestions

@@ -19,7 +19,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
@@ -137,14 +137,27 @@ def test_swapped_labels_are_suspected():
     features = torch.nn.functional.normalize(centres[truth] + 0.1 * torch.randn(40, 16, generator=generator), dim=1)
     labels = truth.clone()
     labels[[0, 11, 22]] = torch.tensor([3, 4, 0])
-    chances = out_of_fold(features, torch.zeros(40, 5), labels)
+    chances, _ = out_of_fold(features, torch.zeros(40, 5), labels)
     assert sorted(suspected(chances, labels)) == [0, 11, 22]
     assert (chances.argmax(1) == truth).all()
     curve = learning_curve(features, torch.zeros(40, 5), truth)
     assert [point.images for point in curve] == [1, 2, 4]
     assert curve[-1].accuracy > 95
     alone = torch.tensor([0, 1, 2, 3, 4, *[0] * 5])
-    assert torch.isfinite(out_of_fold(features[:10], torch.zeros(10, 5), alone)).all()
+    alone_chances, alone_distances = out_of_fold(features[:10], torch.zeros(10, 5), alone)
+    assert torch.isfinite(alone_chances).all()
+    assert not alone_distances[1:5].any()
+
+
+def test_images_of_no_class_are_found():
+    generator = torch.Generator().manual_seed(0)
+    shown = torch.arange(5).repeat(8)
+    labels = shown.clone()
+    shown[[5, 26]] = 5  # a sixth thing, which is no class
+    labels[[0, 11]] = torch.tensor([3, 4])
+    features = torch.eye(6, 16)[shown] + 0.1 * torch.randn(40, 16, generator=generator)
+    chances, distances = out_of_fold(torch.nn.functional.normalize(features, dim=1), torch.zeros(40, 5), labels)
+    assert sorted(of_no_class(chances, distances, labels)[:2]) == [5, 26]
 
 
 def test_problems_name_the_image():

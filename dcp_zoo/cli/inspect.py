@@ -67,8 +67,8 @@ def inspect(
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     output.print(
-        f"{len(found.suspects)} labels that may be wrong, {len(found.groups)} groups of duplicates, "
-        f"{len(found.problems)} bad images."
+        f"{len(found.suspects)} labels that may be wrong, {len(found.of_no_class)} images that may show none of the "
+        f"classes, {len(found.groups)} groups of duplicates, {len(found.problems)} bad images."
     )
     output.print(f"Look at {page}; to change labels, edit {table}.")
 

@@ -19,7 +19,7 @@ from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
 from dcp_zoo.files import check_empty, templates, unfinished, write_file
-from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
+from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.names import check_classnames
@@ -42,7 +42,8 @@ class Inspected(NamedTuple):
         file: its path in the folder, or for an image in memory its number.
         label: its class.
         part: train, val or test.
-        problems: "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?" and "twice", joined by ";".
+        problems: "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?", "no class?" and "twice",
+            joined by ";".
         looks_like: the most probable class by the other images.
         label_probability: of its own class, from 0 to 1.
         same_as: another file with the same picture.
@@ -68,6 +69,7 @@ class Inspection:
         seen: their features and statistics.
         answers: of a classifier that was fitted without each image, for those that can be read.
         suspects: positions of images whose label is probably wrong, the most suspicious first.
+        of_no_class: positions of images that may show none of the classes, the least like them first.
         groups: positions of images that show the same picture.
         problems: what else is wrong with images, by position.
         curve: the accuracy to expect with more and fewer images per class.
@@ -78,6 +80,7 @@ class Inspection:
     seen: Seen
     answers: Evaluation
     suspects: list[int]
+    of_no_class: list[int]
     groups: list[list[int]]
     problems: dict[int, list[str]]
     curve: list[Point]
@@ -89,15 +92,15 @@ class Inspection:
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         readable = [i for i in range(len(items)) if i not in self.seen.errors]
         answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
-        suspects = set(self.suspects)
+        suspects, of_no_class = set(self.suspects), set(self.of_no_class)
         twins = {i: group for group in self.groups for i in group}
         rows = []
         for i, item in enumerate(items):
             looks = names[int(answers[i].argmax())] if i in answers else ""
             own = round(float(answers[i][item.label]), 4) if i in answers else None
             others = [other for other in twins.get(i, []) if other != i]
-            marks = ("label?" if i in suspects else "", "twice" if others else "")
-            found = [*self.problems.get(i, []), *filter(None, marks)]
+            marks = {"label?": i in suspects, "no class?": i in of_no_class, "twice": bool(others)}
+            found = [*self.problems.get(i, []), *(mark for mark, holds in marks.items() if holds)]
             # of one class the first stays, but a test image before others; of two only a person knows which is right
             kept = (o for o in others if (parts[o] != "test", o) < (parts[i] != "test", i))
             twin_to_drop = any(items[o].label == item.label for o in kept)
@@ -125,7 +128,8 @@ class Inspection:
         typical = {name: ends for name, ends in self.typical().items() if name in detailed}
         odd = [i for i in self.problems if i not in self.seen.errors]
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
-        shown = {*self.suspects[:SHOWN], *odd[:SHOWN], *(i for _, group in groups for i in group)}
+        lists = self.suspects, self.of_no_class, odd
+        shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
         shown |= {i for ends in typical.values() for i in ends}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
@@ -194,7 +198,7 @@ def inspect(
         raise ZooError(f"No image of {shorten(empty)} can be read: replace them, or remove the class.")
     weight, bias = (part.cpu() for part in clip.scaled(clip.zero_shot_classifier(data.classnames)))
     text = features @ weight.T + bias
-    answers = out_of_fold(features, text, target)
+    answers, distances = out_of_fold(features, text, target)
     groups = same_pictures(seen.features, seen.grey)
     test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
     copies = {i for group in groups if not test.issuperset(group) for i in group}
@@ -203,6 +207,7 @@ def inspect(
         seen,
         Evaluation(data.classnames, items, answers),
         [readable[i] for i in suspected(answers, target)],
+        [readable[i] for i in of_no_class(answers, distances, target)],
         groups,
         dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1])),
         learning_curve(features, text, target),

@@ -1,4 +1,5 @@
-"""What frozen features say about labels: probabilities from fits without the image, suspects, a learning curve."""
+"""What frozen features say about labels: probabilities from fits without the image, suspects, images of none of the
+classes, a learning curve."""
 
 import math
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.text_probe import minimum
+from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.model.text_probe import half_whitening, means_of_some, minimum, nearest
 from dcp_zoo.training.fit_probe import FOLDS, within_class
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 
 SURE, PER_CLASS = 20, 3
+IQR = 1.349  # standard deviations between the quartiles of a normal distribution
 SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
 
 
@@ -33,19 +36,29 @@ def gaussian_scores(features: Tensor, labels: Tensor, classes: int, of: Tensor) 
     return (of @ weight.T + bias) / (features @ weight.T + bias).std().clamp(min=1e-6)
 
 
-def out_of_fold(features: Tensor, text: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities (n, C) of normalised features (n, E) by Gaussian classes that were fitted without them, in four
-    folds, added to CLIP's text logits (n, C). The only image of a class is judged by the text."""
+def out_of_fold(features: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the other images say of each, in four folds: log-probabilities (n, C) of normalised features (n, E) by
+    Gaussian classes that were fitted without them, added to CLIP's text logits (n, C), and distances (n,) to the
+    nearest class mean, as of `TextProbe.distance`. The only image of a class is judged by the text, at no distance."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    fold, scores = torch.empty_like(labels), torch.zeros_like(text)
+    fold, scores, distances = torch.empty_like(labels), torch.zeros_like(text), torch.zeros(len(labels))
     fold[order] = within_class(labels[order]) % FOLDS
     fold[torch.bincount(labels)[labels] == 1] = FOLDS  # never left out
     for number in range(FOLDS):
         out = fold == number
         if out.any():
-            scores[out] = gaussian_scores(features[~out], labels[~out], text.shape[1], features[out])
+            others = features[~out], labels[~out]
+            scores[out] = gaussian_scores(*others, text.shape[1], features[out])
+            distances[out] = _to_nearest_mean(features[out], *others)
     u, v = fit_weights(text, scores, labels, prior(len(labels) / text.shape[1]))
-    return (u * text + v * scores).log_softmax(-1)
+    return (u * text + v * scores).log_softmax(-1), distances / distances.mean().clamp(min=1e-6)
+
+
+def _to_nearest_mean(of: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    classes = int(labels.max()) + 1
+    whitening = torch.linalg.matrix_power(half_whitening(features, labels), 2)
+    means = means_of_some(features, labels, classes).float()[torch.bincount(labels) > 0]
+    return nearest(of, whitening, means @ whitening)
 
 
 def prior(shots: float) -> tuple[float, float]:
@@ -73,6 +86,18 @@ def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
     doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
     order = doubt.argsort(descending=True, stable=True)
     return order[doubt[order] > math.log(max(SURE, PER_CLASS * log_probabilities.shape[1]))].tolist()
+
+
+def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) -> list[int]:
+    """The images that may show none of the classes, the least like them first: their `in_distribution_score` lies three
+    standard deviations, estimated from the quartiles, below the median, or one if their own class has a probability
+    below 1 / `SURE`. Chosen on art paintings, cartoons and Tiny ImageNet, see `benchmarks/inspection.py`."""
+    scores = torch.from_numpy(in_distribution_score(log_probabilities.numpy(), distances.numpy()))
+    low, middle, high = scores.quantile(scores.new_tensor([0.25, 0.5, 0.75]))
+    is_doubtful = log_probabilities.gather(1, labels[:, None])[:, 0] < -math.log(SURE)
+    odd = (distances > 0) & (scores < middle - torch.where(is_doubtful, 1, 3) * (high - low) / IQR)
+    order = scores.argsort(stable=True)
+    return order[odd[order]].tolist()
 
 
 def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point]:
