@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import typer.main
+from typer.cli import get_docs_for_click
 
 import dcp_zoo
 from dcp_zoo.benchmark.report import tables
+from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
@@ -205,12 +208,44 @@ def _submitted(path: Path) -> pd.DataFrame:
     return pd.DataFrame([row | {"source": f"{'this project' if measured else 'its authors'}: {entry['where']}"}])
 
 
+def commands() -> str:
+    """The help of every command; its examples, which are dim on the terminal, become code blocks."""
+    command: Any = typer.main.get_command(app)
+    every = [command, *(c for c in command.commands.values() if hasattr(c, "commands"))]
+    first = {name: re.split(r"(?<=\.)\s", c.help)[0] for group in every for name, c in group.commands.items()}
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dcp-zoo")
+    text = re.sub(r"(?<=`: ).*", lambda match: match[0].replace("*", r"\*"), text)  # wildcards are no emphasis
+    text = re.sub(r"(?:\[dim\].*?\[/\]\n*)+", _examples, text, flags=re.DOTALL)
+    text = re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
+    text = re.sub(
+        r"^\* `([\w-]+)`: .*\.\.\.$", lambda match: f"* `{match[1]}`: {first[match[1]]}", text, flags=re.MULTILINE
+    )
+    return text.replace("```console\n$ ", "```text\n").strip()
+
+
+def _examples(match: re.Match[str]) -> str:
+    lines = (re.sub(r"\s*\n\s*", " ", line) for line in re.findall(r"\[dim\](.*?)\[/\]", match[0], flags=re.DOTALL))
+    return "\n```text\n" + "\n".join(lines) + "\n```\n\n"
+
+
 def names(module: str, listed: str) -> str:
-    """Public names of a module, with the first sentence of what each says of itself. On the site, the whole reference
-    takes the place of this table."""
-    rows = []
+    """Public names of a module with their parameters, and the first sentence of what each says of itself. On the site,
+    the whole reference takes the place of this list."""
+    lines = []
     for name in listed.split():
-        text = inspect.getdoc(getattr(import_module(module), name)) or ""
-        first = re.split(r"(?<=\.)\s|:\n|\n\n", text)[0]
-        rows.append([f"`{module}.{name}`", first.replace("\n", " ").replace("|", r"\|")])
-    return table(["name", "what it is"], rows)
+        found = getattr(import_module(module), name)
+        first = re.split(r"(?<=\.)\s|:\n|\n\n", inspect.getdoc(found) or "")[0].replace("\n", " ")
+        lines.append(
+            f"- **`{module}.{name}`**`{parameters(found)}`\n  {first}"
+            if callable(found)
+            else f"- **`{module}.{name}`**\n  {first}"
+        )
+    return "\n".join(lines)
+
+
+def parameters(called: Any) -> str:
+    """The parameters of a function or a class and their defaults, without types."""
+    signature = inspect.signature(called)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    text = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    return re.sub(r"<(?:function|class) '?([\w.]+).*?>", r"\1", text)

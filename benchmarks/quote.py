@@ -25,6 +25,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     SERVING,
     as_table,
     columns_table,
+    commands,
     datasets_table,
     every_clip_table,
     heads_table,

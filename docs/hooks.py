@@ -1,4 +1,4 @@
-"""What mkdocs adds while it builds the pages: those made from code and from files outside `docs`.
+"""What mkdocs adds while it builds the pages: the notebooks as pages, and files outside `docs`.
 
 Everything else of the documentation, tables and pictures included, is committed: see benchmarks/quote.py.
 """
@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import typer
-import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import ExecutePreprocessor
-from typer.cli import get_docs_for_click
-
-from dcp_zoo.cli.app import app
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -36,7 +31,7 @@ REFERENCE = re.compile(r'<!-- begin: names\("([\w.]+)",\s*"([\w\s]+)"\) -->.*?<!
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and pictures that are made from something else."""
-    made: dict[str, str | bytes] = {"cli.md": command_line()}
+    made: dict[str, str | bytes] = {}
     for notebook in NOTEBOOKS:
         page, pictures = run_notebook(notebook)
         made |= {f"{notebook.stem}.md": page, **pictures}
@@ -75,20 +70,6 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 def on_post_page(output: str, **kwargs: Any) -> str:
     """The theme's search has no name for screen readers."""
     return output.replace('class="md-search"', 'class="md-search" aria-label="Search"')
-
-
-def command_line() -> str:
-    """Help of every command as Markdown; its examples, which are dim on the terminal, become code blocks."""
-    command = typer.main.get_command(app)
-    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dcp-zoo")
-    text = re.sub(r"(?<=`: ).*", lambda match: match[0].replace("*", r"\*"), text)  # wildcards are no emphasis
-    text = re.sub(r"(?:\[dim\].*?\[/\]\n*)+", _examples, text, flags=re.DOTALL)
-    return "# Command line\n\n" + re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
-
-
-def _examples(match: re.Match) -> str:
-    lines = (re.sub(r"\s*\n\s*", " ", line) for line in re.findall(r"\[dim\](.*?)\[/\]", match[0], flags=re.DOTALL))
-    return "\n```bash\n" + "\n".join(lines) + "\n```\n\n"
 
 
 @cache
