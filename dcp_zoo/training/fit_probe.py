@@ -13,13 +13,14 @@ zero-shot CLIP in units of that of a random guess. Validation images are not use
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
 that were left out would exceed if their scores were normally distributed, which takes fewer of them than counting does;
-20 are enough. `REJECT_RATES` are the other shares. `like_accepted` says how many would pass if their class was unknown,
-`others_accepted` how many of `everyday_pictures` pass, some of which may show a class of the head. Compared with
-other rules on the real CLIP's features and on validation images of the miniature, see `benchmarks/notes.md`.
+20 are enough. `REJECT_RATES` are the other shares. `like_accepted` says how many would pass if their class, and every
+second one, was unknown, `others_accepted` how many of `everyday_pictures` pass, some of which may show a class of the
+head. Compared with other rules on the real CLIP's features and on validation images of the miniature, see
+`benchmarks/notes.md`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -124,7 +125,8 @@ def fit_on_features(
     frozen, zero_shot = unseen or readings[0]
     text_logits = F.linear(frozen[0], *zero_shot)
     scale = text_scale(text_logits, labels)
-    left_out = folds(frozen, labels, _times(scale, zero_shot), weights)
+    text = _times(scale, zero_shot)
+    left_out = folds(frozen, labels, text, weights)
     if left_out:
         logits, truth = left_out_logits(left_out)
         evidence = by_evidence(logits, truth)
@@ -140,9 +142,13 @@ def fit_on_features(
     regressions = evidence[: len(PENALTIES)].clamp(min=1e-6)
     probe.evidence.copy_(regressions / regressions.sum())
     probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
-    info: dict[str, object] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
+    info: dict[str, Any] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
     if left_out:
         info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0))
+    if "thresholds" in info and len(names) > 2:
+        halves = class_halves(frozen, labels, text, weights)
+        if like := [_like_scores(probe, half, evidence) for half in halves]:
+            info["like_accepted"] = share_above(info["thresholds"], np.concatenate(like))
     return probe, info
 
 
@@ -156,31 +162,38 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) ->
     labels = torch.cat([labels for *_, labels in left_out])
     if len(labels) < THRESHOLD_IMAGES:
         return {}
-    own, others = (torch.cat([_distances(*part, without) for part in left_out]) for without in (False, True))
-    if not own.mean() > 0:
+    distances = torch.cat([_distances(candidates, features) for candidates, features, _ in left_out])
+    if not distances.mean() > 0:
         return {}
-    probe.spread.copy_(own.mean())
-    scores = torch.from_numpy(in_distribution_score(logits.numpy(), (own / probe.spread).numpy()))
+    probe.spread.copy_(distances.mean())
+    scores = torch.from_numpy(in_distribution_score(logits.numpy(), (distances / probe.spread).numpy()))
     middle, deviation = scores.mean().item(), scores.std().item()
     thresholds = {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
-    info: dict[str, object] = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
-    if logits.shape[1] > 2:
-        unknown = logits[~F.one_hot(labels, logits.shape[1]).bool()].view(len(labels), -1)
-        like = in_distribution_score(unknown.numpy(), (others / probe.spread).numpy())
-        info["like_accepted"] = share_above(thresholds, like)
-    return info
+    return {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
 
 
-def _distances(candidates: Candidates, features: Tensor, labels: Tensor, without_own: bool) -> Tensor:
-    """Distances (m,) of images that were left out to the nearest class mean, or to that of another class."""
+def _distances(candidates: Candidates, features: Tensor) -> Tensor:
+    """Distances (m,) of images that were left out to the nearest class mean."""
     whitening = torch.linalg.matrix_power(candidates.metric, 2)
-    means, distances = candidates.means @ whitening, features.new_empty(len(labels))
-    for label in labels.unique():
-        kept, rows = candidates.present.clone(), labels == label
-        kept[label] &= not without_own
-        distances[rows] = nearest(features[rows], whitening, means[kept])
-    return distances
+    return nearest(features, whitening, candidates.means[candidates.present] @ whitening)
+
+
+def class_halves(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> Iterator[LeftOut]:
+    """Candidates from every second class, each with features and labels of the other classes; of more than `ENOUGH`
+    images the first half alone."""
+    for half in range(1 if len(labels) > ENOUGH else 2):
+        out = labels % 2 == half
+        if len(labels[~out].unique()) > 1 and out.any():
+            kept = None if weights is None else weights[~out]
+            yield Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]
+
+
+def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarray:
+    """The scores (m,) of images whose classes a head would not know that was fitted to the others."""
+    candidates, features, _ = half
+    logits = (evidence[:, None, None] * candidates.logits(features)).sum(0)[:, candidates.present]
+    return in_distribution_score(logits.numpy(), (_distances(candidates, features) / probe.spread).numpy())
 
 
 def left_out_logits(left_out: list[LeftOut]) -> Labelled:
