@@ -322,10 +322,10 @@ def lowest_tenth(values: "pd.Series[float]") -> float:
 
 
 def inspected() -> str:
-    """Swapped labels and suggested images, by set: means over draws, and paired differences in points."""
+    """Flipped labels and suggested images, by set: means over draws, and paired differences in points."""
     rows = results("inspection").pivot_table("value", ["set", "draw"], "name", sort=False)
-    header = ["set", "swaps found", "suspects, right", "accuracy lost by swaps", "regained without suspects"]
-    header += ["regained without the swaps found", "suggested over random images"]
+    header = ["dataset", "flipped labels found", "suspects, right", "accuracy lost", "regained without suspects"]
+    header += ["regained without the flipped labels found", "suggested over random images"]
     lines = []
     for name, draws in rows.groupby(level="set", sort=False):
         means, swapped = draws.mean(), draws["top1 swapped labels"]
@@ -337,10 +337,20 @@ def inspected() -> str:
         ]
         if gains[-1].any():
             found, suspects, right = means[["twice as many recall", "suspects", "precision"]]
-            cells = [f"{tables.difference_cell(gain.dropna())}, {gain.count()} draws" for gain in gains]
+            cells = [f"{tables.difference_cell(gain.dropna())}, {gain.count()} samples" for gain in gains]
             counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
             lines.append([str(name), *counts, *cells])
     return as_table(header, lines)
+
+
+def strangers() -> str:
+    """Images of other sets that `inspect` says to show none of the classes: sums over the other sets and samples."""
+    rows = results("inspection").query("measure == 'strangers'")
+    counts = rows.assign(set=rows.set.str.split(" with ").str[0]).pivot_table("value", "set", "name", "sum", sort=False)
+    columns = [counts["planted found"] / counts["planted"], counts["others taken for planted"] / counts["images"]]
+    columns += [counts["planted found"] / (counts["planted found"] + counts["others taken for planted"])]
+    lines = [[name, *(f"{100 * column[name]:.0f} %" for column in columns)] for name in counts.index]
+    return as_table(["dataset", "other images found", "own images listed", "of the listed, other images"], lines)
 
 
 def speed_table() -> str:
