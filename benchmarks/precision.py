@@ -3,11 +3,13 @@
     python benchmarks/precision.py                              precision.csv: dcp_vitb16 in torch and ONNX Runtime
     python benchmarks/precision.py --models                     model_costs.csv: other models, in torch
     python benchmarks/precision.py --answers --data-root DATA   precision_answers.csv: DATA holds caltech-101
+    python benchmarks/precision.py --folder                     precision_folder.csv: a folder, on an idle machine
 
 Weights of models that are not part of the package are random. Each row is a process of its own with one thread, which
 classifies the same batch of decoded images as `dcp-zoo predict` does; its time is the processor's, which counts on a
 busy machine too. Caches are shared with other processes, so it is the fastest of some repeats. The answers are those of
-a bundled head on 2,000 test images.
+a bundled head on 2,000 test images. A folder of JPEGs is classified by `dcp_zoo.predict` with all threads, from its files
+to its predictions, in turns; its time is the wall clock's.
 """
 
 import argparse
@@ -27,12 +29,14 @@ BATCH, REPEATS, CLASSES = 8, 5, 100
 RUNS = [("torch", "float32"), ("torch", "bfloat16"), ("onnx", "float32"), ("onnx", "float16"), ("onnx", "int8")]
 MODELS = "dcp_mini dcp_vitb32 dcp_vitb16 dcp_siglip2_b16 dcp_vitl14".split()
 HEAD, IMAGES = "dcp_mini.caltech101-16shot", 2000
+FOLDER_IMAGES, TURNS = 200, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--answers", action="store_true")
+    parser.add_argument("--folder", action="store_true")
     parser.add_argument("--data-root")
     parser.add_argument("--one", nargs=4, help="for the processes that are started here")
     args = parser.parse_args()
@@ -40,6 +44,8 @@ def main() -> None:
         print(json.dumps(cost(*args.one)))
     elif args.answers:
         write("precision_answers", answers(args.data_root))
+    elif args.folder:
+        write("precision_folder", folder_times())
     else:
         plan = [(model, "torch", p) for model in MODELS for p in ("float32", "bfloat16")]
         plan = plan if args.models else [("dcp_vitb16", *run) for run in RUNS]
@@ -112,6 +118,28 @@ def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found = {"model": name, "runtime": runtime, "precision": precision}
     return found | {"core_ms_per_image": round(1000 * min(seconds[1:]) / BATCH, 1), "peak_mb": round(memory)}
+
+
+def folder_times() -> list[dict[str, Any]]:
+    import torch
+    from bulk import make_images
+
+    from dcp_zoo import predict
+
+    model, rows = random_model("dcp_vitb16"), []
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), FOLDER_IMAGES)
+        paths = sorted(map(str, Path(folder).rglob("*.jpg")))
+        predict(model, paths[:BATCH])
+        for turn in range(1, TURNS + 1):
+            for precision in ("float32", "bfloat16"):
+                started = time.perf_counter()
+                predict(model, paths, precision=precision)
+                seconds = round(time.perf_counter() - started, 1)
+                row = {"precision": precision, "turn": turn, "images": FOLDER_IMAGES, "seconds": seconds}
+                rows.append(row | {"threads": torch.get_num_threads()})
+                print(rows[-1], flush=True)
+    return rows
 
 
 def answers(data_root: str) -> list[dict[str, Any]]:

@@ -245,8 +245,8 @@ def parity() -> str:
     """The runs of `parity.py` side by side."""
     if not (RESULTS / "parity.csv").exists():
         return "*Not measured yet.*"
-    rows = results("parity")
-    runs = rows.assign(run=rows.method.map(tables.title) + ", seed " + rows.seed.astype(str))
+    rows = results("parity").sort_values(["precision", "method", "seed"], ascending=[False, True, True], kind="stable")
+    runs = rows.assign(run=rows.method.map(tables.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
     return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
