@@ -5,7 +5,8 @@
     git clone https://github.com/muzairkhattak/multimodal-prompt-learning
     pip install yacs tabulate
     python benchmarks/parity.py dcp --authors CMPA --dassl Dassl.pytorch --data-root DATA --seed 1 --float64
-    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch --data-root DATA --float64
+    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch --data-root DATA \\
+        --float64
 
 DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as `CHANGES` says:
 for a machine without CUDA, for a current torch, and where a published line cannot run. The miniature takes the place of
