@@ -8,8 +8,8 @@
 Weights of models that are not part of the package are random. Each row is a process of its own with one thread, which
 classifies the same batch of decoded images as `dcp-zoo predict` does; its time is the processor's, which counts on a
 busy machine too. Caches are shared with other processes, so it is the fastest of some repeats. The answers are those of
-a bundled head on 2,000 test images. A folder of JPEGs is classified by `dcp_zoo.predict` with all threads, from files to
-predictions, in turns; its time is the wall clock's.
+a bundled head on 2,000 test images. A folder of JPEGs is classified by `dcp_zoo.predict` with all threads, from files
+to predictions, in turns; its time is the wall clock's.
 """
 
 import argparse
