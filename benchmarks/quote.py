@@ -281,6 +281,19 @@ def rejection(file: str = "rejection") -> str:
     return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
 
 
+def rejection_estimates() -> str:
+    """What heads say of the images that they let pass, beside what tests show: means over seeds, in percent."""
+    rows = results("rejection").dropna(subset=["near_passed_estimate", "near_passed"])
+    means = rows.groupby(["images_per_class", "set"], sort=False).mean(numeric_only=True)
+    columns = ["near_passed_estimate", "near_passed", "far_passed_estimate", "far_passed"]
+    header = ["images per class", "dataset", "much like the classes, said", "in tests", "everyday pictures, said"]
+    lines = [
+        [*map(str, index), *(f"{x:.0f}" for x in row)]
+        for index, row in zip(means.index, means[columns].values, strict=True)
+    ]
+    return as_table([*header, "other datasets in tests"], lines)
+
+
 def folder(keys: str = "") -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns."""
     rows = results("together")
