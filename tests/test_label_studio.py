@@ -1,0 +1,157 @@
+"""The backend for Label Studio, with a stand-in for it; hub/label_studio/check.py tries the real one."""
+
+import runpy
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from dcp_zoo import ZooError
+from dcp_zoo.data.packaged import sample_images
+
+backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hub/label_studio/backend.py")))
+CONFIG = (
+    '<View><Image name="photo" value="$picture"/><Choices name="class" toName="photo">'
+    '<Choice value="cat" alias="Minka"/><Choice value="bird of prey"/><Choice value="lake"/></Choices></View>'
+)
+CAT, COFFEE, OTTER, OSPREY, LAKE, FLOWERS = sample_images()
+
+
+def annotation(answer: str, day: int = 1, cancelled: bool = False) -> dict:
+    part = {"from_name": "class", "value": {"choices": [answer]}}
+    return {"updated_at": f"2026-01-0{day}", "was_cancelled": cancelled, "result": [{"type": "relation"}, part]}
+
+
+class FakeStudio:
+    """Annotations by the address of an image, which is its path; those that are no files cannot be read."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str] = {}
+        self.asked = 0
+
+    def annotations(self, project: str, question: object) -> dict[str, str]:
+        self.asked += 1
+        return dict(self.answers)
+
+    def images(self, addresses: list) -> dict[str, str]:
+        return {address: address for address in addresses if address and Path(address).is_file()}
+
+
+@pytest.fixture
+def studio() -> FakeStudio:
+    return FakeStudio()
+
+
+@pytest.fixture
+def client(studio) -> TestClient:
+    return TestClient(backend.app_of(backend.Backend(studio, "dcp_mini"), ["localhost"]), "http://localhost")
+
+
+def setup(client: TestClient, config: str = CONFIG) -> str:
+    response = client.post("/setup", json={"project": "7.1700000000", "schema": config})
+    return response.json().get("model_version") or response.json()["detail"]
+
+
+def predict(client: TestClient, *images: str | None) -> list[tuple]:
+    """The version, answer and score of each image; () without a prediction."""
+    tasks = [{"id": i, "data": {"picture": image}} for i, image in enumerate(images)]
+    response = client.post("/predict", json={"project": "7.1700000000", "label_config": CONFIG, "tasks": tasks})
+    rows = response.json()["results"]
+    return [
+        (row["model_version"], row["result"][0]["value"]["choices"][0], row["score"]) if row else () for row in rows
+    ]
+
+
+def test_it_learns_from_annotations(client, studio):
+    version = setup(client)
+    (before, answer, score), (_, bird, _), *unreadable = predict(client, CAT, OSPREY, "/missing.jpg", None)
+    assert (answer, bird, unreadable) == ("Minka", "bird of prey", [(), ()])
+    assert before == version
+    assert version.startswith("annotations: 0, ")
+    assert 1 / 3 < score <= 1
+
+    studio.answers = {CAT: "bird of prey", OSPREY: "Minka", FLOWERS: "Minka", "/missing.jpg": "lake"}
+    assert setup(client) == version, "nobody said that annotations have changed"
+    client.post("/webhook", json={"action": "ANNOTATION_CREATED", "project": {"id": 7}})
+    assert (after := setup(client)).startswith("annotations: 4, ")
+    assert [row[:2] for row in predict(client, CAT, OSPREY, LAKE)] == [
+        (after, "bird of prey"),
+        (after, "Minka"),
+        (after, "lake"),  # without an image that can be read, by its name
+    ]
+    assert studio.asked == 2
+
+
+def test_other_events_change_nothing(client, studio):
+    setup(client)
+    client.post("/webhook", json={"action": "PROJECT_UPDATED", "project": {"id": 7}})
+    assert client.post("/webhook", json={"action": "START_TRAINING", "project": {"id": 8}}).status_code == 201
+    setup(client)
+    assert studio.asked == 1
+    setup(client, CONFIG.replace("lake", "sea"))
+    assert studio.asked == 2, "other classes begin anew"
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["<View>", CONFIG.replace("Choices name", 'Choices choice="multiple" name'), CONFIG.replace('toName="photo"', "")],
+)
+def test_a_project_that_does_not_ask_for_one_class(client, config):
+    assert setup(client, config).startswith("The labeling configuration")
+
+
+def test_the_latest_annotation_counts():
+    question = backend.Question.of(CONFIG)
+    assert (question.field, question.names["Minka"]) == ("picture", "cat")
+    given = [annotation("Minka", 3), annotation("lake", 2), annotation("lake", 4, cancelled=True)]
+    assert question.answer({"annotations": given}) == "Minka"
+    assert question.answer({"annotations": [annotation("removed class")]}) is None
+    assert question.answer({"annotations": []}) is None
+
+
+def test_only_localhost_may_call(client):
+    assert client.get("/health").json()["status"] == "UP"
+    assert client.get("/health", headers={"Host": "example.org"}).status_code == 400
+
+
+@pytest.fixture
+def real(tmp_path):
+    """A reader of a Label Studio that accepts the second access token, as the first has expired."""
+    given = count(1)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/api/token/refresh":
+            return httpx.Response(200 if b"personal" in request.content else 401, json={"access": str(next(given))})
+        if request.headers["Authorization"] != "Bearer 2":
+            return httpx.Response(401)
+        files = {"/data/upload/cat.jpg": Path(CAT).read_bytes(), "/data/upload/text.jpg": b"text"}
+        content = files.get(request.url.path)
+        return httpx.Response(200 if content else 404, content=content or b"")
+
+    def reader(token: str) -> object:
+        found = backend.LabelStudio("http://studio", token, str(tmp_path))
+        found.client = httpx.Client(
+            base_url="http://studio", auth=found.client.auth, transport=httpx.MockTransport(answer)
+        )
+        return found
+
+    return reader
+
+
+def test_images_are_read_with_a_personal_token(real, caplog):
+    studio = real("personal")
+    studio.client.get("/")  # by the first access token
+    cat, text, elsewhere = "/data/upload/cat.jpg", "/data/upload/text.jpg", "http://elsewhere/cat.jpg"
+    found = studio.images([cat, f"http://studio{cat}", cat, text, "/gone.jpg", elsewhere, "//elsewhere/cat.jpg", None])
+    assert list(found) == [cat, f"http://studio{cat}"]
+    assert Image.open(found[cat]).size == Image.open(CAT).size
+    assert [record.args[0] for record in caplog.records] == [text, "/gone.jpg", elsewhere, "//elsewhere/cat.jpg"]
+
+
+def test_a_token_that_is_refused(real):
+    with pytest.raises(ZooError, match="Personal Access Token"):
+        real("other").client.get("/")
