@@ -202,14 +202,22 @@ class Project:
         """Give the tasks with the lowest scores their classes; returns these by task."""
         waiting = [task["id"] for task in self.tasks(**LOWEST) if not task["is_labeled"]][:ANNOTATIONS]
         for task in waiting:
-            chosen = {"type": "choices", "value": {"choices": [self.truth[task]]}}
-            result = [chosen | {"from_name": "class", "to_name": "image"}]
-            self.client.post(f"/api/tasks/{task}/annotations", json={"result": result, "lead_time": 1})
+            self.submit(task)
         return {task: self.truth[task] for task in waiting}
+
+    def submit(self, task: int) -> None:
+        """Annotate a task with its class."""
+        chosen = {"type": "choices", "value": {"choices": [self.truth[task]]}}
+        result = [chosen | {"from_name": "class", "to_name": "image"}]
+        self.client.post(f"/api/tasks/{task}/annotations", json={"result": result, "lead_time": 1})
+
+    def retrieve(self) -> None:
+        """Have Label Studio ask for predictions of all tasks."""
+        self.act("retrieve_tasks_predictions", selectedItems={"all": True, "excluded": []})
 
     def check_predictions(self, annotated: Mapping[int, str]) -> dict[int, str]:
         """The predictions of all tasks, which Label Studio retrieves now; they must be this package's."""
-        self.act("retrieve_tasks_predictions", selectedItems={"all": True, "excluded": []})
+        self.retrieve()
         answers = {}
         expected = dict(zip(self.paths, self.expected(annotated), strict=True))
         for task in self.tasks():
@@ -249,6 +257,8 @@ def take_picture(client: httpx.Client, project: Project, output: Path) -> None:
     """A screenshot of the photograph with the highest score, as it is shown to be labelled, in 256 colours."""
     from playwright.sync_api import sync_playwright
 
+    project.submit(project.act("next_task", **LOWEST)["id"])  # which was reserved, and would be shown first
+    project.retrieve()
     view = {"project": project.number, "data": {"title": "By score", "ordering": ["-tasks:predictions_score"]}}
     tab = client.post("/api/dm/views", json=view).json()["id"]
     with sync_playwright() as driver:
