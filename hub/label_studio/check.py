@@ -254,13 +254,10 @@ class Project:
 
 
 def take_picture(client: httpx.Client, project: Project, output: Path) -> None:
-    """A screenshot of the photograph with the highest score, as it is shown to be labelled, in 256 colours."""
+    """A screenshot of the first photograph without an annotation, as it is shown to be labelled, in 256 colours."""
     from playwright.sync_api import sync_playwright
 
     project.submit(project.act("next_task", **LOWEST)["id"])  # which was reserved, and would be shown first
-    project.retrieve()
-    view = {"project": project.number, "data": {"title": "By score", "ordering": ["-tasks:predictions_score"]}}
-    tab = client.post("/api/dm/views", json=view).json()["id"]
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 640}, color_scheme="light")
@@ -270,7 +267,7 @@ def take_picture(client: httpx.Client, project: Project, output: Path) -> None:
         page.fill("input[name=password]", LOGIN["password"])
         page.click("button[type=submit]")
         page.wait_for_url("**/")
-        page.goto(f"{client.base_url}/projects/{project.number}/data?tab={tab}")
+        page.goto(f"{client.base_url}/projects/{project.number}/data")
         page.get_by_text("Label All Tasks").click()
         page.get_by_text("Submit").wait_for()
         page.wait_for_timeout(5000)  # for the photograph
