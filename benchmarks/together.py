@@ -68,8 +68,9 @@ class Set(NamedTuple):
 
 
 @app.command()
-def features(data: Path, output: Path) -> None:
-    """Keep the miniature's features of all sets: of at most 16 training images per class, and of the test images."""
+def features(data: Path, output: Path, images: int = POOL) -> None:
+    """Keep the miniature's features of all sets: of so many training images per class, at most, and of the test
+    images."""
     clip = plain_clip(MODEL)
     output.mkdir(parents=True, exist_ok=True)
     for name, make in {**CHOOSING, **REPORTING}.items():
@@ -78,7 +79,7 @@ def features(data: Path, output: Path) -> None:
         with TemporaryDirectory() as folder:
             names, train, test = make(data, Path(folder))
             of_each = [of_class(train, label) for label in range(len(names))]
-            pool = [item for own in of_each for item in random.Random(1).sample(own, min(POOL, len(own)))]
+            pool = [item for own in of_each for item in random.Random(1).sample(own, min(images, len(own)))]
             sources = [image_source(clip, items, "none", 0, progress_bar, True) for items in (pool, test)]
             weight, bias = on_cpu(clip.scaled(clip.zero_shot_classifier(names)))
             arrays = {"text_weight": weight.detach(), "text_bias": bias.detach()}

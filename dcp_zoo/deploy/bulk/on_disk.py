@@ -69,7 +69,7 @@ def run(
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
-        predictor = job.load() if resumed < len(images) or job.together else None
+        predictor = job.load() if resumed < len(images) or job.together or outputs.sheet else None
         if predictor and resumed < len(images):
             computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
@@ -79,7 +79,7 @@ def run(
         if predictor and job.together and kept is not None:
             refined, counts = job.refined([*answers()], kept, predictor.classnames)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
-        _finish(rows, images, outputs, answers, kept)
+        _finish(rows, images, outputs, answers, kept, predictor.classnames if predictor else [])
         failed = sum("error" in row for row in answers())
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
     rows.remove()
@@ -92,6 +92,7 @@ def _finish(
     outputs: Outputs,
     answers: Callable[[], Iterator[Row]],
     features: np.ndarray | None,
+    classnames: Sequence[str],
 ) -> None:
     """Write the outputs, the table last: it says that the run is complete."""
     if outputs.features:
@@ -99,7 +100,7 @@ def _finish(
         write = writers.FEATURES[outputs.features.suffix]
         rows.write(outputs.features, lambda temporary: write(temporary, names, features))
     if outputs.sheet:
-        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, answers()))
+        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, classnames, answers()))
     if outputs.sort_into:
         folders = class_folders({label(row) for row in answers() if "error" not in row})
         sorted_ = (None if "error" in row else folders[label(row)] for row in answers())

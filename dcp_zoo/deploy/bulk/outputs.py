@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
@@ -124,8 +125,11 @@ class Group:
         (heapq.heappush if len(self.shown) < PER_CLASS else heapq.heappushpop)(self.shown, entry)
 
 
-def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], temporary: str) -> None:
-    """Write the contact sheet to the file `temporary`. Its pictures link to the images from `path`, its later place."""
+def write_sheet(
+    path: Path, images: Sequence[Found], classnames: Sequence[str], rows: Iterable[Row], temporary: str
+) -> None:
+    """Write the contact sheet to the file `temporary`, with these classes to correct predictions by. Its pictures link
+    to the images from `path`, its later place."""
     groups: dict[str, Group] = {}
     errors = []
     for index, row in enumerate(rows):
@@ -156,9 +160,16 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
         "pictures": pictures,
         "errors": errors,
         "total": len(images),
+        "about": {"key": f"dcp_zoo {_digest(images, classnames)}", "classes": classnames, "none": NONE},
     }
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
+
+
+def _digest(images: Sequence[Found], classnames: Sequence[str]) -> str:
+    """What a browser keeps the corrections by: those of the same images and classes."""
+    names = "\n".join([*(image.name for image in images), *classnames])
+    return sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _link(path: str, folder: Path) -> str:
