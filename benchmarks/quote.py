@@ -329,6 +329,26 @@ def counts() -> str:
     return as_table(["composition", *columns.values()], lines)
 
 
+def rounds() -> str:
+    """Rounds of corrections: accuracy before and after them, and paired differences from random choices, after the
+    first and the last round; of each set, and over the means of sets."""
+    rows = results("rounds").pivot_table("top1", ["set", "seed", "round"], "choice", sort=False)
+    last = rows.index.get_level_values("round").max()
+    gaps = rows.drop(columns="random").sub(rows["random"], axis=0)
+    header = ["set", "before", "random images, 1 round", f"{last} rounds"]
+    header += [f"{name}, {when}" for name in gaps for when in ("1 round", f"{last} rounds")]
+    lines = []
+    for name, of_set in [
+        *rows.groupby(level="set", sort=False),
+        ("mean of sets", rows.groupby(["set", "round"]).mean()),
+    ]:
+        levels = {k: of_set.xs(k, level="round") for k in (0, 1, last)}
+        cells = [f"{levels[k]['random'].mean():.1f}" for k in levels]
+        differ = [levels[k][choice] - levels[k]["random"] for choice in gaps for k in (1, last)]
+        lines.append([str(name), *cells, *map(tables.difference_cell, differ)])
+    return as_table(header, lines)
+
+
 def lowest_tenth(values: "pd.Series[float]") -> float:
     """The mean of the lowest tenth."""
     return float(values.nsmallest(max(1, len(values) // 10)).mean())

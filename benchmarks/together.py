@@ -4,6 +4,7 @@
     python benchmarks/together.py measure CLIP FEATURES      writes results/together.csv; with --choose
                                                              results/together_choice.csv
     python benchmarks/together.py counts CLIP FEATURES       writes results/together_counts.csv
+    python benchmarks/together.py size 100000                adds to results/together_size.csv
 
 DATA: see `sets.py`. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A text probe is fitted to K images
 per class, other ones in each draw; a folder is a part of the test images. The rule of `dcp_zoo.deploy.together` was
@@ -18,6 +19,8 @@ labelled images are named by their nearest ones in the folder (it did not forete
 
 import math
 import random
+import resource
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -34,7 +37,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class
 
+from dcp_zoo.answers import Row, label, top_classes
 from dcp_zoo.cli.console import progress_bar
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.together import count, together
 from dcp_zoo.model.text_probe import Linear
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
@@ -49,6 +54,7 @@ IMAGES, DRAWS, POOL, SMALLEST = (1, 2, 4, 16), range(1, 11), 16, 20  # the last:
 COLUMNS = ("set", "images_per_class", "draw", "composition", "images", "rule", "top1", "change", "ece", "ece_change")
 COUNTED = (*COLUMNS[:5], "coverage", "error_plain", "error_together", "error_count")
 COMPOSITIONS = ("all", "long-tailed", "few classes", "one class", "10 % foreign", "Dirichlet 0.1", "Dirichlet 1")
+SIZED = ("images", "seconds", "cpu_seconds", "more_mb", "given_mb", "top1_alone", "top1")
 MINI = "miniature: "
 app = typer.Typer()
 
@@ -286,6 +292,37 @@ def counted(data: Set, images: int, draw: int) -> Iterator[tuple[Any, ...]]:
             estimates = plain, [of.answers for of in found], [of.images for of in found]
             errors = [100 * np.abs(np.array(each) - truth).sum() / len(f) for each in estimates]
             yield composition, len(f), *(round(float(x), 1) for x in (100 * np.mean(right), *errors))
+
+
+@app.command()
+def size(images: int) -> None:
+    """Measure time and memory of so many synthetic images, with 512 features, of 100 classes: what `predict --together`
+    does with them when all are classified. In a process of its own, as the memory is its peak."""
+    rng, names = np.random.default_rng(0), list(map(str, range(100)))
+    labels, centres = rng.integers(0, 100, images), rng.standard_normal((100, 512), dtype=np.float32)
+    kept = np.zeros((images, 612), np.float32)
+    for start in range(0, images, 1000):
+        part = slice(start, start + 1000)
+        kept[part] = rng.standard_normal(kept[part].shape, dtype=np.float32)
+        kept[part, :512] += centres[labels[part]]
+        kept[part, 512:] += 2 * np.eye(100, dtype=np.float32)[labels[part]]
+    job = Job(lambda: None, {}, together=True)  # type: ignore[arg-type, return-value]
+    rows = [{"image": "", "predictions": top} for top in top_classes(kept[:, 512:], names, 5)]
+    memory, started, used = peak_memory(), time.perf_counter(), time.process_time()
+    answers = job.refined(rows, kept, names, progress_bar)
+    right = [100 * sum(map(str.__eq__, map(of, answers.rows), map(str, labels))) / images for of in (alone, label)]
+    spent = [time.perf_counter() - started, time.process_time() - used, peak_memory() - memory, kept.nbytes / 2**20]
+    table = GrowingTable(RESULTS / "together_size.csv", SIZED, ())
+    table.add([(images, *(round(x, 1) for x in (*spent, *right)))])
+
+
+def alone(row: Row) -> str:
+    return str(row["alone"])
+
+
+def peak_memory() -> float:
+    """Of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_labels_are_used_and_checked(run, flowers, planned):
         ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images with a class, of which 1 are not in"),
         (f"file,class\n{'a' * 5000}.jpg,x\nrose/0.jpg,y", "lists 2 images with a class, of which 1 are not in"),
         ("file,class\nrose/0.jpg,x\n./rose/../rose/0.jpg,y", "row 3: ['./rose/../rose/0.jpg', 'y'] has another class"),
-        ("file,class\n../../photo.jpg,x", "MY_PHOTOS: ../../photo.jpg. Pass the folder"),
+        ("file,class\n../../photo.jpg,x", "MY_PHOTOS or the current folder: ../../photo.jpg. Pass the folder"),
         (f"file,class\n{flowers.parents[1]}/photo.jpg,x", "of which 1 are not in"),
         ("file,class\nrose/0.jpg,dandelion, yellow", "row 2: ['rose/0.jpg', 'dandelion', 'yellow'] is not a file"),
         ('file,class\nrose/0.jpg,"rose', "unexpected end of data"),

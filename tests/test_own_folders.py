@@ -100,6 +100,32 @@ def test_labels_in_a_table(flowers, text):
         load_labelled("folder", flowers, "broken.xlsx")
 
 
+def test_corrections_are_added_to_class_folders(flowers):
+    """Those of a sheet of other images; a link is its file, and the last class counts."""
+    for i in range(4):
+        photo(Path(f"UNSORTED/{i}.jpg"), 20 + i)
+    (flowers / "rose" / "link.jpg").symlink_to(Path("UNSORTED/0.jpg").absolute())
+    answers = ("tulip", "rose", "daisy", "none of these")
+    rows = "".join(f"UNSORTED/{i}.jpg,{name}\n" for i, name in enumerate(answers))
+    Path("1.csv").write_text(f"file,class\n{rows}MY_PHOTOS/rose/1.jpg,tulip\n")
+    Path("2.csv").write_text("file,class\nUNSORTED/1.jpg,daisy\n")
+    found = load_labelled("folder", flowers, ["1.csv", "2.csv"])
+    labels = {item.key: found.classnames[item.label] for item in found.items}
+    expected = {f"{name}/{i}.jpg": name for name in ("rose", "tulip") for i in range(6)}
+    expected |= {"rose/link.jpg": "tulip", "rose/1.jpg": "tulip"}
+    assert labels == expected | {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
+    assert [item.label for item in found.items] == sorted(item.label for item in found.items)
+    for text in ("1.csv: 2 images added, 2 labelled again.", "1 'none of these'", "2.csv: 0 images added, 1 labelled"):
+        assert text in found.note
+    Path("inside.csv").write_text("file,class\nrose/0.jpg,a\nrose/2.jpg,b\n")
+    assert len(load_labelled("folder", flowers, "inside.csv").items) == 2, "in place of the class folders"
+    shutil.move("1.csv", flowers)
+    assert len(load_labelled("folder", flowers, flowers / "1.csv").items) == 4
+    Path("outside.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\n")
+    with pytest.raises(ZooError, match="UNSORTED has no class folders"):
+        load_labelled("folder", "UNSORTED", "outside.csv")
+
+
 def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
     openpyxl = pytest.importorskip("openpyxl")
     monkeypatch.setattr(readers, "MAX_BYTES", 50_000)

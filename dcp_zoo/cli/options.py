@@ -2,7 +2,7 @@
 
 import json
 import os.path
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
@@ -44,11 +44,12 @@ Photos = Annotated[
     str | None, Argument(metavar="PHOTOS", help="Your images: one folder per class, or a zip or tar of that.")
 ]
 Labels = Annotated[
-    Path | None,
+    list[Path] | None,
     Option(
         metavar="FILE",
         help="A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in "
-        "PHOTOS or, without it, next to this file.",
+        "PHOTOS or, without it, next to this file, or in the current folder. If it lists images outside PHOTOS, such "
+        "as the corrections.csv of a contact sheet, these are added to PHOTOS. May be repeated; the last one counts.",
     ),
 ]
 Dataset = Annotated[
@@ -152,13 +153,13 @@ def class_list(classes: str | None) -> list[str] | None:
 
 
 def data_source(
-    photos: str | None, dataset: str | None, data_root: Path | None, labels: Path | None = None
+    photos: str | None, dataset: str | None, data_root: Path | None, labels: Sequence[Path] | None = None
 ) -> tuple[str | None, Path | None]:
-    """The dataset and data root: those of the options, or `folder` and PHOTOS or the folder of `labels`."""
+    """The dataset and data root: those of the options, or `folder` and PHOTOS or the first labels file's folder."""
     if labels and dataset not in (None, "folder"):
         raise ZooError(f"--labels is for your own images: omit it, or --dataset {dataset}.")
     if photos is None and labels:
-        return "folder", data_root or labels.parent
+        return "folder", data_root or labels[0].parent
     if photos is None:
         if dataset and data_root and not uses_data_root(dataset):
             raise ZooError(f"{dataset} needs no --data-root: omit it.")

@@ -115,7 +115,7 @@ class TrainOptions:
     def folder(self) -> Path:
         if self.output or self.head:
             return self.output or Path(str(self.head))
-        if photos := self.photos or self.labels:
+        if photos := self.photos or (self.labels and self.labels[0]):
             place = Path(photos).resolve()
             return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
         raise ZooError("The checkpoint needs a folder: pass --output DIR.")

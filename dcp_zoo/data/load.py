@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split
+from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split, with_labels
 from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import available_cores
@@ -39,15 +39,18 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     return split_images(load_labelled(name, root))
 
 
-def load_labelled(name: str, root: str | os.PathLike | None = None, labels: str | os.PathLike | None = None) -> Split:
+LabelFiles = str | os.PathLike | Sequence[str | os.PathLike] | None
+
+
+def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, which holds one folder per dataset in CoOp's layout
     (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class or
-    a zip or tar of it, or with `labels` the images that this CSV file lists, see `readers.read_labels`; `digits`,
+    a zip or tar of it, or with `labels` the images that these CSV files list, see `_read_labels`; `digits`,
     `hf://datasets/ORG/NAME` and `wds:///PATH` need no root. ZooError for an unknown name, missing files, or a malformed
     split; a warning if class names differ from `classnames(name)`, for which the zoo's heads were trained."""
     spec = find_spec(name)
     folder = _locate(spec, root)
-    images = READERS[spec.layout](spec, folder) if labels is None else readers.read_labels(spec, folder, Path(labels))
+    images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)
     if len(images.classnames) == 1:
         inner = folder / str(images.classnames[0])
         hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""
@@ -60,6 +63,17 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: str 
     if spec.names:
         _warn_if_renamed(images, classnames(name))
     return images
+
+
+def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:
+    """The images that labels files list, see `readers.read_labels`; the last one counts. Files elsewhere that list
+    images outside of the folder add to its class folders, the others are in place of them."""
+    files = [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
+    listed = [readers.read_labels(spec, folder, file) for file in files]
+    elsewhere = [split for split, file in zip(listed, files, strict=True) if file.resolve().parent != folder.resolve()]
+    if any(item.key.startswith("../") for split in elsewhere for item in split.items):
+        listed = [readers.read_folder(spec, folder), *listed]
+    return reduce(with_labels, listed)
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:

@@ -237,7 +237,8 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     if missing or not found:
         raise ZooError(
             f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in "
-            f"{folder}: {shorten(missing)}. Pass the folder that their paths start from."
+            f"{folder} or the current folder: {shorten(missing)}. Pass the folder that their paths start from, or run "
+            "the command there."
         )
     classes = sorted({name for _, name in found.values()})
     items = [Item(path, key.replace(os.sep, "/"), classes.index(name)) for key, (path, name) in sorted(found.items())]

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import random
 import warnings
 from collections import Counter
@@ -210,6 +211,25 @@ def warn_of_tiny_classes(split: Split) -> None:
 def all_for_training(split: Split) -> Split:
     """The split with all its images as training images."""
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
+
+
+def with_labels(images: Split, listed: Split) -> Split:
+    """The images of both, with the classes of `listed` where they differ; images that only it has are for training. A
+    link is the same image as its file."""
+    names = sorted({*images.classnames, *listed.classnames})
+    classes = {os.path.realpath(item.path): listed.classnames[item.label] for item in listed.items}
+    known = {os.path.realpath(item.path) for item in images.items}
+    new = [item for item in listed.items if os.path.realpath(item.path) not in known]
+
+    def named(items: list[Item], of: Split) -> list[Item]:
+        found = [classes.get(os.path.realpath(item.path), of.classnames[item.label]) for item in items]
+        return [item._replace(label=names.index(name)) for item, name in zip(items, found, strict=True)]
+
+    parts: dict[str, Any] = {part: named(getattr(images, part), images) for part in PARTS}
+    parts["train"] = sorted(parts["train"] + named(new, listed), key=lambda item: (item.label, item.key))
+    done = f"{listed.place}: {len(new):,} images added, {len(listed.items) - len(new):,} labelled again."
+    note = " ".join(filter(None, (images.note, done, listed.note)))
+    return replace(images, classnames=names, note=note, **parts)
 
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:

@@ -16,27 +16,25 @@ Both are measured in the folder itself; no labelled image is needed. The numbers
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcp_zoo.data.progress import Progress, no_progress
+
 NEAREST, ROUNDS = 8, 10
+ROWS = 2000  # images that are compared with all others at a time
 AGREEMENT, SHARES = 0.7, 2.0  # the numbers in a and b
 TOGETHER, ALIKE, NINETY = 3.0, 0.3, 1.645  # of `count`; the last is a normal distribution's
 
 
-def together(probabilities: np.ndarray, features: np.ndarray) -> np.ndarray:
+def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
     """Refine the probabilities (n, C) of images by each other's, with their features (n, E) of length 1; all in
     float32. The images are those of the classes: others would lend their neighbours what they have not."""
-    from sklearn.neighbors import NearestNeighbors  # slow to import
-
     n, classes = probabilities.shape
     if n < 2 or classes < 2:
         return probabilities
-    nearest = min(NEAREST, n - 1)
-    found = NearestNeighbors(n_neighbors=nearest, algorithm="brute").fit(features)
-    average = found.kneighbors_graph().astype(np.float32)  # W, sparse; no image is a neighbour of itself
-    average.data /= nearest
+    average = _average(features, min(NEAREST, n - 1), progress)
     logs = np.log(probabilities.clip(min=1e-9))
     agree = (probabilities * (average @ probabilities)).sum() / np.square(probabilities).sum()
     lean = np.float32(AGREEMENT * np.log(classes) * min(1.0, agree))
@@ -49,6 +47,22 @@ def together(probabilities: np.ndarray, features: np.ndarray) -> np.ndarray:
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
     return z
+
+
+def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
+    """W, sparse (n, n): each image has so many nearest others, exactly, in time that grows with n squared."""
+    from scipy.sparse import csr_array
+    from sklearn.neighbors import NearestNeighbors  # slow to import
+
+    n, every, found = len(features), NearestNeighbors(algorithm="brute").fit(features), []
+    parts = [np.arange(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
+    for part in progress(parts, "images compared", n, transient=True, size=len):
+        near = every.kneighbors(features[part], nearest + 1, return_distance=False)
+        others = near != part[:, None]
+        others[others.all(1), -1] = False  # of many copies, an image may not find itself
+        found.append(near[others])
+    weights, ends = np.full(n * nearest, 1 / nearest, np.float32), np.arange(0, n * nearest + 1, nearest)
+    return csr_array((weights, np.concatenate(found), ends), (n, n))
 
 
 class Count(NamedTuple):

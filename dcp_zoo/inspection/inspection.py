@@ -13,6 +13,7 @@ from torch import Tensor
 from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.load import LabelFiles
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
@@ -255,7 +256,7 @@ def _tested(
     return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))
 
 
-def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str | Path | None = None) -> tuple[int, int]:
+def fix(folder: str | Path, table: str | Path, output: str | Path, labels: LabelFiles = None) -> tuple[int, int]:
     """Write a copy of the images, as links where the system has them, with the column `change` of the CSV file: another
     class, "leave out", or nothing. The folder appears when it is complete. Returns how many images were moved to
     another class, and how many left out."""

@@ -203,7 +203,7 @@ def plan(
 
 
 def load_for_training(
-    dataset: str, data_root: str | Path | None, labels: Path | None = None, test: float | None = None
+    dataset: str, data_root: str | Path | None, labels: Sequence[Path] | None = None, test: float | None = None
 ) -> Split:
     """The images to train on, of a dataset or a folder; `test` is the share that is held out for the test if they come
     without test images, see `training_split`."""

@@ -25,6 +25,7 @@ from dcp_zoo.answers import Answering, Ranking, Row, label, log_softmax, top_cla
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
+from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
 from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError
@@ -260,14 +261,16 @@ class Job:
         kept = [batch.features for batch in found if batch.features is not None]
         return self.refined(rows, np.concatenate(kept), classnames) if self.together else Answers(rows, [])
 
-    def refined(self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str]) -> Answers:
+    def refined(
+        self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
+    ) -> Answers:
         """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
         each image had without the others. Those that are rejected, or cannot be read, stay so and lend nothing."""
         rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
         own = [i for i, row in enumerate(rows) if "error" not in row and not row.get("rejected")]
-        features, logits = np.split(kept[own], [-len(classnames)], axis=1)
-        features = features / np.linalg.norm(features, axis=1, keepdims=True)  # a film's are means of its frames'
-        probabilities = together(np.exp(log_softmax(logits)), features)
+        features, logits = kept[own, : -len(classnames)], kept[own, -len(classnames) :]
+        features /= np.linalg.norm(features, axis=1, keepdims=True)  # a film's are means of its frames'
+        probabilities = together(np.exp(log_softmax(logits)), features, progress)
         for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
             rows[i]["predictions"] = classes
         return Answers(rows, count(probabilities, classnames))

@@ -77,7 +77,7 @@ def run(
         answers, counts = rows.rows, list[Count]()
         kept = rows.features() if job.together or outputs.features else None
         if predictor and job.together and kept is not None:
-            refined, counts = job.refined([*answers()], kept, predictor.classnames)
+            refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
         _finish(rows, images, outputs, answers, kept, predictor.classnames if predictor else [])
         failed = sum("error" in row for row in answers())

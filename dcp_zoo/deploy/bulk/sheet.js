@@ -76,6 +76,8 @@ function confirm(button) {
 const keys = {
   ArrowRight: (button) => neighbour(button, 1)?.focus(),
   ArrowLeft: (button) => neighbour(button, -1)?.focus(),
+  Home: () => [...figures.keys()][0].focus(),
+  End: () => [...figures.keys()].at(-1).focus(),
   ArrowDown: (button) => inRow(button, 1)?.focus(),
   ArrowUp: (button) => inRow(button, -1)?.focus(),
   Enter: confirm,
