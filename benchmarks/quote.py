@@ -337,11 +337,8 @@ def rounds() -> str:
     gaps = rows.drop(columns="random").sub(rows["random"], axis=0)
     header = ["set", "before", "random images, 1 round", f"{last} rounds"]
     header += [f"{name}, {when}" for name in gaps for when in ("1 round", f"{last} rounds")]
-    lines = []
-    for name, of_set in [
-        *rows.groupby(level="set", sort=False),
-        ("mean of sets", rows.groupby(["set", "round"]).mean()),
-    ]:
+    lines, means = [], rows.groupby(["set", "round"]).mean()
+    for name, of_set in [*rows.groupby(level="set", sort=False), ("mean of sets", means)]:
         levels = {k: of_set.xs(k, level="round") for k in (0, 1, last)}
         cells = [f"{levels[k]['random'].mean():.1f}" for k in levels]
         differ = [levels[k][choice] - levels[k]["random"] for choice in gaps for k in (1, last)]

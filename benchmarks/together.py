@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class
 
-from dcp_zoo.answers import Row, label, top_classes
+from dcp_zoo.answers import top_classes
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.together import count, together
@@ -54,7 +54,7 @@ IMAGES, DRAWS, POOL, SMALLEST = (1, 2, 4, 16), range(1, 11), 16, 20  # the last:
 COLUMNS = ("set", "images_per_class", "draw", "composition", "images", "rule", "top1", "change", "ece", "ece_change")
 COUNTED = (*COLUMNS[:5], "coverage", "error_plain", "error_together", "error_count")
 COMPOSITIONS = ("all", "long-tailed", "few classes", "one class", "10 % foreign", "Dirichlet 0.1", "Dirichlet 1")
-SIZED = ("images", "seconds", "cpu_seconds", "more_mb", "given_mb", "top1_alone", "top1")
+SIZED = ("images", "seconds", "cpu_seconds", "more_mb", "given_mb")
 MINI = "miniature: "
 app = typer.Typer()
 
@@ -309,15 +309,10 @@ def size(images: int) -> None:
     job = Job(lambda: None, {}, together=True)  # type: ignore[arg-type, return-value]
     rows = [{"image": "", "predictions": top} for top in top_classes(kept[:, 512:], names, 5)]
     memory, started, used = peak_memory(), time.perf_counter(), time.process_time()
-    answers = job.refined(rows, kept, names, progress_bar)
-    right = [100 * sum(map(str.__eq__, map(of, answers.rows), map(str, labels))) / images for of in (alone, label)]
+    job.refined(rows, kept, names, progress_bar)
     spent = [time.perf_counter() - started, time.process_time() - used, peak_memory() - memory, kept.nbytes / 2**20]
     table = GrowingTable(RESULTS / "together_size.csv", SIZED, ())
-    table.add([(images, *(round(x, 1) for x in (*spent, *right)))])
-
-
-def alone(row: Row) -> str:
-    return str(row["alone"])
+    table.add([(images, *(round(x, 1) for x in spent))])
 
 
 def peak_memory() -> float:

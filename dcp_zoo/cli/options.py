@@ -49,7 +49,8 @@ Labels = Annotated[
         metavar="FILE",
         help="A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in "
         "PHOTOS or, without it, next to this file, or in the current folder. If it lists images outside PHOTOS, such "
-        "as the corrections.csv of a contact sheet, these are added to PHOTOS. May be repeated; the last one counts.",
+        "as the corrections.csv of a contact sheet, these are added to its class folders. May be repeated: of several "
+        "classes of an image, the last one counts.",
     ),
 ]
 Dataset = Annotated[

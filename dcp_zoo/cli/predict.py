@@ -80,7 +80,9 @@ class PredictOptions:
         "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.", "--output"
     )
     features: Path | None = to_file("Keep the image features in a .npz or .parquet file.")
-    sheet: Path | None = to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
+    sheet: Path | None = to_file(
+        "Write an HTML contact sheet: the images of each class, the least certain first, to be corrected by keyboard."
+    )
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     overwrite: bool = opt.option(False, "Replace files that exist already.", rich_help_panel="Files")
