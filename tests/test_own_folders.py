@@ -120,7 +120,8 @@ def test_corrections_are_added_to_class_folders(flowers):
     Path("inside.csv").write_text("file,class\nrose/0.jpg,a\nrose/2.jpg,b\n")
     assert len(load_labelled("folder", flowers, "inside.csv").items) == 2, "in place of the class folders"
     shutil.move("1.csv", flowers)
-    assert len(load_labelled("folder", flowers, flowers / "1.csv").items) == 4
+    in_place = load_labelled("folder", flowers, [flowers / "1.csv", "2.csv"])
+    assert (len(in_place.items), in_place.classnames) == (4, ["daisy", "tulip"])
     Path("outside.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\n")
     with pytest.raises(ZooError, match="UNSORTED has no class folders"):
         load_labelled("folder", "UNSORTED", "outside.csv")

@@ -66,12 +66,12 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
 
 
 def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:
-    """The images that labels files list, see `readers.read_labels`; the last one counts. Files elsewhere that list
-    images outside of the folder add to its class folders, the others are in place of them."""
+    """The images that labels files list, see `readers.read_labels`; the last one counts. They are in place of class
+    folders, but if no file is in the folder and one lists images outside of it, they add to its class folders."""
     files = [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
     listed = [readers.read_labels(spec, folder, file) for file in files]
-    elsewhere = [split for split, file in zip(listed, files, strict=True) if file.resolve().parent != folder.resolve()]
-    if any(item.key.startswith("../") for split in elsewhere for item in split.items):
+    elsewhere = all(file.resolve().parent != folder.resolve() for file in files)
+    if elsewhere and any(item.key.startswith("../") for split in listed for item in split.items):
         listed = [readers.read_folder(spec, folder), *listed]
     return reduce(with_labels, listed)
 

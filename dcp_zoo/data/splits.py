@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data.specs import is_own
@@ -216,20 +216,18 @@ def all_for_training(split: Split) -> Split:
 def with_labels(images: Split, listed: Split) -> Split:
     """The images of both, with the classes of `listed` where they differ; images that only it has are for training. A
     link is the same image as its file."""
-    names = sorted({*images.classnames, *listed.classnames})
-    classes = {os.path.realpath(item.path): listed.classnames[item.label] for item in listed.items}
-    known = {os.path.realpath(item.path) for item in images.items}
-    new = [item for item in listed.items if os.path.realpath(item.path) not in known]
-
-    def named(items: list[Item], of: Split) -> list[Item]:
-        found = [classes.get(os.path.realpath(item.path), of.classnames[item.label]) for item in items]
-        return [item._replace(label=names.index(name)) for item, name in zip(items, found, strict=True)]
-
-    parts: dict[str, Any] = {part: named(getattr(images, part), images) for part in PARTS}
-    parts["train"] = sorted(parts["train"] + named(new, listed), key=lambda item: (item.label, item.key))
+    file = cache(os.path.realpath)
+    own = {file(item.path): images.classnames[item.label] for item in images.items}
+    classes = own | {file(item.path): listed.classnames[item.label] for item in listed.items}
+    new = [item for item in listed.items if file(item.path) not in own]
+    names = {name: label for label, name in enumerate(sorted(set(classes.values())))}
+    parts: dict[str, Any] = {"train": [*images.train, *new], "val": images.val, "test": images.test}
+    for part, items in parts.items():
+        parts[part] = [item._replace(label=names[classes[file(item.path)]]) for item in items]
+    parts["train"].sort(key=lambda item: (item.label, item.key))
     done = f"{listed.place}: {len(new):,} images added, {len(listed.items) - len(new):,} labelled again."
     note = " ".join(filter(None, (images.note, done, listed.note)))
-    return replace(images, classnames=names, note=note, **parts)
+    return replace(images, classnames=list(names), note=note, **parts)
 
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
