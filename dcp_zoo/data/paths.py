@@ -50,7 +50,7 @@ def is_archive(path: str | os.PathLike) -> bool:
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """Raise ZooError for an output file that exists, unless `overwrite` and not an image, film or archive by its name,
+    """Raise ZooError for an output file that exists, unless `overwrite` and not an image, video or archive by its name,
     or that cannot be written."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
