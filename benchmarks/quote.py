@@ -6,7 +6,7 @@ A value is followed by a mark, a Markdown comment with a Python expression of th
 point stay as many as they are. "Better than", "worse than" and "on par with" are values, too: they say whether the
 confidence interval of a paired difference excludes 0.
 
-    DCP has 77.6<!--= top1("DCP", 16) --> % and is worse than<!--= versus("DCP", "Linear probe", 16) --> the linear probe.
+    DCP has 77.6<!--= top1("DCP", 16) --> % and is worse than<!--= versus("DCP", "CoOp", 16) --> CoOp.
 
 Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- end -->`. A number that is no
 measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.

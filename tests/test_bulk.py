@@ -796,8 +796,8 @@ def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
     code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together", "--count")
-    assert (code, bool(re.search(r"The other images changed \d+ of 12 answers", err))) == (0, True), err
-    assert re.search(r"class +images +90 % between +answers\n", out)
+    assert (code, bool(re.search(r"The other images changed \d+ of 12 predictions", err))) == (0, True), err
+    assert re.search(r"class +images +90 % interval +predictions\n", out)
     Path("list.txt").write_text("x.jpg\n" * 1001)
     err = run.refused("predict", "list.txt", "--head", BUNDLED)
     assert "1,001 images are too many for the screen: pass --output predictions.csv" in err
@@ -841,9 +841,12 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count prints a table beside the answers of --together: add --together"),
-        (["--link"], "--link belongs to --sort-into"),
-        (["--together", "--ray", "auto", "--output", "p"], "--together needs all answers on one machine: omit --ray"),
+        (["--count"], "--count prints a table with --together: add --together"),
+        (["--link"], "--link works only with --sort-into"),
+        (
+            ["--together", "--ray", "auto", "--output", "p"],
+            "--together needs all predictions on one machine: omit --ray",
+        ),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )

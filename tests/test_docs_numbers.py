@@ -114,6 +114,10 @@ def test_comparisons_are_paired(monkeypatch):
     monkeypatch.setattr(quote, "results", lambda file: quote.tables.with_labels(frame))
     assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4
     assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
-    assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["worse than", "on par with", "better than"]
+    assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == [
+        "worse than",
+        "on par with",
+        "better than",
+    ]
     listed = ["- **better than** Zero-shot (+3.0)", "- **on par with** GDA (+0.0)", "- **worse than** CoOp (-10.0)"]
     assert quote.standing(reference="DCP").splitlines()[2:] == listed

@@ -91,7 +91,7 @@ def counted(kinds: Counter[str]) -> str:
 def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
     """Warn of files that are not read, if there are any."""
     if kinds:
-        warnings.warn(f"Not used of {folder}: {counted(kinds)}.", stacklevel=3)
+        warnings.warn(f"Ignored in {folder}: {counted(kinds)}.", stacklevel=3)
 
 
 def is_url(path: str) -> bool:

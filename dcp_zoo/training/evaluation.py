@@ -184,8 +184,8 @@ def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> No
     if loss > NOT_LEARNT * guess:
         warnings.warn(
             f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
-            f"gives {guess:.2f}. Train longer (--set {length}={3 * value}; in Python recipe={{'{length}': {3 * value}}}), or "
-            "check that the labels are right.",
+            f"gives {guess:.2f}. Train longer (--set {length}={3 * value}; in Python "
+            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right.",
             stacklevel=3,
         )
 
