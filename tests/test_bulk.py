@@ -909,7 +909,7 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
     assert [len(row) for row in rank(p, names, 9)] == [4] * 4
     with pytest.raises(ZooError, match="has 'pug', which is not a class"):
         rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
-    with pytest.raises(ZooError, match="has the class 'dog' above 'beagle': give one another name"):
+    with pytest.raises(ZooError, match="the class 'dog' is above 'beagle': rename one of them"):
         rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
     for text, message in (
         *(("[a, a]", "each name once"), ("", "each name once"), ("{a: [b], b: [c]}", "each name once")),

@@ -236,11 +236,11 @@ def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Ru
 def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """ZooError for what only methods that train by epochs have, or only the text probe."""
     if run.sample_weight is not None and not run.is_probe_alone:
-        raise ZooError(f"{run.method} has no sample_weight: choose method={DEFAULT_METHOD!r}.")
+        raise ZooError(f"{run.method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
     if not run.recipe.is_trained and (callbacks or (run.class_weight is not None and not run.is_probe_alone)):
         able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
         lacks, able = ("callbacks", able) if callbacks else ("class_weight", [DEFAULT_METHOD, *able])
-        raise ZooError(f"{run.method} has no {lacks}: choose a method that has, from {', '.join(able)}.")
+        raise ZooError(f"{run.method} does not support {lacks}: choose from {', '.join(able)}.")
 
 
 def train_head(
