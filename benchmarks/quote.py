@@ -290,12 +290,18 @@ def rejection_estimates() -> str:
     rows = results("rejection").dropna(subset=["near_passed_estimate", "near_passed"])
     means = rows.groupby(["images_per_class", "set"], sort=False).mean(numeric_only=True)
     columns = ["near_passed_estimate", "near_passed", "far_passed_estimate", "far_passed"]
-    header = ["images per class", "dataset", "much like the classes, said", "in tests", "everyday pictures, said"]
+    header = [
+        "images per class",
+        "dataset",
+        "near passed, estimated",
+        "near passed, tested",
+        "everyday pictures passed",
+    ]
     lines = [
         [*map(str, index), *(f"{x:.0f}" for x in row)]
         for index, row in zip(means.index, means[columns].values, strict=True)
     ]
-    return as_table([*header, "other datasets in tests"], lines)
+    return as_table([*header, "far passed, tested"], lines)
 
 
 def folder(keys: str = "") -> str:
