@@ -912,9 +912,9 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
     with pytest.raises(ZooError, match="the class 'dog' is above 'beagle': rename one of them"):
         rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
     for text, message in (
-        *(("[a, a]", "each name once"), ("", "each name once"), ("{a: [b], b: [c]}", "each name once")),
+        *(("[a, a]", "only once"), ("", "only once"), ("{a: [b], b: [c]}", "only once")),
         *(
-            ("{a: {x: [b]}, c: {x: [d]}}", "each name once"),
+            ("{a: {x: [b]}, c: {x: [d]}}", "only once"),
             ("{not sure: [a]}", "the name 'not sure', which is reserved"),
         ),
         *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),
