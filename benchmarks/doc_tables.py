@@ -36,16 +36,16 @@ FORMATS = {
     "mb": "size",
     "speed": "speed",
     "difference": "difference",
-    "same_answer": "same answer",
+    "same_answer": "same prediction",
     "top1": "top-1",
 }
 SERVING = {
     "part": "part",
     "per_second": "images per second",
-    "per_cpu_second": "images per second of processor time",
+    "per_cpu_second": "images per CPU second",
     "p50_ms": "median, ms",
     "p99_ms": "99th percentile, ms",
-    "failures": "wrong answers",
+    "failures": "wrong predictions",
     "rss_before_mb": "memory before, MB",
     "rss_after_mb": "memory after, MB",
 }

@@ -33,7 +33,7 @@ SHOWN = {  # in the plot of averages, with their colours
     "LP++": "#56B4E9",
     "GDA": "#009E73",
     "Text probe": "#0072B2",
-    "DCP, read both ways": "#D55E00",
+    "DCP, both text probes": "#D55E00",
 }
 
 

@@ -3,10 +3,10 @@
     python benchmarks/quote.py    rewrites them from benchmarks/results and the registry; lists what has none
 
 A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the
-point stay as many as they are. The words above, below and level with are values, too: they say whether the confidence
-interval of a paired difference excludes 0.
+point stay as many as they are. "Better than", "worse than" and "on par with" are values, too: they say whether the
+confidence interval of a paired difference excludes 0.
 
-    DCP has 77.6<!--= top1("DCP", 16) --> % and is below<!--= versus("DCP", "Linear probe", 16) --> the linear probe.
+    DCP has 77.6<!--= top1("DCP", 16) --> % and is worse than<!--= versus("DCP", "CoOp", 16) --> CoOp.
 
 Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- end -->`. A number that is no
 measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.
@@ -51,13 +51,13 @@ PAGES = [ROOT / "README.md", MINIATURE, *sorted((ROOT / "docs").glob("*.md"))]
 COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
-VERDICTS = ("above", "level with", "below")
+VERDICTS = BETTER, LEVEL, WORSE = ("better than", "on par with", "worse than")
 MARK = re.compile(rf"(?P<value>\b(?:{'|'.join(VERDICTS)})|{NUMBER})(?P<mark><!--=(?P<source>.*?)-->)", re.DOTALL)
 BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<source>.*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 UNIT = r"(?:%|(?:points?|ms|s|seconds?|minutes?|h|hours?|[kMG]B|times|G?FLOPs?|x(?! ?\d))\b)"
 MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\b(?![.\d])")
 COMPARISON = re.compile(
-    r"\b(?:above|below|ahead|behind|level with|better|worse|beats?|outperforms?|(?:more|less) accurate)\b"
+    r"\b(?:above|below|ahead|behind|level with|on par|better|worse|beats?|outperforms?|(?:more|less) accurate)\b"
 )
 NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
 
@@ -116,28 +116,33 @@ def differences(label: str, reference: str, shots: int | None = None, file: str 
 
 
 def gap(*args: Any, **kwargs: Any) -> float:
-    """The mean of the paired differences, in points."""
+    """The mean of the paired differences, in percentage points."""
     return float(differences(*args, **kwargs).mean())
 
 
 def versus(*args: Any, **kwargs: Any) -> str:
-    """Whether a label is above or below the reference, as far as the interval tells."""
-    low, high = tables.interval(differences(*args, **kwargs)) or (0, 0)
-    return "above" if low > 0 else "below" if high < 0 else "level with"
+    """Whether a label is better or worse than the reference, as far as the interval tells."""
+    return verdict(differences(*args, **kwargs))
+
+
+def verdict(gaps: pd.Series) -> str:
+    """What the interval of paired differences tells."""
+    low, high = tables.interval(gaps) or (0, 0)
+    return BETTER if low > 0 else WORSE if high < 0 else LEVEL
 
 
 def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
-    """A list: which methods the reference is above, level with and below, over all shots."""
+    """A list: which methods the reference is better than, on par with and worse than, over all shots."""
     labels = [x for x in results(file).label.unique() if x != reference and "(" not in x and not x.endswith(", batch")]
-    lines = [f"Over all shots, by the mean paired difference in points, {reference} is", ""]
-    for verdict in VERDICTS:
-        found = [x for x in labels if versus(reference, x, file=file) == verdict]
+    lines = [f"Over all shots, by the mean paired difference in percentage points, {reference} is", ""]
+    for which in VERDICTS:
+        found = [x for x in labels if versus(reference, x, file=file) == which]
         listed = ", ".join(f"{x} ({gap(reference, x, file=file):+.1f})" for x in found)
-        lines += [f"- **{verdict}** {listed}"] if found else []
+        lines += [f"- **{which}** {listed}"] if found else []
     return "\n".join(lines)
 
 
-WAYS = {"": "own logits", "own": "text probe on its own features", "both": "read both ways"}
+WAYS = {"": "no text probe", "own": "one text probe", "both": "both text probes"}
 
 
 @cache
@@ -165,9 +170,8 @@ def set_gap(*args: Any) -> float:
 
 
 def set_versus(*args: Any) -> str:
-    """Whether a method is above or below the reference on the sets, as far as the interval tells."""
-    low, high = tables.interval(set_gaps(*args)) or (0, 0)
-    return "above" if low > 0 else "below" if high < 0 else "level with"
+    """Whether a method is better or worse than the reference on the sets, as far as the interval tells."""
+    return verdict(set_gaps(*args))
 
 
 def set_mean(label: str, images: int | None = None, what: str = "top1") -> float:
@@ -181,7 +185,7 @@ def many_sets() -> str:
     CPU seconds of training at 4 images per class."""
     found = on_sets()
     numbers = sorted({images for _, images, _ in found.index})
-    header = ["top-1, %, averages over sets", *map(str, numbers), "minus text probe", "ECE", "CPU seconds"]
+    header = ["top-1, %, by images per class", *map(str, numbers), "minus text probe", "ECE", "CPU seconds"]
     lines = []
     for label in found["top1"].columns:
         means = found["top1"][label].dropna().groupby("images_per_class")
@@ -201,28 +205,28 @@ def by_set(*labels: str) -> str:
         rows = rows.droplevel("set").sort_index()
         lines += [[name, label, *(f"{x:.1f}" for x in rows[label])] for label in labels]
     numbers = sorted({images for _, images in found.index})
-    return as_table(["set", "method", *map(str, numbers)], lines)
+    return as_table(["dataset", "method", *map(str, numbers)], lines)
 
 
 def factorial() -> str:
-    """Methods with their own logits and with the text probe: top-1 by images per class, and the mean difference
+    """Methods without and with the text probe: top-1 by images per class, and the mean difference
     over all pairs with its interval."""
     rows = results("factorial")
     shots = sorted(rows.shots.unique())
-    header = ["own logits, then with the text probe; top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
+    header = ["top-1, %, without, with the text probe", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
     lines = []
     for method in [name for name in METHODS if name in set(rows.method)]:
         own, staged = (rows[(rows.method == method) & (rows.classifier == c)] for c in ("none", TEXT_PROBE))
         pairs = tables.differences(staged, own, ["shots", "seed"])
         cells = [pairs[pairs.shots == k] for k in shots]
         line = [f"{c.top1_base.mean():.1f}, {c.top1.mean():.1f}" if len(c) else "-" for c in cells]
-        draws = sorted({len(c) for c in cells} - {0})
-        lines.append([tables.title(method), *line, "-".join(map(str, draws)), tables.difference_cell(pairs.difference)])
-    return as_table([*header, "draws", "the text probe adds"], lines)
+        seeds = sorted({len(c) for c in cells} - {0})
+        lines.append([tables.title(method), *line, "-".join(map(str, seeds)), tables.difference_cell(pairs.difference)])
+    return as_table([*header, "seeds", "gain from the text probe"], lines)
 
 
 def supports() -> str:
-    """Methods on images as they come: balanced accuracy and ECE, and what the text probe adds to each."""
+    """Methods on imbalanced classes: balanced accuracy and ECE, and the text probe's difference from each."""
     rows = results("supports")
     sets = list(rows.set.unique())
     lines = []
@@ -238,7 +242,7 @@ def supports() -> str:
             differs = "" if method == DEFAULT_METHOD else f", {tables.difference_cell(probe.balanced - own.balanced)}"
             line.append(cell + differs)
         lines.append(line)
-    return as_table(["balanced top-1 (ECE), the text probe minus it", *sets], lines)
+    return as_table(["balanced top-1 (ECE), text probe minus this method", *sets], lines)
 
 
 def parity() -> str:
@@ -262,7 +266,7 @@ def couplings() -> str:
             gain = by_seed.bidirectional - by_seed.text_to_vision
             means = [f"{by_seed[coupling].mean():.1f}" for coupling in ("bidirectional", "text_to_vision")]
             lines.append([f"{name}, {shots} per class", stats, len(gain), *means, tables.difference_cell(gain)])
-    return as_table(["set", "statistics", "seeds", "`paper`", "`release`", "`paper` minus `release`"], lines)
+    return as_table(["dataset", "statistics", "seeds", "`paper`", "`release`", "`paper` minus `release`"], lines)
 
 
 def rejection(file: str = "rejection") -> str:
@@ -286,12 +290,18 @@ def rejection_estimates() -> str:
     rows = results("rejection").dropna(subset=["near_passed_estimate", "near_passed"])
     means = rows.groupby(["images_per_class", "set"], sort=False).mean(numeric_only=True)
     columns = ["near_passed_estimate", "near_passed", "far_passed_estimate", "far_passed"]
-    header = ["images per class", "dataset", "much like the classes, said", "in tests", "everyday pictures, said"]
+    header = [
+        "images per class",
+        "dataset",
+        "near passed, estimated",
+        "near passed, tested",
+        "everyday pictures passed",
+    ]
     lines = [
         [*map(str, index), *(f"{x:.0f}" for x in row)]
         for index, row in zip(means.index, means[columns].values, strict=True)
     ]
-    return as_table([*header, "other datasets in tests"], lines)
+    return as_table([*header, "far passed, tested"], lines)
 
 
 def folder(keys: str = "") -> str:

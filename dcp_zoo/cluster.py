@@ -151,7 +151,7 @@ def run_tasks(
                         running[remote.remote(event.item)] = event.item
                     yield event
         except ray.exceptions.RaySystemError as error:
-            raise ZooError(f"Ray lost the run ({error}). What is finished is kept: repeat the command.") from error
+            raise ZooError(f"Ray stopped ({error}). Finished work is kept: repeat the command to resume.") from error
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)

@@ -21,7 +21,7 @@ from dcp_zoo.errors import ZooError, writing_to
 UNFINISHED, LOCK = ".unfinished", ".lock"
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.deploy.limits`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
-MAX_FRAME_PIXELS = 40_000_000  # of a film's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
+MAX_FRAME_PIXELS = 40_000_000  # of a video's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
 MAX_CELLS = 5_000_000  # of a spreadsheet

@@ -105,7 +105,7 @@ def retried(call: Callable[[], T]) -> T:
             wait = max(wait, int(after) if after.isdecimal() else 0)
             problem = next(iter(str(error).splitlines()), type(error).__name__)
             attempts = f"attempt {attempt} of {len(WAITS) + 1} follows in {wait} s"
-            warnings.warn(f"{constants.ENDPOINT} does not answer as it should ({problem}): {attempts}.", stacklevel=2)
+            warnings.warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.", stacklevel=2)
             time.sleep(wait)
     return call()
 

@@ -463,9 +463,9 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     assert red(wrong, class_weight={"red": 3}) == pytest.approx(heavy, abs=5e-3)  # L-BFGS stops early
     assert (heavy > equal).all()
     for method in ("dcp", "gda"):
-        with pytest.raises(ZooError, match=f"{method} has no sample_weight: choose method='text-probe'"):
+        with pytest.raises(ZooError, match=f"{method} does not support sample_weight: choose method='text-probe'"):
             FewShotClassifier(method=method).fit(paths, labels, [1] * 8)
-    with pytest.raises(ZooError, match="gda has no class_weight: choose a method that has, from text-probe, coop"):
+    with pytest.raises(ZooError, match="gda does not support class_weight: choose from text-probe, coop"):
         FewShotClassifier(method="gda", class_weight={"red": 2}).fit(paths, labels)
     for weights in ([1] * 7, [-1, *[1] * 7], [float("nan"), *[1] * 7]):
         with pytest.raises(ZooError, match="sample_weight needs 8 numbers from 0"):
@@ -611,7 +611,7 @@ def test_other_methods_are_saved_like_dcp(pictures, tmp_path, method):
 def test_what_a_method_cannot_is_said(pictures):
     with pytest.raises(ZooError, match="Unknown method 'svm': choose from zero-shot"):
         FewShotClassifier(method="svm").fit(*pictures)
-    with pytest.raises(ZooError, match="gda has no class_weight: choose a method that has, from text-probe"):
+    with pytest.raises(ZooError, match="gda does not support class_weight: choose from text-probe"):
         FewShotClassifier(method="gda", class_weight="balanced").fit(*pictures)
 
 

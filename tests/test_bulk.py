@@ -32,7 +32,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.answers import label
 from dcp_zoo.cli import console
-from dcp_zoo.data import films, load_image, load_labelled, tables
+from dcp_zoo.data import load_image, load_labelled, tables, videos
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Computed, Job, Predictor, Summary, decode_batches, torch_predictor
@@ -198,11 +198,11 @@ def test_a_folder_that_cannot_be_listed_is_not_skipped(photos, monkeypatch):
         find_images(["photos"])
 
 
-# --------------------------------------------------------------------------------------------------------------- films
+# --------------------------------------------------------------------------------------------------------------- videos
 
 
-def film(path: Path, seconds: int = 4) -> bytes:
-    """A film of five frames per second that gets brighter by 60 of 255 per second."""
+def video(path: Path, seconds: int = 4) -> bytes:
+    """A video of five frames per second that gets brighter by 60 of 255 per second."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=5)
@@ -214,8 +214,8 @@ def film(path: Path, seconds: int = 4) -> bytes:
     return path.read_bytes()
 
 
-def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
-    content = film(photos / "b" / "00.mp4")
+def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
+    content = video(photos / "b" / "00.mp4")
     (photos / "a" / "00.mp4").write_bytes(content[: len(content) // 2])
     (photos / "b" / "01.mp4#t=1.png").write_bytes(jpeg(3))  # a photograph
     images = find_images(["photos"], fps=2)
@@ -240,19 +240,19 @@ def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
         )
 
 
-def test_films_with_huge_frames_are_refused(photos, monkeypatch):
-    film(Path("a.mp4"))
-    monkeypatch.setattr(films, "MAX_FRAME_PIXELS", 700)
-    monkeypatch.setattr(films, "LIMIT", {"max_pixels": "700"})
+def test_videos_with_huge_frames_are_refused(photos, monkeypatch):
+    video(Path("a.mp4"))
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 700)
+    monkeypatch.setattr(videos, "LIMIT", {"max_pixels": "700"})
     with pytest.raises(ZooError, match="Cannot read the video a.mp4: .* more than the limit of 700 pixels"):
         load_image("a.mp4#t=0")
 
 
-def test_films_are_closed(photos):
+def test_videos_are_closed(photos):
     def opened() -> int:
         return sum(link.is_file() and link.resolve().suffix == ".mp4" for link in Path("/proc/self/fd").iterdir())
 
-    film(Path("0.mp4"), 1)
+    video(Path("0.mp4"), 1)
     Path("broken.mp4").write_bytes(Path("0.mp4").read_bytes()[:-300])
     for i in range(1, 4):
         shutil.copy("0.mp4", f"{i}.mp4")
@@ -266,10 +266,10 @@ def test_films_are_closed(photos):
     assert not opened()
 
 
-def test_a_film_whose_run_was_stopped_begins_again(photos):
-    """And a part ends with the last whole film: however many short ones there are, they are kept."""
-    (photos / "c.mp4").write_bytes(film(photos / "b.mp4"))
-    images = find_images(["photos/a/00.jpg", "photos/b.mp4", "photos/c.mp4"], fps=1)  # of films, 4 frames and a whole
+def test_a_video_whose_run_was_stopped_begins_again(photos):
+    """And a part ends with the last whole video: however many short ones there are, they are kept."""
+    (photos / "c.mp4").write_bytes(video(photos / "b.mp4"))
+    images = find_images(["photos/a/00.jpg", "photos/b.mp4", "photos/c.mp4"], fps=1)  # of videos, 4 frames and a whole
     assert run_bulk(images, lambda: FAKE, Outputs(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
     outputs = Outputs(Path("out.jsonl"), Path("out.npz"))
     for size, stop, done in ((2, 2, 1), (4, 1, 1), (5, 1, 6), (2, 1, 6)):
@@ -471,8 +471,8 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
 
 def test_a_disk_that_is_full_for_a_moment_repeats_no_row(photos, monkeypatch):
-    """Before the frames of a film, which are a part of their own."""
-    film(photos / "b.mp4")
+    """Before the frames of a video, which are a part of their own."""
+    video(photos / "b.mp4")
     images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), Outputs(Path("p.csv"))
     calls, sync = iter(range(4)), os.fsync  # of the plan, the photo's features and row, the frames' features
 
@@ -894,8 +894,8 @@ def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
     code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together", "--count")
-    assert (code, bool(re.search(r"The other images changed \d+ of 12 answers", err))) == (0, True), err
-    assert re.search(r"class +images +90 % between +answers\n", out)
+    assert (code, bool(re.search(r"The other images changed \d+ of 12 predictions", err))) == (0, True), err
+    assert re.search(r"class +images +90 % interval +predictions\n", out)
     Path("list.txt").write_text("x.jpg\n" * 1001)
     err = run.refused("predict", "list.txt", "--head", BUNDLED)
     assert "1,001 images are too many for the screen: pass --output predictions.csv" in err
@@ -939,9 +939,12 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count prints a table beside the answers of --together: add --together"),
-        (["--link"], "--link belongs to --sort-into"),
-        (["--together", "--ray", "auto", "--output", "p"], "--together needs all answers on one machine: omit --ray"),
+        (["--count"], "--count prints a table with --together: add --together"),
+        (["--link"], "--link works only with --sort-into"),
+        (
+            ["--together", "--ray", "auto", "--output", "p"],
+            "--together needs all predictions on one machine: omit --ray",
+        ),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )
@@ -1004,12 +1007,12 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
     assert [len(row) for row in rank(p, names, 9)] == [4] * 4
     with pytest.raises(ZooError, match="has 'pug', which is not a class"):
         rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
-    with pytest.raises(ZooError, match="has the class 'dog' above 'beagle': give one another name"):
+    with pytest.raises(ZooError, match="the class 'dog' is above 'beagle': rename one of them"):
         rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
     for text, message in (
-        *(("[a, a]", "each name once"), ("", "each name once"), ("{a: [b], b: [c]}", "each name once")),
+        *(("[a, a]", "only once"), ("", "only once"), ("{a: [b], b: [c]}", "only once")),
         *(
-            ("{a: {x: [b]}, c: {x: [d]}}", "each name once"),
+            ("{a: {x: [b]}, c: {x: [d]}}", "only once"),
             ("{not sure: [a]}", "the name 'not sure', which is reserved"),
         ),
         *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),

@@ -201,7 +201,7 @@ def test_train_writes_the_page_that_eval_writes(head, animals, run, tmp_path):
 def test_a_page_needs_test_images(animals, run, tmp_path, method):
     args = ("--method", method, "--report", tmp_path / "page.html", "--output", tmp_path / "out")
     err = run.refused("train", animals, *args, "--test", "0")
-    assert "--report shows the mistakes on test images, and there are none" in err
+    assert "--report shows mistakes on test images, but there are no test images" in err
     (tmp_path / "page.html").write_text("")
     err = run.refused("train", animals, *args[:2], "--report", tmp_path / "page.html" / "x", *args[4:])
     assert "hoose another --report" in err
@@ -539,7 +539,7 @@ def test_classes_are_names_or_a_file(tmp_path, monkeypatch):
     Path("cats.json").write_text('["Siamese", "Persian cat"]')
     assert class_list("cats.txt") == class_list("cats.json") == ["Siamese", "Persian cat"]
     for name in ("cat.txt", "lists/cats.JSON"):
-        with pytest.raises(ZooError, match=f"There is no file {name}. --classes takes one, or names"):
+        with pytest.raises(ZooError, match=f"There is no file {name}. --classes takes a file, or names"):
             class_list(name)
 
 

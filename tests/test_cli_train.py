@@ -77,11 +77,11 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
         (["--dataset", "wds:///flowers", "--data-root", "MY_PHOTOS"], "wds:///flowers needs no --data-root"),
-        (["MY_PHOTOS", "--dataset", "folder"], "MY_PHOTOS is the data already: omit --dataset"),
-        (["MY_PHOTOS", "--data-root", "."], "MY_PHOTOS is the data already"),
+        (["MY_PHOTOS", "--dataset", "folder"], "either the images MY_PHOTOS or a dataset: omit --dataset"),
+        (["MY_PHOTOS", "--data-root", "."], "either the images MY_PHOTOS or a dataset"),
         (["digits"], "digits is not a folder here. .* pass --dataset digits"),
         (["hf://datasets/a/b"], "pass --dataset hf://datasets/a/b"),
-        (["MY_FOTOS"], "no folder MY_FOTOS. Pass one with one folder of images per class, or --dataset NAME"),
+        (["MY_FOTOS"], "no folder MY_FOTOS. Pass a folder with one folder per class, or --dataset NAME"),
         (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
         (["--head", "my_head"], "my_head is a checkpoint. To train on your own images: dcp-zoo train MY_PHOTOS"),
         (["--head", "hf-hub:a/b"], "hf-hub:a/b is a checkpoint"),
@@ -123,13 +123,13 @@ def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers):
     """Unless the user says otherwise, or has chosen the training images."""
     code, out, err = run("train", "MY_PHOTOS")
     assert (code, out.count("test top-1"), err.count("Text probe on dcp_mini")) == (0, 1, 2), err
-    assert "The accuracy is measured first; the head that is saved is then fitted on all images" in err
-    assert "Fitting again, now on all 12 images; the first fit took" in err
+    assert "After the accuracy is measured, the head is refitted on all images and saved" in err
+    assert "Refitting on all 12 images; the first fit took" in err
     details = json.loads(run.ok("info", "MY_PHOTOS_head", "--json"))
     assert (details["class_images"], details["test_images"]) == ({"rose": 6, "tulip": 6}, 4)
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert re.search(
-        r"trained on all of these images\. Its accuracy, \d+\.\d %, was measured before, on 4 held out", err
+        r"trained on all of these images\. Its accuracy, \d+\.\d %, was measured on 4 held-out images", err
     )
     for part in ("train", "test"):
         shutil.copytree("MY_PHOTOS", f"PARTS/{part}")

@@ -25,10 +25,10 @@ def test_every_number_and_comparison_is_marked(page):
 
 def test_values_are_rewritten_as_they_are_written(monkeypatch):
     monkeypatch.setattr(quote, "top1", lambda *args: 1234.56)
-    monkeypatch.setattr(quote, "versus", lambda *args: "level with")
-    text = f'+5.0<!--= {FEW} --> and 7<!--= -{FEW} -->; DCP is above<!--= versus("DCP", "CoOp") --> CoOp'
+    monkeypatch.setattr(quote, "versus", lambda *args: "on par with")
+    text = f'+5.0<!--= {FEW} --> and 7<!--= -{FEW} -->; DCP is better than<!--= versus("DCP", "CoOp") --> CoOp'
     expected = (
-        f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; DCP is level with<!--= versus("DCP", "CoOp") --> CoOp'
+        f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; DCP is on par with<!--= versus("DCP", "CoOp") --> CoOp'
     )
     assert quote.renewed(text) == expected
     block = f"<!-- begin: {FEW} -->\n{{}}<!-- end -->"
@@ -78,11 +78,12 @@ def test_methods_are_compared_on_the_sets(tmp_path, monkeypatch):
     quote.pd.DataFrame(rows[:-1]).to_csv(tmp_path / "many_sets.csv", index=False)
     assert quote.many_sets().splitlines()[2:] == [
         "| Text probe | 51.0 | 54.0 |  | 2.0 | 3 |",
-        "| DCP, fast, own logits | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
-        "| DCP, fast, read both ways | 53.0 | - | +1.7 (-1.2 to +4.5) | 2.0 | 3 |",
+        "| DCP, fast, no text probe | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
+        "| DCP, fast, both text probes | 53.0 | - | +1.7 (-1.2 to +4.5) | 2.0 | 3 |",
     ]
-    assert (quote.set_gap("DCP, fast, own logits"), quote.set_versus("DCP, fast, own logits")) == (-10, "below")
-    assert quote.set_versus("DCP, fast, read both ways") == "level with"
+    alone = "DCP, fast, no text probe"
+    assert (quote.set_gap(alone), quote.set_versus(alone)) == (-10, "worse than")
+    assert quote.set_versus("DCP, fast, both text probes") == "on par with"
     assert quote.by_set("Text probe").splitlines()[2:] == [
         "| cats | Text probe | 51.0 | 54.0 |",
         "| dogs | Text probe | 51.0 | 54.0 |",
@@ -113,6 +114,10 @@ def test_comparisons_are_paired(monkeypatch):
     monkeypatch.setattr(quote, "results", lambda file: quote.tables.with_labels(frame))
     assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4
     assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
-    assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["below", "level with", "above"]
-    listed = ["- **above** Zero-shot (+3.0)", "- **level with** GDA (+0.0)", "- **below** CoOp (-10.0)"]
+    assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == [
+        "worse than",
+        "on par with",
+        "better than",
+    ]
+    listed = ["- **better than** Zero-shot (+3.0)", "- **on par with** GDA (+0.0)", "- **worse than** CoOp (-10.0)"]
     assert quote.standing(reference="DCP").splitlines()[2:] == listed

@@ -65,7 +65,7 @@ def test_the_page_shows_every_mistake_as_a_picture(evaluation, tmp_path):
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") == 2
     assert "my &lt;head&gt;" in text
-    assert "cat, named dog &amp; co: 2 of 4" in text
+    assert "cat, predicted as dog &amp; co: 2 of 4" in text
     assert (evaluation.balanced, "the mean of the classes' accuracies: 75.0 %" in text) == (75.0, True)
     assert Evaluation(["cat"], evaluation.items[:4], evaluation.logits[:4]).balanced is None
     assert "http" not in text

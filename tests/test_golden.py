@@ -94,7 +94,7 @@ class OneBatch(ImageSource):
         return [self.batch]
 
 
-@pytest.mark.filterwarnings("ignore:The training images are not learnt")
+@pytest.mark.filterwarnings("ignore:Training has not converged")
 @pytest.mark.parametrize("name", ["release", "paper"])
 def test_ten_steps_of_the_authors_trainer(golden, tiny_clip, name):
     """Losses of the authors' code, with its optimizer and schedule, one step in each of the first ten epochs: as it was

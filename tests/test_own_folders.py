@@ -44,7 +44,7 @@ def test_files_that_are_not_used_are_counted(run, flowers, my_head):
     with pytest.warns(UserWarning, match=r"2 \.mov, 1 README, 1 \.txt, 1 \.jpg in no class folder\.") as seen:
         load_split("folder", flowers)
     assert len(seen) == 1
-    assert re.search(r"Not used of MY_PHOTOS: .*1 README, 1 \.txt", run("predict", "MY_PHOTOS", "--head", "my_head")[2])
+    assert re.search(r"Ignored in MY_PHOTOS: .*1 README, 1 \.txt", run("predict", "MY_PHOTOS", "--head", "my_head")[2])
 
 
 def test_class_folders_with_subfolders(flowers):

@@ -25,7 +25,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:The training images are not learnt")
+pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:Training has not converged")
 
 
 @pytest.fixture

@@ -320,7 +320,7 @@ def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(cluster: None
 
 def test_a_part_that_kills_every_worker_ends_the_run_with_a_message(cluster: None, photos: Path) -> None:
     with pytest.raises(
-        ZooError, match=r"No worker finishes the images from photos/11.png on \(its worker died, 3 .* kept"
+        ZooError, match=r"No worker could finish the images from photos/11.png on \(its worker died, 3 .* kept"
     ):
         run_on_ray(["photos"], Job(fake(photos, 210, 99), {}), "out", part_images=11)
     assert len(list(photos.glob("killed*"))) == 3
@@ -334,7 +334,7 @@ def test_problems_of_workers_are_told(cluster: None, photos: Path) -> None:
     with pytest.raises(ZooError, match=r"^There is no such head.$"):
         run_on_ray(["photos"], Job(broken, {}), "a")
     Path("list.txt").write_text("photos/none.png\nphotos/neither.png")
-    with pytest.raises(ZooError, match=r"finds none of 2 images, such as photos/none.png: they must be at URLs"):
+    with pytest.raises(ZooError, match=r"cannot find any of 2 images, such as photos/none.png: they must be at URLs"):
         run_on_ray(["list.txt"], Job(fake(photos), {}), "b")
     with pytest.raises(ZooError, match=r"No machine .* has 9 cores .*--threads"):
         run_on_ray(["photos"], Job(fake(photos), {}), "c", resources=Resources(9))

@@ -369,7 +369,7 @@ def test_every_image_is_trained_on_in_every_epoch(sources):
 
 
 def test_training_images_that_are_not_learnt_are_warned_about(sources):
-    with pytest.warns(UserWarning, match=r"training images are not learnt: .* where guessing gives 0.69.*epochs=3"):
+    with pytest.warns(UserWarning, match=r"Training has not converged: .* where guessing gives 0.69.*epochs=3"):
         METHODS["dcp"].fit(a_task(sources, "none", epochs=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -392,7 +392,7 @@ def test_the_rounded_weights_are_measured(sources, tmp_path):
     assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The training images are not learnt")
+@pytest.mark.filterwarnings("ignore:Training has not converged")
 def test_the_released_precision_loses_small_steps(sources):
     """Float16 cannot add most of the steps of the warm-up to a weight; float32 can add more."""
     kept = {}

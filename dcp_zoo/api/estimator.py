@@ -47,8 +47,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the predictions.
-        random_state: seed of all random draws; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
-            own, of which each fit draws one. The process's other random states stay as they are.
+        random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
+            own, from which each fit takes a seed. The process's other random states stay as they are.
         memory: a folder, or joblib.Memory, that keeps image features, so that later processes need not compute them
             again. Within a process they are kept in memory, up to 512 MB: further fits, folds and methods on the same
             images take a fraction of the first one's time.

@@ -115,10 +115,10 @@ def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
 def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """Attention weights of the class token and of each prompt over all tokens, averaged over heads.
 
-    Prompts are rewritten before each coupled block in the model's context; with "batch", the batch is `images`.
+    CMPA updates the prompts with the statistics of `model.stats`; with "batch", the batch is `images`.
 
     Args:
-        model: any DCP, which is asked in eval mode.
+        model: any DCP; it is run in eval mode.
         images: (B, 3, H, W), normalised as `create_transform` does.
 
     Returns:

@@ -68,15 +68,15 @@ def train(
             for DCP with a schedule that fits the number of classes and images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
-        validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
-            is also fitted to them, and other methods choose their hyperparameters on them, at most 4 per class with
-            `shots`. Not the images of a test.
+        validation: (images, labels), or a folder, which the callbacks see classified at intervals, and on which some
+            methods choose hyperparameters (see `dcp_zoo.training.Method`), at most 4 per class with `shots`. Do not
+            pass test images.
         class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images; of methods that train prompts, and of the text probe, in which classes weigh the same as it is,
-            however many images they have. Default: all equal.
+            of images; for methods that train prompts and for the text probe, which is always balanced. Default: all
+            equal.
         output: folder for the checkpoint; a training of prompts that was stopped resumes from there. Default: nothing
             is written.
-        options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
+        options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
             images (0: threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after
@@ -134,7 +134,7 @@ def evaluate(
     Args:
         model: a head, its name, or the folder of a checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
-        batch_size: images per batch; with batch statistics it affects the answers.
+        batch_size: images per batch; with batch statistics it affects the predictions.
         device: see `train`; default: where the model is, or "auto" for a name.
         precision: of the image features, see `train`; "float32" is the reference.
         progress: see `train`.
@@ -164,10 +164,10 @@ def predict(
     Args:
         model, device, precision, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
-        reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
+        reject: return None for images that belong to none of the classes: True, or the share of images of the classes
             that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
-        together: refine the predictions by the other images, on which they then depend. Rejected images stay rejected
-            and play no part.
+        together: refine each prediction with the other images, on which it then depends. Rejected images stay rejected
+            and have no influence.
         batch_size: images per batch; it does not affect the predictions.
 
     Raises:

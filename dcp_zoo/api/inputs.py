@@ -65,7 +65,7 @@ def labelled(
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
     found, values = as_images(images, features), np.asarray(labels)
     if values.ndim != 1:
-        raise ZooError(f"Labels have one dimension, not the shape {values.shape}.")
+        raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
     classes = np.unique(values)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")

@@ -55,7 +55,7 @@ class BenchmarkOptions:
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
     threads: opt.Threads = None
-    dry_run: bool = opt.option(False, "Show the plan and an estimate of its time.")
+    dry_run: bool = opt.option(False, "Show the plan and estimate its time.")
     per_class: bool = opt.option(False, "Store the accuracy of every class.")
     confusion: bool = opt.option(False, "Store the confusion matrix.")
 
@@ -86,7 +86,7 @@ class ClusterOptions:
     ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
     cpus: float | None = on_cluster("Cores per trial. Default: 1.")
     gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
-    retries: int | None = on_cluster("Further attempts after a worker died. Default: 2.", min=0)
+    retries: int | None = on_cluster("Further attempts after a worker dies. Default: 2.", min=0)
 
     def backend(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What runs trials, in this process or on the cluster, and what displays their events."""
@@ -104,9 +104,9 @@ class ClusterOptions:
 
 @opt.takes_options
 def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
-    """Run one of the paper's protocols for DCP and the baselines, and gather the results.
+    """Compare few-shot methods under one of four protocols, and gather the results.
 
-    The same command resumes a stopped sweep; several processes may share a folder.
+    Repeat the command to resume a stopped sweep; several processes may share a folder.
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]

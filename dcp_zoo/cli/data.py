@@ -65,8 +65,8 @@ def download(
 ) -> None:
     """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
 
-    Complete datasets are skipped; a download that was stopped continues where it was. What a source refuses can be put
-    into DATA/.downloads by hand.
+    Complete datasets are skipped; a stopped download resumes. If a download fails, place the file in DATA/.downloads
+    yourself.
 
     [dim]dcp-zoo data download caltech101 dtd --data-root DATA[/]
     [dim]dcp-zoo data download all --data-root DATA --imagenet-from TARS[/]
@@ -74,7 +74,7 @@ def download(
     chosen = downloads.downloadable() if names == ["all"] else names
     specs = downloads.missing(chosen, data_root)
     if failed := download_all(specs, data_root, agree, imagenet_from):
-        raise ZooError(f"Not complete: {', '.join(failed)}. The same command continues there.")
+        raise ZooError(f"Not complete: {', '.join(failed)}. Repeat the command to resume.")
     output.print(f"All of {', '.join(chosen)} are in {data_root}.", soft_wrap=True)
 
 
@@ -85,7 +85,7 @@ def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool, ima
     for spec in new:
         output.print(f"[bold]{spec.name}[/]: {escape(spec.terms)}\n  {escape(spec.source)}", soft_wrap=True)
     if new and not agree and not confirm("Do you agree to these terms?"):
-        raise ZooError("Nothing was downloaded. Read the terms on the pages above.")
+        raise ZooError("Nothing was downloaded: read the terms on the pages above, and agree to them.")
     if new:
         downloads.agree(new, data_root)
     failed = []

@@ -40,15 +40,15 @@ class ExportOptions:
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(
         None,
-        "Of ONNX files: outside (normalised images in, logits out; the default) or inside (RGB in, probabilities out).",
+        "For ONNX: outside (normalised images in, logits out; the default) or inside (RGB in, probabilities out).",
     )
     precision: str | None = opt.option(
-        None, "Of ONNX files: float32, float16 (the default for web) or int8. For hub: of a second file."
+        None, "For ONNX: float32, float16 (the default for web) or int8. For hub: that of a second file."
     )
     dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: opt.DataRoot = None
     overwrite: opt.Overwrite = False
-    max_drop: float = opt.option(1.0, "For int8: percentage points of top-1 that may be lost.", min=0)
+    max_drop: float = opt.option(1.0, "For int8: the largest loss of top-1, in percentage points.", min=0)
 
 
 @opt.takes_options
@@ -74,7 +74,7 @@ def export(options: ExportOptions) -> None:
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
     files.check_export(format, preprocessing, precision)
     if in_folder and preprocessing == "outside":
-        raise ZooError(f"The format {chosen} needs the preprocessing inside its file: omit --preprocessing.")
+        raise ZooError(f"The format {chosen} always has the preprocessing inside: omit --preprocessing.")
     file = options.file or Path(file_stem(name) + (f"-{chosen}" if in_folder else files.EXPORT_SUFFIXES[format]))
     if in_folder:
         check_empty(file)
@@ -156,7 +156,7 @@ class ServeOptions:
 
 @opt.takes_options
 def serve(options: ServeOptions, limits: Limits) -> None:
-    """Serve a head over HTTP with ONNX Runtime; images of concurrent requests form batches. Stop with Ctrl-C.
+    """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
 
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
 

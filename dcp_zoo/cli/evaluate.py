@@ -43,7 +43,7 @@ def evaluate(
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
+    """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
@@ -78,7 +78,7 @@ def evaluate(
     if report:
         write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
-        output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:")
+        output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} statistics:")
         show_evaluation(evaluation)
         return
     top1 = round(evaluation.accuracy.percent, 2)
@@ -112,7 +112,7 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
         metrics, tested = model.info.get("metrics"), model.info.get("test_images")
         if metrics and tested:
             top1 = next(iter(metrics.values()))
-            measured = f"Its accuracy, {top1:.1f} %, was measured before, on {tested} held out. "
+            measured = f"Its accuracy, {top1:.1f} %, was measured on {tested} held-out images. "
         raise ZooError(
             f"{head} was trained on {used} of these images. {measured}Pass other images, or train with --no-refit to "
             "test on those held out."
@@ -149,10 +149,10 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     mistakes = [(near(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in most_confident]
     tables = [
         plain_table((worst, "correct", "of", "95 % interval"), accuracies),
-        plain_table(("images of", "named", "times"), confused),
+        plain_table(("true class", "predicted", "times"), confused),
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
-    output.print(plain_table(("most confident mistakes", "is", "named", "probability"), mistakes))
+    output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
 
 
 def near(path: str) -> str:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 LOST = (
-    "Its accuracy was measured without this change, so it is gone. dcp-zoo fit-text-probe PHOTOS --head {0} --output "
-    "OTHER measures it again, and fits all classes together, from a folder with images of all of them."
+    "The stored accuracy no longer applies and was removed. To measure it again and to fit all classes together, with "
+    "a folder of images of all classes: dcp-zoo fit-text-probe PHOTOS --head {0} --output OTHER."
 )
 
 
@@ -38,7 +38,7 @@ def fit_text_probe(
     dataset: opt.Dataset = None,
     data_root: opt.DataRoot = None,
     shots: Annotated[
-        int | None, Option(min=1, help="Images per class, at most. Default: as many as the head had; all of your own.")
+        int | None, Option(min=1, help="Images per class, at most. Default: all of your own, or those of the head.")
     ] = None,
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
@@ -47,10 +47,10 @@ def fit_text_probe(
 ) -> None:
     """Give a head a text probe, a classifier on its image features. Prompts are not trained.
 
-    It needs a few labelled images of the head's classes, by default those that the head was trained on. Of your own,
-    some are held out to measure the accuracy, and then it is fitted again on all, unless --shots limits them. It also
-    calibrates the probabilities, sets the threshold for `predict --reject`, and lets new classes be added by images,
-    unless the head's method is limited to its classes.
+    It needs a few labelled images of the head's classes, by default those that the head was trained on. Of your own
+    images, some are held out to measure the accuracy; then the probe is refitted on all, unless you pass --shots. A
+    text probe calibrates the probabilities, sets the threshold for `predict --reject`, and allows new classes by
+    images, unless the head's method is limited to its classes.
 
     [dim]dcp-zoo fit-text-probe --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo fit-text-probe MY_PHOTOS --head converted --output better[/]
@@ -110,14 +110,14 @@ def convert(
     ],
     output_dir: opt.Output,
     images: Annotated[
-        Path | None, Option(help="Folder of the training images, whose prompt statistics are stored.")
+        Path | None, Option(help="Folder of the training images, for the stored prompt statistics.")
     ] = None,
     depth: Annotated[int, Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
     pooling: Annotated[str, Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
+    """Convert a checkpoint of the DCP authors' released code (CMPA). No code in the file is executed.
 
     [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
     --output my_head[/]
@@ -151,8 +151,8 @@ def add(
 ) -> None:
     """Add a class from a few images, or more images to a class that the head has.
 
-    The scores of the other classes and the rejection threshold stay as they are. The accuracy is lost; the command says
-    how to get it back.
+    The logits of the other classes and the rejection threshold stay as they are. The stored accuracy is removed; the
+    command says how to measure it again.
 
     [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
     """
@@ -204,7 +204,7 @@ def rename(
 def remove(
     command: Context, name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False
 ) -> None:
-    """Remove a class. The accuracy is lost; the command says how to get it back.
+    """Remove a class. The stored accuracy is removed, too; the command says how to measure it again.
 
     [dim]dcp-zoo classes remove tulip --head my_head --output smaller_head[/]
     """

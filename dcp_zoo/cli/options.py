@@ -63,19 +63,19 @@ Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
     str,
     Option(
-        help="auto: bfloat16 for a real CLIP where the device multiplies in it, else float32, which is the reference; "
-        "float32, bfloat16 or float16; or release, the float16 weights of DCP's authors."
+        help="auto (bfloat16 for a real CLIP on devices with native bfloat16, else float32), float32 (the reference), "
+        "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
     ),
 ]
 Workers = Annotated[
     int,
     Option(
         min=0,
-        help="Processes that decode images, for a GPU and more images than fit into memory: each epoch decodes again. "
-        "0 decodes each image once, on all cores.",
+        help="Processes that decode images, again in each epoch: for a GPU and more images than fit into memory. 0 "
+        "decodes each image once, on all cores.",
     ),
 ]
-Threads = Annotated[int | None, Option(min=1, help="Threads. Default: the cores that this process may use.")]
+Threads = Annotated[int | None, Option(min=1, help="Number of threads. Default: the cores this process may use.")]
 Ray = Annotated[
     str | None, Option("--ray", help="Run on Ray: a cluster's address, `auto` on one of its machines, or `local`.")
 ]
@@ -89,13 +89,13 @@ Classes = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html", dir_okay=False),
+    Option(help="Write an HTML page that shows the misclassified images.", metavar="FILE.html", dir_okay=False),
 ]
 DescriptionsFile = Annotated[
     Path | None,
     Option(
         metavar="FILE.json",
-        help='What CLIP reads in place of class names: {"class name": ["sentence", ...]}, as in CuPL.',
+        help='Sentences that CLIP reads in place of class names: {"class name": ["sentence", ...]}, as in CuPL.',
     ),
 ]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
@@ -103,7 +103,7 @@ ImagenetFrom = Annotated[
     str | None, Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
 ]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there already.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
@@ -149,7 +149,7 @@ def class_list(classes: str | None) -> list[str] | None:
     if os.path.isfile(classes):  # noqa: PTH113  Path would raise for long texts
         return read_classnames(classes)
     if classes.lower().endswith((".txt", ".json")):
-        raise ZooError(f"There is no file {classes}. --classes takes one, or names separated by commas.")
+        raise ZooError(f"There is no file {classes}. --classes takes a file, or names separated by commas.")
     return split_list(classes)
 
 
@@ -166,12 +166,12 @@ def data_source(
             raise ZooError(f"{dataset} needs no --data-root: omit it.")
         return dataset, data_root
     if dataset or data_root:
-        raise ZooError(f"{photos} is the data already: omit --dataset and --data-root, or omit {photos}.")
+        raise ZooError(f"Pass either the images {photos} or a dataset: omit --dataset and --data-root, or {photos}.")
     if Path(photos).is_dir() or is_archive(photos):
         return "folder", Path(photos)
     if photos in DATASETS or "://" in photos:
         raise ZooError(f"{photos} is not a folder here. To use the dataset of this name, pass --dataset {photos}.")
-    raise ZooError(f"There is no folder {photos}. Pass one with one folder of images per class, or --dataset NAME.")
+    raise ZooError(f"There is no folder {photos}. Pass a folder with one folder per class, or --dataset NAME.")
 
 
 def uses_data_root(dataset: str) -> bool:
@@ -239,7 +239,7 @@ class Group(_Flags, TyperGroup):
 
 
 class Command(_Flags, TyperCommand):
-    """A command that explains --set epochs=50 to who writes --epochs 50, if it has --set."""
+    """A command that, if it has --set, answers --epochs 50 with a hint to --set epochs=50."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared = {opt for parameter in self.params for opt in parameter.opts}

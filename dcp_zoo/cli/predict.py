@@ -52,15 +52,15 @@ class PredictOptions:
     classes: opt.Classes = None
     descriptions: opt.DescriptionsFile = None
     top_k: int = opt.option(5, "Predictions per image.", min=1)
-    sample: bool = opt.option(False, "Classify the six photographs of the package.")
-    reject: bool = opt.option(False, "Answer `none of these` for images of other things; see dcp-zoo fit-text-probe.")
+    sample: bool = opt.option(False, "Classify six sample photographs.")
+    reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
     reject_rate: float | None = opt.option(
         None,
-        f"Like --reject, but refuse this share of the images of the head's classes, not {REFUSED}. The more, the less "
-        "of other things gets through.",
+        f"Like --reject, but also refuse this share of the images of the head's own classes, in place of {REFUSED}. A "
+        "higher rate rejects more images of other things.",
     )
     together: bool = opt.option(
-        False, "Refine the answers by the other images, on which they then depend: usually more are right."
+        False, "Refine each prediction with the other images, on which it then depends: usually more accurate."
     )
     count: bool = opt.option(
         False, "With --together: print how many images there are of each class, with 90 % intervals."
@@ -73,24 +73,24 @@ class PredictOptions:
     error_rate: float = opt.option(
         0.1, "With --hierarchy: the share of predictions that may be wrong.", min=0.001, max=0.49
     )
-    fps: float = opt.option(1.0, "Of videos: classify so many frames per second.", min=0.001)
+    fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(
-        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.", "--output"
+        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a stop.", "--output"
     )
-    features: Path | None = to_file("Keep the image features in a .npz or .parquet file.")
+    features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
     sheet: Path | None = to_file(
         "Write an HTML contact sheet: the images of each class, the least certain first, to be corrected by keyboard."
     )
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
-    overwrite: bool = opt.option(False, "Replace files that exist already.", rich_help_panel="Files")
-    runtime: str = opt.option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
+    overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
+    runtime: str = opt.option("torch", "torch, or onnx (ONNX Runtime: exports the head once, then starts faster).")
     onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
     workers: int | None = opt.option(
-        None, "Processes that decode images, if not 0. Default: one per core for more than two batches.", min=0
+        None, "Processes that decode images; 0: none. Default: one per core for more than two batches.", min=0
     )
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
@@ -127,14 +127,14 @@ class PredictOptions:
         if not self.images and not self.sample:
             raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
         if self.link and not self.sort_into:
-            raise ZooError("--link belongs to --sort-into FOLDER.")
+            raise ZooError("--link works only with --sort-into FOLDER: add it, or omit --link.")
         if self.count and (self.as_json or not self.together):
-            raise ZooError("--count prints a table beside the answers of --together: add --together, and omit --json.")
+            raise ZooError("--count prints a table with --together: add --together, and omit --json.")
         if self.files and self.as_json:
             raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
         if self.ray:
             if self.together:
-                raise ZooError("--together needs all answers on one machine: omit --ray, or omit --together.")
+                raise ZooError("--together needs all predictions on one machine: omit --ray, or omit --together.")
             import_ray()
             if not self.table or len(self.files) > 1:
                 raise ZooError(
@@ -287,18 +287,18 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
 
 
 def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]", options: PredictOptions) -> None:
-    """Say how many answers the other images changed, with examples, and how many there are of each class."""
+    """Say how many predictions the other images changed, with examples, and how many images each class has."""
     if not options.together:
         return
     from dcp_zoo.answers import label
 
     examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]
     such = f", such as {'; '.join(examples)}" if examples else ""
-    log(printable(f"The other images changed {len(changed):,} of {images:,} answers{such}."))
+    log(printable(f"The other images changed {len(changed):,} of {images:,} predictions{such}."))
     if options.count:
         found = sorted((of for of in counts if of.high), key=lambda of: -of.images)
         cells = [(of.name, f"{of.images:,.0f}", f"{of.low:,} to {of.high:,}", f"{of.answers:,}") for of in found]
-        output.print(plain_table(("class", "images", "90 % between", "answers"), cells))
+        output.print(plain_table(("class", "images", "90 % interval", "predictions"), cells))
 
 
 def predictions_table(row: "Row") -> Table:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class BuildOptions:
     models: list[str] = several("model", "Models of the zoo.", "--models")
     data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
-    output: Path | None = opt.option(None, "Folder for the state of the build, which resumes it.")
+    output: Path | None = opt.option(None, "Folder for the state of the build, from which it resumes.")
     org: str | None = opt.option(None, "Organisation or user on the Hub. Default: train and check, publish nothing.")
     datasets: list[str] = several("dataset", "Default: all 11.", "--datasets")
     shots: list[str] = several("shots", "Training images per class. Default: 1,2,4,8,16.")
@@ -57,7 +57,7 @@ class BuildOptions:
 def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
 
-    The same command resumes a build that was stopped; heads that are published are left alone.
+    Repeat the command to resume a stopped build; heads that are already published are left alone.
 
     [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
     [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
@@ -90,7 +90,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     bad = sum(head.state in ("failed", "refused") for head in heads)
     if bad or absent:
         others = f", and {', '.join(absent)} could not be downloaded" if absent else ""
-        raise ZooError(f"{bad} heads failed or were refused{others}. The same command tries them again.")
+        raise ZooError(f"{bad} heads failed or were refused{others}. Repeat the command to try them again.")
 
 
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
@@ -176,9 +176,9 @@ def verify(
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
 ) -> None:
-    """Measure a head again on the test images of its dataset, and compare with what its card claims.
+    """Measure a head again on the test images of its dataset, and compare the result with its card's claim.
 
-    The exit code is 1 if an accuracy differs by over 0.05 percentage points, or a head of --all cannot be measured.
+    The exit code is 1 if they differ by more than 0.05 percentage points, or a head of --all cannot be measured.
 
     [dim]dcp-zoo verify --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo verify --all --data-root DATA[/]
@@ -214,7 +214,7 @@ def submit(
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
 ) -> None:
-    """Check a result for the leaderboard against the admission rules, measure its head, and print the row to submit.
+    """Check a leaderboard submission against the rules, measure its head, and print the row to add.
 
     [dim]dcp-zoo submit MY_RESULT --data-root DATA[/]
     """

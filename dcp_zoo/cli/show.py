@@ -76,8 +76,8 @@ def show_recommended() -> None:
     rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
     output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
     output.print(
-        f"By figures of an AMD EPYC in float32, for this process on {available_cores()} of its cores; a GPU is "
-        "faster. How accurate each is on your images, dcp-zoo train measures. dcp_mini is for trying things out.",
+        f"Estimated from measurements on an AMD EPYC in float32, for {available_cores()} of its cores; a GPU is "
+        "faster. dcp-zoo train measures the accuracy on your images. dcp_mini is for trying things out.",
         style="dim",
     )
 
@@ -144,10 +144,10 @@ def explain(
     head: HeadName,
     top_k: Annotated[int, Option(min=1, help="Words per text prompt.")] = 5,
     figure: Annotated[
-        Path | None, Option("--output", help="Plot the moves of the prompts to this file.", metavar="FILE.png")
+        Path | None, Option("--output", help="Plot how far the prompts move.", metavar="FILE.png")
     ] = None,
 ) -> None:
-    """Show what a head has learnt: the words nearest to its text prompts, and how far coupling moves its prompts.
+    """Show what a DCP head has learnt: the words nearest to its text prompts, and how far coupling moves its prompts.
 
     [dim]dcp-zoo explain --head dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo explain --head my_head --top-k 3 --output coupling.png[/]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
     from dcp_zoo.training.run import Run
 
-REFIT = "The accuracy is measured first; the head that is saved is then fitted on all images (not with --no-refit)."
+REFIT = "After the accuracy is measured, the head is refitted on all images and saved (--no-refit turns this off)."
 DATASET_SHOTS = 16  # training images per class of a dataset
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
@@ -44,28 +44,28 @@ class TrainOptions:
     model: opt.Model = "dcp_mini"
     method: str | None = opt.option(
         None,
-        f"{DEFAULT_METHOD}, a classifier on CLIP's features, the default; dcp, coupled prompts in both towers and a "
-        f"text probe, which takes longer; or another: {', '.join(METHODS)}.",
+        f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus "
+        f"text probe; takes longer), or another: {', '.join(METHODS)}.",
     )
     classifier: str | None = opt.option(
-        None, "What is added to the method's logits: text-probe or none. Default: the recipe's; text-probe for dcp."
+        None, "Classifier that is added to the method: text-probe or none. Default: the recipe's; text-probe for dcp."
     )
     labels: opt.Labels = None
     dataset: opt.Dataset = None
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     class_weight: str | None = opt.option(
-        None, "Weight classes equally in the loss of prompts, as a text probe does anyway.", metavar="balanced"
+        None, "Weight classes equally in the loss of prompts; a text probe always does.", metavar="balanced"
     )
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
     seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
     test: float | None = opt.option(
-        None, "Share of your own images held out for the test. Default: 0.3, or your folder `test`.", min=0, max=0.9
+        None, "Share of your own images held out for testing. Default: your folder `test`, or 0.3.", min=0, max=0.9
     )
     refit: bool | None = opt.option(
         None,
-        "Once the accuracy is measured, fit again on all images, test images included, and save that. Default: so for "
-        "your own images that come without a test part and without --shots.",
+        "After measuring the accuracy, refit on all images, test images included, and save that head. Default: refit "
+        "for your own images without a folder `test` and without --shots.",
         "--refit/--no-refit",
     )
     report: opt.Report = None
@@ -73,14 +73,14 @@ class TrainOptions:
     precision: opt.Precision = "auto"
     workers: opt.Workers = 0
     threads: opt.Threads = None
-    grad_checkpointing: str = opt.option("auto", "on saves memory and takes time; off; or auto, by the size needed.")
-    yes: bool = opt.option(False, "Train on folders that look like years or copies without being asked.")
+    grad_checkpointing: str = opt.option("auto", "on (less memory, more time), off, or auto, by the memory needed.")
+    yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
     save_every: float = opt.option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
     recipe: str | None = of_recipe(
         None,
-        "fast (of dcp: prompts in the last three blocks only, in a fraction of the time), release (the code of DCP's "
-        "authors), paper (the same with their paper's coupling), or a YAML file with lines such as `epochs: 50`.",
+        "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
+        "code) or paper (the same with their paper's coupling). Or a YAML file with lines such as `epochs: 50`.",
         metavar="fast|release|paper|FILE",
     )
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
@@ -125,9 +125,9 @@ class TrainOptions:
 def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it.
 
-    Of your own images, 30 % of each class are held out to measure the accuracy; the head that is saved has then been
-    fitted again on all of them.
-    The same command resumes a training of prompts that was stopped or killed.
+    Of your own images, 30 % of each class are held out to measure the accuracy; then the head is refitted on all images
+    and saved.
+    Methods that train prompts resume after a stop or kill: repeat the command.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
@@ -147,7 +147,7 @@ def train(options: TrainOptions) -> None:
     check_choice("method", options.method, tuple(METHODS))
     recipe = options.checked_recipe(dataset)
     if not recipe.is_trained and (set_ := options.given("save_every", "grad_checkpointing")):
-        raise ZooError(f"{', '.join(set_)} works with methods that train prompts only, such as --method dcp: omit it.")
+        raise ZooError(f"{', '.join(set_)} works only with methods that train prompts, such as --method dcp: omit it.")
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.distributed import is_main, process_group, world_size
@@ -166,7 +166,7 @@ def train(options: TrainOptions) -> None:
                 check_output(options.report, options.overwrite, "--report")
         run = _planned(options, dataset, data_root, device)
         if options.report and not run.split.test:
-            raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")
+            raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
         if is_main() and dataset == "folder" and not options.labels:
             doubt = "" if options.yes else unlike_classes(run.split.classnames, run.split.items)
             if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):

@@ -27,7 +27,7 @@ SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
 FIRST_PAUSE = 2.0  # seconds before the second try, doubled for each further one
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
-CHANGED = "its answers do not fit together: the file has changed, or the server is at fault"
+CHANGED = "its responses are inconsistent: the file has changed, or the server is at fault"
 DAMAGED = (  # what the standard library raises for archives it cannot read, encrypted ones included
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     *(EOFError, KeyError, ValueError, RuntimeError),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.films import frames_of, is_film
 from dcp_zoo.data.paths import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -25,6 +24,7 @@ from dcp_zoo.data.paths import (
 from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import hub_images, is_parquet, parquet_images
+from dcp_zoo.data.videos import frames_of, is_video
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 LISTS = (".txt", ".lst")
@@ -45,71 +45,71 @@ def find_images(sources: Sequence[str], fps: float | None = None) -> list[Found]
         sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
             (`'photos/**/*.jpg'`), a text file with one path per line (relative ones start at its folder), `wds://PATH`,
             `hf://datasets/ORG/NAME` or a Parquet file. Except for lists, they may be URLs that fsspec opens (s3://).
-        fps: read films, too, at so many frames per second: each frame is an image, and at last the film as a whole.
+        fps: also read videos, at this many frames per second: each frame is an image, followed by the whole video.
     """
     found = [Found(*image) for source in sources for image in _images_of(source, fps is not None)]
     return found if fps is None else [image for each in found for image in _frames(each, fps)]
 
 
 def _frames(image: Found, fps: float) -> Iterator[Found]:
-    if is_film(image.path):
+    if is_video(image.path):
         frames = frames_of(image.path, fps)
         yield from (Found(f"{image.name}{frame.removeprefix(image.path)}", frame) for frame in frames)
         image = image._replace(path=f"{image.path}#t=")
     yield image
 
 
-def _images_of(source: str, films: bool = False) -> Iterator[tuple[str, str]]:
-    """(name, path) of every image, and film if `films`."""
+def _images_of(source: str, videos: bool = False) -> Iterator[tuple[str, str]]:
+    """(name, path) of every image, and video if `videos`."""
     if source.startswith(HUB_SCHEME):
         yield from hub_images(source)
     elif source.startswith(SHARD_SCHEME):
         yield from shard_images(source)
     elif is_parquet(source) and "*" not in source:
         yield from parquet_images(source)
-    elif is_film(source):
-        if not films or is_url(source):
+    elif is_video(source):
+        if not videos or is_url(source):
             raise ZooError(f"{source} is a video. {FRAMES.format(video=source)}")
-        import_extra("av", "films")
+        import_extra("av", "video")
         yield source, source
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
-        yield from ((path, path) for path in _in_folder(source, films))
+        yield from ((path, path) for path in _in_folder(source, videos))
     elif is_archive(source):
         folder = str(unpacked(source))
-        yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder, films))
+        yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder, videos))
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
     elif is_url(source) and ("*" in source or not is_image(source.rpartition("/")[2])):
         yield from _among(list_files(source), f"No image at {source} ({', '.join(IMAGE_SUFFIXES)}): check the URL.")
     elif not is_url(source) and has_magic(source) and not Path(source).exists():
         paths = sorted(path for path in glob(source, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
-        yield from _among(paths, f"No image matches {source} ({', '.join(IMAGE_SUFFIXES)}).", films)
+        yield from _among(paths, f"No image matches {source} ({', '.join(IMAGE_SUFFIXES)}).", videos)
     elif is_image(source.rpartition("/")[2]) or os.path.lexists(source):
         yield source, source  # a missing one among many is an error in its row
     else:
         raise ZooError(f"There is no file or folder {source}: check the path.")
 
 
-def _among(files: Sequence[str], otherwise: str, films: bool = False) -> Iterator[tuple[str, str]]:
+def _among(files: Sequence[str], otherwise: str, videos: bool = False) -> Iterator[tuple[str, str]]:
     """The images among files, and those in the Parquet files among them; ZooError `otherwise`."""
-    found = [file for file in files if _is_image(file, films) or is_parquet(file)]
+    found = [file for file in files if _is_image(file, videos) or is_parquet(file)]
     if not found:
         raise ZooError(otherwise)
     for file in found:
-        yield from _images_of(file, films)
+        yield from _images_of(file, videos)
 
 
-def _is_image(path: str, films: bool) -> bool:
-    return is_image(os.path.basename(path)) or (films and is_film(path))  # noqa: PTH119
+def _is_image(path: str, videos: bool) -> bool:
+    return is_image(os.path.basename(path)) or (videos and is_video(path))  # noqa: PTH119
 
 
-def _in_folder(folder: str, films: bool) -> Iterator[str]:
+def _in_folder(folder: str, videos: bool) -> Iterator[str]:
     """Images in a folder and its subfolders, without what is hidden or belongs to the system."""
     others: Counter[str] = Counter()
     count = 0
-    films = films and find_spec("av") is not None
+    videos = videos and find_spec("av") is not None
     for path in visible_files(folder):
-        if _is_image(path, films):
+        if _is_image(path, videos):
             count += 1
             yield path
         else:

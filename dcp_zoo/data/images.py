@@ -11,11 +11,11 @@ from typing import IO, Any, TypeVar
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.films import is_frame, read_frame
 from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_url, open_file, picture_formats
 from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
+from dcp_zoo.data.videos import is_frame, read_frame
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores

@@ -35,7 +35,7 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
 
 
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
-    """A dataset in the parts that it comes with or, if it has none, 50/20/30; see `load_labelled`."""
+    """A dataset with its own parts or, if it has none, split 50/20/30 %; see `load_labelled`."""
     return split_images(load_labelled(name, root))
 
 

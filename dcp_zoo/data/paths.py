@@ -50,7 +50,7 @@ def is_archive(path: str | os.PathLike) -> bool:
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """Raise ZooError for an output file that exists, unless `overwrite` and not an image, film or archive by its name,
+    """Raise ZooError for an output file that exists, unless `overwrite` and not an image, video or archive by its name,
     or that cannot be written."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
@@ -91,7 +91,7 @@ def counted(kinds: Counter[str]) -> str:
 def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
     """Warn of files that are not read, if there are any."""
     if kinds:
-        warnings.warn(f"Not used of {folder}: {counted(kinds)}.", stacklevel=3)
+        warnings.warn(f"Ignored in {folder}: {counted(kinds)}.", stacklevel=3)
 
 
 def is_url(path: str) -> bool:

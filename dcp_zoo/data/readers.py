@@ -16,7 +16,6 @@ from zipfile import ZipFile
 from PIL import Image
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.films import is_film, is_frame
 from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.paths import (
     IMAGE_SUFFIXES,
@@ -29,6 +28,7 @@ from dcp_zoo.data.paths import (
 )
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
+from dcp_zoo.data.videos import is_frame, is_video
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
@@ -208,7 +208,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images in a .csv or .xlsx file with their classes: columns `file` and `class`, or these in this order without
     a header. Paths start at `folder` or, as in the tables of `dcp-zoo predict`, at the current folder. A `change` of
     inspection.csv replaces the class. What has no class is left out, with a note: images that could not be read,
-    answers such as "none of these", and films."""
+    answers such as "none of these", and videos."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
         rows = [[cell.strip() for cell in row] for row in rows]
@@ -226,7 +226,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     for number, row in enumerate(rows[1:], first):
         image, name, change, error, rejected = ("" if i < 0 else row[i] for i in columns)
         name = NONE if rejected.lower() == "true" else change or name
-        if error or is_reserved(name) or is_frame(image) or is_film(image):
+        if error or is_reserved(name) or is_frame(image) or is_video(image):
             left_out["that cannot be read" if error else f"{name!r}" if is_reserved(name) else "of videos"] += 1
         elif not image or not name or len(row) > len(header) or rejected.lower() not in ("", "false"):
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")

@@ -203,7 +203,7 @@ def warn_of_tiny_classes(split: Split) -> None:
     if tiny:
         warnings.warn(
             f"Other classes have up to {most} training images, these very few: {shorten(tiny)}. Expect more mistakes "
-            "on them; the balanced accuracy counts every class the same.",
+            "on them; the balanced accuracy weights classes equally.",
             stacklevel=3,
         )
 

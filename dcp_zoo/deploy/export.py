@@ -63,7 +63,7 @@ def export(
     if (size := fused.info["preprocessing"].get("input_size")) is None:
         raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
     if (place := fused.classifier.device.type) != "cpu":
-        raise ZooError(f"The model is on {place}, and files are written on the CPU: call model.cpu() first.")
+        raise ZooError(f"The model is on {place}, but export needs it on the CPU: call model.cpu() first.")
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:

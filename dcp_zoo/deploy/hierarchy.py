@@ -17,8 +17,8 @@ FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Ranks classes as `top_classes` does, but begins with the most specific node of the tree that is sure: its
-    probability is at least 1 - `error_rate`, so that at most this share of the answers is wrong as far as the
+    """Ranks classes as `top_classes` does, but begins with the most specific confident node of the tree: one whose
+    probability is at least 1 - `error_rate`, so that at most this share of the predictions is wrong as far as the
     probabilities are calibrated."""
 
     paths: dict[str, list[str]]  # of each class in the tree, the names from it to the top
@@ -31,7 +31,7 @@ class Hierarchy:
             if name not in classnames:
                 raise ZooError(f"The hierarchy has {name!r}, which is not a class.{nearest_hint(name, classnames)}")
             if both := set(parents).intersection(classnames):
-                raise ZooError(f"The hierarchy has the class {both.pop()!r} above {name!r}: give one another name.")
+                raise ZooError(f"In the hierarchy, the class {both.pop()!r} is above {name!r}: rename one of them.")
         paths = [self.paths.get(name, [name]) for name in classnames]
         nodes = {node: len(path) - i for path in paths for i, node in enumerate(path)}
         below = np.array([[node in path for path in paths] for node in nodes])
@@ -53,7 +53,7 @@ def read_hierarchy(file: Path) -> dict[str, list[str]]:
     paths, nodes = {path[0]: path for path in leaves}, {tuple(path[i:]) for path in leaves for i in range(len(path))}
     names = {name for name, *_ in nodes}
     if len(paths) < len(leaves) or len(names) < len(nodes) or not paths:
-        raise ZooError(f"The hierarchy {file} must have each name once: write {FORM}.")
+        raise ZooError(f"Each name may appear only once in the hierarchy {file}: write {FORM}.")
     if answers := [*filter(is_reserved, names)]:
         raise ZooError(f"The hierarchy {file} has the name {answers[0]!r}, which is reserved: choose another.")
     return paths

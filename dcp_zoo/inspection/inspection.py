@@ -68,7 +68,7 @@ class Inspection:
     Attributes:
         data: the images.
         seen: their features and statistics.
-        answers: of a classifier that was fitted without each image, for those that can be read.
+        answers: out-of-fold predictions, each by a classifier fitted without the image, for those that can be read.
         suspects: positions of images whose label is probably wrong, the most suspicious first.
         of_no_class: positions of images that may show none of the classes, the least like them first.
         groups: positions of images that show the same picture.

@@ -59,8 +59,8 @@ def suggest(
     device: str = "auto",
     progress: Progress = bar,
 ) -> list[Suggestion]:
-    """Choose the images of a folder that are worth a label next, from no label at all on: those that stand for most of
-    the others, and are unlike those with a label.
+    """Choose the images of a folder that are worth a label next, even without labels: those that represent most of the
+    others, and are unlike those with a label.
 
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.

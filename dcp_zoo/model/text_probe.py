@@ -1,5 +1,5 @@
 """The text probe of a head: a linear classifier on its image features that starts at the method's own logits, usually
-the text logits, and leaves them only as far as the training images ask. This project's own.
+the text logits, and moves away from them only as far as the training images justify. This project's own.
 
 With normalised image features f (B, E) and the method's logits z (B, C), it is the mean of several candidates. For each
 of `PENALTIES`, softmax regression from the text:

@@ -83,7 +83,7 @@ class FeatureCache:
                     Path(file).unlink(missing_ok=True)
         self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
         problem = cannot_write(self.place, error, f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1")
-        warnings.warn(f"Features of images are not kept for the next run. {problem}", stacklevel=2)
+        warnings.warn(f"Image features are not cached for the next run. {problem}", stacklevel=2)
         return self._memory
 
 

@@ -63,7 +63,7 @@ class History(Callback):
 
 
 class EarlyStopping(Callback):
-    """Ends training when the validation images are not classified better, and goes back to the best weights. `patience`
+    """Stops training when the validation accuracy no longer improves, and restores the best weights. `patience`
     counts validations, of which a run has at most 20, without a better accuracy, or an equal one with a lower loss. A
     run that resumes counts from there. Raises ZooError in a run without validation images."""
 

@@ -183,9 +183,9 @@ def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> No
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
         warnings.warn(
-            f"The training images are not learnt: their loss is {loss:.2f} at the end, where guessing gives "
-            f"{guess:.2f}. Train longer (--set {length}={3 * value}; in Python recipe={{'{length}': {3 * value}}}), or "
-            "check that the labels are right.",
+            f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
+            f"gives {guess:.2f}. Train longer (--set {length}={3 * value}; in Python "
+            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right.",
             stacklevel=3,
         )
 

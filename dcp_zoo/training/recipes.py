@@ -179,7 +179,7 @@ def named_recipe(name: str, model: str) -> Recipe:
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     """For CLIP models on the paper's datasets the recipe "paper" and the text probe, for the zoo's planned heads, too;
     otherwise its values with the changes of the model's row in the registry, and a schedule that fits the training set.
-    None is one of the paper's datasets. The coupling is the paper's because it is the method as described."""
+    `dataset=None` counts as one of them. The coupling is the paper's because it is the method as described."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
         return replace(named_recipe("paper", model), classifier=TEXT_PROBE)

@@ -149,7 +149,7 @@ class RunOptions:
         save_every: seconds between two saves of the state of a training; 0 saves after every step.
         progress, log: progress bars, by default in a terminal or notebook; messages, by default none.
         stop: called after every step of a training, see `TrainingState`.
-        show: receives the answers on the test images.
+        show: receives the predictions on the test images.
         callbacks: called after every epoch, see `loop.train`; the split's validation images are classified for them.
     """
 
@@ -236,11 +236,11 @@ def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Ru
 def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """ZooError for what only methods that train by epochs have, or only the text probe."""
     if run.sample_weight is not None and not run.is_probe_alone:
-        raise ZooError(f"{run.method} has no sample_weight: choose method={DEFAULT_METHOD!r}.")
+        raise ZooError(f"{run.method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
     if not run.recipe.is_trained and (callbacks or (run.class_weight is not None and not run.is_probe_alone)):
         able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
         lacks, able = ("callbacks", able) if callbacks else ("class_weight", [DEFAULT_METHOD, *able])
-        raise ZooError(f"{run.method} has no {lacks}: choose a method that has, from {', '.join(able)}.")
+        raise ZooError(f"{run.method} does not support {lacks}: choose from {', '.join(able)}.")
 
 
 def train_head(
@@ -362,7 +362,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         info = distributed.from_main(lambda: read_config(first)["dcp"])
         measured = {name: info[name] for name in MEASURED if name in info}
         took = format_duration(info["train_seconds"])
-        options.log(f"Fitting again, now on all {len(final.split.train):,} images; the first fit took {took}.")
+        options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
         head, _ = train_head(final, output, options, measured)
         if distributed.is_main():
             shutil.rmtree(first)

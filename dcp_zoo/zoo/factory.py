@@ -254,7 +254,7 @@ def create_transform(
 ) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 
-    Testing: the CLIP's own, bit for bit: resize of the short side and centre crop, or for some of both sides.
+    Testing: the CLIP's own, bit-identical: resize of the short side and centre crop or, for some, of both sides.
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
     random numbers. It accepts uint8 tensors (3, h, w) too and works on those: faster than PIL, and within 2 of 255
     levels of it.

@@ -195,8 +195,8 @@ def interval(differences: "pd.Series") -> tuple[float, float] | None:
 
 def differences(results: "pd.DataFrame", base: "pd.DataFrame", on: Sequence[str] | None = None) -> "pd.DataFrame":
     """Every pair of a result and one of `base` with the same dataset, shots, seed and test classes, or the same values
-    `on` other columns, with a column `difference`: top-1 minus that of the base, in points. A method without training
-    is paired with all shots and seeds."""
+    `on` other columns, with a column `difference`: top-1 minus that of the base, in percentage points. A method without
+    training is paired with all shots and seeds."""
     if on is None:
         on = [*TESTED, "shots", "seed"] if min(results.shots.max(), base.shots.max()) > 0 else TESTED
     pairs = results.merge(base, on=list(on), suffixes=("", "_base"))
@@ -224,8 +224,8 @@ def against(results: "pd.DataFrame", reference: str = "DCP") -> list[Table]:
         by_shots = [difference_cell(group.difference[group.shots == k]) for k in shots]
         rows.append([label, str(len(group)), *by_shots, difference_cell(group.difference)])
     note = (
-        f"Top-1 minus that of {reference}, in points: mean over pairs with the same dataset, shots and seed, and its "
-        "95 % confidence interval (Student's t). * the interval excludes 0: only there is one of the two ahead."
+        f"Top-1 minus that of {reference}, in percentage points: mean over pairs with the same dataset, shots and "
+        "seed, with its 95 % confidence interval (Student's t). * the interval excludes 0: a significant difference."
     )
     header = ["method", "pairs", *(f"{k} shots" if k > 1 else "1 shot" for k in shots), "all"]
     return [Table(f"Differences from {reference}", header, rows, note)]
@@ -241,5 +241,5 @@ def options_against_default(results: "pd.DataFrame") -> list[Table]:
         row = [label, protocol, str(len(group)), f"{group.top1_base.mean():.2f}", f"{group.top1.mean():.2f}"]
         rows.append([*row, with_spread(group.difference, "+.2f"), EMPTY if time != time else f"{time:.2f} x"])
     header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
-    note = "A pair has the same dataset, shots, seed, target and stats. Top-1 in percent, difference in points."
+    note = "A pair shares dataset, shots, seed, target and stats. Top-1 in percent, difference in percentage points."
     return [Table("Changed options against the unchanged method", header, rows, note)] if rows else []

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dcp_zoo.answers import Answering, Ranking, Row, label, log_softmax, top_classes
-from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
 from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError
@@ -201,14 +201,14 @@ class Answers(NamedTuple):
 
 
 @dataclass
-class _Films:
-    """Frames of the current film that were read, and the sums of their logits and features."""
+class _Videos:
+    """Frames of the current video that were read, and the sums of their logits and features."""
 
     frames: int = 0
     sums: tuple[Any, ...] = (0.0, 0.0)
 
     def average(self, images: Sequence[Found], errors: list[str], outputs: Sequence[np.ndarray]) -> None:
-        """Give a film as a whole, which follows its frames, the means of their logits (n, C) and, if they are kept,
+        """Give a video as a whole, which follows its frames, the means of their logits (n, C) and, if they are kept,
         features (n, E), of which the logits are a linear function."""
         for i, image in enumerate(images):
             if is_frame(image.name) and not errors[i]:
@@ -242,11 +242,11 @@ class Job:
             raise ZooError(predictor.cannot_reject)
         answer = Answering(self.top_k, predictor.threshold if self.reject else None, self.rank)
         paths = [image.path for image in images]
-        start, films = 0, _Films()
+        start, videos = 0, _Videos()
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
             batch, start = images[start : start + len(errors)], start + len(errors)
             found = predictor.compute(pixels)  # of damaged images too, for they are few
-            films.average(batch, errors, [values for values in found if values is not None])
+            videos.average(batch, errors, [values for values in found if values is not None])
             answers, features = answer(found.logits, predictor.classnames, found.distances), found.features
             if features is not None:
                 features = np.concatenate([features, found.logits], 1) if self.together else features
@@ -269,7 +269,7 @@ class Job:
         rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
         own = [i for i, row in enumerate(rows) if "error" not in row and not row.get("rejected")]
         features, logits = kept[own, : -len(classnames)], kept[own, -len(classnames) :]
-        features /= np.linalg.norm(features, axis=1, keepdims=True)  # a film's are means of its frames'
+        features /= np.linalg.norm(features, axis=1, keepdims=True)  # a video's are means of its frames'
         probabilities = together(np.exp(log_softmax(logits)), features, progress)
         for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
             rows[i]["predictions"] = classes

@@ -91,7 +91,7 @@ def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
             images = task.item.images
             place = images if isinstance(images, str) else f"the images from {images[0].name} on"
             raise ZooError(
-                f"No worker finishes {place} ({task.message}), perhaps for lack of memory. Finished parts "
+                f"No worker could finish {place} ({task.message}), perhaps for lack of memory. Finished parts "
                 "are kept: run the same command again, with a smaller --batch-size, or more --threads for fewer "
                 "workers per machine."
             )
@@ -113,7 +113,7 @@ def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[i
     failed = sum("error" in row for row in rows)
     if failed == len(rows) and not any("://" in image.path or Path(image.path).exists() for image in images):
         raise ZooError(
-            f"A worker finds none of {len(images)} images, such as {images[0].path}: they must be at URLs, or on a "
+            f"A worker cannot find any of {len(images)} images, such as {images[0].path}: they must be at URLs or on a "
             "disk that all machines of the cluster share."
         )
     columns = column_names(min(job.top_k, len(predictor.classnames)), job.reject)

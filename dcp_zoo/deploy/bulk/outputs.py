@@ -23,9 +23,9 @@ from urllib.parse import quote
 import numpy as np
 
 from dcp_zoo.answers import Row, is_changed, label
-from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.videos import is_frame
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.files import check_writable, templates, unfinished, write_file
 from dcp_zoo.texts import NONE, write_csv

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Row
-from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.paths import filesystem
+from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import LOCK, UNFINISHED, locked, write_file
@@ -92,7 +92,7 @@ class UnfinishedRun:
     """The finished rows in a folder on this machine; `done` is their number.
 
     part-N.jsonl         rows, from row N on
-    part-N-frames.jsonl  the same, all of one film: it begins again unless a part with its end follows
+    part-N-frames.jsonl  the same, all of one video: it begins again unless a part with its end follows
     part-N.float32       their image features, if they are kept, written before them
     """
 

@@ -37,7 +37,7 @@ class Task:
         train: the few-shot training images, augmented as in the recipe; None for methods that do not train.
         val: few-shot validation images, the only ones for choosing hyperparameters; None if there are none.
         recipe: the method's hyperparameters.
-        seed: of all random draws.
+        seed: of all random numbers.
         precision: of training; logits are computed in float32.
         training: options of `loop.train`, which trains prompts: its state, callbacks, class weights and log.
         reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.

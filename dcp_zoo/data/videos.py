@@ -1,5 +1,5 @@
-"""Films as images: the frame at a time is at the path `FILM#t=SECONDS`, as in the W3C's media fragments, and the film
-as a whole at `FILM#t=`."""
+"""Videos as images: the frame at a time is at the path `VIDEO#t=SECONDS`, as in the W3C's media fragments, and a video
+as a whole at `VIDEO#t=`."""
 
 import math
 from collections.abc import Iterator
@@ -16,55 +16,55 @@ from dcp_zoo.files import MAX_FRAME_PIXELS, check_regular
 FORWARD = 5.0  # seconds up to which the frames in between are decoded: from farther, a key frame is mostly nearer
 LOCAL = {"protocol_whitelist": "file"}  # playlists may name other places
 LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}
-_last = local()  # the film that this thread has open, for its next frame
+_last = local()  # the video that this thread has open, for its next frame
 
 
-def is_film(path: str) -> bool:
-    """Whether a file is a film, by its name."""
+def is_video(path: str) -> bool:
+    """Whether a file is a video, by its name."""
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
 def is_frame(path: str) -> bool:
-    """Whether a path or a name is that of a frame, or a path that of a film as a whole."""
-    film, _, seconds = path.rpartition("#t=")
-    return is_film(film) and set(seconds) <= set("0123456789.e+")  # not a photograph such as a.mp4#t=1.png
+    """Whether a path or a name is that of a frame, or a path that of a video as a whole."""
+    video, _, seconds = path.rpartition("#t=")
+    return is_video(video) and set(seconds) <= set("0123456789.e+")  # not a photograph such as a.mp4#t=1.png
 
 
-def frames_of(film: str, fps: float) -> Iterator[str]:
-    """The paths of its frames at a rate; none if the film cannot be read to its end."""
+def frames_of(video: str, fps: float) -> Iterator[str]:
+    """The paths of its frames at a rate; none if the video cannot be read to its end."""
     try:
-        end = _opened(film).end
+        end = _opened(video).end
     except ZooError:
         return
     finally:
         _close()
-    yield from (f"{film}#t={number / fps:.6g}" for number in range(math.floor(end * fps) + 1))
+    yield from (f"{video}#t={number / fps:.6g}" for number in range(math.floor(end * fps) + 1))
 
 
 def read_frame(path: str) -> Image.Image:
-    """The frame at a path, upright; of a film as a whole the one in the middle. ZooError if it cannot be decoded, or a
-    tenth of the film is missing."""
-    film, _, seconds = path.rpartition("#t=")
-    opened = _opened(film)
+    """The frame at a path, upright; of a video as a whole the one in the middle. ZooError if it cannot be decoded, or a
+    tenth of the video is missing."""
+    video, _, seconds = path.rpartition("#t=")
+    opened = _opened(video)
     with _reading(path):
         frame = opened.at(float(seconds) if seconds else opened.end / 2)
-    if not seconds:  # the film as a whole follows its frames
+    if not seconds:  # the video as a whole follows its frames
         _close()
     return frame
 
 
-def _opened(film: str) -> "_Film":
-    if getattr(_last, "name", None) != film:
-        av = import_extra("av", "films")
+def _opened(video: str) -> "_Video":
+    if getattr(_last, "name", None) != video:
+        av = import_extra("av", "video")
         _close()
-        with _reading(film):
-            check_regular(film)
-            _last.name, _last.film = film, _Film(av.open(film, options=LOCAL | LIMIT))
-    return _last.film
+        with _reading(video):
+            check_regular(video)
+            _last.name, _last.video = video, _Video(av.open(video, options=LOCAL | LIMIT))
+    return _last.video
 
 
 def _close() -> None:
-    _last.name = _last.film = None
+    _last.name = _last.video = None
 
 
 def _reading(path: str) -> AbstractContextManager[None]:
@@ -72,8 +72,8 @@ def _reading(path: str) -> AbstractContextManager[None]:
     return as_zoo_error(message, Exception)  # decoders raise almost any exception for damaged files
 
 
-class _Film:
-    """A film, read forwards where that is possible. `end` is the time of its last frame; times are in seconds from the
+class _Video:
+    """A video, read forwards where that is possible. `end` is the time of its last frame; times are in seconds from the
     first one."""
 
     def __init__(self, container: Any) -> None:
