@@ -180,14 +180,15 @@ def set_mean(label: str, images: int | None = None, what: str = "top1") -> float
     return float((found if images is None else found.xs(images, level="images_per_class")).mean())
 
 
-def many_sets() -> str:
-    """Averages over the reporting sets: top-1 by images per class, the paired difference from the text probe, ECE, and
-    CPU seconds of training at 4 images per class."""
+def many_sets(*labels: str) -> str:
+    """Averages over the reporting sets, of these methods or of all: top-1 by images per class, the mean paired
+    difference from the text probe, ECE over all numbers of images, and CPU seconds of training at 4 images per class.
+    """
     found = on_sets()
     numbers = sorted({images for _, images, _ in found.index})
-    header = ["top-1, %, by images per class", *map(str, numbers), "minus text probe", "ECE", "CPU seconds"]
+    header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
     lines = []
-    for label in found["top1"].columns:
+    for label in labels or found["top1"].columns:
         means = found["top1"][label].dropna().groupby("images_per_class")
         whole = found["top1"]["Text probe"].groupby("images_per_class").size()
         cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
