@@ -48,6 +48,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, *sorted((ROOT / "docs").glob("*.md"))]
+LONG = 1200  # words; longer pages are listed
 COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
@@ -466,6 +467,8 @@ def main() -> None:
         elif (new := renewed(text)) != text:
             page.write_text(new)
             print("Renewed:", page.relative_to(ROOT))
+        if (words := len(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())) > LONG:
+            print(f"Long: {page.relative_to(ROOT)}, {words:,} words")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
+WIDTH = 620  # pixels
+SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these headings to the second
 
 
 def main() -> None:
@@ -33,9 +35,11 @@ def main() -> None:
         page, _ = inspect(folder).write(temporary)
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            view = browser.new_page(viewport={"width": 800, "height": 1060}, color_scheme="light")
+            view = browser.new_page(viewport={"width": WIDTH, "height": 1200}, color_scheme="light")
             view.goto(page.as_uri())
-            picture = Image.open(io.BytesIO(view.screenshot()))
+            top, bottom = (view.get_by_role("heading", name=name).evaluate("e => e.offsetTop") for name in SHOWN)
+            shown = view.screenshot(clip={"x": 0, "y": top - 16, "width": WIDTH, "height": bottom - top})
+            picture = Image.open(io.BytesIO(shown))
             browser.close()
     picture.convert("RGB").quantize(128).save(
         Path(__file__).parents[1] / "docs" / "images" / "inspection.png", optimize=True

@@ -99,16 +99,16 @@ def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
     Raises:
         ZooError: matplotlib is not installed.
     """
-    figure = import_extra("matplotlib.figure", "plots").Figure((7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = import_extra("matplotlib.figure", "plots").Figure((7, 4), layout="constrained").add_subplot()
     for (tower, rows), color in zip(moves.items(), ("tab:blue", "tab:orange"), strict=False):
         blocks = range(1, len(rows) + 1)
         axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
-    axes.set(title=title, xlabel="before block", ylabel="|new - old| / |old|", xticks=list(blocks), ylim=(0, None))
+    axes.set(title=title, xlabel="before block", ylabel="|new - old| / |old|", xticks=list(blocks), yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150, format="png")
+    axes.figure.savefig(path, dpi=150, format="png")
 
 
 @torch.inference_mode()
