@@ -555,7 +555,7 @@ def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
         other.execute("BEGIN EXCLUSIVE")
         for folder, reason in ((tmp_path, "database is locked"), (tmp_path / "a file", "File exists")):
             kept = cache.FeatureCache(folder)
-            with pytest.warns(UserWarning, match=f"not kept for the next run. .*{reason}. Choose another"):
+            with pytest.warns(UserWarning, match=f"not cached for the next run. .*{reason}. Choose another"):
                 kept.put({"1": torch.ones(3)})
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
