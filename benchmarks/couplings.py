@@ -26,7 +26,7 @@ from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 
 COLUMNS = "weights set shots seed coupling stats top1 images".split()
-SHOTS = {"PACS, photos": 4, "EuroSAT": 2, "groceries": 2, "flowers": 1}
+SHOTS = {"PACS, photos": 4, "EuroSAT": 2, "groceries": 2}
 BATCH = 16
 
 

@@ -235,11 +235,8 @@ def names(module: str, listed: str) -> str:
     for name in listed.split():
         found = getattr(import_module(module), name)
         first = re.split(r"(?<=\.)\s|:\n|\n\n", inspect.getdoc(found) or "")[0].replace("\n", " ")
-        lines.append(
-            f"- **`{module}.{name}`**`{parameters(found)}`\n  {first}"
-            if callable(found)
-            else f"- **`{module}.{name}`**\n  {first}"
-        )
+        signature = f"`{parameters(found)}`" if callable(found) else ""
+        lines.append(f"- **`{module}.{name}`**{signature}\n  {first}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.model.text_probe import half_whitening, means_of_some, minimum, nearest
+from dcp_zoo.model.text_probe import half_whitening, means_of_some, minimum, to_nearest_mean
 from dcp_zoo.training.fit_probe import FOLDS, within_class
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 
@@ -49,16 +49,12 @@ def out_of_fold(features: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor,
         if out.any():
             others = features[~out], labels[~out]
             scores[out] = gaussian_scores(*others, text.shape[1], features[out])
-            distances[out] = _to_nearest_mean(features[out], *others)
+            means = means_of_some(*others, text.shape[1]).float()[
+                torch.bincount(others[1], minlength=text.shape[1]) > 0
+            ]
+            distances[out] = to_nearest_mean(features[out], half_whitening(*others), means)
     u, v = fit_weights(text, scores, labels, prior(len(labels) / text.shape[1]))
     return (u * text + v * scores).log_softmax(-1), distances / distances.mean().clamp(min=1e-6)
-
-
-def _to_nearest_mean(of: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    classes = int(labels.max()) + 1
-    whitening = torch.linalg.matrix_power(half_whitening(features, labels), 2)
-    means = means_of_some(features, labels, classes).float()[torch.bincount(labels) > 0]
-    return nearest(of, whitening, means @ whitening)
 
 
 def prior(shots: float) -> tuple[float, float]:

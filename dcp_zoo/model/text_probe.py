@@ -193,6 +193,12 @@ def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
     return squared.amin(1).clamp(min=0).sqrt()
 
 
+def to_nearest_mean(features: Tensor, metric: Tensor, means: Tensor) -> Tensor:
+    """The distance (B,) of features (B, E) to the nearest of the class means (C, E), for M (E, E)."""
+    whitening = torch.linalg.matrix_power(metric, 2)
+    return nearest(features, whitening, means @ whitening)
+
+
 class Candidates:
     """What a text probe is the mean of, fitted on normalised features (V, n, E) of training images and their labels
     (n,), from the scaled text logits a z as a linear function of the features; all on the CPU. `weights` (n,) multiply

@@ -45,7 +45,7 @@ from dcp_zoo.model.text_probe import (
     TextProbe,
     join,
     minimum,
-    nearest,
+    to_nearest_mean,
 )
 from dcp_zoo.training.recipes import FITTED, MANY
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, image_source, no_progress
@@ -175,8 +175,7 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) ->
 
 def _distances(candidates: Candidates, features: Tensor) -> Tensor:
     """Distances (m,) of images that were left out to the nearest class mean."""
-    whitening = torch.linalg.matrix_power(candidates.metric, 2)
-    return nearest(features, whitening, candidates.means[candidates.present] @ whitening)
+    return to_nearest_mean(features, candidates.metric, candidates.means[candidates.present])
 
 
 def class_halves(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> Iterator[LeftOut]:
