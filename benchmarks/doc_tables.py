@@ -18,8 +18,9 @@ import dcp_zoo
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
+from dcp_zoo.model.config import read_config
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
+from dcp_zoo.zoo.registry import MODELS, SHOTS, WEIGHTS, trained_heads
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,11 +124,14 @@ def every_clip_table() -> str:
 
 
 def heads_table() -> str:
+    heads = sorted(trained_heads().values(), key=lambda head: (head.model, head.dataset, head.shots, head.seed))
+    configs = [read_config(WEIGHTS / head.name) for head in heads]
+    sizes = [(config["num_classes"], f"{config['dcp']['test_images']:,}") for config in configs]
     rows = [
-        [f"`{head.name}`", head.status, *(_percent(head.metrics, c) for c in ("stored", "batch")), head.license]
-        for head in sorted(trained_heads().values(), key=lambda head: (head.model, head.dataset, head.shots, head.seed))
+        [f"`{head.name}`", *size, *(_percent(head.metrics, c) for c in ("stored", "batch")), head.license]
+        for head, size in zip(heads, sizes, strict=True)
     ]
-    return table(["head", "status", "stored statistics", "batch statistics", "licence"], rows)
+    return table(["head", "classes", "test images", "stored statistics", "batch statistics", "licence"], rows)
 
 
 def _percent(metrics: Mapping[str, float], stats: str) -> str:

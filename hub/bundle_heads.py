@@ -2,8 +2,9 @@
 
     python hub/bundle_heads.py --data-root DATA
 
-DATA holds `caltech-101` in CoOp's layout and `pacs/photo` with one folder per class. Each head is trained as by
-`dcp-zoo train`; its hash and measured accuracy are written to the manifest.
+DATA holds `caltech-101` in CoOp's layout, `pacs/photo` with one folder per class, and of EuroSAT and Oxford Flowers the
+parts that `images.parquet` in `eurosat` and `oxford_flowers` holds (columns image, label, file, use). Each head is
+trained as by `dcp-zoo train`; its hash and measured accuracy are written to the manifest.
 """
 
 import json
@@ -12,16 +13,20 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import pyarrow.parquet as pq
 import typer
 
 from dcp_zoo.cli.console import log, progress_bar
+from dcp_zoo.data import Item, Split
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.config import read_config
 from dcp_zoo.training.run import Run, RunOptions, load_for_training, plan, train_head
-from dcp_zoo.zoo.registry import MANIFEST, SHOTS, WEIGHTS
+from dcp_zoo.zoo.registry import MANIFEST, WEIGHTS
 
 LICENSE = "apache-2.0"
+SHOTS = (1, 4, 8, 16)  # of Caltech-101
+PARTS = ("eurosat", "oxford_flowers")  # datasets of which a part is at hand
 
 
 def main(
@@ -31,19 +36,35 @@ def main(
         Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`; heads that it lacks are trained.")
     ] = None,
 ) -> None:
-    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo and digits at 16, seed 1."""
-    for run in planned(data_root):
-        name = f"{run.model}.{run.split.name}-{run.shots}shot"
-        if only in name:
-            log(name)
-            built = trained and trained / name
-            bundle(run, name, built if built and built.is_dir() else None)
+    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo, EuroSAT, flowers at 16; seed 1."""
+    with tempfile.TemporaryDirectory() as images:
+        for run in planned(data_root, Path(images)):
+            name = f"{run.model}.{run.split.name}-{run.shots}shot"
+            if only in name:
+                log(name)
+                built = trained and trained / name
+                bundle(run, name, built if built and built.is_dir() else None)
 
 
-def planned(data_root: Path) -> list[Run]:
-    """The runs whose heads are bundled."""
-    heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16), ("digits", 16)]
-    return [plan(load_for_training(name, data_root), "dcp_mini", shots=shots, seed=1) for name, shots in heads]
+def planned(data_root: Path, images: Path) -> list[Run]:
+    """The runs whose heads are bundled; the parts of datasets are unpacked into the folder `images`."""
+    splits = [(load_for_training("caltech101", data_root), shots) for shots in SHOTS]
+    splits += [(load_for_training("pacs_photo", data_root), 16)]
+    splits += [(unpacked(name, data_root / name / "images.parquet", images / name), 16) for name in PARTS]
+    return [plan(split, "dcp_mini", shots=shots, seed=1) for split, shots in splits]
+
+
+def unpacked(name: str, table: Path, images: Path) -> Split:
+    """The images of a table as a split; they are written to the folder `images`."""
+    rows = pq.read_table(table).to_pylist()
+    names = sorted({row["label"] for row in rows})
+    split = Split(name, names, [], [], [])
+    for row in rows:
+        path = images / row["file"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["image"])
+        getattr(split, row["use"]).append(Item(str(path), row["file"], names.index(row["label"])))
+    return split
 
 
 def bundle(run: Run, name: str, trained: Path | None) -> None:
