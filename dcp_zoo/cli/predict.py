@@ -293,8 +293,11 @@ def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]
     from dcp_zoo.answers import label
 
     examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]
-    such = f", such as {'; '.join(examples)}" if examples else ""
-    log(printable(f"The other images changed {len(changed):,} of {images:,} predictions{such}."))
+    if examples:
+        such = f"such as {'; '.join(examples)}"
+        log(printable(f"The other images changed {len(changed):,} of {images:,} predictions, {such}."))
+    else:
+        log("The other images changed nothing: they can only where a folder holds few of the head's classes.")
     if options.count:
         found = sorted((of for of in counts if of.high), key=lambda of: -of.images)
         cells = [(of.name, f"{of.images:,.0f}", f"{of.low:,} to {of.high:,}", f"{of.answers:,}") for of in found]

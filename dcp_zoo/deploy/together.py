@@ -6,12 +6,16 @@ the shares of the classes among the answers:
 
     z_i  <-  softmax(log p_i + a (W z)_i + b log((1 + C s) / 2)),    s  <-  the mean of z,    from z = p
 
-a = 0.7 log(C) A: how much an image with all its nearest ones in a class leans to it, where
+a = 0.5 log(C) A: how much an image with all its nearest ones in a class leans to it, where
 A = sum_i p_i . (W p)_i / sum_i p_i . p_i, at most 1, is how far nearest images agree: near 0 where most are of other
 classes, so that each answer stays as it is
-b = 2 (1 - e / C)^3 with e = exp(entropy of s), the effective number of classes: near 0 where all are about as frequent
+b = 2 (1 - e / C)^2 with e = exp(entropy of s), the effective number of classes
 
-Both are measured in the folder itself; no labelled image is needed. The numbers, and what else was tried, are in
+A folder is left as it is unless its images, each alone, are taken for few of the classes, e < 0.7 C, and that with some
+confidence, a mean of max p_i above 0.4: where many classes are there, neighbours of other classes do as much harm as
+good, and where a head is unsure, they agree in what is wrong. C is the number of images where these are fewer.
+
+All is measured in the folder itself; no labelled image is needed. The numbers, and what else was tried, are in
 `benchmarks/together.py`.
 """
 
@@ -24,15 +28,19 @@ from dcp_zoo.data.progress import Progress, no_progress
 
 NEAREST, ROUNDS = 8, 10
 ROWS = 2000  # images that are compared with all others at a time
-AGREEMENT, SHARES = 0.7, 2.0  # the numbers in a and b
+AGREEMENT, SHARES = 0.5, 2.0  # the numbers in a and b
+FEW, CONFIDENT = 0.7, 0.4  # the share of the classes, and the mean confidence, for which a folder is not left as it is
 TOGETHER, ALIKE, NINETY = 3.0, 0.3, 1.645  # of `count`; the last is a normal distribution's
 
 
 def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
     """Refine the probabilities (n, C) of images by each other's, with their features (n, E) of length 1; all in
-    float32. The images are those of the classes: others would lend their neighbours what they have not."""
+    float32. A folder that is left as it is gets back `probabilities` itself. The images are those of the classes:
+    others would lend their neighbours what they have not."""
     n, classes = probabilities.shape
     if n < 2 or classes < 2:
+        return probabilities
+    if _share_of_classes(probabilities) >= FEW or probabilities.max(1).mean() <= CONFIDENT:
         return probabilities
     average = _average(features, min(NEAREST, n - 1), progress)
     logs = np.log(probabilities.clip(min=1e-9))
@@ -40,13 +48,17 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
     lean = np.float32(AGREEMENT * np.log(classes) * min(1.0, agree))
     z = probabilities
     for _ in range(ROUNDS):
-        shares = z.mean(0)
-        effective = np.exp(-(shares * np.log(shares.clip(min=1e-9))).sum())
-        weight = np.float32(SHARES * max(0.0, 1 - effective / min(n, classes)) ** 3)
-        z = logs + lean * (average @ z) + weight * np.log((1 + classes * shares) / 2)
+        weight = np.float32(SHARES * max(0.0, 1 - _share_of_classes(z)) ** 2)
+        z = logs + lean * (average @ z) + weight * np.log((1 + classes * z.mean(0)) / 2)
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
     return z
+
+
+def _share_of_classes(probabilities: np.ndarray) -> float:
+    """e / C for the mean of probabilities (n, C)."""
+    shares = probabilities.mean(0)
+    return float(np.exp(-(shares * np.log(shares.clip(min=1e-9))).sum()) / min(probabilities.shape))
 
 
 def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
@@ -77,13 +89,13 @@ class Count(NamedTuple):
 
 
 def count(refined: np.ndarray, classnames: Sequence[str]) -> list[Count]:
-    """The images of each of the C classes, from the probabilities (n, C) of `together`: the mean of the number of
-    answers and the sum of the probabilities, as one overestimates frequent classes where the other underestimates them.
-    The variance is three times that of independent answers, as those of one class err together, plus the square of 30 %
-    of the estimate."""
+    """The images of each of the C classes, from the probabilities (n, C) of `together`: three parts of the number of
+    answers and one of the sum of the probabilities, as the first overestimates frequent classes where the second
+    underestimates them. The variance is three times that of independent answers, as those of one class err together,
+    plus the square of 30 % of the estimate."""
     n, classes = refined.shape
     answers = np.bincount(refined.argmax(1), minlength=classes)
-    images = (answers + refined.sum(0)) / 2
+    images = (3 * answers + refined.sum(0)) / 4
     deviation = np.sqrt(TOGETHER * (refined * (1 - refined)).sum(0) + np.square(ALIKE * images))
     low, high = (np.clip(images + sign * NINETY * deviation, 0, n).round().astype(int) for sign in (-1, 1))
     columns = (images.round(1).tolist(), low.tolist(), high.tolist(), answers.tolist())
