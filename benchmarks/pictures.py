@@ -3,7 +3,7 @@
     python benchmarks/pictures.py     draws again those whose sources have changed
 
 `docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are the charts of
-benchmarks/speed.py and the screenshots of hub/inspection_picture.py, hub/demo_picture.py and
+benchmarks/speed.py and the screenshots of hub/walk_pictures.py, hub/demo_picture.py and
 hub/label_studio/check.py, which need Chromium.
 """
 

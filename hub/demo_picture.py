@@ -1,26 +1,26 @@
-"""Create `docs/images/demo.png`, a screenshot of what the demo shows first, in Chromium.
+"""Create `docs/images/demo.png`, what the demo shows first, and `demo_train.png`, its trained example, in Chromium.
 
 pip install '.[dev,docs]' && python hub/demo_picture.py
 """
 
 import io
 import shutil
-import sys
 import threading
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
-from dcp_zoo.demo import DIGITS_HEAD, demo_server
+from dcp_zoo.demo import DEFAULT_HEAD, demo_server
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
-def main(output: Path) -> None:
-    """Serve the demo, and save a screenshot with 128 colours."""
-    server, listening = demo_server(DIGITS_HEAD, "127.0.0.1", 0)
+def main() -> None:
+    """Serve the demo, and save both screenshots."""
+    server, listening = demo_server(DEFAULT_HEAD, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     with sync_playwright() as driver:
@@ -29,14 +29,24 @@ def main(output: Path) -> None:
         page.set_default_timeout(TIMEOUT)
         page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
         page.wait_for_selector(".dcp-card")
-        page.wait_for_function("!document.querySelector('.pending')")
-        page.wait_for_timeout(1000)  # for the fade to end
-        screenshot = Image.open(io.BytesIO(page.screenshot()))
+        save(page, "demo.png")
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.get_by_role("button", name="Try an example").click()
+        page.locator(".dcp-thumbnails img").last.wait_for()
+        page.get_by_role("button", name="Train", exact=True).click()
+        page.get_by_role("region", name="Predictions for the held-out images").wait_for()
+        save(page, "demo_train.png")
         browser.close()
     server.should_exit = True
     thread.join()
-    screenshot.convert("RGB").quantize(128).save(output, optimize=True)
+
+
+def save(page: Page, name: str) -> None:
+    """Save a screenshot of the page at rest, with 128 colours."""
+    page.wait_for_function("!document.querySelector('.pending')")
+    page.wait_for_timeout(1000)  # for the fade to end
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(128).save(IMAGES / name, optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images" / "demo.png")
+    main()

@@ -19,10 +19,12 @@ pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
 from gradio_client.utils import is_valid_file
 
+from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, events, launch, pages, shared
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, events, launch, pages, shared
 from dcp_zoo.demo import train_room as training
-from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
+from dcp_zoo.demo.classify_room import draw_answers
+from dcp_zoo.demo.session import OTHER_HEAD, OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Epoch
@@ -155,22 +157,17 @@ def test_a_head_that_forgets_classes_is_restored(tmp_path):
         assert torch.equal(model.weight, weight)
 
 
-def count_right(session, rows):
-    """How many of a session's photographs are named right."""
-    return sum(next(iter(row)) == p.truth for row, p in zip(rows, session.photos, strict=True))
-
-
-def test_samples_are_named_right_and_digits_better_than_without_training():
+def test_samples_are_named_right_and_rejected_by_a_head_for_other_things():
     session = Session(DEFAULT_HEAD)
-    assert len(Session(DIGITS_HEAD).photos) == 10  # what the demo begins with
     with shared.acquire(session.source, session.names) as model:
-        assert count_right(session, shared.head_answers(model, session.photos)) == len(session.photos) == 6
-    session.use_digits()
-    with shared.acquire(session.source, session.names) as model:
-        head = shared.head_answers(model, session.photos)
-        plain = shared.clip_answers(model, session.photos)
-    assert count_right(session, head) >= 7
-    assert count_right(session, plain) <= 4
+        for rows in (shared.head_answers(model, session.photos), shared.clip_answers(model, session.photos)):
+            named = [next(iter(row)) for row in rows]
+            assert named == [photo.truth for photo in session.photos] == SAMPLE_CLASSES[:6]
+    session.reject_samples()
+    assert (session.head, session.reject, len(session.photos)) == (OTHER_HEAD, True, 6)
+    assert draw_answers(session).count("<h3>none of these") == 6
+    session.use_samples()
+    assert (session.head, session.reject) == (DEFAULT_HEAD, False)
 
 
 def test_answers_are_those_of_the_command_line():
@@ -297,13 +294,14 @@ def test_a_stopped_training_gives_a_measured_head(tmp_path):
     watch.stopped.set()
     result = training.train_on("dcp_mini", "dcp", classes, watch)
     assert len(watch.epochs) == 1
-    assert (result.images, result.evaluation.accuracy.images, result.zero_shot.images) == (6, 2, 2)
+    assert result.images == 6
     assert {photo.truth for photo in result.test} == {"red", "blue"}
+    assert {*result.before, *result.after} <= {"red", "blue"}
     result.classifier.save(tmp_path / "my_head")
     model = create_model(f"local-dir:{tmp_path / 'my_head'}", True)
     assert model.classnames == ["blue", "red"]
     assert model.info["test_images"] == 2
-    assert model.info["metrics"] == {"top1_stored": result.evaluation.accuracy.percent}
+    assert model.info["metrics"] == {"top1_stored": result.accuracy(result.after).percent}
 
 
 @pytest.mark.parametrize(
@@ -469,7 +467,10 @@ def test_the_example_is_trained_in_seconds_and_removed_with_the_page(rooms, tmp_
     names = rooms.train.example(VISITOR)[:3]
     *_, (message, _, html, _, download, _) = rooms.train.train(VISITOR, "dcp_mini", "text-probe", *names)
     assert message == ""
-    assert "of 9 held-out photographs" in html
+    assert "Of 9 held-out images, named right" in html
+    before, after = map(int, re.findall(r'class="figure">(\d+)', html))
+    assert after >= before + 30  # which is what the example is for
+    assert html.count('class="right"') == round(9 * (before + after) / 100)  # each prediction is marked
     assert download["value"].endswith("my_head.zip")
     room, session = rooms.classify, rooms.sessions.of(VISITOR)
     menus = controls(room, VISITOR)

@@ -127,6 +127,8 @@ def test_photographs_come_and_go_and_are_not_kept(visit, tmp_path, photograph, c
     page.get_by_role("button", name=f"Remove {photograph.name}").click()
     page.get_by_text("No photographs yet").wait_for()
     assert alert.count() == 0  # with the next action, the message about the upload is gone
+    page.get_by_role("button", name="Unknown things").click()
+    page.get_by_role("heading", name="none of these").nth(5).wait_for()
 
 
 def test_class_names_and_views(visit, photograph):
@@ -178,7 +180,7 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
         has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ (s|min) left")
     ).wait_for()
     page.get_by_role("button", name="Stop and keep it").click()
-    page.get_by_text("of 2 held-out photographs").wait_for()
+    page.get_by_text("Of 2 held-out images").wait_for()
     assert page.locator(".vega-embed").locator("canvas, svg").count()  # the loss curve
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the head").click()
@@ -228,6 +230,8 @@ def test_accessible_in_every_light_and_on_a_phone(visit):
     tab(page, "Train")
     page.get_by_role("button", name="Try an example").click()
     page.locator(".dcp-thumbnails img").last.wait_for()
+    page.get_by_role("button", name="Train", exact=True).click()
+    page.get_by_role("region", name="Predictions for the held-out images").wait_for()
     check()
     tab(page, "Inspect")
     found = page.frame_locator("iframe[title='Inspection of the photographs']")

@@ -11,7 +11,7 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
@@ -198,7 +198,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
 
 @opt.takes_options
 def demo(
-    limits: VisitorLimits, port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DIGITS_HEAD
+    limits: VisitorLimits, port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD
 ) -> None:
     """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 

@@ -1,7 +1,6 @@
 """The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-What answers (`answers`) and rendering (`pages`) do not depend on Gradio. `classify` and `train` are the page's two
-rooms, each with its layout and its event handlers; `app` puts them together.
+`shared` has the models, `pages` the HTML; `classify_room` and `train_room` have layout and handlers; `app` joins them.
 """
 
 import os
@@ -16,7 +15,6 @@ from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
-DIGITS_HEAD = "dcp_mini.digits-16shot"  # a task at which CLIP without training fails, so the demo begins with it
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class VisitorLimits(Checked):
 
 
 def launch(
-    head: str = DIGITS_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
+    head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
 ) -> None:
     """Serve the demo until it is interrupted. Port 0 picks a free one; host "0.0.0.0" is open to other machines."""
     running, listening = demo_server(head, host, port, limits)

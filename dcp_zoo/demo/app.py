@@ -40,8 +40,8 @@ ROUTES = (
 CALL_BYTES = 1_000_000  # of one call of a handler: class names at most
 INTRODUCTION = """# Image classifiers from a few photographs
 
-DCP puts a few trained *prompts* into a frozen CLIP. Try it next to CLIP without training, on your own photographs and
-class names, or train your own head. Nothing that you upload is kept."""
+CLIP knows everyday things, such as those in the six photographs, by their names alone. What it does not know by name it
+can learn: open *Train*, try the example, and see the accuracy before and after. Nothing that you upload is kept."""
 
 # Enforced by the browser: nothing is fetched from or sent to any other machine.
 POLICY = (
@@ -172,9 +172,5 @@ def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
             room.redraw(event)
         opened = (gr.update(selected=CLASSIFY), gr.update(selected=ANSWERS), ANSWERS)
         on(training.go.click, lambda: opened, None, [tabs, room.tabs, room.shown])
-
-        def close(request: gr.Request) -> None:
-            sessions.close(request)
-
-        page.unload(close)
+        page.unload(sessions.close)
     return page

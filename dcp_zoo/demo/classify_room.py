@@ -93,7 +93,7 @@ class ClassifyRoom:
         with gr.Row():
             folder, clear = folder_button(), small_button("Remove all")
         with gr.Row():
-            digits, samples = small_button("Ten digits"), small_button("Six photographs")
+            samples, others = small_button("Six photographs"), small_button("Unknown things")
         with gr.Accordion("Webcam", open=False):
             webcam = gr.Image(sources=["webcam"], type="filepath", image_mode=None, label="Webcam")
         added = self._change(drop.upload, Session.add_photos, drop)
@@ -101,7 +101,7 @@ class ClassifyRoom:
         self._change(folder.upload, Session.add_photos, folder, gr.State(True))
         self._change(webcam.change, Session.add_photos, webcam)
         self._change(samples.click, Session.use_samples)
-        self._change(digits.click, Session.use_digits)
+        self._change(others.click, Session.reject_samples)
         self._change(clear.click, Session.remove_all)
 
     def _menus(self) -> None:

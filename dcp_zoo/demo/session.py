@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits
 from dcp_zoo.demo.shared import Photo, Uploads, acquire, digit_photos, load, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.head import Head
 
 OWN_HEAD = "yours, trained on this page"  # in the menu of heads
-EXAMPLE, EXAMPLE_SHOTS = (0, 1, 2), 16  # digits, images of each
+OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none
+EXAMPLE_SHOTS = 16  # images of each digit
 VISITOR_BYTES, ALL_BYTES = 250_000_000, 2_000_000_000  # of the photographs of one visitor; of what all keep
 
 
@@ -35,9 +36,7 @@ class Session:
     files: TemporaryDirectory | None = None  # the folder of its checkpoint and zip
 
     def __post_init__(self) -> None:
-        if self.head == DIGITS_HEAD:
-            self.use_digits()
-        elif self.head == DEFAULT_HEAD:
+        if self.head == DEFAULT_HEAD:
             self.use_samples()
 
     @property
@@ -77,10 +76,11 @@ class Session:
         self.reset_names(DEFAULT_HEAD)
         self.photos, self.samples, self.names = sample_photos(), True, list(SAMPLE_CLASSES)
 
-    def use_digits(self) -> None:
-        """Show ten handwritten digits, and a head trained on others, where training pays."""
-        self.reset_names(DIGITS_HEAD)
-        self.photos, self.samples = [photo for (photo,) in digit_photos("test", range(10), 1).values()], True
+    def reject_samples(self) -> None:
+        """Show the six photographs, and a head for other things, which rejects them."""
+        self.use_samples()
+        self.reset_names(OTHER_HEAD)
+        self.reject = True
 
     def choose_head(self, head: str) -> None:
         if head != OWN_HEAD:
@@ -88,8 +88,8 @@ class Session:
         self.reset_names(head)
 
     def reset_names(self, head: str | None = None) -> None:
-        """Use the class names of the head, or of another one."""
-        self.head, self.names = head or self.head, None
+        """Use the class names of the head, or of another one, and reject nothing."""
+        self.head, self.names, self.reject = head or self.head, None, False
 
     def set_names(self, text: str | None) -> None:
         """Set the class names, one per line; an empty text restores the head's."""
@@ -119,10 +119,10 @@ class Session:
         self.shots.pop(number, None)
 
     def use_example(self) -> list[str]:
-        """Train on handwritten digits -> the names of the classes."""
-        examples = digit_photos("train", EXAMPLE[: self.limits.max_classes], min(EXAMPLE_SHOTS, self.limits.max_shots))
-        self.shots = dict(enumerate(examples.values()))
-        return [f"handwritten {digit}" for digit in examples]
+        """Train on handwritten digits, where CLIP without training fails -> the names of the classes."""
+        examples = digit_photos(min(10, self.limits.max_classes), min(EXAMPLE_SHOTS, self.limits.max_shots))
+        self.shots = dict(enumerate(examples))
+        return [f"handwritten {digit}" for digit in range(len(examples))]
 
     def keep(self, model: Head, files: TemporaryDirectory, test: list[Photo]) -> None:
         """Choose the head trained on this page, in place of an earlier one, and show the held-out photographs."""

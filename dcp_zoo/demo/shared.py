@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -90,14 +90,11 @@ def sample_photos() -> list[Photo]:
     return [replace(read_photo(path), truth=name) for path, name in zip(sample_images(), SAMPLE_CLASSES, strict=False)]
 
 
-def digit_photos(part: str, digits: Iterable[int], n: int) -> dict[str, list[Photo]]:
-    """The first `n` images of handwritten digits in a part of scikit-learn's, "train" or "test", by digit."""
-    photos: dict[str, list[Photo]] = {str(digit): [] for digit in digits}
-    for item in getattr(load_split("digits"), part):
-        name = str(item.label)
-        if len(photos.get(name, range(n))) < n:
-            photos[name].append(Photo(f"{name}_{item.key}.png", load_image(item.path), name))
-    return photos
+def digit_photos(digits: int, n: int) -> list[list[Photo]]:
+    """`n` of scikit-learn's images of each of the first handwritten digits."""
+    items = load_split("digits").train
+    own = [[item for item in items if item.label == digit][:n] for digit in range(digits)]
+    return [[Photo(f"{item.label}_{item.key}.png", load_image(item.path)) for item in some] for some in own]
 
 
 def head_note(head: str, classes: int) -> str:

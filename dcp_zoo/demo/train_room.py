@@ -15,20 +15,19 @@ import pandas as pd
 from torch import nn
 
 from dcp_zoo.api.estimator import FewShotClassifier
-from dcp_zoo.api.functions import OWN_IMAGES, evaluate
+from dcp_zoo.api.functions import OWN_IMAGES
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.session import Session, Sessions
-from dcp_zoo.demo.shared import Photo, clip_answers
+from dcp_zoo.demo.shared import Photo, clip_answers, head_answers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
 from dcp_zoo.inspection.inspection import inspect
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Epoch, History
-from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import chosen_recipe
 
 CHOICES = [
@@ -216,14 +215,18 @@ class Watch(History):
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A trained head, and how it does on the held-out photographs: None if nothing was held out."""
+    """A trained head, and how it does on the held-out photographs, if there are any."""
 
     classifier: FewShotClassifier  # with the head as `model_`
     images: int  # that it was trained on
     seconds: float  # that the training took
     test: list[Photo]  # held out
-    evaluation: Evaluation | None = None
-    zero_shot: Accuracy | None = None  # of CLIP without training
+    before: list[str]  # the classes that CLIP without training predicts for these
+    after: list[str]  # the classes that the head predicts
+
+    def accuracy(self, predicted: list[str]) -> Accuracy:
+        hits = sum(name == photo.truth for name, photo in zip(predicted, self.test, strict=True))
+        return Accuracy("", hits, len(self.test))
 
 
 def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
@@ -237,10 +240,9 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     seconds = time.perf_counter() - started
     held_out = [Photo(item.key, item.path, names[item.label]) for item in test]
     if not held_out:
-        return TrainedHead(classifier, len(train), seconds, [])
+        return TrainedHead(classifier, len(train), seconds, [], [], [])
     head = classifier.model_
-    evaluation = evaluate(head, [photo.image for photo in held_out], [photo.truth for photo in held_out])
-    head.info |= {"metrics": {"top1_stored": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
-    clip = clip_answers(head, held_out) or []
-    hits = sum(next(iter(answers)) == photo.truth for answers, photo in zip(clip, held_out, strict=True))
-    return TrainedHead(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))
+    before, after = ([next(iter(row)) for row in ask(head, held_out) or ()] for ask in (clip_answers, head_answers))
+    result = TrainedHead(classifier, len(train), seconds, held_out, before, after)
+    head.info |= {"metrics": {"top1_stored": round(result.accuracy(after).percent, 2)}, "test_images": len(test)}
+    return result

@@ -1,0 +1,107 @@
+"""Create the pictures of `docs/walk_photographer.md` in Chromium: its commands run, and what they made is shown.
+`inspection.png` is of another folder, with two wrong labels and two copies.
+
+pip install '.[dev]' && python hub/walk_pictures.py
+"""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image, ImageOps
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from dcp_zoo import inspect
+from dcp_zoo.data import load_image
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.texts import NONE
+
+DOCS = Path(__file__).parents[1] / "docs"
+CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
+SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these headings to the second
+WIDTH, SHEET = 620, 580  # pixels; the second is the height of the contact sheet
+CORRECTED = 5  # otters, in the picture of the contact sheet
+STYLE = """body { font: 15px system-ui; margin: 8px } h2 { font-size: 15px; margin: 10px 0 4px }
+img { width: 71px; height: 54px; object-fit: cover }"""
+
+
+def main() -> None:
+    """Walk, and save the screenshots."""
+    with TemporaryDirectory() as temporary, sync_playwright() as driver:
+        folder = Path(temporary)
+        walk(folder)
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        save(opened(browser, folder / "to_label" / "suggestions.html"), "walk_suggest.png", 0, 500)
+        view = opened(browser, folder / "SORTED" / "sheet.html")
+        correct(view)
+        save(view, "walk_sheet.png", 0, SHEET)
+        (folder / "sorted.html").write_text(as_page(folder / "SORTED"))
+        view = opened(browser, folder / "sorted.html")
+        save(view, "walk_sorted.png", 0, view.evaluate("document.body.offsetHeight") + 16)
+        view = opened(browser, inspected(folder / "inspected"))
+        top, bottom = (view.get_by_role("heading", name=name).evaluate("e => e.offsetTop") for name in SHOWN)
+        save(view, "inspection.png", top - 16, bottom - top)
+        browser.close()
+
+
+def walk(folder: Path) -> None:
+    """Run the code blocks of the page in a folder."""
+    page = (DOCS / "walk_photographer.md").read_text()
+    for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
+        subprocess.run(command, cwd=folder, check=True)
+
+
+def opened(browser: Browser, page: Path) -> Page:
+    view = browser.new_page(viewport={"width": WIDTH, "height": 1200}, color_scheme="light")
+    view.goto(page.as_uri())
+    return view
+
+
+def save(view: Page, name: str, top: int, height: int) -> None:
+    """Save a part of the page, from `top` on, with 128 colours."""
+    shown = view.screenshot(clip={"x": 0, "y": top, "width": WIDTH, "height": height})
+    Image.open(io.BytesIO(shown)).convert("RGB").quantize(128).save(DOCS / "images" / name, optimize=True)
+
+
+def correct(view: Page) -> None:
+    """Name otters that were rejected, by keyboard, and leave the sheet where they are."""
+    view.set_viewport_size({"width": WIDTH, "height": SHEET})
+    buttons = view.locator("section").last.get_by_role("button")
+    for number in range(CORRECTED):
+        buttons.nth(number).focus()
+        view.keyboard.type("otter")
+        view.keyboard.press("Enter")
+    view.get_by_role("heading", name=NONE).evaluate("heading => heading.scrollIntoView()")
+
+
+def as_page(folder: Path) -> str:
+    """A page with the pictures in each folder of a folder."""
+    rows = [f"<!doctype html><style>{STYLE}</style>"]
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = sorted(place.iterdir())
+        rows.append(f"<h2>{folder.name}/{place.name}, {len(files)} files</h2>")
+        rows += [f'<img src="{file.as_uri()}" alt="">' for file in files]
+    return "\n".join(rows)
+
+
+def inspected(folder: Path) -> Path:
+    """The page of `dcp-zoo inspect` on parts of the photographs, with two wrong labels and two copies."""
+    photos = [load_image(path) for path in sample_images()]
+    for name, photo in zip(CLASSES, photos, strict=True):
+        (folder / name).mkdir(parents=True)
+        w, h = photo.width // 4, photo.height // 4
+        for i, (x, y) in enumerate(((0, 0), (w, 0), (0, h), (w, h))):
+            photo.crop((x, y, x + 3 * w, y + 3 * h)).save(folder / name / f"{i}.jpg")
+    photos[1].save(folder / "cat" / "4.jpg")
+    photos[2].save(folder / "lake" / "4.jpg")
+    ImageOps.mirror(load_image(str(folder / "otter" / "0.jpg"))).save(folder / "otter" / "web.jpg")
+    return inspect(folder).write(str(folder.parent))[0]
+
+
+if __name__ == "__main__":
+    main()
