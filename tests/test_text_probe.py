@@ -618,10 +618,10 @@ def test_fitting_needs_a_calibrated_context(tiny_clip):
 
 @torch.no_grad()
 def test_the_papers_logits_are_one_argument_away():
-    head, plain = (create_model("dcp_mini.digits-16shot", True, classifier=c).eval() for c in (None, "none"))
+    head, plain = (create_model("dcp_mini.eurosat-16shot", True, classifier=c).eval() for c in (None, "none"))
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
     assert close(plain(x), head.clip.logit_scale.exp() * head.encode_own(x) @ head.encode_text().T, 1e-5)
     assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
-        create_model("dcp_mini.digits-16shot", True, classifier="gaussian")
+        create_model("dcp_mini.eurosat-16shot", True, classifier="gaussian")
