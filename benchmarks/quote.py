@@ -184,7 +184,7 @@ def set_mean(label: str, images: int | None = None, what: str = "top1") -> float
 def many_sets(*labels: str) -> str:
     """Averages over the reporting sets, of these methods or of all: top-1 by images per class, the mean paired
     difference from the text probe, ECE over all numbers of images, and CPU seconds of training at 4 images per class.
-    """
+    "-" stands for what was not measured on all sets, and for an ECE over fewer numbers of images than the others'."""
     found = on_sets()
     numbers = sorted({images for _, images, _ in found.index})
     header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
@@ -194,8 +194,8 @@ def many_sets(*labels: str) -> str:
         whole = found["top1"]["Text probe"].groupby("images_per_class").size()
         cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
         gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label))
-        ece, seconds = set_mean(label, None, "ece"), set_mean(label, 4, "train_cpu_seconds")
-        lines.append([label, *cells, gaps, f"{ece:.1f}", f"{seconds:.0f}"])
+        ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece'):.1f}"
+        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds'):.0f}"])
     return as_table(header, lines)
 
 
