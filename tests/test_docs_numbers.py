@@ -79,7 +79,7 @@ def test_methods_are_compared_on_the_sets(tmp_path, monkeypatch):
     assert quote.many_sets().splitlines()[2:] == [
         "| Text probe | 51.0 | 54.0 |  | 2.0 | 3 |",
         "| DCP, fast, no text probe | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
-        "| DCP, fast, both text probes | 53.0 | - | +1.7 (-1.2 to +4.5) | 2.0 | 3 |",
+        "| DCP, fast, both text probes | 53.0 | - | +1.7 (-1.2 to +4.5) | - | 3 |",
     ]
     alone = "DCP, fast, no text probe"
     assert (quote.set_gap(alone), quote.set_versus(alone)) == (-10, "worse than")
