@@ -37,9 +37,7 @@ def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
         _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
     except Exception as error:  # Ray raises many types, including plain Exception
         token = " If it wants a token, set RAY_AUTH_MODE=token." if "AuthToken" in str(error.__cause__) else ""
-        raise ZooError(
-            f"No Ray cluster at {address!r}: {error}.{token} Start one with `ray start --head`, or use --ray local."
-        ) from error
+        raise ZooError(f"No Ray cluster at {address!r}: {error}.{token} `ray start --head` starts one.") from error
     try:
         yield ray
     finally:
@@ -97,17 +95,9 @@ def enter(folder: str) -> None:
         os.chdir(folder)
 
 
-LOST = {  # by Ray's exception, why a task was lost
-    "OutOfMemoryError": "its machine ran out of memory and killed it (more cores per task run fewer at once)",
-    "NodeDiedError": "its machine was lost",
-    "LocalRayletDiedError": "its machine was lost",
-    "WorkerCrashedError": "its worker died",
-}
-
-
 @dataclass(frozen=True)
 class Event:
-    """What has become of a task, which works on `item`."""
+    """What has become of a task."""
 
     item: Any
     state: str  # "done"; "waiting" for another attempt; "lost", after the last one; a trial is also "failed" or "busy"
@@ -117,13 +107,7 @@ class Event:
 
 
 def run_tasks(
-    work: Callable[[Any], Any],
-    items: Iterable[Any],
-    resources: Resources,
-    *,
-    task: str,
-    options: str,
-    address: str = LOCAL,
+    work: Callable[[Any], Any], items: Iterable[Any], resources: Resources, *, task: str, options: str, address: str
 ) -> Generator[Event, None, None]:
     """Run `work(item)` for every item on a cluster, starting in this order. Closing the generator cancels what runs.
     `work` is sent to the workers, and starts in this process's working folder, where they have it. Workers are reused
@@ -165,8 +149,7 @@ def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: i
         raise (error.cause if isinstance(error.cause, ZooError) else error) from None
     except ray.exceptions.RayError as error:
         losses[item] += 1
-        kind = type(error).__name__
-        reason = LOST.get(kind, f"Ray lost it ({kind})")
+        reason = f"Ray lost it ({type(error).__name__})"
         if losses[item] <= retries:
             return Event(item, "waiting", f"{reason}; attempt {losses[item] + 1} of {retries + 1} follows", error)
         return Event(item, "lost", f"{reason}, {losses[item]} times", error)

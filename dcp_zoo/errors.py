@@ -1,24 +1,13 @@
 """The one exception for bad input, and helpers for its messages."""
 
 import difflib
-import errno
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-DENIED, READ_ONLY = ("permission denied", "get write permission"), ("the file system is read-only", "")
-NO_SPACE = ("no space left", "free disk space")
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-WRITE_ERRORS = {  # by errno: the cause in words, and the remedy if there is one
-    errno.EACCES: DENIED,
-    errno.EPERM: DENIED,
-    errno.EROFS: READ_ONLY,
-    errno.ENOSPC: NO_SPACE,
-    getattr(errno, "EDQUOT", errno.ENOSPC): NO_SPACE,
-}
 
 
 class ZooError(ValueError):
@@ -53,11 +42,9 @@ def check_choice(what: str, value: Any, valid: Sequence[Any]) -> None:
 
 
 def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "choose another --output") -> ZooError:
-    """The error for a file or folder that is not writable: the cause by its errno, the remedy, and what else to do."""
-    reason = getattr(error, "strerror", None) or str(error)
-    cause, remedy = WRITE_ERRORS.get(getattr(error, "errno", None) or 0, (reason, ""))
-    advice = ", or ".join(filter(None, (remedy, otherwise)))
-    return ZooError(f"Cannot write to {path}: {cause}." + (f" {advice[0].upper()}{advice[1:]}." if advice else ""))
+    """The error for a file or folder that is not writable: the cause, and what to do."""
+    advice = f" {otherwise[0].upper()}{otherwise[1:]}." if otherwise else ""
+    return ZooError(f"Cannot write to {path}: {getattr(error, 'strerror', None) or error}.{advice}")
 
 
 @contextmanager

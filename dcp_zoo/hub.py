@@ -17,26 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
-    *HfHubHTTPError.__bases__,
-    EntryNotFoundError,
-    HFValidationError,
+    *errors.HfHubHTTPError.__bases__,
+    errors.EntryNotFoundError,
+    errors.HFValidationError,
     OSError,
     getattr(errors, "XetDownloadError", OSError),  # older clients do not have it
 )
@@ -46,29 +36,27 @@ WAITS = (2, 10, 30, 120)  # seconds before another attempt
 PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
 T = TypeVar("T")
 
-OFFLINE, NO_SPACE, READ_ONLY, FORBIDDEN, NO_NETWORK = "offline", "no space", "read-only", "forbidden", "no network"
+OFFLINE, NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "offline", "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 BY_HAND = (
     "Without a network, run `hf download {files}` on a machine that has one, and copy the folder {folder} from its Hub "
     "cache to {cache}. A head that is on disk is local-dir:PATH."
 )
 MESSAGES: dict[Any, str] = {
-    NO_SPACE: "Not enough disk space for {file} of {repo}. Free some, or move the cache with cache_dir=DIR or HF_HOME.",
-    READ_ONLY: "The Hub cache is not writable ({error}). Set HF_HOME to a folder that is, or use a checkpoint on "
-    "disk: local-dir:PATH.",
+    NOT_WRITABLE: "The Hub cache is full or not writable ({error}). Set HF_HOME to another folder, or pass cache_dir.",
     OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it: unset it. "
     + BY_HAND,
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
     NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
     # the first class that matches an error is used: specific ones before general ones
-    GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
-    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check its name and revision. For another Hub "
-    f"or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
-    RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
-    LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "
-    f"network, or set HF_ENDPOINT to use a mirror. {BY_HAND} HF_HUB_OFFLINE=1 then skips this request.",
-    EntryNotFoundError: "{repo} has no file {file}: it is not a checkpoint of this kind. Check the repo and revision.",
-    HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME, as in hf-hub:ORG/NAME[@REVISION].",
+    errors.GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
+    errors.RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check its name and revision. For "
+    f"another Hub or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
+    errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
+    errors.LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check "
+    f"the network, or set HF_ENDPOINT to use a mirror. {BY_HAND} HF_HUB_OFFLINE=1 then skips this request.",
+    errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
+    errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
 }
 
@@ -123,27 +111,25 @@ def _may_pass(error: Exception) -> bool:
         return response.status_code in PASSING
     if _is_offline(error):
         return False
-    lost = isinstance(error, (OSError, *HfHubHTTPError.__bases__))
+    lost = isinstance(error, (OSError, *errors.HfHubHTTPError.__bases__))
     return lost and not isinstance(getattr(error, "errno", None), int)
 
 
 def _is_offline(error: BaseException | None) -> bool:
     """Whether this machine has no network, or must not use it: an unknown host is an error below the client's own."""
-    while error is not None and not isinstance(error, (socket.gaierror, OfflineModeIsEnabled)):
+    while error is not None and not isinstance(error, (socket.gaierror, errors.OfflineModeIsEnabled)):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _kind(error: Exception) -> Any:
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return NO_SPACE
-    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-        return READ_ONLY
-    if type(error) is HfHubHTTPError and error.response.status_code in (401, 403):
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
+        return NOT_WRITABLE
+    if type(error) is errors.HfHubHTTPError and error.response.status_code in (401, 403):
         return FORBIDDEN
-    if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
+    if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
         return OFFLINE
-    if not isinstance(error, LocalEntryNotFoundError) and _is_offline(error):
+    if not isinstance(error, errors.LocalEntryNotFoundError) and _is_offline(error):
         return NO_NETWORK
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
 
@@ -192,7 +178,7 @@ def check_connection(endpoint: str) -> None:
     try:
         get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except CLIENT_ERRORS as error:
-        raise LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
+        raise errors.LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
 
 
 def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
@@ -202,7 +188,8 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
     try:
         download_file(repo_id, filename or CLIP_WEIGHTS_NAME, None, cache_dir)
     except ZooError as error:
-        if isinstance(error.__cause__, LocalEntryNotFoundError) or not isinstance(error.__cause__, EntryNotFoundError):
+        cause = error.__cause__
+        if isinstance(cause, errors.LocalEntryNotFoundError) or not isinstance(cause, errors.EntryNotFoundError):
             raise  # open_clip handles a repo whose weights have another file name
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -12,7 +11,7 @@ from urllib.parse import parse_qsl
 from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.specs import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
-from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import check_regular
 
 _NAME = re.compile(
@@ -21,6 +20,7 @@ _NAME = re.compile(
 _ENCODED = re.compile(r"(large_)?binary$|struct<.*\bbytes: (large_)?binary")  # Arrow types of image columns
 PARQUET_SCHEME = "parquet://"
 _reading = Lock()  # threads that decode images wait for a row group instead of reading it once more each
+NOT_LOADED = "`datasets` cannot load {} ({{}}). Its cache is in HF_HOME, which must be writable."
 TEXT_LABELS = ("label", "labels")  # text columns with these names are used as classes by default
 
 
@@ -107,10 +107,8 @@ def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> t
         place = f"{source.revision}/{split}"
         parts[part] = [Item(f"{source}#{split}/{i}", f"{place}/{i}", label) for i, label in enumerate(labels)]
     if not parts:
-        raise ZooError(
-            f"{source}: none of its splits {', '.join(values)} is usable. Needed: labels, and a name among "
-            f"{', '.join(PART_NAMES)}."
-        )
+        needed = f"Needed: labels, and a name among {', '.join(PART_NAMES)}."
+        raise ZooError(f"{source}: none of its splits {', '.join(values)} is usable. {needed}")
     return parts, left_out
 
 
@@ -153,12 +151,10 @@ def _pinned(name: str) -> tuple[HubDataset, Any]:
 @cache
 def _builder(repo: str, config: str | None, revision: str | None) -> Any:
     """The dataset's builder, which knows its metadata before the download."""
-    with _told(repo):
+    with as_zoo_error(NOT_LOADED.format(repo), Exception):  # readers of a dozen file formats raise almost any
         builder = import_extra("datasets", "data").load_dataset_builder(repo, config, revision=revision)
     if revision not in (None, builder.hash):
-        raise ZooError(
-            f"{repo}: offline, only the commit {builder.hash} is in the cache of `datasets`: use @{builder.hash}."
-        )
+        raise ZooError(f"{repo}: offline, only the commit @{builder.hash} is in the cache of `datasets`: use it.")
     return builder
 
 
@@ -166,18 +162,9 @@ def _builder(repo: str, config: str | None, revision: str | None) -> Any:
 def _splits(repo: str, config: str | None, revision: str | None) -> dict[str, Any]:
     """The dataset's splits by name, downloaded if they are not in the cache."""
     builder = _builder(repo, config, revision)
-    with _told(repo):
+    with as_zoo_error(NOT_LOADED.format(repo), Exception):
         builder.download_and_prepare()
         return builder.as_dataset()
-
-
-@contextmanager
-def _told(repo: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # readers of a dozen file formats raise almost any exception
-        advice = ". Set HF_HOME to a writable folder." if getattr(error, "errno", None) in NOT_WRITABLE else ""
-        raise ZooError(f"`datasets` cannot load {repo}: {error}{advice}") from error
 
 
 # Parquet files are read in place, by row groups: `datasets` would copy them to its cache, or only stream their rows.
