@@ -173,8 +173,8 @@ def test_urls_are_read_through_fsspec(photos):
     ("source", "message"),
     [
         ("empty", "No image in empty .*: it is empty"),
-        ("videos", "No image in videos .*, but 2 .mp4, 1 .txt. Take pictures from it first: ffmpeg -i VIDEO"),
-        ("videos/1.mp4", "videos/1.mp4 is a video. Take pictures from it first: ffmpeg -i videos/1.mp4 -vf fps=1"),
+        ("videos", "No image in videos .*, but 2 .mp4, 1 .txt"),
+        ("videos/1.mp4", "videos/1.mp4 is a video. Take pictures from it: ffmpeg -i videos/1.mp4 -vf fps=1"),
         ("shards", "1 .tar. Shards are read as wds://FOLDER"),
         ("photos/*.png", r"No image matches photos/\*.png"),
         ("none.txt", "The list none.txt is empty"),

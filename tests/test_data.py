@@ -55,7 +55,7 @@ def test_table_is_consistent(spec):
     if spec.names:
         assert len(classnames(spec.name)) == spec.num_classes
     else:
-        with pytest.raises(ZooError, match="its folders define them"):
+        with pytest.raises(ZooError, match="define its classes: use load_split"):
             classnames(spec.name)
 
 
@@ -173,7 +173,7 @@ def test_one_name_for_two_labels_is_rejected(tmp_path):
 def test_warning_for_other_class_names_than_the_heads_use(tmp_path):
     content = {p: [[k, y, "Lake" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
     write_listed(tmp_path, "eurosat", content)
-    with pytest.warns(UserWarning, match="label 9 is 'Lake' in this split but 'Sea or Lake'"):
+    with pytest.warns(UserWarning, match="label 9 is 'Lake' here but 'Sea or Lake' in the zoo"):
         assert load_split("eurosat", tmp_path).classnames[9] == "Lake"
 
 

@@ -22,15 +22,21 @@ from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.files import UNPACKED
 
-PIECE = 2**20  # bytes
 SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
 FIRST_PAUSE = 2.0  # seconds before the second try, doubled for each further one
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 CHANGED = "its responses are inconsistent: the file has changed, or the server is at fault"
-DAMAGED = (  # what the standard library raises for archives it cannot read, encrypted ones included
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-    *(EOFError, KeyError, ValueError, RuntimeError),
+# what the standard library raises for archives it cannot read, encrypted ones included
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    LookupError,
+    ValueError,
+    RuntimeError,
 )
 
 _temporary: list[ExitStack] = []  # folders that are removed when the process ends
@@ -61,7 +67,7 @@ def size_of(archive: Archive) -> int | None:
 
 def _complete(archive: Archive, part: Path) -> Path:
     """`part`, once all its bytes are there; a lost connection is resumed as long as that brings new bytes."""
-    failures, kept, problem = 0, 0, ""
+    failures, kept = 0, 0
     while failures < TRIES:
         before = _kept(archive, part)[0]
         try:
@@ -78,10 +84,7 @@ def _complete(archive: Archive, part: Path) -> Path:
             time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
     if not kept:
         raise _cannot_download(archive, part.parent, problem)
-    raise ZooError(
-        f"The download of {archive.url} stopped after {kept:,} bytes ({problem}). They are kept: run the same "
-        "command again to continue."
-    )
+    raise ZooError(f"The download of {archive.url} stopped ({problem}). Run the same command again to continue it.")
 
 
 def _continue(archive: Archive, part: Path) -> str:
@@ -116,7 +119,7 @@ def _continue(archive: Archive, part: Path) -> str:
         with part.open("ab" if done else "wb") as file, shown:
             if not done:
                 _note(part).write_text(now)
-            while piece := answer.read1(PIECE):
+            while piece := answer.read1(2**20):
                 done += file.write(piece)
                 shown.update(len(piece))
     if total is None or done == total:
@@ -136,10 +139,8 @@ def _version_of(headers: Message) -> str:
 def _check_space(part: Path, total: int | None, done: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - done > free:
-        raise ZooError(
-            f"{part.parent} has {free / 1e9:.1f} GB free, but {(total - done) / 1e9:.1f} GB of {part.stem} are "
-            "missing: free disk space, or use another --data-root."
-        )
+        sizes = f"has {free / 1e9:.1f} GB free, but {(total - done) / 1e9:.1f} GB of {part.stem} are missing"
+        raise ZooError(f"{part.parent} {sizes}: free disk space, or use another --data-root.")
 
 
 def _check_md5(archive: Archive, file: Path) -> None:
@@ -150,10 +151,8 @@ def _check_md5(archive: Archive, file: Path) -> None:
 
     if (found := calculate_md5(file)) != archive.md5:
         file.unlink()
-        raise ZooError(
-            f"{file.name} has the md5 {found}, but {archive.md5} is published: it was damaged, or "
-            f"{archive.url} has changed. It was deleted; run the same command again to download it once more."
-        )
+        problem = f"has the md5 {found}, but {archive.md5} is published. It was deleted"
+        raise ZooError(f"{file.name} {problem}; run the same command again to download it from {archive.url}.")
 
 
 def _cannot_download(archive: Archive, folder: Path, problem: str) -> ZooError:
@@ -178,10 +177,7 @@ def _kept(archive: Archive, part: Path) -> tuple[int, str]:
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
     """Put the archive's `places` under `folder`, where files appear only when all have been unpacked. ZooError if it is
     damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is full."""
-    damaged = (
-        f"{file} cannot be unpacked ({{}}): it is damaged, or not an archive. Delete it, and run the same command "
-        "again to download it once more."
-    )
+    damaged = f"{file} cannot be unpacked ({{}}): delete it, and run the same command again to download it once more."
     with writing_to(folder, "run the same command again"), as_zoo_error(damaged, *DAMAGED):
         folder.mkdir(parents=True, exist_ok=True)
         if not archive.places:
@@ -218,10 +214,8 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
         nonlocal left
         left -= size
         if left < 0:
-            raise ZooError(
-                f"{file} holds more than {room / 1e9:.1f} GB, which is more than {times} times its own size, or than "
-                f"{target} has free. Nothing was kept; if you trust it, unpack it yourself and pass the folder."
-            )
+            limit = f"{room / 1e9:.1f} GB, which is {times} times its own size, or what {target} has free"
+            raise ZooError(f"{file} holds more than {limit}. If you trust it, unpack it yourself and pass the folder.")
 
     def is_needed(name: str) -> bool:
         """Whether it is in one of the places, and not one of the files that macOS adds."""

@@ -77,10 +77,10 @@ def arrange(folder: Path, source: str | Path | None) -> None:
     """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id, from the folder with the
     three archives, or "hf". ZooError for no source, or a wrong one; no access on the Hub; no space."""
     if source is None:
+        site, hub = "https://image-net.org/download.php", f"https://huggingface.co/datasets/{REPO}"
         raise ZooError(
-            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(TARS)}, and pass "
-            "the folder that holds them: --imagenet-from FOLDER. Or request access at "
-            f"https://huggingface.co/datasets/{REPO}, log in with `hf auth login`, and pass --imagenet-from {FROM_HUB}."
+            f"ImageNet needs a login: get {', '.join(TARS)} from {site}, and pass --imagenet-from FOLDER with them. "
+            f"Or request access at {hub}, log in with `hf auth login`, and pass --imagenet-from {FROM_HUB}."
         )
     with writing_to(folder, AGAIN):
         (folder / "images").mkdir(parents=True, exist_ok=True)

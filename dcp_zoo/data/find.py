@@ -8,19 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from dcp_zoo.data import paths
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.paths import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    counted,
-    is_archive,
-    is_image,
-    is_url,
-    kind_of,
-    list_files,
-    visible_files,
-    warn_of_skipped,
-)
 from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import hub_images, is_parquet, parquet_images
@@ -28,7 +17,6 @@ from dcp_zoo.data.videos import frames_of, is_video
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 LISTS = (".txt", ".lst")
-FRAMES = "Take pictures from it first: ffmpeg -i {video} -vf fps=1 frames/%05d.jpg"
 
 
 class Found(NamedTuple):
@@ -68,23 +56,23 @@ def _images_of(source: str, videos: bool = False) -> Iterator[tuple[str, str]]:
     elif is_parquet(source) and "*" not in source:
         yield from parquet_images(source)
     elif is_video(source):
-        if not videos or is_url(source):
-            raise ZooError(f"{source} is a video. {FRAMES.format(video=source)}")
+        if not videos or paths.is_url(source):
+            raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")
         import_extra("av", "video")
         yield source, source
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         yield from ((path, path) for path in _in_folder(source, videos))
-    elif is_archive(source):
+    elif paths.is_archive(source):
         folder = str(unpacked(source))
         yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder, videos))
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
-    elif is_url(source) and ("*" in source or not is_image(source.rpartition("/")[2])):
-        yield from _among(list_files(source), f"No image at {source} ({', '.join(IMAGE_SUFFIXES)}): check the URL.")
-    elif not is_url(source) and has_magic(source) and not Path(source).exists():
-        paths = sorted(path for path in glob(source, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
-        yield from _among(paths, f"No image matches {source} ({', '.join(IMAGE_SUFFIXES)}).", videos)
-    elif is_image(source.rpartition("/")[2]) or os.path.lexists(source):
+    elif paths.is_url(source) and ("*" in source or not paths.is_image(source.rpartition("/")[2])):
+        yield from _among(paths.list_files(source), f"No image at {source} ({paths.KNOWN}): check the URL.")
+    elif not paths.is_url(source) and has_magic(source) and not Path(source).exists():
+        matching = sorted(path for path in glob(source, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
+        yield from _among(matching, f"No image matches {source} ({paths.KNOWN}).", videos)
+    elif paths.is_image(source.rpartition("/")[2]) or os.path.lexists(source):
         yield source, source  # a missing one among many is an error in its row
     else:
         raise ZooError(f"There is no file or folder {source}: check the path.")
@@ -100,7 +88,7 @@ def _among(files: Sequence[str], otherwise: str, videos: bool = False) -> Iterat
 
 
 def _is_image(path: str, videos: bool) -> bool:
-    return is_image(os.path.basename(path)) or (videos and is_video(path))  # noqa: PTH119
+    return paths.is_image(os.path.basename(path)) or (videos and is_video(path))  # noqa: PTH119
 
 
 def _in_folder(folder: str, videos: bool) -> Iterator[str]:
@@ -108,34 +96,22 @@ def _in_folder(folder: str, videos: bool) -> Iterator[str]:
     others: Counter[str] = Counter()
     count = 0
     videos = videos and find_spec("av") is not None
-    for path in visible_files(folder):
+    for path in paths.visible_files(folder):
         if _is_image(path, videos):
             count += 1
             yield path
         else:
-            others[kind_of(path)] += 1
-    if count:
-        warn_of_skipped(folder, others)
-    else:
-        raise ZooError(f"No image in {folder} ({', '.join(IMAGE_SUFFIXES)}){_instead(others)}")
-
-
-def _instead(others: Counter[str]) -> str:
-    """The end of the message for a folder without images: what is in it instead, and what to do."""
-    kinds, advice = counted(others), ""
-    if any(kind in VIDEO_SUFFIXES for kind in others):
-        advice = " " + FRAMES.format(video="VIDEO")
-    elif ".tar" in others:
-        advice = " Shards are read as wds://FOLDER."
-    elif ".parquet" in others:
-        advice = " Pass Parquet files themselves: FOLDER/*.parquet."
-    return (f", but {kinds}." if kinds else ": it is empty.") + advice
+            others[paths.kind_of(path)] += 1
+    if not count:
+        instead = f", but {paths.counted(others)}" if others else ": it is empty"
+        raise ZooError(f"No image in {folder} ({paths.KNOWN}){instead}. Shards are read as wds://FOLDER.")
+    paths.warn_of_skipped(folder, others)
 
 
 def _in_list(file: Path) -> Iterator[str]:
     with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
         lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")
-    paths = [line.strip() for line in lines if line.strip()]
-    if not paths:
+    listed = [line.strip() for line in lines if line.strip()]
+    if not listed:
         raise ZooError(f"The list {file} is empty: write one image path per line.")
-    yield from (path if "://" in path else str(file.parent / path) for path in paths)
+    yield from (path if "://" in path else str(file.parent / path) for path in listed)

@@ -34,12 +34,12 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
 }
 
 
+LabelFiles = str | os.PathLike | Sequence[str | os.PathLike] | None
+
+
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     """A dataset with its own parts or, if it has none, split 50/20/30 %; see `load_labelled`."""
     return split_images(load_labelled(name, root))
-
-
-LabelFiles = str | os.PathLike | Sequence[str | os.PathLike] | None
 
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
@@ -52,12 +52,8 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
     folder = _locate(spec, root)
     images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)
     if len(images.classnames) == 1:
-        inner = folder / str(images.classnames[0])
-        hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""
-        raise ZooError(
-            f"{folder if name == 'folder' else name} has one class only, {images.classnames[0]!r}: at least two are "
-            f"needed, for example one folder of images each in {folder}.{hint}"
-        )
+        place, only = folder if name == "folder" else name, images.classnames[0]
+        raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
     if spec.split_file:
         _check_files(spec, images.items, folder / spec.images)
     if spec.names:
@@ -101,8 +97,7 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
 
 def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
     """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
-    missing = [item.path for item in items if not Path(item.path).exists()]
-    if missing:
+    if missing := [item.path for item in items if not Path(item.path).exists()]:
         raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
     home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
     outside = []
@@ -112,10 +107,7 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
         if not target.startswith(home):
             outside.append(item.path)
     if outside:
-        raise ZooError(
-            f"{spec.name}: {_and_first(outside)} are links out of {base}. Move the files into it; the folder itself "
-            "may be a link."
-        )
+        raise ZooError(f"{spec.name}: {_and_first(outside)} are links out of {base}: move the files into it.")
 
 
 def _and_first(paths: list[str]) -> str:
@@ -123,27 +115,22 @@ def _and_first(paths: list[str]) -> str:
 
 
 def _warn_if_renamed(images: Split, known: list[str]) -> None:
-    for label, (found, expected) in enumerate(zip(images.classnames, known, strict=True)):
-        if found != expected:
-            warnings.warn(
-                f"{images.name}: label {label} is {found!r} in this split but {expected!r} in the zoo's class names, "
-                "which the pretrained heads use.",
-                stacklevel=3,
-            )
-            return
+    if images.classnames != known:
+        pairs = enumerate(zip(images.classnames, known, strict=True))
+        first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
+        warnings.warn(f"{images.name}: label {first} in the zoo's class names, which its heads use.", stacklevel=3)
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """The result of `check` for one dataset. `found` and `expected` are train, val and test sizes; `note` and `sha256`
-    are the split's."""
+    """The result of `check` for one dataset."""
 
     name: str
     status: str  # "ok", "missing" (no files) or "broken" (see message)
     message: str
-    expected: tuple[int, int, int] | None = None
+    expected: tuple[int, int, int] | None = None  # train, val and test images
     found: tuple[int, int, int] | None = None
-    sha256: str = ""
+    sha256: str = ""  # of the split, as its note
     note: str = ""
 
 
@@ -167,25 +154,21 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    damaged = _damaged(split.name, split.items, load_image if verify_images else check_complete)
-    if damaged:
+    if damaged := _damaged(split.name, split.items, load_image if verify_images else check_complete):
         problems.append(f"{_and_first(list(damaged))} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
 
 
 def check_images(items: list[Item], progress: Progress = bar) -> None:
-    """Raise one ZooError for all images that are not images or are truncated: up to ten reasons, each with up to ten
-    images."""
+    """Raise one ZooError for all images that are not images or are truncated."""
     if damaged := _damaged("images", items, check_complete, progress):
         reasons: dict[str, list[str]] = {}
         for path, reason in sorted(damaged.items()):
             reasons.setdefault(reason, []).append(path)
         named = shorten([f"{shorten(paths)} ({reason})" for reason, paths in reasons.items()])
-        raise ZooError(
-            f"{len(damaged)} of {len(items)} images cannot be read: {named}. Replace them, or leave them out by moving "
-            "them out of their class folders."
-        )
+        found = f"{len(damaged)} of {len(items)} images cannot be read: {named}"
+        raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
 
 
 def _damaged(

@@ -27,9 +27,7 @@ def classnames(name: str) -> list[str]:
     and "sunglasses" each name two classes."""
     spec = find_spec(name)
     if spec.names is None:
-        raise ZooError(
-            f"{name} has no fixed class names: its folders define them. Use load_split({name!r}, root).classnames."
-        )
+        raise ZooError(f"The folders of {name} define its classes: use load_split({name!r}, root).classnames.")
     return list(_class_names()[spec.names])
 
 

@@ -15,17 +15,8 @@ from zipfile import ZipFile
 
 from PIL import Image
 
-from dcp_zoo.data import packaged
+from dcp_zoo.data import packaged, paths
 from dcp_zoo.data.packaged import SplitRows
-from dcp_zoo.data.paths import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    is_image,
-    is_visible,
-    kind_of,
-    visible_files,
-    warn_of_skipped,
-)
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.videos import is_frame, is_video
@@ -108,9 +99,7 @@ def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
         if names.setdefault(label, name) != name:
             return f"label {label} has two names, {names[label]!r} and {name!r} (at {key!r})"
     if sorted(names) != list(range(len(names))):
-        return (
-            f"labels must run from 0 without gaps, found {sorted(names)[:3]} ... {max(names)} for {len(names)} classes"
-        )
+        return f"the {len(names)} labels must run from 0 without gaps, found {sorted(names)[:3]} ... {max(names)}"
     if len(names) != spec.num_classes:
         return f"{len(names)} classes, but {spec.name} has {spec.num_classes}"
     if repeated := [name for name, times in Counter(names.values()).items() if times > 1]:
@@ -157,11 +146,9 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
     found = set(_class_folders(folder))
     classes = [name for name in names if name in found]
     if len(found) != spec.num_classes or len(classes) != len(found):
-        unknown = sorted(found.difference(classes))[:3]
+        unknown = f"; no class of ImageNet: {shorten(more)}" if (more := sorted(found.difference(classes))) else ""
         raise ZooError(
-            f"{folder}: {len(found)} class folders, but {spec.name} has {spec.num_classes}"
-            + (f"; no class of ImageNet: {', '.join(unknown)}. " if unknown else ". ")
-            + spec.where
+            f"{folder}: {len(found)} class folders, but {spec.name} has {spec.num_classes}{unknown}. {spec.where}"
         )
     return classes
 
@@ -170,25 +157,20 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/**/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`."""
     others: Counter[str] = Counter()
     if (folder / "train").is_dir() and _folders(folder / "train"):
-        stray = set(_class_folders(folder)).difference(PARTS)
-        if stray:
-            raise ZooError(
-                f"{folder} has train/, so only val/ and test/ are allowed next to it: move {', '.join(sorted(stray))}."
-            )
+        if stray := sorted(set(_class_folders(folder)).difference(PARTS)):
+            raise ZooError(f"{folder} has train/, so only val/ and test/ may be next to it: move {shorten(stray)}.")
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
         train, val, test = (_given_part(folder, part, classes, others) if part in given else [] for part in PARTS)
     else:
         classes, given = _class_folders(folder), []
         train, val, test = _listing(folder, classes, others=others), [], []
-    others.update(f"{kind_of(entry.name)} in no class folder" for entry in os.scandir(folder) if is_image(entry.name))
-    warn_of_skipped(folder, others)
-    answers = [
-        base / name for base in map(folder.joinpath, given or [""]) for name in _folders(base) if is_reserved(name)
-    ]
-    count = sum(file.lower().endswith(IMAGE_SUFFIXES) for path in answers for file in visible_files(path))
-    names = ", ".join(sorted({path.name for path in answers}))
-    note = f"Left out: {count} images in {names}, as these names are reserved." if answers else ""
+    images = (entry.name for entry in os.scandir(folder) if paths.is_image(entry.name))
+    others.update(f"{paths.kind_of(name)} in no class folder" for name in images)
+    paths.warn_of_skipped(folder, others)
+    bases = map(folder.joinpath, given or [""])
+    answers = sorted({name for base in bases for name in _folders(base) if is_reserved(name)})
+    note = f"Left out: the images in {', '.join(answers)}, as these names are reserved." if answers else ""
     return _by_class(Split(spec.name, classes, train, val, test, note=note, place=str(folder)))
 
 
@@ -218,7 +200,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         columns[2] = -1
     first = 2
     if -1 in columns[:2]:
-        if len(header) != 2 or not is_image(rows[0][0]):
+        if len(header) != 2 or not paths.is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
         columns, rows, first = [0, 1, -1, -1, -1], [[], *rows], 1
     found: dict[str, tuple[str, str]] = {}  # paths and classes
@@ -235,11 +217,9 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         elif found.setdefault(os.path.relpath(path, folder), (path, name))[1] != name:
             raise ZooError(f"{file}, row {number}: {row} has another class than the same file above.")
     if missing or not found:
-        raise ZooError(
-            f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in "
-            f"{folder} or the current folder: {shorten(missing)}. Pass the folder that their paths start from, or run "
-            "the command there."
-        )
+        known = f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in"
+        where = f"{folder} or the current folder: {shorten(missing)}"
+        raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
     classes = sorted({name for _, name in found.values()})
     items = [Item(path, key.replace(os.sep, "/"), classes.index(name)) for key, (path, name) in sorted(found.items())]
     items.sort(key=lambda item: item.label)
@@ -250,8 +230,8 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
 def _listed(image: str, folder: Path) -> str:
     """The path of an image that a labels file lists, or "" if it is neither in the folder nor in the current one."""
     places = [Path(os.path.abspath(place)) for place in (folder, "")]  # noqa: PTH100  without .., so that each file ...
-    paths = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
-    inside = (path for path in paths if any(map(Path(path).is_relative_to, places)))
+    found = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
+    inside = (path for path in found if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
 
 
@@ -276,12 +256,10 @@ def _read_sheet(file: Path) -> list[list[str]]:
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
     """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
-    odd = [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]
-    if not odd:
+    if not (odd := [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]):
         return ""
     doubt = f"Each folder becomes a class, but these do not look like one: {shorten(odd)}."
-    inner = {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames)
-    if inner:
+    if inner := {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames):
         doubt += f" If the classes are the folders in them ({shorten(sorted(inner))}), put these side by side."
     return doubt
 
@@ -295,9 +273,8 @@ def read_style(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def _given_part(folder: Path, part: str, classes: list[str], others: Counter[str]) -> list[Item]:
-    difference = set(classes).symmetric_difference(_class_folders(folder / part))
-    if difference:
-        names = ", ".join(sorted(difference))
+    if difference := sorted(set(classes).symmetric_difference(_class_folders(folder / part))):
+        names = ", ".join(difference)
         raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
     return _listing(folder, classes, part, others)
 
@@ -319,15 +296,13 @@ def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
-        found = [file.removeprefix(f"{base / key}{os.sep}").replace(os.sep, "/") for file in visible_files(base / key)]
-        files = sorted(file for file in found if file.lower().endswith(IMAGE_SUFFIXES))
+        inside = f"{base / key}{os.sep}"
+        found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
+        files = sorted(filter(paths.is_image, found))
         if not files:
-            videos = any(file.lower().endswith(VIDEO_SUFFIXES) for file in found)
-            advice = "Take pictures from its videos, add some, or" if videos else "Add one or"
-            known = ", ".join(IMAGE_SUFFIXES)
-            raise ZooError(f"The class folder {base / key} has no image ({known}). {advice} remove it.")
+            raise ZooError(f"The class folder {base / key} has no image ({paths.KNOWN}). Add one or remove it.")
         if others is not None:
-            others.update(kind_of(file) for file in found if not file.lower().endswith(IMAGE_SUFFIXES))
+            others.update(paths.kind_of(file) for file in found if not paths.is_image(file))
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
 
@@ -343,7 +318,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and paths.is_visible(entry.name))
 
 
 CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'

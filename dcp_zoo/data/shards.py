@@ -22,9 +22,8 @@ _PATTERN = re.compile("[*{]")
 
 
 def read_shards(spec: DatasetSpec, root: Path) -> Split:
-    """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt` (one name per line).
-    `wds://PATH` is a folder or a pattern such as `shards/{train,test}-*.tar`, relative to the data root if there is
-    one. The name of a shard, or of its folder under PATH, must contain its part: `train/0.tar`."""
+    """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt`. `wds://PATH` is a
+    folder or a pattern such as `{train,test}-*.tar`, relative to the data root; shards are named by their part."""
     place, shards = _find_shards(spec.name, root)
     fixed = _PATTERN.split(place)[0]
     base = place if fixed == place and not place.endswith(".tar") else fixed.rpartition("/")[0]
@@ -77,10 +76,7 @@ def _find_shards(name: str, root: Path) -> tuple[str, list[str]]:
     others = [Path(file).name for file in found if _PATTERN.search(place) and file not in shards]
     if others or not shards:
         problem = f"{', '.join(others[:3])} is not a .tar file" if others else f"no .tar file at {place}"
-        raise ZooError(
-            f"{name}: {problem}. Use wds://FOLDER or wds://'PATTERN-{{000..009}}.tar'. Unpack compressed shards "
-            "(gunzip) first."
-        )
+        raise ZooError(f"{name}: {problem}. Use wds://FOLDER or wds://'PATTERN-{{000..009}}.tar', not compressed.")
     return place, shards
 
 
@@ -95,10 +91,7 @@ def _parts_of(names: dict[str, str]) -> dict[str, str]:
     for shard, parts in named.items():
         if len(parts) != 1:
             found = " and ".join(sorted(parts)) or "no part"
-            raise ZooError(
-                f"The path of {shard} names {found}: it must contain exactly one of train, val and test, in its folder "
-                "or file name."
-            )
+            raise ZooError(f"The path of {shard} names {found}: it must contain one of train, val and test.")
     return {shard: parts.pop() for shard, parts in named.items()}
 
 
@@ -114,10 +107,8 @@ def _samples(shard: str, name: str) -> Iterator[tuple[str, str, str]]:
             if label is None and not images:
                 continue  # files that do not belong to a sample
             if label is None or len(images) != 1:
-                raise ValueError(
-                    f"the sample {sample['__key__']} has {len(images)} images and {'a' if label else 'no'} .cls, "
-                    "instead of one of each"
-                )
+                found = f"{len(images)} images and {'a' if label else 'no'} .cls, instead of one of each"
+                raise ValueError(f"the sample {sample['__key__']} has {found}")
             text = tar.extractfile(label).read().decode().strip()
             yield _place_in(shard, images[0]), f"{name}/{sample['__key__']}", text
 
@@ -130,9 +121,8 @@ def _classes(base: str, labels: set[str]) -> list[str]:
             return opened.read().decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         if any(label.isdecimal() for label in labels):
-            raise ZooError(
-                f"The labels in {base} are numbers: create {file} with one class name per line, class 0 first."
-            ) from None
+            problem = f"The labels in {base} are numbers: create {file}"
+            raise ZooError(f"{problem} with one class name per line, class 0 first.") from None
     return sorted(labels)
 
 

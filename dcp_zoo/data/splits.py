@@ -16,9 +16,8 @@ from dcp_zoo.errors import ZooError, shorten
 
 BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
 PARTS = ("train", "val", "test")
-PART_NAMES = dict.fromkeys(("train", "training"), "train")  # common names of the parts
+PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # common names of the parts
 PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
-PART_NAMES |= dict.fromkeys(("test", "testing"), "test")
 
 
 class Item(NamedTuple):
@@ -104,11 +103,9 @@ def _by_label(items: list[Item]) -> dict[int, list[Item]]:
 def _check_class_sizes(split: Split, shots: int) -> None:
     groups = _by_label(split.train)
     sizes = {name: len(groups.get(label, [])) for label, name in enumerate(split.classnames)}
-    empty = [name for name, size in sizes.items() if size == 0]
-    if empty:
+    if empty := [name for name, size in sizes.items() if size == 0]:
         raise ZooError(f"{split.name}: no training image for {shorten(empty)}. Add images or remove these classes.")
-    small = [f"{name} ({size})" for name, size in sizes.items() if size < shots]
-    if small:
+    if small := [f"{name} ({size})" for name, size in sizes.items() if size < shots]:
         warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=3)
 
 
@@ -177,7 +174,7 @@ def check_test_share(images: Split, test: float | None) -> None:
     counts = Counter(item.label for item in images.items)
     if single := [images.classnames[label] for label, count in counts.items() if count == 1]:
         raise ZooError(
-            f"The class {single[0]!r} has one image: it needs at least 2, to train and to test; --test 0 tests on none."
+            f"The class {single[0]!r} has one image: to train and to test it needs 2; --test 0 tests on none."
         )
     if not training_split(images, test).test:
         raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
@@ -187,12 +184,9 @@ def check_same_classes(place: str, found: Iterable[str], head: str, expected: It
     """ZooError unless the images at a place have the classes of a head."""
     missing, new = sorted(set(expected).difference(found)), sorted(set(found).difference(expected))
     if missing or new:
-        lacks, has = (
-            f" {verb} {shorten(names)}." if names else "" for verb, names in (("It lacks", missing), ("New:", new))
-        )
-        raise ZooError(
-            f"{place} has other classes than {head}.{lacks}{has} Pass labelled images of the head's classes."
-        )
+        named = {" It lacks": missing, " New:": new}
+        found = "".join(f"{verb} {shorten(names)}." for verb, names in named.items() if names)
+        raise ZooError(f"{place} has other classes than {head}.{found} Pass labelled images of the head's classes.")
 
 
 def warn_of_tiny_classes(split: Split) -> None:
@@ -201,11 +195,8 @@ def warn_of_tiny_classes(split: Split) -> None:
     most = max(counts.values(), default=0)
     tiny = [f"{split.classnames[label]} ({n})" for label, n in sorted(counts.items()) if n < TINY and TINY * n < most]
     if tiny:
-        warnings.warn(
-            f"Other classes have up to {most} training images, these very few: {shorten(tiny)}. Expect more mistakes "
-            "on them; the balanced accuracy weights classes equally.",
-            stacklevel=3,
-        )
+        text = f"Other classes have up to {most} training images, these very few: {shorten(tiny)}."
+        warnings.warn(f"{text} Expect more mistakes on them.", stacklevel=3)
 
 
 def all_for_training(split: Split) -> Split:
