@@ -9,7 +9,7 @@ import sys
 import warnings
 from importlib.metadata import version
 from reprlib import repr as shortened
-from typing import Annotated, Any
+from typing import Any
 
 from rich.markup import escape
 from typer import Exit, Option, Typer
@@ -39,9 +39,9 @@ def print_version(requested: bool) -> None:
 
 @app.callback()
 def dcp_zoo(
-    version: Annotated[
-        bool, Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
+    version: bool = Option(
+        False, "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
 

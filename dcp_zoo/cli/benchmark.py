@@ -235,15 +235,8 @@ def numbers(values: Iterable[str], option: str) -> list[int]:
 
 
 def report(
-    folders: Annotated[
-        list[Path],
-        Argument(
-            metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`, or CSV files like the results.csv in them."
-        ),
-    ],
-    output_dir: Annotated[
-        Path | None, Option("--output", help="Folder for the report. Default: `report` in the first folder.")
-    ] = None,
+    folders: list[Path] = Argument(metavar="FOLDER", help="Folders of `dcp-zoo benchmark`, or their results.csv."),
+    output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 from rich.markup import escape
 from typer import Argument, Exit, Option, Typer, confirm
@@ -18,16 +17,9 @@ commands = Typer(help="Download datasets, and check those on disk.", no_args_is_
 
 @commands.command("check", cls=Command)
 def check_(
-    data_root: Annotated[
-        Path | None, Option(exists=True, file_okay=False, help="Folder with the datasets in CoOp's layout.")
-    ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        Option(help="Only this one (may be repeated); also folder, hf://datasets/ORG/NAME or wds://PATH."),
-    ] = None,
-    verify_images: Annotated[
-        bool, Option("--verify-images", help="Decode every image, not only its header and end.")
-    ] = False,
+    data_root: Path | None = Option(None, exists=True, file_okay=False, help="Folder with the datasets."),
+    dataset: list[str] = Option((), help="Only this one, or several; also folder, hf://datasets/... or wds://PATH."),
+    verify_images: bool = Option(False, "--verify-images", help="Decode every image, not only its header and end."),
 ) -> None:
     """Check which datasets are present and complete, and show where to get the others.
 
@@ -58,8 +50,8 @@ def check_(
 
 @commands.command(cls=Command)
 def download(
-    names: Annotated[list[str], Argument(metavar="NAME...", help="Datasets, or `all`.")],
-    data_root: Annotated[Path, Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],
+    names: list[str] = Argument(metavar="NAME...", help="Datasets, or `all`."),
+    data_root: Path = Option(help="Folder for the datasets; each gets a folder in CoOp's layout."),
     agree: Agree = False,
     imagenet_from: ImagenetFrom = None,
 ) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from rich.columns import Columns
 from typer import Option
@@ -29,7 +29,7 @@ MOST = 10  # rows of each table
 def evaluate(
     head: opt.HeadName,
     photos: opt.Photos = None,
-    dataset: Annotated[str | None, Option(help="Default: the dataset the head was trained on.")] = None,
+    dataset: str | None = Option(None, help="Default: the dataset the head was trained on."),
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
     descriptions: opt.DescriptionsFile = None,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
+Images = Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")]
+NewName = Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")]
 LOST = (
     "The stored accuracy no longer applies and was removed. To measure it again and to fit all classes together, with "
     "a folder of images of all classes: dcp-zoo fit-text-probe PHOTOS --head {0} --output OTHER."
@@ -37,9 +39,7 @@ def fit_text_probe(
     labels: opt.Labels = None,
     dataset: opt.Dataset = None,
     data_root: opt.DataRoot = None,
-    shots: Annotated[
-        int | None, Option(min=1, help="Images per class, at most. Default: all of your own, or those of the head.")
-    ] = None,
+    shots: int | None = Option(None, min=1, help="Images per class, at most. Default: all of your own, or the head's."),
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
     threads: opt.Threads = None,
@@ -103,17 +103,13 @@ def fit_text_probe(
 
 def convert(
     command: Context,
-    path: Annotated[Path, Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
-    model: Annotated[str, Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
-    classnames: Annotated[
-        Path, Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
-    ],
     output_dir: opt.Output,
-    images: Annotated[
-        Path | None, Option(help="Folder of the training images, for the stored prompt statistics.")
-    ] = None,
-    depth: Annotated[int, Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
-    pooling: Annotated[str, Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
+    path: Path = Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA)."),
+    model: str = Option(help="The model whose CLIP it was trained on, such as dcp_vitb16."),
+    classnames: Path = Option(help="Class names in label order: one per line, `wnid name` lines or a JSON list."),
+    images: Path | None = Option(None, help="Folder of the training images, for the stored prompt statistics."),
+    depth: int = Option(9, help="Coupled blocks it was trained with; not stored in the file."),
+    pooling: str = Option("mean", help="Pooling it was trained with: mean, max or first."),
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -143,7 +139,7 @@ def convert(
 def add(
     command: Context,
     name: Class,
-    images: Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")],
+    images: Images,
     head: opt.HeadName,
     output_dir: opt.Output,
     device: opt.Device = "auto",
@@ -180,7 +176,7 @@ def add(
 def rename(
     command: Context,
     name: Class,
-    new: Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")],
+    new: NewName,
     head: opt.HeadName,
     output_dir: opt.Output,
     overwrite: opt.Overwrite = False,

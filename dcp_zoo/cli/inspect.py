@@ -1,7 +1,6 @@
 """`dcp-zoo inspect`, `dcp-zoo search` and `dcp-zoo suggest`."""
 
 from pathlib import Path
-from typing import Annotated
 
 from rich.markup import escape
 from typer import Argument, Option
@@ -22,17 +21,13 @@ MINIATURE = (
 def inspect(
     photos: Photos = None,
     labels: Labels = None,
-    output_dir: Annotated[
-        Path | None, Option("--output", help="Folder for inspection.html and inspection.csv, or for the copy of --fix.")
-    ] = None,
-    fix: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE.csv",
-            help="Write a copy of the images to --output with the column `change` of this inspection.csv: the name of "
-            "another class, or `leave out`. Nothing is changed in place.",
-        ),
-    ] = None,
+    output_dir: Path | None = Option(None, "--output", help="Folder for page and table, or for the copy of --fix."),
+    fix: Path | None = Option(
+        None,
+        metavar="FILE.csv",
+        help="Write a copy of the images to --output with the column `change` of this inspection.csv: the name of "
+        "another class, or `leave out`. Nothing is changed in place.",
+    ),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
@@ -74,11 +69,11 @@ def inspect(
 
 
 def search(
-    folder: Annotated[Path, Argument(help="Folder with images, also in subfolders.")],
-    text: Annotated[str | None, Argument(help="What to find, in words.")] = None,
-    like: Annotated[Path | None, Option(metavar="PHOTO", help="Find images that look like this one.")] = None,
-    count: Annotated[int, Option(min=1, help="How many images.")] = 20,
-    sheet: Annotated[Path | None, Option(metavar="FILE.html", help="Write a page with the images as pictures.")] = None,
+    folder: Path = Argument(help="Folder with images, also in subfolders."),
+    text: str | None = Argument(None, help="What to find, in words."),
+    like: Path | None = Option(None, metavar="PHOTO", help="Find images that look like this one."),
+    count: int = Option(20, min=1, help="How many images."),
+    sheet: Path | None = Option(None, metavar="FILE.html", help="Write a page with the images as pictures."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
@@ -102,21 +97,11 @@ def search(
 
 
 def suggest(
-    unlabelled: Annotated[Path, Argument(help="Folder with images, also in subfolders.")],
-    head: Annotated[
-        str | None, Option(help="Guesses the classes: a head, or a folder with a checkpoint.", show_default=False)
-    ] = None,
-    labelled: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Images that have a label, which are not suggested again.")
-    ] = None,
-    count: Annotated[int, Option(min=1, help="How many images.")] = 20,
-    output_dir: Annotated[
-        Path | None,
-        Option(
-            "--output",
-            help="New folder for suggestions.csv, suggestions.html, and links to the images to sort by hand.",
-        ),
-    ] = None,
+    unlabelled: Path = Argument(help="Folder with images, also in subfolders."),
+    head: str | None = Option(None, help="Guesses the classes: a head, or a folder with a checkpoint."),
+    labelled: Path | None = Option(None, metavar="FOLDER", help="Images with a label, which are not suggested again."),
+    count: int = Option(20, min=1, help="How many images."),
+    output_dir: Path | None = Option(None, "--output", help="New folder: table, page, and links to sort by hand."),
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,

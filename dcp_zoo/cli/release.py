@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from typer import Argument, Exit, Option
@@ -139,12 +139,10 @@ def show_states(heads: Sequence["HeadState"]) -> None:
 
 
 def publish(
-    folder: Annotated[
-        Path, Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training.")
-    ],
-    org: Annotated[str, Option(help="Organisation or user on the Hub.")],
-    license: Annotated[str, Option(help="Licence of the trained weights.")] = "apache-2.0",
-    dry_run: Annotated[bool, Option("--dry-run", help="Check the folder and show the card; upload nothing.")] = False,
+    folder: Path = Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training."),
+    org: str = Option(help="Organisation or user on the Hub."),
+    license: str = Option("apache-2.0", help="Licence of the trained weights."),
+    dry_run: bool = Option(False, "--dry-run", help="Check the folder and show the card; upload nothing."),
 ) -> None:
     """Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest.
 
@@ -170,9 +168,9 @@ def publish(
 
 
 def verify(
-    head: Annotated[str | None, Option(help="A head, a checkpoint folder, or hf-hub:ORG/REPO.")] = None,
+    head: str | None = Option(None, help="A head, a checkpoint folder, or hf-hub:ORG/REPO."),
     data_root: opt.DataRoot = None,
-    all_: Annotated[bool, Option("--all", help="Verify all heads inside this package.")] = False,
+    all_: bool = Option(False, "--all", help="Verify all heads inside this package."),
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
 ) -> None:
@@ -207,9 +205,7 @@ def verify(
 
 
 def submit(
-    folder: Annotated[
-        Path, Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one.")
-    ],
+    folder: Path = Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one."),
     data_root: opt.DataRoot = None,
     device: opt.Device = "auto",
     workers: opt.Workers = 0,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -29,9 +29,9 @@ REAL_MODEL = "dcp_vitb16"  # the first that docs/models.md recommends
 
 
 def list_(
-    filter: Annotated[str, Argument(metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
-    planned: Annotated[bool, Option("--planned", help="List the heads that have not been trained yet.")] = False,
-    recommend: Annotated[bool, Option("--recommend", help="Compare models to choose one for your own images.")] = False,
+    filter: str = Argument("", metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'."),
+    planned: bool = Option(False, "--planned", help="List the heads that have not been trained yet."),
+    recommend: bool = Option(False, "--recommend", help="Compare models to choose one for your own images."),
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
@@ -104,13 +104,9 @@ def model_line(spec: ModelSpec) -> str:
 
 
 def info(
-    name: Annotated[
-        str,
-        Argument(
-            metavar="NAME",
-            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG.",
-        ),
-    ],
+    name: str = Argument(
+        metavar="NAME", help="A model, a head, a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Show the details of a model or a head: status, size, licence, metrics, recipe, training command.
@@ -142,10 +138,8 @@ def _check_found(what: str, filter: str, found: Collection[str], names: Sequence
 
 def explain(
     head: HeadName,
-    top_k: Annotated[int, Option(min=1, help="Words per text prompt.")] = 5,
-    figure: Annotated[
-        Path | None, Option("--output", help="Plot how far the prompts move.", metavar="FILE.png")
-    ] = None,
+    top_k: int = Option(5, min=1, help="Words per text prompt."),
+    figure: Path | None = Option(None, "--output", help="Plot how far the prompts move.", metavar="FILE.png"),
 ) -> None:
     """Show what a DCP head has learnt: the words nearest to its text prompts, and how far coupling moves its prompts.
 
