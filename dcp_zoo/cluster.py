@@ -37,7 +37,7 @@ def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
         _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
     except Exception as error:  # Ray raises many types, including plain Exception
         token = " If it wants a token, set RAY_AUTH_MODE=token." if "AuthToken" in str(error.__cause__) else ""
-        raise ZooError(f"No Ray cluster at {address!r}: {error}.{token} `ray start --head` starts one.") from error
+        raise ZooError(f"No Ray cluster at {address!r}: {error}.{token} To start one: --ray local.") from error
     try:
         yield ray
     finally:
@@ -70,10 +70,8 @@ class Resources:
         fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
         if fitted.slots(ray) == 0:
             found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
-            raise ZooError(
-                f"No machine of the cluster has {fitted.cpus:g} cores and {fitted.gpus:g} GPUs for {task} (found: "
-                f"{found or 'none'}). Request less with {options}."
-            )
+            needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for {task} (found: {found or 'none'})"
+            raise ZooError(f"No machine of the cluster has {needed}. Request less with {options}.")
         return fitted
 
     def slots(self, ray: Any) -> int:

@@ -23,14 +23,10 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
-CLIENT_ERRORS: tuple[type[Exception], ...] = (
-    *errors.HfHubHTTPError.__bases__,
-    errors.EntryNotFoundError,
-    errors.HFValidationError,
-    OSError,
-    getattr(errors, "XetDownloadError", OSError),  # older clients do not have it
-)
-RAISED: tuple[type[Exception], ...] = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
+HTTP_ERRORS, XET = errors.HfHubHTTPError.__bases__, getattr(errors, "XetDownloadError", OSError)  # not in older clients
+Kinds = tuple[type[Exception], ...]
+CLIENT_ERRORS: Kinds = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
+RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
 
 WAITS = (2, 10, 30, 120)  # seconds before another attempt
 PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
@@ -38,23 +34,18 @@ T = TypeVar("T")
 
 OFFLINE, NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "offline", "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
-BY_HAND = (
-    "Without a network, run `hf download {files}` on a machine that has one, and copy the folder {folder} from its Hub "
-    "cache to {cache}. A head that is on disk is local-dir:PATH."
-)
+BY_HAND = "Or run `hf download {files}` elsewhere, and copy the folder {folder} from its Hub cache to {cache}."
 MESSAGES: dict[Any, str] = {
     NOT_WRITABLE: "The Hub cache is full or not writable ({error}). Set HF_HOME to another folder, or pass cache_dir.",
-    OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it: unset it. "
-    + BY_HAND,
+    OFFLINE: f"{{file}} of {{repo}} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. {BY_HAND}",
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
     NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
     # the first class that matches an error is used: specific ones before general ones
     errors.GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
-    errors.RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check its name and revision. For "
-    f"another Hub or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
+    errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     errors.LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check "
-    f"the network, or set HF_ENDPOINT to use a mirror. {BY_HAND} HF_HUB_OFFLINE=1 then skips this request.",
+    f"the network, or set HF_ENDPOINT to a mirror. {BY_HAND} A head on disk is local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
@@ -111,7 +102,7 @@ def _may_pass(error: Exception) -> bool:
         return response.status_code in PASSING
     if _is_offline(error):
         return False
-    lost = isinstance(error, (OSError, *errors.HfHubHTTPError.__bases__))
+    lost = isinstance(error, (OSError, *HTTP_ERRORS))
     return lost and not isinstance(getattr(error, "errno", None), int)
 
 
@@ -148,10 +139,8 @@ def download_head(
     # the folder is named after the commit: the second file must come from the same one
     weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name, cache_dir)
     if sha256 not in (None, found := sha256_of(weights)):
-        raise ZooError(
-            f"{weights} is rejected: its sha256 is {found}, but {sha256} is pinned. The file was damaged or changed. "
-            f"Delete {weights.resolve()} and try again; if the hash is still wrong, do not use it."
-        )
+        problem = f"{weights} is rejected: its sha256 is {found}, but {sha256} is pinned."
+        raise ZooError(f"{problem} Delete {weights.resolve()} and try again; if it is still wrong, do not use it.")
     return weights.parent
 
 
@@ -161,14 +150,8 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
             check_connection(constants.ENDPOINT)
-        path = hf_hub_download(
-            repo_id,
-            filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            library_name=HUB_LIBRARY,
-            library_version=version("dcp_zoo"),
-        )
+        asks: dict[str, Any] = {"library_name": HUB_LIBRARY, "library_version": version("dcp_zoo")}
+        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, **asks)
     return Path(path)
 
 

@@ -79,9 +79,7 @@ def read_text(file: Path) -> str:
         return data.decode()
     except UnicodeDecodeError:
         text = data.decode("cp1252")
-    warnings.warn(
-        f"{file} is not in UTF-8 and was read as Windows-1252: check its names, or save it in UTF-8.", stacklevel=2
-    )
+    warnings.warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.", stacklevel=2)
     return text
 
 
@@ -124,9 +122,8 @@ def class_folders(classnames: Iterable[str]) -> dict[str, str]:
     folders = {name: folder_name(name) for name in classnames}
     keys = {name: normalize("NFC", folder).casefold() for name, folder in folders.items()}
     times = Counter(keys.values())
-    return {
-        name: folders[name] if times[key] == 1 else f"{folders[name]}-{_short_hash(name)}" for name, key in keys.items()
-    }
+    hashes = {name: f"-{_short_hash(name)}" if times[key] > 1 else "" for name, key in keys.items()}
+    return {name: folder + hashes[name] for name, folder in folders.items()}
 
 
 def _codes(text: str) -> str:

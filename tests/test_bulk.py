@@ -463,7 +463,7 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        message = f"no space left. Free disk space, or run the same command again later: {kept} finished rows are kept."
+        message = f"No space left on device. Run the same command again later: {kept} finished rows are kept."
         with pytest.raises(ZooError, match=re.escape(message)):
             run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept

@@ -118,7 +118,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", half_written)
-    with pytest.raises(ZooError, match=r"no space left.*another directory"):
+    with pytest.raises(ZooError, match=r"No space left.*another directory"):
         mini.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

@@ -340,7 +340,7 @@ def test_folder_may_have_a_class_called_train(tmp_path):
         (["cat/a.jpg"], "has one class only, 'cat'"),
         (["train/cat/a.jpg"], "There is no folder .*test"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "must have the same class folders as train/; they differ in: cat, dog"),
-        (["train/cat/a.jpg", "test/cat/a.jpg", "valid/cat/a.jpg"], "only val/ and test/ are allowed .*valid"),
+        (["train/cat/a.jpg", "test/cat/a.jpg", "valid/cat/a.jpg"], "only val/ and test/ may be .*valid"),
     ],
 )
 def test_folder_rejects(tmp_path, files, message):

@@ -257,9 +257,9 @@ def encrypted() -> bytes:
     [
         (encrypted(), "cannot be unpacked .*encrypted"),
         (link("images/a.jpg"), "is a link or a device"),
-        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* damaged"),
-        (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* damaged"),
-        (b"<html>not found</html>", "cannot be unpacked .* damaged, or not an archive"),
+        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* delete it"),
+        (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* delete it"),
+        (b"<html>not found</html>", "cannot be unpacked .*neither a zip nor a tar file"),
         (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
     ],
     ids=["encrypted", "link", "gz cut", "tar cut", "html", "other"],
@@ -281,7 +281,7 @@ def test_small_archives_with_much_in_them_are_refused(tmp_path, monkeypatch, mak
     (tmp_path / "temporary").mkdir()
     file = tmp_path / "a.zip"
     file.write_bytes(make({"images/a.jpg": b"x", "images/b.jpg": bytes(40_000)}))
-    message = "holds more than 0.0 GB, which is more than 0 times its own size"
+    message = "holds more than 0.0 GB, which is 0 times its own size"
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.zip", places={"images": "images"}), file, tmp_path / "in")
     with pytest.raises(ZooError, match=message):

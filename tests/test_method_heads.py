@@ -298,7 +298,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     assert head.info["test_images"] == len(items) - sum(trained["class_images"].values())
     assert sum(head.info["class_images"].values()) == len(items)  # measured without the test images, then with all
     err = run.refused("eval", tmp_path / "photos", "--head", tmp_path / "refit")
-    assert "was measured on" in err
+    assert "refit shows its accuracy" in err
     shutil.move(tmp_path / "photos" / NAMES[0], tmp_path / "photos" / "unknown")
     err = run.refused("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "refit", "--output", tmp_path / "x")
     assert f"other classes than {tmp_path / 'refit'}. It lacks {NAMES[0]}. New: unknown." in err

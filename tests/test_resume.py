@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_last_good_state(source, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(ZooError, match="no space left. Free disk space. The state after step 2 is saved"):
+    with pytest.raises(ZooError, match="No space left on device. The state after step 2 is saved"):
         train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=0))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]

@@ -163,9 +163,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not reject:
             return self.classes_[self._logits(images).argmax(-1).numpy()]
         with self._kept_features():
-            best, unknown = best_or_none(
-                head, unlabelled(images, features=True), reject, self.precision, self._progress()
-            )
+            items = unlabelled(images, features=True)
+            best, unknown = best_or_none(head, items, reject, self.precision, self._progress())
         labels = self.classes_[best].astype(object)
         labels[unknown] = None
         return labels
@@ -191,9 +190,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         model = self._head()
         name = str(label) if name is None else name
         if np.asarray(label).dtype.kind != self.classes_.dtype.kind:
-            raise ZooError(
-                f"The label {label!r} has another type than {self.classes_.tolist()[0]!r}: give all the same type."
-            )
+            known = self.classes_.tolist()[0]
+            raise ZooError(f"The label {label!r} has another type than {known!r}: give all the same type.")
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)

@@ -111,11 +111,8 @@ def plan_own(
         able = ", ".join(name for name in METHODS if METHODS[name].features)
         raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
     if data.classes.dtype.kind in "iufb" and data.names == [str(label) for label in data.classes.tolist()]:
-        warnings.warn(
-            f"CLIP reads the class names, which are {shorten(data.names, 3)}: say what these numbers mean, as in "
-            'classnames={0: "cat", 1: "dog"}.',
-            stacklevel=3,
-        )
+        advice = 'say what these numbers mean, as in classnames={0: "cat", 1: "dog"}'
+        warnings.warn(f"CLIP reads the class names, which are {shorten(data.names, 3)}: {advice}.", stacklevel=3)
     return run
 
 

@@ -17,8 +17,7 @@ from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error
 
 FORMS = (
-    "an image is a path, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or of floats from "
-    "0 to 1"
+    "an image is a path, PIL's, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or floats from 0 to 1"
 )
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
@@ -141,10 +140,8 @@ def _is_array_of_one(images: Images) -> bool:
     if not isinstance(images, torch.Tensor) and not (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
         return False
     if images.ndim == 3 and images.shape[0] == 3:
-        raise ZooError(
-            f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W): pass images[None] "
-            "for one, list(images) for three."
-        )
+        shape = f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W)"
+        raise ZooError(f"{shape}: pass images[None] for one, list(images) for three.")
     return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3)))
 
 

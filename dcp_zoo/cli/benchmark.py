@@ -39,14 +39,12 @@ class BenchmarkOptions:
     protocol: Annotated[str, Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")]
     output_dir: Path | None = opt.option(None, "Folder for results; finished trials are skipped.", "--output")
     models: list[str] = several("model", "Models of the zoo. Default: dcp_mini.", "--models")
-    methods: list[str] = several(
-        "method", f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.", "--methods"
-    )
+    methods: list[str] = several("method", f"{', '.join(METHODS)}. Default: all that are possible.", "--methods")
     datasets: list[str] = several("dataset", "Default: the protocol's; with --features, its own.", "--datasets")
     shots: list[str] = several("shots", "Images per class. Default: the protocol's; with --features, those it has.")
     seeds: list[str] = several("seed", "Seeds. Default: the paper's, 1,2,3; with --features, 1.", "--seeds")
     changes: list[str] = several(
-        "set", "Change a field in all recipes that have it: depth=3, or depth=1,3,5 for a grid.", metavar="NAME=VALUE"
+        "set", "Change a field of recipes: depth=3, or a grid depth=1,3.", metavar="NAME=VALUE"
     )
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
@@ -152,10 +150,8 @@ def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
             color = "green" if event.state == "done" else "red"
             errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
             log(f"  {event.message}")
-        if event.state == "waiting":
-            log(f"{event.item.key}: {event.message}")
-        if event.state == "busy":
-            log(f"{event.item.key}: running in another sweep; waiting for its result")
+        if event.state in ("waiting", "busy"):
+            log(f"{event.item.key}: {event.message or 'running in another sweep; waiting for its result'}")
         yield event
 
 

@@ -29,21 +29,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExportOptions:
     head: opt.HeadName
-    file: Path | None = opt.option(
-        None, "The file, or for web and hub the folder. Default: named after the head.", "--output"
-    )
-    format: str | None = opt.option(
-        None,
-        "onnx, torch-export, safetensors, web (a page) or hub (a repo for transformers.js and optimum). Default: by "
-        "--output, or onnx.",
-    )
+    file: Path | None = opt.option(None, "The file or folder. Default: named after the head.", "--output")
+    format: str | None = opt.option(None, "onnx (default), torch-export, safetensors, web (a page) or hub (a repo).")
     classes: opt.Classes = None
-    preprocessing: str | None = opt.option(
-        None,
-        "For ONNX: outside (normalised images in, logits out; the default) or inside (RGB in, probabilities out).",
-    )
+    preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
     precision: str | None = opt.option(
-        None, "For ONNX: float32, float16 (the default for web) or int8. For hub: that of a second file."
+        None, "Of ONNX: float32, float16 (default for web) or int8; hub: a second file's."
     )
     dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: opt.DataRoot = None
@@ -99,10 +90,8 @@ def export(options: ExportOptions) -> None:
         from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 
         q = OnnxClassifier(path).info["quantization"]
-        output.print(
-            f"int8 on {q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} "
-            f"%), {q['same_answer']:.1f} % of predictions the same, {q['speedup']:.1f} x as fast on this machine."
-        )
+        top1 = f"{q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} %)"
+        output.print(f"int8 on {top1}, {q['same_answer']:.1f} % of predictions the same, {q['speedup']:.1f} x as fast.")
 
 
 def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
@@ -114,8 +103,7 @@ def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
     split = training_split(images, model.info.get("test_share"))
     if split.classnames != model.classnames:
         raise ZooError(
-            "int8 is calibrated and checked with images of the head's own classes: omit --classes, or pass a --dataset "
-            "with the same classes in the same order."
+            "int8 needs images of the head's own classes: omit --classes, or pass a --dataset with the same."
         )
     return calibration(model, split, options.max_drop)
 

@@ -67,10 +67,8 @@ def evaluate(
     if dataset == "folder":
         check_images(test)
     if set(images.classnames) != set(model.classnames):
-        log(
-            f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(images.classnames)} "
-            f"class names of {shown}, as in the cross-dataset protocol."
-        )
+        trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
+        log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
     model.set_classnames(images.classnames, sentences)
     precision = pick_precision(precision, model.architecture, model.device)
     source = image_source(model, test, "none", workers, progress_bar, precision=precision)
@@ -108,15 +106,8 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
         return images.items
     if not split.test:
         used = "all" if subset_sha256(split.train) == model.info.get("subset_sha256") else "some"
-        measured = ""
-        metrics, tested = model.info.get("metrics"), model.info.get("test_images")
-        if metrics and tested:
-            top1 = next(iter(metrics.values()))
-            measured = f"Its accuracy, {top1:.1f} %, was measured on {tested} held-out images. "
-        raise ZooError(
-            f"{head} was trained on {used} of these images. {measured}Pass other images, or train with --no-refit to "
-            "test on those held out."
-        )
+        advice = f"dcp-zoo info {head} shows its accuracy. Pass other images, or train with --no-refit to hold some out"
+        raise ZooError(f"{head} was trained on {used} of these images. {advice}.")
     return split.test
 
 
@@ -125,10 +116,8 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
     if dataset is None:
         raise ZooError(f"{head} does not store its training dataset: pass --dataset NAME.")
     if dataset == "folder" and data_root is None:
-        raise ZooError(
-            f"{head} was trained on your own images of the classes {shorten(model.classnames)}. Pass their folder, or "
-            "another one with test images of these classes."
-        )
+        classes = shorten(model.classnames)
+        raise ZooError(f"{head} was trained on your own images: pass a folder with images of its classes, {classes}.")
     opt.data_source(None, dataset, data_root)
     return dataset
 

@@ -161,10 +161,8 @@ def add(
     exists = name in model.classnames
     counts: dict[str, Any] = model.info.get("class_images") or dict.fromkeys(model.classnames, model.info.get("shots"))
     if exists and not counts.get(name):
-        raise ZooError(
-            f"{head} does not store how many images of {name} it has seen, so that more cannot be added. With all "
-            f"images of all classes: dcp-zoo fit-text-probe PHOTOS --head {head} --output {output_dir}"
-        )
+        instead = f"with images of all classes: dcp-zoo fit-text-probe PHOTOS --head {head} --output {output_dir}"
+        raise ZooError(f"{head} does not store how many images of {name} it has seen, to add some. Instead, {instead}")
     known, transform = counts[name] if exists else 0, create_transform(model)
     model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known)
     model.info["class_images"] = counts | {name: known + len(found)}

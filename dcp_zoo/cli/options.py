@@ -40,68 +40,41 @@ HeadName = Annotated[
         autocompletion=lambda incomplete: list_models(f"{incomplete}*", pretrained=True),
     ),
 ]
+LABELS = (
+    "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
+    "to this file, or in the current folder. Images outside PHOTOS, such as those of the corrections.csv of a contact "
+    "sheet, are added to its class folders. May be repeated: of several classes of an image, the last one counts."
+)
+PRECISION = (
+    "auto (bfloat16 for a real CLIP on devices with native bfloat16, else float32), float32 (the reference), "
+    "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
+)
 Photos = Annotated[
-    str | None, Argument(metavar="PHOTOS", help="Your images: one folder per class, or a zip or tar of that.")
+    str | None, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")
 ]
-Labels = Annotated[
-    list[Path] | None,
-    Option(
-        metavar="FILE",
-        help="A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in "
-        "PHOTOS or, without it, next to this file, or in the current folder. If it lists images outside PHOTOS, such "
-        "as the corrections.csv of a contact sheet, these are added to its class folders. May be repeated: of several "
-        "classes of an image, the last one counts.",
-    ),
-]
-Dataset = Annotated[
-    str | None, Option(help="One of the 11 datasets, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")
-]
-DataRoot = Annotated[
-    Path | None, Option(help="Folder with the datasets in CoOp's layout; for `folder`, the dataset itself.")
-]
+Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
+Dataset = Annotated[str | None, Option(help="A dataset, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")]
+DataRoot = Annotated[Path | None, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[
-    str,
-    Option(
-        help="auto (bfloat16 for a real CLIP on devices with native bfloat16, else float32), float32 (the reference), "
-        "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
-    ),
-]
-Workers = Annotated[
-    int,
-    Option(
-        min=0,
-        help="Processes that decode images, again in each epoch: for a GPU and more images than fit into memory. 0 "
-        "decodes each image once, on all cores.",
-    ),
-]
+Precision = Annotated[str, Option(help=PRECISION)]
+Workers = Annotated[int, Option(min=0, help="Processes that decode images in every epoch; 0: once, on all cores.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of threads. Default: the cores this process may use.")]
 Ray = Annotated[
-    str | None, Option("--ray", help="Run on Ray: a cluster's address, `auto` on one of its machines, or `local`.")
+    str | None, Option("--ray", help="Run on Ray: a cluster's address, `auto` on its machines, or `local`.")
 ]
 BatchSize = Annotated[int, Option(min=1, help="Images per batch. With --stats batch it affects the logits.")]
-Stats = Annotated[
-    str | None, Option(help="Prompt statistics: stored (the default), batch (as in the paper) or per-image.")
-]
+Stats = Annotated[str | None, Option(help="Prompt statistics: stored (the default), batch (the paper's) or per-image.")]
 Classes = Annotated[
-    str | None,
-    Option("--classes", help='Other class names: cat,dog,"dandelion, yellow"; or a file, one name per line.'),
+    str | None, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')
 ]
 Report = Annotated[
-    Path | None,
-    Option(help="Write an HTML page that shows the misclassified images.", metavar="FILE.html", dir_okay=False),
+    Path | None, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)
 ]
 DescriptionsFile = Annotated[
-    Path | None,
-    Option(
-        metavar="FILE.json",
-        help='Sentences that CLIP reads in place of class names: {"class name": ["sentence", ...]}, as in CuPL.',
-    ),
+    Path | None, Option(metavar="FILE.json", help="Sentences that CLIP reads in place of class names, as in CuPL.")
 ]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
-ImagenetFrom = Annotated[
-    str | None, Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
-]
+ImagenetFrom = Annotated[str | None, Option(metavar="FOLDER|hf", help="ImageNet's archives, or its Hub dataset.")]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

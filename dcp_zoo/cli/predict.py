@@ -37,17 +37,15 @@ FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
+IMAGES = (
+    "Images, videos, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, wds://PATH, "
+    "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
+)
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    images: Annotated[
-        list[str] | None,
-        Argument(
-            help="Images, videos, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
-            "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
-        ),
-    ] = None
+    images: Annotated[list[str] | None, Argument(help=IMAGES)] = None
     head: opt.HeadName = DEFAULT_HEAD
     classes: opt.Classes = None
     descriptions: opt.DescriptionsFile = None
@@ -55,43 +53,27 @@ class PredictOptions:
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
     reject_rate: float | None = opt.option(
-        None,
-        f"Like --reject, but also refuse this share of the images of the head's own classes, in place of {REFUSED}. A "
-        "higher rate rejects more images of other things.",
+        None, f"--reject, at the price of this share of right images, not {REFUSED}."
     )
-    together: bool = opt.option(
-        False, "Refine each prediction with the other images, on which it then depends: usually more accurate."
-    )
-    count: bool = opt.option(
-        False, "With --together: print how many images there are of each class, with 90 % intervals."
-    )
-    hierarchy: Path | None = opt.option(
-        None,
-        "A tree of the classes in JSON or YAML, parents above classes: predict the most specific confident one.",
-        metavar="FILE",
-    )
-    error_rate: float = opt.option(
-        0.1, "With --hierarchy: the share of predictions that may be wrong.", min=0.001, max=0.49
-    )
+    together: bool = opt.option(False, "Refine each prediction with the other images: usually more accurate.")
+    count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
+    hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
+    error_rate: float = opt.option(0.1, "With --hierarchy: the share that may be wrong.", min=0.001, max=0.49)
     fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(
-        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a stop.", "--output"
+        "A .csv, .jsonl or .parquet file, with --ray a folder; resumes after a stop.", "--output"
     )
     features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
-    sheet: Path | None = to_file(
-        "Write an HTML contact sheet: the images of each class, the least certain first, to be corrected by keyboard."
-    )
+    sheet: Path | None = to_file("Write an HTML contact sheet, on which predictions are corrected by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
     runtime: str = opt.option("torch", "torch, or onnx (ONNX Runtime: exports the head once, then starts faster).")
     onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
-    workers: int | None = opt.option(
-        None, "Processes that decode images; 0: none. Default: one per core for more than two batches.", min=0
-    )
+    workers: int | None = opt.option(None, "Processes that decode images. Default: 0, or of many one per core.", min=0)
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
     threads: opt.Threads = None
@@ -137,9 +119,7 @@ class PredictOptions:
                 raise ZooError("--together needs all predictions on one machine: omit --ray, or omit --together.")
             import_ray()
             if not self.table or len(self.files) > 1:
-                raise ZooError(
-                    "--ray writes a folder of Parquet files: pass --output FOLDER or a URL, and no other output."
-                )
+                raise ZooError("--ray writes a folder of Parquet files: pass --output FOLDER and no other output.")
         elif self.table and is_url(self.table):
             raise ZooError(f"Without --ray, --output is a file on this machine, not {self.table}.")
         fixed = self.stats or self.descriptions or self.precision not in (AUTO, "float32")
@@ -205,10 +185,8 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
     if not find().is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    return lambda: onnx_predictor(find(), threads, features, options.device), {
-        "runtime": "onnx",
-        "file": sha256_of(find()),
-    }
+    plan = {"runtime": "onnx", "file": sha256_of(find())}
+    return lambda: onnx_predictor(find(), threads, features, options.device), plan
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:

@@ -31,8 +31,16 @@ if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
     from dcp_zoo.training.run import Run
 
-REFIT = "After the accuracy is measured, the head is refitted on all images and saved (--no-refit turns this off)."
+REFIT = "After the accuracy is measured, the head is refitted on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
+METHOD = (
+    f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus text "
+    f"probe; takes longer), or another: {', '.join(METHODS)}."
+)
+RECIPE = (
+    "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
+    "code) or paper (the same with their paper's coupling). Or a YAML file with lines such as `epochs: 50`."
+)
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
 
@@ -42,31 +50,18 @@ class TrainOptions:
     output: Path | None = opt.option(None, "Folder for the checkpoint. Default: --head, or PHOTOS_head.")
     head: str | None = opt.option(None, "A head of the zoo: sets method, model, dataset, shots and seed.")
     model: opt.Model = "dcp_mini"
-    method: str | None = opt.option(
-        None,
-        f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus "
-        f"text probe; takes longer), or another: {', '.join(METHODS)}.",
-    )
-    classifier: str | None = opt.option(
-        None, "Classifier that is added to the method: text-probe or none. Default: the recipe's; text-probe for dcp."
-    )
+    method: str | None = opt.option(None, METHOD)
+    classifier: str | None = opt.option(None, "Added to the method: text-probe or none. Default: the recipe's.")
     labels: opt.Labels = None
     dataset: opt.Dataset = None
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
-    class_weight: str | None = opt.option(
-        None, "Weight classes equally in the loss of prompts; a text probe always does.", metavar="balanced"
-    )
+    class_weight: str | None = opt.option(None, "Weight classes equally, as a text probe does.", metavar="balanced")
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
     seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
-    test: float | None = opt.option(
-        None, "Share of your own images held out for testing. Default: your folder `test`, or 0.3.", min=0, max=0.9
-    )
+    test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
     refit: bool | None = opt.option(
-        None,
-        "After measuring the accuracy, refit on all images, test images included, and save that head. Default: refit "
-        "for your own images without a folder `test` and without --shots.",
-        "--refit/--no-refit",
+        None, f"{REFIT} Default: own images without `test` or --shots.", "--refit/--no-refit"
     )
     report: opt.Report = None
     device: opt.Device = "auto"
@@ -77,12 +72,7 @@ class TrainOptions:
     yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
     save_every: float = opt.option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
-    recipe: str | None = of_recipe(
-        None,
-        "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
-        "code) or paper (the same with their paper's coupling). Or a YAML file with lines such as `epochs: 50`.",
-        metavar="fast|release|paper|FILE",
-    )
+    recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper|FILE")
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
     def given(self, *names: str) -> list[str]:
@@ -97,10 +87,7 @@ class TrainOptions:
         if given := self.given("photos", "model", "dataset", "shots", "seed"):
             raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
         if not is_model(head) and (":" in head or Path(head).exists()):
-            raise ZooError(
-                f"--head names a head of the zoo to train, and {head} is a checkpoint. To train on your own images: "
-                "dcp-zoo train MY_PHOTOS --output DIR."
-            )
+            raise ZooError(f"--head names a head of the zoo to train, and {head} is a checkpoint: pass --output DIR.")
         chosen = get_head(head)
         named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
         return replace(self, method=self.method or DCP_METHOD, **named)
@@ -138,11 +125,9 @@ def train(options: TrainOptions) -> None:
     options = options.of_head()
     dataset, data_root = opt.data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
-        problem = f"--data-root {data_root} needs --dataset NAME" if data_root else "There is nothing to train on"
         raise ZooError(
-            f"{problem}. For your own images in one folder per class: dcp-zoo train {data_root or 'MY_PHOTOS'} "
-            "--output my_head. For one of the datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output "
-            "my_head."
+            "There is nothing to train on. On your own images: dcp-zoo train MY_PHOTOS --output my_head. On one of the "
+            "datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output my_head."
         )
     check_choice("method", options.method, tuple(METHODS))
     recipe = options.checked_recipe(dataset)
@@ -223,9 +208,6 @@ def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
     if others := [hit for i, hit in enumerate(hits) if i not in found]:
         rest = Accuracy("", sum(others), len(others))
         without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} percentage points."
-    warnings.warn(
-        f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as "
-        f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high. {without} dcp-zoo inspect "
-        "shows them all.",
-        stacklevel=2,
-    )
+    text = f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as"
+    such = f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high"
+    warnings.warn(f"{text} {such}. {without} dcp-zoo inspect shows them all.", stacklevel=2)

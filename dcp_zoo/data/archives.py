@@ -28,16 +28,7 @@ FIRST_PAUSE = 2.0  # seconds before the second try, doubled for each further one
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 CHANGED = "its responses are inconsistent: the file has changed, or the server is at fault"
 # what the standard library raises for archives it cannot read, encrypted ones included
-DAMAGED = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    LookupError,
-    ValueError,
-    RuntimeError,
-)
+DAMAGED = (tarfile.TarError, zipfile.error, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError, RuntimeError)
 
 _temporary: list[ExitStack] = []  # folders that are removed when the process ends
 
@@ -156,11 +147,9 @@ def _check_md5(archive: Archive, file: Path) -> None:
 
 
 def _cannot_download(archive: Archive, folder: Path, problem: str) -> ZooError:
-    checked = f" It must have the md5 {archive.md5}." if archive.md5 else ""
-    return ZooError(
-        f"{archive.url} cannot be downloaded: {problem}. Get {archive.filename} with a browser or from a mirror, "
-        f"put it in {folder}, and run the same command again.{checked}"
-    )
+    checked = f" (md5 {archive.md5})" if archive.md5 else ""
+    advice = f"put {archive.filename}{checked} in {folder} yourself, and run the same command again"
+    return ZooError(f"{archive.url} cannot be downloaded: {problem}. If it stays so, {advice}.")
 
 
 def _note(part: Path) -> Path:

@@ -25,13 +25,15 @@ from dcp_zoo.fields import mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
 from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
 
-LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes, and of the package's own tables
-    ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
-    ("class", "label", "classname", "class_name", "category", "species"),
+FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
+CLASSES = ("class", "label", "classname", "class_name", "category", "species")
+LABEL_COLUMNS = (
+    FILES,
+    CLASSES,
     ("change",),
     ("error",),
     ("rejected",),
-)
+)  # the last ones are of the package's own tables
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}

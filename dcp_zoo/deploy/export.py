@@ -23,6 +23,7 @@ from dcp_zoo.model.fused import FusedDCP, load_fused
 from dcp_zoo.model.head import Head
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
+REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -72,10 +73,8 @@ def export(
             found, expected = read(images[:n]), fused(images[:n])
             error = (found - expected).abs().max().item()
             if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
-                raise ZooError(
-                    f"The {format} file does not match the model (logits differ by {error:.2g}) and was not kept. "
-                    "Please report this, with the versions of torch and onnxruntime."
-                )
+                problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
+                raise ZooError(f"The {format} file does not match the model {problem}")
         if format == "onnx":
             make_variant(temporary, preprocessing, precision, calibration)
 
@@ -219,11 +218,8 @@ def compare_probabilities(
         expected = plain.probabilities(plain.preprocess(image)[None])
         error = float(np.abs(variant(image) - expected).max())
         if error > tolerance:
-            raise ZooError(
-                f"Probabilities of the file for a photograph of {size[0]} x {size[1]} differ from the model's by "
-                f"{error:.2g}, more than {tolerance:g}: it was not kept. Please report this, with the versions of onnx "
-                "and onnxruntime."
-            )
+            problem = f"by {error:.2g}, more than {tolerance:g}: it was not kept. {REPORT}"
+            raise ZooError(f"Probabilities of the file for a photograph differ from the model's {problem}")
 
 
 def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") -> Any:
@@ -233,10 +229,8 @@ def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") 
     import onnx
 
     if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":
-        raise ZooError(
-            f"Only a bicubic resize and a centre crop can be part of the file, not {cfg['interpolation']} and "
-            f"{cfg['crop_mode']}: export with the preprocessing outside."
-        )
+        other = f"{cfg['interpolation']} and {cfg['crop_mode']}: export with the preprocessing outside"
+        raise ZooError(f"Only a bicubic resize and a centre crop can be part of the file, not {other}.")
     ir, opset = model.ir_version, next(entry.version for entry in model.opset_import if entry.domain == "")
     before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset, layout))
     before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)

@@ -26,9 +26,7 @@ ONNX_FILES = {  # by precision, as transformers.js names them
 }
 # Of the types for which both clients classify images, the one that says least: an image tower of transformer blocks.
 MODEL_TYPE = "vit"
-NO_WEIGHTS = (
-    "none-but-the-onnx-file.safetensors"  # transformers alone would load a ViT with random weights: so it fails
-)
+NO_WEIGHTS = "none-but-the-onnx-file.safetensors"  # so that transformers alone loads no ViT with random weights
 
 
 def write_client_files(

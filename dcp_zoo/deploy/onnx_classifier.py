@@ -14,10 +14,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 SMALLEST = np.finfo(np.float32).tiny
 INPUT = "pixel_values"  # of normalised images, as other programs call it
 CUDA = "CUDAExecutionProvider"
-NO_CUDA = (
-    "ONNX Runtime cannot compute on {} here, and does so on the CPU: install onnxruntime-gpu in place of onnxruntime, "
-    "and check the driver and CUDA."
-)
+NO_CUDA = "ONNX Runtime computes on the CPU, not on {}: install onnxruntime-gpu in its place, and check the driver."
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
 

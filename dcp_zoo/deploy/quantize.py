@@ -69,11 +69,9 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
     answers = [np.concatenate([model(x).argmax(1) for x in _in_runs(data.checked)]) for model in (before, after)]
     top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
     if top1[0] - top1[1] > data.max_drop:
-        raise ZooError(
-            f"int8 lowers top-1 from {top1[0]:.1f} to {top1[1]:.1f} % on {len(data.labels)} {data.part} images, by "
-            f"more than the limit of {data.max_drop:g}: nothing was written. Export with --precision float16, or allow "
-            "more with --max-drop."
-        )
+        images = f"on {len(data.labels)} {data.part} images, by more than {data.max_drop:g}: nothing was written"
+        advice = "Export with --precision float16, or allow more with --max-drop."
+        raise ZooError(f"int8 lowers top-1 from {top1[0]:.1f} to {top1[1]:.1f} % {images}. {advice}")
     return {
         "top1_float32": round(top1[0], 2),
         "top1_int8": round(top1[1], 2),

@@ -175,9 +175,8 @@ def application(
     the one in the file; clients may call the server by the names `hosts`, such as "*.example.org"; `device`
     is that of `OnnxClassifier`."""
     service = Service(path, limits, urls, threads, name, device)
-    app = FastAPIOffline(
-        title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running, redoc_url=None
-    )
+    about = {"title": service.info["head"], "version": version("dcp_zoo")}
+    app = FastAPIOffline(**about, lifespan=service.running, redoc_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     @app.get("/", include_in_schema=False)

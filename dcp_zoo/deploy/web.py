@@ -81,11 +81,8 @@ def runtime_files() -> list[Path]:
         return files
     registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")  # noqa: SIM112  npm's
     address = f"{registry}/onnxruntime-web/-/onnxruntime-web-{ORT_VERSION}.tgz"
-    failed = (
-        f"Cannot download onnxruntime-web from {address} ({{}}). With a network, try again; without one, get it "
-        f"elsewhere (npm pack onnxruntime-web@{ORT_VERSION}), unpack it and copy {' and '.join(ORT_FILES)} from "
-        f"package/dist to {folder}."
-    )
+    by_hand = f"unpack it and copy {' and '.join(ORT_FILES)} from package/dist to {folder}"
+    failed = f"Cannot download {address} ({{}}). Without a network, get it elsewhere, {by_hand}."
     with (
         as_zoo_error(failed, OSError, http.client.HTTPException),
         urllib.request.urlopen(address, timeout=REGISTRY_SECONDS) as response,

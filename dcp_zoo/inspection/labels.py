@@ -47,11 +47,9 @@ def out_of_fold(features: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor,
     for number in range(FOLDS):
         out = fold == number
         if out.any():
-            others = features[~out], labels[~out]
-            scores[out] = gaussian_scores(*others, text.shape[1], features[out])
-            means = means_of_some(*others, text.shape[1]).float()[
-                torch.bincount(others[1], minlength=text.shape[1]) > 0
-            ]
+            others, classes = (features[~out], labels[~out]), text.shape[1]
+            scores[out] = gaussian_scores(*others, classes, features[out])
+            means = means_of_some(*others, classes).float()[torch.bincount(others[1], minlength=classes) > 0]
             distances[out] = to_nearest_mean(features[out], half_whitening(*others), means)
     u, v = fit_weights(text, scores, labels, prior(len(labels) / text.shape[1]))
     return (u * text + v * scores).log_softmax(-1), distances / distances.mean().clamp(min=1e-6)

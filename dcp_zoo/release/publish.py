@@ -53,24 +53,18 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     spec = MODELS.get(model.architecture)
     base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
     options, _ = model.method_config()
-    info = {name: model.info.get(name) for name in CARD_INFO}
+    about: dict[str, Any] = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base),
         template_path=str(CARD_TEMPLATE),
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
-        clip_license=spec.license if spec else "",
-        architecture=model.architecture,
-        base=base,
-        clip=model.clip_source,
-        num_classes=model.num_classes,
-        method=model.method,
-        coupling=options.get("coupling"),
+        dataset=public_name(model.info.get("dataset")),
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
         rows=_seed_rows(model),
-        **info | {"dataset": public_name(info["dataset"])},
+        **about,
     )
 
 
@@ -308,10 +302,8 @@ def measured(
     if not split.test:
         raise ZooError(f"{name} was trained on all images of {dataset}: none are left to measure it on.")
     if split.sha256 != model.info.get("split_sha256"):
-        raise ZooError(
-            f"{name} was trained on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "
-            f"that of the one here is {split.sha256}."
-        )
+        hashes = f"its sha256 is {model.info.get('split_sha256')}, and that of the one here is {split.sha256}"
+        raise ZooError(f"{name} was trained on another split of {dataset}: {hashes}.")
     source = image_source(model.to(pick_device(device)), split.test, "none", workers, progress)
     batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
     return accuracies(measure(source, batch_size, progress)[0])

@@ -62,10 +62,7 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
     exported = OnnxClassifier(path, threads, device)
     info = exported.info
     if features and exported.takes_pixels:
-        raise ZooError(
-            f"{path} has no image features: export it without the preprocessing inside, or omit --features "
-            "and --together."
-        )
+        raise ZooError(f"{path} has no image features, for --features or --together: export it with those outside.")
 
     def compute(pixels: np.ndarray) -> Computed:
         if exported.takes_pixels:
@@ -73,10 +70,8 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
         images = normalise(pixels, info["preprocessing"])
         return Computed(*exported.outputs(images, *(["features"] if features else [])))
 
-    cannot_reject = (
-        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-text-probe), "
-        "with exactly the classes for which its threshold was fitted."
-    )
+    advice = "Export a head that can (dcp-zoo fit-text-probe), with exactly the classes for which it was fitted."
+    cannot_reject = f"{path} has no threshold to reject images. {advice}"
     given = info["model"], exported.classnames, info["preprocessing"]
     return Predictor(*given, compute, info.get("threshold"), cannot_reject)
 
@@ -153,10 +148,8 @@ def decode_batches(
         while running:
             yield running.popleft().result()
     except BrokenProcessPool as error:
-        raise ZooError(
-            "A process that decodes images was killed, perhaps for lack of memory. Run the same command again, with "
-            "fewer --workers if that repeats."
-        ) from error
+        problem = "A process that decodes images was killed, perhaps for lack of memory."
+        raise ZooError(f"{problem} Run the same command again, with fewer --workers.") from error
     finally:
         processes.shutdown(cancel_futures=True)
 

@@ -65,10 +65,8 @@ def run_on_ray(
             for more, unread in progress(_counts(tasks), "parts", len(parts), done=len(parts) - len(todo)):
                 images, failed = images + more, failed + unread
     if missing := {part.file for part in parts} - folder.names():
-        raise ZooError(
-            f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}. "
-            "--output must be a folder that all machines of the cluster share, or a URL."
-        )
+        problem = f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}."
+        raise ZooError(f"{problem} --output must be a folder that all machines share, or a URL.")
     return Summary(images, resumed, failed)
 
 
@@ -90,11 +88,10 @@ def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
         if task.state == "lost":
             images = task.item.images
             place = images if isinstance(images, str) else f"the images from {images[0].name} on"
-            raise ZooError(
-                f"No worker could finish {place} ({task.message}), perhaps for lack of memory. Finished parts "
-                "are kept: run the same command again, with a smaller --batch-size, or more --threads for fewer "
-                "workers per machine."
+            advice = (
+                "Finished parts are kept: run the same command again, with a smaller --batch-size or more --threads."
             )
+            raise ZooError(f"No worker could finish {place} ({task.message}), perhaps for lack of memory. {advice}")
         if task.state == "done":
             yield task.result
 
@@ -112,10 +109,8 @@ def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[i
     rows = [row for batch in job.classify(images, predictor) for row in batch.rows]
     failed = sum("error" in row for row in rows)
     if failed == len(rows) and not any("://" in image.path or Path(image.path).exists() for image in images):
-        raise ZooError(
-            f"A worker cannot find any of {len(images)} images, such as {images[0].path}: they must be at URLs or on a "
-            "disk that all machines of the cluster share."
-        )
+        problem = f"A worker cannot find any of {len(images)} images, such as {images[0].path}"
+        raise ZooError(f"{problem}: they must be at URLs or on a disk that all machines share.")
     columns = column_names(min(job.top_k, len(predictor.classnames)), job.reject)
     TABLES[".parquet"](content := BytesIO(), rows, columns)
     folder.write(part.file, content.getvalue())

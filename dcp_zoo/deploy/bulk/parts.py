@@ -41,10 +41,8 @@ class PartFolder:
             system, folder = filesystem(self.place)
             other = json.loads(system.cat_file(f"{folder}/{PLAN}"))
             if differ := [name.replace("_", " ") for name in plan if other.get(name) != plan[name]]:
-                raise ZooError(
-                    f"{self.place} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat "
-                    f"that run's command, choose another --output, or delete {self.place}."
-                )
+                problem = f"{self.place} holds the first rows of another run, which differs in {', '.join(differ)}."
+                raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this folder.")
         elif found:
             raise ZooError(f"{self.place} holds other files: choose a new folder for --output.")
         else:
