@@ -1,6 +1,5 @@
-"""From logits to answers: probabilities, the most probable classes, and whether an image belongs to none of them. The
-only place where this is done: for files, the terminal, Python, the server, the demo and Ray. NumPy alone, as some of
-these work without torch."""
+"""From logits to answers: probabilities, the most probable classes, and whether an image belongs to none of them. In
+NumPy alone, as the server and ONNX Runtime work without torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +34,7 @@ def in_distribution_score(logits: np.ndarray, distances: np.ndarray) -> np.ndarr
 
 
 def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
-    """The `top_k` most probable classes of each image, best first; equally probable ones in the order of the classes:
-    probabilities (n, C) -> {"class": name, "probability": number rounded to six decimals} for each of them."""
+    """Probabilities (n, C) -> the `top_k` classes of each image, best first, or in their order if equally probable."""
     order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
     values = np.take_along_axis(probabilities, order, 1)
     return [
@@ -47,12 +45,10 @@ def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int
 
 @dataclass(frozen=True)
 class Answering:
-    """How logits become answers: so many classes per image, ranked by `rank`; images whose `in_distribution_score` is
-    below the `threshold` belong to none of the classes. Without one, nothing is rejected, and no distances are needed.
-    """
+    """How logits become answers."""
 
-    top_k: int = 5
-    threshold: float | None = None
+    top_k: int = 5  # classes per image
+    threshold: float | None = None  # of `in_distribution_score`; without one nothing is rejected
     rank: Ranking = top_classes
 
     def __call__(self, logits: np.ndarray, classnames: Sequence[str], distances: np.ndarray | None = None) -> list[Row]:

@@ -24,8 +24,8 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
-    """The ray module while it is connected; an existing connection is used, and stays. `address` is the cluster's, such
-    as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here, with options of `ray.init`."""
+    """The ray module while it is connected; an existing connection is used, and stays. `address`: "10.0.0.1:6379",
+    "auto" on a machine of the cluster, or "local", which starts one here, with options of `ray.init`."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -65,8 +65,7 @@ class Resources:
     retries: int = 2  # after a worker died, a machine was lost, or memory was exhausted
 
     def fitted(self, ray: Any, task: str, options: str) -> "Resources":
-        """The same with a definite number of GPUs; ZooError, naming the `options` to lower, if no machine of the
-        cluster is large enough for one `task`."""
+        """The same with a definite number of GPUs; ZooError if no machine is large enough for one `task`."""
         fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
         if fitted.slots(ray) == 0:
             found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
@@ -107,9 +106,8 @@ class Event:
 def run_tasks(
     work: Callable[[Any], Any], items: Iterable[Any], resources: Resources, *, task: str, options: str, address: str
 ) -> Generator[Event, None, None]:
-    """Run `work(item)` for every item on a cluster, starting in this order. Closing the generator cancels what runs.
-    `work` is sent to the workers, and starts in this process's working folder, where they have it. Workers are reused
-    from task to task, so what one keeps in its modules' variables stays there. Items must be hashable."""
+    """Run `work(item)` for every item on a cluster, in this order and in this process's folder, where that exists.
+    Closing the generator cancels what runs. What a worker keeps in its modules' variables stays for the next task."""
     folder, losses = os.getcwd(), Counter[Any]()  # noqa: PTH109
 
     def on_worker(item: Any) -> Any:

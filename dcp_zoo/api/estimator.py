@@ -95,9 +95,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def fit(
         self, images: Images, labels: Labels = None, sample_weight: Any = None, *, validation: Images = None
     ) -> "FewShotClassifier":
-        """Train on labelled images: in seconds for methods on frozen features, such as "gda" or "zero-shot" with a
-        classifier; in about 20 s for DCP on 120 photographs with dcp_mini and two free cores, and in minutes with
-        larger models.
+        """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP.
 
         Args:
             images: a folder with one folder per class, or a sequence of images.
@@ -134,8 +132,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return refine_together(logits.softmax(-1).numpy(), features)
 
     def decision_function(self, images: Images) -> np.ndarray:
-        """Logits (n, C) in the order of `classes_`; as in scikit-learn of two classes how far the second is ahead
-        (n,)."""
+        """Logits (n, C) in the order of `classes_`; of two classes, how far the second is ahead (n,)."""
         logits = self._logits(images).numpy()
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 

@@ -1,5 +1,4 @@
-"""What a head has learnt: the vocabulary near its text prompts, how far CMPA moves its prompts, and where the class
-token and the prompts attend to in an image. Only the last needs images."""
+"""What a head has learnt: words near its text prompts, how far CMPA moves its prompts, and where these attend to."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +29,8 @@ class Words(NamedTuple):
 
 @torch.inference_mode()
 def nearest_words(model: DCP, top_k: int = 5) -> Words:
-    """The tokens of the text tower's vocabulary nearest to each text prompt, by cosine.
-
-    A prompt takes the place of a token's embedding, so the two can be compared before the first block. The measure is
-    cosine, because distance favours short vectors, which rare tokens have, whatever a prompt's direction.
+    """The tokens of the text tower's vocabulary nearest to each text prompt, by cosine: distance favours short vectors,
+    which rare tokens have, whatever a prompt's direction.
 
     Args:
         model: any DCP; its prompts are compared as they enter the text tower, before any coupling.
@@ -94,11 +91,7 @@ def _relative_change(old: Any, new: Any) -> torch.Tensor:
 
 
 def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
-    """Plot `coupling_moves` to a PNG file: a line for each tower's mean over prompts, and one per prompt.
-
-    Raises:
-        ZooError: matplotlib is not installed.
-    """
+    """Plot `coupling_moves` to a PNG file. ZooError if matplotlib is not installed."""
     axes = import_extra("matplotlib.figure", "plots").Figure((7, 4), layout="constrained").add_subplot()
     for (tower, rows), color in zip(moves.items(), ("tab:blue", "tab:orange"), strict=False):
         blocks = range(1, len(rows) + 1)
@@ -146,9 +139,6 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
 
 def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:
-    """The patch columns of `attention_weights`, in the shape of the image: (B, blocks, 1 + M, h, w).
-
-    The rest of each row's sum of 1 is attention to the class token and the prompts.
-    """
+    """The patch columns of `attention_weights`, in the shape of the image: (B, blocks, 1 + M, h, w)."""
     patches = attention_weights(model, images)[..., model.vision_tower.num_prefix : -model.config.n_ctx]
     return patches.unflatten(-1, model.vision_tower.grid)

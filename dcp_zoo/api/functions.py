@@ -207,8 +207,7 @@ def to_read(model: Head, items: Sequence[Item], precision: str, once: bool = Tru
 def best_or_none(
     model: Head, items: Sequence[Item], reject: float, precision: str, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The number of the best class of each item's image (n,), and whether the image belongs to none (n,); `reject` as
-    of `Head.rejection_threshold`."""
+    """The best class of each item's image (n,), and whether it belongs to none (n,), see `rejection_threshold`."""
     threshold, source = model.rejection_threshold(reject), to_read(model, items, precision)
     features = source.features(1, progress)[0]
     logits, distances = classified(model, features).numpy(), model.distances(features.to(model.device))

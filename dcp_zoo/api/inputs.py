@@ -111,8 +111,7 @@ def one_column(values: Any) -> Any:
 
 
 def as_images(images: Images, features: bool = False) -> list[Any]:
-    """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images; if
-    allowed, also `features` (E,) in the rows of a table, which have the length 1."""
+    """Paths, and images of PIL, of one image or a sequence or batch; if allowed, also `features` (E,) of length 1."""
     images = one_column(images)
     if features and (rows := _unit_rows(images)) is not None:
         return list(rows)
@@ -126,8 +125,7 @@ def as_images(images: Images, features: bool = False) -> list[Any]:
 
 
 def _unit_rows(table: Any) -> torch.Tensor | None:
-    """A table (n, E) of features, as `FewShotClassifier.transform` returns them; None for anything else: the rows of
-    images do not all have the length 1."""
+    """A table (n, E) of features; None for anything else: the rows of images do not all have the length 1."""
     is_table = isinstance(table, torch.Tensor) or (isinstance(table, np.ndarray) and table.dtype.kind == "f")
     if not is_table or table.ndim != 2 or not len(table):
         return None

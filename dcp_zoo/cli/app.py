@@ -1,7 +1,4 @@
-"""The command `dcp-zoo`: one module of this package per command or group of commands.
-
-These modules import torch and everything else that is slow inside their functions, so that help and lists are fast.
-"""
+"""The command `dcp-zoo`. Its modules import what is slow inside their functions, so that help and lists are fast."""
 
 import errno
 import io

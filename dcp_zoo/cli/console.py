@@ -45,8 +45,7 @@ def progress_bar(
     size: Callable[[Any], int] = lambda item: 1,
 ) -> Iterator[Any]:
     """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
-    `size`. A transient bar is removed at the end. In a log a line says now and then how far it is, and at the end
-    unless it is transient."""
+    `size`. A transient bar is removed at the end. In a log, lines say now and then how far it is."""
     if done:
         log(f"Resuming after {done:,} of {total:,} {description}.")
     if not errors.is_terminal:

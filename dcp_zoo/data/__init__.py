@@ -1,5 +1,4 @@
-"""Datasets in CoOp's layout, your own image folders, datasets of the Hub and webdataset shards, and their few-shot
-subsets. The public names are listed in `__init__.pyi` and imported on first use, so that the table needs no reader."""
+"""Datasets in CoOp's layout, your own folders of images, datasets of the Hub, webdataset shards; few-shot subsets."""
 
 import lazy_loader
 

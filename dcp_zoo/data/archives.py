@@ -194,8 +194,7 @@ def unpacked(file: str) -> Path:
 
 
 def _extract(file: Path, archive: Archive, target: Path) -> None:
-    """The places in a zip or tar archive, or in the tar archive `inner` inside a zip. ZooError before its files fill
-    the disk: a small archive can hold any number of zeros."""
+    """The places in a zip or tar archive, or in the tar `inner` in a zip; ZooError before they fill the disk."""
     most, times = UNPACKED
     room = left = min(shutil.disk_usage(target).free, max(most, times * file.stat().st_size))
 
@@ -239,8 +238,7 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
 
 
 def _check_path(name: str, file: Path) -> None:
-    """ZooError for a path that leads out of the folder it is unpacked in on any system: Windows has two separators,
-    drives, and parts that end in dots and spaces which it drops."""
+    """ZooError for a path that leads out of the folder on any system: Windows drops dots and spaces at the end."""
     parts = re.split(r"[/\\]", name)
     if any("\0" in part or ":" in part or (part.startswith("..") and not part.strip(". ")) for part in parts):
         raise ZooError(f"{file}: the path {name!r} leads out of the archive. Nothing was kept; do not trust this file.")

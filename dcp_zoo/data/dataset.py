@@ -84,9 +84,8 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """A context in which everything that draws from a global random state does so from this seed: initial weights,
-    dropout and random transforms, in Python, NumPy, and torch on the CPU and this device. The caller's states come back
-    at the end: nothing else in the package seeds them."""
+    """A context in which Python, NumPy, and torch on the CPU and this device draw from this seed: initial weights,
+    dropout and random transforms. The caller's states come back at the end."""
     accelerator: Any = None if device.type == "cpu" else getattr(torch, device.type, None)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     before_there = accelerator and accelerator.get_rng_state()

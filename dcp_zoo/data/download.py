@@ -1,5 +1,4 @@
-"""Download datasets into CoOp's layout, once their terms have been agreed to. ImageNet, which needs a login, is
-arranged from its official archives, or from its gated dataset on the Hub."""
+"""Download datasets into CoOp's layout; arrange ImageNet from its official archives or its gated Hub dataset."""
 
 import json
 import re
@@ -39,8 +38,8 @@ def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
 
 
 def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
-    """Fetch and unpack a dataset's archives under the data root, check it, and delete them; for `imagenet_from` see
-    `arrange`. ZooError as of `fetch_archive` and `unpack`, or if it is not complete then: its archives are kept."""
+    """Fetch and unpack a dataset's archives, check it, and delete them; for `imagenet_from` see `arrange`. ZooError as
+    of `fetch_archive` and `unpack`, or if it is not complete then: its archives are kept."""
     assert spec.folder
     if spec.name == "imagenet":
         arrange(root / spec.folder, imagenet_from)

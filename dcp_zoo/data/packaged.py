@@ -1,8 +1,5 @@
 """The data files of this package: class names, CoOp's splits and few-shot draws (MIT, see `coop/LICENSE`), photographs.
-
-Seven datasets have their whole split here. For four others there are the images that CoOp's rule draws with one per
-class and seed 1: they tell whether a split found on disk is CoOp's.
-"""
+Of four datasets it has no split, but the draw of one per class and seed 1, which tells whether a split is CoOp's."""
 
 import json
 import lzma
@@ -23,8 +20,7 @@ SplitRows = Mapping[str, Sequence[Sequence[Any]]]  # by part: (path, label, clas
 
 
 def classnames(name: str) -> list[str]:
-    """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces). ImageNet's "missile"
-    and "sunglasses" each name two classes."""
+    """Class names of a dataset in label order, in CoOp's spelling: underscores stand for spaces."""
     spec = find_spec(name)
     if spec.names is None:
         raise ZooError(f"The folders of {name} define its classes: use load_split({name!r}, root).classnames.")

@@ -1,5 +1,4 @@
-"""What a path stands for: an image or not, by its name; a file on disk or at a URL such as s3://BUCKET/KEY, gs:// or
-https://, through fsspec and its plugins."""
+"""What a path stands for: an image or not, by its name; a file on disk, or at a URL through fsspec and its plugins."""
 
 import os
 import re
@@ -51,8 +50,7 @@ def is_archive(path: str | os.PathLike) -> bool:
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """Raise ZooError for an output file that exists, unless `overwrite` and not an image, video or archive by its name,
-    or that cannot be written."""
+    """ZooError for an output file that cannot be written, or exists, unless `overwrite` and no image or archive."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing

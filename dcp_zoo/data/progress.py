@@ -15,8 +15,7 @@ def no_progress(iterable: Iterable[Any], description: str, total: int, **counts:
 
 
 def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
-    """The items with a bar of their number, in a terminal or a notebook; `total`: if they have no length. `options` are
-    tqdm's, such as `disable`."""
+    """The items with a bar of their number, in a terminal or a notebook; `options` are tqdm's, such as `disable`."""
     in_notebook = "ipykernel" in sys.modules
     if in_notebook and find_spec("ipywidgets"):
         from tqdm.auto import tqdm

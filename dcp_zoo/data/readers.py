@@ -1,5 +1,4 @@
-"""One reader for each layout of a dataset on disk, and those of class names and descriptions in a file. Bad input
-raises ZooError."""
+"""One reader for each layout of a dataset on disk, and those of class names and descriptions. Bad input: ZooError."""
 
 import json
 import os
@@ -293,8 +292,7 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
 
 
 def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str] | None = None) -> list[Item]:
-    """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`; other
-    files are counted in `others`."""
+    """Images of `base/<part>/<class>` and its subfolders, sorted, labelled by the order of `classes`."""
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name

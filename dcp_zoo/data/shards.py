@@ -1,8 +1,5 @@
-"""Shards in the layout of the `webdataset` library, local or at URLs: wds://PATH.
-
-An image is read by its place in the shard. `datasets` and `webdataset` would copy all images to a cache first, or only
-stream them in the order of the shard.
-"""
+"""Shards in the layout of the `webdataset` library, local or at URLs: wds://PATH. An image is read by its place in the
+shard, as libraries would copy all to a cache first, or only stream them in order."""
 
 import re
 import tarfile

@@ -1,5 +1,4 @@
-"""The table of datasets, `datasets.yaml`: the single source of their names, layouts, prompts, sizes, terms and
-archives. It imports no reader."""
+"""The table of datasets, `datasets.yaml`: their names, layouts, prompts, sizes, terms and archives."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path

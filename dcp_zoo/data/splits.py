@@ -58,8 +58,7 @@ class Split:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the contents, independent of the root folder and the split file's formatting: of one line
-        `part<TAB>key<TAB>label<TAB>classname` for every image of train, then val, then test."""
+        """Hash of a line `part<TAB>key<TAB>label<TAB>classname` for every image of train, then val, then test."""
         digest = hashlib.sha256()
         for part in PARTS:
             for item in getattr(self, part):
@@ -157,7 +156,7 @@ def split_images(images: Split, test: float | None = None) -> Split:
 
 def training_split(images: Split, test: float | None = None) -> Split:
     """The parts for training: as `split_images`, but of the user's own images 30 % are for the test by default and none
-    for validation, as nothing is selected on them. A checkpoint stores `test` if it was given, as "test_share"."""
+    for validation, as nothing is selected on them."""
     return split_images(images, OWN_TEST_SHARE if test is None and is_own(images.name) else test)
 
 
@@ -203,8 +202,7 @@ def all_for_training(split: Split) -> Split:
 
 
 def with_labels(images: Split, listed: Split) -> Split:
-    """The images of both, with the classes of `listed` where they differ; images that only it has are for training. A
-    link is the same image as its file."""
+    """The images of both, with the classes of `listed` where they differ; images that only it has are for training."""
     file = cache(os.path.realpath)
     own = {file(item.path): images.classnames[item.label] for item in images.items}
     classes = own | {file(item.path): listed.classnames[item.label] for item in listed.items}
@@ -221,8 +219,7 @@ def with_labels(images: Split, listed: Split) -> Split:
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
     """Train, val and test images of each class, shuffled: half, a fifth and the rest; or, given the share for the test,
-    no val images and at least one for training. Every class has its own random stream, so that adding an image to one
-    class does not affect the others."""
+    no val images and at least one for training. An image more in one class does not affect the others."""
     train, val, tests = [], [], []
     for _, images in sorted(_by_label(items).items()):
         random.Random(0).shuffle(images)

@@ -49,8 +49,7 @@ class HubDataset(NamedTuple):
 
 
 def read_hub(spec: DatasetSpec, _: Path) -> Split:
-    """The complete dataset, downloaded into the cache of `datasets` if missing. Its name and its items' keys contain
-    the commit, so that different contents have different hashes."""
+    """The complete dataset, downloaded if missing. Its name and its items' keys contain the commit, as hashes must."""
     source, builder = _pinned(spec.name)
     if builder.info.features:  # check before anything large is downloaded
         _with_columns(source, builder.info.features)
@@ -131,8 +130,7 @@ def _with_columns(source: HubDataset, features: dict[str, Any], label: bool = Tr
 
 
 def _pinned(name: str) -> tuple[HubDataset, Any]:
-    """The dataset at its commit, and its builder. The Hub is asked for the commit first, unless offline: `datasets`
-    would fall back to its cache silently if the Hub refuses."""
+    """The dataset at its commit, and its builder; `datasets` alone would use its cache silently if the Hub refuses."""
     from huggingface_hub import HfApi, constants
 
     from dcp_zoo.hub import explained

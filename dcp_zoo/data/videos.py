@@ -1,5 +1,4 @@
-"""Videos as images: the frame at a time is at the path `VIDEO#t=SECONDS`, as in the W3C's media fragments, and a video
-as a whole at `VIDEO#t=`."""
+"""Videos as images: the frame at a time is at the path `VIDEO#t=SECONDS`, and a video as a whole at `VIDEO#t=`."""
 
 import math
 from collections.abc import Iterator
@@ -42,8 +41,7 @@ def frames_of(video: str, fps: float) -> Iterator[str]:
 
 
 def read_frame(path: str) -> Image.Image:
-    """The frame at a path, upright; of a video as a whole the one in the middle. ZooError if it cannot be decoded, or a
-    tenth of the video is missing."""
+    """The frame at a path, upright; of a video as a whole the one in the middle. ZooError if it cannot be decoded."""
     video, _, seconds = path.rpartition("#t=")
     opened = _opened(video)
     with _reading(path):
@@ -73,8 +71,7 @@ def _reading(path: str) -> AbstractContextManager[None]:
 
 
 class _Video:
-    """A video, read forwards where that is possible. `end` is the time of its last frame; times are in seconds from the
-    first one."""
+    """A video, read forwards where that is possible; times are in seconds from the first frame, `end` is the last's."""
 
     def __init__(self, container: Any) -> None:
         self.container = container
