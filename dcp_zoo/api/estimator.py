@@ -14,7 +14,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.api.functions import as_model, best_or_none, logits_of, plan_own, to_read
+from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.api.functions import as_model, logits_of, plan_own, to_read
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
@@ -159,11 +160,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         head = self._head()  # says if nothing is fitted
         if not reject:
             return self.classes_[self._logits(images).argmax(-1).numpy()]
-        with self._kept_features():
-            items = unlabelled(images, features=True)
-            best, unknown = best_or_none(head, items, reject, self.precision, self._progress())
-        labels = self.classes_[best].astype(object)
-        labels[unknown] = None
+        threshold, features = head.rejection_threshold(reject), torch.from_numpy(self.transform(images))
+        logits, distances = classified(head, features).numpy(), head.distances(features.to(head.device))
+        labels = self.classes_[logits.argmax(-1)].astype(object)
+        labels[in_distribution_score(logits, distances) < threshold] = None
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Any = None) -> float:

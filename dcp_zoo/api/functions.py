@@ -6,10 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from dcp_zoo.answers import Row, in_distribution_score
+from dcp_zoo.answers import Row
 from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
@@ -19,7 +18,7 @@ from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
-from dcp_zoo.training.evaluation import Evaluation, classified
+from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.recipes import AUTO
@@ -177,7 +176,7 @@ def predict(
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    return [prediction_of(row) for row in job.collect(batches, predictor.classnames).rows]
+    return [prediction_of(row) for row in job.collect(batches, predictor.classnames)[0]]
 
 
 def prediction_of(row: Row) -> list[Prediction] | None:
@@ -202,16 +201,6 @@ def to_read(model: Head, items: Sequence[Item], precision: str, once: bool = Tru
     """Images that are classified, in a precision as of `pick_precision`."""
     precision = pick_precision(precision, model.architecture, model.device)
     return image_source(model, items, once=once, precision=precision)
-
-
-def best_or_none(
-    model: Head, items: Sequence[Item], reject: float, precision: str, progress: Progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best class of each item's image (n,), and whether it belongs to none (n,), see `rejection_threshold`."""
-    threshold, source = model.rejection_threshold(reject), to_read(model, items, precision)
-    features = source.features(1, progress)[0]
-    logits, distances = classified(model, features).numpy(), model.distances(features.to(model.device))
-    return logits.argmax(-1), in_distribution_score(logits, distances) < threshold
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

@@ -134,19 +134,17 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
     accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
     confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
-    most_confident = evaluation.mistakes[:MOST]
-    mistakes = [(near(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in most_confident]
+    here = f"{Path.cwd()}{os.sep}"  # paths are shown as seen from the working folder
+    mistakes = [
+        (x.path.removeprefix(here), x.name, x.predicted, f"{100 * x.probability:.0f} %")
+        for x in evaluation.mistakes[:MOST]
+    ]
     tables = [
         plain_table((worst, "correct", "of", "95 % interval"), accuracies),
         plain_table(("true class", "predicted", "times"), confused),
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
     output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
-
-
-def near(path: str) -> str:
-    """A path as seen from the working folder, if it is in it."""
-    return path.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from typer import Argument, Exit, Option
 
-from dcp_zoo.benchmark import Settings, Trial, estimate, store
+from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, measured_costs, numbers, several, split_commas
 from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
@@ -68,7 +68,8 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     from dcp_zoo.release import publish
 
     numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seed")
-    trials = building.plan_heads(split_commas(options.models), names, *numbered)
+    methods = [building.METHOD, building.BASELINE]
+    trials = plan_trials("few-shot", split_commas(options.models), methods, names, *numbered)
     missing = downloads.missing(names, options.data_root or Path(os.devnull))
     if options.dry_run:
         show_build_plan(trials, missing, options)

@@ -102,8 +102,13 @@ def check_complete(path: ImageLike) -> None:
     if isinstance(path, Image.Image):
         return
     with _opened_image(path) as image:
+        file: Any = image.fp
+        position = file.tell()
+        file.seek(max(0, file.seek(0, 2) - 4096))
+        last = file.read().rstrip(b"\0")  # which some cameras append
+        file.seek(position)
         end = ENDS.get(image.format or "")
-        if end is None or not _last_bytes(image.fp).endswith(end):
+        if end is None or not last.endswith(end):
             image.load()
 
 
@@ -139,15 +144,6 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
     if is_heif(start):
         raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
-
-
-def _last_bytes(file: Any) -> bytes:
-    """The end of a file, without zeros that some cameras append; the position stays."""
-    position = file.tell()
-    file.seek(max(0, file.seek(0, 2) - 4096))
-    end = file.read().rstrip(b"\0")
-    file.seek(position)
-    return end
 
 
 def _stream(path: str) -> IO[bytes]:

@@ -91,10 +91,9 @@ def sample_images() -> list[str]:
 
 def everyday_pictures() -> list[Image.Image]:
     """Thirty pictures that few classifiers are about: the photographs of `sample_images` and their quarters."""
-    photos = [load_image(path) for path in sample_images()]
-    return [photo.crop(box) for photo in photos for box in _whole_and_quarters(*photo.size)]
-
-
-def _whole_and_quarters(width: int, height: int) -> list[tuple[int, int, int, int]]:
-    x, y = width // 2, height // 2
-    return [(0, 0, width, height), (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+    pictures = []
+    for photo in map(load_image, sample_images()):
+        (width, height), x, y = photo.size, photo.width // 2, photo.height // 2
+        quarters = (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)
+        pictures += [photo, *(photo.crop(box) for box in quarters)]
+    return pictures

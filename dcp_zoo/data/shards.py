@@ -21,7 +21,7 @@ _PATTERN = re.compile("[*{]")
 def read_shards(spec: DatasetSpec, root: Path) -> Split:
     """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt`. `wds://PATH` is a
     folder or a pattern such as `{train,test}-*.tar`, relative to the data root; shards are named by their part."""
-    place, shards = _find_shards(spec.name, root)
+    place, shards = find_shards(spec.name, root)
     fixed = _PATTERN.split(place)[0]
     base = place if fixed == place and not place.endswith(".tar") else fixed.rpartition("/")[0]
     names = {shard: shard.removeprefix(f"{base}/") for shard in shards}
@@ -40,14 +40,9 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
     return Split(spec.name, classes, **items, note=f"Read from {len(shards)} shards.", place=spec.name)
 
 
-def shard_files(name: str) -> list[str]:
-    """The shards `wds://PATH`, which may be a URL; ZooError without any."""
-    return _find_shards(name, Path())[1]
-
-
 def shard_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every image in the shards `wds://PATH`, which need no labels."""
-    for shard in bar(shard_files(name), "Reading shards"):
+    for shard in bar(find_shards(name)[1], "Reading shards"):
         with _opened_shard(shard) as tar:
             for member in tar:
                 if member.isreg() and is_image(member.name.rpartition("/")[2]):
@@ -62,8 +57,8 @@ def read_member(path: str) -> bytes:
     return system.cat_file(file, int(offset), int(offset) + int(size))
 
 
-def _find_shards(name: str, root: Path) -> tuple[str, list[str]]:
-    """PATH, absolute or a URL, and its shards."""
+def find_shards(name: str, root: Path = Path()) -> tuple[str, list[str]]:
+    """PATH of `wds://PATH`, absolute or a URL, and its shards; ZooError without any."""
     place = name.removeprefix(SHARD_SCHEME)
     if not is_url(place):
         place = (root / Path(place).expanduser()).absolute().as_posix()

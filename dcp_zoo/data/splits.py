@@ -78,7 +78,12 @@ def few_shot(split: Split, shots: int, seed: int) -> Split:
     are drawn. ZooError for shots < 1, and for a class without a training image."""
     if shots < 1:
         raise ZooError(f"shots must be 1 or more, not {shots}.")
-    _check_class_sizes(split, shots)
+    counts = Counter(item.label for item in split.train)
+    sizes = {name: counts[label] for label, name in enumerate(split.classnames)}
+    if empty := [name for name, size in sizes.items() if size == 0]:
+        raise ZooError(f"{split.name}: no training image for {shorten(empty)}. Add images or remove these classes.")
+    if small := [f"{name} ({size})" for name, size in sizes.items() if size < shots]:
+        warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=2)
     rng = random.Random(seed)
     train = _draw(split.train, shots, rng)
     return replace(split, train=train, val=_draw(split.val, min(shots, 4), rng))
@@ -97,15 +102,6 @@ def _by_label(items: list[Item]) -> dict[int, list[Item]]:
     for item in items:
         groups.setdefault(item.label, []).append(item)
     return groups
-
-
-def _check_class_sizes(split: Split, shots: int) -> None:
-    groups = _by_label(split.train)
-    sizes = {name: len(groups.get(label, [])) for label, name in enumerate(split.classnames)}
-    if empty := [name for name, size in sizes.items() if size == 0]:
-        raise ZooError(f"{split.name}: no training image for {shorten(empty)}. Add images or remove these classes.")
-    if small := [f"{name} ({size})" for name, size in sizes.items() if size < shots]:
-        warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=3)
 
 
 def subsample_classes(split: Split, part: str) -> Split:

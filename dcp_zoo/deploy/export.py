@@ -197,7 +197,9 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
     if precision == "float16":
         model = with_float16_weights(model)
     if preprocessing == "inside":
-        model = with_softmax(with_preprocessing(model, info["preprocessing"]))
+        model = with_preprocessing(model, info["preprocessing"])
+        model.graph.output[0].name = "probabilities"  # (B, C)
+        model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(info)})
     onnx.save(model, path)
     variant = OnnxClassifier(path)
@@ -238,15 +240,6 @@ def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") 
     kept = [output for output in model.graph.output if output.name != "features"]
     del model.graph.output[:]
     model.graph.output.extend(kept)
-    return model
-
-
-def with_softmax(model: Any) -> Any:
-    """logits (B, C), the first output, become probabilities (B, C)."""
-    import onnx
-
-    model.graph.output[0].name = "probabilities"
-    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
     return model
 
 

@@ -95,20 +95,16 @@ def _limited(request: Request, limits: Limits, take: Take) -> Request:
 async def _read(request: Request, limits: Limits) -> list[Named | str]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _files(request, limits)
+        try:
+            async with request.form(max_files=limits.max_images, max_fields=limits.max_images) as form:
+                parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
+                return [((part.filename or name)[:100], await part.read()) for name, part in parts]
+        except MultipartParseError as error:  # of which older versions of starlette make no answer
+            raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
     body = await request.body()
     if kind == "application/json" or body.startswith(b"{"):  # as no image does
         return await asyncio.to_thread(_from_json, body, limits)
     return [("image", body)] if body else []
-
-
-async def _files(request: Request, limits: Limits) -> list[Named | str]:
-    try:
-        async with request.form(max_files=limits.max_images, max_fields=limits.max_images) as form:
-            parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
-            return [((part.filename or name)[:100], await part.read()) for name, part in parts]
-    except MultipartParseError as error:  # of which older versions of starlette make no answer
-        raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
 
 
 def _from_json(body: bytes, limits: Limits) -> list[Named | str]:

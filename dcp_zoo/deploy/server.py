@@ -121,7 +121,8 @@ class Service:
         lanes = [self.large if size > LARGE else self.small for size in sizes]
 
         async def one(lane: Lane, name: str, data: bytes) -> dict[str, Any]:
-            logits, distance = await self.batcher(await run(lane, self._prepare, name, data))
+            image = await run(lane, lambda: self.classifier.preprocess(decode_upload(name, data, self.limits)))
+            logits, distance = await self.batcher(image)
             return {"name": name} | answer(logits[None], self.classifier.classnames, distance)[0]
 
         with self.small.budget.share() as take_small, self.large.budget.share() as take_large:
@@ -133,9 +134,6 @@ class Service:
         """Logits (C,) of each image, and its distance (1,)."""
         logits, distances = self.classifier.outputs(images)
         return [(z, None if distances is None else distances[i : i + 1]) for i, z in enumerate(logits)]
-
-    def _prepare(self, name: str, data: bytes) -> np.ndarray:
-        return self.classifier.preprocess(decode_upload(name, data, self.limits))
 
 
 def release(error: BaseException | None) -> None:

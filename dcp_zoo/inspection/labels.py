@@ -2,7 +2,6 @@
 classes, a learning curve."""
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -101,20 +100,17 @@ def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point
     for shots in SHOTS:
         if 2 * (sizes > shots).sum() <= len(sizes):
             break
-        values = np.array([100 * value for value in _accuracies(features, text, labels, shots)])
+        generator, values = torch.Generator().manual_seed(0), np.zeros(DRAWS)
+        most = torch.minimum(sizes - 1, torch.tensor(shots)).clamp(min=1)[labels]
+        for draw in range(DRAWS):
+            order = torch.randperm(len(labels), generator=generator)
+            drawn = torch.empty(len(labels), dtype=torch.bool)
+            drawn[order] = within_class(labels[order]) < most[order]
+            tested = order[~drawn[order]][:TESTED]
+            values[draw] = 100 * hits(features, text, labels, drawn, tested, shots).float().mean().item()
         spread = 2.776 * values.std(ddof=1) / DRAWS**0.5  # Student's t of five draws
         points.append(Point(shots, values.mean(), max(0, values.mean() - spread), min(100, values.mean() + spread)))
     return points
-
-
-def _accuracies(features: Tensor, text: Tensor, labels: Tensor, shots: int) -> Iterator[float]:
-    generator, sizes = torch.Generator().manual_seed(0), torch.bincount(labels)
-    most = torch.minimum(sizes - 1, torch.tensor(shots)).clamp(min=1)[labels]
-    for _ in range(DRAWS):
-        order = torch.randperm(len(labels), generator=generator)
-        drawn = torch.empty(len(labels), dtype=torch.bool)
-        drawn[order] = within_class(labels[order]) < most[order]
-        yield hits(features, text, labels, drawn, order[~drawn[order]][:TESTED], shots).float().mean().item()
 
 
 def hits(features: Tensor, text: Tensor, labels: Tensor, fitted: Tensor, tested: Tensor, shots: float) -> Tensor:

@@ -95,8 +95,12 @@ def suggest(
         answers = [row[0] for row in predict(known, files) if row]
         found = [Suggestion(file, *answer) for file, answer in zip(files, answers, strict=True)]
     if output is not None:
+        notes = [f"{row.guess}? {100 * row.probability:.0f} %" if row.probability else "" for row in found]
+        folders = class_folders({row.guess or UNSORTED for row in found})
         with unfinished(Path(output)) as new:
-            _write(found, new, can_link(images))
+            write_file(new / TABLE, lambda temporary: write_csv(temporary, Suggestion._fields, found))
+            write_sheet(new / PAGE, f"{len(found)} images to label", files, notes)
+            sort_into(files, [folders[row.guess or UNSORTED] for row in found], new, can_link(images))
             new.replace(output)
     return found
 
@@ -116,11 +120,3 @@ def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:
         found.append(int(gain.argmax()))
         best = torch.maximum(best, each[found[-1]])
     return found
-
-
-def _write(found: list[Suggestion], folder: Path, link: bool) -> None:
-    write_file(folder / TABLE, lambda temporary: write_csv(temporary, Suggestion._fields, found))
-    notes = [f"{row.guess}? {100 * row.probability:.0f} %" if row.probability else "" for row in found]
-    write_sheet(folder / PAGE, f"{len(found)} images to label", [row.file for row in found], notes)
-    folders = class_folders({row.guess or UNSORTED for row in found})
-    sort_into([row.file for row in found], [folders[row.guess or UNSORTED] for row in found], folder, link)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.plan import SAVED_HEADS, Settings, Trial, plan_trials
+from dcp_zoo.benchmark.plan import SAVED_HEADS, Settings, Trial
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
@@ -43,13 +43,6 @@ class HeadState:
     entry: dict[str, Any] | None = None  # in the manifest, of one that is published
 
 
-def plan_heads(
-    models: Sequence[str], datasets: Sequence[str], shots: Sequence[int], seeds: Sequence[int]
-) -> list[Trial]:
-    """The trials of a build: one per head, by its model's recipe, and zero-shot CLIP on every dataset."""
-    return plan_trials("few-shot", models, [METHOD, BASELINE], datasets, shots, seeds)
-
-
 def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
     done, failures = store.done(output), store.failures(output)
     published, refused = (store.read_folder(output / state) for state in ("published", "refused"))
@@ -71,9 +64,9 @@ def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
 def build_heads(
     trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object], **backend: Any
 ) -> None:
-    """Train, check and publish all heads of the trials from `plan_heads` that are not published yet. The settings'
-    output folder keeps the state, and `org` is the organisation or user on the Hub; None trains and checks only. `log`
-    receives a line for every head; `backend` is `run` and `show` of `sweep`."""
+    """Train, check and publish all heads of the trials, of `METHOD` and `BASELINE`, that are not published yet. The
+    settings' output folder keeps the state; without `org`, a user on the Hub, nothing is published. `log` receives a
+    line for every head; `backend` is `run` and `show` of `sweep`."""
     sweep(trials, replace(settings, save_heads=True), **backend)
     output, results = settings.output, store.results(settings.output)
     split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)

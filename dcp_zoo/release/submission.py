@@ -40,8 +40,9 @@ class Submission(Checked):
     measured: Annotated[float | None, PERCENT] = None  # top-1, as dcp-zoo submit measured it
 
 
-def read_submission(folder: Path) -> Submission:
-    """The submission in a folder's `submission.yaml`; ZooError names every field that is missing, unknown or wrong."""
+def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Submission:
+    """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint. ZooError for
+    fields that are missing, unknown or wrong, and for an accuracy that is not what is reported."""
     path = folder / SUBMISSION
     names = [part.name for part in fields(Submission)]
     with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}."):
@@ -51,20 +52,15 @@ def read_submission(folder: Path) -> Submission:
     check(path, problems(found, Submission))
     if not re.fullmatch("[0-9a-f]{64}", found["split_sha256"]):
         raise ZooError(f"{path}: split_sha256 must be 64 hexadecimal digits, as dcp-zoo data check shows them.")
-    return Submission(**found)
-
-
-def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Submission:
-    """The submission, with `measured` if the folder holds a checkpoint; ZooError if that is not what is reported."""
-    submission = read_submission(folder)
+    submission = Submission(**found)
     if submission.measured is not None:
-        raise ZooError(f"{folder / SUBMISSION} must not state `measured`: dcp-zoo submit measures it.")
+        raise ZooError(f"{path} must not state `measured`: dcp-zoo submit measures it.")
     if submission.split_sha256 != (packaged.split_sha256(submission.dataset) or submission.split_sha256):
-        raise ZooError(f"{folder / SUBMISSION}: split_sha256 does not match CoOp's split of {submission.dataset}.")
+        raise ZooError(f"{path}: split_sha256 does not match CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
         return submission
     name = f"local-dir:{folder}"
-    found = measured(name, create_model(name, True), data_root, **options)["stored"]
-    if not Claim(name, "stored", submission.reported, found).holds:
-        raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {found:.2f} % was measured here.")
-    return replace(submission, measured=found)
+    top1 = measured(name, create_model(name, True), data_root, **options)["stored"]
+    if not Claim(name, "stored", submission.reported, top1).holds:
+        raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {top1:.2f} % was measured here.")
+    return replace(submission, measured=top1)

@@ -186,11 +186,7 @@ class Rows(NamedTuple):
     features: np.ndarray | None
 
 
-class Answers(NamedTuple):
-    """The rows of all images, and if they were refined by each other, how many there are of each class."""
-
-    rows: list[Row]
-    counts: list[Count]
+Answers = tuple[list[Row], list[Count]]  # of all images; how many there are of each class, of answers together
 
 
 @dataclass
@@ -252,7 +248,7 @@ class Job:
         found = list(batches)
         rows = [row for batch in found for row in batch.rows]
         kept = [batch.features for batch in found if batch.features is not None]
-        return self.refined(rows, np.concatenate(kept), classnames) if self.together else Answers(rows, [])
+        return self.refined(rows, np.concatenate(kept), classnames) if self.together else (rows, [])
 
     def refined(
         self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
@@ -266,7 +262,7 @@ class Job:
         probabilities = together(np.exp(log_softmax(logits)), features, progress)
         for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
             rows[i]["predictions"] = classes
-        return Answers(rows, count(probabilities, classnames))
+        return rows, count(probabilities, classnames)
 
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
         """All that determines the results for these images."""

@@ -1,19 +1,17 @@
 """From many images to files on this machine, by way of parts in the folder OUTPUT.unfinished: see `UnfinishedRun`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from dcp_zoo.answers import Row, is_changed, label
+from dcp_zoo.answers import is_changed, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import Job, Summary
-from dcp_zoo.deploy.bulk.parts import PLAN, UnfinishedRun, unfinished_run
+from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
 from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import UNFINISHED, check_writable
@@ -79,31 +77,20 @@ def run(
         if predictor and job.together and kept is not None:
             refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
-        _finish(rows, images, outputs, answers, kept, predictor.classnames if predictor else [])
+        if outputs.features:
+            names = [writers.as_unicode(image.name) for image in images]
+            write = writers.FEATURES[outputs.features.suffix]
+            rows.write(outputs.features, lambda temporary: write(temporary, names, kept))
+        if outputs.sheet and predictor:
+            about = outputs.sheet, images, predictor.classnames, answers()
+            rows.write(outputs.sheet, partial(writers.write_sheet, *about))
+        if outputs.sort_into:
+            folders = class_folders({label(row) for row in answers() if "error" not in row})
+            sorted_ = (None if "error" in row else folders[label(row)] for row in answers())
+            writers.sort_into((image.path for image in images), sorted_, outputs.sort_into, outputs.link)
+        write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
+        rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
         failed = sum("error" in row for row in answers())
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
     rows.remove()
     return Summary(len(images), resumed, failed, changed, tuple(counts))
-
-
-def _finish(
-    rows: UnfinishedRun,
-    images: Sequence[Found],
-    outputs: Outputs,
-    answers: Callable[[], Iterator[Row]],
-    features: np.ndarray | None,
-    classnames: Sequence[str],
-) -> None:
-    """Write the outputs, the table last: it says that the run is complete."""
-    if outputs.features:
-        names = [writers.as_unicode(image.name) for image in images]
-        write = writers.FEATURES[outputs.features.suffix]
-        rows.write(outputs.features, lambda temporary: write(temporary, names, features))
-    if outputs.sheet:
-        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, classnames, answers()))
-    if outputs.sort_into:
-        folders = class_folders({label(row) for row in answers() if "error" not in row})
-        sorted_ = (None if "error" in row else folders[label(row)] for row in answers())
-        writers.sort_into((image.path for image in images), sorted_, outputs.sort_into, outputs.link)
-    write_table = writers.TABLES[outputs.table.suffix]
-    rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))

@@ -6,7 +6,7 @@ What a part holds follows from the plan. So one that is computed twice, after a 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from io import BytesIO
@@ -19,7 +19,7 @@ from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.progress import Progress, no_progress
-from dcp_zoo.data.shards import shard_files
+from dcp_zoo.data.shards import find_shards
 from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
@@ -55,19 +55,30 @@ def run_on_ray(
     folder = PartFolder(output if is_url(output) else os.path.abspath(output))  # noqa: PTH100
     parts = split_into_parts(sources, part_images)
     found = folder.begin(job.plan_of(repr(part.images) for part in parts))
-    todo = [part for part in parts if part.file not in found]
-    images, failed = count_rows([part.file for part in parts if part.file in found], folder)
-    resumed = images
-    if todo:
+    if todo := [part for part in parts if part.file not in found]:
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
         tasks = run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
+        counts = {"done": len(parts) - len(todo), "size": lambda event: int(event.state == "done")}
         with closing(tasks):
-            for more, unread in progress(_counts(tasks), "parts", len(parts), done=len(parts) - len(todo)):
-                images, failed = images + more, failed + unread
+            for event in progress(tasks, "parts", len(parts), **counts):
+                if event.state == "lost":
+                    raise _unfinished(event)
     if missing := {part.file for part in parts} - folder.names():
         problem = f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}."
         raise ZooError(f"{problem} --output must be a folder that all machines share, or a URL.")
-    return Summary(images, resumed, failed)
+    system, place = filesystem(folder.place)
+    read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
+    errors = {part.file: read(f"{place}/{part.file}").column(0) for part in parts}
+    resumed = sum(len(column) for file, column in errors.items() if file in found)
+    failed = sum(len(column) - column.null_count for column in errors.values())
+    return Summary(sum(map(len, errors.values())), resumed, failed)
+
+
+def _unfinished(event: Event) -> ZooError:
+    images = event.item.images
+    place = images if isinstance(images, str) else f"the images from {images[0].name} on"
+    advice = "Finished parts are kept: run the same command again, with a smaller --batch-size or more --threads."
+    return ZooError(f"No worker could finish {place} ({event.message}), perhaps for lack of memory. {advice}")
 
 
 def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
@@ -75,51 +86,28 @@ def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
     parts: list[str | tuple[Found, ...]] = []
     for shards, group in groupby(sources, lambda source: source.startswith(SHARD_SCHEME)):
         if shards:
-            parts += [f"{SHARD_SCHEME}{file}" for source in group for file in shard_files(source)]
+            parts += [f"{SHARD_SCHEME}{file}" for source in group for file in find_shards(source)[1]]
         else:
             images = tuple(find_images(list(group)))
             parts += [images[at : at + size] for at in range(0, len(images), size)]
     return [Part(f"part-{number:05}.parquet", images) for number, images in enumerate(parts)]
 
 
-def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
-    """For each finished part: its images, and how many of them cannot be read."""
-    for task in tasks:
-        if task.state == "lost":
-            images = task.item.images
-            place = images if isinstance(images, str) else f"the images from {images[0].name} on"
-            advice = (
-                "Finished parts are kept: run the same command again, with a smaller --batch-size or more --threads."
-            )
-            raise ZooError(f"No worker could finish {place} ({task.message}), perhaps for lack of memory. {advice}")
-        if task.state == "done":
-            yield task.result
-
-
 _loaded: dict[str, Predictor] = {}  # by run; a worker serves one run at a time
 
 
-def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[int, int]:
-    """Classify and write one part; returns the number of its images, and how many of them cannot be read."""
+def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> None:
+    """Classify and write one part."""
     if run not in _loaded:
         _loaded.clear()
         _loaded[run] = job.load()
     predictor = _loaded[run]
     images = find_images([part.images]) if isinstance(part.images, str) else part.images
     rows = [row for batch in job.classify(images, predictor) for row in batch.rows]
-    failed = sum("error" in row for row in rows)
-    if failed == len(rows) and not any("://" in image.path or Path(image.path).exists() for image in images):
+    unread = all("error" in row for row in rows)
+    if unread and not any("://" in image.path or Path(image.path).exists() for image in images):
         problem = f"A worker cannot find any of {len(images)} images, such as {images[0].path}"
         raise ZooError(f"{problem}: they must be at URLs or on a disk that all machines share.")
     columns = column_names(min(job.top_k, len(predictor.classnames)), job.reject)
     TABLES[".parquet"](content := BytesIO(), rows, columns)
     folder.write(part.file, content.getvalue())
-    return len(rows), failed
-
-
-def count_rows(files: Sequence[str], folder: PartFolder) -> tuple[int, int]:
-    """The images in these parts, and how many of them cannot be read."""
-    system, place = filesystem(folder.place)
-    read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
-    columns = [read(f"{place}/{file}").column(0) for file in files]
-    return sum(map(len, columns)), sum(len(column) - column.null_count for column in columns)

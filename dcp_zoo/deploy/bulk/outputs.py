@@ -12,7 +12,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from itertools import count, islice
@@ -112,35 +111,24 @@ PER_CLASS = 60  # images shown of a class: the sheet of a million images must op
 SIZE = 128  # pixels of a thumbnail's longer side
 
 
-@dataclass
-class Group:
-    """One class: how many images it has, and a heap of the least certain, (-probability, -index, row)."""
-
-    count: int = 0
-    shown: list[tuple[float, int, Row]] = field(default_factory=list)
-
-    def add(self, index: int, row: Row) -> None:
-        self.count += 1
-        entry = (-row["predictions"][0]["probability"], -index, row)
-        (heapq.heappush if len(self.shown) < PER_CLASS else heapq.heappushpop)(self.shown, entry)
-
-
 def write_sheet(
     path: Path, images: Sequence[Found], classnames: Sequence[str], rows: Iterable[Row], temporary: str
 ) -> None:
     """Write the contact sheet to the file `temporary`, with these classes to correct predictions by. Its pictures link
     to the images from `path`, its later place."""
-    groups: dict[str, Group] = {}
-    errors = []
+    counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):
         if "error" in row:
             errors.append(row)
-        else:
-            groups.setdefault(label(row), Group()).add(index, row)
+            continue
+        counts[label(row)] += 1
+        shown = least.setdefault(label(row), [])  # a heap of the least certain
+        entry = (-row["predictions"][0]["probability"], -index, row)
+        (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
 
-    def pictures(group: Group) -> Iterator[dict[str, Any]]:
+    def pictures(name: str) -> Iterator[dict[str, Any]]:
         """Of one class, the least certain first."""
-        entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
+        entries = [(images[-index], row) for _, index, row in sorted(least[name], reverse=True)]
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
             yield {
@@ -152,24 +140,19 @@ def write_sheet(
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
-    last = [(NONE, groups.pop(NONE))] if NONE in groups else []
-    classes = sorted(groups.items())
+    # what a browser keeps the corrections by: those of the same images and classes
+    names = "\n".join([*(image.name for image in images), *classnames])
+    key = f"dcp_zoo {sha256(names.encode('utf-8', 'surrogatepass')).hexdigest()}"
     content = {
-        "groups": classes + last,
-        "classes": len(classes),
+        "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
+        "classes": len(counts.keys() - {NONE}),
         "pictures": pictures,
         "errors": errors,
         "total": len(images),
-        "about": {"key": f"dcp_zoo {_digest(images, classnames)}", "classes": classnames, "none": NONE},
+        "about": {"key": key, "classes": classnames, "none": NONE},
     }
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
-
-
-def _digest(images: Sequence[Found], classnames: Sequence[str]) -> str:
-    """What a browser keeps the corrections by: those of the same images and classes."""
-    names = "\n".join([*(image.name for image in images), *classnames])
-    return sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _link(path: str, folder: Path) -> str:
