@@ -49,8 +49,7 @@ def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "ch
 
 @contextmanager
 def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise errors of these kinds, by default `UNREADABLE`, as a ZooError, whose message has their text in place of {};
-    a ZooError stays as it is."""
+    """Raise errors of these kinds, by default `UNREADABLE`, as a ZooError with their text in place of {}."""
     kinds = kinds or UNREADABLE
     try:
         yield

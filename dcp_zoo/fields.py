@@ -1,5 +1,4 @@
-"""One check for values that come from users or files. What they may be is written at the fields of a dataclass or of a
-TypedDict: their types, and the limits of `option` or `Annotated`."""
+"""One check for values from users or files, by the types of a dataclass or TypedDict and the limits at its fields."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, field, fields, is_dataclass
@@ -17,8 +16,7 @@ WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a st
 
 
 def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
-    """A field of a dataclass with its default and help text. The settings `choices`, `min` and `max` limit its values;
-    others, and `names`, are those of `typer.Option`."""
+    """A field of a dataclass, limited by `choices`, `min` and `max`; other settings are those of `typer.Option`."""
     return field(default=default, metadata={"help": help, "names": names, **settings})
 
 

@@ -35,9 +35,8 @@ def write_file(
     folder: Path | None = None,
 ) -> None:
     """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system, or
-    put this content there; then move that file to `path`: a crash leaves the old file or the new one. A file that is
-    replaced keeps its mode, and a symbolic link leads to the new file. ZooError, with the advice `otherwise`, if the
-    folder, which is made, is not writable, or if `path` is a folder, pipe or device."""
+    put this content there; then move it to `path`: a crash leaves the old file or the new one. Modes and symbolic links
+    stay. ZooError, with the advice `otherwise`, if that is not possible, or if `path` is a folder, pipe or device."""
     with writing_to(path, otherwise):
         if path.is_symlink():
             path, folder = Path(os.path.realpath(path)), None
@@ -62,9 +61,8 @@ def write_file(
 
 @contextmanager
 def unfinished(output: Path) -> Iterator[Path]:
-    """An empty folder in OUTPUT.unfinished, for what is moved to `output` when it is complete. It is this process's
-    alone and removed at the end; what a killed process has left there goes at the next beginning. ZooError if another
-    process has it, or if it is a folder of the user's."""
+    """An empty folder in OUTPUT.unfinished, for what is moved to `output` when it is complete; removed at the end, or
+    after a kill at the next beginning. ZooError if another process has it, or if it is a folder of the user's."""
     folder = output.with_name(output.name + UNFINISHED)
     if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, "new"}:
         raise ZooError(f"{folder} is needed while {output} is written: rename it, or choose another --output.")
@@ -111,8 +109,7 @@ def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for what is neither, or has aliases,
-    with which a few lines stand for gigabytes."""
+    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for neither, or for aliases."""
     content = read_plain(path, MAX_YAML)
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
@@ -124,9 +121,8 @@ def read_yaml(path: str | Path) -> Any:
 
 @contextmanager
 def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
-    """Whether this process has the lock of this file, for which it waits so long, and which no other has until the
-    context or the process ends. The lock is the Hub client's, which also works where the file system has none; its file
-    goes with it. ZooError if the folder is not writable."""
+    """Whether this process has the lock of this file, for which it waits so long, until the context or process ends. The
+    Hub client's lock also works where the file system has none. ZooError if the folder is not writable."""
     end, free, made = time.monotonic() + seconds, False, not file.parent.exists()
     with ExitStack() as stack:
         with writing_to(file.parent):
@@ -190,8 +186,7 @@ def file_name(text: str) -> str:
 
 
 def templates(package: str) -> Any:
-    """The page templates in a package's folder, and shared ones; HTML is escaped, names are shown as by `printable`,
-    and a missing value is an error."""
+    """The page templates in a package's folder, and shared ones; HTML is escaped, names are shown as by `printable`."""
     import jinja2  # here, as most commands make no page
 
     def shown(value: Any) -> Any:

@@ -1,8 +1,5 @@
-"""Heads and CLIP weights from the Hugging Face Hub.
-
-The Hub's client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
-Here are the zoo's requests, the check of a pinned hash, further attempts, and a message for each other error.
-"""
+"""Heads and CLIP weights from the Hugging Face Hub: requests, further attempts, and a message for each error. The Hub's
+client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN."""
 
 import errno
 import json
@@ -133,8 +130,7 @@ def download_head(
     repo_id: str, revision: str | None = None, sha256: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """The folder of a checkpoint in a Hub repo (at a branch, tag or commit, by default the newest) in the client's
-    cache, downloaded if missing. `sha256` is the expected hash of model.safetensors, checked on cached files too.
-    ZooError if the download failed, or the file is not the pinned one."""
+    cache, downloaded if missing. ZooError if the download failed, or model.safetensors has another `sha256`."""
     config = download_file(repo_id, constants.CONFIG_NAME, revision, cache_dir)
     # the folder is named after the commit: the second file must come from the same one
     weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name, cache_dir)
@@ -165,8 +161,8 @@ def check_connection(endpoint: str) -> None:
 
 
 def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
-    """Download CLIP's weights at "org/repo/" or "org/repo/file", as in open_clip's table, into the client's cache,
-    where open_clip finds them. It would download them too, but hide the reason for a failure."""
+    """Download CLIP's weights at "org/repo/" or "org/repo/file" into the client's cache, where open_clip finds them. It
+    would download them too, but hide the reason for a failure."""
     repo_id, _, filename = place.rpartition("/")
     try:
         download_file(repo_id, filename or CLIP_WEIGHTS_NAME, None, cache_dir)

@@ -774,9 +774,9 @@ def test_images_of_a_folder_help_each_other(photos):
     assert Path("s.html").read_text().count("<small>alone ") == 2
     assert np.load("f.npz")["features"].shape == (24, 3)
     ((alone, _),) = classify(images[7:8], DOUBTFUL)
-    assert Job(lambda: DOUBTFUL, {}, together=True).collect(
-        classify(images[7:8], DOUBTFUL, together=True), DOUBTFUL.classnames
-    ).rows == [alone[0] | {"alone": "bright"}]
+    batches = classify(images[7:8], DOUBTFUL, together=True)
+    rows, _ = Job(lambda: DOUBTFUL, {}, together=True).collect(batches, DOUBTFUL.classnames)
+    assert rows == [alone[0] | {"alone": "bright"}]
 
 
 def test_a_stopped_run_together_gives_the_same_answers(photos):
@@ -802,9 +802,10 @@ def test_rejected_images_lend_nothing(photos):
     for images in (24, 21):  # the last three are rejected
         batches = classify(find_images(["photos"])[:images], DOUBTFUL, reject=True, together=True)
         found.append(Job(lambda: DOUBTFUL, {}, reject=True, together=True).collect(batches, DOUBTFUL.classnames))
-    assert found[0].rows[:21] == found[1].rows
-    assert [row["alone"] for row in found[0].rows[21:]] == ["none of these"] * 3
-    assert [of.answers for of in found[0].counts] == [11, 9, 0, 0]
+    (rows, counts), (fewer, _) = found
+    assert rows[:21] == fewer
+    assert [row["alone"] for row in rows[21:]] == ["none of these"] * 3
+    assert [of.answers for of in counts] == [11, 9, 0, 0]
 
 
 def test_folders_without_evidence_stay_as_they_are():

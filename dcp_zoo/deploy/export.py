@@ -225,9 +225,8 @@ def compare_probabilities(
 
 
 def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") -> Any:
-    """images -> logits becomes RGB of any size in one of the `LAYOUTS`, which names the input -> logits (B, C), in an
-    `onnx.ModelProto`, and the features are left out; ZooError for another preprocessing `cfg` than a bicubic resize and
-    a centre crop."""
+    """An `onnx.ModelProto` images -> logits becomes RGB of any size, as in `LAYOUTS` -> logits (B, C). ZooError for
+    another preprocessing `cfg` than a bicubic resize and a centre crop."""
     import onnx
 
     if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":

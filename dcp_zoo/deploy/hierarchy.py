@@ -17,9 +17,8 @@ FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Ranks classes as `top_classes` does, but begins with the most specific confident node of the tree: one whose
-    probability is at least 1 - `error_rate`, so that at most this share of the predictions is wrong as far as the
-    probabilities are calibrated."""
+    """Ranks classes as `top_classes` does, but begins with the most specific node of the tree with a probability of at
+    least 1 - `error_rate`: at most this share of the predictions is wrong as far as these are calibrated."""
 
     paths: dict[str, list[str]]  # of each class in the tree, the names from it to the top
     error_rate: float  # below 0.5

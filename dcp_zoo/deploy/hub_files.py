@@ -1,8 +1,6 @@
-"""What other clients of the Hub read beside a head: optimum with transformers, and transformers.js.
-
-Such a client is told to scale pixels to [0, 1] and to do nothing else, as no two of them resize alike: on photographs,
-transformers.js changes probabilities by up to 0.4. Resize, crop and normalisation are part of the ONNX file instead.
-"""
+"""What other clients of the Hub read beside a head: optimum with transformers, and transformers.js. They are told to
+scale pixels to [0, 1] alone, as no two of them resize alike: on photographs, transformers.js changes probabilities by
+up to 0.4. Resize, crop and normalisation are part of the ONNX file instead."""
 
 import json
 from pathlib import Path
@@ -32,9 +30,8 @@ NO_WEIGHTS = "none-but-the-onnx-file.safetensors"  # so that transformers alone 
 def write_client_files(
     model: Head, folder: Path, precision: str = "float32", calibration: Calibration | None = None
 ) -> None:
-    """Add to the checkpoint of a model, in its folder, what other clients read: an ONNX file in float32, and in another
-    precision if one is given; `preprocessor_config.json`; and their fields of `config.json`. ZooError as of `export`,
-    or for another preprocessing than a bicubic resize and a centre crop."""
+    """Add to a model's checkpoint what other clients read: ONNX files in float32 and in `precision`, a
+    `preprocessor_config.json`, and fields of `config.json`. ZooError as of `export` and `with_preprocessing`."""
     for kind in dict.fromkeys(("float32", precision)):
         path = folder / ONNX_FILES[kind]
         export(model, path, precision=kind, calibration=calibration if kind == "int8" else None)
@@ -65,8 +62,7 @@ def write_client_files(
 
 
 def _take_any_size(path: Path, precision: str) -> None:
-    """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C).
-    It has no metadata: this package does not read it."""
+    """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C)."""
     import onnx
     import onnxruntime
 

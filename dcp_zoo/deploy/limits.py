@@ -36,8 +36,8 @@ ALL_INTERFACES = ("0.0.0.0", "::", "")
 
 
 def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
-    """The names by which clients may call a server that listens on `host`: this machine's own, `host` and `names`. A
-    web page elsewhere could otherwise reach a server on its visitor's machine by a name of its own."""
+    """The names by which clients may call a server that listens on `host`: with any other, a web page elsewhere could
+    reach a server on its visitor's machine."""
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
             raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")
@@ -45,9 +45,8 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
 
 
 def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> "uvicorn.Server":
-    """A server that, when it is stopped, first answers the requests in progress, for so many seconds at most. It takes
-    as many connections as the system lets a process have open files: only a proxy in front limits each client's. For
-    commands alone, as it raises this limit of the process."""
+    """A server that, when it is stopped, first answers the requests in progress, for so many seconds at most. For
+    commands alone, as it lets the process have as many open files, that is connections, as the system allows."""
     import uvicorn
 
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit, macOS none that can be set
@@ -70,16 +69,14 @@ class Full(Exception):
 
 
 class Budget:
-    """An amount of bytes or pixels. A request may hold as much as it leaves free: the fuller it is, the smaller further
-    requests must be, and large ones do not shut out small ones."""
+    """An amount of bytes or pixels. A request may hold as much as it leaves free, so that large ones shut none out."""
 
     def __init__(self, total: int) -> None:
         self.free = total
 
     @contextmanager
     def share(self) -> Iterator[Callable[..., None]]:
-        """take(amount, at_least=0) for one request, until the context ends. It raises `Full` if the request cannot have
-        so much more, or `at_least` so much in all."""
+        """take(amount, at_least=0) for one request: `Full` if it cannot have so much more, or so much in all."""
         held = 0
 
         def take(amount: int, at_least: int = 0) -> None:

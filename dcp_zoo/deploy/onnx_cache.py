@@ -15,9 +15,8 @@ OTHER_CACHE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zo
 
 
 def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = print) -> Path:
-    """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache. It is exported if
-    it is not there: `log` is told so, as that takes some seconds. ZooError for an unknown head, one that cannot be
-    exported, missing packages, or a cache that is not writable."""
+    """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache; exported if it is
+    not there, which `log` is told. ZooError as of `export`, for an unknown head, or a cache that is not writable."""
     import_extra("onnxruntime", "export")
     folder = head_folder(name)
     hashes = [head_sha256(folder)]

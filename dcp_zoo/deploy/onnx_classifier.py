@@ -19,8 +19,8 @@ METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocess
 
 
 def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
-    """An RGB image -> its pixels, uint8 (3, H, W), as `create_transform` has them before it normalises. Of timm's `cfg`
-    interpolation ("bicubic") and crop_mode ("center", or "squash" for a resize of both sides) may be missing."""
+    """An RGB image -> its pixels, uint8 (3, H, W), as `create_transform` has them before it normalises, by timm's
+    `cfg`, of which interpolation ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing."""
     _, height, width = cfg["input_size"]
     resized, short = int(height / cfg["crop_pct"]), min(image.size)
     size = [resized if side == short else int(resized * side / short) for side in image.size]
@@ -38,8 +38,7 @@ def normalise(pixels: np.ndarray, cfg: dict[str, Any]) -> np.ndarray:
 
 
 def providers(device: str) -> list[Any]:
-    """ONNX Runtime's providers for a device as of `pick_device`; "auto" is the GPU if there is a provider for one. A
-    warning, and the CPU, if the GPU is asked for and there is none."""
+    """ONNX Runtime's providers for "auto", "cpu" or "cuda"; the CPU, with a warning, where there is none for a GPU."""
     kind, _, number = device.partition(":")
     check_choice("device", kind, ("auto", "cpu", "cuda"))
     cpu: list[Any] = ["CPUExecutionProvider"]
@@ -114,10 +113,7 @@ class OnnxClassifier:
         return np.exp(log_softmax(self.logits(images)))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """An RGB image -> (3, H, W), as `create_transform` returns it.
-
-        For a file that `takes_pixels`: (H, W, 3), resized and cropped, which makes images of all sizes a batch.
-        """
+        """An RGB image -> (3, H, W), as `create_transform` returns it; if the file `takes_pixels`, (H, W, 3)."""
         cfg = self.info["preprocessing"]
         pixels = crop(image, cfg)
         return pixels.transpose(1, 2, 0) if self.takes_pixels else normalise(pixels, cfg)

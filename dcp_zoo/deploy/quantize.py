@@ -27,13 +27,12 @@ FIRST = 12  # convolutions that stay float32: few weights, and rounding errors t
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images for int8: `images` (n, 3, H, W), as the model takes them, to find value ranges; `checked` (m, 3, H, W)
-    with `labels` (m,) to compare top-1 before and after; `part` says which images those are."""
+    """Images for int8, as the model takes them."""
 
-    images: np.ndarray
-    checked: np.ndarray
-    labels: np.ndarray
-    part: str
+    images: np.ndarray  # (n, 3, H, W), to find value ranges
+    checked: np.ndarray  # (m, 3, H, W), to compare top-1 before and after
+    labels: np.ndarray  # (m,), of these
+    part: str  # which images those are
     max_drop: float = MAX_DROP
 
 
@@ -58,8 +57,8 @@ def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibr
 
 
 def quantize(path: str, data: Calibration) -> dict[str, Any]:
-    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`. Returns
-    what that costs and saves; ZooError if top-1 falls by more than `data.max_drop`."""
+    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`; what
+    that costs and saves. ZooError if top-1 falls by more than `data.max_drop`."""
     before = OnnxClassifier(path)
     _quantize_file(path, data.images)
     after = OnnxClassifier(path)

@@ -32,8 +32,7 @@ Take = Callable[..., None]  # see `Budget.share`
 
 
 async def read_images(request: Request, limits: Limits, take: Take) -> list[Named | str]:
-    """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names.
-    `Full` if the server holds too many bytes; ClientDisconnect if it was not sent to its end."""
+    """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names."""
     try:
         images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.timeout)
     except asyncio.TimeoutError:
@@ -48,10 +47,7 @@ async def read_images(request: Request, limits: Limits, take: Take) -> list[Name
 
 def _limited(request: Request, limits: Limits, take: Take) -> Request:
     """The request, whose bytes are taken as they arrive; 413 if there are too many, `Full` if the server has too many.
-
-    What follows is then discarded, up to `DISCARDED` times the limit and while there is time for an answer, which most
-    clients do not read before they have sent everything.
-    """
+    What follows is then discarded for a while, as most clients read no answer before they have sent everything."""
     too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
     asks, declared = "expect" in request.headers, int(request.headers.get("content-length", 0))
     size, more, end = 0, True, time.monotonic() + 0.9 * limits.timeout

@@ -137,16 +137,14 @@ class Service:
 
 
 def release(error: BaseException | None) -> None:
-    """Free what the functions that an exception ended hold, such as bodies: otherwise that waits for the collection of
-    reference cycles, which counts objects, not megabytes."""
+    """Free what the functions that an exception ended hold, such as bodies, without waiting for garbage collection."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work` for a request whose body was read; when the client hangs up, it is cancelled, and
-    ClientDisconnect raised."""
+    """The result of `work` for a request whose body was read; ClientDisconnect, and its end, if the client hangs up."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -169,9 +167,8 @@ def application(
     device: str = "cpu",
 ) -> FastAPI:
     """The server's ASGI application for a file from `dcp-zoo export`. Images may be fetched from addresses that begin
-    with `urls`; so many `threads` run the model, and as many decode; `name` is that of the head, as shown, by default
-    the one in the file; clients may call the server by the names `hosts`, such as "*.example.org"; `device`
-    is that of `OnnxClassifier`."""
+    with `urls`; so many `threads` run the model, and as many decode; `name` is shown, by default the one in the file;
+    clients may call the server by the names `hosts`, such as "*.example.org"."""
     service = Service(path, limits, urls, threads, name, device)
     about = {"title": service.info["head"], "version": version("dcp_zoo")}
     app = FastAPIOffline(**about, lifespan=service.running, redoc_url=None)
@@ -207,9 +204,8 @@ def application(
 
 
 class Batcher:
-    """Runs a model, batch (B, ...) -> B rows, in a thread on one batch at a time, without ever waiting for it to fill:
-    whatever waits when the model becomes free is its next batch, up to `most` images. Of more than `waiting` images
-    that wait each further one raises `Full`. `observe` is told the size of each batch. It answers while `running`."""
+    """Runs a model, batch (B, ...) -> B rows, in a thread: whatever waits when it becomes free is its next batch, up to
+    `most` images, whose number `observe` is told. If `waiting` images wait, further ones raise `Full`."""
 
     def __init__(
         self, model: Callable[[np.ndarray], Sequence[Any]], most: int, waiting: int, observe: Callable[[int], object]

@@ -1,8 +1,5 @@
 """What a run on many images computes, on this machine or on a cluster: images in; class names and probabilities out.
-
-Images are decoded in parallel processes, and not by torch's DataLoader: with ONNX Runtime neither this process nor the
-workers import torch, whose import takes each of them longer than decoding some hundred images.
-"""
+Images are decoded in parallel processes without torch, whose import takes longer than decoding some hundred images."""
 
 import multiprocessing
 import os
@@ -79,9 +76,9 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
 def torch_predictor(
     model: "Head", features: bool = False, precision: str = "auto", reject: float = False, images: int | None = None
 ) -> Predictor:
-    """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
-    of `Head.rejection_threshold`, or False for a predictor that measures no distances; `images` says how many there
-    are, if that is known. ZooError for an unknown precision, or features without stored statistics."""
+    """A model on its device: in batches with stored statistics, otherwise each image alone. `reject`: see
+    `Head.rejection_threshold`; False measures no distances. `images`: how many there are, if known. ZooError for an
+    unknown precision, or features without stored statistics."""
     import torch
 
     from dcp_zoo.training.device import autocast, pick_precision
@@ -128,8 +125,7 @@ def decode_batches(
     paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int, workers: int
 ) -> Iterator[Decoded]:
     """Batches of the images at these paths, in order, cropped by timm's input_size and crop_pct. `workers` are
-    processes, for which a script needs `if __name__ == "__main__":`, with a batch per task; with 0, threads of this
-    process decode each batch when it is asked for. ZooError if a worker died."""
+    processes; with 0, threads decode each batch when it is asked for. ZooError if a worker died."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     if workers == 0:
         with ThreadPoolExecutor(available_cores()) as pool:
@@ -179,8 +175,8 @@ def _start_worker() -> None:
 
 
 class Rows(NamedTuple):
-    """The rows of one batch, and their image features (n, E) if they are kept: NaN where an image cannot be read. Of
-    answers that are to be refined together, they are followed by the logits, (n, E + C)."""
+    """The rows of one batch, and their features (n, E) if they are kept, of answers that are to be refined together
+    with the logits, (n, E + C): NaN where an image cannot be read."""
 
     rows: list[Row]
     features: np.ndarray | None
@@ -197,8 +193,7 @@ class _Videos:
     sums: tuple[Any, ...] = (0.0, 0.0)
 
     def average(self, images: Sequence[Found], errors: list[str], outputs: Sequence[np.ndarray]) -> None:
-        """Give a video as a whole, which follows its frames, the means of their logits (n, C) and, if they are kept,
-        features (n, E), of which the logits are a linear function."""
+        """Give a video as a whole, which follows its frames, the means of their logits (n, C) and features (n, E)."""
         for i, image in enumerate(images):
             if is_frame(image.name) and not errors[i]:
                 self.frames += 1
@@ -225,8 +220,7 @@ class Job:
     together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
-        """Classify images in order, batch by batch. One that cannot be read gets a row with the error. ZooError for
-        `reject`, and a head without a threshold for its classes."""
+        """Classify images in order, batch by batch. ZooError for `reject`, and a head without a threshold."""
         if self.reject and predictor.threshold is None:
             raise ZooError(predictor.cannot_reject)
         answer = Answering(self.top_k, predictor.threshold if self.reject else None, self.rank)
@@ -273,11 +267,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read; and the
-    rows that the other images changed, and how many images there are of each class, of answers together."""
+    """What became of the images of a run."""
 
     images: int
-    resumed: int
-    failed: int
-    changed: Sequence[Row] = ()
+    resumed: int  # that an earlier run had done
+    failed: int  # that cannot be read
+    changed: Sequence[Row] = ()  # that other images changed, of answers together
     counts: Sequence[Count] = ()

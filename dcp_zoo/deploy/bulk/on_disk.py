@@ -60,9 +60,8 @@ def run(
     progress: Progress = no_progress,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
-    """Classify images and write the outputs, which are checked first. Stopped in any way, even by a kill, the same call
-    resumes: finished rows are kept, every `part_seconds`. ZooError for an output that exists, is not writable or
-    belongs to another run."""
+    """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
+    are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
     outputs.check(images)
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:

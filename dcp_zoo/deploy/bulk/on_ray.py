@@ -1,9 +1,5 @@
-"""Many images on a Ray cluster: parts of the images in, parts of the table out, see `PartFolder`:
-
-OUTPUT/part-00000.parquet  the rows of a shard, or of up to 1,000 other images
-
-What a part holds follows from the plan. So one that is computed twice, after a worker died, is the same.
-"""
+"""Many images on a Ray cluster: OUTPUT/part-00000.parquet has the rows of a shard, or of up to 1,000 other images. What
+a part holds follows from the plan, so that one that is computed twice, after a worker died, is the same."""
 
 import os
 from collections.abc import Sequence

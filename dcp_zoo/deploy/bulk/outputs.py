@@ -1,8 +1,5 @@
 """What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz, .parquet), a
-contact sheet, and folders of sorted images.
-
-Rows are written in a stream, and features from a file mapped into memory, which thus grows with the names alone.
-"""
+contact sheet, and folders of sorted images. Rows are written in a stream, to need no memory."""
 
 import filecmp
 import heapq
@@ -48,8 +45,7 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 
 def column_names(ranks: int, rejects: bool, together: bool = False) -> list[str]:
-    """The columns of a table with so many classes per image, of rejections if `rejects`, and of the class of each image
-    alone if `together`."""
+    """The columns of a table with so many classes per image; of rejections, and of the class of each image alone."""
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
     named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
     return [IMAGES, *(["rejected"] if rejects else []), *named, *(["alone"] if together else []), "error"]
@@ -114,8 +110,7 @@ SIZE = 128  # pixels of a thumbnail's longer side
 def write_sheet(
     path: Path, images: Sequence[Found], classnames: Sequence[str], rows: Iterable[Row], temporary: str
 ) -> None:
-    """Write the contact sheet to the file `temporary`, with these classes to correct predictions by. Its pictures link
-    to the images from `path`, its later place."""
+    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place."""
     counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):
         if "error" in row:
@@ -174,9 +169,8 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
 
 
 def sort_into(files: Iterable[str], folders: Iterable[str | None], place: Path, link: bool = False) -> None:
-    """Copy each image to `place/FOLDER/NAME`, or make a symbolic link there. If the name is taken, by an image of this
-    call or by any other file, it gets a number; nothing is replaced. Images without a folder are left out, and those
-    that an earlier call has copied are not copied again."""
+    """Copy each image to `place/FOLDER/NAME`, or make a symbolic link there. If the name is taken, it gets a number:
+    nothing is replaced. Images without a folder, and those that an earlier call has copied, are left out."""
     advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
