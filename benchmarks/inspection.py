@@ -36,9 +36,9 @@ from dcp_zoo import inspect
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_image, load_split
+from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.labels import of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1

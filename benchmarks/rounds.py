@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable
 
-from dcp_zoo.inspection.suggest import spread
+from dcp_zoo.inspection.find import spread
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.fit_probe import fit_on_features
 

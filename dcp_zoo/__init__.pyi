@@ -7,9 +7,9 @@ from .api.inputs import list_labelled_images as list_labelled_images
 from .data.specs import list_datasets as list_datasets
 from .deploy.export import export as export
 from .errors import ZooError as ZooError
+from .inspection.find import search as search
+from .inspection.find import suggest as suggest
 from .inspection.inspection import inspect as inspect
-from .inspection.search import search as search
-from .inspection.suggest import suggest as suggest
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
 from .model.head import load_head as load_head

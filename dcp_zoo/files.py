@@ -121,8 +121,8 @@ def read_yaml(path: str | Path) -> Any:
 
 @contextmanager
 def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
-    """Whether this process has the lock of this file, for which it waits so long, until the context or process ends. The
-    Hub client's lock also works where the file system has none. ZooError if the folder is not writable."""
+    """Whether this process has the lock of this file, for which it waits so long, until the context or process ends.
+    The Hub client's lock also works where the file system has none. ZooError if the folder is not writable."""
     end, free, made = time.monotonic() + seconds, False, not file.parent.exists()
     with ExitStack() as stack:
         with writing_to(file.parent):

@@ -18,10 +18,10 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
+from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.texts import folder_name
 from dcp_zoo.zoo.factory import plain_clip

@@ -87,7 +87,7 @@ def search(
     if sheet is not None:
         check_output(sheet, overwrite, "--sheet")
     use_threads(threads)
-    from dcp_zoo.inspection.search import search as find
+    from dcp_zoo.inspection.find import search as find
 
     found = find(folder, text, like=like, count=count, model=model, device=device, sheet=sheet, progress=progress_bar)
     for match in found:
@@ -114,7 +114,7 @@ def suggest(
     if output_dir is not None:
         check_writable(output_dir)
     use_threads(threads)
-    from dcp_zoo.inspection.suggest import suggest as find
+    from dcp_zoo.inspection.find import suggest as find
 
     options = {"labelled": labelled, "count": count, "output": output_dir, "model": model, "device": device}
     for row in find(unlabelled, head and head_name(head), **options, progress=progress_bar):  # type: ignore[arg-type]

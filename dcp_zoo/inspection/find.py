@@ -1,11 +1,12 @@
-"""Which images to label next: those that stand for most of the others.
+"""Find images with the features of a frozen CLIP: by a text or another image, or those that are worth a label next.
 
-Each time, that image is taken which raises the sum over all images of their similarity to the nearest one with a label
-the most; similar are features at distance d by exp(-2 d^2 / m), with m the median of d^2 (Bae et al., Generalized
-Coverage for More Robust Low-Budget Active Learning, ECCV 2024). What a head is unsure about plays no part: more weight
-for it raised the accuracy on one set of other images and lowered it on another.
+Of the latter, each time that one is taken which raises the sum over all images of their similarity to the nearest one
+with a label the most; similar are features at distance d by exp(-2 d^2 / m), with m the median of d^2 (Bae et al.,
+Generalized Coverage for More Robust Low-Budget Active Learning, ECCV 2024). What a head is unsure about plays no part:
+more weight for it raised the accuracy on one set of other images and lowered it on another.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import unfinished, write_file
+from dcp_zoo.files import templates, unfinished, write_file
 from dcp_zoo.inspection.inspection import can_link, check_new
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.search import write_sheet
 from dcp_zoo.model.head import Head
 from dcp_zoo.texts import class_folders, write_csv
 from dcp_zoo.threads import fair_threads
@@ -30,6 +31,67 @@ from dcp_zoo.zoo.factory import plain_clip
 
 TABLE, PAGE, UNSORTED = "suggestions.csv", "suggestions.html", "unsorted"
 MOST, SAME = 5000, 0.999  # images that are compared with each other; similarity of an image to a copy of it
+
+
+class Match(NamedTuple):
+    """An image, and the cosine of its features with those that were searched for."""
+
+    path: str
+    similarity: float
+
+
+@fair_threads()
+@torch.no_grad()
+def search(
+    folder: str | Path,
+    text: str | None = None,
+    *,
+    like: str | Path | None = None,
+    count: int = 20,
+    model: str = "dcp_mini",
+    device: str = "auto",
+    sheet: str | Path | None = None,
+    progress: Progress = bar,
+) -> list[Match]:
+    """The images of a folder that fit a text, or look like another image, best first.
+
+    Args:
+        folder: with images, also in subfolders. Their features are kept in the user's cache.
+        text: what to find, such as "red mug on a table".
+        like: a photo, instead of the text.
+        count: how many images.
+        model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
+        sheet: a page with the images as pictures is written to this file.
+
+    Raises:
+        ZooError: neither text nor photo, or both; no images; or a photo that cannot be read.
+    """
+    if (not text) == (like is None):
+        raise ZooError('Say what to find: a text such as "red mug on a table", or --like photo.jpg, not both.')
+    paths = [image.path for image in find_images([str(folder)])]
+    clip = plain_clip(model).to(pick_device(device))
+    if like is None:
+        wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
+    else:
+        photo = look([str(like)], clip)
+        if photo.errors:
+            raise ZooError(photo.errors[0])
+        wanted = photo.features[0]
+    similarity = np.nan_to_num(look(paths, clip, True, progress).features @ wanted, nan=-2)
+    best = np.argsort(-similarity, kind="stable")[:count]
+    found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
+    if sheet is not None:
+        notes = [f"{match.similarity:.2f}" for match in found]
+        write_sheet(Path(sheet), text or f"Like {like}", [match.path for match in found], notes)
+    return found
+
+
+def write_sheet(file: Path, title: str, paths: Sequence[str], notes: Sequence[str]) -> None:
+    """Write a page with the images, and a note for each."""
+    pictures = zip(thumbnails(paths), notes, paths, strict=True)
+    page = templates(__package__).get_template("sheet.html.jinja")
+    content = page.render(title=title, pictures=list(pictures))
+    write_file(file, content, "choose another file for the sheet")
 
 
 class Suggestion(NamedTuple):
