@@ -58,28 +58,23 @@ def size_of(archive: Archive) -> int | None:
 
 def _complete(archive: Archive, part: Path) -> Path:
     """`part`, once all its bytes are there; a lost connection is resumed as long as that brings new bytes."""
-    failures, kept = 0, 0
-    while failures < TRIES:
+    failures = 0
+    while True:
         before = _kept(archive, part)[0]
         try:
-            problem = _continue(archive, part)
-            if not problem:
-                return part
+            _continue(archive, part)
+            return part
         except urllib.error.HTTPError as error:
             raise _cannot_download(archive, part.parent, f"HTTP {error.code} {error.reason}") from error
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            problem = str(getattr(error, "reason", error))
-        kept = _kept(archive, part)[0]
-        failures = 1 if kept > before else failures + 1
-        if failures < TRIES:
-            time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
-    if not kept:
-        raise _cannot_download(archive, part.parent, problem)
-    raise ZooError(f"The download of {archive.url} stopped ({problem}). Run the same command again to continue it.")
+            failures = 1 if _kept(archive, part)[0] > before else failures + 1
+            if failures == TRIES:
+                raise _cannot_download(archive, part.parent, str(getattr(error, "reason", error))) from error
+        time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
 
-def _continue(archive: Archive, part: Path) -> str:
-    """Append what is missing; why it is not complete then, or "". Two versions of a file are never joined."""
+def _continue(archive: Archive, part: Path) -> None:
+    """Append what is missing; ConnectionError if some still is. Two versions of a file are never joined."""
     done, version = _kept(archive, part)
     wanted = ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
     try:
@@ -88,9 +83,9 @@ def _continue(archive: Archive, part: Path) -> str:
         if error.code != 416 or not done:
             raise
         if error.headers["Content-Range"] == f"bytes */{done}" and _version_of(error.headers) in ("", version):
-            return ""  # nothing is missing
+            return  # nothing is missing
         part.unlink()
-        return CHANGED
+        raise ConnectionError(CHANGED) from error
     with answer:
         if answer.headers.get_content_type() == "text/html":
             raise _cannot_download(archive, part.parent, "it answers with a web page")
@@ -99,7 +94,7 @@ def _continue(archive: Archive, part: Path) -> str:
             rest = re.fullmatch(rf"bytes {done}-\d+/(\d+)", answer.headers["Content-Range"] or "")
             if not rest or now != version:
                 part.unlink()
-                return CHANGED
+                raise ConnectionError(CHANGED)
             total: int | None = int(rest[1])
         elif length is not None and not length.isdecimal():
             raise _cannot_download(archive, part.parent, f"it states a length of {length!r} bytes")
@@ -113,12 +108,11 @@ def _continue(archive: Archive, part: Path) -> str:
             while piece := answer.read1(2**20):
                 done += file.write(piece)
                 shown.update(len(piece))
-    if total is None or done == total:
-        return ""
-    if done < total:
-        return "the connection ended early"
-    part.unlink()
-    return CHANGED
+    if total is not None and done < total:
+        raise ConnectionError("the connection ended early")
+    if total is not None and done > total:
+        part.unlink()
+        raise ConnectionError(CHANGED)
 
 
 def _version_of(headers: Message) -> str:

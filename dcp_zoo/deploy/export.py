@@ -18,7 +18,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import unfinished, write_file
+from dcp_zoo.files import templates, unfinished, write_file
 from dcp_zoo.model.fused import FusedDCP, load_fused
 from dcp_zoo.model.head import Head
 
@@ -153,32 +153,6 @@ SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, 
 TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "int8": 0.05}  # in probabilities; of int8, for its preprocessing alone
 SMALL = 1024  # weights with at most this many numbers stay in float32
 
-# PIL's resize, up to 1 of 255 grey levels in a few of 10,000 values: the short side, then the centre.
-PREPROCESSING_GRAPH = Path(__file__).parent / "preprocessing.onnx.txt"
-LAYOUTS: dict[str, dict[str, Any]] = {  # what it takes: uint8 with the channels last, or [0, 1] with the channels first
-    "pixels": {
-        "taken": "uint8[batch, height, width, 3] pixels",
-        "constants": "",
-        "begin": "",
-        "first": 1,
-        "last": 3,
-        "sides": "1, 2",
-        "channels": "3",
-        "finish": "Transpose <perm = [0, 3, 1, 2]>",
-    },
-    "rgb": {
-        "taken": "float[batch, 3, height, width] rgb",
-        "constants": ", float white = {255.0}, float step = {0.5}",
-        "begin": "scaled_up = Mul (rgb, white) rounded_up = Add (scaled_up, step) pixels = Cast <to = 2> (rounded_up)",
-        # no Transpose: ONNX Runtime 1.32 moves it before Shape and does not mind `start` and `end`
-        "first": 2,
-        "last": 4,
-        "sides": "2, 3",
-        "channels": "3, 1, 1",
-        "finish": "Identity",
-    },
-}
-
 
 def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
     """Replace a plain float32 file; its metadata name the precision, and what int8 costs."""
@@ -225,8 +199,9 @@ def compare_probabilities(
 
 
 def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") -> Any:
-    """An `onnx.ModelProto` images -> logits becomes RGB of any size, as in `LAYOUTS` -> logits (B, C). ZooError for
-    another preprocessing `cfg` than a bicubic resize and a centre crop."""
+    """An `onnx.ModelProto` images -> logits becomes RGB of any size -> logits (B, C), without features: `layout` is
+    "pixels", uint8 (B, H, W, 3), or "rgb", from 0 to 1 (B, 3, H, W). ZooError for another preprocessing `cfg` than a
+    bicubic resize and a centre crop."""
     import onnx
 
     if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":
@@ -246,8 +221,9 @@ def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int, layout: str = 
     _, rows, columns = cfg["input_size"]
     scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
     offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))
-    values = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"]), **LAYOUTS[layout]}
-    return PREPROCESSING_GRAPH.read_text().format(ir=ir, opset=opset, **values, scale=scale, offset=offset)
+    sizes = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"])}
+    graph = templates(__package__).get_template("preprocessing.onnx.jinja")
+    return graph.render(ir=ir, opset=opset, layout=layout, **sizes, scale=scale, offset=offset)
 
 
 def with_float16_weights(model: Any) -> Any:
