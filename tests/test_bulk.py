@@ -935,15 +935,15 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
         (
             ["--runtime", "onnx", "--stats", "batch"],
-            "as it is: omit --stats, --descriptions, --reject-rate and --precision.",
+            "as it is: omit --stats, --descriptions, --reject-rate and --precision",
         ),
         (
             ["--onnx", "x.onnx", "--classes", "a,b"],
-            "omit --stats, --descriptions, --reject-rate and --precision, and --classes.",
+            "omit --stats, --descriptions, --reject-rate and --precision, and with --onnx --classes.",
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count prints a table with --together: add --together"),
+        (["--count"], "--count prints a table: add --together"),
         (["--link"], "--link works only with --sort-into"),
         (
             ["--together", "--ray", "auto", "--output", "p"],

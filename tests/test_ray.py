@@ -358,7 +358,7 @@ def test_predict_on_a_cluster(cluster: None, run: CommandLine, photos: Path, onn
             assert found == {"class": best["class"], "probability": pytest.approx(best["probability"], abs=1e-5)}
     assert "pass --output FOLDER or a URL" in run.refused("predict", "photos", *head, "--ray", "local", "--json")
     err = run.refused("predict", "photos", *head, "--output", "s3://bucket/p.csv")
-    assert "Without --ray, --output is a file on this machine" in err
+    assert "Without --ray, --output is a file, not" in err
 
 
 def test_serve_on_a_cluster(cluster: None, onnx_file: Path) -> None:

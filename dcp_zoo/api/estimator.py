@@ -96,7 +96,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def fit(
         self, images: Images, labels: Labels = None, sample_weight: Any = None, *, validation: Images = None
     ) -> "FewShotClassifier":
-        """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP.
+        """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP. ZooError for bad
+        input, an unknown model or method, or images that cannot be read.
 
         Args:
             images: a folder with one folder per class, or a sequence of images.
@@ -105,9 +106,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 alone, as by default. Images with weight 0 are left out.
             validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
                 probe; other methods choose their hyperparameters on them. Not the images of a test.
-
-        Raises:
-            ZooError: bad input, an unknown model or method, or images that cannot be read.
         """
         data, history = labelled(images, labels, self.classnames), History()
         if sample_weight is not None:
@@ -152,11 +150,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, images: Images, *, reject: float = False) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
-        classes, see `dcp_zoo.predict`.
-
-        Raises:
-            ZooError: `reject`, and a head without a threshold for its classes, as of too few images.
-        """
+        classes, see `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes, as of too
+        few images."""
         head = self._head()  # says if nothing is fitted
         if not reject:
             return self.classes_[self._logits(images).argmax(-1).numpy()]
@@ -174,15 +169,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @fair_threads()
     def add_class(self, label: Any, images: Images, name: str | None = None) -> "FewShotClassifier":
-        """Add a class from a few images, without training.
+        """Add a class from a few images, without training. ZooError for a label that is known already, or a head
+        without a classifier.
 
         Args:
             label: of the new class.
             images: see `fit`.
             name: what CLIP reads. Default: the label.
-
-        Raises:
-            ZooError: a label that is known already, or a head without a classifier.
         """
         model = self._head()
         name = str(label) if name is None else name
@@ -207,11 +200,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read.
-
-        Raises:
-            ZooError: a folder that has a checkpoint, unless `overwrite`, or one that is not writable.
-        """
+        """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a folder
+        that has a checkpoint, unless `overwrite`, or one that is not writable."""
         model = self._head()
         labels = [list(pair) for pair in zip(model.classnames, self.classes_.tolist(), strict=True)]
         info = model.info | {LABELS: labels}
@@ -224,11 +214,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":
-        """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda".
-
-        Raises:
-            ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.
-        """
+        """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda". ZooError
+        for no checkpoint, a damaged one, or one with a class whose label is not known."""
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
         stored: dict[str, Any] = {"method": model.method, "classifier": "text-probe" if model.text_probe else None}
         self = cls(model.architecture, **(stored | params))

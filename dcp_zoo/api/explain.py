@@ -14,30 +14,22 @@ RANDOM_VECTORS = 256  # averaged in `Words.chance`
 
 
 class Words(NamedTuple):
-    """The vocabulary near a head's M text prompts.
+    """The vocabulary near a head's M text prompts."""
 
-    Attributes:
-        nearest: per prompt, the words and their cosines, best first.
-        lengths: (M,) norms of the prompts, in units of the median norm of the vocabulary's vectors.
-        chance: cosine of a random vector with its nearest word; words not well above it have no meaning.
-    """
-
-    nearest: list[list[tuple[str, float]]]
-    lengths: torch.Tensor
-    chance: float
+    nearest: list[list[tuple[str, float]]]  # per prompt, the words and their cosines, best first
+    lengths: torch.Tensor  # (M,) norms of the prompts, in units of the median norm of the vocabulary's vectors
+    chance: float  # cosine of a random vector with its nearest word; words not well above it have no meaning
 
 
 @torch.inference_mode()
 def nearest_words(model: DCP, top_k: int = 5) -> Words:
     """The tokens of the text tower's vocabulary nearest to each text prompt, by cosine: distance favours short vectors,
-    which rare tokens have, whatever a prompt's direction.
+    which rare tokens have, whatever a prompt's direction. ZooError for a `top_k` below 1, or a
+    tokenizer that cannot decode token ids.
 
     Args:
         model: any DCP; its prompts are compared as they enter the text tower, before any coupling.
         top_k: words per prompt. Tokens that end a word are shown as the word, others are followed by a hyphen.
-
-    Raises:
-        ZooError: `top_k` is below 1, or the tokenizer cannot decode token ids.
     """
     if top_k < 1:
         raise ZooError(f"top_k must be at least 1, not {top_k}.")
@@ -67,13 +59,11 @@ def _spell(tokenizer: Any, token: int) -> str:
 @torch.inference_mode()
 def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
     """How far CMPA moves each prompt before each coupled block: |new - old| / |old|, with the stored statistics.
+    ZooError for no stored statistics, without which the moves depend on images.
 
     Returns:
         "vision" (K, M), and for the bidirectional coupling "text" (K, M). Row k belongs to block k + 1; block 0 is
         never coupled.
-
-    Raises:
-        ZooError: no stored statistics, without which the moves depend on images.
     """
     if model.stored_stats is None:
         raise ZooError("This head has no stored statistics: call model.store_stats(images) first.")
@@ -106,7 +96,8 @@ def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
 
 @torch.inference_mode()
 def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
-    """Attention weights of the class token and of each prompt over all tokens, averaged over heads.
+    """Attention weights of the class token and of each prompt over all tokens, averaged over heads. ZooError for an
+    image tower without a class token, such as SigLIP's.
 
     CMPA updates the prompts with the statistics of `model.stats`; with "batch", the batch is `images`.
 
@@ -117,9 +108,6 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, blocks with prompts, 1 + M, 1 + patches + M). Rows are queries: class token, prompts. Columns are keys:
         class token, patches, prompts. Every row sums to 1. A tower with registers has these beside its class token.
-
-    Raises:
-        ZooError: an image tower without a class token, such as SigLIP's.
     """
     tower = model.vision_tower
     if tower.num_prefix == 0:

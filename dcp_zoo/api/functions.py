@@ -52,7 +52,7 @@ def train(
     output: str | Path | None = None,
     **options: Any,
 ) -> Head:
-    """Train a head.
+    """Train a head. ZooError for bad input, images that cannot be read, or diverged training.
 
     Args:
         model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
@@ -85,9 +85,6 @@ def train(
 
     Returns:
         The trained model, in evaluation mode.
-
-    Raises:
-        ZooError: bad input, images that cannot be read, or diverged training.
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
@@ -125,7 +122,8 @@ def evaluate(
     precision: str = AUTO,
     progress: Progress = bar,
 ) -> Evaluation:
-    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes.
+    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. ZooError
+    for an unknown model, a label that is none of its classes, or an image that cannot be read.
 
     Args:
         model: a head, its name, or the folder of a checkpoint.
@@ -134,9 +132,6 @@ def evaluate(
         device: see `train`; default: where the model is, or "auto" for a name.
         precision: of the image features, see `train`; "float32" is the reference.
         progress: see `train`.
-
-    Raises:
-        ZooError: an unknown model, a label that is none of its classes, or an image that cannot be read.
     """
     model = as_model(model, device)
     items = with_classes(images, labels, model.classnames)
@@ -155,7 +150,8 @@ def predict(
     precision: str = AUTO,
     progress: Progress = bar,
 ) -> list[list[Prediction] | None]:
-    """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints.
+    """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints. ZooError for an
+    unknown model, an image that cannot be read, or `reject` and a model without a threshold for its classes.
 
     Args:
         model, device, precision, progress: see `evaluate`.
@@ -165,10 +161,6 @@ def predict(
         together: refine each prediction with the other images, on which it then depends. Rejected images stay rejected
             and have no influence.
         batch_size: images per batch; it does not affect the predictions.
-
-    Raises:
-        ZooError: an unknown model, an image that cannot be read, or `reject` and a model without a threshold for its
-            classes.
     """
     model = as_model(model, device)
     items = unlabelled(images)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
     from dcp_zoo.deploy.together import Count
 
-RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
@@ -52,9 +51,7 @@ class PredictOptions:
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
-    reject_rate: float | None = opt.option(
-        None, f"--reject, at the price of this share of right images, not {REFUSED}."
-    )
+    reject_rate: float | None = opt.option(None, f"--reject that refuses this share of right images, not {REFUSED}.")
     together: bool = opt.option(False, "Refine each prediction with the other images: usually more accurate.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
@@ -62,9 +59,7 @@ class PredictOptions:
     fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
-    table: str | None = to_file(
-        "A .csv, .jsonl or .parquet file, with --ray a folder; resumes after a stop.", "--output"
-    )
+    table: str | None = to_file("A .csv, .jsonl or .parquet file, with --ray a folder; resumable.", "--output")
     features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
     sheet: Path | None = to_file("Write an HTML contact sheet, on which predictions are corrected by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
@@ -105,28 +100,26 @@ class PredictOptions:
 
     def check(self) -> None:
         """Raise ZooError for options that do not fit together."""
-        check_choice("runtime", self.runtime, RUNTIMES)
-        if not self.images and not self.sample:
-            raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
-        if self.link and not self.sort_into:
-            raise ZooError("--link works only with --sort-into FOLDER: add it, or omit --link.")
-        if self.count and (self.as_json or not self.together):
-            raise ZooError("--count prints a table with --together: add --together, and omit --json.")
-        if self.files and self.as_json:
-            raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
+        check_choice("runtime", self.runtime, ("torch", "onnx"))
+        fixed = self.stats or self.descriptions or self.reject_rate or self.precision not in (AUTO, "float32")
+        others = "--stats, --descriptions, --reject-rate and --precision, and with --onnx --classes"
+        problems = {
+            "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
+            "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
+            "--count prints a table: add --together, and omit --json.": self.count
+            and (self.as_json or not self.together),
+            "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
+            "--together needs all predictions on one machine: omit --ray.": self.ray and self.together,
+            "--ray writes a folder: pass --output FOLDER, and no other.": self.ray
+            and (not self.table or self.files[1:]),
+            f"Without --ray, --output is a file, not {self.table}.": not self.ray and self.table and is_url(self.table),
+            f"ONNX Runtime runs a file as it is: omit {others}.": self.on_onnx
+            and (fixed or (self.onnx and self.classes)),
+        }
+        if found := [problem for problem, holds in problems.items() if holds]:
+            raise ZooError(found[0])
         if self.ray:
-            if self.together:
-                raise ZooError("--together needs all predictions on one machine: omit --ray, or omit --together.")
             import_ray()
-            if not self.table or len(self.files) > 1:
-                raise ZooError("--ray writes a folder of Parquet files: pass --output FOLDER and no other output.")
-        elif self.table and is_url(self.table):
-            raise ZooError(f"Without --ray, --output is a file on this machine, not {self.table}.")
-        fixed = self.stats or self.descriptions or self.precision not in (AUTO, "float32")
-        if self.on_onnx and (fixed or self.reject_rate or (self.onnx and self.classes)):
-            others = "--stats, --descriptions, --reject-rate and --precision"
-            others += ", and --classes" if self.onnx else ""
-            raise ZooError(f"ONNX Runtime runs an exported file as it is: omit {others}.")
 
 
 @opt.takes_options

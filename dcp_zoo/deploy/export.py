@@ -38,7 +38,10 @@ def export(
     precision: str = "float32",
     calibration: Calibration | None = None,
 ) -> Path:
-    """Export a model with its current classes; class names and preprocessing are in the file's metadata.
+    """Export a model with its current classes; class names and preprocessing are in the file's metadata. ZooError for
+    no stored statistics, a model elsewhere than on the CPU, an unknown format, missing packages, a file that cannot be
+    written, or an exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class;
+    variants by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
@@ -52,12 +55,6 @@ def export(
         precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
             quantisation; the metadata tell what it costs).
         calibration: images for int8; see `dcp_zoo.deploy.calibration`.
-
-    Raises:
-        ZooError: no stored statistics, a model elsewhere than on the CPU, an unknown format, missing packages, a file
-            that cannot be written, or an exported file that disagrees with the model (by more than 1e-3 in a logit, or
-            in the top-1 class; variants by more than 1e-3 in a probability, 5e-3 for float16) or loses too much
-            accuracy (int8).
     """
     check_export(format, preprocessing, precision)
     path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()

@@ -50,7 +50,7 @@ def providers(device: str) -> list[Any]:
 
 
 class OnnxClassifier:
-    """An exported model.
+    """An exported model. ZooError for a file that is missing, or no export of this package.
 
     Args:
         path: a file written by `dcp-zoo export --format onnx`.
@@ -62,9 +62,6 @@ class OnnxClassifier:
         name: MODEL, or MODEL.TAG, of the head.
         takes_pixels: whether the preprocessing is inside the file, which then takes `pixels` (B, H, W, 3), uint8 RGB
             of any size, and returns probabilities.
-
-    Raises:
-        ZooError: no such file, not ONNX, or not an export of this package.
     """
 
     def __init__(self, path: str | Path, threads: int = 0, device: str = "cpu") -> None:

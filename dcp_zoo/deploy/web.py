@@ -39,6 +39,7 @@ def export_web(
     title: str = "",
 ) -> Path:
     """Write a folder for any static web host: page, ONNX file with the preprocessing inside, and onnxruntime-web.
+    ZooError as of `export`, and for a folder that is not empty or not writable, or where onnxruntime-web cannot be had.
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
@@ -46,9 +47,6 @@ def export_web(
         precision: of the ONNX file, as in `export`. With float16 probabilities stay within 1e-3 of Python's.
         calibration: images for int8, as in `export`.
         title: of the page. Default: the head's model and tag.
-
-    Raises:
-        ZooError: as `export`; the folder is not empty or not writable; onnxruntime-web cannot be had.
     """
     folder = Path(folder)
     check_empty(folder)

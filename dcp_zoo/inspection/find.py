@@ -53,7 +53,8 @@ def search(
     sheet: str | Path | None = None,
     progress: Progress = bar,
 ) -> list[Match]:
-    """The images of a folder that fit a text, or look like another image, best first.
+    """The images of a folder that fit a text, or look like another image, best first. ZooError for neither text nor
+    photo, or both, for no images, or a photo that cannot be read.
 
     Args:
         folder: with images, also in subfolders. Their features are kept in the user's cache.
@@ -62,9 +63,6 @@ def search(
         count: how many images.
         model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
         sheet: a page with the images as pictures is written to this file.
-
-    Raises:
-        ZooError: neither text nor photo, or both; no images; or a photo that cannot be read.
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", or --like photo.jpg, not both.')
@@ -95,17 +93,11 @@ def write_sheet(file: Path, title: str, paths: Sequence[str], notes: Sequence[st
 
 
 class Suggestion(NamedTuple):
-    """An image to label.
+    """An image to label."""
 
-    Attributes:
-        file: its path.
-        guess: the head's class, or "" without a head.
-        probability: of that class, from 0 to 1.
-    """
-
-    file: str
-    guess: str = ""
-    probability: float | None = None
+    file: str  # its path
+    guess: str = ""  # the head's class, or "" without a head
+    probability: float | None = None  # of that class, from 0 to 1
 
 
 @fair_threads()
@@ -122,7 +114,8 @@ def suggest(
     progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, even without labels: those that represent most of the
-    others, and are unlike those with a label.
+    others, and are unlike those with a label. ZooError for no image that is left to label, an unknown head, or an
+    output that exists or is not writable.
 
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
@@ -133,9 +126,6 @@ def suggest(
             folder for each guess, to be sorted by hand; copies where the system has no links.
         model: whose frozen features are used without a head.
         device, progress: see `inspect`.
-
-    Raises:
-        ZooError: no image that is left to label, an unknown head, or an output that exists or is not writable.
     """
     if output is not None:
         check_new(Path(output), Path(images))

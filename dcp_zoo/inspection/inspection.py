@@ -37,55 +37,33 @@ DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in 
 
 
 class Inspected(NamedTuple):
-    """What was found about one image: a row of the CSV file.
+    """What was found about one image: a row of the CSV file."""
 
-    Attributes:
-        file: its path in the folder, or for an image in memory its number.
-        label: its class.
-        part: train, val or test.
-        problems: "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?", "no class?" and "twice",
-            joined by ";".
-        looks_like: the most probable class by the other images.
-        label_probability: of its own class, from 0 to 1.
-        same_as: another file with the same picture.
-        suggestion: what to do: "leave out", the name of another class, or "".
-    """
-
-    file: str
-    label: str
-    part: str
-    problems: str
-    looks_like: str
-    label_probability: float | None
-    same_as: str
-    suggestion: str
+    file: str  # its path in the folder, or for an image in memory its number
+    label: str  # its class
+    part: str  # train, val or test
+    problems: (
+        str  # "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?", "no class?", "twice", by ";"
+    )
+    looks_like: str  # the most probable class by the other images
+    label_probability: float | None  # of its own class, from 0 to 1
+    same_as: str  # another file with the same picture
+    suggestion: str  # what to do: "leave out", the name of another class, or ""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found about n labelled images.
-
-    Attributes:
-        data: the images.
-        seen: their features and statistics.
-        answers: out-of-fold predictions, each by a classifier fitted without the image, for those that can be read.
-        suspects: positions of images whose label is probably wrong, the most suspicious first.
-        of_no_class: positions of images that may show none of the classes, the least like them first.
-        groups: positions of images that show the same picture.
-        problems: what else is wrong with images, by position.
-        curve: the accuracy to expect with more and fewer images per class.
-        tested: the accuracy on the test images, and without those that are also training images; None without any.
-    """
+    """What was found about n labelled images, which are named by their positions."""
 
     data: Split
-    seen: Seen
-    answers: Evaluation
-    suspects: list[int]
-    of_no_class: list[int]
-    groups: list[list[int]]
-    problems: dict[int, list[str]]
-    curve: list[Point]
-    tested: tuple[Accuracy, Accuracy] | None
+    seen: Seen  # their features and statistics
+    answers: Evaluation  # each by a classifier fitted without the image, for those that can be read
+    suspects: list[int]  # images whose label is probably wrong, the most suspicious first
+    of_no_class: list[int]  # images that may show none of the classes, the least like them first
+    groups: list[list[int]]  # images that show the same picture
+    problems: dict[int, list[str]]  # what else is wrong with images
+    curve: list[Point]  # the accuracy to expect with more and fewer images per class
+    tested: tuple[Accuracy, Accuracy] | None  # on the test images, and without those that are also training images
 
     @cached_property
     def rows(self) -> list[Inspected]:
@@ -174,7 +152,8 @@ def inspect(
     images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
-    accuracy to expect.
+    accuracy to expect. ZooError for no such folder, fewer than two classes, or a class without an image that can be
+    read.
 
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
@@ -183,9 +162,6 @@ def inspect(
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
-
-    Raises:
-        ZooError: no such folder, fewer than two classes, or a class without an image that can be read.
     """
     data = _read(images, labels)
     check_classnames(data.classnames)

@@ -175,6 +175,8 @@ def export_hub(
     license: str = LICENSE,
 ) -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
+    ZooError as of `export`, and for a folder that is not empty or not writable, or images that are not resized by their
+    short side and cropped in the centre.
 
     Args:
         model: with stored statistics; float32, on the CPU.
@@ -183,10 +185,6 @@ def export_hub(
         precision: of a second ONNX file, as in `export`: "float16" or "int8".
         calibration: images for int8, as in `export`.
         repo_id, license: see `push_to_hub`.
-
-    Raises:
-        ZooError: as `export`; a folder that is not empty or not writable; or images are not resized by their short side
-            and cropped in the centre.
     """
     folder = Path(folder)
     check_empty(folder)
@@ -197,7 +195,8 @@ def export_hub(
 
 
 def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE, onnx: bool = False) -> str:
-    """Upload a model's head, of any dataset, with a model card.
+    """Upload a model's head, of any dataset, with a model card. ZooError if the Hub refuses the upload or
+    cannot be reached.
 
     Args:
         model: only its trained tensors are uploaded, never CLIP, unless `onnx`.
@@ -208,9 +207,6 @@ def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: st
 
     Returns:
         The commit: `create_model(f"hf-hub:{repo_id}@{commit}", pretrained=True)` loads exactly this upload.
-
-    Raises:
-        ZooError: the Hub refuses the upload or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
