@@ -28,11 +28,11 @@ MAX_CELLS = 5_000_000  # of a spreadsheet
 UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 
+Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name
+
+
 def write_file(
-    path: Path,
-    write: Callable[[str], object] | str | bytes,
-    otherwise: str = "choose another --output",
-    folder: Path | None = None,
+    path: Path, write: Content, otherwise: str = "choose another --output", folder: Path | None = None
 ) -> None:
     """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system, or
     put this content there; then move it to `path`: a crash leaves the old file or the new one. Modes and symbolic links

@@ -49,10 +49,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method: also see there; any name in `dcp_zoo.training.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the predictions.
         random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
-            own, from which each fit takes a seed. The process's other random states stay as they are.
-        memory: a folder, or joblib.Memory, that keeps image features, so that later processes need not compute them
-            again. Within a process they are kept in memory, up to 512 MB: further fits, folds and methods on the same
-            images take a fraction of the first one's time.
+            own, from which each fit takes a seed.
+        memory: a folder, or joblib.Memory, that keeps image features for later processes. Within a process up to
+            512 MB are kept: further fits, folds and methods on the same images are fast.
         verbose: show progress bars. Default: in a terminal or notebook.
 
     Attributes:

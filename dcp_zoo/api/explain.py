@@ -58,13 +58,8 @@ def _spell(tokenizer: Any, token: int) -> str:
 
 @torch.inference_mode()
 def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
-    """How far CMPA moves each prompt before each coupled block: |new - old| / |old|, with the stored statistics.
-    ZooError for no stored statistics, without which the moves depend on images.
-
-    Returns:
-        "vision" (K, M), and for the bidirectional coupling "text" (K, M). Row k belongs to block k + 1; block 0 is
-        never coupled.
-    """
+    """How far CMPA moves each prompt before each coupled block, |new - old| / |old|: "vision" (K, M), and for the
+    bidirectional coupling "text" (K, M). Row k belongs to block k + 1. ZooError for no stored statistics."""
     if model.stored_stats is None:
         raise ZooError("This head has no stored statistics: call model.store_stats(images) first.")
     stored = model.stored_stats
@@ -99,10 +94,8 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """Attention weights of the class token and of each prompt over all tokens, averaged over heads. ZooError for an
     image tower without a class token, such as SigLIP's.
 
-    CMPA updates the prompts with the statistics of `model.stats`; with "batch", the batch is `images`.
-
     Args:
-        model: any DCP; it is run in eval mode.
+        model: any DCP; it is run in eval mode, with the statistics of `model.stats`.
         images: (B, 3, H, W), normalised as `create_transform` does.
 
     Returns:

@@ -1,7 +1,7 @@
 """Train a head on your own images, measure it, and classify with it."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dcp_zoo.answers import Row
-from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
+from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, bar
@@ -46,13 +46,13 @@ def train(
     method: str = DEFAULT_METHOD,
     classifier: str | None = None,
     recipe: RecipeLike = None,
-    classnames: Mapping[Any, str] | Sequence[str] | None = None,
+    classnames: ClassNames = None,
     validation: Images = None,
     class_weight: ClassWeights = None,
     output: str | Path | None = None,
     **options: Any,
 ) -> Head:
-    """Train a head. ZooError for bad input, images that cannot be read, or diverged training.
+    """Train a head, returned in evaluation mode. ZooError for bad input, unreadable images, or diverged training.
 
     Args:
         model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
@@ -63,28 +63,19 @@ def train(
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
         recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
-            the released code of DCP's authors, "paper" for the same with their paper's coupling. Default: the method's;
-            for DCP with a schedule that fits the number of classes and images.
-        classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
-            labels.
-        validation: (images, labels), or a folder, which the callbacks see classified at intervals, and on which some
-            methods choose hyperparameters (see `dcp_zoo.training.Method`), at most 4 per class with `shots`. Do not
-            pass test images.
-        class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images; for methods that train prompts and for the text probe, which is always balanced. Default: all
-            equal.
-        output: folder for the checkpoint; a training of prompts that was stopped resumes from there. Default: nothing
-            is written.
+            the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
+        classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
+        validation: (images, labels), or a folder, which the callbacks see classified, and on which some methods choose
+            hyperparameters (see `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
+        class_weight: weight of the losses by label, or "balanced", inversely proportional to the number of images; for
+            methods that train prompts and for the text probe, which is always balanced. Default: all equal.
+        output: folder for the checkpoint, from which a stopped training resumes. Default: nothing is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
             images (0: threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after
-            every epoch in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace
-            a checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does
-            (default: tqdm's, in a terminal or notebook).
-
-    Returns:
-        The trained model, in evaluation mode.
+            every epoch in which prompts are trained; `overwrite`, to replace a checkpoint in `output`; `progress`,
+            which wraps loops in a progress bar, as `rich.progress.track` does (default: tqdm's).
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
@@ -156,10 +147,9 @@ def predict(
     Args:
         model, device, precision, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
-        reject: return None for images that belong to none of the classes: True, or the share of images of the classes
-            that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
-        together: refine each prediction with the other images, on which it then depends. Rejected images stay rejected
-            and have no influence.
+        reject: return None for images that belong to none of the classes: True, or the share of right images that may
+            be refused as well.
+        together: refine each prediction with the other images; those that are rejected have no influence.
         batch_size: images per batch; it does not affect the predictions.
     """
     model = as_model(model, device)

@@ -22,6 +22,7 @@ FORMS = (
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
+ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
 
 
 class Labelled(NamedTuple):
@@ -48,12 +49,7 @@ def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and (Path(images).is_dir() or is_archive(images))
 
 
-def labelled(
-    images: Images,
-    labels: Labels = None,
-    classnames: Mapping[Any, str] | Sequence[str] | None = None,
-    features: bool = True,
-) -> Labelled:
+def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, features: bool = True) -> Labelled:
     """Images with their labels; arguments as in `dcp_zoo.train`, and `features` as in `as_images`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
@@ -162,7 +158,7 @@ def to_image(image: Any) -> str | Image.Image:
     return Image.fromarray(array)
 
 
-def _names(classes: np.ndarray, classnames: Mapping[Any, str] | Sequence[str] | None) -> list[str]:
+def _names(classes: np.ndarray, classnames: ClassNames) -> list[str]:
     if isinstance(classnames, Mapping):
         if missing := [str(label) for label in classes.tolist() if label not in classnames]:
             raise ZooError(f"classnames has no name for {', '.join(missing)}.")

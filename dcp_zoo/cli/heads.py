@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 Images = Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")]
-NewName = Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")]
+New = Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")]
 LOST = (
     "The stored accuracy no longer applies and was removed. To measure it again and to fit all classes together, with "
     "a folder of images of all classes: dcp-zoo fit-text-probe PHOTOS --head {0} --output OTHER."
@@ -174,7 +174,7 @@ def add(
 def rename(
     command: Context,
     name: Class,
-    new: NewName,
+    new: New,
     head: opt.HeadName,
     output_dir: opt.Output,
     overwrite: opt.Overwrite = False,

@@ -9,7 +9,7 @@ A part appears complete or not at all. So a part that exists is done, and what a
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from dcp_zoo.data.paths import filesystem
 from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
-from dcp_zoo.files import LOCK, UNFINISHED, locked, write_file
+from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
 
 PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
 FRAMES = "-frames"
@@ -133,7 +133,7 @@ class UnfinishedRun:
                 self._files.append(file)
                 self.done += len(rows[part])
 
-    def write(self, path: Path, content: Callable[[str], object] | str | bytes) -> None:
+    def write(self, path: Path, content: Content) -> None:
         """`write_file`; temporary files that a kill leaves in the folder are removed with it."""
         write_file(path, content, self.later, self.folder if path.parent == self.folder.parent else None)
 
