@@ -71,9 +71,9 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "nothing to train on. For your own images in one folder per class: dcp-zoo train MY_PHOTOS --output"),
+        ([], "nothing to train on. On your own images: dcp-zoo train MY_PHOTOS --output"),
         ([], "dcp-zoo train --dataset caltech101 --data-root DATA --output my_head"),
-        (["--data-root", "MY_PHOTOS"], "needs --dataset NAME. For your own .*: dcp-zoo train MY_PHOTOS --output"),
+        (["--data-root", "MY_PHOTOS"], "On one of the datasets: dcp-zoo train --dataset"),
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
         (["--dataset", "wds:///flowers", "--data-root", "MY_PHOTOS"], "wds:///flowers needs no --data-root"),
@@ -83,7 +83,7 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         (["hf://datasets/a/b"], "pass --dataset hf://datasets/a/b"),
         (["MY_FOTOS"], "no folder MY_FOTOS. Pass a folder with one folder per class, or --dataset NAME"),
         (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
-        (["--head", "my_head"], "my_head is a checkpoint. To train on your own images: dcp-zoo train MY_PHOTOS"),
+        (["--head", "my_head"], "not the checkpoint my_head: dcp-zoo train MY_PHOTOS"),
         (["--head", "hf-hub:a/b"], "hf-hub:a/b is a checkpoint"),
     ],
 )

@@ -88,7 +88,7 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
     shutil.copytree(flowers / "rose", flowers / "daisy")
     code, out, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert code == 0
-    assert "Note: my_head was trained on 2 classes. It is tested with the 3 class names of MY_PHOTOS" in err
+    assert "Note: my_head was trained on 2 classes, and is tested with the 3 class names of MY_PHOTOS" in err
     assert "on 18 test images of MY_PHOTOS" in out  # all, as these are other images than it was trained on
     assert "trained on other images; if it saw some of these, the accuracy is too high" in err
     shutil.rmtree(flowers / "daisy")
@@ -97,7 +97,7 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
 
 def test_eval_names_the_folder_it_needs(run, my_head, flowers):
     err = run.refused("eval", "--head", "my_head")
-    assert "my_head was trained on your own images of the classes rose, tulip. Pass their folder" in err
+    assert "my_head was trained on your own images: pass a folder with images of its classes, rose, tulip" in err
     err = run.refused("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
     assert "digits needs no --data-root" in err
 

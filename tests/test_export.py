@@ -107,7 +107,7 @@ def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
     cpu = ["CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: cpu)
     assert providers("auto") == providers("cpu") == cpu
-    with pytest.warns(UserWarning, match="cannot compute on cuda:1 here, and does so on the CPU: install"):
+    with pytest.warns(UserWarning, match="computes on the CPU, not on cuda:1: install"):
         assert providers("cuda:1") == cpu
     with pytest.raises(ZooError, match="auto, cpu, cuda"):
         providers("mps")

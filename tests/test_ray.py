@@ -356,7 +356,7 @@ def test_predict_on_a_cluster(cluster: None, run: CommandLine, photos: Path, onn
     for row, other in zip(rows, expected, strict=True):
         for found, best in zip(row.get("predictions", []), other.get("predictions", []), strict=True):
             assert found == {"class": best["class"], "probability": pytest.approx(best["probability"], abs=1e-5)}
-    assert "pass --output FOLDER or a URL" in run.refused("predict", "photos", *head, "--ray", "local", "--json")
+    assert "pass --output FOLDER, and no other" in run.refused("predict", "photos", *head, "--ray", "local", "--json")
     err = run.refused("predict", "photos", *head, "--output", "s3://bucket/p.csv")
     assert "Without --ray, --output is a file, not" in err
 

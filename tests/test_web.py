@@ -134,6 +134,6 @@ def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
         monkeypatch.setenv("npm_config_registry", f"{address}/")
         with pytest.raises(ZooError, match="not the file that was pinned"):
             web.runtime_files()
-    with pytest.raises(ZooError, match=r"Cannot download onnxruntime-web .*package/dist"):
+    with pytest.raises(ZooError, match=r"Cannot download .*onnxruntime-web.*package/dist"):
         web.runtime_files()
     assert not (tmp_path / "cache").exists()

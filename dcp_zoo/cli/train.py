@@ -87,7 +87,9 @@ class TrainOptions:
         if given := self.given("photos", "model", "dataset", "shots", "seed"):
             raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
         if not is_model(head) and (":" in head or Path(head).exists()):
-            raise ZooError(f"--head names a head of the zoo to train, and {head} is a checkpoint: pass --output DIR.")
+            raise ZooError(
+                f"--head names a head of the zoo, not the checkpoint {head}: dcp-zoo train MY_PHOTOS --output DIR."
+            )
         chosen = get_head(head)
         named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
         return replace(self, method=self.method or DCP_METHOD, **named)

@@ -133,7 +133,7 @@ def check_prefix(prefix: str) -> str:
     """A prefix of allowed URLs; ZooError unless it names a host completely."""
     parts = urlsplit(prefix)
     if parts.scheme not in ("http", "https") or not parts.netloc or not parts.path.endswith("/"):
-        raise ZooError(f"--allow-urls takes the beginning of addresses, such as https://host/, not {prefix}.")
+        raise ZooError(f"--allow-urls takes addresses up to a slash, such as https://host/, not {prefix}.")
     return prefix
 
 

@@ -59,7 +59,9 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
     exported = OnnxClassifier(path, threads, device)
     info = exported.info
     if features and exported.takes_pixels:
-        raise ZooError(f"{path} has no image features, for --features or --together: export it with those outside.")
+        raise ZooError(
+            f"{path} has no image features, unlike with the preprocessing outside: omit --features and --together."
+        )
 
     def compute(pixels: np.ndarray) -> Computed:
         if exported.takes_pixels:

@@ -25,7 +25,6 @@ from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
 
 PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
-FRAMES = "-frames"
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,13 @@ def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRu
 class UnfinishedRun:
     """The finished rows in a folder on this machine; `done` is their number.
 
-    part-N.jsonl         rows, from row N on
-    part-N-frames.jsonl  the same, all of one video: it begins again unless a part with its end follows
-    part-N.float32       their image features, if they are kept, written before them
+    part-N.jsonl    rows, from row N on; those of a video's frames with or after that of its end
+    part-N.float32  their image features, if they are kept, written before them
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = sorted(folder.glob("part-*.jsonl"))
-        while self._files and self._files[-1].stem.endswith(FRAMES):
-            self._files.pop().unlink()
         self.done = sum(1 for _ in self.rows())
 
     @property
@@ -108,30 +104,30 @@ class UnfinishedRun:
 
     def keep(self, batches: Iterable[Rows], seconds: float) -> None:
         """Write parts at an interval, and what is left at the end or when the run is stopped."""
-        waiting: list[Rows] = []
-        written = time.monotonic()
+        rows, features, written = list[Row](), list[np.ndarray](), time.monotonic()
         try:
             for batch in batches:
-                waiting.append(batch)
+                rows += batch.rows
+                features += [] if batch.features is None else [*batch.features]
                 if time.monotonic() - written >= seconds:
-                    ready, waiting, written = waiting, [], time.monotonic()
-                    self.add(ready)  # they wait no more, even if only some of them can be written
+                    written, ready = time.monotonic(), (rows, features)
+                    rows, features = [], []  # they wait no more, even if they cannot be written
+                    kept = self.add(*ready)
+                    rows, features = ready[0][kept:], ready[1][kept:]
         finally:
-            self.add(waiting)
+            self.add(rows, features)
 
-    def add(self, batches: list[Rows]) -> None:
-        """Write the rows that follow the last ones."""
-        rows = [row for batch in batches for row in batch.rows]
-        features = [vector for batch in batches if batch.features is not None for vector in batch.features]
+    def add(self, rows: list[Row], features: list[np.ndarray]) -> int:
+        """Write the rows that follow the last ones, up to a last video whose end is missing: it begins again."""
         whole = max((end for end, row in enumerate(rows, 1) if not is_frame(row["image"])), default=0)
-        for kind, part in (("", slice(whole)), (FRAMES, slice(whole, None))):
-            if rows[part]:
-                file = self.folder / f"part-{self.done:010}{kind}.jsonl"
-                if features:
-                    self.write(file.with_suffix(".float32"), np.stack(features[part], dtype=np.float32).tobytes())
-                self.write(file, "".join(json.dumps(row) + "\n" for row in rows[part]))
-                self._files.append(file)
-                self.done += len(rows[part])
+        if whole:
+            file = self.folder / f"part-{self.done:010}.jsonl"
+            if features:
+                self.write(file.with_suffix(".float32"), np.stack(features[:whole], dtype=np.float32).tobytes())
+            self.write(file, "".join(json.dumps(row) + "\n" for row in rows[:whole]))
+            self._files.append(file)
+            self.done += whole
+        return whole
 
     def write(self, path: Path, content: Content) -> None:
         """`write_file`; temporary files that a kill leaves in the folder are removed with it."""
