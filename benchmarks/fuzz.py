@@ -213,7 +213,7 @@ def trees() -> list[bytes]:
 
 
 def fuzz_tree(corpus: list[bytes], chance: random.Random, folder: Path) -> Callable[[], object]:
-    from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
+    from dcp_zoo.answers import Hierarchy, read_hierarchy
 
     file, text = folder / "tree.yaml", damaged(chance.choice(corpus), corpus, chance)
     if chance.random() < 0.5:

@@ -101,7 +101,11 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
         (IMAGENETS, lambda root, name: listing_of(root, name).write_text("{"), "must have 1000 lines"),
     ],
     "label of a wrong type": [
-        (LISTED, lambda root, name: change_row(root, name, ["a.jpg", "0", "x"]), "entry 0 of train is not"),
+        (
+            LISTED,
+            lambda root, name: change_row(root, name, ["a.jpg", "0", "x"]),
+            "must have the lists train, val",
+        ),
         (AIRCRAFT, lambda root, name: change_row(root, name, "0000000"), "is not an image number and a name"),
     ],
     "label and name disagree": [

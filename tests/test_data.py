@@ -138,8 +138,8 @@ def relabelled(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": [], "val": []}, "must be an object with the lists train, val and test"),
-        ({"train": {}, "val": [], "test": []}, "must be an object with the lists"),
+        ({"train": [], "val": []}, "must have the lists train, val and test"),
+        ({"train": {}, "val": [], "test": []}, "must have the lists"),
         ([], "must be an object"),
         (first(key="sub/../../outside.jpg"), "leaves the image folder"),
         (first(key="sub\\..\\..\\outside.jpg"), "leaves the image folder"),

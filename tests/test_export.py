@@ -289,7 +289,7 @@ def test_onnx_features_are_the_models(model, onnx_file):
         ("x.bin", "safetensors", "safetensors"),
         ("x.pt2", "torch-export", "torch-export"),
         ("x.pt2", "onnx", "--format onnx contradicts x.pt2, which is named like torch-export"),
-        ("x.pth", None, r"No format has the suffix .pth: choose .onnx, .pt2, .safetensors, or pass --format"),
+        ("x.pth", None, r"Unknown suffix '.pth': choose from .onnx, .pt2, .safetensors"),
         ("x.onnx", "tflite", "onnx, torch-export, safetensors"),
     ],
 )

@@ -15,13 +15,13 @@ from PIL import EpsImagePlugin, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import v2
 
+from dcp_zoo.answers import read_hierarchy
 from dcp_zoo.data import Item, check_images, load_image, load_labelled, load_split
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import UnsupportedImage, check_complete
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
-from dcp_zoo.deploy.hierarchy import read_hierarchy
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import read_plain
 from dcp_zoo.inspection.inspection import fix

@@ -110,17 +110,14 @@ def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
 
 def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
     """The format of an export: --format, otherwise the one of the file's suffix, otherwise onnx."""
-    suffix = file.suffix if file else ""
-    by_suffix = next((name for name, known in suffixes.items() if suffix and known == suffix), None)
-    if format is None:
-        if suffix and by_suffix is None:
-            valid = ", ".join(filter(None, suffixes.values()))
-            raise ZooError(f"No format has the suffix {suffix}: choose {valid}, or pass --format.")
-        return by_suffix or "onnx"
-    check_choice("format", format, tuple(suffixes))
-    if by_suffix not in (None, format):
+    suffix, known = file.suffix if file else "", {suffix: name for name, suffix in suffixes.items() if suffix}
+    check_choice("format", format or "onnx", tuple(suffixes))
+    if suffix and format is None:
+        check_choice("suffix", suffix, tuple(known))
+    by_suffix = known.get(suffix)
+    if format and by_suffix not in (None, format):
         raise ZooError(f"--format {format} contradicts {file}, which is named like {by_suffix}: omit one of them.")
-    return format
+    return format or by_suffix or "onnx"
 
 
 def file_stem(name: str) -> str:

@@ -152,9 +152,8 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
-    from dcp_zoo.answers import top_classes
+    from dcp_zoo.answers import Hierarchy, read_hierarchy, top_classes
     from dcp_zoo.deploy.bulk.job import Job
-    from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
     rank: Any = top_classes
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, images)

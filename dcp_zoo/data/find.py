@@ -104,7 +104,7 @@ def _in_folder(folder: str, videos: bool) -> Iterator[str]:
             others[paths.kind_of(path)] += 1
     if not count:
         instead = f", but {paths.counted(others)}" if others else ": it is empty"
-        raise ZooError(f"No image in {folder} ({paths.KNOWN}){instead}. Shards are read as wds://FOLDER.")
+        raise ZooError(f"No image in {folder} ({paths.KNOWN}){instead}.")
     paths.warn_of_skipped(folder, others)
 
 

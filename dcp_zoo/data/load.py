@@ -99,14 +99,9 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
     """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
     if missing := [item.path for item in items if not Path(item.path).exists()]:
         raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
-    home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
-    outside = []
-    for item in items:
-        parent, file = os.path.split(item.path)
-        target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
-        if not target.startswith(home):
-            outside.append(item.path)
-    if outside:
+    home, real = os.path.realpath(base) + os.sep, cache(os.path.realpath)
+    places = {path: path if path.is_symlink() else path.parent for path in (Path(item.path) for item in items)}
+    if outside := [str(path) for path, place in places.items() if not f"{real(place)}{os.sep}".startswith(home)]:
         raise ZooError(f"{spec.name}: {_and_first(outside)} are links out of {base}: move the files into it.")
 
 
@@ -163,10 +158,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 def check_images(items: list[Item], progress: Progress = bar) -> None:
     """Raise one ZooError for all images that are not images or are truncated."""
     if damaged := _damaged("images", items, check_complete, progress):
-        reasons: dict[str, list[str]] = {}
-        for path, reason in sorted(damaged.items()):
-            reasons.setdefault(reason, []).append(path)
-        named = shorten([f"{shorten(paths)} ({reason})" for reason, paths in reasons.items()])
+        named = shorten([f"{path} ({reason})" for path, reason in sorted(damaged.items())])
         found = f"{len(damaged)} of {len(items)} images cannot be read: {named}"
         raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
 

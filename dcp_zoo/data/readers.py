@@ -26,13 +26,7 @@ from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
-LABEL_COLUMNS = (
-    FILES,
-    CLASSES,
-    ("change",),
-    ("error",),
-    ("rejected",),
-)  # the last ones are of the package's own tables
+LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",))  # the last three are of the package's tables
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
@@ -48,12 +42,9 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
     text = _read_text(file, spec)
     with as_zoo_error(f"{file} is not JSON ({{}}). {spec.where}"):
         content = json.loads(text)
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
-        raise ZooError(f"{file} must be an object with the lists train, val and test. {spec.where}")
-    for part in PARTS:
-        for i, row in enumerate(content[part]):
-            if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
-                raise ZooError(f"{file}: entry {i} of {part} is not [path, label, class name]: {row!r}. {spec.where}")
+    lists = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
+    if mismatch(lists, list[list[tuple[str, int, str]]]):
+        raise ZooError(f"{file} must have the lists train, val and test of [path, label, class name]. {spec.where}")
     return _from_rows(spec, folder, file, content)
 
 

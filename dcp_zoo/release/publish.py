@@ -166,13 +166,7 @@ def publish(release: Release) -> str:
 
 
 def export_hub(
-    model: Head,
-    folder: str | Path,
-    *,
-    precision: str = "float32",
-    calibration: Calibration | None = None,
-    repo_id: str = "ORG/NAME",
-    license: str = LICENSE,
+    model: Head, folder: str | Path, *, precision: str = "float32", calibration: Calibration | None = None
 ) -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
     ZooError as of `export`, and for a folder that is not empty or not writable, or images that are not resized by their
@@ -184,12 +178,11 @@ def export_hub(
             and `onnx/model.onnx`, which contains CLIP's image tower.
         precision: of a second ONNX file, as in `export`: "float16" or "int8".
         calibration: images for int8, as in `export`.
-        repo_id, license: see `push_to_hub`.
     """
     folder = Path(folder)
     check_empty(folder)
     with writing_to(folder), unfinished(folder) as new:
-        _write_repo(model, new, repo_id, license, True, precision=precision, calibration=calibration)
+        _write_repo(model, new, "ORG/NAME", LICENSE, True, precision=precision, calibration=calibration)
         new.replace(folder)
     return folder
 

@@ -17,8 +17,6 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders
 
-PART_SECONDS = 20.0  # of work that a kill may lose
-
 
 @dataclass(frozen=True)
 class Outputs:
@@ -53,12 +51,7 @@ class Outputs:
 
 
 def run(
-    images: Sequence[Found],
-    job: Job,
-    outputs: Outputs,
-    *,
-    progress: Progress = no_progress,
-    part_seconds: float = PART_SECONDS,
+    images: Sequence[Found], job: Job, outputs: Outputs, *, progress: Progress = no_progress, part_seconds: float = 20
 ) -> Summary:
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
     are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
