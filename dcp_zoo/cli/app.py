@@ -36,9 +36,7 @@ def print_version(requested: bool) -> None:
 
 @app.callback()
 def dcp_zoo(
-    version: bool = Option(
-        False, "--version", callback=print_version, is_eager=True, help="Show the version and exit."
-    ),
+    version: bool = Option(False, "--version", callback=print_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
 

@@ -43,9 +43,7 @@ class BenchmarkOptions:
     datasets: list[str] = several("dataset", "Default: the protocol's; with --features, its own.", "--datasets")
     shots: list[str] = several("shots", "Images per class. Default: the protocol's; with --features, those it has.")
     seeds: list[str] = several("seed", "Seeds. Default: the paper's, 1,2,3; with --features, 1.", "--seeds")
-    changes: list[str] = several(
-        "set", "Change a field of recipes: depth=3, or a grid depth=1,3.", metavar="NAME=VALUE"
-    )
+    changes: list[str] = several("set", "Change a field: depth=3, or depth=1,3 for a grid.", metavar="NAME=VALUE")
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     features: Path | None = opt.option(None, "Folder of DATASET.npz files with features, in place of images and CLIP.")

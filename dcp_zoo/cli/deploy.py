@@ -33,9 +33,7 @@ class ExportOptions:
     format: str | None = opt.option(None, "onnx (default), torch-export, safetensors, web (a page) or hub (a repo).")
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
-    precision: str | None = opt.option(
-        None, "Of ONNX: float32, float16 (default for web) or int8; hub: a second file's."
-    )
+    precision: str | None = opt.option(None, "float32, float16 (default for web) or int8; for hub: of a second file.")
     dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: opt.DataRoot = None
     overwrite: opt.Overwrite = False
@@ -102,9 +100,7 @@ def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
     images = load_labelled(options.dataset or trained_on(options.head, model, options.data_root), options.data_root)
     split = training_split(images, model.info.get("test_share"))
     if split.classnames != model.classnames:
-        raise ZooError(
-            "int8 needs images of the head's own classes: omit --classes, or pass a --dataset with the same."
-        )
+        raise ZooError("int8 needs images of the head's own classes: omit --classes, or pass such a --dataset.")
     return calibration(model, split, options.max_drop)
 
 

@@ -25,10 +25,7 @@ commands = Typer(help="Add, rename and remove classes of a head, without trainin
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 Images = Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")]
 New = Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")]
-LOST = (
-    "The stored accuracy no longer applies and was removed. To measure it again and to fit all classes together, with "
-    "a folder of images of all classes: dcp-zoo fit-text-probe PHOTOS --head {0} --output OTHER."
-)
+LOST = "The stored accuracy no longer applies: dcp-zoo fit-text-probe PHOTOS --head {0} --output OTHER measures it."
 
 
 def fit_text_probe(

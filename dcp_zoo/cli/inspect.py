@@ -12,10 +12,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 
-MINIATURE = (
-    "dcp_mini was trained with the names of everyday things: it finds these, but does not understand sentences. For "
-    "those use a real CLIP: --model dcp_vitb32."
-)
+MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model dcp_vitb32."
 
 
 def inspect(

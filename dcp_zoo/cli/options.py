@@ -25,21 +25,9 @@ from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
 
-Model = Annotated[
-    str,
-    Option(
-        help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.",
-        autocompletion=lambda incomplete: list_models(f"{incomplete}*"),
-    ),
-]
-HeadName = Annotated[
-    str,
-    Option(
-        "--head",
-        help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO.",
-        autocompletion=lambda incomplete: list_models(f"{incomplete}*", pretrained=True),
-    ),
-]
+Text, File = str | None, Path | None
+MODEL = "A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`."
+HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
     "to this file, or in the current folder. Images outside PHOTOS, such as those of the corrections.csv of a contact "
@@ -49,32 +37,30 @@ PRECISION = (
     "auto (bfloat16 for a real CLIP on devices with native bfloat16, else float32), float32 (the reference), "
     "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
 )
-Photos = Annotated[
-    str | None, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")
-]
+
+
+def heads_like(incomplete: str) -> list[str]:
+    return list_models(f"{incomplete}*", pretrained=True)
+
+
+Model = Annotated[str, Option(help=MODEL, autocompletion=lambda incomplete: list_models(f"{incomplete}*"))]
+HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
+Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
-Dataset = Annotated[str | None, Option(help="A dataset, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")]
-DataRoot = Annotated[Path | None, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
+Dataset = Annotated[Text, Option(help="A dataset, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")]
+DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, Option(help=PRECISION)]
 Workers = Annotated[int, Option(min=0, help="Processes that decode images in every epoch; 0: once, on all cores.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of threads. Default: the cores this process may use.")]
-Ray = Annotated[
-    str | None, Option("--ray", help="Run on Ray: a cluster's address, `auto` on its machines, or `local`.")
-]
+Ray = Annotated[Text, Option("--ray", help="Run on Ray: a cluster's address, `auto` on its machines, or `local`.")]
 BatchSize = Annotated[int, Option(min=1, help="Images per batch. With --stats batch it affects the logits.")]
-Stats = Annotated[str | None, Option(help="Prompt statistics: stored (the default), batch (the paper's) or per-image.")]
-Classes = Annotated[
-    str | None, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')
-]
-Report = Annotated[
-    Path | None, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)
-]
-DescriptionsFile = Annotated[
-    Path | None, Option(metavar="FILE.json", help="Sentences that CLIP reads in place of class names, as in CuPL.")
-]
+Stats = Annotated[Text, Option(help="Prompt statistics: stored (the default), batch (the paper's) or per-image.")]
+Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
+Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
+DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences in place of class names, as in CuPL.")]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
-ImagenetFrom = Annotated[str | None, Option(metavar="FOLDER|hf", help="ImageNet's archives, or its Hub dataset.")]
+ImagenetFrom = Annotated[Text, Option(metavar="FOLDER|hf", help="ImageNet's archives, or its Hub dataset.")]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

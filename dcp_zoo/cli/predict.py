@@ -106,8 +106,7 @@ class PredictOptions:
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
-            "--count prints a table: add --together, and omit --json.": self.count
-            and (self.as_json or not self.together),
+            "--count is for --together without --json.": self.count and (self.as_json or not self.together),
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
             "--together needs all predictions on one machine: omit --ray.": self.ray and self.together,
             "--ray writes a folder: pass --output FOLDER, and no other.": self.ray

@@ -75,11 +75,10 @@ def show_recommended() -> None:
     measured = sorted((spec for spec in MODELS.values() if spec.core_ms), key=lambda spec: spec.core_ms or 0)
     rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
     output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
-    output.print(
-        f"Estimated from measurements on an AMD EPYC in float32, for {available_cores()} of its cores; a GPU is "
-        "faster. dcp-zoo train measures the accuracy on your images. dcp_mini is for trying things out.",
-        style="dim",
+    text = (
+        f"Estimated from measurements on an AMD EPYC in float32, for {available_cores()} of its cores; a GPU is faster."
     )
+    output.print(text, "dcp-zoo train measures the accuracy on your images.", style="dim")
 
 
 def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
@@ -104,9 +103,7 @@ def model_line(spec: ModelSpec) -> str:
 
 
 def info(
-    name: str = Argument(
-        metavar="NAME", help="A model, a head, a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
-    ),
+    name: str = Argument(metavar="NAME", help="A model, head, checkpoint, hf-hub:ORG/REPO or open_clip:ARCH/TAG."),
     as_json: AsJson = False,
 ) -> None:
     """Show the details of a model or a head: status, size, licence, metrics, recipe, training command.

@@ -158,7 +158,10 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 def check_images(items: list[Item], progress: Progress = bar) -> None:
     """Raise one ZooError for all images that are not images or are truncated."""
     if damaged := _damaged("images", items, check_complete, progress):
-        named = shorten([f"{path} ({reason})" for path, reason in sorted(damaged.items())])
+        reasons: dict[str, list[str]] = {}
+        for path, reason in sorted(damaged.items()):
+            reasons.setdefault(reason, []).append(path)
+        named = shorten([f"{shorten(paths)} ({reason})" for reason, paths in reasons.items()])
         found = f"{len(damaged)} of {len(items)} images cannot be read: {named}"
         raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
 
