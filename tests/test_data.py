@@ -206,7 +206,7 @@ def test_imagenet(tmp_path):
     with pytest.raises(ZooError, match=f"{WNIDS[5]} has no image"):
         load_split("imagenet", tmp_path)
     (folder / "images/val" / WNIDS[5]).rmdir()
-    with pytest.raises(ZooError, match=r"val: 999 class folders, but imagenet has 1000"):
+    with pytest.raises(ZooError, match=r"val: 999 class folders, not 1000"):
         load_split("imagenet", tmp_path)
 
 

@@ -16,9 +16,7 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error
 
-FORMS = (
-    "an image is a path, PIL's, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or floats from 0 to 1"
-)
+FORMS = "an image is a path, PIL's, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8 or of floats 0 to 1"
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers

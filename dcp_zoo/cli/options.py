@@ -25,7 +25,8 @@ from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
 
-Text, File = str | None, Path | None
+Text = str | None
+File = Path | None
 MODEL = "A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (

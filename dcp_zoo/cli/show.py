@@ -75,9 +75,7 @@ def show_recommended() -> None:
     measured = sorted((spec for spec in MODELS.values() if spec.core_ms), key=lambda spec: spec.core_ms or 0)
     rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
     output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
-    text = (
-        f"Estimated from measurements on an AMD EPYC in float32, for {available_cores()} of its cores; a GPU is faster."
-    )
+    text = f"Estimated from measurements on an AMD EPYC, for {available_cores()} of its cores; a GPU is faster."
     output.print(text, "dcp-zoo train measures the accuracy on your images.", style="dim")
 
 

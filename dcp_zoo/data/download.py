@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dcp_zoo.data import packaged
@@ -115,17 +116,13 @@ def from_hub(folder: Path) -> None:
     wnids, work = list(packaged.wnid_names()), folder / ".from-hub"
     with explained(f"datasets/{REPO}"):
         info = retried(lambda: HfApi().dataset_info(REPO))
-        names = [file.rfilename for file in info.siblings or []]
-        for name in sorted(names):
+        fetch = partial(hf_hub_download, REPO, repo_type="dataset", revision=info.sha, local_dir=work)
+        for name in sorted(file.rfilename for file in info.siblings or []):
             part = HUB_PARTS.get(Path(name).name.partition("-")[0])
             done = work / f"{Path(name).name}.done"
             if part is None or not name.endswith(".parquet") or done.exists():
                 continue
-            file = retried(
-                lambda name=name: hf_hub_download(  # type: ignore[misc]
-                    REPO, name, repo_type="dataset", revision=info.sha, local_dir=work
-                )
-            )
+            file = retried(partial(fetch, name))
             with parquet.ParquetFile(file) as table:
                 for rows in table.iter_batches(256, columns=["image", "label"]):
                     for row in rows.to_pylist():  # the Hub's file names have the WordNet id appended

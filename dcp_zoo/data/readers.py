@@ -139,9 +139,7 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
     classes = [name for name in names if name in found]
     if len(found) != spec.num_classes or len(classes) != len(found):
         unknown = f"; no class of ImageNet: {shorten(more)}" if (more := sorted(found.difference(classes))) else ""
-        raise ZooError(
-            f"{folder}: {len(found)} class folders, but {spec.name} has {spec.num_classes}{unknown}. {spec.where}"
-        )
+        raise ZooError(f"{folder}: {len(found)} class folders, not {spec.num_classes}{unknown}. {spec.where}")
     return classes
 
 

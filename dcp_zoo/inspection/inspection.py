@@ -42,9 +42,7 @@ class Inspected(NamedTuple):
     file: str  # its path in the folder, or for an image in memory its number
     label: str  # its class
     part: str  # train, val or test
-    problems: (
-        str  # "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?", "no class?", "twice", by ";"
-    )
+    problems: str  # cannot be read, small, dark, blank, narrow, blurred, label?, no class? and twice, joined by ";"
     looks_like: str  # the most probable class by the other images
     label_probability: float | None  # of its own class, from 0 to 1
     same_as: str  # another file with the same picture
