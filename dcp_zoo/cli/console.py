@@ -46,42 +46,31 @@ def progress_bar(
 ) -> Iterator[Any]:
     """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
     `size`. A transient bar is removed at the end. In a log, lines say now and then how far it is."""
-    if done:
-        log(f"Resuming after {done:,} of {total:,} {description}.")
-    if not errors.is_terminal:
-        yield from _with_lines(iterable, description, total, transient, done, size)
-        return
-    columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
-    times = TimeElapsedColumn(), "left", TimeRemainingColumn()
-    with Progress(*columns, *times, console=errors, transient=transient) as bar:
-        task = bar.add_task(description, total=total, completed=done, rate="")
-        for item in iterable:
-            yield item
-            bar.advance(task, size(item))
-            new, elapsed = bar.tasks[0].completed - done, bar.tasks[0].elapsed
-            # rich's own speed is wrong for items that come in batches
-            bar.update(task, rate=f"{new / elapsed:.3g}/s" if elapsed and new else "")
+    started, count, in_log = time.monotonic(), done, not errors.is_terminal
 
-
-def _with_lines(
-    iterable: Iterable[Any], description: str, total: int, transient: bool, done: int, size: Callable[[Any], int]
-) -> Iterator[Any]:
-    started, count = time.monotonic(), done
-
-    def say(now: float) -> None:
-        seconds, new = now - started, count - done
+    def say() -> None:
+        seconds, new = time.monotonic() - started, count - done
         left = f", about {format_duration(seconds / new * (total - count))} left" if new and count < total else ""
         log(f"{description}: {count:,} of {total:,} in {format_duration(seconds)}{left}")
 
-    try:
-        for item in iterable:
-            yield item
-            count += size(item)
-            if (now := time.monotonic()) - errors.printed >= QUIET and count < total:
-                say(now)
-    finally:
-        if not transient:
-            say(time.monotonic())
+    if done:
+        log(f"Resuming after {done:,} of {total:,} {description}.")
+    columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
+    times = TimeElapsedColumn(), "left", TimeRemainingColumn()
+    with Progress(*columns, *times, console=errors, transient=transient, disable=in_log) as bar:
+        task = bar.add_task(description, total=total, completed=done, rate="")
+        try:
+            for item in iterable:
+                yield item
+                count += size(item)
+                # rich's own speed is wrong for items that come in batches
+                speed = (count - done) / max(time.monotonic() - started, 1e-9)
+                bar.update(task, completed=count, rate=f"{speed:.3g}/s" if speed else "")
+                if in_log and time.monotonic() - errors.printed >= QUIET and count < total:
+                    say()
+        finally:
+            if in_log and not transient:
+                say()
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
