@@ -1,5 +1,4 @@
-"""From logits to answers: probabilities, the most probable classes, and whether an image belongs to none of them. In
-NumPy alone, as the server and ONNX Runtime work without torch."""
+"""From logits to answers: probabilities, the best classes, whether an image is of none; in NumPy, without torch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

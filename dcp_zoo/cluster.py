@@ -24,8 +24,8 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
-    """The ray module while it is connected; an existing connection is used, and stays. `address`: "10.0.0.1:6379",
-    "auto" on a machine of the cluster, or "local", which starts one here, with options of `ray.init`."""
+    """The ray module while it is connected. `address`: "10.0.0.1:6379", "auto", or "local", which starts one with
+    `local`."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray

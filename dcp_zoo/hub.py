@@ -68,8 +68,7 @@ def explained(
 
 
 def retried(call: Callable[[], T]) -> T:
-    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or the connection was lost.
-    Repeating an upload is safe: the client makes no commit without a change."""
+    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is lost."""
     for attempt, wait in enumerate(WAITS, 2):
         try:
             return call()
@@ -161,8 +160,7 @@ def check_connection(endpoint: str) -> None:
 
 
 def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
-    """Download CLIP's weights at "org/repo/" or "org/repo/file" into the client's cache, where open_clip finds them. It
-    would download them too, but hide the reason for a failure."""
+    """Download CLIP's weights at "org/repo/" or "org/repo/file" for open_clip, which hides reasons of failures."""
     repo_id, _, filename = place.rpartition("/")
     try:
         download_file(repo_id, filename or CLIP_WEIGHTS_NAME, None, cache_dir)

@@ -43,8 +43,7 @@ def active(cell: str) -> str:
 
 
 def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a table that `read_csv` reads back. It begins with a byte order mark, without which Excel would take UTF-8
-    for something else."""
+    """Write a table that `read_csv` reads back, with the mark without which Excel would not take it for UTF-8."""
     with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -52,9 +51,8 @@ def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) 
 
 
 def read_csv(file: Path) -> list[list[str]]:
-    """The rows of a CSV file, but for empty ones: of `write_csv`, or as spreadsheets save them in any country, with
-    commas, semicolons or tabs; short rows are filled up to the first one's length. OSError or ValueError for what is no
-    such file."""
+    """The rows of a CSV file, but for empty ones, filled up: of `write_csv`, or as spreadsheets save them, with commas,
+    semicolons or tabs. OSError or ValueError for what is no such file."""
     text = read_text(file)
     first = text.partition("\n")[0]
     try:
@@ -84,8 +82,7 @@ def read_text(file: Path) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """The entries of a list with commas or line breaks between them. Commas in double quotes or braces belong to an
-    entry; a quote in quotes is written twice."""
+    """The entries of a list with commas or line breaks between them, but for those in double quotes or braces."""
     entries = []
     for found in _ENTRY.finditer(f"{text.strip()}\n"):
         entry = found[1].strip()
@@ -117,8 +114,7 @@ def class_name(folder: str) -> str:
 
 
 def class_folders(classnames: Iterable[str]) -> dict[str, str]:
-    """The folder of each of several classes: `folder_name`, and a hash for those that are one folder where the system
-    ignores the case of letters or how accents are encoded."""
+    """The folder of each class: `folder_name`, and a hash where the system would take two for one."""
     folders = {name: folder_name(name) for name in classnames}
     keys = {name: normalize("NFC", folder).casefold() for name, folder in folders.items()}
     times = Counter(keys.values())

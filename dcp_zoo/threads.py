@@ -10,15 +10,13 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 
 def wait_passively() -> None:
-    """Let waiting threads sleep instead of spinning, which on a busy machine blocks the threads that they wait for.
-    OpenMP reads this when torch is imported; settings of the user stay."""
+    """Let waiting threads sleep, not spin, which blocks others; OpenMP reads this when torch is imported."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch compute with this many threads in the whole process, that of a command; None keeps its own number, at
-    most the cores of this process."""
+    """Let torch compute with this many threads in the whole process; None keeps its own number, at most the cores."""
     import torch
 
     torch.set_num_threads(threads or _own_threads())
@@ -31,8 +29,7 @@ def _own_threads() -> int:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: those that the user, or Ray for its worker, grants by OMP_NUM_THREADS; or its
-    affinity and the quota of its container."""
+    """Cores that this process may use: those that OMP_NUM_THREADS grants, or its affinity and its container's quota."""
     granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if granted.isdecimal() and int(granted):
         return int(granted)
@@ -43,8 +40,7 @@ def available_cores() -> int:
 
 @contextmanager
 def fair_threads(threads: int | None = None) -> Iterator[None]:
-    """Inside this context torch computes with as many threads as `use_threads` sets, but in this thread alone: others
-    that start meanwhile would take over what torch itself sets."""
+    """Inside this context torch computes with as many threads as `use_threads` sets, but in this thread alone."""
     with _openmp().limit(limits=threads or _own_threads()):
         yield
 

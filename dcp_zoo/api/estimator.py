@@ -121,8 +121,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
-        """Probabilities (n, C) in the order of `classes_`; with `together` they depend on the other images, see
-        `dcp_zoo.predict`."""
+        """Probabilities (n, C) in the order of `classes_`; `together`: see `dcp_zoo.predict`."""
         if not together:
             return self._logits(images).softmax(-1).numpy()
         features = self.transform(images)
@@ -148,9 +147,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             return logits_of(head, items, self.batch_size, self.precision, self._progress())
 
     def predict(self, images: Images, *, reject: float = False) -> np.ndarray:
-        """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
-        classes, see `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes, as of too
-        few images."""
+        """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
+        `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
         head = self._head()  # says if nothing is fitted
         if not reject:
             return self.classes_[self._logits(images).argmax(-1).numpy()]

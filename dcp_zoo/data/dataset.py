@@ -84,8 +84,7 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """A context in which Python, NumPy, and torch on the CPU and this device draw from this seed: initial weights,
-    dropout and random transforms. The caller's states come back at the end."""
+    """A context in which Python, NumPy and torch, here and on this device, draw from this seed; then as before."""
     accelerator: Any = None if device.type == "cpu" else getattr(torch, device.type, None)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     before_there = accelerator and accelerator.get_rng_state()

@@ -75,7 +75,7 @@ AGAIN = "run the same command again"
 
 def arrange(folder: Path, source: str | Path | None) -> None:
     """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id, from the folder with the
-    three archives, or "hf". ZooError for no source, or a wrong one; no access on the Hub; no space."""
+    three archives, or "hf". ZooError if that is not possible."""
     if source is None:
         site, hub = "https://image-net.org/download.php", f"https://huggingface.co/datasets/{REPO}"
         raise ZooError(

@@ -132,8 +132,8 @@ class CheckRow:
 def check(
     root: str | os.PathLike | None, verify_images: bool = False, names: Sequence[str] | None = None
 ) -> list[CheckRow]:
-    """Check the datasets under the data root: one row for each of `names`, by default all that have a folder. Counts
-    are compared with the known ones, and every image is checked: see `check_complete`; `verify_images` decodes all."""
+    """Check the datasets under the data root: a row for each of `names`, by default all that have a folder, with their
+    counts and images, see `check_complete`; `verify_images` decodes all."""
     specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
     return [_check_one(spec, root, verify_images) for spec in specs]
 

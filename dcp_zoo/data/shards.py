@@ -1,5 +1,4 @@
-"""Shards in the layout of the `webdataset` library, local or at URLs: wds://PATH. An image is read by its place in the
-shard, as libraries would copy all to a cache first, or only stream them in order."""
+"""Shards in the layout of the `webdataset` library, local or at URLs: wds://PATH. Images are read by their places."""
 
 import re
 import tarfile

@@ -15,12 +15,11 @@ SHARD_SCHEME = "wds://"
 
 @dataclass(frozen=True)
 class Archive:
-    """One file of a dataset as its source offers it. `places` are folders in the archive and where they go under the
-    dataset's folder ("" is the folder itself); without any, the file itself goes there."""
+    """One file of a dataset as its source offers it."""
 
     url: str
     md5: str = ""  # its published checksum; "" if none is known
-    places: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # folders in it: where they go; without any, the file itself
     inner: str = ""  # an archive inside the archive that holds these folders
     name: str = ""  # the file's name, if it is not the last part of the url
 

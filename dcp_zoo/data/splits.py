@@ -105,8 +105,7 @@ def _by_label(items: list[Item]) -> dict[int, list[Item]]:
 
 
 def subsample_classes(split: Split, part: str) -> Split:
-    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all".
-    ZooError for fewer than four classes, whose halves would have nothing to tell apart."""
+    """ "base", the first ceil(n / 2) classes, "new", the others, from 0, or "all". ZooError for fewer than four."""
     base = math.ceil(len(split.classnames) / 2)
     ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
     if part not in ranges:
@@ -151,8 +150,7 @@ def split_images(images: Split, test: float | None = None) -> Split:
 
 
 def training_split(images: Split, test: float | None = None) -> Split:
-    """The parts for training: as `split_images`, but of the user's own images 30 % are for the test by default and none
-    for validation, as nothing is selected on them."""
+    """As `split_images`, but by default 30 % of the user's own images are for the test, and none for validation."""
     return split_images(images, OWN_TEST_SHARE if test is None and is_own(images.name) else test)
 
 

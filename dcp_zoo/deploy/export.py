@@ -1,5 +1,4 @@
-"""Export a fused model to a file for other programs, and verify the file before it is kept. Variants of ONNX files,
-with lower precision or with preprocessing and softmax inside, are compared with the plain file."""
+"""Export a fused model for other programs; the file, or its variant, is verified before it is kept."""
 
 import json
 import warnings

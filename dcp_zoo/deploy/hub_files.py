@@ -1,6 +1,5 @@
 """What other clients of the Hub read beside a head: optimum with transformers, and transformers.js. They are told to
-scale pixels to [0, 1] alone, as no two of them resize alike: on photographs, transformers.js changes probabilities by
-up to 0.4. Resize, crop and normalisation are part of the ONNX file instead."""
+scale pixels to [0, 1] alone: no two of them resize alike, so that the ONNX file resizes, crops and normalises."""
 
 import json
 from pathlib import Path

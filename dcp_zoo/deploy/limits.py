@@ -36,8 +36,7 @@ ALL_INTERFACES = ("0.0.0.0", "::", "")
 
 
 def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
-    """The names by which clients may call a server that listens on `host`: with any other, a web page elsewhere could
-    reach a server on its visitor's machine."""
+    """The names by which clients may call a server on `host`, so that no web page reaches its visitor's."""
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
             raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")

@@ -91,9 +91,8 @@ class OnnxClassifier:
         return self.session.run([returned], {taken: images})[0]
 
     def outputs(self, images: np.ndarray, *others: str) -> list[Any]:
-        """A batch of what `preprocess` returns -> logits (B, C), of a file that `takes_pixels` the logarithms of its
-        probabilities, which are logits too; and if the head can reject, the distances (B,) of `Answering`, else None.
-        `others`: further outputs, such as "features" (B, E), normalised; not of a file that `takes_pixels`."""
+        """A batch of what `preprocess` returns -> logits (B, C), of a file that `takes_pixels` logarithms of
+        probabilities; the distances (B,) of `Answering`, or None; and `others`, such as "features" (B, E)."""
         taken, returned = self._names
         distance = ["distance"] if self.rejects else []
         found = self.session.run([returned, *distance, *others], {taken: images})

@@ -46,8 +46,8 @@ async def read_images(request: Request, limits: Limits, take: Take) -> list[Name
 
 
 def _limited(request: Request, limits: Limits, take: Take) -> Request:
-    """The request, whose bytes are taken as they arrive; 413 if there are too many, `Full` if the server has too many.
-    What follows is then discarded for a while, as most clients read no answer before they have sent everything."""
+    """The request, whose bytes are taken as they arrive: 413 or `Full` for too many. The rest is then discarded for a
+    while, as most clients read no answer before they have sent everything."""
     too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
     asks, declared = "expect" in request.headers, int(request.headers.get("content-length", 0))
     size, more, end = 0, True, time.monotonic() + 0.9 * limits.timeout

@@ -204,8 +204,7 @@ def application(
 
 
 class Batcher:
-    """Runs a model, batch (B, ...) -> B rows, in a thread: whatever waits when it becomes free is its next batch, up to
-    `most` images, whose number `observe` is told. If `waiting` images wait, further ones raise `Full`."""
+    """Runs a model, batch (B, ...) -> B rows, in a thread: what waits is its next batch, up to `most` images."""
 
     def __init__(
         self, model: Callable[[np.ndarray], Sequence[Any]], most: int, waiting: int, observe: Callable[[int], object]

@@ -158,8 +158,7 @@ def suggest(
 
 
 def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:
-    """At most `count` rows of normalised features (n, E), in the order in which they are worth a label, besides those
-    of labelled images (m, E). None is a copy of another or of a labelled one."""
+    """At most `count` rows of normalised features (n, E), best first, unlike labelled ones (m, E) and each other."""
     if not len(features):
         return []
     distances, found = torch.cdist(features, features).square(), list[int]()

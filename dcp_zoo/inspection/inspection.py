@@ -89,8 +89,7 @@ class Inspection:
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write the page and the CSV file into a folder, which is created if needed; their paths. ZooError for a folder
-        that is not writable, or an image that is no longer there."""
+        """Write the page and the CSV file into a folder; their paths. ZooError if it is not writable."""
         page, table = Path(folder) / PAGE, Path(folder) / TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:], "change"]
@@ -232,8 +231,7 @@ def _tested(
 
 def fix(folder: str | Path, table: str | Path, output: str | Path, labels: LabelFiles = None) -> tuple[int, int]:
     """Write a copy of the images, as links where the system has them, with the column `change` of the CSV file: another
-    class, "leave out", or nothing. The folder appears when it is complete. Returns how many images were moved to
-    another class, and how many left out."""
+    class, "leave out", or nothing. Returns how many were moved to another class, and how many left out."""
     place = Path(output)
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)

@@ -1,5 +1,4 @@
-"""What frozen features say about labels: probabilities from fits without the image, suspects, images of none of the
-classes, a learning curve."""
+"""What frozen features say about labels: probabilities without the image, suspects, none of the classes, a curve."""
 
 import math
 from typing import NamedTuple
@@ -94,8 +93,7 @@ def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) ->
 
 
 def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point]:
-    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn. A
-    class with fewer images keeps one for the test."""
+    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn."""
     sizes, points = torch.bincount(labels), []
     for shots in SHOTS:
         if 2 * (sizes > shots).sum() <= len(sizes):

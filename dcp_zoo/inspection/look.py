@@ -1,6 +1,4 @@
-"""What is known of each image: features of a frozen image tower, a small grey copy, and a few statistics; kept in the
-user's cache, so that every image is read once.
-"""
+"""Features of a frozen image tower, a small grey copy and statistics of each image, kept in the user's cache."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -64,9 +64,8 @@ def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
 def build_heads(
     trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object], **backend: Any
 ) -> None:
-    """Train, check and publish all heads of the trials, of `METHOD` and `BASELINE`, that are not published yet. The
-    settings' output folder keeps the state; without `org`, a user on the Hub, nothing is published. `log` receives a
-    line for every head; `backend` is `run` and `show` of `sweep`."""
+    """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet. `log`
+    receives a line for every head; `backend` is `run` and `show` of `sweep`."""
     sweep(trials, replace(settings, save_heads=True), **backend)
     output, results = settings.output, store.results(settings.output)
     split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)

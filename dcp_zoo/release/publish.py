@@ -1,5 +1,4 @@
-"""Heads on the Hub: the model card, publishing a trained head with it, pinning it in the manifest, and measuring again
-what the card of a head claims."""
+"""Heads on the Hub: the model card, publishing with it, pinning in the manifest, measuring what a card claims."""
 
 import json
 import math
@@ -218,8 +217,7 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload the files of a checkpoint folder in one commit, and return that commit. A busy Hub is asked again. A
-    folder that the Hub already has makes no new commit."""
+    """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
     api = HfApi(library_name=HUB_LIBRARY)
 
     def send() -> str:
@@ -264,8 +262,7 @@ class Claim:
 
 
 def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
-    """Measure a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION] on the test images of its dataset,
-    with every stats that its card states; for the options see `measured`."""
+    """Measure a head by its name, folder, or hf-hub:ORG/REPO, with every stats of its card; see `measured`."""
     model = create_model(name, True)
     if not (claims := claimed(name, model)):
         raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
@@ -283,8 +280,7 @@ def measured(
     workers: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Top-1 in percent by the stats that a head has, on the test images that it was trained for. Messages call it
-    `name`."""
+    """Top-1 in percent by the stats that a head, called `name` in messages, has on the test images of its dataset."""
     if not (dataset := model.info.get("dataset")):
         raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
     split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))

@@ -175,8 +175,7 @@ def _start_worker() -> None:
 
 
 class Rows(NamedTuple):
-    """The rows of one batch, and their features (n, E) if they are kept, of answers that are to be refined together
-    with the logits, (n, E + C): NaN where an image cannot be read."""
+    """The rows of one batch, and their features (n, E) if they are kept, with `Job.together` also logits (n, E + C)."""
 
     rows: list[Row]
     features: np.ndarray | None
