@@ -38,7 +38,7 @@ from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
-from dcp_zoo.cluster import Event, Resources, _ended, connected
+from dcp_zoo.cluster import LOCAL, Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.job import Computed, Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.on_ray import run_on_ray
@@ -378,7 +378,8 @@ def test_serve_on_a_cluster(cluster: None, onnx_file: Path) -> None:
     ]
     with TestClient(application(onnx_file, limits)) as client:
         expected = [client.request(method, path, content=body) for method, path, body in requests]
-    with deployed("models/tiny.onnx", lambda: application(onnx_file, limits), limits.timeout, port=0) as address:
+    options = {"address": LOCAL, "host": "127.0.0.1", "port": 0, "threads": 1}
+    with deployed("models/tiny.onnx", lambda: application(onnx_file, limits), limits.timeout, **options) as address:
         place = address.removeprefix("http://")
         for (method, path, body), answer in zip(requests, expected, strict=True):
             connection = http.client.HTTPConnection(place, timeout=30)

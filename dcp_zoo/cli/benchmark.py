@@ -106,7 +106,6 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
-    [dim]dcp-zoo benchmark few-shot --methods dcp --shots 4 --set depth=1,3,5 --data-root DATA --output ABLATION[/]
     [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
     trials, left_out = options.trials()
@@ -235,7 +234,6 @@ def report(
 ) -> None:
     """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.
 
-    [dim]dcp-zoo report SWEEP[/]
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
     output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"

@@ -27,7 +27,6 @@ def check_(
 
     [dim]dcp-zoo data check --data-root DATA[/]
     [dim]dcp-zoo data check --data-root MY_PHOTOS --dataset folder --verify-images[/]
-    [dim]dcp-zoo data check --dataset hf://datasets/ORG/NAME[/]
     """
     if data_root is None and not dataset:
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check (--dataset NAME).")

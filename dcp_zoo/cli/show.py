@@ -36,7 +36,6 @@ def list_(
     """List the models, the heads that can be loaded, and the number of planned heads.
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
-    [dim]dcp-zoo list --planned '*.dtd-*'[/]
     [dim]dcp-zoo list --recommend[/]
     """
     if recommend:

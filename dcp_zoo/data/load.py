@@ -56,8 +56,10 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
         raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
     if spec.split_file:
         _check_files(spec, images.items, folder / spec.images)
-    if spec.names:
-        _warn_if_renamed(images, classnames(name))
+    if spec.names and images.classnames != (known := classnames(name)):
+        pairs = enumerate(zip(images.classnames, known, strict=True))
+        first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
+        warnings.warn(f"{name}: label {first} in the zoo's class names, which its heads use.", stacklevel=2)
     return images
 
 
@@ -107,13 +109,6 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
 
 def _and_first(paths: list[str]) -> str:
     return f"{len(paths)} images (the first: {paths[0]})"
-
-
-def _warn_if_renamed(images: Split, known: list[str]) -> None:
-    if images.classnames != known:
-        pairs = enumerate(zip(images.classnames, known, strict=True))
-        first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
-        warnings.warn(f"{images.name}: label {first} in the zoo's class names, which its heads use.", stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ ONNX_FILES = {  # by precision, as transformers.js names them
     "float16": "onnx/model_fp16.onnx",
     "int8": "onnx/model_quantized.onnx",
 }
-# Of the types for which both clients classify images, the one that says least: an image tower of transformer blocks.
-MODEL_TYPE = "vit"
-NO_WEIGHTS = "none-but-the-onnx-file.safetensors"  # so that transformers alone loads no ViT with random weights
 
 
 def write_client_files(
@@ -51,8 +48,8 @@ def write_client_files(
     }
     names = model.classnames
     config = json.loads((folder / CONFIG_NAME).read_text()) | {
-        "model_type": MODEL_TYPE,
-        "transformers_weights": NO_WEIGHTS,
+        "model_type": "vit",  # of the types for which both clients classify images, the one that says least
+        "transformers_weights": "none-but-the-onnx-file.safetensors",  # or transformers loads random ones
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }

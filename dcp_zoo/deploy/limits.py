@@ -5,13 +5,10 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, count, option
-
-if TYPE_CHECKING:
-    import uvicorn
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
     return [*LOCAL_HOSTS, *([] if host in ALL_INTERFACES else [host, f"[{host}]"]), *names]
 
 
-def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> "uvicorn.Server":
-    """A server that, when it is stopped, first answers the requests in progress, for so many seconds at most. For
+def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> Any:
+    """A uvicorn.Server that, when it is stopped, first answers the requests in progress, for so many seconds. For
     commands alone, as it lets the process have as many open files, that is connections, as the system allows."""
     import uvicorn
 

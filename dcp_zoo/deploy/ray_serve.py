@@ -22,14 +22,7 @@ REPLICA_IMAGES = 16  # in progress for each replica, before another one is start
 
 @contextmanager
 def deployed(
-    name: str,
-    make: Callable[[], FastAPI],
-    shutdown_seconds: float,
-    *,
-    address: str = LOCAL,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    threads: int = 1,
+    name: str, make: Callable[[], FastAPI], shutdown_seconds: float, *, address: str, host: str, port: int, threads: int
 ) -> Iterator[str]:
     """The address of an application while it is deployed; at the end requests in progress are answered first.
 

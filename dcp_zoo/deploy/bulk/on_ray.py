@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
+from dcp_zoo.cluster import LOCAL, ONE_CORE, Resources, run_tasks
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.progress import Progress, no_progress
@@ -58,7 +58,12 @@ def run_on_ray(
         with closing(tasks):
             for event in progress(tasks, "parts", len(parts), **counts):
                 if event.state == "lost":
-                    raise _unfinished(event)
+                    lost = event.item.images
+                    place = lost if isinstance(lost, str) else f"the images from {lost[0].name} on"
+                    advice = (
+                        "Finished parts are kept: run the same command again, with more --threads or less --batch-size."
+                    )
+                    raise ZooError(f"No worker could finish {place} ({event.message}), for lack of memory? {advice}")
     if missing := {part.file for part in parts} - folder.names():
         problem = f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}."
         raise ZooError(f"{problem} --output must be a folder that all machines share, or a URL.")
@@ -68,13 +73,6 @@ def run_on_ray(
     resumed = sum(len(column) for file, column in errors.items() if file in found)
     failed = sum(len(column) - column.null_count for column in errors.values())
     return Summary(sum(map(len, errors.values())), resumed, failed)
-
-
-def _unfinished(event: Event) -> ZooError:
-    images = event.item.images
-    place = images if isinstance(images, str) else f"the images from {images[0].name} on"
-    advice = "Finished parts are kept: run the same command again, with a smaller --batch-size or more --threads."
-    return ZooError(f"No worker could finish {place} ({event.message}), perhaps for lack of memory. {advice}")
 
 
 def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
