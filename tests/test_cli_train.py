@@ -84,7 +84,7 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         (["MY_FOTOS"], "no folder MY_FOTOS. Pass a folder with one folder per class, or --dataset NAME"),
         (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
         (["--head", "my_head"], "not the checkpoint my_head: dcp-zoo train MY_PHOTOS"),
-        (["--head", "hf-hub:a/b"], "hf-hub:a/b is a checkpoint"),
+        (["--head", "hf-hub:a/b"], "not the checkpoint hf-hub:a/b"),
     ],
 )
 def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, message):

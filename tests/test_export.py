@@ -115,7 +115,7 @@ def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
     assert providers("auto") == [(CUDA, {"device_id": "0"}), *cpu]
     assert providers("cuda:1") == [(CUDA, {"device_id": "1"}), *cpu]
     assert providers("cpu") == cpu
-    with pytest.warns(UserWarning, match="cannot compute on auto here"):
+    with pytest.warns(UserWarning, match="computes on the CPU, not on auto"):
         classifier = OnnxClassifier(onnx_file, device="auto")
     for batch in (1, 3):
         images = np.zeros((batch, 3, 192, 192), np.float32)

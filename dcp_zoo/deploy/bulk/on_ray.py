@@ -60,9 +60,7 @@ def run_on_ray(
                 if event.state == "lost":
                     lost = event.item.images
                     place = lost if isinstance(lost, str) else f"the images from {lost[0].name} on"
-                    advice = (
-                        "Finished parts are kept: run the same command again, with more --threads or less --batch-size."
-                    )
+                    advice = "Finished parts are kept: run the same command again, with a smaller --batch-size."
                     raise ZooError(f"No worker could finish {place} ({event.message}), for lack of memory? {advice}")
     if missing := {part.file for part in parts} - folder.names():
         problem = f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}."
