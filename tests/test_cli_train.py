@@ -79,7 +79,7 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         (["--dataset", "wds:///flowers", "--data-root", "MY_PHOTOS"], "wds:///flowers needs no --data-root"),
         (["MY_PHOTOS", "--dataset", "folder"], "either the images MY_PHOTOS or a dataset: omit --dataset"),
         (["MY_PHOTOS", "--data-root", "."], "either the images MY_PHOTOS or a dataset"),
-        (["digits"], "digits is not a folder here. .* pass --dataset digits"),
+        (["digits"], "There is no folder digits. .* --dataset digits"),
         (["hf://datasets/a/b"], "pass --dataset hf://datasets/a/b"),
         (["MY_FOTOS"], "no folder MY_FOTOS. Pass a folder with one folder per class, or --dataset NAME"),
         (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),

@@ -166,14 +166,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @fair_threads()
     def add_class(self, label: Any, images: Images, name: str | None = None) -> "FewShotClassifier":
-        """Add a class from a few images, without training. ZooError for a label that is known already, or a head
-        without a classifier.
-
-        Args:
-            label: of the new class.
-            images: see `fit`.
-            name: what CLIP reads. Default: the label.
-        """
+        """Add a class from a few images, without training; CLIP reads `name`, by default the label. ZooError for a
+        label that is known already, or a head without a classifier."""
         model = self._head()
         name = str(label) if name is None else name
         if np.asarray(label).dtype.kind != self.classes_.dtype.kind:

@@ -23,14 +23,9 @@ class Words(NamedTuple):
 
 @torch.inference_mode()
 def nearest_words(model: DCP, top_k: int = 5) -> Words:
-    """The tokens of the text tower's vocabulary nearest to each text prompt, by cosine: distance favours short vectors,
-    which rare tokens have, whatever a prompt's direction. ZooError for a `top_k` below 1, or a
-    tokenizer that cannot decode token ids.
-
-    Args:
-        model: any DCP; its prompts are compared as they enter the text tower, before any coupling.
-        top_k: words per prompt. Tokens that end a word are shown as the word, others are followed by a hyphen.
-    """
+    """The `top_k` tokens of the vocabulary nearest to each text prompt, before any coupling, by cosine, as distance
+    favours the short vectors of rare tokens. Those inside of words end in a hyphen. ZooError for a `top_k` below 1, or
+    a tokenizer that cannot decode token ids."""
     if top_k < 1:
         raise ZooError(f"top_k must be at least 1, not {top_k}.")
     prompts, table = model.prompts["text"].float(), model.text.token_embedding.weight.float()

@@ -30,11 +30,9 @@ class Labelled(NamedTuple):
 
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The images of a folder with one folder per class, or a zip or tar of it: their paths, and the class of each.
-    ZooError for no such folder, no class folders, a class without images, or folders `train` and `test`.
-
-    For functions that split lists of images, such as scikit-learn's `cross_val_score`.
-    """
+    """The images of a folder with one folder per class, or a zip or tar of it: their paths, and the class of each, for
+    functions such as scikit-learn's `cross_val_score`. ZooError for no such folder, no class folders, a class without
+    images, or folders `train` and `test`."""
     found = load_labelled("folder", folder)
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")

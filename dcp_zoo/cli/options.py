@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
-from dcp_zoo.data import DATASETS, find_spec
+from dcp_zoo.data import find_spec
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.specs import SHARD_SCHEME
@@ -129,9 +129,7 @@ def data_source(
         raise ZooError(f"Pass either the images {photos} or a dataset: omit --dataset and --data-root, or {photos}.")
     if Path(photos).is_dir() or is_archive(photos):
         return "folder", Path(photos)
-    if photos in DATASETS or "://" in photos:
-        raise ZooError(f"{photos} is not a folder here. To use the dataset of this name, pass --dataset {photos}.")
-    raise ZooError(f"There is no folder {photos}. Pass a folder with one folder per class, or --dataset NAME.")
+    raise ZooError(f"There is no folder {photos}. Pass one with a folder per class, or a dataset: --dataset {photos}.")
 
 
 def uses_data_root(dataset: str) -> bool:

@@ -54,8 +54,7 @@ class OnnxClassifier:
 
     Args:
         path: a file written by `dcp-zoo export --format onnx`.
-        threads: number of threads; 0 lets ONNX Runtime decide.
-        device: see `providers`.
+        threads, device: how many, 0 for ONNX Runtime's choice; and where, see `providers`.
 
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.

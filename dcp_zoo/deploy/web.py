@@ -42,10 +42,8 @@ def export_web(
     ZooError as of `export`, and for a folder that is not empty or not writable, or where onnxruntime-web cannot be had.
 
     Args:
-        model: a fused model, or one with stored statistics; float32, on the CPU.
+        model, precision, calibration: as in `export`. With float16 probabilities stay within 1e-3 of Python's.
         folder: created; must not exist, or be empty.
-        precision: of the ONNX file, as in `export`. With float16 probabilities stay within 1e-3 of Python's.
-        calibration: images for int8, as in `export`.
         title: of the page. Default: the head's model and tag.
     """
     folder = Path(folder)

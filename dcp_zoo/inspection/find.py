@@ -58,8 +58,7 @@ def search(
 
     Args:
         folder: with images, also in subfolders. Their features are kept in the user's cache.
-        text: what to find, such as "red mug on a table".
-        like: a photo, instead of the text.
+        text, like: what to find, such as "red mug on a table", or a photo.
         count: how many images.
         model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
         sheet: a page with the images as pictures is written to this file.
@@ -122,10 +121,9 @@ def suggest(
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
         count: how many images.
-        output: a new folder for suggestions.csv, a page with pictures, suggestions.html, and links to the images in a
-            folder for each guess, to be sorted by hand; copies where the system has no links.
-        model: whose frozen features are used without a head.
-        device, progress: see `inspect`.
+        output: a new folder for suggestions.csv, suggestions.html with pictures, and links to the images, or copies,
+            in a folder for each guess, to be sorted by hand.
+        model, device, progress: see `inspect`; the model is that of features without a head.
     """
     if output is not None:
         check_new(Path(output), Path(images))

@@ -175,8 +175,7 @@ def export_hub(
         model: with stored statistics; float32, on the CPU.
         folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
             and `onnx/model.onnx`, which contains CLIP's image tower.
-        precision: of a second ONNX file, as in `export`: "float16" or "int8".
-        calibration: images for int8, as in `export`.
+        precision, calibration: of a second ONNX file, as in `export`: "float16" or "int8", and images for that.
     """
     folder = Path(folder)
     check_empty(folder)
