@@ -29,20 +29,19 @@ WAITS = (2, 10, 30, 120)  # seconds before another attempt
 PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
 T = TypeVar("T")
 
-OFFLINE, NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "offline", "not writable", "forbidden", "no network"
+NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 BY_HAND = "Or run `hf download {files}` elsewhere, and copy the folder {folder} from its Hub cache to {cache}."
 MESSAGES: dict[Any, str] = {
     NOT_WRITABLE: "The Hub cache is full or not writable ({error}). Set HF_HOME to another folder, or pass cache_dir.",
-    OFFLINE: f"{{file}} of {{repo}} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. {BY_HAND}",
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
     NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
     # the first class that matches an error is used: specific ones before general ones
     errors.GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
     errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
-    errors.LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check "
-    f"the network, or set HF_ENDPOINT to a mirror. {BY_HAND} A head on disk is local-dir:PATH.",
+    errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {hub} cannot be reached, or "
+    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT. {BY_HAND} A head on disk is local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
@@ -114,8 +113,6 @@ def _kind(error: Exception) -> Any:
         return NOT_WRITABLE
     if type(error) is errors.HfHubHTTPError and error.response.status_code in (401, 403):
         return FORBIDDEN
-    if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
-        return OFFLINE
     if not isinstance(error, errors.LocalEntryNotFoundError) and _is_offline(error):
         return NO_NETWORK
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))

@@ -142,7 +142,7 @@ def test_a_published_head(narrow, server, tmp_path, monkeypatch):
     assert all(torch.equal(state[name], tensor) for name, tensor in narrow.state_dict().items())
     shutil.rmtree(tmp_path / "home" / "hub" / f"models--{CLIP_REPO.replace('/', '--')}")
     file, folder = f"{CLIP_REPO} open_clip_model.safetensors", f"models--{CLIP_REPO.replace('/', '--')}"
-    message = f"HF_HUB_OFFLINE forbids.*run `hf download {file}` .* folder {folder} .* to {tmp_path}/home/hub"
+    message = f"HF_HUB_OFFLINE forbids it.*run `hf download {file}` .* folder {folder} .* to {tmp_path}/home/hub"
     with offline(), pytest.raises(ZooError, match=message):
         dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
 

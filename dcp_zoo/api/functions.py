@@ -120,9 +120,7 @@ def evaluate(
         model: a head, its name, or the folder of a checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
         batch_size: images per batch; with batch statistics it affects the predictions.
-        device: see `train`; default: where the model is, or "auto" for a name.
-        precision: of the image features, see `train`; "float32" is the reference.
-        progress: see `train`.
+        device, precision, progress: see `train`; default: the device where the model is, or "auto" for a name.
     """
     model = as_model(model, device)
     items = with_classes(images, labels, model.classnames)

@@ -56,8 +56,7 @@ def download(
 ) -> None:
     """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
 
-    Complete datasets are skipped; a stopped download resumes. If a download fails, place the file in DATA/.downloads
-    yourself.
+    Complete datasets are skipped; a stopped download resumes.
 
     [dim]dcp-zoo data download caltech101 dtd --data-root DATA[/]
     [dim]dcp-zoo data download all --data-root DATA --imagenet-from TARS[/]

@@ -44,10 +44,9 @@ def fit_text_probe(
 ) -> None:
     """Give a head a text probe, a classifier on its image features. Prompts are not trained.
 
-    It needs a few labelled images of the head's classes, by default those that the head was trained on. Of your own
-    images, some are held out to measure the accuracy; then the probe is refitted on all, unless you pass --shots. A
-    text probe calibrates the probabilities, sets the threshold for `predict --reject`, and allows new classes by
-    images, unless the head's method is limited to its classes.
+    It needs labelled images of the head's classes, by default those that it was trained on. Some of your own are held
+    out to measure the accuracy; then the probe is refitted on all, unless you pass --shots. It calibrates the
+    probabilities, sets the threshold for `predict --reject`, and, with most methods, allows new classes by images.
 
     [dim]dcp-zoo fit-text-probe --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo fit-text-probe MY_PHOTOS --head converted --output better[/]

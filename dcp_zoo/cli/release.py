@@ -112,22 +112,14 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
     output.print(*grid_tables(trials, results, estimator))
     show_states(heads)
     total = estimator.total([trial for trial in trials if trial.key not in results])
-    size = sum(get_spec(head.trial.model).head_mb for head in heads)
+    size, known = sum(get_spec(head.trial.model).head_mb for head in heads), downloads.gigabytes(missing)
+    needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
     output.print(
         f"Time: {format_duration(total)} in sequence, {source}.\n"
         f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets.\n"
-        f"Downloads: {_downloads(missing)}",
+        f"Downloads: {needed if missing else 'none, all datasets are here'}.",
         soft_wrap=True,
     )
-
-
-def _downloads(missing: Sequence[DatasetSpec]) -> str:
-    if not missing:
-        return "none, all datasets are here."
-    known = downloads.gigabytes(missing)
-    size = "an unknown size, as a source does not answer" if known is None else f"{known:.1f} GB"
-    by_hand = "; imagenet needs a login, see --imagenet-from" if any(s.name == "imagenet" for s in missing) else ""
-    return f"{', '.join(spec.name for spec in missing)}, {size}{by_hand}."
 
 
 def show_states(heads: Sequence["HeadState"]) -> None:

@@ -11,8 +11,6 @@ from dcp_zoo.files import cache_folder, check_writable, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
-OTHER_CACHE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
-
 
 def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = print) -> Path:
     """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache; exported if it is
@@ -25,7 +23,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
     depends_on = json.dumps([__version__, *hashes, list(classnames or [])])
     path = cache_folder() / "onnx" / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
-        check_writable(path.parent, OTHER_CACHE)
+        check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --onnx")
         from dcp_zoo.deploy.export import check_export, export
         from dcp_zoo.zoo.factory import create_model
 

@@ -24,11 +24,9 @@ REPLICA_IMAGES = 16  # in progress for each replica, before another one is start
 def deployed(
     name: str, make: Callable[[], FastAPI], shutdown_seconds: float, *, address: str, host: str, port: int, threads: int
 ) -> Iterator[str]:
-    """The address of an application while it is deployed; at the end requests in progress are answered first.
-
-    `make` returns the application of a replica on its machine. There are from one to as many replicas as the cluster at
-    `address` has room for, each with so many `threads`. Machines with replicas listen at `host` and `port`, unless Ray
-    Serve runs already; port 0 picks a free one here."""
+    """The address of an application, which `make` returns on each machine, while it is deployed; then requests in
+    progress are answered. As many replicas as the cluster has room for, each with so many `threads`, listen at `host`
+    and `port`, unless Ray Serve runs already; port 0 picks a free one here."""
     import_ray()
     serve = import_extra("ray.serve", "ray")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -39,8 +39,6 @@ REQUEST_IMAGES = 2  # of the most pixels, which a request may have
 MMAP_THRESHOLD = -3  # of mallopt
 GONE = 499  # nginx's status for a client that hung up
 
-DESCRIPTION = Path(__file__).parent / "predict.yaml"  # what /docs says of /predict
-
 
 class Lane(ThreadPoolExecutor):
     """Threads that decode images, and how many pixels may wait for them."""
@@ -178,7 +176,7 @@ def application(
     async def root() -> RedirectResponse:
         return RedirectResponse("docs")
 
-    @app.post("/predict", **yaml.safe_load(DESCRIPTION.read_text()))
+    @app.post("/predict", **yaml.safe_load((Path(__file__).parent / "predict.yaml").read_text()))
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
         return await service.answer(request, top_k)

@@ -1,14 +1,9 @@
-"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them.
-
-The result store has the state of every head, so that a build resumes wherever it was stopped:
+"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes from
 
 OUTPUT/results, OUTPUT/failed   see `benchmark.store`
 OUTPUT/heads/HEAD               the checkpoint
 OUTPUT/refused/HEAD.json        why it was not published
 OUTPUT/published/HEAD.json      its repo and its entry in the manifest
-
-Accuracy is compared with zero-shot CLIP's in the same sweep; there is no range per dataset, as no figures of DCP's
-paper were found to take it from.
 """
 
 import math

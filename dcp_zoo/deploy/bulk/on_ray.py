@@ -42,11 +42,9 @@ def run_on_ray(
     progress: Progress = no_progress,
     part_images: int = PART_IMAGES,
 ) -> Summary:
-    """Classify images on a cluster; repeated, the same call computes only the parts that do not exist yet.
-
-    The sources, see `find_images`, and the output folder are at URLs or on a disk that all machines share; each worker
-    has these resources, and loads the predictor once. ZooError for no cluster, an output that is not writable or
-    belongs to another run, or a part that no worker finishes. Finished parts are kept."""
+    """Classify images on a cluster; repeated, the same call computes only the parts that do not exist yet. The sources,
+    see `find_images`, and the output folder are at URLs or on a disk that all machines share. ZooError for no cluster,
+    an output that is not writable or of another run, or a part that no worker finishes."""
     import_extra("pyarrow", "ray")
     folder = PartFolder(output if is_url(output) else os.path.abspath(output))  # noqa: PTH100
     parts = split_into_parts(sources, part_images)

@@ -1,10 +1,5 @@
-"""The parts in which a run on many images writes its rows, and from which it resumes, on this machine or on a cluster:
-
-FOLDER/_plan.json   what is computed: another command may not continue it
-FOLDER/part-*       the rows of one part each
-
-A part appears complete or not at all. So a part that exists is done, and what a kill leaves half-written is hidden.
-"""
+"""The parts in which a run on many images writes its rows, and from which it resumes: FOLDER/_plan.json says what is
+computed, FOLDER/part-* have the rows. A part that exists is complete; what a kill leaves half-written is hidden."""
 
 import json
 import shutil
