@@ -71,9 +71,9 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "nothing to train on. On your own images: dcp-zoo train MY_PHOTOS --output"),
+        ([], "nothing to train on: dcp-zoo train MY_PHOTOS, or"),
         ([], "dcp-zoo train --dataset caltech101 --data-root DATA --output my_head"),
-        (["--data-root", "MY_PHOTOS"], "On one of the datasets: dcp-zoo train --dataset"),
+        (["--data-root", "MY_PHOTOS"], "or --dataset caltech101 --data-root DATA"),
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
         (["--dataset", "wds:///flowers", "--data-root", "MY_PHOTOS"], "wds:///flowers needs no --data-root"),

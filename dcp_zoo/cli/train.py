@@ -60,7 +60,7 @@ class TrainOptions:
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
     seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
-    refit: bool | None = opt.option(None, f"{REFIT} Default: of own images without `test`.", "--refit/--no-refit")
+    refit: bool | None = opt.option(None, f"{REFIT} Default: own, without `test` or --shots.", "--refit/--no-refit")
     report: opt.Report = None
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
@@ -126,8 +126,7 @@ def train(options: TrainOptions) -> None:
     dataset, data_root = opt.data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
         raise ZooError(
-            "There is nothing to train on. On your own images: dcp-zoo train MY_PHOTOS --output my_head. On one of the "
-            "datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output my_head."
+            "There is nothing to train on: dcp-zoo train MY_PHOTOS, or --dataset caltech101 --data-root DATA."
         )
     check_choice("method", options.method, tuple(METHODS))
     recipe = options.checked_recipe(dataset)

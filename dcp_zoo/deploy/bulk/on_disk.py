@@ -13,7 +13,7 @@ from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
 from dcp_zoo.deploy.together import Count
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders
 
@@ -29,18 +29,19 @@ class Outputs:
 
     def check(self, images: Sequence[Found]) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
-        writers.check_suffix(self.table, writers.TABLES, "--output")
-        if self.features:
-            writers.check_suffix(self.features, writers.FEATURES, "--features")
         if self.sort_into:
             writers.check_sortable(images, self.sort_into)
-        given = (("--output", self.table), ("--features", self.features), ("--sheet", self.sheet))
-        files = [file for _, file in given if file]
-        for option, file in given:
-            if file and files.count(file) > 1:
+        formats = {"--output": writers.TABLES, "--features": writers.FEATURES}
+        given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
+        files = {option: file for option, file in given.items() if file}
+        for option, file in files.items():
+            if file.suffix not in (known := formats.get(option, [file.suffix])):
+                raise ZooError(f"{option} {file}: its suffix must be {' or '.join(known)}.")
+            if file.suffix == ".parquet":
+                import_extra("pyarrow", "data")
+            if [*files.values()].count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
-            if file:
-                check_output(file, self.overwrite or self._has_begun(file), option)
+            check_output(file, self.overwrite or self._has_begun(file), option)
         if self.sort_into:
             check_writable(self.sort_into)
 

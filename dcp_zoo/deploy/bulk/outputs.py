@@ -30,14 +30,6 @@ GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
 
 
-def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
-    """Raise ZooError unless a file's suffix names one of the formats, and what writes it is installed."""
-    if path.suffix not in writers:
-        raise ZooError(f"{option} {path}: its suffix must be {' or '.join(writers)}.")
-    if path.suffix == ".parquet":
-        import_extra("pyarrow", "data")
-
-
 def columns(rows: Iterable[Row]) -> list[str]:
     """The columns of a table of these rows: the best class has no number."""
     row = next((row for row in rows if "error" not in row), {"predictions": [None]})  # all others are like it
