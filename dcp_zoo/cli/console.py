@@ -15,17 +15,11 @@ from rich.table import Column, Table
 
 from dcp_zoo.files import format_duration, printable, printable_lines
 
-QUIET = 30.0  # seconds without a line, after which a log shows where a run is
+QUIET = 30.0  # seconds between the lines of a log that show where a run is
 
 
 class SafeConsole(Console):
     """A terminal that names cannot command: everything printed passes here, see `printable`. Only lines may end."""
-
-    printed = time.monotonic()  # when a line was printed last
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*objects, **options)
-        self.printed = time.monotonic()
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
@@ -36,29 +30,28 @@ output = SafeConsole(highlight=False)
 errors = SafeConsole(stderr=True, highlight=False)
 
 
+Size = Callable[[Any], int]  # how much an item counts
+
+
 def progress_bar(
-    iterable: Iterable[Any],
-    description: str,
-    total: int,
-    transient: bool = False,
-    done: int = 0,
-    size: Callable[[Any], int] = lambda item: 1,
+    iterable: Iterable[Any], what: str, total: int, transient: bool = False, done: int = 0, size: Size = lambda item: 1
 ) -> Iterator[Any]:
     """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
     `size`. A transient bar is removed at the end. In a log, lines say now and then how far it is."""
-    started, count, in_log = time.monotonic(), done, not errors.is_terminal
+    started = said = time.monotonic()
+    count, in_log = done, not errors.is_terminal
 
     def say() -> None:
         seconds, new = time.monotonic() - started, count - done
         left = f", about {format_duration(seconds / new * (total - count))} left" if new and count < total else ""
-        log(f"{description}: {count:,} of {total:,} in {format_duration(seconds)}{left}")
+        log(f"{what}: {count:,} of {total:,} in {format_duration(seconds)}{left}")
 
     if done:
-        log(f"Resuming after {done:,} of {total:,} {description}.")
+        log(f"Resuming after {done:,} of {total:,} {what}.")
     columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
     times = TimeElapsedColumn(), "left", TimeRemainingColumn()
     with Progress(*columns, *times, console=errors, transient=transient, disable=in_log) as bar:
-        task = bar.add_task(description, total=total, completed=done, rate="")
+        task = bar.add_task(what, total=total, completed=done, rate="")
         try:
             for item in iterable:
                 yield item
@@ -66,8 +59,9 @@ def progress_bar(
                 # rich's own speed is wrong for items that come in batches
                 speed = (count - done) / max(time.monotonic() - started, 1e-9)
                 bar.update(task, completed=count, rate=f"{speed:.3g}/s" if speed else "")
-                if in_log and time.monotonic() - errors.printed >= QUIET and count < total:
+                if in_log and time.monotonic() - said >= QUIET and count < total:
                     say()
+                    said = time.monotonic()
         finally:
             if in_log and not transient:
                 say()

@@ -85,10 +85,6 @@ class PredictOptions:
         return self.reject_rate or self.reject
 
     @property
-    def keeps_features(self) -> bool:
-        return self.together or self.features is not None
-
-    @property
     def on_onnx(self) -> bool:
         return self.onnx is not None or self.runtime == "onnx"
 
@@ -170,7 +166,7 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.job import onnx_predictor
 
-    file, features = options.onnx, options.keeps_features
+    file, features = options.onnx, options.together or options.features is not None
     threads = options.threads or (1 if options.ray else available_cores())
     # called on every machine of a cluster, which has a cache of its own
     find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
@@ -198,7 +194,8 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
 
         use_threads(threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
-        return torch_predictor(model, options.keeps_features, precision, options.rejects, images or None)
+        features = options.together or options.features is not None
+        return torch_predictor(model, features, precision, options.rejects, images or None)
 
     plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
     return load, plan | {"stats": options.stats, "precision": precision, "reject_rate": options.rejects}
