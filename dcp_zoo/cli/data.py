@@ -8,7 +8,7 @@ from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.cli.console import output, plain_table, print_error
 from dcp_zoo.cli.options import Agree, Command, ImagenetFrom
-from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
+from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError
 
@@ -32,7 +32,7 @@ def check_(
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check (--dataset NAME).")
     rows = check(data_root, verify_images, dataset)
     names = ("dataset", "status", "train", "val", "test", "split sha256")
-    cells = [(row.name.rpartition("/")[2], row.status, *_sizes(row), row.sha256[:12]) for row in rows]
+    cells = [(r.name.rpartition("/")[2], r.status, *map("{:,}".format, r.found or ()), r.sha256[:12]) for r in rows]
     output.print(plain_table(names, cells))
     broken, missing = ([row for row in rows if row.status == status] for status in ("broken", "missing"))
     lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in broken]
@@ -87,12 +87,3 @@ def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool, ima
             failed.append(spec.name)
             print_error(f"{spec.name}: {error}")
     return failed
-
-
-def _sizes(row: CheckRow) -> list[str]:
-    """Image counts of train, val and test; where one differs from the expected count, both."""
-    sizes = []
-    for found, expected in zip(row.found or (None,) * 3, row.expected or (None,) * 3, strict=True):
-        size = "" if found is None else f"{found:,}"
-        sizes.append(size if expected in (None, found) else f"{size} of {expected:,}".strip())
-    return sizes

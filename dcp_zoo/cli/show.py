@@ -155,11 +155,9 @@ def explain(
         (str(i), f"{length:.2f}", ", ".join(f"{word} {cosine:.2f}" for word, cosine in row))
         for i, (row, length) in enumerate(zip(words.nearest, words.lengths.tolist(), strict=True), 1)
     ]
-    output.print("[bold]Text prompts[/]", plain_table(("prompt", "length", "nearest words (cosine)"), per_prompt))
-    output.print(
-        f"[dim]A random vector has a cosine of {words.chance:.2f} with its nearest word: words at or below that have "
-        "no meaning. Length 1 is the median of the vocabulary.[/]\n"
-    )
+    names = ("prompt", "length (median word: 1)", "nearest words (cosine)")
+    output.print("[bold]Text prompts[/]", plain_table(names, per_prompt))
+    output.print(f"[dim]A random vector has {words.chance:.2f} with its nearest word: such words have no meaning.[/]\n")
     output.print("[bold]How far CMPA moves the prompts[/]: |new - old| / |old|, mean (min to max)")
     per_block = [
         (str(k), *(f"{row.mean():.2f} ({row.min():.2f} to {row.max():.2f})" for row in rows))
