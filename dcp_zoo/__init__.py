@@ -1,8 +1,5 @@
-"""dcp_zoo: a timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (arXiv 2305.17903).
-
-The public names are listed in `__init__.pyi` and imported on first use, so that importing the package and starting its
-commands is fast. The models register with timm as soon as timm is imported, before or after this package.
-"""
+"""dcp_zoo: a timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (arXiv 2305.17903). The public
+names are in `__init__.pyi` and imported on first use; the models register with timm as soon as timm is imported."""
 
 import lazy_loader
 import wrapt

@@ -279,7 +279,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")
     err = run.refused("eval", "--head", tmp_path / "whole", "--data-root", tmp_path / "parts")
-    assert "trained on all of these images" in err
+    assert "trained on these images" in err
     (tmp_path / "page").mkdir()
     err = run.refused("train", tmp_path / "photos", "--output", tmp_path / "x", "--report", tmp_path / "page")
     assert "'--report'" in err

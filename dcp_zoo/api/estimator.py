@@ -99,8 +99,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         input, an unknown model or method, or images that cannot be read.
 
         Args:
-            images: a folder with one folder per class, or a sequence of images.
-            labels: one per image, names or numbers; omitted for a folder.
+            images, labels: see `dcp_zoo.train`.
             sample_weight: how much each image counts (n,), compared with the others of its class; of a text probe
                 alone, as by default. Images with weight 0 are left out.
             validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text

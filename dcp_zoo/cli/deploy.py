@@ -45,7 +45,6 @@ def export(options: ExportOptions) -> None:
     """Export a head to a file, a web page or a repo that works without this package, and verify it against the model.
 
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
-    [dim]dcp-zoo predict photo.jpg --onnx caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
@@ -142,7 +141,6 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
 
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
-    [dim]dcp-zoo serve --head model.onnx --host 0.0.0.0 --port 8080[/]
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot --ray auto --threads 2[/]
     """
     for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():

@@ -11,7 +11,7 @@ from typer import Option
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, plain_table, progress_bar
-from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
+from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
@@ -74,7 +74,8 @@ def evaluate(
     source = image_source(model, test, "none", workers, progress_bar, precision=precision)
     evaluation = Evaluation(images.classnames, test, predict(source, batch_size, progress_bar))
     if report:
-        write_page(evaluation, report, f"{head} on {dataset}")
+        write_mistakes(evaluation, report, f"{head} on {dataset}")
+        log(f"Wrote {report}")
     if not as_json:
         output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} statistics:")
         show_evaluation(evaluation)
@@ -105,9 +106,8 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
         return images.items
     if not split.test:
-        used = "all" if subset_sha256(split.train) == model.info.get("subset_sha256") else "some"
         advice = f"dcp-zoo info {head} shows its accuracy. Pass other images, or train with --no-refit to hold some out"
-        raise ZooError(f"{head} was trained on {used} of these images. {advice}.")
+        raise ZooError(f"{head} was trained on these images. {advice}.")
     return split.test
 
 
@@ -145,9 +145,3 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
     output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
-
-
-def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
-    """Write the page of --report."""
-    write_mistakes(evaluation, path, title)
-    log(f"Wrote {path}")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from typer import confirm
 
+from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
-from dcp_zoo.cli.evaluate import show_evaluation, write_page
+from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.show import model_line
 from dcp_zoo.data import Split, check_images, is_own
 from dcp_zoo.data.paths import check_output
@@ -158,7 +159,8 @@ def train(options: TrainOptions) -> None:
 
         def show(evaluation: "Evaluation") -> None:
             if options.report:
-                write_page(evaluation, options.report, f"{output_dir} on {dataset}")
+                write_mistakes(evaluation, options.report, f"{output_dir} on {dataset}")
+                log(f"Wrote {options.report}")
             show_evaluation(evaluation)
             if dataset == "folder":
                 _warn_of_copies(evaluation, run.subset())

@@ -34,8 +34,8 @@ _temporary: list[ExitStack] = []  # folders that are removed when the process en
 
 
 def fetch_archive(archive: Archive, folder: Path) -> Path:
-    """The archive in `folder`, downloaded if it is not there yet. ZooError if the source does not answer or has another
-    file, the connection stays broken, or the disk is full; what arrived is kept and continued by the next call."""
+    """The archive in `folder`, downloaded if it is not there yet; what arrived is continued by the next call. ZooError
+    if the source does not answer or has another file, the connection stays broken, or the disk is full."""
     target = folder / archive.filename
     part = target.with_name(f"{target.name}.part")
     with writing_to(folder, "run the same command again: it continues"):

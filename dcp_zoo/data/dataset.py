@@ -34,11 +34,9 @@ class Decoded(dict[int, Any]):
 
 
 class ImageDataset(Dataset):
-    """Items as (transform(image), label) pairs, for a torch DataLoader. Raises ZooError where `load_image` does.
-
-    Every file is decoded once, on all cores, and kept up to `cache_bytes`; then transformed, as a PIL image or, for a
-    transform of `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W).
-    """
+    """Items as (transform(image), label) pairs, for a torch DataLoader: decoded once, on all cores, and kept up to
+    `cache_bytes`; then transformed as a PIL image or, for torchvision's v2, as a uint8 tensor (3, H, W). ZooError as of
+    `load_image`."""
 
     _seeds: Sequence[int] | None = None
     _mirrored: Sequence[int] | None = None

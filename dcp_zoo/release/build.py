@@ -1,10 +1,5 @@
-"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes from
-
-OUTPUT/results, OUTPUT/failed   see `benchmark.store`
-OUTPUT/heads/HEAD               the checkpoint
-OUTPUT/refused/HEAD.json        why it was not published
-OUTPUT/published/HEAD.json      its repo and its entry in the manifest
-"""
+"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes from the
+store of `benchmark`, the checkpoints in OUTPUT/heads, and HEAD.json in OUTPUT/refused and OUTPUT/published."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
