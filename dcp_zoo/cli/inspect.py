@@ -18,7 +18,7 @@ MINIATURE = "dcp_mini knows names of everyday things, but does not understand se
 def inspect(
     photos: Photos = None,
     labels: Labels = None,
-    output_dir: Path | None = Option(None, "--output", help="Folder for page and table, or for the copy of --fix."),
+    output_dir: Path | None = Option(None, "--output", help="Folder for page and table, or the copy of --fix."),
     fix: Path | None = Option(
         None,
         metavar="FILE.csv",
@@ -98,7 +98,7 @@ def suggest(
     head: str | None = Option(None, help="Guesses the classes: a head, or a folder with a checkpoint."),
     labelled: Path | None = Option(None, metavar="FOLDER", help="Images with a label, which are not suggested again."),
     count: int = Option(20, min=1, help="How many images."),
-    output_dir: Path | None = Option(None, "--output", help="New folder: table, page, and links to sort by hand."),
+    output_dir: Path | None = Option(None, "--output", help="New folder for table, page and links to sort."),
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,

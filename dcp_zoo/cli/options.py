@@ -59,7 +59,7 @@ BatchSize = Annotated[int, Option(min=1, help="Images per batch. With --stats ba
 Stats = Annotated[Text, Option(help="Prompt statistics: stored (the default), batch (the paper's) or per-image.")]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
-DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences in place of class names, as in CuPL.")]
+DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences for the class names, as in CuPL.")]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
 ImagenetFrom = Annotated[Text, Option(metavar="FOLDER|hf", help="ImageNet's archives, or its Hub dataset.")]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]

@@ -51,15 +51,17 @@ class PredictOptions:
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
-    reject_rate: float | None = opt.option(None, f"--reject that refuses this share of right images, not {REFUSED}.")
+    reject_rate: float | None = opt.option(
+        None, f"Like --reject, but refuse this share of known images, not {REFUSED}."
+    )
     together: bool = opt.option(False, "Refine each prediction with the other images: usually more accurate.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
-    error_rate: float = opt.option(0.1, "With --hierarchy: the share that may be wrong.", min=0.001, max=0.49)
+    error_rate: float = opt.option(0.1, "With --hierarchy: the share of wrong answers.", min=0.001, max=0.49)
     fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
-    table: str | None = to_file("A .csv, .jsonl or .parquet file, with --ray a folder; resumable.", "--output")
+    table: str | None = to_file("Write a .csv, .jsonl or .parquet file, or with --ray a folder.", "--output")
     features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
     sheet: Path | None = to_file("Write an HTML contact sheet, on which predictions are corrected by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
@@ -68,7 +70,7 @@ class PredictOptions:
     runtime: str = opt.option("torch", "torch, or onnx (ONNX Runtime: exports the head once, then starts faster).")
     onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
-    workers: int | None = opt.option(None, "Processes that decode images. Default: 0, or of many one per core.", min=0)
+    workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
     threads: opt.Threads = None

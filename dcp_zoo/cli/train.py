@@ -61,7 +61,7 @@ class TrainOptions:
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
     seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
-    refit: bool | None = opt.option(None, f"{REFIT} Default: own, without `test` or --shots.", "--refit/--no-refit")
+    refit: bool | None = opt.option(None, f"{REFIT} Default: for your own images.", "--refit/--no-refit")
     report: opt.Report = None
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
