@@ -51,9 +51,7 @@ class PredictOptions:
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
-    reject_rate: float | None = opt.option(
-        None, f"Like --reject, but refuse this share of known images, not {REFUSED}."
-    )
+    reject_rate: float | None = opt.option(None, f"As --reject, but refuse this share of the classes, not {REFUSED}.")
     together: bool = opt.option(False, "Refine each prediction with the other images: usually more accurate.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
