@@ -140,7 +140,7 @@ def relabelled(change):
     [
         ({"train": [], "val": []}, "must have the lists train, val and test"),
         ({"train": {}, "val": [], "test": []}, "must have the lists"),
-        ([], "must be an object"),
+        ([], "must have the lists"),
         (first(key="sub/../../outside.jpg"), "leaves the image folder"),
         (first(key="sub\\..\\..\\outside.jpg"), "leaves the image folder"),
         (first(key="/etc/passwd"), "leaves the image folder"),

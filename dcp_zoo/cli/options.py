@@ -129,7 +129,7 @@ def data_source(
         raise ZooError(f"Pass either the images {photos} or a dataset: omit --dataset and --data-root, or {photos}.")
     if Path(photos).is_dir() or is_archive(photos):
         return "folder", Path(photos)
-    raise ZooError(f"There is no folder {photos}. Pass one with a folder per class, or a dataset: --dataset {photos}.")
+    raise ZooError(f"There is no folder {photos}. Pass one with a folder per class, or --dataset NAME.")
 
 
 def uses_data_root(dataset: str) -> bool:
