@@ -29,7 +29,6 @@ class SafeConsole(Console):
 output = SafeConsole(highlight=False)
 errors = SafeConsole(stderr=True, highlight=False)
 
-
 Size = Callable[[Any], int]  # how much an item counts
 
 
@@ -50,7 +49,8 @@ def progress_bar(
         log(f"Resuming after {done:,} of {total:,} {what}.")
     columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
     times = TimeElapsedColumn(), "left", TimeRemainingColumn()
-    with Progress(*columns, *times, console=errors, transient=transient, disable=in_log) as bar:
+    shown = SafeConsole(quiet=True) if in_log else errors  # older versions of rich end a disabled bar with a line
+    with Progress(*columns, *times, console=shown, transient=transient, disable=in_log) as bar:
         task = bar.add_task(what, total=total, completed=done, rate="")
         try:
             for item in iterable:
