@@ -942,7 +942,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count prints a table: add --together"),
+        (["--count"], "--count is for --together without --json"),
         (["--link"], "--link works only with --sort-into"),
         (
             ["--together", "--ray", "auto", "--output", "p"],

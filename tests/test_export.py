@@ -245,7 +245,7 @@ def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
 def test_a_cache_that_is_not_writable_is_explained(exports, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ZooError, match="file/cache/onnx: Not a directory. Set DCP_ZOO_CACHE to a folder that is"):
+    with pytest.raises(ZooError, match="file/cache/onnx: Not a directory. Set DCP_ZOO_CACHE to another folder"):
         onnx_cache.onnx_file(BUNDLED)
     assert not exports
 
