@@ -309,11 +309,11 @@ def test_a_fitted_classifier_behaves_as_scikit_learns(folder, pictures, fitted):
     assert fitted.score(folder) == fitted.score(paths, labels) == 1
     assert fitted.predict_proba(paths[::-1])[::-1] == pytest.approx(probabilities, abs=1e-5)
     assert fitted.predict_proba(paths[2:3]) == pytest.approx(probabilities[2:3], abs=1e-5)
-    refined = fitted.predict_proba(paths, together=True)
-    answers = dcp_zoo.predict(fitted.model_, paths, together=True)
+    refined = fitted.predict_proba(paths[:4], together=True)  # of one of the classes
+    answers = dcp_zoo.predict(fitted.model_, paths[:4], together=True)
     assert [row[0].probability for row in answers] == pytest.approx(refined.max(1), abs=1e-3)
-    assert refined.sum(1) == pytest.approx(np.ones(8), abs=1e-5)
-    assert np.abs(refined - probabilities).max() > 1e-3
+    assert refined.sum(1) == pytest.approx(np.ones(4), abs=1e-5)
+    assert np.abs(refined - probabilities[:4]).max() > 1e-3
     assert set(vars(fitted)) == before
     again = clone(fitted).fit(paths, labels)
     assert np.array_equal(again.predict_proba(paths), probabilities)
