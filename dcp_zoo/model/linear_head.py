@@ -145,12 +145,8 @@ class LinearHead(Head):
         super().add_class(name, images, known)
 
     def _limited(self, limit: str) -> ZooError:
-        return limited_to_its_classes(self.method, limit)
-
-
-def limited_to_its_classes(method: str, limit: str) -> ZooError:
-    """The error of a head that reads no names."""
-    return ZooError(
-        f"A head of {method} is limited to its classes, and {limit}. For other classes use a head of a method that "
-        "reads their names: dcp or zero-shot."
-    )
+        """The error of a head that reads no names."""
+        return ZooError(
+            f"A head of {self.method} is limited to its classes, and {limit}. For other classes use a head of a method "
+            "that reads their names: dcp or zero-shot."
+        )
