@@ -392,13 +392,6 @@ class DCP(Head):
         super().load_trained(state, config)
         self.rely_on_texts(given or stored or self.template, stored or self.template)
 
-    @classmethod
-    def from_config(
-        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
-    ) -> "DCP":
-        options = DCPConfig.from_options(config["model_args"])
-        return cls(clip, config["label_names"], options, tokenizer=tokenizer)
-
     def fuse(self) -> FusedDCP:
         chosen, self.stats = self._stats, "stored"
         try:

@@ -67,6 +67,8 @@ class LinearHead(Head):
     def from_config(
         cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
+        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
+        names and shapes of its tensors."""
         names, known = config["label_names"], clip.state_dict()
         changed = [name for name in shapes if name in known]
         return cls(

@@ -118,10 +118,6 @@ class TextProbe(nn.Module):
         """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
         return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
 
-    def unset_threshold(self) -> None:
-        """From now on images cannot be rejected, until a threshold is fitted again."""
-        self.threshold = torch.full_like(self.threshold, NEVER)
-
     @property
     def rejects(self) -> bool:
         """Whether there is a threshold."""

@@ -56,12 +56,18 @@ class LinearProbeRecipe(BaseRecipe):
 
 
 @dataclass(frozen=True)
-class TipAdapterRecipe(BaseRecipe):
+class CropsRecipe(BaseRecipe):
+    """Of a method on features of several views of each training image: rows, or averaged."""
+
+    augment: str = augment_option("crop-flip")
+    augment_epochs: int = count(10, "random crops of each training image; unused by the miniature")
+
+
+@dataclass(frozen=True)
+class TipAdapterRecipe(CropsRecipe):
     """The paper's. Its code uses a different search range for each dataset; here all share one grid, of 20 alphas and
     40 betas from 0.1 to `search_max`."""
 
-    augment: str = augment_option("crop-flip")
-    augment_epochs: int = count(10, "random crops of an image whose features are averaged; unused by the miniature")
     alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
     beta: float = option(1.0, "sharpness of the cache's similarities; used like alpha")
     search_max: float = option(50.0, "largest alpha and beta that are tried on validation images")
@@ -78,12 +84,10 @@ class TipAdapterFRecipe(TipAdapterRecipe):
 
 
 @dataclass(frozen=True)
-class ProKeRRecipe(BaseRecipe):
+class ProKeRRecipe(CropsRecipe):
     """The authors' code, which searches other ranges for each dataset; here all share 5 betas from 0.5 to 8 and 6
     lambdas from 0.01 to 3."""
 
-    augment: str = augment_option("crop-flip")
-    augment_epochs: int = count(10, "random crops of an image whose features are averaged; unused by the miniature")
     beta: float = option(1.5, "sharpness of the kernel, without validation images", min=0)
     penalty: float = option(0.05, "lambda, without validation images", min=1e-4)
 
@@ -94,11 +98,9 @@ def at_most(shots: int, known: dict[int, float]) -> float:
 
 
 @dataclass(frozen=True)
-class GDARecipe(BaseRecipe):
+class GDARecipe(CropsRecipe):
     """The paper's."""
 
-    augment: str = augment_option("crop-flip")
-    augment_epochs: int = count(10, "random crops of each training image; unused by the miniature")
     alpha: float | None = option(None, "weight of the Gaussian part; by default chosen on the validation images")
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
 
