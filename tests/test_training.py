@@ -24,7 +24,7 @@ from dcp_zoo.training.loop import build_optimizer, objective, train
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import new_model, round_and_store_stats
-from dcp_zoo.training.methods.published import GDARecipe
+from dcp_zoo.training.methods.published import RECIPES
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, load_for_training, plan, train_and_refit, train_head
@@ -132,7 +132,7 @@ def test_the_fast_recipe_is_late_coupling_for_half_the_steps():
 
 def test_the_classifier_is_an_option_of_every_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text("augment: none")
-    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", GDARecipe(augment="none")):
+    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", RECIPES["gda"](augment="none")):
         chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "text-probe")
         assert (chosen.augment, chosen.classifier) == ("flip" if given is None else "none", "text-probe")
     assert chosen_recipe("coop", "dcp_mini", "folder", 4).classifier == "none"

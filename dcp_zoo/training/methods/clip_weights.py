@@ -19,7 +19,6 @@ from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Loss, Task, minimise, own_clip, shuffled
-from dcp_zoo.training.methods.published import CLIPLoRARecipe
 from dcp_zoo.training.sources import ImageSource, encode_views
 
 FINAL_LR = 1e-6  # of CLIP-LoRA, CLIP-SVD and 2SFS
@@ -103,7 +102,7 @@ def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps
     return losses
 
 
-def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
+def add_updates(clip: FrozenCLIP, recipe: Any) -> nn.ModuleList:
     """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first."""
     check_blocks(clip, "CLIP-LoRA")
     updates = nn.ModuleList()
@@ -249,7 +248,9 @@ def fit_2sfs(task: Task) -> LinearHead:
     """
     clip, source = own_clip(task.clip), task.train_images
     norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
-    train_weights(clip, task, [p for norm in norms for p in norm.parameters()], task.recipe.stages[0])
+    steps = task.recipe.steps
+    first = int(steps * task.recipe.first_stage)
+    train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
     weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.template).requires_grad_()
     if source.views is not None or task.recipe.augment != "crop-flip":
         source = replace(source, views=source.for_model(clip).features())
@@ -259,5 +260,5 @@ def fit_2sfs(task: Task) -> LinearHead:
             features = clip.encode_image(inputs, source.patches)
         return F.cross_entropy(clip.logits(features, F.normalize(weight, dim=-1)).float(), labels)
 
-    train_steps(task, [weight], loss, source, task.recipe.stages[1])
+    train_steps(task, [weight], loss, source, steps - first)
     return task.text_head(F.normalize(weight.requires_grad_(False), dim=-1), clip=clip)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -27,7 +28,6 @@ from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.fit_probe import probe_views
 from dcp_zoo.training.loop import EpochAverage, cross_entropy
 from dcp_zoo.training.methods.base import Task, train_prompts
-from dcp_zoo.training.methods.published import PromptSRCRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers
@@ -145,7 +145,7 @@ def fit_promptsrc(task: Task) -> PromptHead:
 
 
 def promptsrc_loss(
-    head: PromptHead, frozen_text: Tensor, recipe: PromptSRCRecipe, class_weight: Tensor | None = None
+    head: PromptHead, frozen_text: Tensor, recipe: Any, class_weight: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone;
     see `loop.objective`."""
