@@ -98,11 +98,6 @@ class ImageSource:
         return self.model
 
     @property
-    def first_view(self) -> "ImageSource":
-        """The same images with view 0 alone, if there are `views`."""
-        return self if self.views is None else replace(self, views=self.views[:1])
-
-    @property
     def patches(self) -> bool:
         """Whether batches are patch maps or tokens, for `model(inputs, patches=True)`, instead of images."""
         return self.views is not None and self.views.ndim > 3

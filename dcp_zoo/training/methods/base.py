@@ -68,7 +68,9 @@ class Task:
     def train_images(self) -> ImageSource:
         """The training images, augmented as in the recipe; without augmentation, only view 0."""
         assert self.train is not None
-        return self.train.first_view if self.recipe.augment == "none" else self.train
+        if self.recipe.augment != "none" or self.train.views is None:
+            return self.train
+        return replace(self.train, views=self.train.views[:1])
 
     @cached_property
     def plain_train(self) -> ImageSource:
