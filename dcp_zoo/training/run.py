@@ -130,6 +130,10 @@ class Run:
         return stored
 
 
+def show_nothing(evaluation: Evaluation) -> None:
+    """Show nothing."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a run writes and shows; nothing here but early stopping changes what is learnt.
@@ -150,7 +154,7 @@ class RunOptions:
     progress: Progress = bar
     log: Log = no_log
     stop: Callable[[], bool] = never
-    show: Callable[[Evaluation], object] = lambda evaluation: None
+    show: Callable[[Evaluation], object] = show_nothing
     callbacks: Sequence[Callback] = ()
 
 
