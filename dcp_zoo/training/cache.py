@@ -44,7 +44,7 @@ class FeatureCache:
     def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """What is kept of these."""
         found = {}
-        with self._lock, self._going_on(), self._open() as file:
+        with self._open() as file:
             for key in keys:
                 row = file.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()
                 if row and isinstance(row[0], bytes) and row[0] == _sealed(key, row[0][SEAL:]):
@@ -52,7 +52,7 @@ class FeatureCache:
         return found
 
     def put(self, values: Mapping[str, Tensor]) -> None:
-        with self._lock, self._going_on(), self._open() as file:
+        with self._open() as file:
             while file.execute(SIZE).fetchone()[0] > self.limit and file.execute(DELETE_OLDEST).rowcount:
                 pass
             rows = ((key, _sealed(key, save({"value": value.contiguous()}))) for key, value in values.items())
@@ -60,29 +60,31 @@ class FeatureCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """The file, or what is in memory, for one transaction."""
-        file = self._memory or _connected(self.place)
-        try:
-            with file:
-                yield file
-        finally:
-            if file is not self._memory:
-                file.close()
+        """The file, or what is in memory, for one transaction, which ends early if the file cannot be used."""
+        with self._lock:
+            try:
+                file = self._memory or _connected(self.place)
+            except (OSError, sqlite3.Error) as error:
+                file = self._in_memory(error)
+            try:
+                with file:
+                    yield file
+            except sqlite3.Error as error:
+                self._in_memory(error)
+            finally:
+                if file is not self._memory:
+                    file.close()
 
-    @contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _in_memory(self, error: Exception) -> sqlite3.Connection:
         """Go on without the file after an error, and delete it unless the error says that it is whole."""
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            if not any(word in str(error) for word in ("locked", "readonly", "full")):
-                with suppress(OSError):
-                    for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
-                        Path(file).unlink(missing_ok=True)
-            self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
-            advice = f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1"
-            problem = cannot_write(self.place, error, advice)
-            warnings.warn(f"Image features are not cached for the next run. {problem}", stacklevel=2)
+        if not any(word in str(error) for word in ("locked", "readonly", "full")):
+            with suppress(OSError):
+                for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
+                    Path(file).unlink(missing_ok=True)
+        self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
+        problem = cannot_write(self.place, error, f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1")
+        warnings.warn(f"Image features are not cached for the next run. {problem}", stacklevel=2)
+        return self._memory
 
 
 def _connected(place: str) -> sqlite3.Connection:
