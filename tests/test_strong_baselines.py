@@ -646,8 +646,11 @@ def test_two_stage(clip, photos):
 
     for name, p in clip.clip.named_parameters():
         assert torch.equal(p, head.clip.get_parameter(name)) == (name not in names)
-        if name in names:
-            assert close(head.clip.get_parameter(name) - p, plain.get_parameter(name).detach() - p, 1e-2)
+    moves = [
+        torch.cat([(m.get_parameter(n) - clip.clip.get_parameter(n)).flatten() for n in names])
+        for m in (head.clip, plain)
+    ]
+    assert F.cosine_similarity(*moves, dim=0) > 0.99  # where a gradient is almost 0, AdamW's steps may differ in sign
 
 
 def adamw(trained: list[torch.Tensor], loss_of) -> list[float]:
