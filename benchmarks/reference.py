@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.cmpa import PromptAttention
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.dcp import DCP, PromptAttention
 from dcp_zoo.model.names import end_positions
 
 

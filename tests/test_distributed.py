@@ -94,7 +94,7 @@ def _received(pipe):
 @pytest.fixture
 def float64(monkeypatch):
     """In double precision rounding is negligible, so that equal results compare equal."""
-    monkeypatch.setattr("dcp_zoo.model.cmpa.LayerNormFp32.forward", nn.LayerNorm.forward)
+    monkeypatch.setattr("dcp_zoo.model.dcp.LayerNormFp32.forward", nn.LayerNorm.forward)
 
 
 def test_validation_images_are_classified_as_by_one_process(source):

@@ -16,6 +16,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import WEIGHTS_NAME, read_config
+from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import load_head
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
@@ -39,9 +40,12 @@ def small(method, clip, photos, **changes):
 def load(clip, folder):
     """The head of a checkpoint on another copy of the same CLIP, as `create_model` loads it."""
     config = read_config(folder)
-    kind = KINDS[config["dcp"].get("head", "dcp")]
-    head = kind.from_config(copy.deepcopy(clip.clip), config, tensor_shapes(folder), clip.tokenizer)
-    head.method = config["dcp"].get("method", "dcp")
+    own = copy.deepcopy(clip.clip)
+    if "head" in config["dcp"]:
+        head = KINDS[config["dcp"]["head"]].from_config(own, config, tensor_shapes(folder), clip.tokenizer)
+        head.method = config["dcp"]["method"]
+    else:
+        head = DCP(own, config["label_names"], tokenizer=clip.tokenizer, **config["model_args"])
     return load_head(head, folder, config).eval()
 
 

@@ -4,7 +4,6 @@ Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, 
 """
 
 import copy
-import inspect
 import io
 import json
 import pickle
@@ -205,8 +204,8 @@ def test_reset_classifier():
         ({"drop_rate": 0.1}, "drop_rate=0.1: a DCP has no dropout, only 0"),
         ({"drop_path_rate": 0.1}, "drop_path_rate=0.1: a DCP has no dropout, only 0"),
         ({"num_classes": 10}, "num_classes=10, but there are 100 class names"),
-        ({"patch_size": 16}, "no argument patch_size.*features_only.*device.*classnames.*n_ctx"),
-        ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "no argument act_layer, num_prefix_tokens"),
+        ({"patch_size": 16}, "patch_size is none of n_ctx, depth, "),
+        ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
         ({"out_indices": (1, 2)}, r"out_indices=\(1, 2\).*pass features_only=True"),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
         ({"features_only": True, "out_indices": 7}, "no blocks 7"),
@@ -227,9 +226,6 @@ def test_arguments_of_timms_scripts_are_accepted():
 
 
 def test_arguments_of_the_zoo_are_accepted():
-    """timm's side lists all of them too."""
-    arguments = inspect.signature(dcp_zoo.create_model).parameters.keys() - {"name", "pretrained", "options"}
-    assert set(timm_module.ZOO_ARGS) > arguments
     model = timm.create_model("dcp_mini", pretrained="clip", n_ctx=2, depth=3, classnames=["cat", "dog"], stats="batch")
     assert (model.config.n_ctx, model.num_coupled, model.classnames) == (2, 3, ["cat", "dog"])
 

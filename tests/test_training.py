@@ -23,8 +23,8 @@ from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, objective, train
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.coupled import new_model, round_and_store_stats
-from dcp_zoo.training.methods.published import GDARecipe
+from dcp_zoo.training.methods.prompts import new_model, round_and_store_stats
+from dcp_zoo.training.methods.published import RECIPES
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, load_for_training, plan, train_and_refit, train_head
@@ -132,7 +132,7 @@ def test_the_fast_recipe_is_late_coupling_for_half_the_steps():
 
 def test_the_classifier_is_an_option_of_every_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text("augment: none")
-    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", GDARecipe(augment="none")):
+    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", RECIPES["gda"](augment="none")):
         chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "text-probe")
         assert (chosen.augment, chosen.classifier) == ("flip" if given is None else "none", "text-probe")
     assert chosen_recipe("coop", "dcp_mini", "folder", 4).classifier == "none"
@@ -311,7 +311,7 @@ def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
         monkeypatch.setattr(model, "encode_prompted", encoder)
         return model
 
-    monkeypatch.setattr("dcp_zoo.training.methods.coupled.new_model", watched)
+    monkeypatch.setattr("dcp_zoo.training.methods.prompts.new_model", watched)
     METHODS["dcp"].fit(a_task(sources, "flip", classifier="none"))
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
 
@@ -331,7 +331,7 @@ def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, aug
     found = METHODS["dcp"].fit(task)
     early = [call for call in blocks.call_args_list if call.args[1] < 4]
     assert len(early) == 4 * (1 + (augment == "flip")), "one batch of each view"
-    monkeypatch.setattr("dcp_zoo.training.methods.coupled.total_memory", lambda device: 0)
+    monkeypatch.setattr("dcp_zoo.training.methods.prompts.total_memory", lambda device: 0)
     expected = METHODS["dcp"].fit(task)
     assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
     assert close(*(predict(task.train.for_model(head), 8) for head in (found, expected)), 2e-2)

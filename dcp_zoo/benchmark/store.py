@@ -1,9 +1,7 @@
-"""The folder of a sweep: one file per finished trial, failure, plan and lock, all written atomically.
+"""The folder of a sweep: one file per finished trial, failure, plan and lock, all written atomically; see also
+docs/benchmarks.md.
 
-OUTPUT/results/KEY.json   a finished trial
-OUTPUT/failed/KEY.json    a trial that failed, until it succeeds
 OUTPUT/plans/HASH.json    the trials of one command
-OUTPUT/heads/HEAD         a trained head, if heads are saved
 OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system releases the lock with the process
 """
 

@@ -1,12 +1,5 @@
 """The CLIP and the images shared by all trials of a process: read and run through the frozen stem once; or the features
-given in their place, for methods that need nothing else. A folder of them holds one file DATASET.npz per dataset:
-
-    classnames         (C,)
-    test_vector        (n, E) image features, test_label (n,)
-    trainK_vector      (m, E), trainK_label (m,) for each number K of shots
-    valK_vector, valK_label     optional: few-shot validation images
-    text_vector        optional: (C, E) text features of the class names in the dataset's template
-    logit_scale        optional: exp(logit_scale) of the CLIP, by default 100
+given in their place, for methods that need nothing else, in files as docs/benchmarks.md says under "On features alone".
 """
 
 import re
@@ -67,9 +60,8 @@ class TrialImages:
     def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
         """With few-shot training images. As in CoOp, they are drawn for all classes before one half of the classes is
         selected. Without shots, the whole part."""
-        return (
-            subsample_classes(few_shot(self.split(dataset), shots, seed), part) if shots else self.split(dataset, part)
-        )
+        whole = self.split(dataset)
+        return subsample_classes(few_shot(whole, shots, seed) if shots else whole, part)
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         """The source of these images, see `training.run.Reader`; what is read is shared by trials, `once` or not."""
@@ -139,10 +131,8 @@ class GivenFeatures:
         self.clip.clip.output_dim = arrays["test_vector"].shape[1]
         if TEXT_ARRAY in arrays:
             self.clip.given_texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
-        items = {
-            name: _items(path, name) for name in (f"train{shots}", f"val{shots}", "test") if f"{name}_vector" in arrays
-        }
-        train, val, test = (items.get(name, []) for name in (f"train{shots}", f"val{shots}", "test"))
+        parts = (f"train{shots}", f"val{shots}", "test")
+        train, val, test = (_items(path, name) if f"{name}_vector" in arrays else [] for name in parts)
         return GivenSplit(dataset, names, train, val, test, place=str(path))
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import HeadConfig
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import limited_to_its_classes
-from dcp_zoo.model.names import Texts, Tokenizer, check_classnames
+from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.names import Texts, Tokenizer
 from dcp_zoo.model.text_probe import Linear
 
+CACHED = ("keys", "values", "alpha", "beta")
 
-class CacheHead(Head):
+
+class CacheHead(LinearHead):
     """See the module; `weight` is W, `values` are L, and nothing requires gradients but the `keys` while they are
     trained."""
 
     is_linear = False
-    weight: Tensor
     keys: Tensor
     values: Tensor
     alpha: Tensor
@@ -43,12 +43,10 @@ class CacheHead(Head):
         *,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(clip, tokenizer)
-        self.classnames = check_classnames(classnames)
-        self.num_classes = len(self.classnames)
-        for name in ("weight", "keys", "values", "alpha", "beta"):
+        weight = tensors["weight"]
+        super().__init__(clip, classnames, weight, torch.zeros_like(weight[:, 0]), tokenizer=tokenizer)
+        for name in CACHED:
             self.register_buffer(name, tensors[name])
-        self.eval()
 
     @classmethod
     def from_config(
@@ -56,13 +54,8 @@ class CacheHead(Head):
     ) -> "CacheHead":
         classes, width = len(config["label_names"]), FrozenCLIP(clip, tokenizer).num_features
         images = len(shapes["keys"]) if "keys" in shapes and shapes["keys"].ndim else 0
-        sizes: dict[str, tuple[int, ...]] = {
-            "weight": (classes, width),
-            "keys": (images, width),
-            "alpha": (),
-            "beta": (),
-        }
-        sizes["values"] = images, classes
+        sizes: dict[str, tuple[int, ...]] = {"weight": (classes, width), "keys": (images, width)}
+        sizes |= {"values": (images, classes), "alpha": (), "beta": ()}
         empty = {name: torch.zeros(size) for name, size in sizes.items()}
         return cls(clip, config["label_names"], empty, tokenizer=tokenizer)
 
@@ -81,17 +74,13 @@ class CacheHead(Head):
 
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         """See `Head.set_classnames`: among its own classes."""
-        names = check_classnames(classnames)
-        if names == self.classnames:
-            return
-        if new := [name for name in names if name not in self.classnames]:
-            raise limited_to_its_classes(self.method, f"does not know {', '.join(new[:5])}")
-        rows = [self.classnames.index(name) for name in names]
-        self.weight, self.values = self.weight[rows], self.values[:, rows]
-        self.classnames, self.num_classes = names, len(names)
+        before = self.classnames
+        super().set_classnames(classnames)
+        if self.classnames != before:
+            self.values = self.values[:, [before.index(name) for name in self.classnames]]
 
     def trained_state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("weight", "keys", "values", "alpha", "beta")}
+        return {name: getattr(self, name) for name in ("weight", *CACHED)}
 
     def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"head": "cache", "method": self.method}

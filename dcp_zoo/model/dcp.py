@@ -1,20 +1,22 @@
-"""DCP: a frozen CLIP whose prompts rewrite each other between blocks (DCP, ACL Findings 2023, arXiv 2305.17903).
+"""DCP: a frozen CLIP whose prompts rewrite each other between blocks (DCP, ACL Findings 2023, arXiv 2305.17903), by
+Cross-Modal Prompt Attention (CMPA), the small trained module between its towers.
 
 Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from open_clip.transformer import QuickGELU
+from timm.layers import LayerNormFp32  # computes in float32 and returns the input's dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, DCPConfig, HeadConfig
 from dcp_zoo.model.fused import FusedDCP, both
 from dcp_zoo.model.head import Head
@@ -32,7 +34,38 @@ from dcp_zoo.model.text_probe import Linear, TextProbe
 from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import Step, append_prompts
 
+HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
+
+
+class PromptAttention(nn.Module):
+    """Rewrites the prompts of one tower, whose width is a multiple of 64, from those of the other, the queries."""
+
+    def __init__(self, dim: int, other_dim: int) -> None:
+        super().__init__()
+        if dim % HEAD_WIDTH:
+            raise ZooError(f"CMPA needs tower widths that are multiples of {HEAD_WIDTH}, but this CLIP has {dim}.")
+        self.query = nn.Linear(other_dim, dim)
+        self.norm1 = LayerNormFp32(dim, eps=1e-5)
+        self.attn = nn.MultiheadAttention(dim, dim // HEAD_WIDTH, batch_first=True)
+        self.norm2 = LayerNormFp32(dim, eps=1e-5)
+        c_fc, c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+
+    def forward(self, own: Tensor, other: Tensor) -> Tensor:
+        """own (M, D), other (M, other_dim) -> the new prompts (M, D)."""
+        query, key = self.norm1(self.query(other)), self.norm1(own)  # the same norm for both
+        x = own + self.attn(query, key, key, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class CMPA(nn.Module):
+    """Both directions of prompt attention, or only text to vision: without `to_text`, which would never be trained."""
+
+    def __init__(self, vision_width: int, text_width: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.to_vision = PromptAttention(vision_width, text_width)
+        self.to_text = PromptAttention(text_width, vision_width) if bidirectional else None
 
 
 class DCP(Head):
@@ -391,13 +424,6 @@ class DCP(Head):
             self.set_classnames(self.classnames, stored)
         super().load_trained(state, config)
         self.rely_on_texts(given or stored or self.template, stored or self.template)
-
-    @classmethod
-    def from_config(
-        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
-    ) -> "DCP":
-        options = DCPConfig.from_options(config["model_args"])
-        return cls(clip, config["label_names"], options, tokenizer=tokenizer)
 
     def fuse(self) -> FusedDCP:
         chosen, self.stats = self._stats, "stored"

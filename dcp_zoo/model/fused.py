@@ -24,7 +24,20 @@ from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower
 
 
-class FusedDCP(nn.Module):
+class ImageTower(nn.Module):
+    """images (B, 3, H, W) -> normalised features (B, E), by an image tower without prompts whose blocks are folded."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.tower: VisionTower = vision_tower(self)
+        fold(self.tower)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tower.features(self.tower.run(self.tower.embed(images), ()))
+
+
+class FusedDCP(ImageTower):
     """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower. `config` holds sizes and
     options from which it can be rebuilt, and `info` class names, preprocessing and origin, both plain JSON; `visual` is
     a copy of an open_clip CLIP's image tower, whose blocks may be changed."""
@@ -39,13 +52,10 @@ class FusedDCP(nn.Module):
     def __init__(
         self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module, original: nn.Module | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(visual)
         self.config, self.info = config, info
         self.classnames: list[str] = info["classnames"]
         self.pretrained_cfg = info["preprocessing"]  # as timm and `create_transform` read it
-        self.visual: Any = visual
-        self.tower: VisionTower = vision_tower(self)
-        fold(self.tower)
         self.original = None if original is None else ImageTower(original)
         for name, shape in config["shapes"].items():
             self.register_buffer(name, torch.empty(shape, device="meta"))
@@ -79,19 +89,6 @@ class FusedDCP(nn.Module):
         """Normalised features (B, E) -> `TextProbe.distance` (B,), of a head that can reject."""
         frozen = features[:, -len(self.whitening) :] * math.sqrt(1 + self.config["reads_frozen"])
         return nearest(frozen, self.whitening, self.means)
-
-
-class ImageTower(nn.Module):
-    """images (B, 3, H, W) -> normalised features (B, E), by an image tower without prompts whose blocks are folded."""
-
-    def __init__(self, visual: nn.Module) -> None:
-        super().__init__()
-        self.visual: Any = visual
-        self.tower: VisionTower = vision_tower(self)
-        fold(self.tower)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.tower.features(self.tower.run(self.tower.embed(images), ()))
 
 
 def both(own: Tensor, frozen: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
 from dcp_zoo.model.fused import FusedDCP, both, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
-from dcp_zoo.model.text_probe import PREFIX, Linear, TextProbe, join
+from dcp_zoo.model.text_probe import NEVER, PREFIX, Linear, TextProbe, join
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers.vision import Step, append_prompts
 
@@ -86,14 +86,6 @@ class Head(TimmContract):
     @abstractmethod
     def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
-
-    @classmethod
-    @abstractmethod
-    def from_config(
-        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
-    ) -> "Head":
-        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
-        names and shapes of its tensors."""
 
     @property
     def frozen(self) -> FrozenCLIP:
@@ -264,7 +256,7 @@ class Head(TimmContract):
     def rely_on_texts(self, texts: Texts, before: Texts) -> None:
         """Unset the rejection threshold if the classes that it was fitted for have other texts now."""
         if self.text_probe is not None and not same_texts(self.text_probe.names, texts, before):
-            self.text_probe.unset_threshold()
+            self.text_probe.threshold = torch.full_like(self.text_probe.threshold, NEVER)
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to

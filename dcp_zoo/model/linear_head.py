@@ -67,6 +67,8 @@ class LinearHead(Head):
     def from_config(
         cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
+        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
+        names and shapes of its tensors."""
         names, known = config["label_names"], clip.state_dict()
         changed = [name for name in shapes if name in known]
         return cls(
@@ -145,12 +147,8 @@ class LinearHead(Head):
         super().add_class(name, images, known)
 
     def _limited(self, limit: str) -> ZooError:
-        return limited_to_its_classes(self.method, limit)
-
-
-def limited_to_its_classes(method: str, limit: str) -> ZooError:
-    """The error of a head that reads no names."""
-    return ZooError(
-        f"A head of {method} is limited to its classes, and {limit}. For other classes use a head of a method that "
-        "reads their names: dcp or zero-shot."
-    )
+        """The error of a head that reads no names."""
+        return ZooError(
+            f"A head of {self.method} is limited to its classes, and {limit}. For other classes use a head of a method "
+            "that reads their names: dcp or zero-shot."
+        )

@@ -59,8 +59,9 @@ class PromptHead(Head):
     def from_config(
         cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "PromptHead":
+        in_order = sorted(shapes, key=lambda name: (len(name), name))  # 9 before 10
         prompts: dict[str, list[Tensor]] = {
-            tower: [torch.zeros(shapes[name].shape) for name in sorted(shapes, key=_number) if name.startswith(tower)]
+            tower: [torch.zeros(shapes[name].shape) for name in in_order if name.startswith(tower)]
             for tower in ("text_prompts.", "vision_prompts.")
         }
         block = config["dcp"]
@@ -120,9 +121,3 @@ class PromptHead(Head):
     def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         texts = saved_texts(self.classnames, self.template)
         return {}, {"head": "prompts", "method": self.method, "template": texts, "rest": self.rest}
-
-
-def _number(name: str) -> int:
-    """That of a prompt among those of its tower, from the name of its tensor."""
-    number = name.rpartition(".")[2]
-    return int(number) if number.isdecimal() else 0

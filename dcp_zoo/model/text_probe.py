@@ -118,18 +118,9 @@ class TextProbe(nn.Module):
         """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
         return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
 
-    def unset_threshold(self) -> None:
-        """From now on images cannot be rejected, until a threshold is fitted again."""
-        self.threshold = torch.full_like(self.threshold, NEVER)
-
-    @property
-    def rejects(self) -> bool:
-        """Whether there is a threshold."""
-        return self.threshold.item() > NEVER
-
     def cannot_reject(self, classes: Sequence[str]) -> str:
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
-        if not self.rejects:
+        if self.threshold.item() <= NEVER:
             return NO_THRESHOLD
         seen = {name for name, mean in zip(self.names, self.means, strict=True) if mean.any()}
         if not (new := [name for name in dict.fromkeys(classes) if name not in seen]):

@@ -228,15 +228,11 @@ def objective(
         if targets is None:
             with torch.no_grad():
                 targets = model.encode_prompted(images, patches=patches)
-        distance = TEXT_WEIGHT * _distance(text, zero_shot) + IMAGE_WEIGHT * _distance(features, targets)
+        distances = F.l1_loss(text.float(), zero_shot.float()), F.l1_loss(features.float(), targets.float())
         own = cross_entropy(model.logits(features, text), labels, class_weight)
-        return own + clip_reg * distance, own
+        return own + clip_reg * (TEXT_WEIGHT * distances[0] + IMAGE_WEIGHT * distances[1]), own
 
     return loss_of
-
-
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    return (one.float() - other.float()).abs().mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -39,12 +38,8 @@ from dcp_zoo.zoo.factory import plain_clip
 
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 ClassWeights = str | Mapping[Any, float] | None
-
-
-class Reader(Protocol):
-    """What makes a source of a list of items: `image_source`, or in a sweep what shares images between trials."""
-
-    def __call__(self, items: Sequence[Item], augment: str, once: bool) -> ImageSource: ...
+# of items, augmentation, and whether they are read once: `image_source`, or in a sweep what trials share
+Reader = Callable[[Sequence[Item], str, bool], ImageSource]
 
 
 @dataclass(frozen=True)
@@ -325,14 +320,10 @@ def fit(
             "log": options.log,
             "grad_checkpointing": run.grad_checkpointing,
         }
-        task.reload_clip = partial(_reloaded, run)
+        task.reload_clip = lambda: plain_clip(run.model, run.clip_pretrained).to(run.device)
         head = method.fit(task)
     head.info = info | head.info
     return head, earlier
-
-
-def _reloaded(run: Run) -> FrozenCLIP:
-    return plain_clip(run.model, run.clip_pretrained).to(run.device)
 
 
 def _check_learnt(task: Task, head: Head) -> None:

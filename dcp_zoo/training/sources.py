@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, StackDataset
+from torch.utils.data import DataLoader, StackDataset, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
@@ -35,21 +35,6 @@ def by_image(progress: Progress, batches: Iterable[Any], description: str, image
     for batch in batches:
         yield batch
         deque(islice(counted, len(batch[0])), 0)
-
-
-@dataclass
-class Views(Dataset[tuple[Tensor, Tensor]]):
-    """One of the stored views (views, n, ...) of each image, read in place, and its label."""
-
-    views: Tensor
-    chosen: Sequence[int]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.views[self.chosen[i], i], self.labels[i]
 
 
 @dataclass
@@ -113,11 +98,6 @@ class ImageSource:
         return self.model
 
     @property
-    def first_view(self) -> "ImageSource":
-        """The same images with view 0 alone, if there are `views`."""
-        return self if self.views is None else replace(self, views=self.views[:1])
-
-    @property
     def patches(self) -> bool:
         """Whether batches are patch maps or tokens, for `model(inputs, patches=True)`, instead of images."""
         return self.views is not None and self.views.ndim > 3
@@ -174,16 +154,19 @@ class ImageSource:
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
-        chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
-        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle and self.views is None else None
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
-        dataset: Any = self.dataset.drawn(seeds, view.tolist()) if self.views is None else None
-        if self.views is not None:
-            dataset = Views(self.views, view.tolist(), self.labels)
-        if shuffle and self.targets is not None:
-            targets: Any = self.targets[view, torch.arange(n)]
-            dataset = StackDataset(dataset, targets)
+        if self.views is None:
+            dataset: Any = self.dataset.drawn(seeds, view.tolist())
+            targets = None if self.targets is None else self.targets[view, torch.arange(n)]
+        else:  # the views of all images one after the other, read in place
+            order = n * view[order] + order
+            dataset = TensorDataset(self.views.flatten(0, 1), self.labels.repeat(len(self.views)))
+            targets = None if self.targets is None else self.targets[: len(self.views)].flatten(0, 1)
+        if shuffle and targets is not None:
+            dataset = StackDataset(dataset, targets)  # type: ignore[arg-type]
+        chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
+        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         workers = self.workers if self.views is None else 0
         # without a generator DataLoader would draw from torch's global state; workers end with the epoch
         settings: dict[str, Any] = {"generator": generator or torch.Generator(), "num_workers": workers}

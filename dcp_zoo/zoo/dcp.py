@@ -5,7 +5,6 @@ imports timm, as open_clip does: that would be a circular import.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -13,18 +12,12 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.timm_contract import POOL, check_only, take_blocks
 from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
 
 __all__: list[str] = []  # timm adds the models' names
 default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
 
-TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
-ZOO_ARGS = (
-    *("classnames", "descriptions", "stats", "classifier", "clip_pretrained", "tokenizer", "cache_dir"),
-    *(part.name for part in fields(DCPConfig)),
-)
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
@@ -112,14 +105,7 @@ def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
     for argument in kwargs.keys() & fixed.keys():
         check_only(argument, kwargs[argument], *fixed[argument])
-    zoo_args = {argument: value for argument, value in kwargs.items() if argument not in fixed}
-    unknown = sorted(zoo_args.keys() - set(ZOO_ARGS))
-    if unknown:
-        raise ZooError(
-            f"{name} has no argument {', '.join(unknown)}. It takes {', '.join(TIMM_ARGS)} from timm, and "
-            f"{', '.join(ZOO_ARGS)}."
-        )
-    return zoo_args
+    return {argument: value for argument, value in kwargs.items() if argument not in fixed}
 
 
 def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:

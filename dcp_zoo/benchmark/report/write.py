@@ -27,73 +27,70 @@ STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtic
 PANEL = (3.6, 2.7)  # inches
 
 
-class LearningCurves:
-    """The curves of the few-shot results, with their labels. Needs the extra `plots`. `panels` are the results of each
-    panel by its title; curves with the batch statistics are omitted if there is one with the stored ones. `lines` are
-    colour, marker and line of each curve; DCP is in ink, so that it stands out, and methods without training are
-    dotted."""
+def learning_curves(results: "pd.DataFrame") -> tuple[str, str]:
+    """The learning curves of few-shot results as SVG, with a legend, and their values as text for screen readers; "" if
+    there are none. Needs the extra `plots`. Curves with the batch statistics are omitted if there is one with the
+    stored ones."""
+    shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
+    panels = {title: rows for title, rows, *_ in tables.by_dataset(shown)}
+    if not panels:
+        return "", ""
+    lines, panel_texts = curve_styles(shown), []
+    with import_extra("matplotlib", "plots").rc_context(STYLE):
+        columns = min(4, len(panels))
+        rows = -(-len(panels) // columns)
+        size = max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8
+        figure = import_extra("matplotlib.figure", "plots").Figure(size, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax, (title, panel) in zip(axes, panels.items(), strict=False):
+            draw(ax, panel, lines)
+            ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
+            curves = panel.groupby(["label", "shots"], sort=False).top1.mean().groupby("label", sort=False)
+            texts = (
+                f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for (_, k), mean in c.items()) for label, c in curves
+            )
+            panel_texts.append(f"{title}. {'; '.join(texts)}.")
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        drawn = (ax.get_legend_handles_labels() for ax in axes)
+        handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
+        place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
+        figure.legend(handles.values(), handles, **place)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    used = set(re.findall(r"#([\w-]+)", svg))  # several figures may be on one page: no other ids
+    svg = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+    return svg, f"Top-1 accuracy in percent over images per class. {' '.join(panel_texts)}"
 
-    def __init__(self, results: "pd.DataFrame") -> None:
-        shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
-        self.panels = {title: rows for title, rows, *_ in tables.by_dataset(shown)}
-        self.lines: dict[str, dict[str, Any]] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
-        for i, label in enumerate(label for label in shown.label.unique() if label != "DCP"):
-            line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
-            self.lines[label] = line | {"linestyle": "-" if i < len(COLOURS) else "--"}
-        for label, trained in shown.groupby("label").shots.any().items():
-            self.lines[label] |= {"markersize": 4} | ({} if trained else {"linestyle": ":", "marker": ""})
 
-    def file(self) -> str:
-        """All panels and a legend as SVG."""
-        with import_extra("matplotlib", "plots").rc_context(STYLE):
-            columns = min(4, len(self.panels))
-            rows = -(-len(self.panels) // columns)
-            size = max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8
-            figure = import_extra("matplotlib.figure", "plots").Figure(size, layout="constrained")
-            axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-            for ax, title in zip(axes, self.panels, strict=False):
-                self._draw(ax, title)
-            for ax in axes[len(self.panels) :]:
-                ax.set_axis_off()
-            drawn = (ax.get_legend_handles_labels() for ax in axes)
-            handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
-            place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
-            figure.legend(handles.values(), handles, **place)
-            text = io.StringIO()
-            figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
-        svg = text.getvalue()[text.getvalue().index("<svg") :]
-        used = set(re.findall(r"#([\w-]+)", svg))  # several figures may be on one page: no other ids
-        return re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+def curve_styles(shown: "pd.DataFrame") -> dict[str, dict[str, Any]]:
+    """Colour, marker and line by label: DCP is in ink, so that it stands out; methods without training are dotted."""
+    lines: dict[str, dict[str, Any]] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
+    for i, label in enumerate(label for label in shown.label.unique() if label != "DCP"):
+        line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
+        lines[label] = line | {"linestyle": "-" if i < len(COLOURS) else "--"}
+    for label, trained in shown.groupby("label").shots.any().items():
+        lines[label] |= {"markersize": 4} | ({} if trained else {"linestyle": ":", "marker": ""})
+    return lines
 
-    def text(self) -> str:
-        """The values of the curves as text, for screen readers."""
-        panels = []
-        for title, rows in self.panels.items():
-            curves = []
-            for label, group in rows.groupby("label", sort=False):
-                means = group.groupby("shots").top1.mean()
-                curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
-            panels.append(f"{title}. {'; '.join(curves)}.")
-        return f"Top-1 accuracy in percent over images per class. {' '.join(panels)}"
 
-    def _draw(self, ax: "Axes", title: str) -> None:
-        """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
-        rows = self.panels[title]
-        for label, group in rows.groupby("label", sort=False):
-            points, line = group.groupby("shots").top1.agg(["mean", "std"]), self.lines[label]
-            if list(points.index) == [0]:
-                ax.axhline(points["mean"][0], label=label, **line)
-                continue
-            points = points.drop(index=0, errors="ignore").fillna(0)
-            ax.plot(points.index, points["mean"], label=label, **line)
-            band = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
-            ax.fill_between(points.index, points["mean"] - points["std"], points["mean"] + points["std"], **band)
-        shots = sorted(set(rows.shots) - {0})
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(shots, [str(k) for k in shots])
-        ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
-        ax.grid(alpha=0.25, color="#888888")
-        ax.spines[["top", "right"]].set_visible(False)
+def draw(ax: "Axes", rows: "pd.DataFrame", lines: dict[str, dict[str, Any]]) -> None:
+    """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
+    for label, group in rows.groupby("label", sort=False):
+        points, line = group.groupby("shots").top1.agg(["mean", "std"]), lines[label]
+        if list(points.index) == [0]:
+            ax.axhline(points["mean"][0], label=label, **line)
+            continue
+        points = points.drop(index=0, errors="ignore").fillna(0)
+        ax.plot(points.index, points["mean"], label=label, **line)
+        band = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
+        ax.fill_between(points.index, points["mean"] - points["std"], points["mean"] + points["std"], **band)
+    shots = sorted(set(rows.shots) - {0})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(shots, [str(k) for k in shots])
+    ax.grid(alpha=0.25, color="#888888")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 SECTIONS = {  # protocol: (heading, tables)
@@ -136,18 +133,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
 def _section(results: "pd.DataFrame", files: dict[str, str]) -> dict[str, Any]:
     """The content for one model; its figure is added to `files`."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
-    section: dict[str, Any] = {"model": model, "weights": weights, "curves": ""}
+    section: dict[str, Any] = {"model": model, "weights": weights}
     section["protocols"] = [
         (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
     ]
     section["ece"], section["nll"] = (tables.few_shot_tables(results, value) for value in ("ece", "nll"))
     section["options"] = tables.options_against_default(results)
     section["runs"] = tables.all_settings(results)
-    curves = LearningCurves(results)
-    if curves.panels:
-        name = file_name(f"learning-curves-{model}-{weights}.svg")
-        files[name] = curves.file()
-        section |= {"curves": files[name], "description": curves.text(), "figure": name}
+    section["curves"], section["description"] = learning_curves(results)
+    section["figure"] = name = file_name(f"learning-curves-{model}-{weights}.svg")
+    if section["curves"]:
+        files[name] = section["curves"]
     return section
 
 

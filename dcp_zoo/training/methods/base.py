@@ -11,19 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
-from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.loop import build_optimizer, cosine, descend, train
+from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 
-FINAL_LR = 1e-6  # of CLIP-LoRA and 2SFS
 Loss = Callable[[Tensor, Tensor], Tensor]  # inputs and labels of a batch -> its loss
+Schedule = Callable[[int], float]  # the learning rate of each step
 
 
 @dataclass
@@ -70,7 +68,9 @@ class Task:
     def train_images(self) -> ImageSource:
         """The training images, augmented as in the recipe; without augmentation, only view 0."""
         assert self.train is not None
-        return self.train.first_view if self.recipe.augment == "none" else self.train
+        if self.recipe.augment != "none" or self.train.views is None:
+            return self.train
+        return replace(self.train, views=self.train.views[:1])
 
     @cached_property
     def plain_train(self) -> ImageSource:
@@ -154,43 +154,11 @@ def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     return FrozenCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
 
 
-def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -> tuple[Tensor, Sequence[int] | None]:
-    """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
-    see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
-    sentences, counts = class_texts(classnames, template)
-    ids = clip.tokenize(sentences)
-    return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
-
-
-def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
-    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them."""
-    if not shares_prefix(clip.text):
-        return clip.clip.encode_text(ids, normalize=False)
-    text = clip.text
-    y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
-    for block in clip.text_tower.blocks:
-        y = block(y, causal=True)
-    return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
-
-
 def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
     """An endless stream of (inputs, labels) batches, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from source.batches(batch_size, generator, drop_last=drop_last)
-
-
-def zero_shot_loss(task: Task, clip: FrozenCLIP) -> Loss:
-    """Cross-entropy of zero-shot classification by a copy of CLIP, which encodes images and sentences in every step."""
-    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
-    patches = task.train_images.patches
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        text = mean_of_texts(F.normalize(sentence_features(clip, ids), dim=-1), counts)
-        logits = task.clip.logits(clip.encode_image(images, patches), text)
-        return F.cross_entropy(logits.float(), labels)
-
-    return loss
 
 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
@@ -200,19 +168,9 @@ def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -
     return train(source.for_model(head), task.recipe, validation=task.val, **shared, **task.training, **options)
 
 
-def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageSource, steps: int) -> list[float]:
-    """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
-    recipe = task.recipe
-    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
-    state, batches = TrainingState().begin(optimizer, task.precision), shuffled(source, recipe.batch_size, task.seed)
-    return descend(state, loss, batches, cosine(recipe.lr, steps, FINAL_LR), steps, task.progress)
-
-
-def train_epochs(
-    task: Task, trained: Iterable[Tensor], loss: Loss, batches: Iterable[Any], per_epoch: int
+def minimise(
+    task: Task, loss: Loss, optimizer: torch.optim.Optimizer, batches: Iterable[Any], lr_at: Schedule, steps: int
 ) -> list[float]:
-    """A `TrainingRecipe`'s optimizer and schedule by epochs of so many batches."""
-    recipe = task.recipe
-    state = TrainingState().begin(build_optimizer(recipe, trained), task.precision)
-    steps = recipe.num_epochs * per_epoch
-    return descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress)
+    """`descend` without a state that is saved; returns the loss of every step."""
+    state = TrainingState().begin(optimizer, task.precision)
+    return descend(state, loss, batches, lr_at, steps, task.progress)

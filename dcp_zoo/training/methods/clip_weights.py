@@ -1,6 +1,6 @@
 """Methods that train a small part of CLIP's own weights, in a copy of it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -13,16 +13,15 @@ from torch.nn.utils import parametrize
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
 from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.model.towers.vision import OpenClipViT
-from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods import base
-from dcp_zoo.training.methods.base import Task, own_clip
-from dcp_zoo.training.methods.published import CLIPLoRARecipe
+from dcp_zoo.training.loop import cosine
+from dcp_zoo.training.methods.base import Loss, Task, minimise, own_clip, shuffled
 from dcp_zoo.training.sources import ImageSource, encode_views
-from dcp_zoo.training.state import TrainingState
+
+FINAL_LR = 1e-6  # of CLIP-LoRA, CLIP-SVD and 2SFS
 
 
 class LowRank(nn.Module):
@@ -38,10 +37,6 @@ class LowRank(nn.Module):
         """Of queries, keys and values those in `rows`, by default all."""
         pairs = zip(self.a[rows], self.b[rows], strict=True)
         return self.scale * torch.cat([F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in pairs], -1)
-
-    def merged(self) -> Tensor:
-        """The same without dropout, as a matrix (3 D, D) to add to the block's `in_proj_weight`."""
-        return self.scale * (self.b @ self.a).flatten(0, 1)
 
 
 class LowRankBlock(OpenClipBlock):
@@ -64,14 +59,50 @@ def check_blocks(clip: FrozenCLIP, method: str) -> None:
         )
 
 
+def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -> tuple[Tensor, Sequence[int] | None]:
+    """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
+    see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
+    sentences, counts = class_texts(classnames, template)
+    ids = clip.tokenize(sentences)
+    return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
+
+
+def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
+    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them."""
+    if not shares_prefix(clip.text):
+        return clip.clip.encode_text(ids, normalize=False)
+    text = clip.text
+    y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
+    for block in clip.text_tower.blocks:
+        y = block(y, causal=True)
+    return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
+
+
+def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageSource, steps: int) -> list[float]:
+    """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
+    recipe = task.recipe
+    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    batches = shuffled(source, recipe.batch_size, task.seed)
+    return minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps, FINAL_LR), steps)
+
+
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
-    """Train these weights of a copy of CLIP by zero-shot classification; returns the loss of every step."""
-    losses = base.train_steps(task, trained, base.zero_shot_loss(task, clip), task.train_images, steps)
+    """Train these weights of a copy of CLIP by zero-shot classification, with images and sentences encoded in every
+    step; returns the loss of every step."""
+    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
+    patches = task.train_images.patches
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        text = mean_of_texts(F.normalize(sentence_features(clip, ids), dim=-1), counts)
+        logits = task.clip.logits(clip.encode_image(images, patches), text)
+        return F.cross_entropy(logits.float(), labels)
+
+    losses = train_steps(task, trained, loss, task.train_images, steps)
     clip.requires_grad_(False).zero_grad(set_to_none=True)
     return losses
 
 
-def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
+def add_updates(clip: FrozenCLIP, recipe: Any) -> nn.ModuleList:
     """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first."""
     check_blocks(clip, "CLIP-LoRA")
     updates = nn.ModuleList()
@@ -87,11 +118,11 @@ def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
 def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
     """The CLIP with the updates of its blocks merged into its weights."""
     for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
-        block.attn.in_proj_weight.add_(update.merged())
+        block.attn.in_proj_weight.add_(update.scale * (update.b @ update.a).flatten(0, 1))
     return FrozenCLIP(clip.clip, clip.tokenizer, clip.pretrained_cfg)
 
 
-def train_updates(clip: FrozenCLIP, updates: nn.ModuleList, task: Task) -> list[float]:
+def fit_lora(task: Task) -> LinearHead:
     """CLIP-LoRA: low-rank updates of the attention weights in both towers, trained through the dataset's prompt
     template.
 
@@ -102,19 +133,11 @@ def train_updates(clip: FrozenCLIP, updates: nn.ModuleList, task: Task) -> list[
 
     A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
     W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then
-    an ordinary CLIP that accepts any class names. No model selection: the last step is used. Returns the loss of every
-    step.
+    an ordinary CLIP that accepts any class names. No model selection: the last step is used.
     """
-    updates.train()
-    losses = train_weights(clip, task, updates.parameters(), task.recipe.steps)
-    updates.eval()
-    return losses
-
-
-def fit_lora(task: Task) -> LinearHead:
     clip = own_clip(task.clip)
-    updates = add_updates(clip, task.recipe)
-    train_updates(clip, updates, task)
+    updates = add_updates(clip, task.recipe).train()
+    train_weights(clip, task, updates.parameters(), task.recipe.steps)
     return zero_shot_of(merge(clip, updates), task)
 
 
@@ -137,7 +160,7 @@ class SingularValues(nn.Module):
         return weight + ((self.u * (self.values - self.start)[:, None]) @ self.vh).flatten(0, 1)
 
 
-def train_singular_values(clip: FrozenCLIP, task: Task) -> list[float]:
+def fit_svd(task: Task) -> LinearHead:
     """CLIP-SVD: trains only the singular values of the weights in both towers, through the dataset's prompt template.
 
     In every block of both towers, each of the weights W of queries, keys, values, the attention's output and the two
@@ -147,29 +170,21 @@ def train_singular_values(clip: FrozenCLIP, task: Task) -> list[float]:
 
     with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
     selection: the last step is used.
-
-    Trains `clip`, a copy of the task's CLIP that is an ordinary one again afterwards, and returns the loss of every
-    step.
     """
+    clip = own_clip(task.clip)
     check_blocks(clip, "CLIP-SVD")
     blocks = [*clip.text_blocks, *clip.vision_blocks]
     weights = [(block.attn, "in_proj_weight", 3) for block in blocks]
     weights += [(m, "weight", 1) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
     for module, name, parts in weights:
         parametrize.register_parametrization(module, name, SingularValues(getattr(module, name), parts))
-    losses = train_weights(clip, task, [p for p in clip.parameters() if p.requires_grad], task.recipe.steps)
+    train_weights(clip, task, [p for p in clip.parameters() if p.requires_grad], task.recipe.steps)
     for module, name, _ in weights:
         parametrize.remove_parametrizations(module, name)
-    return losses
-
-
-def fit_svd(task: Task) -> LinearHead:
-    clip = own_clip(task.clip)
-    train_singular_values(clip, task)
     return zero_shot_of(clip, task)
 
 
-def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
+def fit_prolip(task: Task) -> LinearHead:
     """ProLIP: fine-tunes only the last projection of the image tower, with a penalty on its change.
 
     With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
@@ -182,10 +197,8 @@ def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
     in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for both views
     and the steps alternate between them. No model selection: this is the authors' variant without validation images, at
     1e-5, the smallest of the learning rates that they report for it.
-
-    Trains `clip`, a copy of the task's CLIP, and returns the loss of every step.
     """
-    recipe, tower = task.recipe, task.clip.vision_tower
+    recipe, tower, clip = task.recipe, task.clip.vision_tower, own_clip(task.clip)
     start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
     if start is None:
         raise ZooError(
@@ -199,42 +212,26 @@ def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
         return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
 
     optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
-    state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, recipe.epochs)
-    losses = descend(state, loss, inputs(task), schedule, recipe.epochs, task.progress)
+    minimise(task, loss, optimizer, inputs(task), cosine(recipe.lr, recipe.epochs), recipe.epochs)
     projection.requires_grad_(False).grad = None
-    return losses
+    return zero_shot_of(clip, task)
 
 
 def inputs(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
-    source = task.train_images
-    if source.views is None and task.recipe.augment == "crop-flip":
-        while True:
-            yield unprojected(task.clip, source)[0], source.labels
-    for view in cycle(unprojected(task.clip, source)):
-        yield view, source.labels
-
-
-def unprojected(clip: FrozenCLIP, source: ImageSource) -> Tensor:
-    """One pass over a source, in order -> inputs (V, n, Dv) of the image tower's projection, on the CPU."""
-    tower = clip.vision_tower
+    source, tower = task.train_images, task.clip.vision_tower
 
     def encode(images: Tensor, patches: bool) -> Tensor:
         return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
 
-    return encode_views(source, encode, source.num_views)
+    def one_pass() -> Tensor:
+        return encode_views(source, encode, source.num_views)
 
-
-def fit_prolip(task: Task) -> LinearHead:
-    clip = own_clip(task.clip)
-    train_projection(clip, task)
-    return zero_shot_of(clip, task)
-
-
-def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
-    """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
-    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
-    return [p for norm in norms for p in norm.parameters()]
+    if source.views is None and task.recipe.augment == "crop-flip":
+        while True:
+            yield one_pass()[0], source.labels
+    for view in cycle(one_pass()):
+        yield view, source.labels
 
 
 def fit_2sfs(task: Task) -> LinearHead:
@@ -249,15 +246,11 @@ def fit_2sfs(task: Task) -> LinearHead:
     rest. For the miniature, which only flips, stage 2 caches the features of both views. No model selection: the last
     step is used.
     """
-    clip = own_clip(task.clip)
-    train_weights(clip, task, norm_parameters(clip), task.recipe.stages[0])
-    weight, _ = train_classifier(clip, task)
-    return task.text_head(F.normalize(weight, dim=-1), clip=clip)
-
-
-def train_classifier(clip: FrozenCLIP, task: Task) -> tuple[Tensor, list[float]]:
-    """Stage 2 on a copy of CLIP: the classifier (C, E), not normalised, and the loss of every step."""
-    source = task.train_images
+    clip, source = own_clip(task.clip), task.train_images
+    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
+    steps = task.recipe.steps
+    first = int(steps * task.recipe.first_stage)
+    train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
     weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.template).requires_grad_()
     if source.views is not None or task.recipe.augment != "crop-flip":
         source = replace(source, views=source.for_model(clip).features())
@@ -267,5 +260,5 @@ def train_classifier(clip: FrozenCLIP, task: Task) -> tuple[Tensor, list[float]]
             features = clip.encode_image(inputs, source.patches)
         return F.cross_entropy(clip.logits(features, F.normalize(weight, dim=-1)).float(), labels)
 
-    losses = base.train_steps(task, [weight], loss, source, task.recipe.stages[1])
-    return weight.requires_grad_(False), losses
+    train_steps(task, [weight], loss, source, steps - first)
+    return task.text_head(F.normalize(weight.requires_grad_(False), dim=-1), clip=clip)

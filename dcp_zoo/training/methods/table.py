@@ -12,10 +12,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.training.methods.published import RECIPES
+from dcp_zoo.training.methods.published import ROWS, RULES, published
 from dcp_zoo.training.recipes import AUTHORS, FAST, FITTED, BaseRecipe, Recipe, named_recipe, read_recipe
 from dcp_zoo.zoo.registry import get_spec
 
@@ -36,7 +34,7 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: with the function `fit`: of this package, whose recipe is in `RECIPES`, or, with a dot, of another
+        module: with the function `fit`: of this package, whose recipe is in `methods.yaml`, or, with a dot, of another
             package, with the function `recipe` as well.
         variant: suffix of both names, if a module has several methods.
         trains: whether it uses training images; if not, shots and seed have no effect.
@@ -62,10 +60,11 @@ class Method:
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
-        own = "." in self.module
-        published = resolve_name(f"{self.module}:recipe{self.variant}") if own else RECIPES[self.name]
-        changes = get_spec(model).baseline_recipes.get(self.name, {})
-        return published(model, dataset, shots, protocol).updated(changes)
+        if "." in self.module:
+            found: BaseRecipe = resolve_name(f"{self.module}:recipe{self.variant}")(model, dataset, shots, protocol)
+        else:
+            found = published(self.name, model, dataset, shots, protocol)
+        return found.updated(get_spec(model).baseline_recipes.get(self.name, {}))
 
     def needs_images(self, recipe: BaseRecipe) -> bool:
         """Whether it needs training images with this recipe, for itself or for the classifier after it."""
@@ -98,8 +97,11 @@ class Method:
         return head
 
 
-ROWS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text("utf-8"))
-METHODS = {name: Method(name, **row) for name, row in ROWS.items() if not name.startswith(".")}
+METHODS = {
+    name: Method(name, **{field: value for field, value in row.items() if field not in RULES})
+    for name, row in ROWS.items()
+    if not name.startswith(".")
+}
 
 
 def installed() -> dict[str, Method]:

@@ -12,11 +12,9 @@ from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import Texts
 from dcp_zoo.model.text_probe import Linear, class_means, shared_precision
 from dcp_zoo.training.fit_probe import FOLDS, within_class
-from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods import base
-from dcp_zoo.training.methods.base import Task, most_accurate
+from dcp_zoo.training.loop import cosine
+from dcp_zoo.training.methods.base import Task, minimise, most_accurate, shuffled
 from dcp_zoo.training.recipes import CROSS_VALIDATION, batch_sizes
-from dcp_zoo.training.state import TrainingState
 
 # the seven templates that CLIP's authors selected on ImageNet, as used by Tip-Adapter
 ENSEMBLE = (
@@ -99,9 +97,7 @@ def train_keys(head: CacheHead, task: Task) -> None:
             features = task.clip.encode_image(inputs, source.patches)
         return F.cross_entropy(head.classify(features).float(), labels)
 
-    batches = base.shuffled(source, recipe.batch_size, task.seed)
-    state = TrainingState().begin(optimizer, task.precision)
-    descend(state, loss, batches, cosine(recipe.lr, steps), steps, task.progress)
+    minimise(task, loss, optimizer, shuffled(source, recipe.batch_size, task.seed), cosine(recipe.lr, steps), steps)
     head.keys.requires_grad_(False)
 
 
@@ -193,15 +189,15 @@ def fit_gda(task: Task) -> LinearHead:
     labels, classes, device = task.train_labels, len(task.classnames), task.clip.device
     gaussian = gaussian_discriminant(features.flatten(0, 1), labels.repeat(len(features)), classes)
     weight, bias = (part.to(device) for part in gaussian)
-    if not task.recipe.text:
-        alpha = 1.0 if task.recipe.alpha is None else task.recipe.alpha
-        head = task.linear_head(alpha * weight, alpha * bias)
-        head.info = {"alpha": alpha}
-        return head
-    text = task.text
-    alpha, chosen = gda_weight(task, text, features, weight, bias)
-    text_weight, text_bias = task.clip.scaled(text)
-    head = task.linear_head(text_weight + alpha * weight, text_bias + alpha * bias)
+    text = task.text if task.recipe.text else None
+    alpha, chosen = task.recipe.alpha, dict[str, str]()
+    if alpha is None:
+        alpha, chosen = (1.0, chosen) if text is None else gda_weight(task, text, features, weight, bias)
+    weight, bias = alpha * weight, alpha * bias
+    if text is not None:
+        text_weight, text_bias = task.clip.scaled(text)
+        weight, bias = text_weight + weight, text_bias + bias
+    head = task.linear_head(weight, bias)
     head.info = {"alpha": alpha, **chosen}
     return head
 
@@ -211,20 +207,18 @@ def gda_weight(
 ) -> tuple[float, dict[str, str]]:
     """alpha, and what it was chosen on unless that was validation images: text features (C, E), features (V, n, E) of
     the training images, and the Gaussian part."""
-    labels, classes = task.train_labels, len(text)
+    labels = task.train_labels
 
     def best(found: Tensor, gaussian: Tensor, truth: Tensor) -> float:
         """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C), labels."""
         zero_shot = task.clip.logits(found.to(text.device), text).cpu()
         return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), truth)
 
-    if task.recipe.alpha is not None:
-        return task.recipe.alpha, {}
     if task.val is not None:
         val = task.features(task.val).cpu()
         return best(val, val @ weight.cpu().T + bias.cpu(), task.val.labels), {}
     if torch.bincount(labels).min() > 1:
-        scores = out_of_fold(features.cpu(), labels, classes)
+        scores = out_of_fold(features.cpu(), labels, len(text))
         return best(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
     plain = features[0].to(weight)
     spread = (plain @ weight.T + bias).std()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ from dcp_zoo import create_transform
 from dcp_zoo.data import Item, Split, few_shot, load_split
 from dcp_zoo.model.config import MINI_CFG
 from dcp_zoo.model.mini import build_mini_clip
-from dcp_zoo.training.methods.probes import regression
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -75,7 +75,7 @@ def probed(split: Split, features: dict[str, Tensor], seed: int) -> Iterator[tup
     drawn = few_shot(split, SHOTS, seed)
     train, val = (positions(getattr(split, name), getattr(drawn, name)) for name in ("train", "val"))
     for c in CS:
-        fit = regression(features["train"][train], labels["train"][train], c, MAX_ITER)
+        fit = LogisticRegression(C=c, max_iter=MAX_ITER).fit(features["train"][train], labels["train"][train])
         right = {
             name: torch.from_numpy(fit.predict(features[name].numpy())) == labels[name] for name in ("val", "test")
         }
