@@ -118,9 +118,14 @@ class TextProbe(nn.Module):
         """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
         return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
 
+    @property
+    def rejects(self) -> bool:
+        """Whether there is a threshold."""
+        return self.threshold.item() > NEVER
+
     def cannot_reject(self, classes: Sequence[str]) -> str:
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
-        if self.threshold.item() <= NEVER:
+        if not self.rejects:
             return NO_THRESHOLD
         seen = {name for name, mean in zip(self.names, self.means, strict=True) if mean.any()}
         if not (new := [name for name in dict.fromkeys(classes) if name not in seen]):
