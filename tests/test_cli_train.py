@@ -12,7 +12,7 @@ from helpers import photo
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_labelled, subset_sha256, training_split
+from dcp_zoo.data import Split, load_labelled, subset_sha256, training_split
 from dcp_zoo.deploy.bulk.outputs import TABLES
 from dcp_zoo.texts import read_csv, write_csv
 
@@ -24,7 +24,7 @@ def trained(monkeypatch) -> dict:
 
     def load_for_training(dataset, data_root, *args):
         calls.update(dataset=dataset, data_root=data_root)
-        return SimpleNamespace(note="", classnames=[], items=[], held_out=False)
+        return Split(dataset, [])
 
     def plan(split, *args, **options):
         return SimpleNamespace(split=split)

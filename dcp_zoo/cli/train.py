@@ -150,30 +150,15 @@ def train(options: TrainOptions) -> None:
             if options.report:
                 check_output(options.report, options.overwrite, "--report")
         run = _planned(options, dataset, data_root, device)
-        if options.report and not run.split.test:
-            raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
-        if is_main() and dataset == "folder" and not options.labels:
-            doubt = "" if options.yes else unlike_classes(run.split.classnames, run.split.items)
-            if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):
-                raise ZooError(f"{doubt} Move them, list the classes in a file (--labels), or pass --yes.")
-
-        def show(evaluation: "Evaluation") -> None:
-            if options.report:
-                write_mistakes(evaluation, options.report, f"{output_dir} on {dataset}")
-                log(f"Wrote {options.report}")
-            show_evaluation(evaluation)
-            if dataset == "folder":
-                _warn_of_copies(evaluation, run.subset())
-
-        display: dict[str, Any] = {"progress": no_progress}
-        if is_main():
-            display = {"progress": progress_bar, "log": log, "show": show}
         refit = options.refit
         if refit is None:
             refit = is_own(dataset) and run.split.held_out and run.shots is None
-        notes = filter(None, (run.split.note, REFIT if refit and run.split.test else ""))
-        if is_main() and (text := " ".join(notes)):
-            log(text)
+        display: dict[str, Any] = {"progress": no_progress}
+        if is_main():
+            _check_classes(options, run.split)
+            if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
+                log(text)
+            display = {"progress": progress_bar, "log": log, "show": partial(_show, options, run)}
         settings = RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
         with kept_features(features_folder()):
             head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
@@ -187,6 +172,8 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
     from dcp_zoo.training.run import load_for_training, plan
 
     split = load_for_training(dataset, data_root, options.labels, options.test)
+    if options.report and not split.test:
+        raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
     names = "seed recipe classifier precision workers grad_checkpointing class_weight".split()
@@ -196,6 +183,24 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
     shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)
     method, share = str(options.method), options.test
     return plan(split, options.model, method, shots=shots, device=device, test_share=share, **same)
+
+
+def _check_classes(options: TrainOptions, split: Split) -> None:
+    """Ask about class folders that look like something else; ZooError if nobody can answer, or the answer is no."""
+    if split.name != "folder" or options.labels or options.yes:
+        return
+    doubt = unlike_classes(split.classnames, split.items)
+    if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):
+        raise ZooError(f"{doubt} Move them, list the classes in a file (--labels), or pass --yes.")
+
+
+def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
+    if options.report:
+        write_mistakes(evaluation, options.report, f"{options.folder} on {run.split.name}")
+        log(f"Wrote {options.report}")
+    show_evaluation(evaluation)
+    if run.split.name == "folder":
+        _warn_of_copies(evaluation, run.subset())
 
 
 def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:

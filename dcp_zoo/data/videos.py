@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from threading import local
 from typing import Any
 
@@ -55,9 +55,11 @@ def _opened(video: str) -> "_Video":
     if getattr(_last, "name", None) != video:
         av = import_extra("av", "video")
         _close()
-        with _reading(video):
+        with _reading(video), ExitStack() as failed:
             check_regular(video)
-            _last.name, _last.video = video, _Video(av.open(video, options=LOCAL | LIMIT))
+            container = failed.enter_context(av.open(video, options=LOCAL | LIMIT))
+            _last.name, _last.video = video, _Video(container)
+            failed.pop_all()  # it stays open
     return _last.video
 
 
