@@ -29,7 +29,7 @@ from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.console import progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.options import class_list, parse_changes, single_values, takes_options
-from dcp_zoo.data import Item
+from dcp_zoo.data import Item, Split
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Evaluation
@@ -406,7 +406,7 @@ def test_ctrl_c_stops_after_the_current_step(interruptible, run, monkeypatch, tm
             if options.stop():
                 raise KeyboardInterrupt
 
-    planned = SimpleNamespace(split=SimpleNamespace(note=""))
+    planned = SimpleNamespace(split=Split("digits", []))
     monkeypatch.setattr("dcp_zoo.training.run.plan", lambda *args, **options: planned)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     code, _, err = run("train", "--method", "dcp", "--dataset", "digits", "--output", tmp_path)

@@ -11,7 +11,7 @@ from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, default
 from dcp_zoo.zoo.registry import get_spec
 
 ROWS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text("utf-8"))
-RULES = ("recipe", "base", "by_shots", "per_shot", "by_dataset", "by_protocol")  # what a row says of the recipe
+RULES = ("recipe", "base", "by_shots", "per_shot", "over_shots", "by_dataset", "by_protocol")  # of the recipe in a row
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 IMAGENET_EPOCHS = 5  # of DCP's schedule of 20, which its script of tests on other datasets loads
 
@@ -56,9 +56,9 @@ def published(method: str, model: str, dataset: str, shots: int, protocol: str) 
         values[name] = known[max(least for least in known if least <= shots)]
     for name, number in row.get("per_shot", {}).items():
         values[name] = number * shots
+    for name, number in row.get("over_shots", {}).items():
+        values[name] = number / shots
     values |= row.get("by_dataset", {}).get(dataset, {}) | row.get("by_protocol", {}).get(protocol, {})
-    if method == "prolip":
-        values["penalty"] = 1 / shots
     if method == "clip-lora" and method in get_spec(model).baseline_recipes:
         values["steps"] //= 5  # at a higher learning rate
     recipe, budget = kind(**values), budget_overrides(model, dataset)
