@@ -1,6 +1,6 @@
 """The methods besides `forward` that timm's functions and scripts call on a model."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.names import Texts
 from dcp_zoo.model.towers.blocks import checkpointed
 from dcp_zoo.model.towers.vision import Step
 
@@ -17,15 +18,24 @@ POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
 
 class TimmContract(FrozenCLIP, ABC):
-    """timm's model contract for all heads, whose classifier reads features of width E."""
+    """timm's model contract for all heads, whose classifier reads features of width E. The abstract methods are those
+    of `Head`."""
 
     classnames: list[str]
     num_classes: int
     stats: str
-    classify: Callable[[Tensor], Tensor]  # these are methods of `Head`
-    linear: Callable[[], tuple[Tensor, Tensor]]
-    set_classnames: Callable[[Sequence[str]], None]
-    walk: Callable[[Tensor], Iterator[tuple[Step, Tensor, Tensor]]]
+
+    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def linear(self) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None: ...
+
+    @abstractmethod
+    def walk(self, images: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]: ...
 
     @property
     def head_hidden_size(self) -> int:

@@ -158,13 +158,13 @@ class ImageSource:
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is None:
             dataset: Any = self.dataset.drawn(seeds, view.tolist())
-            targets = None if self.targets is None else self.targets[view, torch.arange(n)]
+            targets: Any = None if self.targets is None else self.targets[view, torch.arange(n)]
         else:  # the views of all images one after the other, read in place
             order = n * view[order] + order
             dataset = TensorDataset(self.views.flatten(0, 1), self.labels.repeat(len(self.views)))
             targets = None if self.targets is None else self.targets[: len(self.views)].flatten(0, 1)
         if shuffle and targets is not None:
-            dataset = StackDataset(dataset, targets)  # type: ignore[arg-type]
+            dataset = StackDataset(dataset, targets)
         chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         workers = self.workers if self.views is None else 0

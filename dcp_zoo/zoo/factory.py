@@ -30,7 +30,11 @@ from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 # by the field `head` of a checkpoint's `dcp` block
-KINDS = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead}
+KINDS: dict[str, type[LinearHead] | type[PromptHead]] = {
+    "linear": LinearHead,
+    "prompts": PromptHead,
+    "cache": CacheHead,
+}
 
 
 def create_model(
@@ -148,7 +152,7 @@ def _other_head(clip: nn.Module, source: Source, tokenizer: Tokenizer | None) ->
     assert source.folder is not None
     assert source.config is not None
     kind, shapes = KINDS[source.info["head"]], tensor_shapes(source.folder)
-    head: Head = kind.from_config(clip, source.config, shapes, tokenizer)  # type: ignore[attr-defined]
+    head = kind.from_config(clip, source.config, shapes, tokenizer)
     head.method = source.info["method"]
     return head
 
