@@ -49,6 +49,11 @@ def run_on_ray(
     folder = PartFolder(output if is_url(output) else os.path.abspath(output))  # noqa: PTH100
     parts = split_into_parts(sources, part_images)
     found = folder.begin(job.plan_of(repr(part.images) for part in parts))
+    system, place = filesystem(folder.place)
+    read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
+    before = [read(f"{place}/{part.file}").column(0) for part in parts if part.file in found]
+    images = resumed = sum(map(len, before))
+    failed = sum(len(errors) - errors.null_count for errors in before)
     if todo := [part for part in parts if part.file not in found]:
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
         tasks = run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
@@ -57,18 +62,15 @@ def run_on_ray(
             for event in progress(tasks, "parts", len(parts), **counts):
                 if event.state == "lost":
                     lost = event.item.images
-                    place = lost if isinstance(lost, str) else f"the images from {lost[0].name} on"
+                    what = lost if isinstance(lost, str) else f"the images from {lost[0].name} on"
                     advice = "Finished parts are kept: run the same command again, with a smaller --batch-size."
-                    raise ZooError(f"No worker could finish {place} ({event.message}), for lack of memory? {advice}")
+                    raise ZooError(f"No worker could finish {what} ({event.message}), for lack of memory? {advice}")
+                if event.state == "done":
+                    images, failed = images + event.result[0], failed + event.result[1]
     if missing := {part.file for part in parts} - folder.names():
         problem = f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}."
         raise ZooError(f"{problem} --output must be a folder that all machines share, or a URL.")
-    system, place = filesystem(folder.place)
-    read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
-    errors = {part.file: read(f"{place}/{part.file}").column(0) for part in parts}
-    resumed = sum(len(column) for file, column in errors.items() if file in found)
-    failed = sum(len(column) - column.null_count for column in errors.values())
-    return Summary(sum(map(len, errors.values())), resumed, failed)
+    return Summary(images, resumed, failed)
 
 
 def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
@@ -86,18 +88,19 @@ def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
 _loaded: dict[str, Predictor] = {}  # by run; a worker serves one run at a time
 
 
-def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> None:
-    """Classify and write one part."""
+def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[int, int]:
+    """Classify and write one part; returns the number of its images, and how many of them cannot be read."""
     if run not in _loaded:
         _loaded.clear()
         _loaded[run] = job.load()
     predictor = _loaded[run]
     images = find_images([part.images]) if isinstance(part.images, str) else part.images
     rows = [row for batch in job.classify(images, predictor) for row in batch.rows]
-    unread = all("error" in row for row in rows)
-    if unread and not any("://" in image.path or Path(image.path).exists() for image in images):
+    failed = sum("error" in row for row in rows)
+    if failed == len(rows) and not any("://" in image.path or Path(image.path).exists() for image in images):
         problem = f"A worker cannot find any of {len(images)} images, such as {images[0].path}"
         raise ZooError(f"{problem}: they must be at URLs or on a disk that all machines share.")
     columns = column_names(min(job.top_k, len(predictor.classnames)), job.reject)
     TABLES[".parquet"](content := BytesIO(), rows, columns)
     folder.write(part.file, content.getvalue())
+    return len(rows), failed
