@@ -8,7 +8,6 @@ weights are never included. Loading is strict: exactly the model's tensors, with
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,12 +91,16 @@ def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str
 
 def _file_name(name: str) -> str:
     """That of a tensor in a file."""
-    return "context" if name == "stored_stats" else re.sub(f"^{re.escape(PREFIX)}", FILE_PREFIX, name)
+    if name == "stored_stats":
+        return "context"
+    return FILE_PREFIX + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
 
 
 def _model_name(name: str) -> str:
     """The inverse of `_file_name`."""
-    return "stored_stats" if name == "context" else re.sub(f"^{re.escape(FILE_PREFIX)}", PREFIX, name)
+    if name == "context":
+        return "stored_stats"
+    return PREFIX + name.removeprefix(FILE_PREFIX) if name.startswith(FILE_PREFIX) else name
 
 
 def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
