@@ -51,8 +51,10 @@ class PredictOptions:
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
-    reject_rate: float | None = opt.option(None, f"As --reject, but refuse this share of the classes, not {REFUSED}.")
-    together: bool = opt.option(False, "Refine each prediction with the other images: usually more accurate.")
+    reject_rate: float | None = opt.option(
+        None, f"As --reject, but refuse this share of the images of the head's classes, not {REFUSED}."
+    )
+    together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
     error_rate: float = opt.option(0.1, "With --hierarchy: the share of wrong answers.", min=0.001, max=0.49)
