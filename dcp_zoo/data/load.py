@@ -100,9 +100,14 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
     """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
     if missing := [item.path for item in items if not Path(item.path).exists()]:
         raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
-    home, real = os.path.realpath(base) + os.sep, cache(os.path.realpath)
-    places = {path: path if path.is_symlink() else path.parent for path in (Path(item.path) for item in items)}
-    if outside := [str(path) for path, place in places.items() if not f"{real(place)}{os.sep}".startswith(home)]:
+    home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
+    outside = []
+    for item in items:
+        parent, file = os.path.split(item.path)
+        target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
+        if not target.startswith(home):
+            outside.append(item.path)
+    if outside:
         raise ZooError(f"{spec.name}: {_and_first(outside)} are links out of {base}: move the files into it.")
 
 
