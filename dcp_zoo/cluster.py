@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 from dcp_zoo.errors import ZooError, import_extra
@@ -44,7 +45,7 @@ def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
+def _init(ray: ModuleType, address: str, options: dict[str, Any]) -> None:
     """Connect; a local start is retried, as Ray's timeout of 30 seconds is too short for a busy machine."""
     for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
         try:
@@ -64,7 +65,7 @@ class Resources:
     gpus: float | None = None  # 0.5 puts two tasks on a GPU; None: 1 if the cluster has GPUs, else 0
     retries: int = 2  # after a worker died, a machine was lost, or memory was exhausted
 
-    def fitted(self, ray: Any, task: str, options: str) -> "Resources":
+    def fitted(self, ray: ModuleType, task: str, options: str) -> "Resources":
         """The same with a definite number of GPUs; ZooError if no machine is large enough for one `task`."""
         fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
         if fitted.slots(ray) == 0:
@@ -73,7 +74,7 @@ class Resources:
             raise ZooError(f"No machine of the cluster has {needed}. Request less with {options}.")
         return fitted
 
-    def slots(self, ray: Any) -> int:
+    def slots(self, ray: ModuleType) -> int:
         """The number of such tasks that the live machines can run at once."""
         needs = {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
         return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
@@ -82,7 +83,7 @@ class Resources:
 ONE_CORE = Resources()  # and a GPU, if the cluster has any
 
 
-def _machines(ray: Any) -> list[dict[str, float]]:
+def _machines(ray: ModuleType) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -137,7 +138,7 @@ def run_tasks(
                 ray.cancel(reference, force=True)
 
 
-def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: int) -> Event:
+def _ended(ray: ModuleType, reference: Any, item: Any, losses: Counter[Any], retries: int) -> Event:
     """The event for a task that has ended; raises what it raised."""
     try:
         return Event(item, "done", result=ray.get(reference))

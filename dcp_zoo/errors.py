@@ -35,7 +35,7 @@ def nearest_hint(name: str, valid: Iterable[str]) -> str:
     return f" Nearest: {', '.join(close)}." if close else ""
 
 
-def check_choice(what: str, value: Any, valid: Sequence[Any]) -> None:
+def check_choice(what: str, value: object, valid: Sequence[object]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:
         raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(map(str, valid))}.")

@@ -40,7 +40,7 @@ def check(where: object, found: Iterable[str], advice: str = "") -> None:
         raise ZooError(" ".join(filter(None, (f"{where}: {text}.", advice))))
 
 
-def problems(values: Any, kind: type, name: str = "") -> Iterator[str]:
+def problems(values: object, kind: type, name: str = "") -> Iterator[str]:
     """What is wrong with values that are to be the fields of `kind`: a dataclass, of which some may be missing, or a
     TypedDict, to which others may be added. `name` is that of the values as a whole."""
     if not isinstance(values, Mapping):

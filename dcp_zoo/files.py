@@ -189,7 +189,7 @@ def templates(package: str) -> Any:
     """The page templates in a package's folder, and shared ones; HTML is escaped, names are shown as by `printable`."""
     import jinja2  # here, as most commands make no page
 
-    def shown(value: Any) -> Any:
+    def shown(value: object) -> object:
         return printable_lines(value) if type(value) is str else value  # not HTML, whose parts have been here
 
     here = Path(__file__).parent

@@ -29,7 +29,7 @@ def is_reserved(name: str) -> bool:
     return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
 
 
-def inert(cell: Any) -> Any:
+def inert(cell: object) -> object:
     """A cell that a spreadsheet does not take for a formula, by the mark ', and that can be encoded."""
     if not isinstance(cell, str):
         return cell

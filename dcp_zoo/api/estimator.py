@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -67,7 +68,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         *,
         classifier: str | None = None,
         recipe: RecipeLike = None,
-        classnames: Any = None,
+        classnames: Sequence[str] | None = None,
         class_weight: ClassWeights = None,
         callbacks: Sequence[Callback] | None = None,
         batch_size: int = 64,
@@ -93,7 +94,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @fair_threads()
     def fit(
-        self, images: Images, labels: Labels = None, sample_weight: Any = None, *, validation: Images = None
+        self,
+        images: Images,
+        labels: Labels = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        validation: Images = None,
     ) -> "FewShotClassifier":
         """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP. ZooError for bad
         input, an unknown model or method, or images that cannot be read.
@@ -157,7 +163,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         labels[in_distribution_score(logits, distances) < threshold] = None
         return labels
 
-    def score(self, images: Images, labels: Labels = None, sample_weight: Any = None) -> float:
+    def score(self, images: Images, labels: Labels = None, sample_weight: ArrayLike | None = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
         if is_folder(images) and labels is None:
             images, labels = list_labelled_images(images)
@@ -180,7 +186,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = np.append(self.classes_, label)
         return self
 
-    def remove_class(self, label: Any) -> "FewShotClassifier":
+    def remove_class(self, label: object) -> "FewShotClassifier":
         """Remove a class and its scores; ZooError for an unknown label, or the only one."""
         model, labels = self._head(), self.classes_.tolist()
         check_choice("class", label, labels)
@@ -247,7 +253,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         super().__setstate__(state)
 
 
-def weighted(data: Labelled, sample_weight: Any) -> tuple[Labelled, tuple[float, ...]]:
+def weighted(data: Labelled, sample_weight: ArrayLike | None) -> tuple[Labelled, tuple[float, ...]]:
     """The images whose weight is above 0, and these weights. ZooError unless there is one for each image."""
     weights = np.asarray(sample_weight, float)
     if weights.shape != (len(data.items),) or not np.isfinite(weights).all() or (weights < 0).any():
@@ -258,7 +264,7 @@ def weighted(data: Labelled, sample_weight: Any) -> tuple[Labelled, tuple[float,
     return data._replace(items=[data.items[i] for i in kept]), tuple(weights[kept].tolist())
 
 
-def seed_of(random_state: Any) -> int:
+def seed_of(random_state: object) -> int:
     """A seed: the integer itself, or one drawn from a random state of NumPy's. ZooError for anything else."""
     if isinstance(random_state, Integral) and int(random_state) >= 0:
         return int(random_state)
@@ -268,7 +274,7 @@ def seed_of(random_state: Any) -> int:
         return int(check_random_state(random_state).randint(SEEDS))
 
 
-def _labels(model: Any) -> list[Any]:
+def _labels(model: Head) -> list[Any]:
     """The labels of a head's classes: those that `save` stored, or the names."""
     pairs: list[Any] = model.info.get(LABELS, [])
     if [name for name, _ in pairs] == model.classnames:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.names import Tokenizer
 
 RANDOM_VECTORS = 256  # averaged in `Words.chance`
 
@@ -41,7 +42,7 @@ def nearest_words(model: DCP, top_k: int = 5) -> Words:
     return Words(nearest, (prompts.norm(dim=-1) / table.norm(dim=-1).median()).cpu(), chance)
 
 
-def _spell(tokenizer: Any, token: int) -> str:
+def _spell(tokenizer: Tokenizer, token: int) -> str:
     """A token as readable text; the decoder adds a space after tokens that end a word."""
     decode = getattr(tokenizer, "decode", None) or getattr(getattr(tokenizer, "tokenizer", None), "decode", None)
     if decode is None:

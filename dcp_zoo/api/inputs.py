@@ -133,7 +133,7 @@ def _is_array_of_one(images: Images) -> bool:
     return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3)))
 
 
-def to_image(image: Any) -> str | Image.Image:
+def to_image(image: object) -> str | Image.Image:
     """A path as text, or an image in memory as PIL's; ZooError for anything else."""
     if isinstance(image, (str, Path)):
         return str(image)

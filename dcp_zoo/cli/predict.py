@@ -152,7 +152,7 @@ def job_of(options: PredictOptions, images: int = 0) -> "Job":
     from dcp_zoo.answers import Hierarchy, read_hierarchy, top_classes
     from dcp_zoo.deploy.bulk.job import Job
 
-    rank: Any = top_classes
+    rank: Callable[..., Any] = top_classes
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, images)
     many = images > 2 * options.batch_size
     workers = (available_cores() if many else 0) if options.workers is None else options.workers

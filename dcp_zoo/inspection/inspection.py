@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcp_zoo.api.inputs import is_folder, labelled
+from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles
@@ -146,7 +146,7 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
 @fair_threads()
 @torch.no_grad()
 def inspect(
-    images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
+    images: Images, labels: Labels = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
     accuracy to expect. ZooError for no such folder, fewer than two classes, or a class without an image that can be
@@ -189,7 +189,7 @@ def inspect(
     )
 
 
-def _read(images: Any, labels: Any) -> Split:
+def _read(images: Images, labels: Labels) -> Split:
     if isinstance(images, Split):
         return images
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):

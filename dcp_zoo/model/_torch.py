@@ -2,7 +2,7 @@
 initialisation, and a cache of what is computed from weights."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
-def call_linear(module: Any, x: Tensor) -> Tensor:
+def call_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """`module(x)` for a linear module, computed by `linear` unless it is quantised."""
     return linear(x, module.weight, module.bias) if type(module) in PLAIN else module(x)
 
@@ -80,7 +80,7 @@ RANDOM_INIT = "normal_ uniform_ trunc_normal_ kaiming_uniform_ kaiming_normal_ x
 class _SkipInit(TorchFunctionMode):
     """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.randn:
             return torch.empty(*args, **kwargs)
@@ -110,10 +110,10 @@ class WeightCache:
 
     def __init__(self) -> None:
         self._tensors: list[weakref.ref[Tensor]] = []
-        self._key: Any = None
+        self._key: object = None
         self._value: Any = None
 
-    def __call__(self, compute: Callable[[], Any], tensors: Iterable[Tensor], *others: Any) -> Any:
+    def __call__(self, compute: Callable[[], Any], tensors: Iterable[Tensor], *others: object) -> Any:
         """`compute()`, or its last value if `tensors` and `others` have not changed since."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()

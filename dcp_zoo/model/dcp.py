@@ -24,6 +24,7 @@ from dcp_zoo.model.names import (
     NAME,
     TEMPLATE,
     Descriptions,
+    TextChunks,
     Texts,
     Tokenizer,
     as_sentences,
@@ -147,7 +148,7 @@ class DCP(Head):
         image_features, text_features = self._encode(images, patches)
         return image_features, text_features()
 
-    def couplings(self, stats: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
+    def couplings(self, stats: Callable[[int], Tensor], names: TextChunks | None = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
         With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
         before block i = 1 .. K from the first that prompts enter:
@@ -175,7 +176,7 @@ class DCP(Head):
             yield Step(first_v + i, v, t, new_v, new_t, text)
 
     @torch.no_grad()
-    def _text_start(self, names: Any) -> Start:
+    def _text_start(self, names: TextChunks) -> Start:
         """What enters the text tower's first block with prompts: frozen, so computed again only if a weight changes."""
         first = self.first_blocks[1]
         return self._start_cache(lambda: self.text_tower.start(names, first), self.text.parameters(), names)
@@ -245,7 +246,7 @@ class DCP(Head):
         prompts, text_features = self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens)
         return [p.clone() for p in prompts], text_features.clone()
 
-    def _run_text(self, names: Any = None) -> tuple[list[Tensor], Tensor]:
+    def _run_text(self, names: TextChunks | None = None) -> tuple[list[Tensor], Tensor]:
         stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
@@ -345,7 +346,7 @@ class DCP(Head):
         """
         names = check_classnames(classnames)
         descriptions = texts if isinstance(texts, Mapping) else self.descriptions
-        self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx, descriptions or self.template)
+        self.name_tokens = self.tokenize_names(names, self.config.n_ctx, descriptions or self.template)
         self.rely_on_texts(descriptions or self.template, self.descriptions or self.template)
         self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 

@@ -99,7 +99,7 @@ def both(own: Tensor, frozen: Tensor) -> Tensor:
 class Attention(nn.Module):
     """open_clip's attention in linear layers, which torch can quantise; `gamma`, (D,) or 1, scales its output."""
 
-    def __init__(self, attn: Any, gamma: Any) -> None:
+    def __init__(self, attn: Any, gamma: Tensor | float) -> None:
         super().__init__()
         d, self.num_heads = attn.out_proj.weight.shape[0], attn.num_heads
         self.query = linear_layer(attn.in_proj_weight[:d], attn.in_proj_bias[:d])
@@ -139,7 +139,7 @@ def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def scaled_layer(layer: nn.Linear, gamma: Any, factor: float = 1.0) -> nn.Linear:
+def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -> nn.Linear:
     """A layer whose output is multiplied by `gamma`, (D,) or 1, and its input by `factor`."""
     rows = gamma[:, None] if isinstance(gamma, Tensor) else gamma
     return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)

@@ -308,7 +308,7 @@ class Head(TimmContract):
         if self.text_probe is not None:
             self.text_probe.names = renamed(self.text_probe.names)
 
-    def _batch(self, images: Any) -> Tensor:
+    def _batch(self, images: object) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
@@ -389,7 +389,7 @@ class Head(TimmContract):
         self.load_state_dict(state, strict=False)  # without CLIP
 
 
-def load_head(head: Any, directory: str | Path, config: HeadConfig | None = None) -> Any:
+def load_head(head: Head, directory: str | Path, config: HeadConfig | None = None) -> Head:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly. `config` is
     its `config.json`, if it has been read before. ZooError for a missing or damaged file, or tensors that are missing,
     unknown, of another shape or not finite."""

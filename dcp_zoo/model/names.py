@@ -172,13 +172,13 @@ def tokenize_names(
     return chunks
 
 
-def _after_prompts(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
+def _after_prompts(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any, n_ctx: int) -> TextChunks:
     ends = end_positions(tower.text, ids)  # the number of tokens after the start token
     check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
     return TextChunks(ids[:, 1:], ends - 1, ends, slice(1, 1 + n_ctx))
 
 
-def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
+def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any, n_ctx: int) -> TextChunks:
     start, length, text = start_tokens(tokenizer), tower.length, tower.text
     kind = pool_type(text)
     if getattr(text, "cls_emb", None) is not None:  # CoCa's class token after all others
@@ -214,12 +214,12 @@ def start_tokens(tokenizer: Tokenizer) -> int:
     return int(first == second)
 
 
-def pool_type(text: Any) -> str | None:
+def pool_type(text: object) -> str | None:
     """Which token a text tower reads: "argmax" (the highest id), "eos", "first" or "last"."""
     return getattr(text, "pool_type", getattr(text, "text_pool_type", None))
 
 
-def end_positions(text: Any, ids: Tensor) -> Tensor:
+def end_positions(text: object, ids: Tensor) -> Tensor:
     """ids (C, L) -> (C,), the position of each row's end token: the highest id, or the tower's `eos_id`."""
     if pool_type(text) == "argmax":
         return ids.argmax(-1)

@@ -48,7 +48,7 @@ class TimmContract(FrozenCLIP, ABC):
         """Recompute each vision block and each chunk of class names in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def _checkpointed(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
         return checkpointed(function, *args) if self.grad_checkpointing else function(*args)
 
@@ -158,7 +158,7 @@ class TimmContract(FrozenCLIP, ABC):
         return {"prompts.text", "prompts.vision"}
 
 
-def check_only(argument: str, value: Any, reason: str, values: tuple[Any, ...]) -> None:
+def check_only(argument: str, value: object, reason: str, values: tuple[object, ...]) -> None:
     """Raise ZooError unless `value` is None or one of the equivalent `values`."""
     if value not in (None, *values):
         raise ZooError(f"{argument}={value!r}: {reason}, only {values[0]!r} is supported.")
@@ -166,7 +166,9 @@ def check_only(argument: str, value: Any, reason: str, values: tuple[Any, ...]) 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
     """timm's `indices` as block numbers in order, see `forward_intermediates`; ZooError for none or a wrong one."""
-    numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+    numbers: Iterable[int] = (
+        range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+    )
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
         raise ZooError(

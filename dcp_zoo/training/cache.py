@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import cache_folder
+from dcp_zoo.model.clip import FrozenCLIP
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name
@@ -154,7 +155,7 @@ def per_image(
     return torch.stack([torch.stack([rows[i][view] for i in range(len(images))]) for view in range(views)])
 
 
-def image_key(image: Any) -> str:
+def image_key(image: str | Path | Image.Image) -> str:
     """A file by its path, time and size, or an image in memory by its content; "" for what could change unnoticed."""
     if isinstance(image, Image.Image):
         return sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
@@ -175,7 +176,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return f"{total % 2**64:016x}"
 
 
-def tower_setting(model: Any, what: str, precision: str = "float32") -> str:
+def tower_setting(model: FrozenCLIP, what: str, precision: str = "float32") -> str:
     """What features of a frozen image tower depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
     state, cfg = model.visual.state_dict().values(), model.pretrained_cfg

@@ -32,7 +32,7 @@ from dcp_zoo.model.head import Head
 STEP_TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
 PATIENCE = timedelta(days=7)  # while the main process alone fits the classifier and tests
 
-_patient: Any = None  # inside `process_group`, the group of all processes with that patience
+_patient: dist.ProcessGroup | None = None  # inside `process_group`, the group of all processes with that patience
 
 
 def world_size() -> int:
@@ -104,7 +104,7 @@ def _local_device(device: str) -> str:
     return f"cuda:{local}"
 
 
-def _is_first_failure(store: Any, number: int) -> bool:
+def _is_first_failure(store: dist.Store, number: int) -> bool:
     try:
         return int(store.compare_set("failed", "", str(number))) == number
     except RuntimeError:  # the process that hosts the store is gone and cannot report anything
@@ -143,7 +143,7 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
+def _wait_for(collective: Callable[..., Any], *args: object) -> None:
     with as_zoo_error("A process of this run died or did not respond in time.", RuntimeError):
         collective(*args)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
@@ -157,7 +157,7 @@ class ImageSource:
         seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle and self.views is None else None
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is None:
-            dataset: Any = self.dataset.drawn(seeds, view.tolist())
+            dataset: Dataset[Any] = self.dataset.drawn(seeds, view.tolist())
             targets: Any = None if self.targets is None else self.targets[view, torch.arange(n)]
         else:  # the views of all images one after the other, read in place
             order = n * view[order] + order
@@ -228,7 +228,7 @@ def encode_views(
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
-            read: Any = zip(*(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True)
+            read: Iterable[Any] = zip(*(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True)
         else:
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x, _ in part.batches(VIEW_BATCH))
         for shown in by_image(progress, read, description, len(rows)):

@@ -106,7 +106,7 @@ class TrainingState:
     def __enter__(self) -> "TrainingState":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Save; add to errors that users can act on what is saved and how to resume."""
         if error is None:
             self._save()

@@ -257,7 +257,7 @@ class Job:
             rows[i]["predictions"] = classes
         return rows, count(probabilities, classnames)
 
-    def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
+    def plan_of(self, images: Iterable[str], **more: object) -> dict[str, Any]:
         """All that determines the results for these images."""
         digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
         own = {"top_k": self.top_k, "reject": self.reject, "together": self.together}

@@ -78,11 +78,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
 
 
-def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def call(function: Callable[..., Tensor], *args: object) -> Tensor:
     return function(*args)
 
 
-def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *args: object) -> Tensor:
     """`function(*args)`, computed again in the backward pass instead of keeping its activations."""
     return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
@@ -97,7 +97,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def is_plain(module: Any, *names: str) -> bool:
+def is_plain(module: object, *names: str) -> bool:
     """Whether the module lacks these parts, or has them without effect."""
     return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
 

@@ -58,7 +58,7 @@ class TextTower:
         """What enters a block if prompts enter none before."""
         return (prefix_start if self.shares_prefix else full_start)(self, names, block)
 
-    def embed(self, names: Any) -> list[Tensor]:
+    def embed(self, names: TextChunks) -> list[Tensor]:
         """Chunks of texts -> their tokens with positions (c, L, Dt), or (c, L + 1, Dt) with CoCa's class token last."""
         text, first = self.text, names.inside.stop if self.shares_prefix else 0
         chunks = [text.token_embedding(chunk.ids) for chunk in names]
@@ -97,7 +97,7 @@ class PrefixRun:
     """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the blocks so
     far are `prefix`; class names follow in `features`."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start | None) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner, start: Start | None) -> None:
         self.tower, self.names, self._run, self.start = tower, names, run, start
         self.blocks = tower.blocks[start.block if start else 0 :]
         self.y: Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names.start_id)
@@ -125,7 +125,7 @@ class PrefixRun:
         return self.names.by_class([self._run(name_features, self.tower, y, n.ends, self.prefix) for n, y in pairs])
 
 
-def prefix_start(tower: TextTower, names: Any, block: int) -> Start:
+def prefix_start(tower: TextTower, names: TextChunks, block: int) -> Start:
     y = embed_prefix(tower.text, tower.text.token_embedding.weight[:0], names.start_id)
     chunks = tower.embed(names)
     for early in tower.blocks[:block]:
