@@ -47,8 +47,10 @@ def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
 
 def published(method: str, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
     """The defaults of a method's recipe and what its row changes for this task, with the model's budget if it trains
-    prompts, and otherwise its augmentation: random crops and flips, as published, unless it needs another."""
-    row, kind, shots = ROWS[method], RECIPES[method], max(shots, 1)
+    prompts, and otherwise its augmentation: random crops and flips, as published, unless it needs another. The model's
+    row in the registry may change both rules and values."""
+    own, kind, shots = get_spec(model).baseline_recipes.get(method, {}), RECIPES[method], max(shots, 1)
+    row = ROWS[method] | own
     if kind is Recipe:
         return dcp(model, dataset, protocol)
     values: dict[str, Any] = {}
@@ -59,12 +61,12 @@ def published(method: str, model: str, dataset: str, shots: int, protocol: str) 
     for name, number in row.get("over_shots", {}).items():
         values[name] = number / shots
     values |= row.get("by_dataset", {}).get(dataset, {}) | row.get("by_protocol", {}).get(protocol, {})
-    if method == "clip-lora" and method in get_spec(model).baseline_recipes:
-        values["steps"] //= 5  # at a higher learning rate
     recipe, budget = kind(**values), budget_overrides(model, dataset)
     if recipe.is_trained:
-        return recipe.updated(budget)
-    return recipe if recipe.augment == "none" else replace(recipe, augment=budget.get("augment", recipe.augment))
+        recipe = recipe.updated(budget)
+    elif recipe.augment != "none":
+        recipe = replace(recipe, augment=budget.get("augment", recipe.augment))
+    return recipe.updated({name: value for name, value in own.items() if name not in RULES})
 
 
 def dcp(model: str, dataset: str, protocol: str) -> Recipe:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods.published import ROWS, RULES, published
 from dcp_zoo.training.recipes import AUTHORS, FAST, FITTED, BaseRecipe, Recipe, named_recipe, read_recipe
-from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -61,10 +60,8 @@ class Method:
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
         if "." in self.module:
-            found: BaseRecipe = resolve_name(f"{self.module}:recipe{self.variant}")(model, dataset, shots, protocol)
-        else:
-            found = published(self.name, model, dataset, shots, protocol)
-        return found.updated(get_spec(model).baseline_recipes.get(self.name, {}))
+            return resolve_name(f"{self.module}:recipe{self.variant}")(model, dataset, shots, protocol)
+        return published(self.name, model, dataset, shots, protocol)
 
     def needs_images(self, recipe: BaseRecipe) -> bool:
         """Whether it needs training images with this recipe, for itself or for the classifier after it."""
