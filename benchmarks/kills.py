@@ -1,8 +1,8 @@
 """Kill commands at random moments, and check that they leave the old state or the new one, and work afterwards.
 
-    PYTHONPATH=tests python benchmarks/kills.py                   30 kills of each command: results/kills.csv
-    PYTHONPATH=tests python benchmarks/kills.py --only saves      500 saves of five processes into one folder
-    PYTHONPATH=tests python benchmarks/kills.py --only builds     until results/builds.csv has four rounds
+    PYTHONPATH=tests:hub python benchmarks/kills.py                   30 kills of each command: results/kills.csv
+    PYTHONPATH=tests:hub python benchmarks/kills.py --only saves      500 saves of five processes into one folder
+    PYTHONPATH=tests:hub python benchmarks/kills.py --only builds     until results/builds.csv has four rounds
 
 "old" and "new" count the states that kills left, "third" any other, and "broken" commands that did not lead to the new
 state when they were repeated. Every second kill comes at most 30 ms after the first change in the folder, the others
@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import publish
 import small_zoo
 from PIL import Image
 from upload_hub import serve_uploads
@@ -37,7 +38,6 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
 from dcp_zoo.model.config import read_config
-from dcp_zoo.release import publish
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("what", "kills", "old", "new", "third", "broken", "seconds")
@@ -214,7 +214,7 @@ FEW = ["--models", "dcp_mini", "--shots", "1", "--seeds", "1", "--org", "our-org
 def kill_builds(number: int, data: Path, folder: Path, chance: random.Random) -> dict[str, object]:
     """Builds from nothing, killed and finished."""
     started, kills = time.monotonic(), 0
-    command = ["build", *FEW, "--data-root", str(data), "--output", str(folder / "BUILD")]
+    command = [*FEW, "--data-root", str(data), "--output", str(folder / "BUILD")]
 
     def count() -> int:
         """Results and publications so far."""
@@ -225,8 +225,8 @@ def kill_builds(number: int, data: Path, folder: Path, chance: random.Random) ->
         for _ in range(KILLS):
             goal = count() + chance.randint(1, NEXT)
             until = partial(lambda goal: count() >= goal, goal)
-            kills += not small_zoo.finish_or_kill(command, until, prepare, chance.random() / 5)
-        small_zoo.finish_or_kill(command, lambda: False, prepare)
+            kills += not small_zoo.finish_or_kill(command, until, prepare, chance.random() / 5, "build")
+        small_zoo.finish_or_kill(command, lambda: False, prepare, program="build")
         commits = hub.published()
     heads = list(folder.glob("BUILD/published/*.json"))
     lost = 11 - sum(commits.get(f"our-org/{path.stem}", 0) >= 1 for path in heads)

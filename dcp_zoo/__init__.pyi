@@ -13,7 +13,7 @@ from .inspection.inspection import inspect as inspect
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
 from .model.head import load_head as load_head
-from .release.publish import push_to_hub as push_to_hub
+from .release.push import push_to_hub as push_to_hub
 from .training.callbacks import Callback as Callback
 from .training.callbacks import EarlyStopping as EarlyStopping
 from .training.callbacks import TensorBoard as TensorBoard

@@ -33,7 +33,7 @@ def main(
     data_root: Annotated[Path, typer.Option(help="Folder with caltech-101 and pacs.")],
     only: Annotated[str, typer.Option(help="Only heads whose name contains this.")] = "",
     trained: Annotated[
-        Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`; heads that it lacks are trained.")
+        Path | None, typer.Option(help="The heads folder that `hub/build.py` filled; heads that it lacks are trained.")
     ] = None,
 ) -> None:
     """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo, EuroSAT, flowers at 16; seed 1."""

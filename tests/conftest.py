@@ -19,10 +19,11 @@ from filelock import FileLock
 from helpers import loud, photo, use_endpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer import Typer
 from upload_hub import TOKEN, UploadHub, serve_uploads
 
 from dcp_zoo import DCP
-from dcp_zoo.cli import main
+from dcp_zoo.cli.app import app, main
 from dcp_zoo.data import Item
 from dcp_zoo.deploy import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
@@ -55,16 +56,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class CommandLine:
-    """Calls `dcp-zoo ARGS` in this process: exit code, stdout and stderr, without colours and line breaks."""
+    """Calls `dcp-zoo` or a script in this process: exit code, stdout and stderr, without colours and line breaks."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, program: Typer = app) -> None:
+        self.monkeypatch, self.capsys, self.program = monkeypatch, capsys, program
 
     def __call__(self, *args: object) -> tuple[int, str, str]:
         self.monkeypatch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
         self.monkeypatch.setenv("COLUMNS", "250")
         with pytest.raises(SystemExit) as stop:
-            main()
+            main(self.program)
         out, err = self.capsys.readouterr()
         return stop.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", out), re.sub(r"\s+", " ", err)
 

@@ -1,4 +1,4 @@
-"""The 11 datasets with three classes and a few images each, and a miniature trained for four steps: `dcp-zoo build` in
+"""The 11 datasets with three classes and a few images each, and a miniature trained for four steps: `hub/build.py` in
 seconds."""
 
 import multiprocessing
@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import huggingface_hub
+import publish
 import trees
 from PIL import Image
 from upload_hub import TOKEN
@@ -20,7 +22,6 @@ from dcp_zoo.cli import main
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data import specs as table
 from dcp_zoo.data.specs import Archive
-from dcp_zoo.release import publish
 from dcp_zoo.zoo.registry import MODELS
 
 NAMES = ["red", "green", "blue"]
@@ -75,27 +76,31 @@ SERVER.set_forkserver_preload(["small_zoo", *SLOW.split()])
 
 
 def finish_or_kill(
-    args: Sequence[str], until: Callable[[], bool], prepare: Callable[[], object] = list, pause: float = 0.0
+    args: Sequence[str],
+    until: Callable[[], bool],
+    prepare: Callable[[], object] = list,
+    pause: float = 0.0,
+    program: str = "dcp_zoo.cli.app",
 ) -> bool:
-    """Run `dcp-zoo ARGS` in a new process, which calls `prepare` first, and kill it so many seconds after `until` is
-    true. Whether it had finished before; an error of the command is one here."""
+    """Run `dcp-zoo ARGS`, or a script, in a new process, which calls `prepare` first, and kill it so many seconds after
+    `until` is true. Whether it had finished before; an error of the command is one here."""
     with NamedTemporaryFile() as said:
-        child = SERVER.Process(target=_command, args=(args, prepare, said.name))
+        child = SERVER.Process(target=_command, args=(args, prepare, said.name, program))
         child.start()
         while child.exitcode is None:
             if until():
                 child.join(pause)
                 child.kill()
             child.join(0.01)
-        assert child.exitcode <= 0, f"dcp-zoo {' '.join(args)} failed: {said.read().decode()}"
+        assert child.exitcode <= 0, f"{' '.join(args)} failed: {said.read().decode()}"
         return child.exitcode == 0
 
 
-def _command(args: Sequence[str], prepare: Callable[[], object], said: str) -> None:
+def _command(args: Sequence[str], prepare: Callable[[], object], said: str, program: str) -> None:
     with Path(said).open("w") as file, redirect_stdout(file), redirect_stderr(file):
         prepare()
         sys.argv = ["dcp-zoo", *args]
-        main()
+        main(import_module(program).app)
 
 
 def use_hub(url: str) -> None:

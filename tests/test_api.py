@@ -24,6 +24,7 @@ import torch
 from conftest import GOLDEN
 from helpers import Count, in_distribution
 from PIL import Image, ImageFile
+from publish import prepare
 from safetensors.torch import save
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -42,7 +43,6 @@ from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.release.publish import prepare
 from dcp_zoo.training import cache
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.zoo.registry import get_head

@@ -1,4 +1,4 @@
-"""`dcp-zoo build` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
+"""`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
 
 import json
 import random
@@ -9,8 +9,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import build
+import publish
 import pytest
 import small_zoo
+from conftest import CommandLine
 from small_zoo import finish_or_kill
 from upload_hub import TOKEN
 
@@ -19,8 +22,12 @@ from dcp_zoo.benchmark import sweep
 from dcp_zoo.benchmark.estimate import Cost
 from dcp_zoo.data import list_datasets
 from dcp_zoo.data import specs as table
-from dcp_zoo.release import build, publish
 from dcp_zoo.zoo import registry
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> CommandLine:
+    return CommandLine(monkeypatch, capsys, build.app)
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def small(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def arguments(folder: Path, *more: str) -> list[str]:
     shared = ["--data-root", str(folder / "DATA"), "--output", str(folder / "BUILD"), "--shots", "1", "--seeds", "1"]
-    return ["build", "--models", "dcp_mini", *shared, *more]
+    return ["--models", "dcp_mini", *shared, *more]
 
 
 def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
@@ -70,13 +77,11 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     said = " ".join(out.split())
     assert re.search(r"Time: \d+ \w+ in sequence, estimated from short runs on this machine", said)
     with monkeypatch.context() as patch:
-        patch.setattr("dcp_zoo.data.download.gigabytes", lambda specs: 1.0)
-        code, out, _ = run(
-            "build", "--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1"
-        )
+        patch.setattr("build.gigabytes", lambda specs: 1.0)
+        code, out, _ = run("--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
     assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
-    message = "Pass --model MODEL, --data-root DIR, --output DIR: dcp-zoo build"
-    assert message in run("build")[2]
+    message = "Pass --model MODEL, --data-root DIR, --output DIR: python hub/build.py"
+    assert message in run()[2]
     code, out, _ = run(*arguments(small, "--dry-run", "--step-seconds", "240"))
     steps, tested = 4 * 4, 4 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot
     hours, minutes = divmod(4 * steps + tested, 60)
@@ -101,7 +106,7 @@ def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
     for kind in ("results", "published"):  # while it trains, and while it publishes
         goal = chance.randint(1, 2)
         until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
-        finish_or_kill(arguments(small, *few), until, prepare, chance.random() / 5)
+        finish_or_kill(arguments(small, *few), until, prepare, chance.random() / 5, "build")
     assert "2 published." in run.ok(*arguments(small, *few))
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
 

@@ -353,11 +353,9 @@ def test_help_of_train_lists_every_field_of_the_recipe(run):
 def test_names_and_defaults_in_help_texts_match_the_code(run):
     """Help texts do not import these: their modules import torch."""
     from dcp_zoo.benchmark.plan import PROTOCOLS
-    from dcp_zoo.cli.release import publish
     from dcp_zoo.cli.train import train
     from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.export import EXPORT_SUFFIXES
-    from dcp_zoo.release.publish import LICENSE
     from dcp_zoo.training.device import CHECKPOINTING
     from dcp_zoo.training.state import SAVE_EVERY
 
@@ -367,7 +365,6 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     assert all(name in helps["train"] for name in (*CHECKPOINTING, *PRECISIONS))
     assert all(name in helps["export"] for name in EXPORT_SUFFIXES)
     assert inspect.signature(train).parameters["save_every"].default == SAVE_EVERY
-    assert inspect.signature(publish).parameters["license"].default.default == LICENSE
 
 
 def test_a_log_says_now_and_then_how_far_a_run_is(monkeypatch, capsys):

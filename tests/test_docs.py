@@ -3,7 +3,7 @@ checked without running.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
 below a line in italics that begins with "Needs" (CLIP's weights, a network, a server, minutes), or whose title
-is the name of a file, is not run: its Python is compiled, and its `dcp-zoo` lines are parsed by the command line.
+is the name of a file, is not run: its Python is compiled, and its lines of `dcp-zoo` and of scripts like it are parsed.
 """
 
 import json
@@ -18,9 +18,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import build
 import pictures
+import publish
 import pytest
 import quote
+import submit
 import typer.main
 from conftest import CommandLine
 from markdown_it import MarkdownIt
@@ -36,6 +39,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml", "bibtex")
 RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+SCRIPTS = {"hub/build.py": build.app, "hub/publish.py": publish.app, "benchmarks/submit.py": submit.app}
 GROUPS = {"dcp_zoo.methods", "dcp_zoo.__file__"}  # entry points, and what every module has
 
 
@@ -110,10 +114,14 @@ def silent_commands() -> Any:
 
 
 def parse_command(line: str) -> None:
-    """Let the command line read a `dcp-zoo` line, and do nothing."""
+    """Let the command line or a script read its line, and do nothing."""
     args = shlex.split(line, comments=True)
     if "dcp-zoo" in args:
         silent_commands()(args[args.index("dcp-zoo") + 1 :], standalone_mode=False)
+    for script in SCRIPTS.keys() & set(args):
+        command = typer.main.get_command(SCRIPTS[script])
+        command.callback = None
+        command(args[args.index(script) + 1 :], standalone_mode=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -144,7 +152,12 @@ def helps(group, prefix: str = "dcp-zoo") -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("name", "help"), list(helps(typer.main.get_command(app)).items()))
+HELPS = helps(typer.main.get_command(app)) | {
+    script: typer.main.get_command(program).help for script, program in SCRIPTS.items()
+}
+
+
+@pytest.mark.parametrize(("name", "help"), list(HELPS.items()))
 def test_examples_in_help(name, help, scratch):
     examples = [" ".join(text.split()) for text in re.findall(r"\[dim\](.*?)\[/\]", help, flags=re.DOTALL)]
     assert examples, f"{name} --help shows no example"

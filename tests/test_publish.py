@@ -7,8 +7,10 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+import publish
 import pytest
 import torch
+from conftest import CommandLine
 from helpers import offline, use_endpoint
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
@@ -19,10 +21,15 @@ from dcp_zoo import ZooError
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.release import publish
+from dcp_zoo.release import push
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> CommandLine:
+    return CommandLine(monkeypatch, capsys, publish.app)
 
 
 @pytest.fixture
@@ -41,8 +48,8 @@ def manifest(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkeypatch, run):
-    """From `dcp-zoo publish` to `create_model`, by the pin in the manifest."""
-    run.ok("publish", folder, "--org", "our-org")
+    """From `hub/publish.py` to `create_model`, by the pin in the manifest."""
+    run.ok(folder, "--org", "our-org")
     files = uploads.files(f"our-org/{MINI}")
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     entry = json.loads(manifest.read_text())[MINI]
@@ -115,7 +122,7 @@ def test_a_planned_head_becomes_published(folder, manifest):
 def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, run):
     path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
     monkeypatch.setattr(publish, "MANIFEST", path)
-    out = run.ok("publish", folder, "--org", "our-org")
+    out = run.ok(folder, "--org", "our-org")
     commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
     assert f'"revision": "{commit}"' in out
     assert not path.exists()
@@ -123,7 +130,7 @@ def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypa
 
 def test_dry_run_sends_and_writes_nothing(folder, uploads, run):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert run.ok("publish", folder, "--org", "our-org", "--dry-run").startswith("---\n")
+    assert run.ok(folder, "--org", "our-org", "--dry-run").startswith("---\n")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert uploads.requests == []
 
@@ -144,7 +151,7 @@ def test_the_card_is_valid_metadata(folder):
 
 def test_contents_of_the_card(folder, monkeypatch):
     seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
-    monkeypatch.setattr(publish, "trained_heads", lambda: {seed2.name: seed2})
+    monkeypatch.setattr(push, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
     assert "coupling `bidirectional`, the paper's" in text
     config = json.loads((folder / "config.json").read_text())["dcp"]
@@ -158,16 +165,16 @@ def test_contents_of_the_card(folder, monkeypatch):
 
 
 def test_public_names_of_datasets():
-    assert publish.public_name("hf://datasets/me/pets@main:small") == "me/pets"
-    assert publish.public_name("wds:///home/me/shards") == "webdataset shards"
-    assert publish.public_name("dtd") == "dtd"
-    assert publish.public_name(None) is None
+    assert push.public_name("hf://datasets/me/pets@main:small") == "me/pets"
+    assert push.public_name("wds:///home/me/shards") == "webdataset shards"
+    assert push.public_name("dtd") == "dtd"
+    assert push.public_name(None) is None
 
 
 def test_base_model_of_a_clip_head(tmp_path):
     with skip_init():
         model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat", "dog"])
-    metadata = publish.make_card(model, "me/pets", "mit", 22_000_000).data.to_dict()
+    metadata = push.make_card(model, "me/pets", "mit", 22_000_000).data.to_dict()
     assert metadata["base_model"] == "timm/vit_base_patch16_clip_224.openai"
     assert "model-index" not in metadata
 
@@ -176,7 +183,7 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.clip, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
     head.method, head.architecture, head.clip_source = "gda", "dcp_mini", "bundled"
-    text = publish.make_card(head, "me/pets", "mit", 1_000_000).text
+    text = push.make_card(head, "me/pets", "mit", 1_000_000).text
     assert "A classifier trained by gda" in text
     assert "The method is DCP" not in text
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):

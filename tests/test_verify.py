@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import submit
 import yaml
+from conftest import CommandLine
 from PIL import Image
+from publish import prepare
 
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_split, packaged
-from dcp_zoo.release import publish
+from dcp_zoo.release import verify
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.pacs_photo-16shot"
@@ -38,9 +41,14 @@ def measured(tmp_path_factory, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    found = publish.measured("head", model, data)
+    found = verify.measured("head", model, data)
     change(folder, metrics={f"top1_{stats}": value for stats, value in found.items()})
     return folder
+
+
+@pytest.fixture
+def submitted(monkeypatch, capsys) -> CommandLine:
+    return CommandLine(monkeypatch, capsys, submit.app)
 
 
 @pytest.fixture
@@ -78,16 +86,16 @@ def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
 
 
 def test_a_card_is_believed_before_the_checkpoint(head, data):
-    without = {claim.stats: claim.claimed for claim in publish.verify(f"local-dir:{head}", data)}
-    release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
+    without = {claim.stats: claim.claimed for claim in verify.verify(f"local-dir:{head}", data)}
+    release = prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
-    claims = {claim.stats: claim.claimed for claim in publish.verify(f"local-dir:{head}", data)}
+    claims = {claim.stats: claim.claimed for claim in verify.verify(f"local-dir:{head}", data)}
     assert claims == without | {"stored": release.info["metrics"]["top1_stored"]}
     assert set(claims) == {"stored", "batch", "no_classifier"}
 
 
 def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.cli.release.list_heads", lambda status: [MINI, str(head)])
+    monkeypatch.setattr("dcp_zoo.cli.evaluate.list_heads", lambda status: [MINI, str(head)])
     code, out, err = run("verify", "--all", "--data-root", data)
     assert (code, out.count("holds")) == (1, 3)
     assert f"{MINI}: {MINI} was trained on another split of pacs_photo" in err
@@ -96,14 +104,14 @@ def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatc
 def test_what_cannot_be_verified(head, data, run):
     change(head, metrics={})
     with pytest.raises(ZooError, match="claims no accuracy"):
-        publish.verify(f"local-dir:{head}", data)
+        verify.verify(f"local-dir:{head}", data)
     for args in ((), ("--head", head, "--all")):
         assert "Pass one --head, or --all" in run.refused("verify", *args)
     assert set(registry.list_heads(status="bundled")) <= set(registry.trained_heads())
 
 
 def test_tolerance():
-    claim = publish.Claim("head", "batch", 70.0, 70.05)
+    claim = verify.Claim("head", "batch", 70.0, 70.05)
     assert claim.holds
     assert not replace(claim, measured=70.06).holds
 
@@ -146,19 +154,19 @@ SUBMISSION = {
     ],
     ids=str,
 )
-def test_what_is_not_admitted(tmp_path, run, changes, message):
+def test_what_is_not_admitted(tmp_path, submitted, changes, message):
     (tmp_path / "submission.yaml").write_text(yaml.safe_dump(SUBMISSION | changes))
-    assert message in run.refused("submit", tmp_path)
+    assert message in submitted.refused(tmp_path)
 
 
-def test_a_submission_is_measured(head, data, run):
+def test_a_submission_is_measured(head, data, submitted):
     file = head / "submission.yaml"
-    assert "cannot be read" in run.refused("submit", head)
+    assert "cannot be read" in submitted.refused(head)
     measured = json.loads((head / "config.json").read_text())["dcp"]["metrics"]["top1_stored"]
     file.write_text(yaml.safe_dump(SUBMISSION | {"reported": measured}))
-    assert f'"measured": {measured}' in run.ok("submit", head, "--data-root", data)
+    assert f'"measured": {measured}' in submitted.ok(head, "--data-root", data)
     file.write_text(yaml.safe_dump(SUBMISSION | {"reported": min(100.0, measured + 1) if measured < 99 else 1.0}))
-    assert f"but {measured:.2f} % was measured here" in run.refused("submit", head, "--data-root", data)
+    assert f"but {measured:.2f} % was measured here" in submitted.refused(head, "--data-root", data)
     (head / "config.json").unlink()
     (head / "model.safetensors").unlink()
-    assert '"measured": null' in run.ok("submit", head)
+    assert '"measured": null' in submitted.ok(head)

@@ -15,12 +15,11 @@ from dcp_zoo.cli import data, heads
 from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
-from dcp_zoo.cli.evaluate import evaluate
+from dcp_zoo.cli.evaluate import evaluate, verify
 from dcp_zoo.cli.heads import convert, fit_text_probe
 from dcp_zoo.cli.inspect import inspect, search, suggest
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
-from dcp_zoo.cli.release import build, publish, submit, verify
 from dcp_zoo.cli.show import explain, info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
@@ -47,7 +46,7 @@ def dcp_zoo(
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
     *(list_, info, predict, inspect, search, suggest, train, evaluate, fit_text_probe, benchmark, demo, explain),
-    *(export, serve, convert, publish, build, verify, submit, report),
+    *(export, serve, convert, verify, report),
 ):
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
@@ -55,14 +54,14 @@ app.add_typer(heads.commands, name="classes")
 app.add_typer(data.commands, name="data")
 
 
-def main() -> None:
-    """Run the command line; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
+def main(program: Typer = app) -> None:
+    """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
     warnings.showwarning = lambda text, *_, **__: errors.print(f"[yellow]Note:[/] {escape(str(text))}", soft_wrap=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
     try:
-        app()
+        program()
     except ZooError as error:
         print_error(str(error))
         sys.exit(2)

@@ -51,7 +51,7 @@ def export(options: ExportOptions) -> None:
     """
     from dcp_zoo.deploy import export as files
     from dcp_zoo.deploy.web import export_web
-    from dcp_zoo.release.publish import export_hub
+    from dcp_zoo.release.push import export_hub
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(options.head), opt.class_list(options.classes)

@@ -1,4 +1,4 @@
-"""`dcp-zoo eval`."""
+"""`dcp-zoo eval` and `dcp-zoo verify`."""
 
 import json
 import os
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.columns import Columns
-from typer import Option
+from typer import Exit, Option
 
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, plain_table, progress_bar
+from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
@@ -18,6 +18,7 @@ from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
+from dcp_zoo.zoo.registry import list_heads
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -145,3 +146,40 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
     output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
+
+
+def verify(
+    head: str | None = Option(None, help="A head, a checkpoint folder, or hf-hub:ORG/REPO."),
+    data_root: opt.DataRoot = None,
+    all_: bool = Option(False, "--all", help="Verify all heads inside this package."),
+    device: opt.Device = "auto",
+    workers: opt.Workers = 0,
+) -> None:
+    """Measure a head again on the test images of its dataset, and compare the result with its card's claim.
+
+    The exit code is 1 if they differ by more than 0.05 percentage points, or a head of --all cannot be measured.
+
+    [dim]dcp-zoo verify --head dcp_mini.caltech101-16shot --data-root DATA[/]
+    [dim]dcp-zoo verify --all --data-root DATA[/]
+    """
+    if (head is None) != all_:
+        raise ZooError("Pass one --head, or --all for those inside this package.")
+    names = [opt.head_name(head)] if head else list_heads(status="bundled")
+    from dcp_zoo.release.verify import verify as verified
+
+    claims, failed = [], False
+    for name in names:
+        try:
+            claims += verified(name, data_root, device=device, workers=workers, progress=progress_bar)
+        except ZooError as error:
+            if head:
+                raise
+            failed = True  # the others can be measured all the same
+            print_error(f"{name}: {error}")
+    rows = [
+        (c.head, c.coupling, c.stats, f"{c.claimed:.2f}", f"{c.measured:.2f}", "holds" if c.holds else "differs")
+        for c in claims
+    ]
+    output.print(plain_table(("head", "coupling", "stats", "claimed", "measured", ""), rows))
+    if failed or not all(claim.holds for claim in claims):
+        raise Exit(1)

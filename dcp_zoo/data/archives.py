@@ -46,16 +46,6 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
         return file.rename(target)
 
 
-def size_of(archive: Archive) -> int | None:
-    """The archive's size in bytes as its source states it; None if it does not answer."""
-    try:
-        request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
-            return int(answer.headers["Content-Length"])
-    except (OSError, http.client.HTTPException, TypeError, ValueError):
-        return None
-
-
 def _complete(archive: Archive, part: Path) -> Path:
     """`part`, once all its bytes are there; a lost connection is resumed as long as that brings new bytes."""
     failures = 0

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.archives import fetch_archive, size_of, unpack
+from dcp_zoo.data.archives import fetch_archive, unpack
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, writing_to
@@ -30,12 +30,6 @@ def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
         if spec.name not in downloadable():
             raise ZooError(f"{spec.name} cannot be downloaded: choose from {', '.join(downloadable())}. {spec.where}")
     return specs
-
-
-def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
-    """What the sources say they would send; None if one of them does not answer."""
-    sizes = [size_of(archive) for spec in specs for archive in spec.archives]
-    return None if None in sizes else sum(size for size in sizes if size) / 1e9
 
 
 def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:

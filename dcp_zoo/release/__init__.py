@@ -1,1 +1,1 @@
-"""Heads on their way to the Hub: trained in a sweep, checked, published; and checked again by anyone."""
+"""Heads on the Hub: uploaded with a model card, whose claims anyone can measure again."""

@@ -1,18 +1,28 @@
-"""Results of others for the leaderboard: what they must say, and what of it can be measured here."""
+"""Check a result of others for the leaderboard: what it must say, and what of it can be measured here.
 
+python benchmarks/submit.py MY_RESULT --data-root DATA
+"""
+
+import json
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from typer import Argument, Typer
+
+from dcp_zoo.cli import main
+from dcp_zoo.cli import options as opt
+from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.data import list_datasets, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
-from dcp_zoo.release.publish import Claim, measured
+from dcp_zoo.release.verify import Claim, measured
 from dcp_zoo.zoo.factory import create_model
 
+app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 SUBMISSION = "submission.yaml"
 
 
@@ -37,7 +47,7 @@ class Submission(Checked):
     deterministic: Annotated[bool, {"choices": (True,)}]  # the same images give the same answers
     license: str  # of the weights or the code
     reported: Annotated[float, PERCENT]  # top-1, as its source states it
-    measured: Annotated[float | None, PERCENT] = None  # top-1, as dcp-zoo submit measured it
+    measured: Annotated[float | None, PERCENT] = None  # top-1, as this script measured it
 
 
 def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Submission:
@@ -54,7 +64,7 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
         raise ZooError(f"{path}: split_sha256 must be 64 hexadecimal digits, as dcp-zoo data check shows them.")
     submission = Submission(**found)
     if submission.measured is not None:
-        raise ZooError(f"{path} must not state `measured`: dcp-zoo submit measures it.")
+        raise ZooError(f"{path} must not state `measured`: this command measures it.")
     if submission.split_sha256 != (packaged.split_sha256(submission.dataset) or submission.split_sha256):
         raise ZooError(f"{path}: split_sha256 does not match CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
@@ -64,3 +74,26 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
     if not Claim(name, "stored", submission.reported, top1).holds:
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {top1:.2f} % was measured here.")
     return replace(submission, measured=top1)
+
+
+@app.command(cls=opt.Command)
+def submit(
+    folder: Annotated[
+        Path, Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one.")
+    ],
+    data_root: opt.DataRoot = None,
+    device: opt.Device = "auto",
+    workers: opt.Workers = 0,
+) -> None:
+    """Check a leaderboard submission against the rules, measure its head, and print the row to add.
+
+    [dim]python benchmarks/submit.py MY_RESULT --data-root DATA[/]
+    """
+    row = check_submission(folder, data_root, device=device, workers=workers, progress=progress_bar)
+    print(json.dumps(asdict(row), indent=1))
+    state = "was measured here" if row.measured is not None else "was not measured here: the folder has no checkpoint"
+    output.print(f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.")
+
+
+if __name__ == "__main__":
+    main(app)

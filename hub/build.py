@@ -1,0 +1,262 @@
+"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes from the
+store of `dcp-zoo benchmark`, the checkpoints in OUTPUT/heads, and HEAD.json in OUTPUT/refused and OUTPUT/published.
+
+    python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run
+"""
+
+import http.client
+import math
+import os
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import publish
+from publish import Release
+from rich.markup import escape
+from typer import Typer
+
+from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
+from dcp_zoo.benchmark.plan import SAVED_HEADS
+from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.cli import main
+from dcp_zoo.cli import options as opt
+from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, measured_costs, numbers, several, split_commas
+from dcp_zoo.cli.console import log, output
+from dcp_zoo.cli.data import download_all
+from dcp_zoo.data import DatasetSpec, list_datasets, load_split
+from dcp_zoo.data import download as downloads
+from dcp_zoo.data.archives import AGENT, SILENCE
+from dcp_zoo.data.specs import Archive
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable, format_duration
+from dcp_zoo.threads import use_threads
+from dcp_zoo.zoo.registry import HUB_ORG, get_spec
+
+app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256")  # what no card may lack
+METHOD, BASELINE = "dcp", "zero-shot"
+BELOW_ZERO_SHOT = 2.0  # points that a head may lose against zero-shot CLIP, besides chance
+STATS_APART = 1.0  # points between stored and batch statistics, besides chance
+
+
+@dataclass(frozen=True)
+class HeadState:
+    """A head of a build: "planned", "failed" and "refused" with the reason, "trained", or "published" with the repo."""
+
+    name: str
+    trial: Trial
+    state: str
+    note: str = ""
+    entry: dict[str, Any] | None = None  # in the manifest, of one that is published
+
+
+def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
+    done, failures = store.done(output), store.failures(output)
+    published, refused = (store.read_folder(output / state) for state in ("published", "refused"))
+
+    def head_of(trial: Trial) -> HeadState:
+        if record := published.get(trial.head):
+            note = f"{record['repo_id']}@{record['entry']['revision']}"
+            return HeadState(trial.head, trial, "published", note, record["entry"])
+        if record := refused.get(trial.head):
+            return HeadState(trial.head, trial, "refused", "; ".join(record["reasons"]))
+        if trial.key in done:
+            return HeadState(trial.head, trial, "trained")
+        state = "failed" if trial.key in failures else "planned"
+        return HeadState(trial.head, trial, state, failures.get(trial.key, ""))
+
+    return [head_of(trial) for trial in trials if trial.method == METHOD]
+
+
+def build_heads(
+    trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object], **backend: Any
+) -> None:
+    """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet. `log`
+    receives a line for every head; `backend` is `run` and `show` of `sweep`."""
+    sweep(trials, replace(settings, save_heads=True), **backend)
+    output, results = settings.output, store.results(settings.output)
+    split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)
+    zero_shot = {(trial.model, trial.dataset): trial.key for trial in trials if trial.method == BASELINE}
+    for head in states(output, trials):
+        trial, plain = head.trial, zero_shot[head.trial.model, head.trial.dataset]
+        if head.state not in ("trained", "refused"):  # a refused head is checked again: its reason may be gone
+            continue
+        if plain not in results:
+            log(f"{head.name}: waits for zero-shot CLIP on {trial.dataset}, which failed")
+            continue
+        note = split_note(trial.dataset)
+        try:
+            release = publish.prepare(output / SAVED_HEADS / head.name, org or HUB_ORG)
+            reasons = refusals(results[trial.key], results[plain], release, note)
+        except ZooError as error:  # the checkpoint does not load
+            reasons = [str(error)]
+        if reasons:
+            store.write_json(output / "refused" / f"{head.name}.json", {"reasons": reasons})
+            log(f"{head.name}: refused, {'; '.join(reasons)}")
+            continue
+        (output / "refused" / f"{head.name}.json").unlink(missing_ok=True)
+        if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
+            entry = release.entry(publish.publish(release))
+            record = {"repo_id": release.repo_id, "entry": entry}
+            store.write_json(output / "published" / f"{head.name}.json", record)
+            log(f"{head.name}: published as {release.repo_id}")
+
+
+def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: Release, split_note: str) -> list[str]:
+    """Why a head must not be published; [] if it may. `result` and `zero_shot` are the result files of its trial and of
+    zero-shot CLIP on the same images; `split_note` is what is wrong with the dataset's split, or ""."""
+    found, (first, last) = [], (result["info"].get(name, math.nan) for name in ("first_loss", "last_loss"))
+    if not (math.isfinite(first) and math.isfinite(last)):
+        found.append("its losses are missing or not finite")
+    elif last > first:
+        found.append(f"its loss rose from {first:.3f} to {last:.3f}")
+    if release.sha256 != result["head_sha256"]:
+        found.append("the checkpoint is not the one that was measured")
+    images, (plain,) = result["results"][0]["images"], zero_shot["results"]
+    if (result["split_sha256"], images) != (zero_shot["split_sha256"], plain["images"]):
+        found.append("it and zero-shot CLIP were tested on other images")
+    missing = [name for name in CARD_INFO if not release.info.get(name)]
+    if missing:
+        found.append(f"its card lacks {', '.join(missing)}")
+    top1 = {entry["stats"]: entry["top1"] for entry in result["results"]}
+    if {"stored", "batch"} <= top1.keys():
+        stored, batch, clip = top1["stored"], top1["batch"], plain["top1"]
+        below, apart = BELOW_ZERO_SHOT + chance(clip, images), STATS_APART + chance(batch, images)
+        if stored < clip - below:
+            found.append(f"top-1 {stored:.2f} is over {below:.1f} percentage points below zero-shot CLIP's {clip:.2f}")
+        if abs(stored - batch) > apart:
+            found.append(f"stored {stored:.2f} and batch {batch:.2f} are over {apart:.1f} percentage points apart")
+    else:
+        found.append("its accuracy was not measured with both kinds of statistics")
+    return [*found, split_note] if split_note else found
+
+
+def chance(percent: float, images: int) -> float:
+    """Two standard errors, in points, of an accuracy measured on that many images."""
+    share = min(max(percent / 100, 0.5 / images), 1 - 0.5 / images)  # at least half an image away from 0 and 1
+    return 200 * math.sqrt(share * (1 - share) / images)
+
+
+@dataclass
+class BuildOptions:
+    models: list[str] = several("model", "Models of the zoo.", "--models")
+    data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
+    output: Path | None = opt.option(None, "Folder for the state of the build, from which it resumes.")
+    org: str | None = opt.option(None, "Organisation or user on the Hub. Default: train and check, publish nothing.")
+    datasets: list[str] = several("dataset", "Default: all 11.", "--datasets")
+    shots: list[str] = several("shots", "Training images per class. Default: 1,2,4,8,16.")
+    seeds: list[str] = several("seed", "Seeds. Default: 1,2,3.", "--seeds")
+    agree: opt.Agree = False
+    imagenet_from: opt.ImagenetFrom = None
+    device: opt.Device = "auto"
+    precision: opt.Precision = "float32"
+    workers: opt.Workers = 0
+    step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run. Default: measured.")
+    dry_run: bool = opt.option(False, "Show the heads, hours, disk space and downloads; start nothing.")
+
+    def check(self) -> None:
+        """ZooError for all options that are missing; --dry-run needs no folders."""
+        needed: dict[str, object] = {"--model MODEL": self.models}
+        if not self.dry_run:
+            needed |= {"--data-root DIR": self.data_root, "--output DIR": self.output}
+        if missing := [option for option, value in needed.items() if not value]:
+            raise ZooError(f"Pass {', '.join(missing)}: python hub/build.py {' '.join(needed)}")
+
+
+@app.command(cls=opt.Command)
+@opt.takes_options
+def build(options: BuildOptions, cluster: ClusterOptions) -> None:
+    """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
+
+    Repeat the command to resume a stopped build; heads that are already published are left alone.
+
+    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
+    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
+    """
+    options.check()
+    names = split_commas(options.datasets) or list_datasets()
+    numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seed")
+    methods = [METHOD, BASELINE]
+    trials = plan_trials("few-shot", split_commas(options.models), methods, names, *numbered)
+    missing = downloads.missing(names, options.data_root or Path(os.devnull))
+    if options.dry_run:
+        show_build_plan(trials, missing, options)
+        return
+    assert options.data_root
+    assert options.output
+    check_writable(options.output)
+    run, show = cluster.backend()
+    use_threads(None)
+    absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
+    ready = [trial for trial in trials if trial.dataset not in absent]
+    settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
+    build_heads(ready, settings, options.org, log=log, run=run, show=show)
+    heads = states(options.output, trials)
+    entries = {head.name: head.entry for head in heads if head.entry}
+    if entries and publish.pin(entries):
+        output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.")
+    show_states(heads)
+    bad = sum(head.state in ("failed", "refused") for head in heads)
+    if bad or absent:
+        others = f", and {', '.join(absent)} could not be downloaded" if absent else ""
+        raise ZooError(f"{bad} heads failed or were refused{others}. Repeat the command to try them again.")
+
+
+def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
+    folder = options.output or Path(os.devnull)
+    heads, results = states(folder, trials), store.results(folder)
+    if (given := options.step_seconds) is not None:
+        # an image without backward pass is a quarter of one of the four of a step
+        costs = dict.fromkeys(((t.model, t.method) for t in trials), estimate.Cost(0, 0, (given, given), given / 4))
+        source = f"at most, if a step takes {given:g} s: that is your number, nothing was measured"
+    elif results:
+        costs, source = {}, "estimated from finished trials of this build"
+    else:
+        costs = measured_costs(trials, (), options.device)
+        source = "estimated from short runs on this machine; for another one pass --step-seconds"
+    estimator = estimate.TimeEstimator(() if costs else results.values(), costs)
+    output.print(*grid_tables(trials, results, estimator))
+    show_states(heads)
+    total = estimator.total([trial for trial in trials if trial.key not in results])
+    size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
+    needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
+    output.print(
+        f"Time: {format_duration(total)} in sequence, {source}.\n"
+        f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets.\n"
+        f"Downloads: {needed if missing else 'none, all datasets are here'}.",
+        soft_wrap=True,
+    )
+
+
+def show_states(heads: Sequence[HeadState]) -> None:
+    """How many heads are in each state, and the reasons of those that are not published."""
+    counts = Counter(head.state for head in heads)
+    output.print(", ".join(f"{count} {state}" for state, count in counts.items()) + ".")
+    for head in heads:
+        if head.state in ("failed", "refused"):
+            output.print(f"[red]{head.state}[/] {head.name}: {escape(head.note)}", soft_wrap=True)
+
+
+def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
+    """What the sources say they would send; None if one of them does not answer."""
+    sizes = [size_of(archive) for spec in specs for archive in spec.archives]
+    return None if None in sizes else sum(size for size in sizes if size) / 1e9
+
+
+def size_of(archive: Archive) -> int | None:
+    """The archive's size in bytes as its source states it; None if it does not answer."""
+    try:
+        request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+            return int(answer.headers["Content-Length"])
+    except (OSError, http.client.HTTPException, TypeError, ValueError):
+        return None
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,130 @@
+"""Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest of this checkout.
+
+python hub/publish.py dcp_vitb16.imagenet-16shot --org MY_ORG --dry-run
+"""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from huggingface_hub import ModelCard
+from typer import Argument, Option, Typer
+
+from dcp_zoo.cli import main
+from dcp_zoo.cli.console import log, output
+from dcp_zoo.cli.options import Command
+from dcp_zoo.deploy.hub_files import ONNX_FILES
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import sha256_of, write_file
+from dcp_zoo.model._torch import skip_init
+from dcp_zoo.model.config import WEIGHTS_NAME
+from dcp_zoo.model.head import Head, load_head
+from dcp_zoo.release.push import CARD_NAME, LICENSE, make_card, upload
+from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.resolve import resolve
+
+app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
+
+
+@dataclass(frozen=True)
+class Release:
+    """A checkpoint folder that has passed the checks for the Hub."""
+
+    folder: Path
+    head: HeadEntry  # its entry in the registry
+    repo_id: str
+    sha256: str
+    card: ModelCard
+    info: dict[str, Any]  # what the checkpoint stores about its training
+    license: str
+
+    def entry(self, revision: str) -> dict[str, Any]:
+        """The entry in the manifest, pinned to a revision; a bundled head stays bundled."""
+        return {
+            "status": "bundled" if self.head.status == "bundled" else "published",
+            "org": self.repo_id.split("/")[0],
+            "revision": revision,
+            "sha256": self.sha256,
+            "license": self.license,
+            "metrics": self.info.get("metrics", {}),
+        }
+
+
+def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
+    """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
+    build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
+    folder = Path(folder)
+    with warnings.catch_warnings(), skip_init():
+        warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
+        model = create_model(f"local-dir:{folder}", False)
+    load_head(model, folder)
+    model.info = resolve(f"local-dir:{folder}").info
+    head = entry_of(model, folder)
+    repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
+    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILES["float32"]).exists())
+    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
+
+
+def entry_of(model: Head, folder: Path) -> HeadEntry:
+    if not model.is_coupled:
+        raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
+    try:
+        dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
+        return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
+    except (KeyError, ZooError) as error:
+        raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ANY_HEAD}") from error
+
+
+def publish(release: Release) -> str:
+    """Write the card into the folder, upload it with the checkpoint, and return the commit."""
+    release.card.save(release.folder / CARD_NAME)
+    return upload(release.folder, release.repo_id)
+
+
+def pin(entries: dict[str, dict[str, Any]]) -> bool:
+    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed package."""
+    if not (MANIFEST.parents[2] / "setup.cfg").is_file() or not os.access(MANIFEST.parent, os.W_OK):
+        return False
+    write_file(MANIFEST, json.dumps(json.loads(MANIFEST.read_text()) | entries, indent=1) + "\n", "")
+    for cached in (trained_heads, all_heads):
+        cached.cache_clear()
+    return True
+
+
+@app.command(cls=Command)
+def publish_head(
+    folder: Annotated[
+        Path, Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training.")
+    ],
+    org: Annotated[str, Option(help="Organisation or user on the Hub.")],
+    license: Annotated[str, Option(help="Licence of the trained weights.")] = LICENSE,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check the folder and show the card; upload nothing.")] = False,
+) -> None:
+    """Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest.
+
+    [dim]python hub/publish.py dcp_vitb16.imagenet-16shot --org MY_ORG --dry-run[/]
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    release = prepare(folder, org, license)
+    if dry_run:
+        print(release.card.content)
+        log(f"The checkpoint is valid. It would be uploaded to {release.repo_id}; nothing was sent.")
+        return
+    revision = publish(release)
+    output.print(f"Published as {release.repo_id} at {revision}.")
+    entries = {release.head.name: release.entry(revision)}
+    if pin(entries):
+        output.print(f"Pinned in {MANIFEST}: commit it.")
+    else:
+        text = json.dumps(entries, indent=1)
+        output.print(f"To pin it, add this to dcp_zoo/zoo/heads.json in a source checkout:\n{text}")
+
+
+if __name__ == "__main__":
+    main(app)
