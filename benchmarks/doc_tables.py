@@ -5,7 +5,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -74,27 +73,18 @@ def labelled(name: str) -> pd.DataFrame | None:
     return tables.with_labels(pd.read_csv(path)) if path.is_file() else None
 
 
-def unchanged(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of methods as they are, without changed options."""
-    return rows[rows.options == ""]
-
-
 def result_tables(name: str, part: str) -> str:
-    """Tables of the report for a file: its accuracy, its `ece` or `nll` (few-shot only), its differences from the text
-    probe, or the effect of changed options, which all others leave out."""
+    """Tables of the report for a file: its accuracy, its `ece` or `nll` (few-shot only), or its differences from the
+    text probe."""
     rows = labelled(name)
     if rows is None:
         return NOT_MEASURED
-    if part == "options":
-        made = tables.options_against_default(rows[rows.stats != "batch"])
-        # without training times, which are of a busy machine
-        made = [replace(t, header=t.header[:-1], rows=[row[:-1] for row in t.rows]) for t in made]
-    elif part == "differences":
-        made = tables.against(unchanged(rows), "Text probe")
+    if part == "differences":
+        made = tables.against(rows, "Text probe")
     elif part in ("ece", "nll"):
-        made = tables.few_shot_tables(unchanged(rows), part)
+        made = tables.few_shot_tables(rows, part)
     else:
-        made = ACCURACIES[rows.protocol.iloc[0]](unchanged(rows))
+        made = ACCURACIES[rows.protocol.iloc[0]](rows)
     return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
 
 
@@ -188,7 +178,7 @@ def real_clip_table(with_text: bool) -> str:
 
 def leaderboard() -> str:
     """Few-shot results of this project, means over seeds, and of submissions: one row per setup, by shots."""
-    own = unchanged(labelled("few-shot"))
+    own = labelled("few-shot")
     own = own.groupby(["dataset", "model", "label", "selection", "shots"], sort=False, as_index=False).top1.mean()
     rows = pd.concat([own.assign(source="this project"), *map(_submitted, sorted(SUBMITTED.glob("*.json")))])
     setup = ["dataset", "model", "label", "selection", "source"]

@@ -41,7 +41,6 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
-from dcp_zoo.training.recipes import TEXT_PROBE
 from dcp_zoo.zoo.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -182,15 +181,18 @@ def set_mean(label: str, images: int | None = None, what: str = "top1") -> float
 
 
 def many_sets(*labels: str) -> str:
-    """Averages over the reporting sets, of these methods or of all: top-1 by images per class, the mean paired
-    difference from the text probe, ECE over all numbers of images, and CPU seconds of training at 4 images per class.
-    "-" stands for what was not measured on all sets, and for an ECE over fewer numbers of images than the others'."""
+    """Averages over the reporting sets, of these methods or of all but those measured at one number of images only:
+    top-1 by images per class, the mean paired difference from the text probe, ECE over all numbers of images, and CPU
+    seconds of training at 4 images per class. "-" stands for what was not measured on all sets, and for an ECE over
+    fewer numbers of images than the others'."""
     found = on_sets()
     numbers = sorted({images for _, images, _ in found.index})
     header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
     lines = []
     for label in labels or found["top1"].columns:
         means = found["top1"][label].dropna().groupby("images_per_class")
+        if not labels and len(means) == 1:
+            continue
         whole = found["top1"]["Text probe"].groupby("images_per_class").size()
         cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
         gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label))
@@ -210,21 +212,18 @@ def by_set(*labels: str) -> str:
     return as_table(["dataset", "method", *map(str, numbers)], lines)
 
 
-def factorial() -> str:
-    """Methods without and with the text probe: top-1 by images per class, and the mean difference
-    over all pairs with its interval."""
-    rows = results("factorial")
-    shots = sorted(rows.shots.unique())
-    header = ["top-1, %, without, with the text probe", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
+def three_readings() -> str:
+    """Methods that change the image features, read in three ways: means over the sets at 4 images per class."""
+    at_4 = {what: on_sets()[what].xs(4, level="images_per_class") for what in ("top1", "train_cpu_seconds")}
     lines = []
-    for method in [name for name in METHODS if name in set(rows.method)]:
-        own, staged = (rows[(rows.method == method) & (rows.classifier == c)] for c in ("none", TEXT_PROBE))
-        pairs = tables.differences(staged, own, ["shots", "seed"])
-        cells = [pairs[pairs.shots == k] for k in shots]
-        line = [f"{c.top1_base.mean():.1f}, {c.top1.mean():.1f}" if len(c) else "-" for c in cells]
-        seeds = sorted({len(c) for c in cells} - {0})
-        lines.append([tables.title(method), *line, "-".join(map(str, seeds)), tables.difference_cell(pairs.difference)])
-    return as_table([*header, "seeds", "gain from the text probe"], lines)
+    for method in [x.removesuffix(f", {WAYS['']}") for x in at_4["top1"] if x.endswith(WAYS[""])]:
+        own, one, both = (f"{method}, {way}" for way in WAYS.values())
+        top1 = at_4["top1"].dropna(subset=both)
+        cells = [f"{top1[label].mean():.1f}" for label in (own, one, both)]
+        gaps = [tables.difference_cell(top1[both] - top1[label]) for label in (own, "Text probe")]
+        lines.append([method, *cells, *gaps, f"{at_4['train_cpu_seconds'][both].mean():.0f}"])
+    header = ["method", *(f"{way}, %" for way in WAYS.values()), "both minus none", "both minus the text probe alone"]
+    return as_table([*header, "CPU seconds"], lines)
 
 
 def supports() -> str:
