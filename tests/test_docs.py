@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import build
 import pictures
 import publish
 import pytest
@@ -29,7 +30,6 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
 
-import build
 from dcp_zoo.benchmark.estimate import Cost
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import Split, load_split
