@@ -19,7 +19,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
-from dcp_zoo.release.verify import Claim, measured
+from dcp_zoo.release.cards import Claim, measured
 from dcp_zoo.zoo.factory import create_model
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -65,7 +65,7 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
     submission = Submission(**found)
     if submission.measured is not None:
         raise ZooError(f"{path} must not state `measured`: this command measures it.")
-    if submission.split_sha256 != (packaged.split_sha256(submission.dataset) or submission.split_sha256):
+    if submission.split_sha256 != (split_sha256(submission.dataset) or submission.split_sha256):
         raise ZooError(f"{path}: split_sha256 does not match CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
         return submission
@@ -74,6 +74,12 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
     if not Claim(name, "stored", submission.reported, top1).holds:
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {top1:.2f} % was measured here.")
     return replace(submission, measured=top1)
+
+
+def split_sha256(dataset: str) -> str | None:
+    """The hash of CoOp's split; None if the package does not have it."""
+    rows = packaged.split_rows(dataset)
+    return None if rows is None else packaged.listed_split(dataset, rows).sha256
 
 
 @app.command(cls=opt.Command)

@@ -25,8 +25,7 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
-    """The ray module while it is connected. `address`: "10.0.0.1:6379", "auto", or "local", which starts one with
-    `local`."""
+    """The ray module while it is connected. `address`: "10.0.0.1:6379", "auto", or "local", started with `local`."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray

@@ -16,13 +16,13 @@ from typer import Argument, Option, Typer
 from dcp_zoo.cli import main
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import Command
-from dcp_zoo.deploy.hub_files import ONNX_FILES
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import WEIGHTS_NAME
 from dcp_zoo.model.head import Head, load_head
-from dcp_zoo.release.push import CARD_NAME, LICENSE, make_card, upload
+from dcp_zoo.release.cards import CARD_NAME, make_card
+from dcp_zoo.release.push import LICENSE, ONNX_FILES, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
 from dcp_zoo.zoo.resolve import resolve

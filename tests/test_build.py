@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import build
 import publish
 import pytest
 import small_zoo
@@ -16,7 +17,6 @@ from conftest import CommandLine
 from small_zoo import finish_or_kill
 from upload_hub import TOKEN
 
-import build
 import dcp_zoo
 from dcp_zoo.benchmark import sweep
 from dcp_zoo.benchmark.estimate import Cost

@@ -71,7 +71,7 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "nothing to train on: dcp-zoo train MY_PHOTOS, or"),
+        ([], "nothing to train on: dcp-zoo train PHOTOS, or"),
         ([], "or --dataset caltech101 --data-root DATA"),
         (["--data-root", "MY_PHOTOS"], "or --dataset caltech101 --data-root DATA"),
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),

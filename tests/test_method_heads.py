@@ -276,9 +276,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
     for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-text-probe", "--head", tmp_path / "gda")):
-        assert "holds a training that was stopped, and can resume" in run.refused(
-            *command, "--output", tmp_path / "stopped"
-        )
+        assert "holds a stopped training, which can resume" in run.refused(*command, "--output", tmp_path / "stopped")
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")

@@ -21,7 +21,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.release import push
+from dcp_zoo.release import cards
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -151,7 +151,7 @@ def test_the_card_is_valid_metadata(folder):
 
 def test_contents_of_the_card(folder, monkeypatch):
     seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
-    monkeypatch.setattr(push, "trained_heads", lambda: {seed2.name: seed2})
+    monkeypatch.setattr(cards, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
     assert "coupling `bidirectional`, the paper's" in text
     config = json.loads((folder / "config.json").read_text())["dcp"]
@@ -165,16 +165,16 @@ def test_contents_of_the_card(folder, monkeypatch):
 
 
 def test_public_names_of_datasets():
-    assert push.public_name("hf://datasets/me/pets@main:small") == "me/pets"
-    assert push.public_name("wds:///home/me/shards") == "webdataset shards"
-    assert push.public_name("dtd") == "dtd"
-    assert push.public_name(None) is None
+    assert cards.public_name("hf://datasets/me/pets@main:small") == "me/pets"
+    assert cards.public_name("wds:///home/me/shards") == "webdataset shards"
+    assert cards.public_name("dtd") == "dtd"
+    assert cards.public_name(None) is None
 
 
 def test_base_model_of_a_clip_head(tmp_path):
     with skip_init():
         model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat", "dog"])
-    metadata = push.make_card(model, "me/pets", "mit", 22_000_000).data.to_dict()
+    metadata = cards.make_card(model, "me/pets", "mit", 22_000_000).data.to_dict()
     assert metadata["base_model"] == "timm/vit_base_patch16_clip_224.openai"
     assert "model-index" not in metadata
 
@@ -183,7 +183,7 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.clip, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
     head.method, head.architecture, head.clip_source = "gda", "dcp_mini", "bundled"
-    text = push.make_card(head, "me/pets", "mit", 1_000_000).text
+    text = cards.make_card(head, "me/pets", "mit", 1_000_000).text
     assert "A classifier trained by gda" in text
     assert "The method is DCP" not in text
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):

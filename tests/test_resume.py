@@ -359,7 +359,7 @@ def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path, overwrite):
     (tmp_path / STATE_NAME).write_bytes(b"of the other")
     with (
         locked(tmp_path / LOCK),
-        pytest.raises(ZooError, match=f"Another process is training or saving a head in {tmp_path}: wait"),
+        pytest.raises(ZooError, match=f"Another process trains or saves a head in {tmp_path}: wait"),
     ):
         train_head(digits_run, tmp_path, RunOptions(overwrite=overwrite))
     assert (tmp_path / STATE_NAME).read_bytes() == b"of the other"

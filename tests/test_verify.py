@@ -14,8 +14,8 @@ from publish import prepare
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_split, packaged
-from dcp_zoo.release import verify
+from dcp_zoo.data import load_split
+from dcp_zoo.release import cards
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.pacs_photo-16shot"
@@ -41,7 +41,7 @@ def measured(tmp_path_factory, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    found = verify.measured("head", model, data)
+    found = cards.measured("head", model, data)
     change(folder, metrics={f"top1_{stats}": value for stats, value in found.items()})
     return folder
 
@@ -86,10 +86,10 @@ def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
 
 
 def test_a_card_is_believed_before_the_checkpoint(head, data):
-    without = {claim.stats: claim.claimed for claim in verify.verify(f"local-dir:{head}", data)}
+    without = {claim.stats: claim.claimed for claim in cards.verify(f"local-dir:{head}", data)}
     release = prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
-    claims = {claim.stats: claim.claimed for claim in verify.verify(f"local-dir:{head}", data)}
+    claims = {claim.stats: claim.claimed for claim in cards.verify(f"local-dir:{head}", data)}
     assert claims == without | {"stored": release.info["metrics"]["top1_stored"]}
     assert set(claims) == {"stored", "batch", "no_classifier"}
 
@@ -104,14 +104,14 @@ def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatc
 def test_what_cannot_be_verified(head, data, run):
     change(head, metrics={})
     with pytest.raises(ZooError, match="claims no accuracy"):
-        verify.verify(f"local-dir:{head}", data)
+        cards.verify(f"local-dir:{head}", data)
     for args in ((), ("--head", head, "--all")):
         assert "Pass one --head, or --all" in run.refused("verify", *args)
     assert set(registry.list_heads(status="bundled")) <= set(registry.trained_heads())
 
 
 def test_tolerance():
-    claim = verify.Claim("head", "batch", 70.0, 70.05)
+    claim = cards.Claim("head", "batch", 70.0, 70.05)
     assert claim.holds
     assert not replace(claim, measured=70.06).holds
 
@@ -126,7 +126,7 @@ SUBMISSION = {
     "dataset": "dtd",
     "shots": 16,
     "seeds": [1],
-    "split_sha256": packaged.split_sha256("dtd"),
+    "split_sha256": submit.split_sha256("dtd"),
     "recipe": {"lr": 0.002},
     "selection": "none",
     "test_images_used": False,

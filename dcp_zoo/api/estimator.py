@@ -42,8 +42,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """A classifier for images, trained on a few per class, that works wherever scikit-learn's classifiers do.
 
     Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors; paths may also
-    be a DataFrame with one column. Methods that need no more than features take those in their place: `transform`
-    returns them.
+    be a DataFrame with one column. Methods that need only features take those in their place, see `transform`.
 
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.

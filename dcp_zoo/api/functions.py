@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dcp_zoo.answers import Row
 from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
@@ -156,16 +155,13 @@ def predict(
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    return [prediction_of(row) for row in job.collect(batches, predictor.classnames)[0]]
-
-
-def prediction_of(row: Row) -> list[Prediction] | None:
-    """The predictions of an image, None if it is rejected; ZooError if it cannot be read."""
-    if "error" in row:
-        raise ZooError(row["error"])
-    if row.get("rejected"):
-        return None
-    return [Prediction(best["class"], best["probability"]) for best in row["predictions"]]
+    rows, _ = job.collect(batches, predictor.classnames)
+    for row in rows:
+        if "error" in row:
+            raise ZooError(row["error"])
+    return [
+        None if row.get("rejected") else [Prediction(*best.values()) for best in row["predictions"]] for row in rows
+    ]
 
 
 @fair_threads()

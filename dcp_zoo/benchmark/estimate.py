@@ -39,8 +39,7 @@ class Cost(NamedTuple):
 
 
 def measured(model: str, method: str, device: str) -> Cost:
-    """What a method costs, by short runs on the package's photographs; of models that are not part of it with random
-    weights, for which nothing is downloaded."""
+    """What a method costs, by short runs on the package's photographs, with random weights of all but its own model."""
     from dcp_zoo.data import Item, Split
     from dcp_zoo.training.device import pick_device
     from dcp_zoo.training.evaluation import EVAL_BATCH, predict

@@ -1,5 +1,4 @@
-"""The protocols, and the trials for a grid of choices: the cells of a sweep, and what their results depend on. Without
-torch, which only running them needs."""
+"""The protocols, and the trials for a grid of choices: the cells of a sweep, and what they depend on. Without torch."""
 
 import hashlib
 import json
@@ -167,8 +166,7 @@ def plan_trials(
     without training come first: they are fast and reveal missing files early.
 
     By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
-    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}; each applies to the methods whose recipe
-    has that field."""
+    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     for model in models:

@@ -12,7 +12,7 @@ from typing import Any
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
-from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, images_of
+from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, shared_images
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
@@ -36,9 +36,9 @@ METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_
 
 
 def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
-    """Train and test: the content of the trial's result file, see `docs/benchmarks.md`. ZooError for missing or damaged
-    data, or diverged training."""
-    images, part = images_of(trial, settings), PROTOCOLS[trial.protocol].parts[0]
+    """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence."""
+    part, shared = PROTOCOLS[trial.protocol].parts[0], (settings.device, settings.data_root, settings.workers)
+    images = GivenFeatures(settings.features) if settings.features else shared_images(trial.model, *shared)
     images.progress = progress
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
     run = plan(
@@ -113,8 +113,7 @@ BUSY_SECONDS = 5.0  # before checking again on a trial that another process is r
 
 def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Event:
     """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed (its error is in
-    a file), or busy in another process. ZooError if the output folder is not writable, or holds results made with other
-    settings."""
+    a file), or busy in another process. ZooError for an output folder that is not writable, or of other settings."""
     started = time.perf_counter()
     with store.lock(settings.output, trial.key) as acquired:
         if not acquired:
@@ -180,10 +179,8 @@ def _event(task: Event, settings: Settings) -> Event:
     if task.state != "done":
         return task
     if task.result.state == "done" and task.item.key not in store.done(settings.output):
-        raise ZooError(
-            f"A worker has finished {task.item.key}, but its result is not in {settings.output}. --output must be a "
-            "folder shared by all machines of the cluster."
-        )
+        problem = f"A worker has finished {task.item.key}, but its result is not in {settings.output}."
+        raise ZooError(f"{problem} --output must be a folder shared by all machines of the cluster.")
     return task.result
 
 

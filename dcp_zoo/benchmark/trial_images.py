@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.plan import SEEDS, Settings, Trial, plan_trials
+from dcp_zoo.benchmark.plan import SEEDS, Trial, plan_trials
 from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.specs import DATASETS
@@ -31,13 +31,6 @@ from dcp_zoo.zoo.factory import plain_clip
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 SCALE = 100.0  # of logits, if the features come without
-
-
-def images_of(trial: Trial, settings: Settings) -> "TrialImages | GivenFeatures":
-    """The images of a trial, or the features given in their place."""
-    if settings.features:
-        return GivenFeatures(settings.features)
-    return shared_images(trial.model, settings.device, settings.data_root, settings.workers)
 
 
 class TrialImages:
@@ -58,8 +51,7 @@ class TrialImages:
         return subsample_classes(self._splits[dataset], part)
 
     def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
-        """With few-shot training images. As in CoOp, they are drawn for all classes before one half of the classes is
-        selected. Without shots, the whole part."""
+        """With few-shot images, drawn before half of the classes is selected, as in CoOp; without shots, all."""
         whole = self.split(dataset)
         return subsample_classes(few_shot(whole, shots, seed) if shots else whole, part)
 
@@ -194,10 +186,12 @@ def plan_given(
         raise ZooError(f"The features are of one seed's training images: pass --seeds {DRAW}, or omit --seeds.")
     found = sorted(path.stem for path in folder.glob("*.npz"))
     names = datasets or [name for name in DATASETS if name in found]
+    has = f"{folder} has {', '.join(found) or 'no .npz files'}"
     if not names:
-        has = ", ".join(found) or "no .npz files"
-        raise ZooError(f"There is no file that is named after a dataset, such as caltech101.npz: {folder} has {has}.")
-    files = {name: array_names(folder, name) for name in names}
+        raise ZooError(f"There is no file that is named after a dataset, such as caltech101.npz: {has}.")
+    if absent := [name for name in names if name not in found]:
+        raise ZooError(f"There is no file {folder / absent[0]}.npz: {has}.")
+    files = {name: array_names(folder / f"{name}.npz") for name in names}
     matches = (re.fullmatch(r"train(\d+)_vector", array) for arrays in files.values() for array in arrays)
     shots_found = sorted({int(match[1]) for match in matches if match})
     trials = plan_trials(protocol, models, methods or able, names, shots or shots_found, [DRAW], options)
@@ -205,10 +199,9 @@ def plan_given(
     kept = [trial for trial in trials if trial not in lacking]
     left_out = [f"{name}.npz has no {a}" for name, a in dict.fromkeys((t.dataset, a) for t, a in lacking.items())]
     if not kept:
-        raise ZooError(
-            f"The files in {folder} allow none of these trials: {'; '.join(left_out)}. Methods that read images alone, "
-            f"such as linear-probe, or gda with --set text=false, need no {TEXT_ARRAY}."
-        )
+        problem = f"The files in {folder} allow none of these trials: {'; '.join(left_out)}."
+        alone = "Methods that read images alone, such as linear-probe, or gda with --set text=false"
+        raise ZooError(f"{problem} {alone}, need no {TEXT_ARRAY}.")
     if not datasets and (others := [f"{name}.npz" for name in found if name not in files]):
         left_out.append(f"{', '.join(others)} (not named after a dataset)")
     if not methods:
@@ -218,11 +211,7 @@ def plan_given(
     return kept, "; ".join(left_out)
 
 
-def array_names(folder: Path, dataset: str) -> set[str]:
-    path = folder / f"{dataset}.npz"
-    if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*.npz"))) or "no .npz files"
-        raise ZooError(f"There is no file {path}: {folder} has {found}.")
+def array_names(path: Path) -> set[str]:
     with as_zoo_error(f"{path} cannot be read: {{}}.", OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
         names = {name.removesuffix(".npy") for name in file.namelist()}
     for name in ("classnames", "test_vector", "test_label"):

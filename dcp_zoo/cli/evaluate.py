@@ -165,7 +165,7 @@ def verify(
     if (head is None) != all_:
         raise ZooError("Pass one --head, or --all for those inside this package.")
     names = [opt.head_name(head)] if head else list_heads(status="bundled")
-    from dcp_zoo.release.verify import verify as verified
+    from dcp_zoo.release.cards import verify as verified
 
     claims, failed = [], False
     for name in names:

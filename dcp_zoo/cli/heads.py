@@ -143,8 +143,7 @@ def add(
 ) -> None:
     """Add a class from a few images, or more images to a class that the head has.
 
-    The logits of the other classes and the rejection threshold stay as they are. The stored accuracy is removed; the
-    command says how to measure it again.
+    Other logits and the rejection threshold stay. The stored accuracy is removed; the command says how to measure it.
 
     [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
     """
@@ -175,8 +174,7 @@ def rename(
     output_dir: opt.Output,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Rename a class. CLIP goes on reading the old name, so that predictions, accuracy and rejection
-    threshold stay as they are.
+    """Rename a class. CLIP goes on reading the old name: predictions, accuracy and rejection threshold stay.
 
     [dim]dcp-zoo classes rename tulipe tulip --head my_head --output english_head[/]
     """

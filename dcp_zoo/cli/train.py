@@ -86,9 +86,7 @@ class TrainOptions:
         if given := self.given("photos", "model", "dataset", "shots", "seed"):
             raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
         if not is_model(head) and (":" in head or Path(head).exists()):
-            raise ZooError(
-                f"--head names a head of the zoo, not the checkpoint {head}: dcp-zoo train MY_PHOTOS --output DIR."
-            )
+            raise ZooError(f"--head names a head of the zoo, not the checkpoint {head}: dcp-zoo train MY_PHOTOS.")
         chosen = get_head(head)
         named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
         return replace(self, method=self.method or DCP_METHOD, **named)
@@ -114,8 +112,7 @@ def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it.
 
     Of your own images, 30 % of each class are held out to measure the accuracy; then the head is refitted on all images
-    and saved.
-    Methods that train prompts resume after a stop or kill: repeat the command.
+    and saved. Methods that train prompts resume after a stop or kill: repeat the command.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
@@ -126,9 +123,7 @@ def train(options: TrainOptions) -> None:
     options = options.of_head()
     dataset, data_root = opt.data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
-        raise ZooError(
-            "There is nothing to train on: dcp-zoo train MY_PHOTOS, or --dataset caltech101 --data-root DATA."
-        )
+        raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or --dataset caltech101 --data-root DATA.")
     check_choice("method", options.method, tuple(METHODS))
     recipe = options.checked_recipe(dataset)
     if not recipe.is_trained and (set_ := options.given("save_every", "grad_checkpointing")):

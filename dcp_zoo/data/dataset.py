@@ -35,8 +35,7 @@ class Decoded(dict[int, Any]):
 
 class ImageDataset(Dataset):
     """Items as (transform(image), label) pairs, for a torch DataLoader: decoded once, on all cores, and kept up to
-    `cache_bytes`; then transformed as a PIL image or, for torchvision's v2, as a uint8 tensor (3, H, W). ZooError as of
-    `load_image`."""
+    `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). ZooError as of `load_image`."""
 
     _seeds: Sequence[int] | None = None
     _mirrored: Sequence[int] | None = None

@@ -41,12 +41,6 @@ def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
     return Split(name, list(names.values()), train, val, test, place=folder)
 
 
-def split_sha256(name: str) -> str | None:
-    """The hash of CoOp's split, as `Split.sha256`; None if the package does not have it."""
-    rows = split_rows(name)
-    return None if rows is None else listed_split(name, rows).sha256
-
-
 @cache
 def drawn(name: str) -> list[str] | None:
     """The training images drawn with one per class and seed 1; None if the package does not have them."""

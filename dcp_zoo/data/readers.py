@@ -179,8 +179,7 @@ def _by_class(split: Split) -> Split:
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images in a .csv or .xlsx file with their classes: columns `file` and `class`, or these in this order without
     a header. Paths start at `folder` or, as in the tables of `dcp-zoo predict`, at the current folder. A `change` of
-    inspection.csv replaces the class. What has no class is left out, with a note: images that could not be read,
-    answers such as "none of these", and videos."""
+    inspection.csv replaces the class. What has no class is left out: unreadable images, "none of these", videos."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
         rows = [[cell.strip() for cell in row] for row in rows]

@@ -83,8 +83,7 @@ def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.I
 def attention(
     photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any], first: int = 0
 ) -> str:
-    """One image per block from `first` on: weights (blocks, L) of one token over class token, any registers, patches
-    and M prompts."""
+    """An image per block, from `first`: a token's weights (blocks, L) over class token, registers, patches, prompts."""
     blocks: list[dict[str, Any]] = []
     for number, row in enumerate(weights, first):
         before, patches, prompts = row.split([len(row) - m - math.prod(grid), math.prod(grid), m])

@@ -141,8 +141,7 @@ class Session:
 
 
 class Sessions:
-    """All open pages by Gradio's session hash. Beyond `capacity`, the least recently used one is closed, and beyond
-    `ALL_BYTES` the one that keeps most."""
+    """All open pages by Gradio's session hash; beyond limits the least recently used, or the largest, is closed."""
 
     def __init__(self, new: Callable[[], Session], capacity: int = 200) -> None:
         self._new, self._capacity = new, capacity

@@ -59,8 +59,7 @@ def read_photo(path: str) -> Photo:
 def read_uploads(
     files: Uploads, limit: int, folder: bool = False, room: float = float("inf")
 ) -> tuple[list[Photo], list[str]]:
-    """Uploaded files -> at most `limit` photographs in `room` bytes, and messages about files that were not used. All
-    files are removed."""
+    """Uploaded files, which are removed -> at most `limit` photographs in `room` bytes; messages about the others."""
     paths = [files] if isinstance(files, str) else files or []
     images = sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES) if folder else list(paths)
     photos: list[Photo] = []

@@ -40,14 +40,6 @@ MMAP_THRESHOLD = -3  # of mallopt
 GONE = 499  # nginx's status for a client that hung up
 
 
-class Lane(ThreadPoolExecutor):
-    """Threads that decode images, and how many pixels may wait for them."""
-
-    def __init__(self, name: str, threads: int, limits: Limits) -> None:
-        super().__init__(threads, name)
-        self.budget = Budget(max(PIXELS, 2 * REQUEST_IMAGES * limits.max_pixels))
-
-
 class Service:
     """A loaded file: `answer` answers requests while `running`."""
 
@@ -56,7 +48,10 @@ class Service:
             ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
         self.classifier, self.limits, self.urls = OnnxClassifier(path, threads, device), limits, urls
         self.bytes = Budget(max(BYTES, 2 * limits.max_bytes))
-        self.small, self.large = Lane("decode", threads, limits), Lane("decode-large", max(1, threads // 2), limits)
+        self.small = ThreadPoolExecutor(threads, "decode")
+        self.large = ThreadPoolExecutor(max(1, threads // 2), "decode-large")
+        waiting_pixels = max(PIXELS, 2 * REQUEST_IMAGES * limits.max_pixels)  # for either
+        self.small_pixels, self.large_pixels = Budget(waiting_pixels), Budget(waiting_pixels)
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
@@ -118,12 +113,12 @@ class Service:
         answer = Answering(top_k, self.classifier.info.get("threshold"))
         lanes = [self.large if size > LARGE else self.small for size in sizes]
 
-        async def one(lane: Lane, name: str, data: bytes) -> dict[str, Any]:
+        async def one(lane: ThreadPoolExecutor, name: str, data: bytes) -> dict[str, Any]:
             image = await run(lane, lambda: self.classifier.preprocess(decode_upload(name, data, self.limits)))
             logits, distance = await self.batcher(image)
             return {"name": name} | answer(logits[None], self.classifier.classnames, distance)[0]
 
-        with self.small.budget.share() as take_small, self.large.budget.share() as take_large:
+        with self.small_pixels.share() as take_small, self.large_pixels.share() as take_large:
             for lane, size in zip(lanes, sizes, strict=True):
                 (take_large if lane is self.large else take_small)(size)
             return await gather(one(lane, *image) for lane, image in zip(lanes, named, strict=True))

@@ -113,8 +113,7 @@ def suggest(
     progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, even without labels: those that represent most of the
-    others, and are unlike those with a label. ZooError for no image that is left to label, an unknown head, or an
-    output that exists or is not writable.
+    others, and are unlike those with a label. ZooError for no image left, an unknown head, or an unusable output.
 
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.

@@ -149,8 +149,7 @@ def inspect(
     images: Images, labels: Labels = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
-    accuracy to expect. ZooError for no such folder, fewer than two classes, or a class without an image that can be
-    read.
+    accuracy to expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
 
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see

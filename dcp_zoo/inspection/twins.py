@@ -1,7 +1,6 @@
 """Images that show the same picture: saved again, resized, mirrored, or with up to a tenth of a side cut off. Pairs
 with similar features and a similar coarse picture are laid over each other: a scale and a shift along each axis
-minimise the squared difference of the grey copies (Gauss-Newton steps; Lucas and Kanade, 1981). Those with a
-correlation above `SAME` match."""
+minimise their squared difference (Lucas and Kanade, 1981). Those with a correlation above `SAME` match."""
 
 from collections.abc import Iterator, Sequence
 

@@ -2,9 +2,8 @@
 these tensors by their hash: one head replaces another at the moment when its `config.json` does.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
-statistics, and those of its text probe, if it has one, as `classifier.weight` and `.means` (C, E), the
-upper triangle of `.metric` (E (E + 1) / 2,), `.evidence` (K,), and the scalars `.text_scale` and `.threshold`. CLIP's
-weights are never included. Loading is strict: exactly the model's tensors, with their shapes.
+statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, E), the upper triangle of
+`.metric` (E (E + 1) / 2,), `.evidence` (K,), and the scalars `.text_scale` and `.threshold`. CLIP's are never included.
 """
 
 import json
@@ -40,8 +39,7 @@ def library_versions() -> dict[str, str]:
 
 
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
-    """Write both files; returns the directory. A process that is killed leaves the old head or the new one. See
-    `Head.save_pretrained`."""
+    """Write both files, see `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {_file_name(name): t.contiguous() for name, t in state.items()}
     if METRIC in stored:
@@ -76,10 +74,8 @@ def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str
     with _weights(directory) as path:
         content = path.read_bytes()  # once: another process may replace the file
         if expected and sha256(content).hexdigest() != expected:
-            raise ZooError(
-                f"{path} is damaged, or of another head than {CONFIG_NAME} beside it. Train or download the head "
-                "again; if another process is saving it just now, try again."
-            )
+            problem = f"{path} is damaged, or of another head than {CONFIG_NAME} beside it."
+            raise ZooError(f"{problem} Train or download the head again; if another process is saving it, try again.")
         state = {name: t.float() for name, t in load(content).items()}
     damaged = f"{path} is damaged"
     check_finite(state, damaged)
@@ -133,10 +129,7 @@ def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
     }
     listed = [f"{what}: {shorten(names, 4)}" for what, names in problems.items() if names]
     if listed:
-        raise ZooError(
-            f"{path} does not fit {model}. Tensors {'; '.join(listed)}. Create the model the "
-            "checkpoint was trained with."
-        )
+        raise ZooError(f"{path} does not fit {model}. Tensors {'; '.join(listed)}. Create the one it was trained with.")
 
 
 def check_finite(state: Mapping[str, Tensor], consequence: str) -> None:

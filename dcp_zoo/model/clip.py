@@ -122,8 +122,7 @@ class FrozenCLIP(nn.Module):
         return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP. ZooError for a
-        sentence that is longer."""
+        """Token ids (n, L) of sentences, on the device of the CLIP; ZooError for one longer than the tower reads."""
         sentences, own = list(sentences), hasattr(self.text, "positional_embedding")
         # others have room for far more than their tokenizer fills
         length = self.text.context_length if own else getattr(self.tokenizer, "context_length", None)

@@ -124,17 +124,14 @@ _alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset()) 
 
 @contextmanager
 def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
-    """Hold the lock of a folder, which everything has that writes a head there, and for which it waits so long; within,
-    again. ZooError if another process has it."""
+    """Hold a folder's lock, to write a head there, for which it waits so long; again within. ZooError if taken."""
     place, held = directory.absolute(), _alone.get()
     if place in held:
         yield
         return
     with locked(directory / LOCK, seconds) as free:
         if not free:
-            raise ZooError(
-                f"Another process is training or saving a head in {directory}: wait for it, or choose another --output."
-            )
+            raise ZooError(f"Another process trains or saves a head in {directory}: wait, or choose another --output.")
         token = _alone.set(held | {place})
         try:
             settle(directory)

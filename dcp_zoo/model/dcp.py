@@ -257,9 +257,8 @@ class DCP(Head):
 
     @property
     def stats(self) -> str:
-        """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
-        image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default).
-        "per-image" makes each image its own batch."""
+        """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on which logits then depend
+        ("batch"); evaluation takes what `store_stats` stored ("stored", the default) or the image ("per-image")."""
         if self.training:
             return "batch"
         if self._stats in (None, "stored"):
@@ -276,8 +275,7 @@ class DCP(Head):
 
     @torch.no_grad()
     def store_stats(self, images: Tensor | Iterable[Any], patches: bool = False) -> None:
-        """Measure and store the statistics, so that logits no longer depend on the batch. ZooError for no image, or an
-        iterable that can be read only once.
+        """Measure and store the statistics, so that logits depend on no batch. ZooError for no images or an iterator.
 
         All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
         leaves a block is kept for the next one, up to `KEPT_BYTES`.
@@ -377,8 +375,7 @@ class DCP(Head):
         return self._constants()[0]
 
     def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """See `Head.encode_image`; with the current statistics, and `patches` as in `forward`. Both readings share the
-        blocks before the first with prompts."""
+        """See `Head.encode_image`; with current statistics. Both readings share the blocks that no prompts enter."""
         if self.reads_frozen:
             images, patches = self.enter(images, patches), True
         return super().encode_image(images, patches)
@@ -392,10 +389,8 @@ class DCP(Head):
         """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:
         bidirectional coupling without stored statistics."""
         if self.config.coupling == "bidirectional" and self.stats != "stored":
-            raise ZooError(
-                f'With bidirectional coupling and stats="{self.stats}" the text features depend on the images: '
-                "call model.store_stats(images) and use the stored statistics, or call the model itself."
-            )
+            problem = f'With bidirectional coupling and stats="{self.stats}" the text features depend on the images'
+            raise ZooError(f"{problem}: call model.store_stats(images) and use these, or call the model itself.")
         if classnames is None:
             return self._constants()[1]
         names = check_classnames(classnames)
@@ -418,8 +413,7 @@ class DCP(Head):
         return state | stats
 
     def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        """See `Head.load_trained`; the checkpoint's descriptions of the classes, too, unless the model was given
-        some."""
+        """See `Head.load_trained`; also the checkpoint's descriptions of the classes, if the model was given none."""
         given, stored = self.descriptions, config["dcp"].get("descriptions")
         if stored and given is None:
             self.set_classnames(self.classnames, stored)

@@ -1,8 +1,7 @@
 """A trained head fused for deployment: CLIP's image tower with constant prompts, and one classifier matrix.
 
 With the stored statistics neither the text features nor the prompts that enter a coupled block depend on the images:
-the keys and values of these prompts are constants. A block's output at its prompts is discarded if the next block has
-new prompts, so it is not computed.
+the keys and values of these prompts are constants. Outputs that the next block's prompts replace are not computed.
 """
 
 import copy
@@ -62,8 +61,7 @@ class FusedDCP(ImageTower):
         self.requires_grad_(False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> the normalised features (B, E) that the classifier reads, or (B, 2E) of two readings,
-        see `Head.encode_image`."""
+        """images (B, 3, H, W) -> the normalised features (B, E) that the classifier reads; of two readings (B, 2E)."""
         tower, first = self.tower, self.config["first"]
         x = tower.run(tower.embed(images), (), stop=first)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
@@ -216,8 +214,7 @@ def fused_info(model: Any) -> dict[str, Any]:
 
 
 def load_fused(path: str | Path) -> FusedDCP:
-    """Load a file written by `dcp-zoo export --format safetensors`; the weights stay memory-mapped until used. ZooError
-    for no such file, or not a fused model."""
+    """Load what `dcp-zoo export --format safetensors` wrote, memory-mapped. ZooError for no such file, or another."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

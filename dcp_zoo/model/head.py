@@ -61,14 +61,12 @@ class Head(TimmContract):
         self._frozen_text = WeightCache()
 
     def encode_own(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E), as the method made
-        them."""
+        """images (B, 3, H, W), or with `patches` their patch maps -> the method's normalised features (B, E)."""
         return self.encode_prompted(images, (), patches)
 
     @abstractmethod
     def own_linear(self) -> Linear:
-        """The method's own logits, before the text probe, as a linear function of the image features: weight (C, E) and
-        bias (C,). ZooError if they are none."""
+        """The method's own logits by image features: weight (C, E) and bias (C,). ZooError if they are not linear."""
 
     @abstractmethod
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
@@ -181,8 +179,7 @@ class Head(TimmContract):
 
     def linear(self) -> Linear:
         """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if they are
-        none: a head that keeps its training images, or text features that depend on the images, see
-        `DCP.encode_text`."""
+        none: of a head that keeps its training images, or if text features depend on images, see `DCP.encode_text`."""
         before, probe = self.linear_before_probe(), self.text_probe
         return before if probe is None else probe.linear(before, self.classnames)
 
@@ -209,8 +206,7 @@ class Head(TimmContract):
     @torch.inference_mode()
     def predict(self, images: Tensor, reject: float = False) -> list[str | None]:
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
-        None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
-        images."""
+        None for those that belong to none of the classes, see `rejection_threshold`. ZooError for anything else."""
         threshold, images = self.rejection_threshold(reject) if reject else None, self._batch(images)
         distances = None
         with in_eval_mode(self):  # no answer depends on the other images
@@ -234,10 +230,9 @@ class Head(TimmContract):
             return probe.threshold.item()
         thresholds = self.info.get("text_probe", {}).get("thresholds", {REFUSED: 0.0})
         if f"{reject:g}" not in thresholds:
-            raise ZooError(
-                f"This head has no threshold that refuses {reject:g} of the images of its classes: choose from "
-                f"{', '.join(map(str, thresholds))}, or fit others on more images with dcp-zoo fit-text-probe."
-            )
+            problem = f"This head has no threshold that refuses {reject:g} of the images of its classes"
+            advice = "or fit others on more images with dcp-zoo fit-text-probe"
+            raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
         return float(thresholds[f"{reject:g}"])
 
     def distances(self, features: Tensor) -> np.ndarray:
@@ -265,14 +260,12 @@ class Head(TimmContract):
         Args:
             name: of the class; a name that the model already has gets new images.
             images: (n, 3, H, W), normalised as `create_transform` does.
-            known: how many images the model has seen of the class, which count as much as the new ones. By default the
-                new ones replace them.
+            known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
         """
         if (probe := self.text_probe) is None:
-            raise ZooError(
-                "This head cannot add a class by its images: it has no text probe. Add one with dcp-zoo "
-                "fit-text-probe, or call model.set_classnames to classify by names."
-            )
+            problem = "This head cannot add a class by its images: it has no text probe."
+            advice = "Add one with dcp-zoo fit-text-probe, or call model.set_classnames to classify by names"
+            raise ZooError(f"{problem} {advice}.")
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
         if not (exists := name in self.classnames):
@@ -285,8 +278,7 @@ class Head(TimmContract):
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
-        """Remove a class and its scores, whose images belong to none of the classes from now on; ZooError for the last
-        or an unknown one."""
+        """Remove a class, whose images belong to none from now on; ZooError for the last one, or an unknown one."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
         if self.text_probe is not None:
@@ -312,9 +304,9 @@ class Head(TimmContract):
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            advice = "For image files and PIL images: dcp_zoo.predict(model, images)."
             raise ZooError(
-                f"Expected images (n, 3, H, W) with n at least 1, stacked from what create_transform returns, not "
-                f"{found}. For image files and PIL images: dcp_zoo.predict(model, images)."
+                f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}. {advice}"
             )
         return images.to(self.device)
 
@@ -364,8 +356,7 @@ class Head(TimmContract):
             directory: created if needed; a head that is there is replaced as a whole.
             dtype: of the tensors. Default: float16 for prompts, float32 for classifiers. Those of the text probe that
                 logits depend on stay in float32.
-            **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
-                what the model was loaded with.
+            **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
         """
         dtype = dtype or self.saved_dtype
         exact = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
@@ -376,9 +367,8 @@ class Head(TimmContract):
         """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.method_config()[0].items())
         expected = self.expected_state(shapes) | ({} if probe is None else probe.tensors())
-        checkpoint.check_shapes(
-            shapes, expected, path, f"{self.architecture} with {options}" if options else self.architecture
-        )
+        model = f"{self.architecture} with {options}" if options else self.architecture
+        checkpoint.check_shapes(shapes, expected, path, model)
 
     def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`trained_state` as a file with these tensors has it."""
@@ -391,8 +381,7 @@ class Head(TimmContract):
 
 def load_head(head: Head, directory: str | Path, config: HeadConfig | None = None) -> Head:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly. `config` is
-    its `config.json`, if it has been read before. ZooError for a missing or damaged file, or tensors that are missing,
-    unknown, of another shape or not finite."""
+    its `config.json`, if it has been read. ZooError for a missing or damaged file, or tensors that do not fit."""
     config = config or read_config(directory)
     shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
     probe, head.text_probe = None, None

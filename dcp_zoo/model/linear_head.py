@@ -1,6 +1,6 @@
-"""A head with a linear classifier on the image features of a CLIP of which a method may have changed the towers.
+"""Heads with a classifier on the image features of a CLIP of which a method may have changed the towers.
 
-With features f (B, E):
+With features f (B, E), a linear one:
 
     z = f weight^T + bias                                           (B, C)
 
@@ -55,10 +55,9 @@ class LinearHead(Head):
         self.classnames, self.template, self.changed = check_classnames(classnames), template, list(changed)
         self.num_classes, self.original = len(self.classnames), original
         if (tuple(weight.shape), tuple(bias.shape)) != ((self.num_classes, self.num_features), (self.num_classes,)):
-            raise ZooError(
-                f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}, which do not fit "
-                f"{self.num_classes} classes and {self.num_features} features."
-            )
+            shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            fit = f"which do not fit {self.num_classes} classes and {self.num_features} features"
+            raise ZooError(f"The classifier has the shapes {shapes}, {fit}.")
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", bias.detach())
         self.eval()
@@ -67,8 +66,7 @@ class LinearHead(Head):
     def from_config(
         cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
-        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
-        names and shapes of its tensors."""
+        """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
         names, known = config["label_names"], clip.state_dict()
         changed = [name for name in shapes if name in known]
         return cls(
@@ -148,7 +146,74 @@ class LinearHead(Head):
 
     def _limited(self, limit: str) -> ZooError:
         """The error of a head that reads no names."""
-        return ZooError(
-            f"A head of {self.method} is limited to its classes, and {limit}. For other classes use a head of a method "
-            "that reads their names: dcp or zero-shot."
+        advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
+        return ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
+
+
+CACHED = ("keys", "values", "alpha", "beta")
+
+
+class CacheHead(LinearHead):
+    """A head that keeps the features of its training images, Tip-Adapter's (Zhang et al., ECCV 2022): zero-shot CLIP
+    plus what similar training images say. With the zero-shot classifier W (C, E), keys K (n, E), the normalised
+    features of the training images, and their one-hot labels L (n, C), the values, the logits are not linear:
+
+        z = exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L     (B, C)
+
+    ProKeR (Bendou et al., CVPR 2025) solves for other values. Only the keys require gradients, in training."""
+
+    is_linear = False
+    keys: Tensor
+    values: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        classnames: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        weight = tensors["weight"]
+        super().__init__(clip, classnames, weight, torch.zeros_like(weight[:, 0]), tokenizer=tokenizer)
+        for name in CACHED:
+            self.register_buffer(name, tensors[name])
+
+    @classmethod
+    def from_config(
+        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+    ) -> "CacheHead":
+        classes, width = len(config["label_names"]), FrozenCLIP(clip, tokenizer).num_features
+        images = len(shapes["keys"]) if "keys" in shapes and shapes["keys"].ndim else 0
+        sizes: dict[str, tuple[int, ...]] = {"weight": (classes, width), "keys": (images, width)}
+        sizes |= {"values": (images, classes), "alpha": (), "beta": ()}
+        empty = {name: torch.zeros(size) for name, size in sizes.items()}
+        return cls(clip, config["label_names"], empty, tokenizer=tokenizer)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.logits(features, self.weight) + self.alpha * self.cached(features, self.beta)
+
+    def cached(self, features: Tensor, beta: float | Tensor) -> Tensor:
+        """What the training images say, without alpha: features (B, E) -> (B, C)."""
+        return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
+
+    def own_linear(self) -> Linear:
+        raise ZooError(
+            f"A head of {self.method} keeps its training images, and its logits are no linear function of features: it "
+            "cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."
         )
+
+    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
+        """See `Head.set_classnames`: among its own classes."""
+        before = self.classnames
+        super().set_classnames(classnames)
+        if self.classnames != before:
+            self.values = self.values[:, [before.index(name) for name in self.classnames]]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("weight", *CACHED)}
+
+    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {}, {"head": "cache", "method": self.method}

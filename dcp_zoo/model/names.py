@@ -24,8 +24,7 @@ Texts = str | Sequence[str] | Descriptions
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none, or one is empty or an answer of `dcp_zoo.texts`; a warning if
-    some are repeated."""
+    """The names as a list; ZooError if there are none, or one is empty or reserved; a warning if some are repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
@@ -56,10 +55,8 @@ def sentences_of(classnames: Sequence[str], descriptions: Descriptions) -> dict[
     similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
     found = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in classnames}
     if missing := [name for name, sentences in found.items() if not sentences]:
-        raise ZooError(
-            f"The descriptions have no sentences for {shorten(list(map(repr, missing)), 5)}: pass descriptions "
-            "(--descriptions FILE.json) with at least one for every class."
-        )
+        problem = f"The descriptions have no sentences for {shorten(list(map(repr, missing)), 5)}"
+        raise ZooError(f"{problem}: pass descriptions (--descriptions FILE.json) with at least one for every class.")
     return found
 
 
@@ -79,8 +76,7 @@ def saved_texts(classnames: Sequence[str], texts: Texts) -> Any:
 
 
 def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
-    """The texts of all classes in order, and how many each class has; None for one each. ZooError for bytes of a file
-    name that are no text."""
+    """The texts of all classes in order, and how many each class has; None for one each. ZooError if one is no text."""
     found = as_sentences(classnames, texts)
     sentences = [text for name in classnames for text in found[name]]
     if unreadable := [text for text in sentences if re.search("[\ud800-\udfff]", text)]:
@@ -195,8 +191,7 @@ def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any,
 
 
 def last_tokens(ids: Tensor) -> Tensor:
-    """ids (n, L) -> (n,), the position of the last token before the padding, which repeats the last token, and may be
-    the end token too."""
+    """ids (n, L) -> (n,), the position of the last token before the padding, which may be the end token too."""
     return (ids != ids[:, -1:]).long().cumsum(1).argmax(1)
 
 

@@ -1,5 +1,4 @@
-"""A head with learned prompts in one tower or in both, that do not rewrite each other: CoOp's, VPT's, MaPLe's,
-PromptSRC's.
+"""A head with learned prompts in one or both towers that do not rewrite each other: of CoOp, VPT, MaPLe, PromptSRC.
 
 Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new prompts p before each of the first blocks; sentences of
 each class take the place of `rest-of-phrase name .` Without prompts in the text, zero-shot CLIP's template.

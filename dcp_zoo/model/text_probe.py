@@ -17,13 +17,11 @@ And for each of `STRENGTHS` s, Gaussian classes with means m (C, E) and shared p
     logits = a z + s r (f G (m_c - m)^T - (m_c - m) G (m_c + m)^T / 2)   (B, C)
 
 with r such that for s = 1 both parts are equally spread over the training images. None is chosen: each is weighted by
-its evidence on images that were left out. A class without images is its text, and nothing is added to it: if it took
-part, the images of the others would only push it away. A new class is fitted alone, by softmax regression against the
-mean features of the others.
+its evidence on images that were left out. A class without images is its text alone: the images of the others would only
+push it away. A new class is fitted alone, by softmax regression against the mean features of the others.
 
-A head whose method changed the image features reads both them and those of the frozen tower: f is [f_own, f_frozen] /
-sqrt(2), z the mean of both logits, and the probe the mean of two, each fitted on its own features. New classes and
-distances take the frozen tower's M.
+A head of two readings, see `dcp_zoo.model.head`, has the mean of two probes, each fitted on its own features. New
+classes and distances take the frozen tower's M.
 """
 
 import math
@@ -61,8 +59,7 @@ class TextProbe(nn.Module):
 
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
     frozen tower's features to the nearest of the class means, in the metric M^2, in units of `spread`, the mean of
-    training images that were left out. Classes may be added by their images, renamed and removed; other texts unset the
-    threshold.
+    training images that were left out. Classes can be added, renamed and removed; other texts unset the threshold.
 
     Args:
         names: of the classes.
@@ -280,8 +277,7 @@ class Candidates:
 
 
 def join(linears: Sequence[Linear]) -> Linear:
-    """The mean of linear functions of several features f_1, f_2, .. of an image, as one of [f_1, f_2, ..] / sqrt(their
-    number)."""
+    """The mean of linear functions of an image's features f_1 .. f_n, as one of [f_1, .., f_n] / sqrt(n)."""
     weights, biases = zip(*linears, strict=True)
     return torch.cat(weights, 1) / math.sqrt(len(weights)), torch.stack(biases).mean(0)
 

@@ -18,8 +18,7 @@ POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
 
 class TimmContract(FrozenCLIP, ABC):
-    """timm's model contract for all heads, whose classifier reads features of width E. The abstract methods are those
-    of `Head`."""
+    """timm's contract for all heads, whose classifier reads features of width E. Its abstract methods are `Head`'s."""
 
     classnames: list[str]
     num_classes: int
@@ -132,8 +131,7 @@ class TimmContract(FrozenCLIP, ABC):
         classnames: Sequence[str] | None = None,
     ) -> None:
         """Classify into other classes, given by their names, or with `num_classes=0` return image features. ZooError
-        for a number of classes that differs from that of `classnames`, by default the current ones, and for another
-        pooling than "token"."""
+        for another number than that of `classnames`, by default the current ones, and another pooling than "token"."""
         check_only("global_pool", global_pool, *POOL)
         if not isinstance(num_classes, int):
             self.set_classnames(num_classes)
@@ -143,10 +141,9 @@ class TimmContract(FrozenCLIP, ABC):
             return
         names = self.classnames if classnames is None else list(classnames)
         if len(names) != num_classes:
-            raise ZooError(
-                f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names: pass "
-                f"{num_classes} of them, to create_model as classnames=[...], later to reset_classifier([...])."
-            )
+            problem = f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names"
+            advice = "to create_model as classnames=[...], later to reset_classifier([...])"
+            raise ZooError(f"{problem}: pass {num_classes} of them, {advice}.")
         self.set_classnames(names)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -169,10 +166,8 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
     numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
-        raise ZooError(
-            f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}. Pass n for the last n, "
-            "or a list of block numbers, -1 being the last."
-        )
+        problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."
+        raise ZooError(f"{problem} Pass n for the last n, or a list of block numbers, -1 being the last.")
     return blocks
 
 

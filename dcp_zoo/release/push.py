@@ -1,104 +1,41 @@
-"""Heads to the Hub: the model card, and the upload with it."""
+"""The files of a head's repo on the Hub, and their upload; also what optimum with transformers, and transformers.js
+read. They are told to scale pixels to [0, 1] alone: no two resize alike, so that the ONNX file does that."""
 
+import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+import numpy as np
+from huggingface_hub import HfApi
+from PIL import Image
 
-from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
-from dcp_zoo.data.tables import HubDataset
-from dcp_zoo.deploy.hub_files import ONNX_FILES, PREPROCESSOR, write_client_files
+from dcp_zoo.answers import log_softmax
+from dcp_zoo.data.specs import SHARD_SCHEME
+from dcp_zoo.deploy.export import TOLERANCES, compare_probabilities, export, with_preprocessing
+from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import writing_to
-from dcp_zoo.files import check_empty, unfinished
+from dcp_zoo.files import check_empty, unfinished, write_file
 from dcp_zoo.hub import HUB_LIBRARY, explained, retried
-from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, WEIGHTS_NAME
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.recipes import NO_CLASSIFIER
-from dcp_zoo.zoo.registry import MODELS, trained_heads
+from dcp_zoo.release.cards import CARD_NAME, make_card, public_name
 
-CARD_NAME = "README.md"
 LICENSE = "apache-2.0"
-CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
-TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
-MODES = {  # of an accuracy, and their names in a card
-    "stored": "top-1, stored statistics",
-    "batch": "top-1, batch statistics",
-    NO_CLASSIFIER: "top-1, without the text probe",
+PREPROCESSOR = "preprocessor_config.json"
+ONNX_FILES = {  # by precision, as transformers.js names them
+    "float32": "onnx/model.onnx",
+    "float16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_quantized.onnx",
 }
-
-
-def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Top-1 accuracy in percent by mode, of the metrics in a config.json or the manifest."""
-    return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
-
-
-def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients."""
-    spec = MODELS.get(model.architecture)
-    base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
-    options, _ = model.method_config()
-    about: dict[str, Any] = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
-    return ModelCard.from_template(
-        _metadata(model, repo_id, license, base),
-        template_path=str(CARD_TEMPLATE),
-        repo_id=repo_id,
-        size=f"{size / 1e6:.1f} MB",
-        onnx=onnx,
-        dataset=public_name(model.info.get("dataset")),
-        whose=COUPLINGS.get(options.get("coupling", "")),
-        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        rows=_seed_rows(model),
-        **about,
-    )
-
-
-def public_name(dataset: str | None) -> str | None:
-    """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
-    if dataset and dataset.startswith(HUB_SCHEME):
-        return HubDataset.parse(dataset).repo
-    return "webdataset shards" if dataset and dataset.startswith(SHARD_SCHEME) else dataset
-
-
-def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    dataset, results = public_name(model.info.get("dataset")), list[EvalResult]()
-    measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
-    for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
-        data: dict[str, Any] = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
-        data |= {"metric_type": "accuracy", "metric_name": MODES[mode], "metric_value": top1}
-        results.append(EvalResult(task_type="image-classification", **data))
-    return ModelCardData(
-        library_name=HUB_LIBRARY,
-        license=license,
-        pipeline_tag="image-classification",
-        tags=TAGS,
-        base_model=base,
-        datasets=[dataset] if dataset else None,
-        metrics=["accuracy"] if results else None,
-        model_name=repo_id.split("/")[-1],
-        eval_results=results or None,
-    )
-
-
-def _seed_rows(model: Head) -> list[dict[str, Any]]:
-    """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
-    info = model.info
-    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
-    for head in trained_heads().values():
-        if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
-            measured.setdefault(head.seed, head.metrics)
-    missing = dict.fromkeys(MODES, "not measured")
-    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
 
 
 def export_hub(
     model: Head, folder: str | Path, *, precision: str = "float32", calibration: Calibration | None = None
 ) -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
-    ZooError as of `export`, and for a folder that is not empty or not writable, or images that are not resized by their
-    short side and cropped in the centre.
+    ZooError as of `export` and `with_preprocessing`, and for a folder that is not empty or not writable.
 
     Args:
         model: with stored statistics; float32, on the CPU.
@@ -115,8 +52,7 @@ def export_hub(
 
 
 def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE, onnx: bool = False) -> str:
-    """Upload a model's head, of any dataset, with a model card. ZooError if the Hub refuses the upload or
-    cannot be reached.
+    """Upload a model's head, of any dataset, with a model card. ZooError if the Hub refuses it or cannot be reached.
 
     Args:
         model: only its trained tensors are uploaded, never CLIP, unless `onnx`.
@@ -159,3 +95,59 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
     with explained(repo_id):
         return retried(send)
+
+
+def write_client_files(
+    model: Head, folder: Path, precision: str = "float32", calibration: Calibration | None = None
+) -> None:
+    """Add to a model's checkpoint what other clients read: ONNX files in float32 and in `precision`, a
+    `preprocessor_config.json`, and fields of `config.json`. ZooError as of `export` and `with_preprocessing`."""
+    for kind in dict.fromkeys(("float32", precision)):
+        path = folder / ONNX_FILES[kind]
+        export(model, path, precision=kind, calibration=calibration if kind == "int8" else None)
+        _take_any_size(path, kind)
+    cfg = model.pretrained_cfg
+    _, height, width = cfg["input_size"]
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), False),  # part of the ONNX file
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": int(height / cfg["crop_pct"])},
+        "resample": 3,  # bicubic
+        "crop_size": {"height": height, "width": width},
+        "image_mean": list(cfg["mean"]),
+        "image_std": list(cfg["std"]),
+    }
+    names = model.classnames
+    config = json.loads((folder / CONFIG_NAME).read_text()) | {
+        "model_type": "vit",  # of the types for which both clients classify images, the one that says least
+        "transformers_weights": "none-but-the-onnx-file.safetensors",  # or transformers loads random ones
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    for name, content in ((PREPROCESSOR, preprocessor), (CONFIG_NAME, config)):
+        write_file(folder / name, json.dumps(content, indent=1) + "\n")
+
+
+def _take_any_size(path: Path, precision: str) -> None:
+    """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C)."""
+    import onnx
+    import onnxruntime
+
+    plain = OnnxClassifier(path)
+    model = with_preprocessing(onnx.load(path), plain.info["preprocessing"], "rgb")
+    rgb = model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = [INPUT if name == rgb else name for name in node.input]
+    model.graph.input[0].name = INPUT
+    del model.graph.output[1:], model.metadata_props[:]
+    onnx.save(model, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def probabilities(image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
+        return np.exp(log_softmax(session.run(["logits"], {INPUT: pixels})[0]))
+
+    compare_probabilities(probabilities, plain, TOLERANCES[precision])

@@ -132,8 +132,7 @@ def per_image(
 ) -> Tensor:
     """Tensors (views, n, ...) of images for `load_image`, of which view 0 is the same with one view and with two:
     `compute` of all, or inside `kept_features` of those that are not kept. `setting` says what they depend on besides
-    the images; `compute` yields batches (views, m, ...) for the images at these positions, on the CPU, each of which is
-    kept at once, but for NaN."""
+    the images; `compute` yields batches (views, m, ...) of these positions, on the CPU, kept at once, but for NaN."""
     cache = _active.get()
     names = [image_key(image) for image in images] if cache else []
     if cache is None or "" in names:

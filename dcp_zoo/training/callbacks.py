@@ -18,8 +18,7 @@ class Epoch(NamedTuple):
         epoch, step: completed so far.
         lr: learning rate of the epoch.
         loss: mean training loss of the epoch.
-        val_loss, val_top1: loss and top-1 accuracy in percent on the validation images; None without any, or in epochs
-            after which they are not classified.
+        val_loss, val_top1: loss and top-1 accuracy in percent on the validation images; None where not measured.
     """
 
     epoch: int

@@ -1,7 +1,6 @@
 """One training run in several processes, on one machine or many, started by torchrun or `accelerate launch`.
 
-Every process r holds a copy theta_r of the weights and takes its part of each batch. With B images in the global batch,
-the loss is
+Every process r holds a copy theta_r of the weights and takes its part of each batch of B images. The loss is
 
     L = sum_r L_r,    L_r = 1/B * (cross-entropy summed over the images of r),
 
@@ -9,11 +8,9 @@ and each L_r depends on all images through the pooled prompts c = 1/B * sum_r s_
 vision prompts of r's images, before each coupled block in turn. The gradient of an all-reduced sum is the all-reduced
 sum of the gradients, so back-propagating L_r in every process at once leaves dL/dtheta_r, of the total L, in process r.
 All copies are equal, so dL/dtheta = sum_r dL/dtheta_r: one more all-reduce, without approximation.
-DistributedDataParallel would compute the same up to a factor, but its advantage is sending each gradient as soon as it
-is ready, and those of CMPA, shared by all coupled blocks, are ready only at the end.
+DistributedDataParallel sends each gradient as soon as it is ready: those of CMPA, which all blocks share, come last.
 
-Without a launcher, all functions here run in a single process; also in a process group of the user's own, which none
-of them joins.
+Without a launcher, all functions here run in a single process, and join no process group of the user's own.
 """
 
 import os
@@ -69,10 +66,8 @@ def process_group(device: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[st
         if not _is_first_failure(store, number):
             raise SystemExit(1) from error  # another process failed first and reports it
         if isinstance(error, ZooError):
-            raise ZooError(
-                f"Process {number + 1} of {size}: {error} All processes stop; the same command resumes from the last "
-                "saved state, if there is one."
-            ) from error
+            advice = "All processes stop; the same command resumes from the last saved state, if there is one."
+            raise ZooError(f"Process {number + 1} of {size}: {error} {advice}") from error
         raise
     finally:
         _patient = None
@@ -96,10 +91,8 @@ def _local_device(device: str) -> str:
         return "cpu" if device == "auto" else device
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
-        raise ZooError(
-            f"Process {local + 1} of this machine has no GPU: the machine has {torch.cuda.device_count()}. Start as "
-            "many processes as there are GPUs, or pass --device cpu."
-        )
+        problem = f"Process {local + 1} of this machine has no GPU: the machine has {torch.cuda.device_count()}."
+        raise ZooError(f"{problem} Start as many processes as there are GPUs, or pass --device cpu.")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 
@@ -157,10 +150,8 @@ def shared_batches(model: Head, sizes: Sequence[int]) -> Iterator[Callable[[int]
         yield lambda size: None
         return
     if min(sizes) < world_size():
-        raise ZooError(
-            f"A batch of {min(sizes)} images cannot be shared by {world_size()} processes: start fewer, or increase "
-            "batch_size (--set batch_size=N), which counts the images of all processes."
-        )
+        problem = f"A batch of {min(sizes)} images cannot be shared by {world_size()} processes"
+        raise ZooError(f"{problem}: start fewer, or increase batch_size (--set batch_size=N), which all of them share.")
 
     def share(size: int) -> None:
         model.pool_with(partial(batch_mean, batch_size=size))

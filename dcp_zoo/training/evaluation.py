@@ -172,14 +172,8 @@ def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, 
     return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}
 
 
-def check_learnt(logits: Tensor, source: ImageSource, length: str, value: int) -> None:
-    """`warn_if_not_learnt` for a head with these logits (n, C) of the training images of a source."""
-    warn_if_not_learnt(F.cross_entropy(logits, source.labels).item(), source.num_classes, length, value)
-
-
 def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> None:
-    """Warn, with the next step, if the loss on the training images at the end is above `NOT_LEARNT` of that of a random
-    guess among the classes. The recipe's field `length` had this `value`."""
+    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's; the field `length` is `value`."""
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
         warnings.warn(

@@ -1,22 +1,17 @@
 """Fit the text probe of a head, see `dcp_zoo.model.text_probe`, on its features of the few-shot images.
 
-a, the scale of the text logits, minimises the cross-entropy (sum) of zero-shot CLIP on the training images + (log a)^2
-/ 2.
+a, the scale of the text logits, minimises zero-shot CLIP's cross-entropy (sum) on the training images + (log a)^2 / 2.
 
 Each candidate counts by its evidence, exp(-sum of cross-entropies) of training images that were left out, in four folds
-(of many images in one): pseudo Bayesian model averaging (Yao et al., Using Stacking to Average Bayesian Predictive
-Distributions, Bayesian Analysis 2018). Where the method was trained on these images, zero-shot CLIP takes its place
-there. With one image per class nothing can be left out. Then the Gaussians do not count, and all penalties count the
-same, unless text explains the training images badly: for the i-th penalty, exp(10 i max(0, r - 1/4)) with r the loss of
-zero-shot CLIP in units of that of a random guess. Validation images are not used: few of them choose no better, see
-`benchmarks/notes.md`.
+(of many images in one): pseudo Bayesian model averaging (Yao et al., Bayesian Analysis 2018). Where the method was
+trained on these images, zero-shot CLIP takes its place there. With one image per class nothing can be left out. Then
+the Gaussians do not count, and all penalties count the same, unless text explains the training images badly: for the
+i-th penalty, exp(10 i max(0, r - 1/4)) with r zero-shot CLIP's loss in units of a random guess's.
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
-that were left out would exceed if their scores were normally distributed, which takes fewer of them than counting does;
-20 are enough. `REJECT_RATES` are the other shares. `like_accepted` says how many would pass if their class, and every
-second one, was unknown, `others_accepted` how many of `everyday_pictures` pass, some of which may show a class of the
-head. Compared with other rules on the real CLIP's features and on validation images of the miniature, see
-`benchmarks/notes.md`.
+that were left out would exceed if their scores were normally distributed, for which 20 are enough. `REJECT_RATES` are
+the other shares. `like_accepted` says how many would pass if their class, and every second one, was unknown,
+`others_accepted` how many of `everyday_pictures` pass. Other rules, and validation images: see `benchmarks/notes.md`.
 """
 
 import math
@@ -109,8 +104,7 @@ def fit_on_features(
     unseen: Reading | None = None,
     weights: Tensor | None = None,
 ) -> tuple[TextProbe, dict[str, object]]:
-    """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images; a class may
-    have none.
+    """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
     Args:
         names, labels: of the classes, and of the images.
@@ -129,7 +123,7 @@ def fit_on_features(
     left_out = folds(frozen, labels, text, weights)
     if left_out:
         logits, truth = left_out_logits(left_out)
-        evidence = by_evidence(logits, truth)
+        evidence = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
     else:
         evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(names))
     fitted = [Candidates(features, labels, _times(scale, linear), weights) for features, linear in readings]
@@ -179,8 +173,7 @@ def _distances(candidates: Candidates, features: Tensor) -> Tensor:
 
 
 def class_halves(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> Iterator[LeftOut]:
-    """Candidates from every second class, each with features and labels of the other classes; of more than `ENOUGH`
-    images the first half alone."""
+    """Candidates from half of the classes, with features and labels of the others; both ways, if images are few."""
     for half in range(1 if len(labels) > ENOUGH else 2):
         out = labels % 2 == half
         if len(labels[~out].unique()) > 1 and out.any():
@@ -199,11 +192,6 @@ def left_out_logits(left_out: list[LeftOut]) -> Labelled:
     """The logits (K, m, C) by each candidate of all images that were left out, and their labels (m,)."""
     logits = [candidates.logits(features) for candidates, features, _ in left_out]
     return torch.cat(logits, 1), torch.cat([labels for *_, labels in left_out])
-
-
-def by_evidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """Weights of the candidates (K,) by how well each predicts the images that were left out, see `left_out_logits`."""
-    return (-torch.stack([F.cross_entropy(z, labels, reduction="sum") for z in logits])).softmax(0)
 
 
 def on_cpu(linear: Linear) -> Linear:
@@ -230,8 +218,7 @@ def without_evidence(loss: Tensor, classes: int) -> Tensor:
 
 def folds(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> list[LeftOut]:
     """Candidates from three quarters of the training images, or on fewer if no class has four, each with features and
-    labels of the others; a class's only image is never left out. Empty if each class has one; of more than `ENOUGH`
-    images the first alone."""
+    labels of the others; a class's only image is never left out. Of more than `ENOUGH` images the first alone."""
     counts, position = torch.bincount(labels), within_class(labels)
     number, found = min(FOLDS, int(counts.max())), []
     for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):

@@ -76,8 +76,7 @@ class EpochAverage:
         return [*self.sums, self.counted]
 
     def add(self, trained: Sequence[Tensor], epoch: int) -> None:
-        """Count the weights after an epoch, before the first step of the next one; only once if that step fails, and is
-        done again."""
+        """Count the weights after an epoch, before the next one's first step; once, if that fails and is done again."""
         if self.counted > epoch:
             return
         self.counted += 1
@@ -140,9 +139,8 @@ def train(
     run = (state or TrainingState()).begin(optimizer, precision, sums)
     losses, per_epoch = run.losses, len(sizes)
     steps = recipe.num_epochs * per_epoch
-    log(
-        f"{steps:,} steps of at most {recipe.batch_size} images; {sum(p.numel() for p in trained):,} trained parameters"
-    )
+    numbers = sum(p.numel() for p in trained)
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
     after = _after_step(source, recipe, run, per_epoch, step_log, callbacks, validation)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
@@ -162,7 +160,9 @@ def train(
         if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
             steps = len(losses)
         batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-        shown = timed(progress, log, model.device, faster_than(recipe))
+        in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
+        faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
+        shown = timed(progress, log, model.device, faster)
         descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
     if average:
         average.finish(trained, len(losses) // per_epoch)
@@ -173,12 +173,6 @@ def train(
     if distributed.is_main():
         warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
-
-
-def faster_than(recipe: TrainingRecipe) -> str:
-    """What takes less time than training by this recipe."""
-    late = getattr(recipe, "prompted_blocks", 0) is None  # DCP with prompts in all blocks
-    return ("the recipe fast or " if late else "") + "the method text-probe, which takes seconds"
 
 
 def timed(progress: Progress, log: Log, device: torch.device, faster: str) -> Progress:
@@ -208,14 +202,12 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> tor
 def objective(
     model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The loss of (images, labels, patches, targets), see `DCP.forward`, and the cross-entropy alone, which is the loss
-    but for a DCP, whose loss is
+    """The loss of (images, labels, patches, targets), see `DCP.forward`, and the cross-entropy alone. A DCP's is
 
         cross-entropy + clip_reg * (25 mean |t - t'| + 10 mean |f - f'|)
 
     with its text features t (C, E), image features f (B, E), and those of zero-shot CLIP, t' and f', as in PromptSRC
-    (Khattak et al., ICCV 2023), against overfitting to a few images. f' are the targets, or for None computed in the
-    step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
+    (Khattak et al., ICCV 2023), against overfitting to a few images. f' are the targets, or computed in the step.
     """
     clip_reg = getattr(recipe, "clip_reg", 0.0)
     zero_shot = model.zero_shot_classifier(model.classnames, model.texts) if clip_reg else None

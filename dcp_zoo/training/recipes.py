@@ -152,8 +152,7 @@ class TrainingRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe, DCPConfig):
-    """How a DCP head is trained: options of the model and hyperparameters of its training, by default the paper's with
-    the numbers of the authors' code."""
+    """How a DCP head is trained: options of model and training, by default the paper's with the numbers of its code."""
 
     eval_batch_size: int = count(16, "images per batch when batch statistics are evaluated")
     clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: as in PromptSRC")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.progress import Progress, bar, no_progress
@@ -25,7 +26,7 @@ from dcp_zoo.training import distributed
 from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, check_learnt, measure, measurement, predict
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
 from dcp_zoo.training.fit_probe import fit_probe
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
@@ -130,10 +131,6 @@ class Run:
         return stored
 
 
-def show_nothing(evaluation: Evaluation) -> None:
-    """Show nothing."""
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What a run writes and shows; nothing here but early stopping changes what is learnt.
@@ -154,7 +151,7 @@ class RunOptions:
     progress: Progress = bar
     log: Log = no_log
     stop: Callable[[], bool] = never
-    show: Callable[[Evaluation], object] = show_nothing
+    show: Callable[[Evaluation], object] = no_log
     callbacks: Sequence[Callback] = ()
 
 
@@ -200,16 +197,14 @@ def plan(
 def load_for_training(
     dataset: str, data_root: str | Path | None, labels: Sequence[Path] | None = None, test: float | None = None
 ) -> Split:
-    """The images to train on, of a dataset or a folder; `test` is the share that is held out for the test if they come
-    without test images, see `training_split`."""
+    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`."""
     images = load_labelled(dataset, data_root, labels)
     check_test_share(images, test)
     return training_split(images, test)
 
 
 def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
-    """The run with the weights of its classes, which have these labels; their mean over the images is 1. A text probe
-    is balanced without them."""
+    """The run with weights of its classes, by label, of mean 1 over the images; a text probe is balanced anyway."""
     if class_weight == "balanced" and run.recipe.classifier != "none" and not run.recipe.is_trained:
         return run
     images = run.split.train
@@ -242,8 +237,7 @@ def train_head(
     run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
-    input, an error of the method, or an output folder that is not writable, belongs to another run or to another
-    process.
+    input, an error of the method, or an output folder that is not writable, or of another run or process.
 
     A training that was stopped or killed resumes from the last state in its output folder. On a CPU it ends with the
     same weights bit for bit, given the same machine and number of threads. With several processes, all call this
@@ -255,45 +249,40 @@ def train_head(
             finished its state. None writes nothing.
         measured: accuracies to store instead of measuring.
     """
+    options = options or RunOptions()
     with _alone_in(output):
-        return _train_head(run, output, options or RunOptions(), measured)
-
-
-def _train_head(
-    run: Run, output: Path | None, options: RunOptions, measured: Mapping[str, Any] | None
-) -> tuple[Head, dict[str, float]]:
-    check_supported(run, options.callbacks)
-    if output and distributed.is_main():
-        if options.overwrite and run.recipe.is_trained:
+        check_supported(run, options.callbacks)
+        if output and distributed.is_main():
+            if options.overwrite and run.recipe.is_trained:
+                remove_state(output)
+            check_free(output, options.overwrite, resumes=run.recipe.is_trained)
+        started = time.perf_counter()
+        subset = run.subset()
+        clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
+        task = run.task(subset, clip, options.progress)
+        title = METHODS[run.method].title
+        options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+        head, earlier = fit(run, task, subset, output, options)
+        if options.stop():  # requested in the last step, or while statistics are stored
+            raise KeyboardInterrupt
+        if not distributed.is_main():
+            return head, {}
+        _check_learnt(task, head)
+        metrics: dict[str, float] = {}
+        evaluation, found = None, dict(measured or {})
+        seconds = round(earlier + time.perf_counter() - started, 1)
+        if measured is None and options.test and run.split.test:
+            once = head.stats_modes == ("stored",)
+            test = image_source(head, run.split.test, "none", run.workers, options.progress, once, run.precision)
+            metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
+            found = measurement(metrics, evaluation)
+        head.info = head.info | {"train_seconds": seconds} | found
+        if output:
+            head.save_pretrained(output)
             remove_state(output)
-        check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-    started = time.perf_counter()
-    subset = run.subset()
-    clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
-    task = run.task(subset, clip, options.progress)
-    title = METHODS[run.method].title
-    options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-    head, earlier = fit(run, task, subset, output, options)
-    if options.stop():  # requested in the last step, or while statistics are stored
-        raise KeyboardInterrupt
-    if not distributed.is_main():
-        return head, {}
-    _check_learnt(task, head)
-    metrics: dict[str, float] = {}
-    evaluation, found = None, dict(measured or {})
-    seconds = round(earlier + time.perf_counter() - started, 1)
-    if measured is None and options.test and run.split.test:
-        once = head.stats_modes == ("stored",)
-        test = image_source(head, run.split.test, "none", run.workers, options.progress, once, run.precision)
-        metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
-        found = measurement(metrics, evaluation)
-    head.info = head.info | {"train_seconds": seconds} | found
-    if output:
-        head.save_pretrained(output)
-        remove_state(output)
-    if evaluation:  # last, as a report that cannot be written must not cost the head
-        options.show(evaluation)
-    return head, metrics
+        if evaluation:  # last, as a report that cannot be written must not cost the head
+            options.show(evaluation)
+        return head, metrics
 
 
 def fit(
@@ -334,7 +323,8 @@ def _check_learnt(task: Task, head: Head) -> None:
     train = task.plain_train
     recipe = recipe.fitted(len(train.items), train.num_classes)
     value = recipe.num_epochs if isinstance(recipe, TrainingRecipe) else getattr(recipe, length)
-    check_learnt(predict(train.for_model(head), EVAL_BATCH, progress=task.progress), train, length, value)
+    logits = predict(train.for_model(head), EVAL_BATCH, task.progress)
+    warn_if_not_learnt(F.cross_entropy(logits, train.labels).item(), train.num_classes, length, value)
 
 
 def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
@@ -389,9 +379,7 @@ def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
     if _is_finished(output):
         raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
     if not resumes and (output / STATE_NAME).exists():
-        raise ZooError(
-            f"{output} holds a training that was stopped, and can resume: choose another --output, or pass --overwrite."
-        )
+        raise ZooError(f"{output} holds a stopped training, which can resume: choose another --output, or --overwrite.")
 
 
 def _is_head_of(folder: Path, run: Run) -> bool:

@@ -39,8 +39,7 @@ def by_image(progress: Progress, batches: Iterable[Any], description: str, image
 
 @dataclass
 class ImageSource:
-    """The images of a list of items, ready for `model`; `batches` can be called any number of times, also while others
-    of its iterators are in use.
+    """The images of a list of items, ready for `model`; `batches` can be called again while others are in use.
 
     Attributes:
         items: the items to read.
@@ -185,8 +184,7 @@ def image_source(
 ) -> ImageSource:
     """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
-    may have features (E,) of the image tower as their paths. ZooError for those of another one, or if prompts enter
-    it."""
+    may have features (E,) of the image tower as their paths; ZooError for another one's, or if prompts enter it."""
     if items and isinstance(items[0].path, Tensor):
         given = torch.stack([item.path for item in items])
         if model.is_prompted or given.shape[1] != model.num_features:

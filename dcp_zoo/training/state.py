@@ -28,7 +28,7 @@ STATE_FORMAT = 1
 Log = Callable[[str], object]
 
 
-def no_log(message: str) -> None:
+def no_log(message: object) -> None:
     """Say nothing."""
 
 
@@ -60,8 +60,7 @@ class TrainingState:
     def begin(
         self, optimizer: torch.optim.Optimizer, precision: str = "float32", others: Sequence[torch.Tensor] = ()
     ) -> "TrainingState":
-        """Start with this optimizer, the weights that it holds, other tensors that change with the steps, and the state
-        of the file if there is one."""
+        """Start with this optimizer, its weights, other tensors that change, and the state of the file, if any."""
         self.optimizer, self.precision, self.others = optimizer, precision, others
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._round()
@@ -81,10 +80,8 @@ class TrainingState:
         self.scaler.update()
         self._round()
         if not math.isfinite(loss):
-            raise ZooError(
-                f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}. {self._lower_rate()}, or use "
-                "float32 or bfloat16 instead of float16."
-            )
+            problem = f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}."
+            raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
         self.losses.append(loss)
         self.seconds.append(time.perf_counter() - self._started)
         self._between_steps = True
@@ -131,9 +128,8 @@ class TrainingState:
         if self.path is None or not distributed.is_main():
             return
         if not all(p.isfinite().all() for p in self.trained):
-            raise ZooError(
-                f"Training diverged: the weights after step {len(self.losses)} are not finite. {self._lower_rate()}."
-            )
+            after = f"after step {len(self.losses)}"
+            raise ZooError(f"Training diverged: the weights {after} are not finite. {self._lower_rate()}.")
         state = {
             "format": STATE_FORMAT,
             "run": self.run,
@@ -166,9 +162,9 @@ class TrainingState:
         if state["format"] != STATE_FORMAT:
             raise ZooError(f"{self.path} is from another version of dcp_zoo: pass --overwrite to start the run again.")
         if different := _differences(state["run"], self.run):
+            problem = f"{self.path} is the state of another run: {'; '.join(different)}."
             raise ZooError(
-                f"{self.path} is the state of another run: {'; '.join(different)}. To resume, repeat the command that "
-                "started it. Otherwise choose another --output, or pass --overwrite to start again."
+                f"{problem} To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
             )
         return state
 

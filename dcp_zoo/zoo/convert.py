@@ -1,9 +1,8 @@
 """Import checkpoints of the authors' released code, `MultiModalPromptLearner/model.pth.tar-N`.
 
 They are pickles, read with `weights_only=True`: that builds tensors and plain values, and executes nothing. A file
-holds the prompts, CMPA and the complete frozen CLIP, and the states of optimizer and schedule, which are not used. The
-trained tensors are kept. The frozen CLIP is compared with the model's, because prompts do not work on another one. The
-text half of CMPA is dropped: in the released code it never reaches the logits.
+holds the prompts, CMPA, the complete frozen CLIP, and states of optimizer and schedule. CLIP is compared with the
+model's, as prompts do not work on another. CMPA's text half, which never reaches the release's logits, is dropped.
 """
 
 import re
@@ -58,7 +57,7 @@ def convert_cmpa_checkpoint(
     depth: int = 9,
     pooling: str = "mean",
 ) -> DCP:
-    """A model with the weights of a checkpoint of the authors' code, `coupling="text_to_vision"`.
+    """A model in eval mode with the weights of a checkpoint of the authors' code, `coupling="text_to_vision"`.
 
     It has no stored statistics: call `model.store_stats(images)` with the images the checkpoint was trained on.
 
@@ -70,12 +69,8 @@ def convert_cmpa_checkpoint(
         depth, pooling: what it was trained with; not stored in the file. The defaults are the release's, as is the
             phrase whose first words up to four prompts start from.
 
-    Returns:
-        The model in eval mode.
-
     Raises:
-        ZooError: not such a checkpoint, a different CLIP, different class names, or tensors that have another shape
-            or are not finite.
+        ZooError: no such checkpoint, a different CLIP or class names, or tensors of another shape or not finite.
     """
     if (model is None) == (clip is None):
         raise ZooError('Give either a model, such as model="dcp_vitb16", or a clip.')
@@ -152,10 +147,8 @@ def check_clip(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -
     found = {name: t for name, t in tensors.items() if name.startswith(("visual.", "text.", "logit_scale"))}
     other = sorted(name for name in own.keys() | found.keys() if not _agree(own.get(name), found.get(name)))
     if other:
-        raise ZooError(
-            f"The frozen CLIP in {path} is not the model's: {len(other)} of {len(own)} tensors differ, the first is "
-            f"{other[0]}. Prompts work only on the CLIP they were trained on: pass that one."
-        )
+        problem = f"The CLIP in {path} is not the model's: {len(other)} of {len(own)} tensors differ, first {other[0]}."
+        raise ZooError(f"{problem} Prompts work only on the CLIP they were trained on: pass that one.")
 
 
 def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -33,8 +33,7 @@ def register(timm: ModuleType) -> None:
 
 def _head_cfgs() -> dict[str, Any]:
     """timm's config of every head; the tag of a model's default head ends in a star. timm lists a config as pretrained
-    if it has a weight source, so those of planned heads have none. The default heads come last, or timm would prefer a
-    trained head to a planned default."""
+    if it has a weight source, so planned heads have none. Default heads come last, or timm prefers trained ones."""
     defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
     cfgs: dict[str, Any] = {}
     for name, head in sorted(all_heads().items(), key=lambda item: item[0] in defaults):

@@ -13,28 +13,24 @@ from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
-from dcp_zoo.hub import clip_repo_config, fetch_clip
+from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.cache_head import CacheHead
 from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head, load_head
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.linear_head import CacheHead, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.names import Descriptions, Tokenizer
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, weights_spec
+from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, described, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
+Kind = type[LinearHead] | type[PromptHead]
 # by the field `head` of a checkpoint's `dcp` block
-KINDS: dict[str, type[LinearHead] | type[PromptHead]] = {
-    "linear": LinearHead,
-    "prompts": PromptHead,
-    "cache": CacheHead,
-}
+KINDS: dict[str, Kind] = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead}
 
 
 def create_model(
@@ -70,12 +66,10 @@ def create_model(
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
 
     Returns:
-        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. For the head of another method
-        another kind of `dcp_zoo.model.head.Head`.
+        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. Of another method, another `Head`.
 
     Raises:
-        ZooError: unknown names, a head that has not been trained yet, a checkpoint that does not fit, options that
-            contradict the head.
+        ZooError: unknown names, a head that has not been trained yet, a checkpoint or options that do not fit.
     """
     if classifier is not None:
         check_choice("classifier", classifier, ("none",))
@@ -190,7 +184,7 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
     """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's)."""
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
-    source, config = _described(spec, clip_tag, cache_dir)
+    source, config = described(spec.clip, clip_tag, cache_dir)
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
     failed = (
@@ -203,15 +197,6 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
         if with_weights:
             load_clip(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
     return clip.eval()
-
-
-def _described(spec: ModelSpec, tag: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where the weights are, and the sizes of the towers, as open_clip describes both."""
-    assert spec.clip
-    if spec.clip.startswith(CLIP_REPO):
-        repo = spec.clip.removeprefix(CLIP_REPO)
-        return {"hf_hub": f"{repo}/"}, clip_repo_config(repo, cache_dir)["model_cfg"]
-    return open_clip.get_pretrained_cfg(spec.clip, tag), open_clip.get_model_config(spec.clip)
 
 
 def build_open_clip(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
@@ -244,13 +229,12 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
     try:
         return open_clip.get_tokenizer(spec.clip, cache_dir=cache_dir and str(cache_dir))
     except Exception as error:  # of `transformers`, which reports a missing file in many ways
-        text_cfg = _described(spec, spec.clip_pretrained, cache_dir)[1].get("text_cfg", {})
+        text_cfg = described(spec.clip, spec.clip_pretrained, cache_dir)[1].get("text_cfg", {})
         wanted = text_cfg.get("hf_tokenizer_name", spec.clip)
         import_extra("transformers", "tokenizers")
-        raise ZooError(
-            f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {wanted!r}: {error}. Check the "
-            "connection, or pass your own: create_model(..., tokenizer=...)."
-        ) from error
+        problem = f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {wanted!r}: {error}."
+        advice = "Check the connection, or pass your own: create_model(..., tokenizer=...)."
+        raise ZooError(f"{problem} {advice}") from error
 
 
 def create_transform(
@@ -260,8 +244,7 @@ def create_transform(
 
     Testing: the CLIP's own, bit-identical: resize of the short side and centre crop or, for some, of both sides.
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
-    random numbers. It accepts uint8 tensors (3, h, w) too and works on those: faster than PIL, and within 2 of 255
-    levels of it.
+    random numbers. It also takes uint8 tensors (3, h, w): faster than PIL, and within 2 of 255 levels.
     """
     cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
     if not is_training:

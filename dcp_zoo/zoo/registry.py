@@ -1,10 +1,8 @@
-"""The registry: the table of models, the manifest of heads, and the functions that list them; without torch.
-
-A model has one row in `models.yaml`; any other open_clip model has a row made for it.
+"""The registry, without torch: the table of models, `models.yaml`, with a row made for any other open_clip model, the
+manifest of heads, and the functions that list them.
 
 A head is a set of trained prompts for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
-`heads.json` holds the heads that exist; every other combination of a CLIP model, one of the 11 datasets and a number
-of shots is `planned`: it has a name and a repo id, but has not been trained yet.
+`heads.json` holds those that exist; other combinations of a CLIP model, the 11 datasets and shots are `planned`.
 """
 
 import fnmatch
@@ -86,16 +84,25 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
     return MODELS[model]
 
 
+def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How open_clip describes weights, that is where they are and their preprocessing, and the sizes of the towers."""
+    if clip.startswith(CLIP_REPO):
+        from dcp_zoo.hub import clip_repo_config
+
+        repo = clip.removeprefix(CLIP_REPO)
+        config = clip_repo_config(repo, cache_dir)
+        return config["preprocess_cfg"] | {"hf_hub": f"{repo}/"}, config["model_cfg"]
+    import open_clip
+
+    return open_clip.get_pretrained_cfg(clip, tag), open_clip.get_model_config(clip)
+
+
 def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
     """A row for "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO", from open_clip's own configs."""
     place = name.removeprefix(OPEN_CLIP)
     clip, _, tag = place.partition("/")
     if place.startswith(CLIP_REPO):
-        from dcp_zoo.hub import clip_repo_config
-
-        repo: str | None = place.removeprefix(CLIP_REPO)
-        clip, tag, described = place, "hub", clip_repo_config(str(repo), cache_dir)
-        model, preprocess = described["model_cfg"], described["preprocess_cfg"]
+        clip, tag = place, "hub"
     else:
         import open_clip
 
@@ -106,8 +113,8 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
                 f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); "
                 f"names are {OPEN_CLIP}ARCH/TAG, or {OPEN_CLIP}{CLIP_REPO}ORG/REPO for a repo on the Hub."
             )
-        model, preprocess = open_clip.get_model_config(clip), open_clip.get_pretrained_cfg(clip, tag)
-        repo = preprocess.get("hf_hub", "").rstrip("/") or None
+    preprocess, model = described(clip, tag, cache_dir)
+    repo = preprocess.get("hf_hub", "").rstrip("/") or None
     size, crop_mode = model["vision_cfg"].get("image_size", 224), preprocess.get("resize_mode")
     crop_mode = crop_mode if crop_mode == "squash" else "center"
     mean, std = tuple(preprocess.get("mean", OPENAI_MEAN)), tuple(preprocess.get("std", OPENAI_STD))
@@ -232,10 +239,8 @@ def get_head(name: str) -> HeadEntry:
         return head
     tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
     close = nearest(head.tag, tags) or tags[:5]
-    raise ZooError(
-        f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'. "
-        "For fresh prompts on CLIP's weights, use pretrained='clip'."
-    )
+    problem = f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'."
+    raise ZooError(f"{problem} For fresh prompts on CLIP's weights, use pretrained='clip'.")
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
@@ -249,8 +254,7 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
-        status: "bundled" (in this package), "published" (on the Hub) or "planned" (not trained yet); ZooError for
-            another. Default: all.
+        status: "bundled" (in this package), "published" (on the Hub) or "planned"; ZooError for another. Default: all.
     """
     if status is not None:
         check_choice("status", status, STATUSES)

@@ -49,10 +49,8 @@ def parse_name(name: str) -> Name:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
     hint = nearest_hint(name, [*beside, *registry.list_models(pretrained=True), *registry.list_models()])
-    raise ZooError(
-        f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
-        f"dcp_zoo.list_models(). Other sources: {SCHEMES}."
-    )
+    problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint}"
+    raise ZooError(f"{problem} All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}.")
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,9 @@ class Source:
     def spec(self) -> ModelSpec:
         """The model's row; ZooError if the checkpoint is of a CLIP that the zoo does not know."""
         if self.architecture == "custom":
-            raise ZooError(
-                f"The head in {self.folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
-                f"classnames, ...) around that CLIP, then call dcp_zoo.load_head(model, {str(self.folder)!r})."
-            )
+            problem = f"The head in {self.folder} was trained on a CLIP outside the zoo."
+            load = f"dcp_zoo.load_head(model, {str(self.folder)!r})"
+            raise ZooError(f"{problem} Build model = dcp_zoo.DCP(clip, classnames, ...) around it, then call {load}.")
         return get_spec(self.architecture, self.cache_dir)
 
     @property
@@ -97,10 +94,8 @@ def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | No
         return Source(name, cache_dir=cache_dir)
     head, folder = None, Path(place)
     if kind != "zoo" and isinstance(pretrained, str) and not fresh:
-        raise ZooError(
-            f"{name} is one head, and pretrained={pretrained!r} names another: pass True for its weights, or 'clip' "
-            "for CLIP's weights and fresh prompts."
-        )
+        problem = f"{name} is one head, and pretrained={pretrained!r} names another"
+        raise ZooError(f"{problem}: pass True for its weights, or 'clip' for CLIP's weights and fresh prompts.")
     if kind == "hf-hub":
         from dcp_zoo.hub import download_head  # slow to import
 

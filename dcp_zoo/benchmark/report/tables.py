@@ -68,8 +68,7 @@ def datasets_of(results: "pd.DataFrame", column: str = "dataset") -> list[str]:
 
 
 def averaged(results: "pd.DataFrame", value: str = "top1", over: str = "dataset") -> "pd.DataFrame":
-    """Means over all datasets for each label, part of the classes, shots and seed; omitted if one of the datasets is
-    missing."""
+    """Means over all datasets for each label, part of the classes, shots and seed; omitted if a dataset is missing."""
     groups = results.groupby(["label", "classes", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
     complete = groups[groups["count"] == results[over].nunique()]
     return complete["mean"].rename(value).reset_index()

@@ -29,8 +29,7 @@ PANEL = (3.6, 2.7)  # inches
 
 def learning_curves(results: "pd.DataFrame") -> tuple[str, str]:
     """The learning curves of few-shot results as SVG, with a legend, and their values as text for screen readers; "" if
-    there are none. Needs the extra `plots`. Curves with the batch statistics are omitted if there is one with the
-    stored ones."""
+    there are none. Needs the extra `plots`. No curve with the batch statistics beside one with the stored ones."""
     shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
     panels = {title: rows for title, rows, *_ in tables.by_dataset(shown)}
     if not panels:
@@ -107,9 +106,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     paths = [Path(folder) for folder in folders]
     results = store.gather(paths)
     if results.empty:
-        raise ZooError(
-            f"There is no result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`."
-        )
+        raise ZooError(f"No result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`.")
     done = {key for path in paths for key in store.done(path)}
     failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
     planned = {key for path in paths for key in store.planned(path)}

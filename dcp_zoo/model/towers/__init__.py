@@ -1,5 +1,4 @@
-"""CLIP's two towers block by block, so that prompts can be inserted into them and rewritten in between. The modules of
-the CLIP are not modified."""
+"""CLIP's two towers block by block, to insert prompts and rewrite them in between; its modules are not modified."""
 
 from typing import Any
 

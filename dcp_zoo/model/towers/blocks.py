@@ -1,5 +1,4 @@
-"""One transformer block, computed from its parameters in steps, so that attention can read tokens that the block does
-not rewrite.
+"""One transformer block, computed in steps, so that attention can read tokens that the block does not rewrite.
 
 The block itself could not do this: attend to prompts without computing them, share one prefix between classes, and in
 the last block compute only the pooled tokens. A family of blocks says where its parameters are.

@@ -1,5 +1,4 @@
-"""timm's vision transformers as open_clip's image towers: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin) and `Eva`
-(EVA-02, PE-Core)."""
+"""timm's transformers in open_clip: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin), `Eva` (EVA-02, PE-Core)."""
 
 from collections.abc import Callable
 from typing import Any

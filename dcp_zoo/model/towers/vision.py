@@ -71,8 +71,7 @@ class VisionTower:
 
     def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
-        are additional keys and values, or are given as such; the block's output there is not computed, as the next
-        block has new ones."""
+        are additional keys and values, or given as such; there no output is computed: the next block has new ones."""
         given = self.blocks[i].prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
         return self.blocks[i](x, given=given, rows=self.pooled if last else None)
 
@@ -86,8 +85,7 @@ class VisionTower:
     ) -> Tensor:
         """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
         A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
-        the sequence; the others are only attended to, and may be keys and values. `run` calls each block, such as with
-        gradient checkpointing."""
+        the sequence; others are only attended to, and may be keys and values. `run` calls each block."""
         for i in range(start, len(self.blocks) if stop is None else stop):
             left = len(prompts) - (i - start)
             if left == 1:

@@ -120,8 +120,7 @@ class Task:
 
         Args:
             clip: a copy of the task's CLIP that the method trained. Default: the task's.
-            texts: what CLIP reads of new classes: a template, or sentences. Default: the head is limited to its
-                classes.
+            texts: what CLIP reads of new classes: a template, or sentences. Default: there are none.
         """
         own = clip or self.clip
         before = self.clip.clip.state_dict() if clip else {}
@@ -162,8 +161,7 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 
 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
-    """Train what requires gradients in a head on a source by `loop.train`, with the task's options and these; returns
-    the loss of every step."""
+    """Train what requires gradients in a head by `loop.train`, with the task's options and these; the losses."""
     shared: dict[str, Any] = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
     return train(source.for_model(head), task.recipe, validation=task.val, **shared, **task.training, **options)
 

@@ -53,10 +53,8 @@ class LowRankBlock(OpenClipBlock):
 def check_blocks(clip: FrozenCLIP, method: str) -> None:
     """Raise ZooError unless both towers are open_clip's own, the text tower a causal one."""
     if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
-        raise ZooError(
-            f"{method} updates the blocks of open_clip's own ViT and causal text tower, which this CLIP does not have: "
-            "use 2sfs, tip-adapter-f or clap instead."
-        )
+        lacking = "blocks of open_clip's own ViT and causal text tower, which this CLIP does not have"
+        raise ZooError(f"{method} updates the {lacking}: use 2sfs, tip-adapter-f or clap instead.")
 
 
 def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -> tuple[Tensor, Sequence[int] | None]:
@@ -87,8 +85,7 @@ def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: Image
 
 
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
-    """Train these weights of a copy of CLIP by zero-shot classification, with images and sentences encoded in every
-    step; returns the loss of every step."""
+    """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every step."""
     ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
     patches = task.train_images.patches
 
@@ -123,8 +120,7 @@ def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
 
 
 def fit_lora(task: Task) -> LinearHead:
-    """CLIP-LoRA: low-rank updates of the attention weights in both towers, trained through the dataset's prompt
-    template.
+    """CLIP-LoRA: low-rank updates of both towers' attention weights, trained through the dataset's prompt template.
 
     In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each
     get an update with A (r, D), B (D, r) and its own dropout:
@@ -132,8 +128,7 @@ def fit_lora(task: Task) -> LinearHead:
         W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
 
     A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
-    W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then
-    an ordinary CLIP that accepts any class names. No model selection: the last step is used.
+    W^T, with text features recomputed in every step. After the last step gamma B A is merged into a copy of CLIP.
     """
     clip = own_clip(task.clip)
     updates = add_updates(clip, task.recipe).train()
@@ -163,13 +158,11 @@ class SingularValues(nn.Module):
 def fit_svd(task: Task) -> LinearHead:
     """CLIP-SVD: trains only the singular values of the weights in both towers, through the dataset's prompt template.
 
-    In every block of both towers, each of the weights W of queries, keys, values, the attention's output and the two
-    layers of the MLP is
+    In every block of both towers, each of the weights W of queries, keys, values, attention's output and MLP layers is
 
         W = U diag(values) V^T
 
-    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
-    selection: the last step is used.
+    with U, V and values, at first, of its singular value decomposition. The loss is CLIP-LoRA's, the last step used.
     """
     clip = own_clip(task.clip)
     check_blocks(clip, "CLIP-SVD")
@@ -187,8 +180,7 @@ def fit_svd(task: Task) -> LinearHead:
 def fit_prolip(task: Task) -> LinearHead:
     """ProLIP: fine-tunes only the last projection of the image tower, with a penalty on its change.
 
-    With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
-    (C, E), and s = exp(logit_scale):
+    With input x (B, Dv), projection P (Dv, E), pretrained P0, zero-shot classifier W (C, E), and s = exp(logit_scale):
 
         f      = x P / |x P|                                                 (B, E)
         logits = s f W^T                                                     (B, C)
@@ -201,10 +193,8 @@ def fit_prolip(task: Task) -> LinearHead:
     recipe, tower, clip = task.recipe, task.clip.vision_tower, own_clip(task.clip)
     start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
     if start is None:
-        raise ZooError(
-            "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none: use clip-lora, "
-            "tip-adapter-f or clap instead."
-        )
+        problem = "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none"
+        raise ZooError(f"{problem}: use clip-lora, tip-adapter-f or clap instead.")
     text, projection = task.text, clip.visual.proj.requires_grad_()
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
@@ -243,8 +233,7 @@ def fit_2sfs(task: Task) -> LinearHead:
         stage 2:  s f w_c^T / |w_c|  trains w (C, E), initialised to stage 1's W; both towers are frozen
 
     both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot, stage 2 the
-    rest. For the miniature, which only flips, stage 2 caches the features of both views. No model selection: the last
-    step is used.
+    rest. For the miniature, which only flips, stage 2 caches the features of both views. The last step is used.
     """
     clip, source = own_clip(task.clip), task.train_images
     norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]

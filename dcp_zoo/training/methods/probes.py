@@ -47,8 +47,7 @@ def fit_linear(task: Task) -> LinearHead:
 
 def search(score: Callable[[float], float]) -> float:
     """The C between 1e-6 and 1e6 with the highest score; ties go to the largest: a weaker penalty is better calibrated.
-    As in the CLIP paper: seven values first, then the interval around the best is halved until there are eight steps
-    per decade."""
+    As in the CLIP paper: seven values first, then the interval around the best is halved, to eight steps a decade."""
     scores: dict[float, float] = {exponent: score(10**exponent) for exponent in range(-6, 7, 2)}
     step = 1.0
     while step >= 1 / 8:
@@ -65,8 +64,7 @@ ALPHA_EVERY = 10  # epochs
 
 @torch.no_grad()
 def fit_lp_plus_plus(task: Task) -> LinearHead:
-    """LP++: a linear probe blended with the text features by learned class-wise weights, whose step sizes and initial
-    values follow from the data.
+    """LP++: a linear probe blended with text features by learned weights per class; step sizes follow from the data.
 
     With image features f (B, E) and the zero-shot classifier W (C, E):
 
@@ -79,8 +77,7 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
         v, b     step size 4 n / lambda_max(F^T F), momentum 0.9, every epoch
         alpha    step size n / (4 max over c of the sum of (f W_c^T)^2), every tenth epoch
 
-    The epoch of highest accuracy on the few-shot validation images is used, the latest on a tie; without validation
-    images, the last epoch.
+    The epoch of highest accuracy on the few-shot validation images is used, the latest on a tie; without any, the last.
     """
     recipe, classes, labels = task.recipe, len(task.classnames), task.train_labels
     x, text = task.train_features, task.text
@@ -120,17 +117,14 @@ def step_sizes(x: Tensor, text: Tensor) -> tuple[float, float]:
 def fit_clap(task: Task) -> LinearHead:
     """CLAP: a linear probe initialised with the text features and penalised, class by class, for leaving them.
 
-    With image features f (B, E), s = exp(logit_scale), the text features t_c (E,) of the classes, and prototypes w (C,
-    E) initialised to t:
+    With image features f (B, E), s = exp(logit_scale), text features t_c (E,), and prototypes w (C, E), at first t:
 
         logits_c = s f w_c^T / |w_c|                                         (B,)
         loss     = cross-entropy + mean over c of a_c |w_c - t_c|^2
 
     a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is, the
-    stronger the penalty. t is normalised, as in the paper; the authors' code takes the text tower's output as it is
-    (`unit=False`). Rows are twenty random crops of each training image, or for the miniature, which only flips, both
-    views; an epoch draws as many batches of rows as there are batches of images. No model selection: the last epoch is
-    used.
+    stronger the penalty. t is normalised, as in the paper, unless `unit=False`. Rows are twenty random crops of each
+    image, or for the miniature both views, in as many batches as there are of images. The last epoch is used.
     """
     recipe, clip, names = task.recipe, task.clip, check_classnames(task.classnames)
     features = task.augmented_features(recipe.augment_epochs)  # (V, n, E)

@@ -39,18 +39,19 @@ def random_prompts(count: int, n_ctx: int, width: int) -> list[Tensor]:
 
 
 def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[list[Tensor], str]:
-    """The text prompts, of which the first begin with a phrase's first words, if it has enough; and the rest of
-    these."""
+    """The text prompts, the first of which are a phrase's first words, if it has enough; and the words left."""
     words, n_ctx = phrase.split(), len(prompts[0])
     if len(words) >= n_ctx:
         prompts = [clip.embed_words(phrase, n_ctx), *prompts[1:]]
     return prompts, " ".join(words[n_ctx:])
 
 
-def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
+def new_head(
+    task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "", kind: type[PromptHead] = PromptHead
+) -> Any:
     """The task's CLIP with these prompts."""
     clip, names = task.clip, task.classnames
-    return PromptHead(clip.clip, names, text, vision, template=task.template, rest=rest, tokenizer=clip.tokenizer)
+    return kind(clip.clip, names, text, vision, template=task.template, rest=rest, tokenizer=clip.tokenizer)
 
 
 def fit_coop(task: Task) -> PromptHead:
@@ -91,8 +92,7 @@ def new_maple(task: Task) -> MaPLe:
     prompts = random_prompts(depth, recipe.n_ctx, text.width)
     couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
     prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
-    clip, names = task.clip, task.classnames
-    head = MaPLe(clip.clip, names, prompts, template=task.template, rest=rest, tokenizer=clip.tokenizer)
+    head = new_head(task, prompts, (), rest, MaPLe)
     head.couplings = couplings
     return head
 
@@ -121,9 +121,7 @@ def new_promptsrc(task: Task) -> PromptHead:
 def fit_promptsrc(task: Task) -> PromptHead:
     """PromptSRC: independent prompts in both towers, regularised towards frozen CLIP and averaged over epochs.
 
-    Prompts enter the first blocks of each tower as in MaPLe, except that the vision prompts are learned directly
-    instead of mapped from the text prompts. With prompted features f (B, E) of images and t (C, E) of class names,
-    frozen CLIP's f' and t', all normalised, and s = exp(logit_scale):
+    With prompted features f (B, E), t (C, E) of images and names, CLIP's f' and t', normalised, s = exp(logit_scale):
 
         loss = cross-entropy of s f t^T + 25 mean |t - t'| + 10 mean |f - f'|
                + KL(softmax(s f' t'^T) || softmax(s f t^T)) / (B C)
@@ -133,8 +131,7 @@ def fit_promptsrc(task: Task) -> PromptHead:
 
         exp(-((e - mean T) / (std T))^2 / 2), normalised to a sum of 1.
 
-    No model selection. For few-shot, the authors use one Gaussian for six datasets and another for the other five; here
-    the first serves for all.
+    For few-shot, the authors use one Gaussian for six datasets and another for five; here the first serves for all.
     """
     recipe, head = task.recipe, new_promptsrc(task)
     weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
@@ -147,8 +144,7 @@ def fit_promptsrc(task: Task) -> PromptHead:
 def promptsrc_loss(
     head: PromptHead, frozen_text: Tensor, recipe: Any, class_weight: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone;
-    see `loop.objective`."""
+    """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone."""
 
     def loss_of(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
         prompted = head.encode_image(images, patches), head.encode_text()
@@ -181,8 +177,7 @@ def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) 
 
 def fit_dcp(task: Task) -> DCP:
     """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With the
-    task's `reload_clip` CLIP is stored in half precision only while training in it; otherwise, autocast converts it on
-    the fly."""
+    task's `reload_clip` CLIP is stored in half precision while training in it; otherwise autocast converts it."""
     model, recipe = new_model(task), task.recipe
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     if not source.crops:
@@ -238,7 +233,5 @@ def round_and_store_stats(model: DCP, source: ImageSource) -> None:
     if model.stored_stats is not None:
         model.stored_stats.copy_(model.stored_stats.half())
     if not all(tensor.isfinite().all() for tensor in model.head_state().values()):
-        raise ZooError(
-            "Training diverged: the prompts became too large for float16. Lower the learning rate (--set lr=...), and "
-            "start again (--overwrite)."
-        )
+        problem = "Training diverged: the prompts became too large for float16."
+        raise ZooError(f"{problem} Lower the learning rate (--set lr=...), and start again (--overwrite).")

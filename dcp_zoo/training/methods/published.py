@@ -36,15 +36,6 @@ RECIPES = {name: recipe_class(name, row) for name, row in ROWS.items() if not na
 globals().update({kind.__name__: kind for kind in RECIPES.values()})  # where pickle looks for them
 
 
-def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
-    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others than
-    CLIP, for which these were tuned: those of the model's DCP recipe, if the registry has one."""
-    if not get_spec(model).recipe:
-        return {}
-    recipe = default_recipe(model, dataset)
-    return {part.name: getattr(recipe, part.name) for part in fields(TrainingRecipe) if part.name != "classifier"}
-
-
 def published(method: str, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
     """The defaults of a method's recipe and what its row changes for this task, with the model's budget if it trains
     prompts, and otherwise its augmentation: random crops and flips, as published, unless it needs another. The model's
@@ -61,7 +52,10 @@ def published(method: str, model: str, dataset: str, shots: int, protocol: str) 
     for name, number in row.get("over_shots", {}).items():
         values[name] = number / shots
     values |= row.get("by_dataset", {}).get(dataset, {}) | row.get("by_protocol", {}).get(protocol, {})
-    recipe, budget = kind(**values), budget_overrides(model, dataset)
+    recipe, budget = kind(**values), dict[str, Any]()
+    if get_spec(model).recipe:  # it needs another optimizer, schedule, batch size and augmentation than CLIP
+        dcps = default_recipe(model, dataset)
+        budget = {part.name: getattr(dcps, part.name) for part in fields(TrainingRecipe) if part.name != "classifier"}
     if recipe.is_trained:
         recipe = recipe.updated(budget)
     elif recipe.augment != "none":

@@ -1,5 +1,4 @@
-"""The table of methods, `methods.yaml`: one row each, naming the module that implements it, which is imported on first
-use.
+"""The table of methods, `methods.yaml`: one row each, naming the module that implements it, imported on first use.
 
 Other packages add rows by the entry-point group `dcp_zoo.methods`, see docs/own_method.md.
 """
@@ -41,8 +40,7 @@ class Method:
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
         text: whether it needs text.
-        fits_classifier: whether it fits the classifier itself to features of the training images, so that no text probe
-            can follow.
+        fits_classifier: whether it fits the classifier itself, to the same features, so that no text probe can follow.
     """
 
     name: str

@@ -1,5 +1,4 @@
-"""Zero-shot CLIP, and methods without training loop or with a short one that add to its logits what they know of the
-training images."""
+"""Zero-shot CLIP, and methods that add to its logits what they know of the training images, by a short loop or none."""
 
 from itertools import product
 
@@ -7,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.cache_head import CacheHead
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.linear_head import CacheHead, LinearHead
 from dcp_zoo.model.names import Texts
 from dcp_zoo.model.text_probe import Linear, class_means, shared_precision
 from dcp_zoo.training.fit_probe import FOLDS, within_class
@@ -125,8 +123,7 @@ def fit_proker(task: Task) -> CacheHead:
         logits = s (f W^T + k(f, K) A)                                       (B, C)
 
     This is the authors' code, in which lambda scales what the ridge regression adds, besides penalising it. beta and
-    lambda are chosen by accuracy on the few-shot validation images, the smallest on a tie; without any they are those
-    that the authors chose on ImageNet for this number of shots.
+    lambda are chosen on the few-shot validation images, the smallest on a tie; else they are the authors' for ImageNet.
     """
     head = cache_head(task, task.clip.clip.logit_scale.exp().item())
     keys, text = head.keys.cpu().double(), head.weight.cpu().double()
@@ -182,8 +179,7 @@ def fit_gda(task: Task) -> LinearHead:
 
     As in the authors' code, each augmented view of an image is a separate row: ten random crops, or for the miniature,
     which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation
-    images, the smallest on a tie. The paper needs these; without them the training images take their place, in folds,
-    and if a class has only one image, the Gaussian part gets half the spread of the text logits on the training images.
+    images, the smallest on a tie; without these on training images, in folds; with one per class see `gda_weight`.
     """
     features = task.augmented_features(task.recipe.augment_epochs)  # (V, n, E)
     labels, classes, device = task.train_labels, len(task.classnames), task.clip.device
@@ -205,8 +201,7 @@ def fit_gda(task: Task) -> LinearHead:
 def gda_weight(
     task: Task, text: Tensor, features: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[float, dict[str, str]]:
-    """alpha, and what it was chosen on unless that was validation images: text features (C, E), features (V, n, E) of
-    the training images, and the Gaussian part."""
+    """alpha, and what it was chosen on if not on validation images: text features (C, E), those of images (V, n, E)."""
     labels = task.train_labels
 
     def best(found: Tensor, gaussian: Tensor, truth: Tensor) -> float:

@@ -1,0 +1,157 @@
+"""What a head's model card says, and the same measured again."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dcp_zoo.data import load_labelled, training_split
+from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.tables import HubDataset
+from dcp_zoo.errors import ZooError
+from dcp_zoo.hub import HUB_LIBRARY, download_file
+from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.head import Head
+from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.evaluation import measure
+from dcp_zoo.training.recipes import NO_CLASSIFIER
+from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
+from dcp_zoo.zoo.resolve import parse_name
+
+CARD_NAME = "README.md"
+CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
+TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
+MODES = {  # of an accuracy, and their names in a card
+    "stored": "top-1, stored statistics",
+    "batch": "top-1, batch statistics",
+    NO_CLASSIFIER: "top-1, without the text probe",
+}
+
+
+def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Top-1 accuracy in percent by mode, of the metrics in a config.json or the manifest."""
+    return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
+
+
+def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients."""
+    spec = MODELS.get(model.architecture)
+    base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
+    options, _ = model.method_config()
+    about: dict[str, Any] = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
+    return ModelCard.from_template(
+        _metadata(model, repo_id, license, base),
+        template_path=str(CARD_TEMPLATE),
+        repo_id=repo_id,
+        size=f"{size / 1e6:.1f} MB",
+        onnx=onnx,
+        dataset=public_name(model.info.get("dataset")),
+        whose=COUPLINGS.get(options.get("coupling", "")),
+        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
+        rows=_seed_rows(model),
+        **about,
+    )
+
+
+def public_name(dataset: str | None) -> str | None:
+    """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
+    if dataset and dataset.startswith(HUB_SCHEME):
+        return HubDataset.parse(dataset).repo
+    return "webdataset shards" if dataset and dataset.startswith(SHARD_SCHEME) else dataset
+
+
+def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
+    dataset, results = public_name(model.info.get("dataset")), list[EvalResult]()
+    measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
+    for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
+        data: dict[str, Any] = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
+        data |= {"metric_type": "accuracy", "metric_name": MODES[mode], "metric_value": top1}
+        results.append(EvalResult(task_type="image-classification", **data))
+    return ModelCardData(
+        library_name=HUB_LIBRARY,
+        license=license,
+        pipeline_tag="image-classification",
+        tags=TAGS,
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if results else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+    )
+
+
+def _seed_rows(model: Head) -> list[dict[str, Any]]:
+    """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
+    info = model.info
+    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
+    for head in trained_heads().values():
+        if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
+            measured.setdefault(head.seed, head.metrics)
+    missing = dict.fromkeys(MODES, "not measured")
+    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
+
+
+CLAIM_TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claimed top-1 accuracy in percent and the one that was measured, with one stats; and the coupling of a DCP."""
+
+    head: str
+    stats: str
+    claimed: float
+    measured: float
+    coupling: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return round(abs(self.claimed - self.measured), 6) <= CLAIM_TOLERANCE
+
+
+def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
+    """Measure a head by its name, folder, or hf-hub:ORG/REPO, with every stats of its card; see `measured`."""
+    model = create_model(name, True)
+    if not (claims := claimed(name, model)):
+        raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
+    found = measured(name, model, data_root, **options)
+    coupling = model.method_config()[0].get("coupling", "")
+    return [Claim(name, stats, value, found.get(stats, math.nan), coupling) for stats, value in claims.items()]
+
+
+def measured(
+    name: str,
+    model: Head,
+    data_root: Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Top-1 in percent by the stats that a head, called `name` in messages, has on the test images of its dataset."""
+    if not (dataset := model.info.get("dataset")):
+        raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
+    split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))
+    if not split.test:
+        raise ZooError(f"{name} was trained on all images of {dataset}: none are left to measure it on.")
+    if split.sha256 != model.info.get("split_sha256"):
+        hashes = f"its sha256 is {model.info.get('split_sha256')}, and that of the one here is {split.sha256}"
+        raise ZooError(f"{name} was trained on another split of {dataset}: {hashes}.")
+    source = image_source(model.to(pick_device(device)), split.test, "none", workers, progress)
+    batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
+    return accuracies(measure(source, batch_size, progress)[0])
+
+
+def claimed(name: str, model: Head) -> dict[str, float]:
+    """Top-1 accuracies by stats, of the manifest or the checkpoint; what a head's card states comes first."""
+    kind, place, tag = parse_name(name)
+    card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
+    data = ModelCard.load(card).data if card.is_file() else ModelCardData()
+    stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
+    metrics = get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {}
+    return accuracies(metrics) | {mode: stated[name] for mode, name in MODES.items() if name in stated}
