@@ -29,6 +29,7 @@ from dcp_zoo.deploy import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import default_tokenizer
+from dcp_zoo.training.methods import prompts
 from dcp_zoo.zoo.registry import WEIGHTS
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
@@ -138,7 +139,9 @@ def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
 
 
 @pytest.fixture
-def clip(golden) -> FrozenCLIP:
+def clip(golden, monkeypatch) -> FrozenCLIP:
+    """The small CLIP, for which PromptSRC averages 3 templates in place of 60."""
+    monkeypatch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])
     return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
 
 

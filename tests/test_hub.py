@@ -56,15 +56,15 @@ def server(tmp_path_factory) -> Iterator[Hub]:
 
 SMALL = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 224, "layers": 12, "width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 12},
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 CONFIGS = open_clip.factory._MODEL_CONFIGS
 
 
 @pytest.fixture(scope="module")
 def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
-    """A ViT-B/16 with narrow towers and random weights; its CLIP and its head for ImageNet's 1,000 classes are on the
+    """A ViT-B/16 with small towers and random weights; its CLIP and its head for ImageNet's 1,000 classes are on the
     Hub."""
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
         model = dcp_zoo.create_model("dcp_vitb16").eval()
         for tensor in model.state_dict().values():
             tensor.copy_(tensor.half())  # what the files can hold
-        model.stored_stats = torch.randn(9, 16, 64).half().float()
+        model.stored_stats = torch.randn(2, 16, 64).half().float()
         model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
         server.add(HEAD_REPO, checkpoint_files(folder))
         save_file({name: t.half() for name, t in model.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 from unittest import mock
 
@@ -84,18 +85,29 @@ def small_timm(changes: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+BUILT: dict[str, tuple[open_clip.CustomTextCLIP, torch.Tensor]] = {}
+
+
 def build_clip(kind: str) -> tuple[open_clip.CustomTextCLIP, Any]:
-    """A small CLIP of this kind with random weights, and its tokenizer."""
+    """A small CLIP of this kind with random weights, and its tokenizer; each is built once, and copied."""
     vision, text, tokenizer = KINDS[kind]
+    if (key := str((vision, text))) not in BUILT:
+        torch.manual_seed(0)
+        BUILT[key] = new_clip(vision, text), torch.get_rng_state()
+    clip, state = BUILT[key]
+    torch.set_rng_state(state)
+    return deepcopy(clip), tokenizer
+
+
+def new_clip(vision: dict[str, Any], text: dict[str, Any]) -> open_clip.CustomTextCLIP:
     vision, small = {k: v for k, v in vision.items() if k != "small"}, vision.get("small", {})
-    torch.manual_seed(0)
     with small_timm(small):
         config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True, "init_logit_bias": -3.0}
         clip = build_open_clip(config, quick_gelu=False).eval()
     with torch.no_grad():
         for p in clip.parameters():  # no part is without effect
             p.add_(0.05 * torch.randn_like(p))
-    return clip, tokenizer
+    return clip
 
 
 @pytest.fixture(params=KINDS)
