@@ -1,6 +1,5 @@
 """Exported files against the model, their metadata, and the command line without torch's model."""
 
-import copy
 import json
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ import torch
 from fastapi.testclient import TestClient
 from helpers import classify, rejecting
 from PIL import Image
-from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.cli.deploy import export_format, file_stem
@@ -47,20 +45,10 @@ def model() -> DCP:
 
 
 @pytest.fixture(scope="module")
-def shallow(model) -> DCP:
-    """`model` with one residual block left in its stem, as torch's exporter takes seconds for each."""
-    model = copy.deepcopy(model)
-    stem = model.visual.conv1.stem
-    stem.blocks = nn.Sequential(*(b for i, b in enumerate(stem.blocks) if i == 2 or not b.residual))
-    return model
-
-
-@pytest.fixture(scope="module")
-def onnx_file(shallow, tmp_path_factory):
-    """`shallow`, exported."""
+def onnx_file(model, tmp_path_factory):
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")
     pytest.importorskip("onnxscript", reason="the export extra is not installed")
-    return export(shallow, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    return export(model, tmp_path_factory.mktemp("onnx") / "model.onnx")
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -69,13 +57,13 @@ def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @torch.no_grad()
-def test_onnx_takes_any_batch(shallow, onnx_file, batch):
-    images = torch.randn(batch, *shallow.pretrained_cfg["input_size"])
-    assert agree(torch.from_numpy(OnnxClassifier(onnx_file)(images.numpy())), shallow(images))
+def test_onnx_takes_any_batch(model, onnx_file, batch):
+    images = torch.randn(batch, *model.pretrained_cfg["input_size"])
+    assert agree(torch.from_numpy(OnnxClassifier(onnx_file)(images.numpy())), model(images))
 
 
-def test_onnx_preprocessing_is_the_transform(shallow, onnx_file, tmp_path):
-    classifier, transform = OnnxClassifier(onnx_file), create_transform(shallow)
+def test_onnx_preprocessing_is_the_transform(model, onnx_file, tmp_path):
+    classifier, transform = OnnxClassifier(onnx_file), create_transform(model)
     for i, size in enumerate([(192, 192), (300, 201), (97, 240), (131, 130)]):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{i}.png")
         image = load_image(str(tmp_path / f"{i}.png"))
@@ -93,10 +81,10 @@ def test_the_documented_client(onnx_file, tmp_path, monkeypatch):
     assert client["classify"]("photo.jpg") == pytest.approx({p["class"]: p["probability"] for p in expected}, abs=1e-5)
 
 
-def test_onnx_command_line_needs_no_torch_model(shallow, onnx_file, monkeypatch, run):
+def test_onnx_command_line_needs_no_torch_model(model, onnx_file, monkeypatch, run):
     path = sample_images()[0]
     with torch.no_grad():
-        expected = shallow(create_transform(shallow)(load_image(path))[None]).softmax(-1)[0]
+        expected = model(create_transform(model)(load_image(path))[None]).softmax(-1)[0]
     monkeypatch.setattr(torch.nn.Module, "__call__", None)  # any torch module would fail now
     (answer,) = json.loads(run.ok("predict", path, "--onnx", onnx_file, "--json", "--top-k", 2))
     assert [p["class"] for p in answer["predictions"]] == [NAMES[i] for i in expected.topk(2).indices]
@@ -276,13 +264,13 @@ def test_a_cached_head_classifies_without_torch(exports):
 
 
 @torch.no_grad()
-def test_onnx_features_are_the_models(shallow, onnx_file):
-    images = torch.randn(2, *shallow.pretrained_cfg["input_size"])
+def test_onnx_features_are_the_models(model, onnx_file):
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
     logits, features = OnnxClassifier(onnx_file).outputs(images.numpy(), "features")[::2]
-    np.testing.assert_allclose(features, shallow.encode_image(images), atol=1e-4)
-    np.testing.assert_allclose(logits, shallow(images), atol=1e-3)
+    np.testing.assert_allclose(features, model.encode_image(images), atol=1e-4)
+    np.testing.assert_allclose(logits, model(images), atol=1e-3)
     ((rows, kept),) = classify(find_images(sample_images()), onnx_predictor(onnx_file, features=True))
-    ((expected, others),) = classify(find_images(sample_images()), torch_predictor(shallow, features=True))
+    ((expected, others),) = classify(find_images(sample_images()), torch_predictor(model, features=True))
     np.testing.assert_allclose(kept, others, atol=1e-4)
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]

@@ -56,8 +56,8 @@ def server(tmp_path_factory) -> Iterator[Hub]:
 
 SMALL = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    "vision_cfg": {"image_size": 224, "layers": 3, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3},
 }
 CONFIGS = open_clip.factory._MODEL_CONFIGS
 
