@@ -1,50 +1,14 @@
-"""Fixtures for all tests."""
+"""What every process of pytest needs. The fixtures are in shared.py: importing torch takes seconds, in which xdist's
+main process, which runs no test, would keep the others from starting."""
 
-import json
+import gc
 import os
-import re
-import shutil
-from collections.abc import Iterator
-from copy import deepcopy
-from pathlib import Path
 
+import pytest
+
+gc.disable()  # until the tests begin: it would look through all that is imported, again and again
 # containers set it: every process that a test starts would compile torch again, which takes longer than the test
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
-import huggingface_hub
-import open_clip
-import pytest
-import torch
-from filelock import FileLock
-from helpers import loud, photo, use_endpoint
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from typer import Typer
-from upload_hub import TOKEN, UploadHub, serve_uploads
-
-from dcp_zoo import DCP
-from dcp_zoo.cli.app import app, main
-from dcp_zoo.data import Item
-from dcp_zoo.deploy import export
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import default_tokenizer
-from dcp_zoo.training.methods import prompts
-from dcp_zoo.zoo.registry import WEIGHTS
-
-torch.set_num_threads(1)  # tests run in as many processes as there are cores
-
-BUNDLED = "dcp_mini.caltech101-1shot"
-GOLDEN = Path(__file__).parent / "golden" / "cmpa"
-COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))
-CFG = {
-    "input_size": (3, 32, 32),
-    "interpolation": "bicubic",
-    "mean": (0.5,) * 3,
-    "std": (0.3,) * 3,
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,192 +16,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--without-onednn"):
-        torch._C._has_mkldnn = False  # what torch.backends.mkldnn.is_available answers
+    starts_others = config.getoption("numprocesses", None) and not config.getoption("collectonly")
+    if not starts_others or hasattr(config, "workerinput"):
+        config.pluginmanager.import_plugin("shared")
 
 
-class CommandLine:
-    """Calls `dcp-zoo` or a script in this process: exit code, stdout and stderr, without colours and line breaks."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, program: Typer = app) -> None:
-        self.monkeypatch, self.capsys, self.program = monkeypatch, capsys, program
-
-    def __call__(self, *args: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
-        self.monkeypatch.setenv("COLUMNS", "250")
-        with pytest.raises(SystemExit) as stop:
-            main(self.program)
-        out, err = self.capsys.readouterr()
-        return stop.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", out), re.sub(r"\s+", " ", err)
-
-    def ok(self, *args: object) -> str:
-        """The output of a command that succeeds."""
-        code, out, err = self(*args)
-        assert code == 0, err
-        return out
-
-    def refused(self, *args: object) -> str:
-        """The error of a command that is refused."""
-        code, out, err = self(*args)
-        assert code == 2, out + err
-        return err
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: torch refuses to train in a fork of a process in which it has used more threads."""
-    items.sort(key=lambda item: item.path.name not in ("test_distributed.py", "test_build.py"))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
-@pytest.fixture
-def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    """A Hub that takes uploads. This process's client uses it, is logged in, and starts with an empty cache."""
-    with serve_uploads() as hub:
-        use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
-        yield hub
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict:
-    """`meta.json` of the golden vectors, with the backbone's tensors under "backbone"."""
-    return json.loads((GOLDEN / "meta.json").read_text()) | {"backbone": load_file(GOLDEN / "backbone.safetensors")}
-
-
-@pytest.fixture
-def tiny_clip(golden: dict) -> open_clip.CLIP:
-    """The golden vectors' small CLIP: 4 + 4 blocks, widths 128 (vision) and 64 (text), images of 32 pixels."""
-    return build_tiny_clip(golden)
-
-
-BUILT: dict[str, tuple[open_clip.CLIP, torch.Tensor]] = {}
-
-
-def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
-    """A copy of the golden CLIP; with changes such as `vision_cfg={"layers": 6}` it keeps random weights. The random
-    state is as if it had just been built from seed 0."""
-    key = json.dumps(changes, sort_keys=True)
-    if key not in BUILT:
-        torch.manual_seed(0)
-        cfg = {k: (v | changes.get(k, {}) if isinstance(v, dict) else v) for k, v in golden["clip"].items()}
-        clip = open_clip.CLIP(**cfg)
-        if not changes:
-            state = {k: v for k, v in golden["backbone"].items() if k != "images"}
-            table = torch.zeros_like(clip.token_embedding.weight)
-            table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
-            clip.load_state_dict(state | {"token_embedding.weight": table})
-        BUILT[key] = clip.eval(), torch.get_rng_state()
-    clip, state = BUILT[key]
-    torch.set_rng_state(state)
-    return deepcopy(clip)
-
-
-@pytest.fixture
-def clip(golden, monkeypatch) -> FrozenCLIP:
-    """The small CLIP, for which PromptSRC averages 3 templates in place of 60."""
-    monkeypatch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])
-    return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> list[Item]:
-    """Four noisy pictures of each of three colours."""
-    folder, items = tmp_path_factory.mktemp("photos"), []
-    for i in range(12):
-        noise = Image.effect_noise((40, 36), 60).convert("RGB")
-        path = folder / f"{i}.png"
-        Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
-        items.append(Item(str(path), path.name, i % 3))
-    return items
-
-
-@pytest.fixture(scope="session")
-def tiny_head(golden: dict) -> DCP:
-    """A calibrated DCP of four classes on the golden CLIP, its parameters perturbed so that answers differ."""
-    model = loud(DCP(build_tiny_clip(golden), ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
-    model.pretrained_cfg = CFG
-    model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
-    return model.eval()
-
-
-@pytest.fixture(scope="session")
-def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_head`, exported, which takes seconds: once for all workers."""
-    for module in ("onnxruntime", "onnxscript"):
-        pytest.importorskip(module, reason="the export extra is not installed")
-    folder = tmp_path_factory.getbasetemp()
-    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny.onnx"
-    with FileLock(f"{path}.lock"):
-        return path if path.exists() else export.export(tiny_head, path)
-
-
-@pytest.fixture(scope="module")
-def exported_once(onnx_file: Path) -> Iterator[None]:
-    """Other exports of `tiny_head` begin with a copy of `onnx_file`, as torch's exporter takes seconds."""
-
-    def write(fused: object, path: str, images: torch.Tensor) -> export.Reader:
-        read = OnnxClassifier(shutil.copy(onnx_file, path))
-        return lambda x: torch.from_numpy(read(x.numpy()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(export.WRITERS, "onnx", write)
-        yield
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A running Chromium; the test is skipped without one."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=path, args=[*flags, "--disable-component-update", "--disable-sync"]
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def flowers(tmp_path, monkeypatch) -> Path:
-    """The working folder, with MY_PHOTOS in it: two classes of six photographs."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("rose", "tulip"):
-        for i in range(6):
-            photo(tmp_path / "MY_PHOTOS" / name / f"{i}.jpg", i)
-    return tmp_path / "MY_PHOTOS"
-
-
-@pytest.fixture
-def my_head(tmp_path, monkeypatch) -> Path:
-    """A checkpoint folder in the working folder, as training on MY_PHOTOS writes it."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "my_head")
-    path = tmp_path / "my_head" / "config.json"
-    config = json.loads(path.read_text())
-    config["label_names"] = ["rose", "tulip"]
-    weights = tmp_path / "my_head" / "model.safetensors"  # without the text probe of other classes
-    save_file({name: t for name, t in load_file(weights).items() if "classifier" not in name}, weights)
-    config["dcp"] |= {"dataset": "folder", "shots": 3}
-    path.write_text(json.dumps(config))
-    return tmp_path / "my_head"
-
-
-@pytest.fixture
-def no_work(monkeypatch) -> None:
-    """Fails the test when a model or a dataset is loaded."""
-
-    def work(*args, **options):
-        pytest.fail("the error should have come first")
-
-    for name in ("zoo.factory.create_model", "training.run.load_labelled", "benchmark.sweep.sweep"):
-        monkeypatch.setattr(f"dcp_zoo.{name}", work)
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()

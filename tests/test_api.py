@@ -21,11 +21,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import GOLDEN
 from helpers import Count, in_distribution
 from PIL import Image, ImageFile
 from publish import prepare
 from safetensors.torch import save
+from shared import GOLDEN
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression

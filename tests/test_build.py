@@ -13,7 +13,7 @@ import build
 import publish
 import pytest
 import small_zoo
-from conftest import CommandLine
+from shared import CommandLine
 from small_zoo import finish_or_kill
 from upload_hub import TOKEN
 

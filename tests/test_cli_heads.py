@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED
 from helpers import photo
+from shared import BUNDLED
 
 import dcp_zoo
 from dcp_zoo import ZooError

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
 from helpers import close
 from safetensors.torch import load_file
+from shared import GOLDEN
 from torch import nn
 
 import dcp_zoo

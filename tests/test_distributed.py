@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import build_tiny_clip
 from helpers import trained
+from shared import build_tiny_clip
 from test_resume import stop_after
 from timm.data import create_transform
 from torch import nn

@@ -25,10 +25,10 @@ import pytest
 import quote
 import submit
 import typer.main
-from conftest import CommandLine
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
+from shared import CommandLine
 
 from dcp_zoo.benchmark.estimate import Cost
 from dcp_zoo.cli.app import app

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_tiny_clip
 from helpers import close, loud
 from PIL import Image
+from shared import build_tiny_clip
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform

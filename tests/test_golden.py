@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import pytest
 import reference
 import torch
-from conftest import GOLDEN
 from helpers import close
 from safetensors.torch import load_file
+from shared import GOLDEN
 from torch.nn import functional as F
 
 from dcp_zoo import DCP

@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import reference
 import torch
-from conftest import build_tiny_clip
 from helpers import close, gradients, loud
+from shared import build_tiny_clip
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model

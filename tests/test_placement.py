@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import CFG, COLORS, GOLDEN, build_tiny_clip
 from second_device import second_device
+from shared import CFG, COLORS, GOLDEN, build_tiny_clip
 from test_baselines import logits_of
 from test_method_heads import NONLINEAR, small
 from test_tower_kinds import KINDS, build_clip

@@ -10,10 +10,10 @@ from pathlib import Path
 import publish
 import pytest
 import torch
-from conftest import CommandLine
 from helpers import offline, use_endpoint
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
+from shared import CommandLine
 from small_zoo import write_manifest
 
 import dcp_zoo

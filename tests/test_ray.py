@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CommandLine
 from helpers import classify, encoded, tar, until
 from PIL import Image
 from rich.console import Console
+from shared import CommandLine
 
 pytest.importorskip("ray.serve")
 pytest.importorskip("pyarrow")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CommandLine
 from helpers import made_up_result as made_up
 from scipy import stats
+from shared import CommandLine
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")

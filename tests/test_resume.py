@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny_clip
 from helpers import trained, until
 from PIL import Image
+from shared import build_tiny_clip
 from small_zoo import SERVER
 from timm.data import create_transform
 

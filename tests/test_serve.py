@@ -24,9 +24,9 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from conftest import BUNDLED
 from helpers import encoded, http_server, png_that_claims, until
 from PIL import Image
+from shared import BUNDLED
 
 for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_client", "python_multipart"):
     pytest.importorskip(module, reason="the server needs dcp_zoo[serve,export]")

@@ -6,10 +6,10 @@ import open_clip
 import pytest
 import reference
 import torch
-from conftest import build_tiny_clip
 from helpers import Count, close, gradients, loud
 from PIL import Image
 from safetensors.torch import save_file
+from shared import build_tiny_clip
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop

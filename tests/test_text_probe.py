@@ -8,9 +8,9 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import CFG
 from helpers import close, loud, write_weights
 from safetensors.torch import load_file, save_file
+from shared import CFG
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score

@@ -15,9 +15,9 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from conftest import build_tiny_clip
 from helpers import loud
 from PIL import Image
+from shared import build_tiny_clip
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2, ModelEmaV3

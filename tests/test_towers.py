@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_tiny_clip
 from helpers import gradients, loud
 from open_clip.transformer import Attention
+from shared import build_tiny_clip
 from torch import nn
 from torch.nn import functional as F
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import submit
 import yaml
-from conftest import CommandLine
 from PIL import Image
 from publish import prepare
+from shared import CommandLine
 
 import dcp_zoo
 from dcp_zoo import ZooError
