@@ -541,7 +541,8 @@ threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm"
 """,
 }
 EACH_IN_A_FORK = """
-import json, os, sys, traceback, warnings
+import gc, json, os, sys, traceback, warnings
+gc.disable()  # it takes a quarter of the time of imports
 import ftfy, huggingface_hub.hf_api, safetensors.torch, torch, torchvision  # slow, and not under test
 
 warnings.filterwarnings("error", "Overwriting")  # timm warns about a name registered twice
