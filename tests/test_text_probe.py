@@ -459,7 +459,8 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     probe, info = fitting.fit_on_features(NAMES, labels, [(views, text)])
     scaled = [probe.text_scale * t for t in text]
     left_out = fitting.folds(views, labels, scaled)
-    logits, truth = fitting.left_out_logits(left_out)
+    logits = torch.cat([candidates.logits(features) for candidates, features, _ in left_out], 1)
+    truth = torch.cat([labels for *_, labels in left_out])
     mixed = torch.einsum("k,kmc->mc", torch.tensor(info["evidence"]), logits)
     distances = torch.cat([torch.cdist(f @ c.metric @ c.metric, c.means @ c.metric @ c.metric) for c, f, _ in left_out])
     own = distances.amin(1)

@@ -35,6 +35,7 @@ from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
+Weights = ArrayLike | None  # of images
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
 
 
@@ -93,12 +94,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @fair_threads()
     def fit(
-        self,
-        images: Images,
-        labels: Labels = None,
-        sample_weight: ArrayLike | None = None,
-        *,
-        validation: Images = None,
+        self, images: Images, labels: Labels = None, sample_weight: Weights = None, *, validation: Images = None
     ) -> "FewShotClassifier":
         """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP. ZooError for bad
         input, an unknown model or method, or images that cannot be read.
@@ -162,7 +158,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         labels[in_distribution_score(logits, distances) < threshold] = None
         return labels
 
-    def score(self, images: Images, labels: Labels = None, sample_weight: ArrayLike | None = None) -> float:
+    def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
         if is_folder(images) and labels is None:
             images, labels = list_labelled_images(images)
@@ -252,7 +248,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         super().__setstate__(state)
 
 
-def weighted(data: Labelled, sample_weight: ArrayLike | None) -> tuple[Labelled, tuple[float, ...]]:
+def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:
     """The images whose weight is above 0, and these weights. ZooError unless there is one for each image."""
     weights = np.asarray(sample_weight, float)
     if weights.shape != (len(data.items),) or not np.isfinite(weights).all() or (weights < 0).any():

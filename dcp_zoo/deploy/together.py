@@ -1,6 +1,7 @@
 """The images of a folder say something about each other: near ones often show the same, and some classes are missing.
 
-With probabilities p_i (C,) of each image alone, W, the mean over its `NEAREST` images, and s (C,), the classes' shares:
+With the probabilities p_i (C,) of each image alone, the mean W over its `NEAREST` images by their features, and s (C,),
+the shares of the classes among the answers:
 
     z_i  <-  softmax(log p_i + a (W z)_i + b log((1 + C s) / 2)),    s  <-  the mean of z,    from z = p
 
@@ -10,7 +11,8 @@ classes, so that each answer stays as it is
 b = 2 (1 - e / C)^2 with e = exp(entropy of s), the effective number of classes
 
 A folder is left as it is unless its images, each alone, are taken for few of the classes, e < 0.7 C, and that with some
-confidence, a mean of max p_i above 0.4, see docs/folder.md. C is the number of images where these are fewer.
+confidence, a mean of max p_i above 0.4: where many classes are there, neighbours of other classes do as much harm as
+good, and where a head is unsure, they agree in what is wrong. C is the number of images where these are fewer.
 
 All is measured in the folder itself, without labels. What else was tried is in `benchmarks/together.py`.
 """
@@ -74,7 +76,8 @@ def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
 
 
 class Count(NamedTuple):
-    """How many images of a folder are of a class: as estimated, 90 % sure from `low` to `high`; and the `answers`."""
+    """How many images of a folder are of a class: `images` as estimated, between `low` and `high` with a probability of
+    90 %; and how many `answers` name it."""
 
     name: str
     images: float

@@ -257,8 +257,9 @@ class DCP(Head):
 
     @property
     def stats(self) -> str:
-        """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on which logits then depend
-        ("batch"); evaluation takes what `store_stats` stored ("stored", the default) or the image ("per-image")."""
+        """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
+        image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default).
+        "per-image" makes each image its own batch."""
         if self.training:
             return "batch"
         if self._stats in (None, "stored"):

@@ -20,8 +20,9 @@ with r such that for s = 1 both parts are equally spread over the training image
 its evidence on images that were left out. A class without images is its text alone: the images of the others would only
 push it away. A new class is fitted alone, by softmax regression against the mean features of the others.
 
-A head of two readings, see `dcp_zoo.model.head`, has the mean of two probes, each fitted on its own features. New
-classes and distances take the frozen tower's M.
+A head whose method changed the image features reads both them and those of the frozen tower: f is [f_own, f_frozen] /
+sqrt(2), z the mean of both logits, and the probe the mean of two, each fitted on its own features. New classes and
+distances take the frozen tower's M.
 """
 
 import math

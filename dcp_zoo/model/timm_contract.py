@@ -125,10 +125,7 @@ class TimmContract(FrozenCLIP, ABC):
         return classifier
 
     def reset_classifier(
-        self,
-        num_classes: int | Sequence[str],
-        global_pool: str | None = None,
-        classnames: Sequence[str] | None = None,
+        self, num_classes: int | Sequence[str], global_pool: str | None = None, classnames: Sequence[str] | None = None
     ) -> None:
         """Classify into other classes, given by their names, or with `num_classes=0` return image features. ZooError
         for another number than that of `classnames`, by default the current ones, and another pooling than "token"."""

@@ -48,7 +48,6 @@ from dcp_zoo.training.sources import ImageSource, Progress, encode_views, image_
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
 FOLDS = 4  # of more than ENOUGH training images one says as much as four
-Labelled = tuple[Tensor, Tensor]  # features (n, E) or logits (K, n, C), labels (n,)
 Reading = tuple[Tensor, Linear]  # features (V, n, E) of the training images, and logits as a linear function of these
 LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, E) and labels (m,) that are not part of it
 
@@ -122,7 +121,8 @@ def fit_on_features(
     text = _times(scale, zero_shot)
     left_out = folds(frozen, labels, text, weights)
     if left_out:
-        logits, truth = left_out_logits(left_out)
+        logits = torch.cat([candidates.logits(features) for candidates, features, _ in left_out], 1)
+        truth = torch.cat([labels for *_, labels in left_out])
         evidence = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
     else:
         evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(names))
@@ -186,12 +186,6 @@ def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarra
     candidates, features, _ = half
     logits = (evidence[:, None, None] * candidates.logits(features)).sum(0)[:, candidates.present]
     return in_distribution_score(logits.numpy(), (_distances(candidates, features) / probe.spread).numpy())
-
-
-def left_out_logits(left_out: list[LeftOut]) -> Labelled:
-    """The logits (K, m, C) by each candidate of all images that were left out, and their labels (m,)."""
-    logits = [candidates.logits(features) for candidates, features, _ in left_out]
-    return torch.cat(logits, 1), torch.cat([labels for *_, labels in left_out])
 
 
 def on_cpu(linear: Linear) -> Linear:

@@ -120,7 +120,8 @@ class Task:
 
         Args:
             clip: a copy of the task's CLIP that the method trained. Default: the task's.
-            texts: what CLIP reads of new classes: a template, or sentences. Default: there are none.
+            texts: what CLIP reads of new classes: a template, or sentences. Default: the head is limited to its
+                classes.
         """
         own = clip or self.clip
         before = self.clip.clip.state_dict() if clip else {}

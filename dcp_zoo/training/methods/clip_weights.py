@@ -128,7 +128,8 @@ def fit_lora(task: Task) -> LinearHead:
         W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
 
     A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
-    W^T, with text features recomputed in every step. After the last step gamma B A is merged into a copy of CLIP.
+    W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then
+    an ordinary CLIP that accepts any class names. No model selection: the last step is used.
     """
     clip = own_clip(task.clip)
     updates = add_updates(clip, task.recipe).train()
@@ -162,7 +163,8 @@ def fit_svd(task: Task) -> LinearHead:
 
         W = U diag(values) V^T
 
-    with U, V and values, at first, of its singular value decomposition. The loss is CLIP-LoRA's, the last step used.
+    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
+    selection: the last step is used.
     """
     clip = own_clip(task.clip)
     check_blocks(clip, "CLIP-SVD")

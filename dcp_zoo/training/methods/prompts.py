@@ -121,7 +121,9 @@ def new_promptsrc(task: Task) -> PromptHead:
 def fit_promptsrc(task: Task) -> PromptHead:
     """PromptSRC: independent prompts in both towers, regularised towards frozen CLIP and averaged over epochs.
 
-    With prompted features f (B, E), t (C, E) of images and names, CLIP's f' and t', normalised, s = exp(logit_scale):
+    Prompts enter the first blocks of each tower as in MaPLe, except that the vision prompts are learned directly
+    instead of mapped from the text prompts. With prompted features f (B, E) of images and t (C, E) of class names,
+    frozen CLIP's f' and t', all normalised, and s = exp(logit_scale):
 
         loss = cross-entropy of s f t^T + 25 mean |t - t'| + 10 mean |f - f'|
                + KL(softmax(s f' t'^T) || softmax(s f t^T)) / (B C)
@@ -131,7 +133,8 @@ def fit_promptsrc(task: Task) -> PromptHead:
 
         exp(-((e - mean T) / (std T))^2 / 2), normalised to a sum of 1.
 
-    For few-shot, the authors use one Gaussian for six datasets and another for five; here the first serves for all.
+    No model selection. For few-shot, the authors use one Gaussian for six datasets and another for the other five; here
+    the first serves for all.
     """
     recipe, head = task.recipe, new_promptsrc(task)
     weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
