@@ -178,7 +178,7 @@ def test_a_model_of_open_clip_names_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(ZooError, match="no result"):
+    with pytest.raises(ZooError, match="No result"):
         write_report([tmp_path], tmp_path / "report")
 
 
