@@ -29,7 +29,7 @@ from dcp_zoo.model.head import Head
 STEP_TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
 PATIENCE = timedelta(days=7)  # while the main process alone fits the classifier and tests
 
-_patient: dist.ProcessGroup | None = None  # inside `process_group`, the group of all processes with that patience
+_patient: Any = None  # inside `process_group`, the group of all processes with that patience
 
 
 def world_size() -> int:
