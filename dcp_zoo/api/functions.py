@@ -160,7 +160,8 @@ def predict(
         if "error" in row:
             raise ZooError(row["error"])
     return [
-        None if row.get("rejected") else [Prediction(*best.values()) for best in row["predictions"]] for row in rows
+        None if row.get("rejected") else [Prediction(p["class"], p["probability"]) for p in row["predictions"]]
+        for row in rows
     ]
 
 

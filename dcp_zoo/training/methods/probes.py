@@ -26,13 +26,13 @@ def fit_linear(task: Task) -> LinearHead:
     from sklearn.model_selection import cross_val_score
 
     x, y, c, chosen = task.train_features.cpu().numpy(), task.train_labels, task.recipe.C or DEFAULT_C, {}
-    val = None if task.recipe.C is not None or task.val is None else task.features(task.val).cpu().numpy()
+    val = task.val if task.recipe.C is None else None
+    known = None if val is None else (task.features(val).cpu().numpy(), val.labels)
     regression = partial(LogisticRegression, max_iter=task.recipe.max_iter)
     with warnings.catch_warnings():  # about no convergence with the weakest penalties, and few images at 1 shot
         warnings.simplefilter("ignore", UserWarning)
-        if val is not None and task.val is not None:
-            labels = task.val.labels
-            c = search(lambda value: regression(C=value).fit(x, y).score(val, labels))
+        if known:
+            c = search(lambda value: regression(C=value).fit(x, y).score(*known))
         elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).max()))) > 1:
             c = search(lambda value: cross_val_score(regression(C=value), x, y, cv=folds).mean())
             chosen = {"selection": CROSS_VALIDATION}

@@ -46,12 +46,10 @@ def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[li
     return prompts, " ".join(words[n_ctx:])
 
 
-def new_head(
-    task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "", kind: type[PromptHead] = PromptHead
-) -> Any:
+def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
     """The task's CLIP with these prompts."""
     clip, names = task.clip, task.classnames
-    return kind(clip.clip, names, text, vision, template=task.template, rest=rest, tokenizer=clip.tokenizer)
+    return PromptHead(clip.clip, names, text, vision, template=task.template, rest=rest, tokenizer=clip.tokenizer)
 
 
 def fit_coop(task: Task) -> PromptHead:
@@ -92,7 +90,8 @@ def new_maple(task: Task) -> MaPLe:
     prompts = random_prompts(depth, recipe.n_ctx, text.width)
     couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
     prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
-    head = new_head(task, prompts, (), rest, MaPLe)
+    clip, names = task.clip, task.classnames
+    head = MaPLe(clip.clip, names, prompts, template=task.template, rest=rest, tokenizer=clip.tokenizer)
     head.couplings = couplings
     return head
 
