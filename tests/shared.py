@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -140,10 +141,10 @@ def clip(golden, monkeypatch) -> FrozenCLIP:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Item]:
-    """Four noisy pictures of each of three colours."""
-    folder, items = tmp_path_factory.mktemp("photos"), []
+    """Four noisy pictures of each of three colours, the same in every process."""
+    folder, items, rng = tmp_path_factory.mktemp("photos"), [], np.random.default_rng(0)
     for i in range(12):
-        noise = Image.effect_noise((40, 36), 60).convert("RGB")
+        noise = Image.fromarray(rng.normal(128, 60, (36, 40)).clip(0, 255).astype(np.uint8)).convert("RGB")
         path = folder / f"{i}.png"
         Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
         items.append(Item(str(path), path.name, i % 3))

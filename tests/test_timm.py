@@ -233,11 +233,9 @@ def test_arguments_of_the_zoo_are_accepted():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
 def test_device_and_dtype(model, dtype):
-    few = model.classnames[:9]  # half precision is slow on a CPU
-    moved = timm.create_model(DEFAULT, pretrained=True, device="cpu", dtype=dtype, classnames=few).eval()
+    moved = timm.create_model(DEFAULT, pretrained=True, device="cpu", dtype=dtype).eval()
     assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
-    found, expected = moved(IMAGES[:1].to(dtype)).float(), model(IMAGES[:1])[:, :9]
-    assert torch.nn.functional.cosine_similarity(found, expected) > 0.98
+    assert torch.nn.functional.cosine_similarity(moved(IMAGES.to(dtype)).float(), model(IMAGES)).min() > 0.98
     assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
 
 
@@ -519,13 +517,15 @@ IMPORTS = {
     "dcp_zoo, timm": "import dcp_zoo, sys; assert 'timm' not in sys.modules; import timm",
     "timm, dcp_zoo": "import timm; assert not timm.is_model('dcp_mini'); import dcp_zoo",
     "the factory alone": "from dcp_zoo import create_model",
+    "every public name": "from dcp_zoo import *",
     "the module itself": "import dcp_zoo.zoo.dcp",
+    "the module itself, after timm": "import timm, dcp_zoo.zoo.dcp",
     "open_clip, which imports timm": "import dcp_zoo, open_clip",
     "a name of timm that a new process unpickles": r"""
 import dcp_zoo, pickle
 pickle.loads(b"ctimm.models._registry\nlist_models\n.")
 """,
-    "every public name": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
+    "eager": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
     "timm in a thread": """
 import dcp_zoo, threading
 thread = threading.Thread(target=__import__, args=("timm",))
@@ -577,7 +577,7 @@ def test_timms_onnx_export(tmp_path, golden, use_dynamo):
 
     if use_dynamo and timm.__version__ == "1.0.21":
         pytest.skip("timm 1.0.21 needs an exporter that torch no longer has")
-    model = DCP(build_tiny_clip(golden, vision_cfg={"layers": 1}, text_cfg={"layers": 1}), NAMES, n_ctx=2, depth=1)
+    model = DCP(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), NAMES, n_ctx=2, depth=1)
     model.store_stats(SMALL)
     model.eval()
     onnx_export(model, str(tmp_path / "model.onnx"), input_size=(3, 32, 32), batch_size=2, use_dynamo=use_dynamo)
