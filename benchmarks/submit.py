@@ -1,7 +1,5 @@
-"""Check a result of others for the leaderboard: what it must say, and what of it can be measured here.
-
-python benchmarks/submit.py MY_RESULT --data-root DATA
-"""
+"""Results of others for the leaderboard: what they must say, and what of it can be measured here. See
+`python benchmarks/submit.py --help`."""
 
 import json
 import re

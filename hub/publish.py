@@ -1,9 +1,4 @@
-"""Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest of this checkout.
-
-    python hub/publish.py dcp_vitb16.imagenet-16shot --org MY_ORG --dry-run
-
-Log in first with `hf auth login`, or set HF_TOKEN.
-"""
+"""Heads of the zoo to the Hub, see `python hub/publish.py --help`; `hub/build.py` publishes many."""
 
 import json
 import os
