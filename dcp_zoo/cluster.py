@@ -24,7 +24,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
+def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
     """The ray module while it is connected. `address`: "10.0.0.1:6379", "auto", or "local", started with `local`."""
     ray = import_ray()
     if ray.is_initialized():
@@ -110,7 +110,7 @@ def run_tasks(
     Closing the generator cancels what runs. What a worker keeps in its modules' variables stays for the next task."""
     folder, losses = os.getcwd(), Counter[Any]()  # noqa: PTH109
 
-    def on_worker(item: Any) -> Any:
+    def on_worker(item: object) -> Any:
         enter(folder)
         return work(item)
 
@@ -137,7 +137,7 @@ def run_tasks(
                 ray.cancel(reference, force=True)
 
 
-def _ended(ray: ModuleType, reference: Any, item: Any, losses: Counter[Any], retries: int) -> Event:
+def _ended(ray: ModuleType, reference: object, item: object, losses: Counter[Any], retries: int) -> Event:
     """The event for a task that has ended; raises what it raised."""
     try:
         return Event(item, "done", result=ray.get(reference))

@@ -15,7 +15,7 @@ NUMBERS: dict[object, Any] = {int: (Integral, 2**63), float: (Real, 1e300)}  # b
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
 
 
-def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
+def option(default: object, help: str, *names: str, **settings: Any) -> Any:
     """A field of a dataclass, limited by `choices`, `min` and `max`; other settings are those of `typer.Option`."""
     return field(default=default, metadata={"help": help, "names": names, **settings})
 

@@ -94,7 +94,7 @@ def unlabelled(images: Images, features: bool = False) -> list[Item]:
     return [Item(image, str(i), 0) for i, image in enumerate(found)]
 
 
-def one_column(values: Any) -> Any:
+def one_column(values: object) -> Any:
     """The column of a table that has no other; anything else as it is, a DataFrame as an array."""
     table = np.asarray(values) if hasattr(values, "columns") else values
     return table[:, 0] if isinstance(table, np.ndarray) and table.ndim == 2 and table.shape[1] == 1 else table

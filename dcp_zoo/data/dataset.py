@@ -73,7 +73,7 @@ class ImageDataset(Dataset):
         image = load_image(self.items[index].path)
         return pil_to_tensor(image) if self._tensors else image
 
-    def _transformed(self, image: Any, index: int) -> tuple[Any, int]:
+    def _transformed(self, image: Image.Image | torch.Tensor, index: int) -> tuple[Any, int]:
         with nullcontext() if self._seeds is None else seeded(self._seeds[index]):
             x = self.transform(image)
         return x.flip(-1) if self._mirrored and self._mirrored[index] else x, self.items[index].label
@@ -82,7 +82,7 @@ class ImageDataset(Dataset):
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """A context in which Python, NumPy and torch, here and on this device, draw from this seed; then as before."""
-    accelerator: Any = None if device.type == "cpu" else getattr(torch, device.type, None)
+    accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     before_there = accelerator and accelerator.get_rng_state()
     random.seed(seed)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from anyio.to_thread import run_sync
@@ -91,7 +90,7 @@ def names_uploads_only(value: object) -> bool:
     return not isinstance(value, list) or all(map(names_uploads_only, value))
 
 
-def is_upload(path: Any) -> bool:
+def is_upload(path: str | Path) -> bool:
     """Whether this is the path of a file in Gradio's folder, where a visitor's files have unguessable names."""
     try:
         return Path(path).is_file() and Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve())

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import gradio as gr
 
@@ -43,7 +42,7 @@ def removing(sessions: Sessions, change: Callable[..., None]) -> Callable[..., s
     return call
 
 
-def on(event: Callable, handler: Callable | None, inputs: Part = None, outputs: Part = None, **how: Any) -> Connected:
+def on(event: Callable, handler: Callable | None, inputs: Part = None, outputs: Part = None, **how: str) -> Connected:
     """Connect a handler to an event; it is not part of the page's API."""
     return event(handler, inputs, outputs, **({"api_visibility": "private", "show_progress": "minimal"} | how))
 

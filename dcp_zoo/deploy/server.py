@@ -239,7 +239,7 @@ class Batcher:
             self.observe(len(waiting))
             try:
                 images = np.stack([image for image, _ in waiting])
-                rows: Any = await loop.run_in_executor(self.thread, self.model, images)
+                rows: Sequence[Any] = await loop.run_in_executor(self.thread, self.model, images)
             except Exception as error:  # the next batch may work
                 rows = [error] * len(waiting)
             for (_, future), row in zip(waiting, rows, strict=True):

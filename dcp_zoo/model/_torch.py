@@ -63,7 +63,7 @@ class _OneDNN(torch.autograd.Function):
     """`_onednn` with a gradient for x only, which can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         return _onednn(x, weight, bias)
 
@@ -111,7 +111,7 @@ class WeightCache:
     def __init__(self) -> None:
         self._tensors: list[weakref.ref[Tensor]] = []
         self._key: object = None
-        self._value: Any = None
+        self._value: object = None
 
     def __call__(self, compute: Callable[[], Any], tensors: Iterable[Tensor], *others: object) -> Any:
         """`compute()`, or its last value if `tensors` and `others` have not changed since."""

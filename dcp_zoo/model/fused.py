@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
 from dcp_zoo.model.text_probe import nearest
 from dcp_zoo.model.towers import vision_tower
@@ -176,7 +177,7 @@ def _constants(model: Any) -> dict[str, Tensor]:
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
 
 
-def _tower_config(model: Any) -> dict[str, Any] | None:
+def _tower_config(model: FrozenCLIP) -> dict[str, Any] | None:
     """open_clip's config of the image tower, from which `load_fused` rebuilds it; None for towers that have none."""
     config, tower = getattr(model.clip, "open_clip_config", None), model.vision_tower
     if config is not None or not (isinstance(tower, OpenClipViT) and tower.token_only):

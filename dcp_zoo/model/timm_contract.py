@@ -160,7 +160,7 @@ def check_only(argument: str, value: object, reason: str, values: tuple[object, 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
     """timm's `indices` as block numbers in order, see `forward_intermediates`; ZooError for none or a wrong one."""
-    numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+    numbers = range(-indices, 0) if isinstance(indices, int) else range(n_blocks) if indices is None else indices
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
         problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."

@@ -121,7 +121,7 @@ class WeightsAndBiases(Callback):
     """Logs the recipe and the curves as a run of Weights & Biases (`pip install 'dcp_zoo[tracking]'`). `options` are
     arguments of `wandb.init`, such as project="flowers"."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: object) -> None:
         self.options = options
 
     def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def from_main(read: Callable[[], Any]) -> Any:
     return value[0]
 
 
-def from_all(value: Any) -> list[Any]:
+def from_all(value: object) -> list[Any]:
     """The values of all processes, gathered in every process."""
     if world_size() == 1:
         return [value]
@@ -126,13 +126,13 @@ class _Sum(torch.autograd.Function):
     """Sum over processes. Every process uses the sum, so its gradients are summed too."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
         _wait_for(dist.all_reduce, x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
         return _Sum.forward(ctx, gradient)
 
 

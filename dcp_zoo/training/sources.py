@@ -152,7 +152,7 @@ class ImageSource:
         workers, the `first` batch read, or the `part` (i, n) of each batch, the i-th of n."""
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-        sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
+        sizes = batch_sizes(n, batch_size, drop_last)
         seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle and self.views is None else None
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is None:
@@ -164,7 +164,7 @@ class ImageSource:
             targets = None if self.targets is None else self.targets[: len(self.views)].flatten(0, 1)
         if shuffle and targets is not None:
             dataset = StackDataset(dataset, targets)
-        chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
+        chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(batch_size)
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         workers = self.workers if self.views is None else 0
         # without a generator DataLoader would draw from torch's global state; workers end with the epoch

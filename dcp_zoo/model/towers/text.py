@@ -76,7 +76,7 @@ class TextTower:
         return pooled
 
 
-def shares_prefix(text: Any) -> bool:
+def shares_prefix(text: object) -> bool:
     """Whether a text tower is causal and read at the end token."""
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
     return causal and pool_type(text) in ("argmax", "eos")

@@ -42,7 +42,7 @@ class LowRank(nn.Module):
 class LowRankBlock(OpenClipBlock):
     """A block of CLIP with updates of its queries, keys and values."""
 
-    def __init__(self, module: nn.Module, update: Any) -> None:
+    def __init__(self, module: nn.Module, update: LowRank) -> None:
         super().__init__(module)
         self.update = update
 
