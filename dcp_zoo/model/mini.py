@@ -5,6 +5,7 @@ stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,8 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = inputs * expansion
         self.expand = nn.Conv2d(inputs, hidden, 1) if expansion > 1 else None
-        self.depthwise = Conv2dSame(hidden, hidden, kernel, stride, groups=hidden)
+        padded = partial(Conv2dSame, stride=stride) if stride > 1 else partial(nn.Conv2d, padding=kernel // 2)
+        self.depthwise = padded(hidden, hidden, kernel, groups=hidden)
         self.project = nn.Conv2d(hidden, outputs, 1)
         self.residual = stride == 1 and inputs == outputs
 
