@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import nn
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial
-from dcp_zoo.data import load_image
+from dcp_zoo.data import Split, load_image
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Predictor, Rows
@@ -33,6 +33,7 @@ from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.training.fit_probe import fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
+from dcp_zoo.training.run import load_for_training
 from dcp_zoo.zoo.factory import create_transform
 
 
@@ -99,6 +100,13 @@ def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **change
         "train_seconds": 10.0 * trial.shots,
         "test_seconds": 2.0,
     } | changes
+
+
+def three_digits() -> Split:
+    """Three classes of the ten of scikit-learn's digits, and five test images: enough for a run that takes seconds."""
+    digits = load_for_training("digits", None)
+    train, val, test = ([item for item in part if item.label < 3] for part in (digits.train, digits.val, digits.test))
+    return replace(digits, classnames=digits.classnames[:3], train=train, val=val, test=test[:5])
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:

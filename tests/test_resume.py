@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import trained, until
+from helpers import three_digits, trained, until
 from PIL import Image
 from shared import build_tiny_clip
 from small_zoo import SERVER
@@ -20,7 +20,7 @@ from dcp_zoo.files import LOCK, locked
 from dcp_zoo.training.loop import _mix, train
 from dcp_zoo.training.methods.prompts import frozen_tokens
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.training.run import RunOptions, load_for_training, plan, train_head
+from dcp_zoo.training.run import RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import plain_clip
@@ -287,10 +287,10 @@ def test_a_requested_stop_comes_after_the_current_step(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def digits_run():
-    changes = {"epochs": 4, "batch_size": 10, "n_ctx": 2, "depth": 2}  # 8 steps
-    recipe = replace(default_recipe("dcp_mini"), **changes)
-    run = plan(load_for_training("digits", None), "dcp_mini", shots=2, recipe=recipe, device="cpu")
-    return replace(run, split=replace(run.split, test=run.split.test[:5]))
+    changes = {"epochs": 4, "batch_size": 3, "n_ctx": 2, "depth": 2}  # 8 steps
+    return plan(
+        three_digits(), "dcp_mini", shots=2, recipe=replace(default_recipe("dcp_mini"), **changes), device="cpu"
+    )
 
 
 def plain(run, **changes):

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, three_digits
 from PIL import Image
 from torch.nn import functional as F
 
@@ -422,9 +422,8 @@ def test_unknown_precision_and_device():
 
 @pytest.fixture(scope="module")
 def digits_run():
-    recipe = replace(default_recipe("dcp_mini"), **QUICK | {"batch_size": 10})
-    run = plan(load_for_training("digits", None), "dcp_mini", shots=2, recipe=recipe, device="cpu")
-    return replace(run, split=replace(run.split, test=run.split.test[:10]))
+    recipe = replace(default_recipe("dcp_mini"), **QUICK | {"batch_size": 3})
+    return plan(three_digits(), "dcp_mini", shots=2, recipe=recipe, device="cpu")
 
 
 def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
@@ -432,7 +431,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"model.safetensors", "config.json", "log.csv"}
     lines = (tmp_path / "a" / "log.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,lr,loss,seconds"
-    assert len(lines) == 1 + 3 * (20 // 10)
+    assert len(lines) == 1 + 3 * (6 // 3)
     again = create_model(f"local-dir:{tmp_path / 'a'}", True)
     assert again.info["metrics"] == metrics == model.info["metrics"]
     assert (again.info["dataset"], again.info["shots"], again.info["seed"]) == ("digits", 2, 1)
@@ -448,15 +447,13 @@ def test_all_images_are_used_without_shots(digits_run):
 
 def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run, tmp_path):
     few = few_shot(digits_run.split, 1, 1)
-    run = replace(
-        digits_run, split=replace(few, test=digits_run.split.test[:10]), recipe=replace(digits_run.recipe, epochs=1)
-    )
+    run = replace(digits_run, split=few, recipe=replace(digits_run.recipe, epochs=1))
     seen = []
     _, metrics = train_and_refit(run, tmp_path, RunOptions(show=seen.append))
     info = create_model(f"local-dir:{tmp_path}", True).info
     assert len(seen) == 1
     assert info["metrics"] == metrics
-    assert (info["test_images"], info["test_share"]) == (10, 0)
+    assert (info["test_images"], info["test_share"]) == (5, 0)
     assert info["subset_sha256"] == subset_sha256(all_for_training(run.split).train)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "log.csv"}
 
@@ -486,9 +483,7 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         return train(source, *args, **options)
 
     monkeypatch.setattr("dcp_zoo.training.methods.base.train", watched)
-    digits = digits_run.split  # of which three are enough: float16 is slow on a CPU
-    items = {part: [item for item in getattr(digits, part) if item.label < 3] for part in ("train", "test")}
-    split = replace(digits, classnames=digits.classnames[:3], val=[], **items)
+    split = replace(digits_run.split, val=[])
     run = replace(digits_run, split=split, shots=1, precision=precision, recipe=replace(digits_run.recipe, epochs=1))
     model, _ = train_head(run, tmp_path)
     assert set(seen) == {getattr(torch, precision)}
