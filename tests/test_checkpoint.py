@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import is_typeddict
 
@@ -325,23 +324,29 @@ def fields(kind, prefix=""):
 
 @pytest.mark.parametrize("field", [*fields(HeadConfig), *fields(DCPConfig, "model_args.")])
 def test_a_field_of_the_wrong_type_is_named(folder, run, field):
-    """By everything that reads a head; none ends in a traceback."""
+    """Every wrong value; and by everything that reads a head, all by one reader. None ends in a traceback."""
     path = folder / "config.json"
     good = path.read_text()
-    for kind, value in WRONG.items():
-        if kind in RIGHT.get(field, ()):
-            continue
+    wrong = [value for kind, value in WRONG.items() if kind not in RIGHT.get(field, ())]
+
+    def write(value):
         config = place = json.loads(good)
         *outer, last = field.split(".")
         for name in outer:
             place = place.setdefault(name, {})
         place[last] = value
         path.write_text(json.dumps(config))
-        for read in (partial(create_model, f"local-dir:{folder}", True), partial(FewShotClassifier.load, folder)):
-            with pytest.raises(ZooError, match=rf"config\.json: .*{field}"):
-                read()
-        for command in (["info", folder], ["eval", "--head", folder], ["predict", "--sample", "--head", folder]):
-            assert field in run.refused(*command)
+
+    for value in wrong:
+        write(value)
+        with pytest.raises(ZooError, match=rf"config\.json: .*{field}"):
+            create_model(f"local-dir:{folder}", True)
+    commands = ["info", folder], ["eval", "--head", folder], ["predict", "--sample", "--head", folder]
+    for command, value in zip(commands, wrong, strict=False):
+        write(value)
+        assert field in run.refused(*command)
+    with pytest.raises(ZooError, match=rf"config\.json: .*{field}"):
+        FewShotClassifier.load(folder)
 
 
 def test_odd_values_of_the_right_types(folder, run, tmp_path):
