@@ -5,13 +5,12 @@ stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from timm.layers import Conv2dSame  # pads as TensorFlow does, a stride of 2 more at the end
+from timm.layers import Conv2dSame, create_conv2d  # pad as TensorFlow does, a stride of 2 more at the end
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,8 +38,7 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = inputs * expansion
         self.expand = nn.Conv2d(inputs, hidden, 1) if expansion > 1 else None
-        padded = partial(Conv2dSame, stride=stride) if stride > 1 else partial(nn.Conv2d, padding=kernel // 2)
-        self.depthwise = padded(hidden, hidden, kernel, groups=hidden)
+        self.depthwise = create_conv2d(hidden, hidden, kernel, stride=stride, padding="same", depthwise=True, bias=True)
         self.project = nn.Conv2d(hidden, outputs, 1)
         self.residual = stride == 1 and inputs == outputs
 
