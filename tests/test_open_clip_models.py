@@ -40,8 +40,8 @@ def counted(name: str | None, size: int, config: DCPConfig) -> tuple[int, int, i
     without the CLIP's tokenizer, which is not installed."""
     with torch.device("meta"), skip_init():
         clip = factory.build_open_clip(open_clip.get_model_config(name), False) if name else build_mini_clip()
-        with FlopCounterMode(display=False) as counter:
-            clip.encode_image(torch.empty(1, 3, size, size))
+    with FlopCounterMode(display=False) as counter:
+        clip.encode_image(torch.empty(1, 3, size, size, device="meta"))
     parameters, operations = sum(p.numel() for p in clip.parameters()), counter.get_total_flops()
     if name == "ViT-H-14-worldwide":  # whose towers have the sizes of ViT-H-14's
         return parameters, operations, None

@@ -233,9 +233,11 @@ def test_arguments_of_the_zoo_are_accepted():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
 def test_device_and_dtype(model, dtype):
-    moved = timm.create_model(DEFAULT, pretrained=True, device="cpu", dtype=dtype).eval()
+    names = model.classnames[:20]  # half precision is slow on CPUs
+    moved = timm.create_model(DEFAULT, pretrained=True, classnames=names, device="cpu", dtype=dtype).eval()
     assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
-    assert torch.nn.functional.cosine_similarity(moved(IMAGES.to(dtype)).float(), model(IMAGES)).min() > 0.98
+    found, expected = moved(IMAGES.to(dtype)).float(), model(IMAGES)[:, : len(names)]
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.98
     assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
 
 
@@ -551,7 +553,8 @@ for way, code in json.loads(sys.argv[1]).items():
         try:
             exec(code)
             import timm
-            model, names = timm.create_model("dcp_mini", num_classes=100, device="meta"), timm.list_models("dcp*")
+            # without random initialisation, which takes longer than all else
+            model, names = timm.create_model("dcp_mini", pretrained=True), timm.list_models("dcp*")
             print(way, model.num_classes, len(names), sep=": ")
         except BaseException:
             print(way, traceback.format_exc(), sep=": ")
