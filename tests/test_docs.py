@@ -79,11 +79,12 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("dcp_zoo.training.recipes.steps_needed", lambda *sizes: 5)  # examples run, but not for long
     monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST_STEPS", 5)
+    monkeypatch.setattr("dcp_zoo.training.recipes.Recipe.num_epochs", 2)  # whatever a page asks for
     monkeypatch.setattr("dcp_zoo.benchmark.estimate.measured", lambda *args: Cost(1, 1, (1, 1), 1))
     monkeypatch.setattr("dcp_zoo.benchmark.trial_images.load_split", few_test_images)
     for c, name in enumerate(["cat", "dog"]):
         Path("MY_PHOTOS", name).mkdir(parents=True)
-        for i in range(6):
+        for i in range(4):
             Image.new("RGB", (130, 140), (20 + 150 * c, 90, 40 * i)).save(f"MY_PHOTOS/{name}/{i}.jpg")
     for name in ("photo", "cat", "dog"):
         Image.new("RGB", (200, 180), "purple").save(f"{name}.jpg")
