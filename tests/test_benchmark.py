@@ -203,13 +203,13 @@ def test_cross_dataset_uses_the_class_names_of_the_target(few_digits, tmp_path, 
 
 
 def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
-    recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 2, "few-shot"), epochs=2)
+    recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 1, "few-shot"), epochs=2)
     assert isinstance(recipe, Recipe)
     (trial,) = plan_trials(
-        "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
+        "few-shot", methods=["dcp"], datasets=["digits"], shots=[1], seeds=[3], options={"epochs": [2]}
     )
     sweep.run_trial(trial, Settings(tmp_path, device="cpu", save_heads=True))
-    train_head(Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu")), tmp_path / "head")
+    train_head(Run("dcp_mini", few_digits("digits"), 1, 3, recipe, torch.device("cpu")), tmp_path / "head")
     folders = tmp_path / "heads" / trial.head, tmp_path / "head"
     ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
     assert ours.keys() == theirs.keys()
@@ -407,7 +407,7 @@ COMMAND = ("benchmark", "few-shot")
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run, monkeypatch):
     monkeypatch.setattr(estimate, "FEW", 2)  # classes of the short runs
-    monkeypatch.setattr(estimate, "MORE", 7)
+    monkeypatch.setattr(estimate, "MORE", 4)
     said = " ".join(run.ok(*COMMAND, "--method", "dcp,zero-shot", "--dry-run").split())
     assert "176 trials, 176 to run" in said
     assert re.search(r"About \d+ h \d+ min for 176 of them in sequence, estimated from short runs", said)
@@ -423,7 +423,7 @@ def test_a_cost_grows_with_images_steps_and_classes(monkeypatch):
     cost = estimate.Cost(3, 0.5, (1.0, 2.0), 0.25)
     assert cost.of(trial) == pytest.approx(3 + 0.5 * 94 + (1 + 42 / 10) * estimate.steps(trial) + 2 * 0.25 * 1692)
     monkeypatch.setattr(estimate, "FEW", 2)
-    monkeypatch.setattr(estimate, "MORE", 7)
+    monkeypatch.setattr(estimate, "MORE", 4)
     measured = estimate.measured("dcp_mini", "lp-plus-plus", "cpu")
     assert min(measured.step) >= 0 < measured.test
 

@@ -243,7 +243,7 @@ def test_tensors_that_do_not_fit(clip, photos, tmp_path):
 
 def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path, run):
     """`train --method`, with `--classifier`, and `fit-text-probe` for a DCP that has no text probe."""
-    for item in photos:
+    for item in photos[:9]:  # three of each class
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder)
