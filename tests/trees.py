@@ -92,7 +92,7 @@ def write_imagenet(root: Path, make: Callable[[Path], object] = touch) -> Path:
 
 def variant_folders(name: str) -> dict[str, int]:
     """The class folders of a variant of ImageNet and their labels in ImageNet."""
-    labels = range(1000) if DATASETS[name].num_classes == 1000 else range(3, 1000, 5)
+    labels = range(len(WNIDS)) if DATASETS[name].num_classes == len(WNIDS) else range(3, len(WNIDS), 5)
     return {str(label) if name == "imagenetv2" else WNIDS[label]: label for label in labels}
 
 
