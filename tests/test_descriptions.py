@@ -139,7 +139,7 @@ def test_files_that_are_no_descriptions(content, problem, tmp_path):
 def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
     """Train on folders with such names and sentences, then measure and predict; other sentences, other answers."""
     folder, texts = tmp_path / "photos", tmp_path / "texts.json"
-    for item in photos:
+    for item in photos[:9]:  # three of each class
         (folder / SCRIPTS[item.label]).mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder / SCRIPTS[item.label])
     texts.write_text(json.dumps({name: [f"{name}。", "a photo."] for name in SCRIPTS}, ensure_ascii=False), "utf-8")
