@@ -12,8 +12,7 @@ from typing import Any
 from dcp_zoo.errors import ZooError, import_extra
 
 LOCAL = "local"
-CONNECT_SECONDS = 10
-LOCAL_STARTS = 3
+CONNECT_SECONDS, LOCAL_STARTS = 10, 3
 
 
 def import_ray() -> Any:

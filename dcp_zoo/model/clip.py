@@ -1,6 +1,7 @@
 """A frozen open_clip CLIP: features of images, class names and sentences, and zero-shot logits."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model import names, towers
 from dcp_zoo.model.names import NAME, TEMPLATE, Texts, Tokenizer
 from dcp_zoo.model.towers.blocks import call
-from dcp_zoo.model.towers.text import Runner, TextTower
+from dcp_zoo.model.towers.text import Runner, TextTower, prompted_text
 from dcp_zoo.model.towers.vision import VisionTower
 
 
@@ -60,10 +61,9 @@ class FrozenCLIP(nn.Module):
 
     @cached_property
     def vision_tower_or_none(self) -> VisionTower | None:
-        try:
+        with suppress(ZooError):
             return self.vision_tower
-        except ZooError:
-            return None
+        return None
 
     @property
     def stem(self) -> VisionTower | None:
@@ -149,9 +149,14 @@ class FrozenCLIP(nn.Module):
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
         return features if counts is None else names.mean_of_texts(F.normalize(features, dim=-1), counts)
 
+    @torch.no_grad()
     def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> Tensor:
         """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each
         class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
+        with suppress(ZooError):  # of another kind of tower, or a text that is too long, of which `tokenize` says more
+            if self.text_tower.shares_prefix:  # no text is padded to the tower's length
+                prompts = [self.text.token_embedding.weight[:0]]
+                return prompted_text(self.text_tower, self.tokenize_names(classnames, 0, texts), prompts)
         return F.normalize(self.encode_sentences(classnames, texts), dim=-1)
 
     @torch.inference_mode()

@@ -101,10 +101,10 @@ def mean_of_texts(features: Tensor, counts: Sequence[int] | None) -> Tensor:
 
 @cache
 def default_tokenizer() -> Tokenizer:
-    """open_clip's BPE tokenizer, used by OpenAI's CLIP models: the one that it made when it was imported, if it did."""
+    """open_clip's BPE tokenizer, used by OpenAI's CLIP models."""
     import open_clip
 
-    return getattr(open_clip.tokenizer, "_tokenizer", None) or open_clip.tokenizer.SimpleTokenizer()
+    return open_clip.tokenizer.SimpleTokenizer()
 
 
 class PaddedTexts(nn.Module):

@@ -145,8 +145,7 @@ def _section(results: "pd.DataFrame", files: dict[str, str]) -> dict[str, Any]:
 
 
 ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing
-PICTURES = 60  # mistakes shown
-SIDE = 240  # pixels of the longer side
+PICTURES, SIDE = 60, 240  # mistakes shown, and the pixels of their longer side
 
 
 def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> None:
