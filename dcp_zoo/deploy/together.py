@@ -8,7 +8,7 @@ the shares of the classes among the answers:
 a = 0.5 log(C) A: how much an image with all its nearest ones in a class leans to it, where
 A = sum_i p_i . (W p)_i / sum_i p_i . p_i, at most 1, is how far nearest images agree: near 0 where most are of other
 classes, so that each answer stays as it is
-b = 2 (1 - e / C)^2 with e = exp(entropy of s), the effective number of classes
+b = (1 - e / C)^2 with e = exp(entropy of s), the effective number of classes
 
 A folder is left as it is unless its images, each alone, are taken for few of the classes, e < 0.7 C, and that with some
 confidence, a mean of max p_i above 0.4: where many classes are there, neighbours of other classes do as much harm as
@@ -26,7 +26,7 @@ from dcp_zoo.data.progress import Progress, no_progress
 
 NEAREST, ROUNDS = 8, 10
 ROWS = 2000  # images that are compared with all others at a time
-AGREEMENT, SHARES = 0.5, 2.0  # the numbers in a and b
+AGREEMENT, SHARES = 0.5, 1.0  # the factors in a and b
 FEW, CONFIDENT = 0.7, 0.4  # the share of the classes, and the mean confidence, for which a folder is not left as it is
 TOGETHER, ALIKE, NINETY = 3.0, 0.3, 1.645  # of `count`; the last is a normal distribution's
 
@@ -36,9 +36,7 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
     float32. A folder that is left as it is gets back `probabilities` itself. The images are those of the classes:
     others would lend their neighbours what they have not."""
     n, classes = probabilities.shape
-    if n < 2 or classes < 2:
-        return probabilities
-    if _share_of_classes(probabilities) >= FEW or probabilities.max(1).mean() <= CONFIDENT:
+    if n < 2 or classes < 2 or _share_of_classes(probabilities) >= FEW or probabilities.max(1).mean() <= CONFIDENT:
         return probabilities
     average = _average(features, min(NEAREST, n - 1), progress)
     logs = np.log(probabilities.clip(min=1e-9))
