@@ -15,6 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--without-onednn", action="store_true", help="as with a torch that was built without oneDNN")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as tests spend a fifth of their time waiting: for a browser, servers, Ray."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     starts_others = config.getoption("numprocesses", None) and not config.getoption("collectonly")
     if not starts_others or hasattr(config, "workerinput"):
