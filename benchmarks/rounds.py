@@ -1,7 +1,7 @@
 """A classifier that is corrected in rounds: which images to look at next?
 
-    python benchmarks/together.py features DATA FEATURES --images 50    features of the miniature, kept in a folder
-    python benchmarks/rounds.py CLIP FEATURES                           writes results/rounds.csv; resumes
+    python benchmarks/together.py features DATA FEATURES    features of the miniature, kept in a folder
+    python benchmarks/rounds.py CLIP FEATURES               writes results/rounds.csv; resumes
 
 DATA and CLIP: see `together.py`. A text probe is fitted to one labelled image per class; then, five times, 20 other
 images get their true label, and it is fitted again. They are random ones, those about which the probe is least certain
