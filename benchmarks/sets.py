@@ -70,7 +70,7 @@ REPORTING: dict[str, Callable[[Path, Path], Pool]] = {
     "PACS, photos": partial(pacs, "photo"),
     "Tiny ImageNet, 40 others": partial(tiny, 1),
 }
-LAST: dict[str, Callable[[Path, Path], Pool]] = {  # nothing was measured on them before `together.py` was final
+LAST: dict[str, Callable[[Path, Path], Pool]] = {  # they had no part in choosing the rule of `together.py`
     "Tiny ImageNet, 60 even": partial(tiny, 0, rest=True),
     "Tiny ImageNet, 60 odd": partial(tiny, 1, rest=True),
 }
