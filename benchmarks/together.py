@@ -13,8 +13,8 @@ How `dcp_zoo.deploy.together` was chosen. Its form, `CONFIDENT`, and what is lis
 choosing alone, four draws. The constants that came with it (`SHARES` 2) lost 1.3 points in the worst tenth of all runs
 on the other sets, 4.9 on one of them. The constants of `GRID` were therefore chosen on all 18 sets, each left out in
 turn: those that lose no more than `LOSS` on the 17 others, and of these the ones that gain most. The same come out for
-each set but the groceries. The sets of `LAST` had no part in any of this. (What neighbours do on flowers, UCF-101, SUN397
-and ImageNet was known before, from earlier rules.)
+each set but the groceries. The sets of `LAST` had no part in any of this. (What neighbours do on flowers, UCF-101,
+SUN397 and ImageNet was known before, from earlier rules.)
 
 What was tried on the sets for choosing and left out: the same rule for every folder (with weaker weights 1.5 points
 on the real CLIP's features and 2.6 on the miniature's, but the worst tenth of all runs loses 3.5); to leave a folder
@@ -251,20 +251,21 @@ class Head(NamedTuple):
     others: Tensor
 
 
+def loaded(clip: Path, kept: Path, part: str) -> tuple[dict[str, Set], dict[str, Set]]:
+    """A part of the sets, see `PARTS`: with the real CLIP's features, and with the miniature's."""
+    real, mini = PARTS[part]
+    return {name: real_clip(name, clip) for name in real}, {f"{MINI}{name}": miniature(name, kept) for name in mini}
+
+
 def heads(clip: Path, kept: Path, part: str, draws: int) -> Iterator[Head]:
     """Of a part of the sets, see `PARTS`; the last ones have foreign images of those for reporting."""
-    real, mini = PARTS[part]
-    more, more_mini = PARTS["reporting"] if part == "last" else ((), {})
-    groups = (
-        {name: real_clip(name, clip) for name in (*real, *more)},
-        {f"{MINI}{name}": miniature(name, kept) for name in (*mini, *more_mini)},
-    )
-    for draw, (group, names), images in product(DRAWS[:draws], zip(groups, (real, mini), strict=True), IMAGES):
-        for name, data in list(group.items())[: len(names)]:
+    groups, foreign = (loaded(clip, kept, each) for each in (part, "reporting" if part == "last" else part))
+    for draw, (group, around), images in product(DRAWS[:draws], zip(groups, foreign, strict=True), IMAGES):
+        for name, data in group.items():
             most = int(torch.bincount(data.train_labels).max())
             if images < most or (images == most and draw == 1):  # of all images of a pool there is one draw
                 alike = name[: len(MINI) + 4]  # domains of PACS share their classes
-                others = torch.cat([other.test for key, other in group.items() if key[: len(alike)] != alike])
+                others = torch.cat([other.test for key, other in around.items() if key[: len(alike)] != alike])
                 yield Head(name, images, draw, data, others)
 
 
