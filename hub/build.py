@@ -78,7 +78,7 @@ def build_heads(
 ) -> None:
     """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet. `log`
     receives a line for every head; `backend` is `run` and `show` of `sweep`."""
-    sweep(trials, replace(settings, save_heads=True), **backend)
+    sweep(trials, replace(settings, save_heads=METHOD), **backend)
     output, results = settings.output, store.results(settings.output)
     split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)
     zero_shot = {(trial.model, trial.dataset): trial.key for trial in trials if trial.method == BASELINE}

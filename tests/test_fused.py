@@ -12,7 +12,7 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.mini import HybridPatchEmbed
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -108,7 +108,7 @@ def test_pickles(model):
     torch.save(fused, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    assert isinstance(again, FusedDCP)
+    assert isinstance(again, FusedHead)
     assert torch.equal(again(IMAGES), fused(IMAGES))
 
 

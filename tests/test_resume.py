@@ -59,7 +59,7 @@ def source(golden, photos, views):
             late = {"prompted_blocks": 2} if kind == "late" else {}
             model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2, **late)
             images = views.for_model(model)
-            return frozen_tokens(images, images, no_progress)[0]
+            return frozen_tokens(model, images, images, no_progress)[0]
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
         return ImageSource(model, photos, transform, workers=2 if kind == "workers" else 0)

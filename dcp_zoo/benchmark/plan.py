@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def head(self) -> str:
-        """The name of the head that a DCP trial of the few-shot protocol trains."""
+        """The name of the head that a trial of the few-shot protocol trains, for the zoo's method."""
         return f"{self.model}.{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}" if self.seed != 1 else "")
 
     @property
@@ -82,7 +82,7 @@ class Settings:
     confusion: bool = False  # whether they include the confusion matrix
     features: Path | None = None  # folder of features in place of images and CLIP, see `trial_images`
     descriptions: Path | None = None  # file with sentences of each class, in place of its name
-    save_heads: bool = False  # whether trained DCPs are written to `output`/heads
+    save_heads: str = ""  # the method whose heads are written to `output`/heads
 
     def texts(self, dataset: str) -> dict[str, list[str]] | str:
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import locked, read_plain, write_file
-from dcp_zoo.training.methods.table import DCP_METHOD
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +91,7 @@ def finished(trial: Trial, settings: Settings) -> bool:
             differ.append("another recipe" if name == "recipe" else f"other --{name}")
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
-    if settings.save_heads and trial.method == DCP_METHOD and "head_sha256" not in result:
+    if trial.method == settings.save_heads and "head_sha256" not in result:
         return False
     requested = [name for name in ("per_class", "confusion") if getattr(settings, name)]
     return all(name in entry for entry in result["results"] for name in requested)

@@ -27,7 +27,6 @@ from dcp_zoo.training.evaluation import (
     top1,
 )
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.table import DCP_METHOD
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import fit, plan
 from dcp_zoo.training.sources import Progress, no_progress
@@ -59,7 +58,7 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
     results = list(_tests(trial, settings, head, images))
     known = run.info(subset)
     hashes = {"split_sha256": split.sha256, "subset_sha256": known["subset_sha256"] if trial.shots else ""}
-    if settings.save_heads and trial.method == DCP_METHOD:
+    if trial.method == settings.save_heads:
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         head.set_classnames(subset.classnames)
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})

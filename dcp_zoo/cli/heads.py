@@ -16,7 +16,7 @@ from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import alone_in
 from dcp_zoo.threads import use_threads
-from dcp_zoo.training.methods.table import DEFAULT_METHOD
+from dcp_zoo.training.methods.table import METHODS
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -60,8 +60,8 @@ def fit_text_probe(
 
     use_threads(threads)
     dataset = dataset or trained_on(head, model, data_root)
-    share = model.info.get("test_share")
-    if model.method == DEFAULT_METHOD:  # nothing of it but its text probe has seen images
+    share, alone = model.info.get("test_share"), model.method in METHODS and not METHODS[model.method].trains
+    if alone:  # nothing of it but its text probe has seen images
         share = share or None
     split = training_split(load_labelled(dataset, data_root, labels), share)
     check_same_classes(str(data_root or dataset), split.classnames, head, model.classnames)
@@ -78,7 +78,7 @@ def fit_text_probe(
         metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
         result = measurement(metrics, evaluation)
         output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
-        if model.method != DEFAULT_METHOD and model.info.get("split_sha256") != split.sha256:
+        if not alone and model.info.get("split_sha256") != split.sha256:
             log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
     if refit:
         split = all_for_training(split)

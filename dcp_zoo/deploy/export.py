@@ -18,7 +18,7 @@ from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.model.fused import FusedDCP, load_fused
+from dcp_zoo.model.fused import FusedHead, load_fused
 from dcp_zoo.model.head import Head
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
@@ -29,7 +29,7 @@ EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".saf
 
 
 def export(
-    model: Head | FusedDCP,
+    model: Head | FusedHead,
     path: str | Path,
     format: str = "onnx",
     *,
@@ -56,7 +56,7 @@ def export(
         calibration: images for int8; see `dcp_zoo.deploy.calibration`.
     """
     check_export(format, preprocessing, precision)
-    path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
+    path, fused = Path(path), model.fuse()
     if (size := fused.info["preprocessing"].get("input_size")) is None:
         raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
     if (place := fused.classifier.device.type) != "cpu":
@@ -107,7 +107,7 @@ def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
 class Outputs(nn.Module):
     """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); distances (B,) if the head rejects."""
 
-    def __init__(self, fused: FusedDCP) -> None:
+    def __init__(self, fused: FusedHead) -> None:
         super().__init__()
         self.fused = fused
 
@@ -117,7 +117,7 @@ class Outputs(nn.Module):
         return self.fused.logits(features), features, *distance
 
 
-def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+def _write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
     distance = ["distance"] if fused.rejects else []
     program = onnx_program(Outputs(fused).eval(), images, "logits", "features", *distance)
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
@@ -126,7 +126,7 @@ def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
     return lambda x: torch.from_numpy(read(np.asarray(x)))
 
 
-def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+def _write_torch_export(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
     program = torch.export.export(fused, (images,), dynamic_shapes=ANY_BATCH)
     with open(path, "wb") as file:  # noqa: PTH123  # given a path, torch requires its own suffix
         torch.export.save(program, file, extra_files={METADATA_KEY: json.dumps(fused.info)})
@@ -134,7 +134,7 @@ def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Rea
         return torch.export.load(file).module()
 
 
-def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+def _write_safetensors(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
     if fused.config["clip"] is None:
         raise ZooError("The image tower of this model cannot be rebuilt from safetensors: use onnx or torch-export.")
     state = {name: t.contiguous() for name, t in fused.state_dict().items()}

@@ -19,7 +19,7 @@ from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.files import cache_folder, check_empty, printable, sha256_of, unfinished, write_file
-from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 
 PAGE = Path(__file__).parent / "page"
@@ -31,7 +31,7 @@ REGISTRY_SECONDS = 60  # without an answer
 
 
 def export_web(
-    model: Head | FusedDCP,
+    model: Head | FusedHead,
     folder: str | Path,
     *,
     precision: str = "float16",

@@ -18,7 +18,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import STATS, DCPConfig, HeadConfig
-from dcp_zoo.model.fused import FusedDCP, both
+from dcp_zoo.model.fused import FusedHead, both
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import (
     NAME,
@@ -421,7 +421,7 @@ class DCP(Head):
         super().load_trained(state, config)
         self.rely_on_texts(given or stored or self.template, stored or self.template)
 
-    def fuse(self) -> FusedDCP:
+    def fuse(self) -> FusedHead:
         chosen, self.stats = self._stats, "stored"
         try:
             return super().fuse()

@@ -37,7 +37,7 @@ class ImageTower(nn.Module):
         return self.tower.features(self.tower.run(self.tower.embed(images), ()))
 
 
-class FusedDCP(ImageTower):
+class FusedHead(ImageTower):
     """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower. `config` holds sizes and
     options from which it can be rebuilt, and `info` class names, preprocessing and origin, both plain JSON; `visual` is
     a copy of an open_clip CLIP's image tower, whose blocks may be changed."""
@@ -78,6 +78,10 @@ class FusedDCP(ImageTower):
     def logits(self, features: Tensor) -> Tensor:
         """Normalised features (B, E) -> logits (B, C)."""
         return features @ self.classifier.T + self.bias
+
+    def fuse(self) -> "FusedHead":
+        """Itself."""
+        return self
 
     @property
     def rejects(self) -> bool:
@@ -145,7 +149,7 @@ def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -
 
 
 @torch.no_grad()
-def fuse(model: Any) -> FusedDCP:
+def fuse(model: Any) -> FusedHead:
     """Fuse a model with stored statistics; see `Head.fuse`. Unchanged frozen weights are shared with it."""
     with in_eval_mode(model):  # do not pool over a batch
         state = _constants(model)
@@ -156,7 +160,7 @@ def fuse(model: Any) -> FusedDCP:
     config = {"clip": _tower_config(model), "first": model.first_block, "shapes": shapes}
     config |= {"reads_frozen": model.reads_frozen, "has_original": model.reads_frozen and model.has_changed_tower}
     original = _shared(model.frozen.visual) if config["has_original"] else None
-    fused = FusedDCP(config, fused_info(model), _shared(model.visual), original)
+    fused = FusedHead(config, fused_info(model), _shared(model.visual), original)
     state |= {name: t for name, t in fused.state_dict().items() if name not in state}
     fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
     return fused.eval()
@@ -214,7 +218,7 @@ def fused_info(model: Any) -> dict[str, Any]:
     }
 
 
-def load_fused(path: str | Path) -> FusedDCP:
+def load_fused(path: str | Path) -> FusedHead:
     """Load what `dcp-zoo export --format safetensors` wrote, memory-mapped. ZooError for no such file, or another."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -224,7 +228,7 @@ def load_fused(path: str | Path) -> FusedDCP:
     except Exception as error:  # missing, damaged, or another kind of file
         raise ZooError(f"{path} is not a fused model ({error!r}): create one with dcp-zoo export.") from error
     original = _rebuilt(**config["clip"]) if config["has_original"] else None
-    fused = FusedDCP(config, info, _rebuilt(**config["clip"]), original)
+    fused = FusedHead(config, info, _rebuilt(**config["clip"]), original)
     fused.load_state_dict(state, assign=True)
     for module in fused.modules():
         if isinstance(module, Stem):

@@ -27,7 +27,7 @@ from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
-from dcp_zoo.model.fused import FusedDCP, both, fuse
+from dcp_zoo.model.fused import FusedHead, both, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.text_probe import NEVER, PREFIX, Linear, TextProbe, join
 from dcp_zoo.model.timm_contract import TimmContract
@@ -104,6 +104,11 @@ class Head(TimmContract):
     def has_own_features(self) -> bool:
         """Whether its image features differ from the frozen tower's."""
         return self.is_prompted or self.has_changed_tower
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its classifier was fitted to the features of training images: no text probe can follow."""
+        return False
 
     @property
     def reads_frozen(self) -> bool:
@@ -188,7 +193,7 @@ class Head(TimmContract):
         own = self.own_linear()
         return join([own, self.frozen_linear()]) if self.reads_frozen else own
 
-    def fuse(self) -> FusedDCP:
+    def fuse(self) -> FusedHead:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
         it shares its frozen weights with this model. ZooError as of `linear`."""
         return fuse(self)
@@ -208,14 +213,12 @@ class Head(TimmContract):
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for anything else."""
         threshold, images = self.rejection_threshold(reject) if reject else None, self._batch(images)
-        distances = None
         with in_eval_mode(self):  # no answer depends on the other images
             is_stored = self.stats == "stored"
             if is_stored or reject:
                 features = self.encode_image(images)
             logits = self.classify(features) if is_stored else self(images)
-            if reject:
-                distances = self.distances(features)
+            distances = self.distances(features) if reject else None
         rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
@@ -304,10 +307,8 @@ class Head(TimmContract):
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            advice = "For image files and PIL images: dcp_zoo.predict(model, images)."
-            raise ZooError(
-                f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}. {advice}"
-            )
+            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}"
+            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
         return images.to(self.device)
 
     def head_state(self) -> dict[str, Tensor]:

@@ -100,8 +100,7 @@ class LinearHead(Head):
         return self.original or self
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether the classifier, on the frozen tower's features, is no longer one of cosines."""
+    def is_fitted(self) -> bool:  # a classifier on the frozen tower's features that is no longer one of cosines
         scale = self.clip.logit_scale.exp()
         return not self.changed and not torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
 

@@ -30,7 +30,6 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe import (
     ENOUGH,
     PENALTIES,
@@ -63,7 +62,7 @@ def fit_probe(
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
     own, source, count = on_cpu(head.own_linear()), train.for_model(head), probe_views(train)
-    if isinstance(head, LinearHead) and head.is_fitted:
+    if head.is_fitted:
         raise ZooError(FITTED.format(head.method))
     views = frozen = source.features(count, progress)
     if head.has_own_features and train.targets is not None:

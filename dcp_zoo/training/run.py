@@ -107,8 +107,7 @@ class Run:
     @property
     def is_probe_alone(self) -> bool:
         """Whether nothing but a text probe is fitted to the training images."""
-        fits_nothing = self.method == DEFAULT_METHOD or not METHODS[self.method].trains
-        return self.recipe.classifier != "none" and fits_nothing
+        return self.recipe.classifier != "none" and not METHODS[self.method].trains
 
     def info(self, subset: Split) -> dict[str, Any]:
         """What a checkpoint stores about how it was trained, on the training images of `subset`."""

@@ -19,7 +19,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head, load_head
 from dcp_zoo.model.linear_head import CacheHead, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
@@ -238,7 +238,7 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
 
 
 def create_transform(
-    model_or_name: FrozenCLIP | FusedDCP | str, is_training: bool = False
+    model_or_name: FrozenCLIP | FusedHead | str, is_training: bool = False
 ) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 

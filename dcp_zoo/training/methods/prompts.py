@@ -183,7 +183,7 @@ def fit_dcp(task: Task) -> DCP:
     model, recipe = new_model(task), task.recipe
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     if not source.crops:
-        source, fixed = frozen_tokens(source, fixed, task.progress)
+        source, fixed = frozen_tokens(model, source, fixed, task.progress)
     if recipe.clip_reg:
         shown = max(source.num_views, probe_views(fixed))
         source.targets = fixed.targets = encode_views(fixed, model.encode_prompted, shown, task.progress).float()
@@ -202,11 +202,11 @@ def fit_dcp(task: Task) -> DCP:
     return model
 
 
-def frozen_tokens(source: ImageSource, fixed: ImageSource, progress: Progress) -> tuple[ImageSource, ImageSource]:
+def frozen_tokens(
+    model: DCP, source: ImageSource, fixed: ImageSource, progress: Progress
+) -> tuple[ImageSource, ImageSource]:
     """With late coupling: the images of both sources as the tokens that enter the first block with prompts, of every
     view, in half precision; the images themselves if all tokens take more than a quarter of the memory."""
-    model = source.model
-    assert isinstance(model, DCP)
     numbers = source.num_views * len(source.items) * model.vision_tower.num_tokens * model.vision_tower.width
     if model.first_block == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
         return source, fixed

@@ -35,7 +35,7 @@ class Method:
         module: with the function `fit`: of this package, whose recipe is in `methods.yaml`, or, with a dot, of another
             package, with the function `recipe` as well.
         variant: suffix of both names, if a module has several methods.
-        trains: whether it uses training images; if not, shots and seed have no effect.
+        trains: whether it uses training images, besides those of a text probe after it.
         transfers: whether it can classify into classes it was not trained on.
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
