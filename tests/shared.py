@@ -30,8 +30,6 @@ from dcp_zoo.model.names import default_tokenizer
 from dcp_zoo.training.methods import prompts
 from dcp_zoo.zoo.registry import WEIGHTS
 
-torch.set_num_threads(1)  # tests run in as many processes as there are cores
-
 BUNDLED = "dcp_mini.caltech101-1shot"
 GOLDEN = Path(__file__).parent / "golden" / "cmpa"
 COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))

@@ -104,7 +104,7 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
 
 
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    env = {**os.environ, **env}
     command = [sys.executable, "-W", "always", "-c", code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
