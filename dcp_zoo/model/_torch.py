@@ -19,7 +19,7 @@ PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out). For frozen float32 weights on a CPU it calls
     oneDNN, which uses AVX-512 wherever it is available; MKL, which `F.linear` calls, does not use it on AMD processors
-    and takes about twice as long there. `torch.backends.mkldnn.flags(enabled=False)` disables this."""
+    and takes up to twice as long (benchmarks/speed.md). `torch.backends.mkldnn.flags(enabled=False)` disables this."""
     if not _can_use_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
