@@ -107,6 +107,26 @@ def card(page, name):
     return page.get_by_role("region", name=name, exact=True)
 
 
+def screens(page):
+    """The page on a dark desktop and on a light phone, whose widths are given."""
+    for width, scheme in ((1280, "dark"), (390, "light")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_function(f"document.body.classList.contains('dark') == ('{scheme}' == 'dark')")
+        yield width
+
+
+def check_accessible(page):
+    """axe finds nothing that WCAG 2.2 AA forbids, and nothing is wider than the screen."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]}
+    page.wait_for_function("!document.querySelector('.pending')")
+    for width in screens(page):
+        violations = axe.run(page, options=rules).response["violations"]
+        assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_photographs_come_and_go_and_are_not_kept(visit, tmp_path, photograph, cache):
     (tmp_path / "broken.jpg").write_bytes(photograph.read_bytes()[:2000])
     (tmp_path / "text.png").write_text("hello")
@@ -184,6 +204,13 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
     page.get_by_role("button", name="Stop and keep it").click()
     page.get_by_text("Of 2 held-out images").wait_for()
     assert page.locator(".vega-embed").locator("canvas, svg").count()  # the loss curve
+    page.get_by_role("region", name="Predictions for the held-out images").wait_for()
+    check_accessible(page)
+    tab(page, "Inspect")
+    found = page.frame_locator("iframe[title='Inspection of the photographs']")
+    found.get_by_role("heading", name="Labels that may be wrong").wait_for()
+    check_accessible(page)
+    tab(page, "Train")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the head").click()
     assert "my_head/model.safetensors" in zipfile.ZipFile(download.value.path()).namelist()
@@ -197,47 +224,18 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
 
 
 def test_accessible_in_every_light_and_on_a_phone(visit):
-    """axe finds nothing that WCAG 2.2 AA forbids, and nothing is wider than the screen."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]}
     page = visit()
     names = page.get_by_role("textbox", name="Class names, one per line")
-
-    def screens():
-        for width, scheme in ((1280, "dark"), (390, "light")):
-            page.set_viewport_size({"width": width, "height": 900})
-            page.emulate_media(color_scheme=scheme)
-            page.wait_for_function(f"document.body.classList.contains('dark') == ('{scheme}' == 'dark')")
-            yield width
-
-    for _ in screens():
+    for _ in screens(page):
         for control in (names, page.get_by_label("Model")):
             assert control.bounding_box()["y"] < 900  # on the first screen
     names.fill("cat\ncoffee\notter\nbird\nlake\nflowers")
     page.get_by_role("button", name="Use these names").click()
     page.locator(".dcp-bars th").filter(has_text=re.compile("^flowers$")).first.wait_for()
-
-    def check():
-        page.wait_for_function("!document.querySelector('.pending')")
-        for width in screens():
-            violations = axe.run(page, options=rules).response["violations"]
-            assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-
     for name, content in VIEWS.items():
         tab(page, name)
         page.locator(content).first.wait_for()
-        check()
-    tab(page, "Train")
-    page.get_by_role("button", name="Try an example").click()
-    page.locator(".dcp-thumbnails img").last.wait_for()
-    page.get_by_role("button", name="Train", exact=True).click()
-    page.get_by_role("region", name="Predictions for the held-out images").wait_for()
-    check()
-    tab(page, "Inspect")
-    found = page.frame_locator("iframe[title='Inspection of the photographs']")
-    found.get_by_role("heading", name="Labels that may be wrong").wait_for()
-    check()
+        check_accessible(page)
 
 
 def test_only_this_machine_and_few_uploads_are_let_in(address):

@@ -580,7 +580,7 @@ def test_timms_onnx_export(tmp_path, golden, use_dynamo):
 
     if use_dynamo and timm.__version__ == "1.0.21":
         pytest.skip("timm 1.0.21 needs an exporter that torch no longer has")
-    model = DCP(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), NAMES, n_ctx=2, depth=1)
+    model = DCP(build_tiny_clip(golden, vision_cfg={"layers": 1}, text_cfg={"layers": 1}), NAMES, n_ctx=2, depth=1)
     model.store_stats(SMALL)
     model.eval()
     onnx_export(model, str(tmp_path / "model.onnx"), input_size=(3, 32, 32), batch_size=2, use_dynamo=use_dynamo)
