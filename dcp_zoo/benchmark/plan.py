@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def head(self) -> str:
-        """The name of the head that a trial of the few-shot protocol trains, for the zoo's method."""
+        """The name in the zoo of the head that a trial of the few-shot protocol trains."""
         return f"{self.model}.{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}" if self.seed != 1 else "")
 
     @property
