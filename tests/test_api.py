@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import sys
 import warnings
+import zipfile
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.data.archives import unpacked
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
@@ -562,6 +564,61 @@ def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
                 kept.put({"2": torch.ones(3)})
                 assert kept.get("123").keys() == {"1", "2"}
     assert not cache.FeatureCache(tmp_path).get("123")
+
+
+def test_features_are_kept_by_what_an_image_shows(tmp_path, monkeypatch):
+    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image. What computed the
+    features counts, too; and an image in an archive is the same wherever that is unpacked."""
+
+    def in_palette(color):
+        image = Image.new("P", (8, 6))
+        image.putpalette(color)
+        return image
+
+    red, blue = in_palette((255, 0, 0)), in_palette((0, 0, 255))
+    assert cache.image_key(red) != cache.image_key(blue)
+    assert cache.image_key(red) == cache.image_key(red.convert("RGB"))
+    turned, upright = red.convert("RGB"), red.convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    turned.getexif()[0x112] = 6  # by a quarter
+    assert cache.image_key(turned) == cache.image_key(upright)
+    before = cache.computed_by()
+    monkeypatch.setattr(cache, "version", lambda name: f"new {name}")
+    cache.computed_by.cache_clear()
+    assert cache.computed_by() != before
+    cache.computed_by.cache_clear()
+    turned.save(tmp_path / "1.png")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
+        file.write(tmp_path / "1.png", "cat/1.png")
+    keys = set()
+    for _ in range(2):
+        folder = unpacked(str(tmp_path / "photos.zip"))
+        keys.add(cache.image_key(next(folder.rglob("1.png"))))
+        unpacked.cache_clear()
+    assert len(keys) == 1
+
+
+def test_palette_images_in_memory_are_told_apart():
+    colors = np.random.default_rng(0).permutation(8)
+    images = [Image.new("RGB", (32, 32), (255, 10 * i, 0) if i < 4 else (0, 10 * i, 255)) for i in colors]
+    labels = ["red" if i < 4 else "blue" for i in colors]
+    images = [image.convert("P", palette=Image.Palette.ADAPTIVE) for image in images]
+    assert FewShotClassifier().fit(images, labels).predict(images).tolist() == labels
+
+
+def test_a_cache_that_cannot_be_opened_is_not_deleted(tmp_path, monkeypatch):
+    """As where a process has too many files open."""
+    cache.FeatureCache(tmp_path).put({"1": torch.ones(3)})
+    connect = sqlite3.connect
+
+    def fail(place, **options):
+        if place != cache.MEMORY:
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(place, **options)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="unable to open"):
+        patch.setattr(sqlite3, "connect", fail)
+        cache.FeatureCache(tmp_path).put({})
+    assert cache.FeatureCache(tmp_path).get("1")
 
 
 def test_the_cache_of_commands_can_be_switched_off(monkeypatch):

@@ -294,6 +294,17 @@ def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, 
     assert not torch.equal(alone[0][0][0], alone[1][0][0])
 
 
+def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos):
+    """As methods average them, without a generator: they follow torch's random state."""
+    found = []
+    for workers in (0, 1):
+        torch.manual_seed(1)
+        source = image_source(clip, photos, "crop-flip", workers)
+        found.append([torch.cat([x for x, _ in source.batches(8)]) for _ in range(2)])
+    assert not torch.equal(*found[0])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize(("device", "workers", "pinned"), [("cuda", 1, True), ("cuda", 0, False), ("cpu", 1, False)])
 def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch, device, workers, pinned):
     monkeypatch.setattr(FrozenCLIP, "device", torch.device(device))

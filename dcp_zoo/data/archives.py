@@ -30,7 +30,8 @@ CHANGED = "its responses are inconsistent: the file has changed, or the server i
 # what the standard library raises for archives it cannot read, encrypted ones included
 DAMAGED = (tarfile.TarError, zipfile.error, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError, RuntimeError)
 
-_temporary: list[ExitStack] = []  # folders that are removed when the process ends
+# folders that are removed when the process ends, and the archives that were unpacked into them
+_temporary: dict[Path, tuple[Path, ExitStack]] = {}
 
 
 def fetch_archive(archive: Archive, folder: Path) -> Path:
@@ -172,9 +173,17 @@ def unpacked(file: str) -> Path:
     with damaged, ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp_zoo-")))
         _extract(Path(file), Archive(file, places={"": ""}), folder)
-        _temporary.append(stack.pop_all())
+        _temporary[folder] = Path(file).absolute(), stack.pop_all()
     inside = [path for path in folder.iterdir() if is_visible(path.name)]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+def archive_of(path: Path) -> tuple[Path, str] | None:
+    """The archive from which `unpacked` took a file, and the file's path in it; None for any other file."""
+    for folder in path.parents:
+        if folder in _temporary:
+            return _temporary[folder][0], path.relative_to(folder).as_posix()
+    return None
 
 
 def _extract(file: Path, archive: Archive, target: Path) -> None:

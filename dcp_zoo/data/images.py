@@ -5,6 +5,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -42,6 +43,12 @@ def load_image(path: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return read_frame(path)
     with _opened_image(path, max_pixels) as image:
         return _rgb(image)
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """A hash of what `load_image` makes of an image in memory: of its size and its RGB pixels, upright."""
+    pixels = load_image(image)
+    return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -109,9 +109,8 @@ class WeightCache:
     `parameter.data.add_(1)`, go unnoticed: write under `torch.no_grad`, as optimizers do."""
 
     def __init__(self) -> None:
-        self._tensors: list[weakref.ref[Tensor]] = []
-        self._key: object = None
-        self._value: object = None
+        # the tensors, what they and all else were, and the value: in one place, as threads may share a model
+        self._last: tuple[list[weakref.ref[Tensor]], object, Any] = [], None, None
 
     def __call__(self, compute: Callable[[], Any], tensors: Iterable[Tensor], *others: object) -> Any:
         """`compute()`, or its last value if `tensors` and `others` have not changed since."""
@@ -123,10 +122,12 @@ class WeightCache:
         # torch does not count writes to inference tensors
         versions = [0 if t.is_inference() else t._version for t in tensors]
         key = ([(t.data_ptr(), t.dtype, t.device) for t in tensors], versions, mode, *others)
-        same = len(tensors) == len(self._tensors) and all(r() is t for r, t in zip(self._tensors, tensors, strict=True))
-        if not same or key != self._key:
-            self._tensors, self._key, self._value = [weakref.ref(t) for t in tensors], key, compute()
-        return self._value
+        refs, last, value = self._last
+        same = len(tensors) == len(refs) and all(r() is t for r, t in zip(refs, tensors, strict=True))
+        if not same or key != last:
+            value = compute()
+            self._last = [weakref.ref(t) for t in tensors], key, value
+        return value
 
     def __reduce__(self) -> Any:
         """A copy is empty."""

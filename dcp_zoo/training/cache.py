@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dcp_zoo._version import __version__
+from dcp_zoo.data.archives import archive_of
+from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import cache_folder
 from dcp_zoo.model.clip import FrozenCLIP
@@ -25,6 +30,7 @@ MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name
 OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
 PATIENCE = 5.0  # seconds that another process may hold the file
+WHOLE = ("locked", "readonly", "full", "unable to open")  # in SQLite's errors about a file that is not damaged
 SEAL = 32  # bytes of a checksum before each value
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 SIZE = """SELECT (page_count - freelist_count) * page_size
@@ -78,7 +84,7 @@ class FeatureCache:
 
     def _in_memory(self, error: Exception) -> sqlite3.Connection:
         """Go on without the file after an error, and delete it unless the error says that it is whole."""
-        if not any(word in str(error) for word in ("locked", "readonly", "full")):
+        if not any(word in str(error) for word in WHOLE):
             with suppress(OSError):
                 for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
                     Path(file).unlink(missing_ok=True)
@@ -155,14 +161,17 @@ def per_image(
 
 
 def image_key(image: str | Path | Image.Image) -> str:
-    """A file by its path, time and size, or an image in memory by its content; "" for what could change unnoticed."""
+    """A file by its path, or in an archive by that one's, with time and size, or an image in memory by its pixels; ""
+    for what could change unnoticed."""
     if isinstance(image, Image.Image):
-        return sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+        return pixels_sha256(image)
+    path = Path(image).absolute()
+    archive, inside = archive_of(path) or (path, "")  # the archive is unpacked anew by each process
     try:
-        found = Path(image).stat()
+        found = archive.stat()
     except OSError:
         return ""
-    return f"{Path(image).absolute()} {found.st_mtime_ns} {found.st_size}"
+    return f"{archive} {found.st_mtime_ns} {found.st_size} {inside}"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -179,4 +188,11 @@ def tower_setting(model: FrozenCLIP, what: str, precision: str = "float32") -> s
     """What features of a frozen image tower depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
     state, cfg = model.visual.state_dict().values(), model.pretrained_cfg
-    return f"{what} {fingerprint(state)} {model.device.type} {[cfg.get(name) for name in PREPROCESSING]}"
+    preprocessing = [cfg.get(name) for name in PREPROCESSING]
+    return f"{what} {fingerprint(state)} {model.device.type} {preprocessing} {computed_by()}"
+
+
+@cache
+def computed_by() -> str:
+    """The versions of what reads images and computes features."""
+    return f"{__version__} {[version(name) for name in ('torch', 'torchvision', 'timm', 'Pillow')]}"

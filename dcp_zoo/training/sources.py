@@ -148,12 +148,14 @@ class ImageSource:
         drop_last: bool = True,
     ) -> Iterable[Any]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
-        `targets` then ((inputs, labels), targets). Random draws depend only on the generator, not on the number of
-        workers, the `first` batch read, or the `part` (i, n) of each batch, the i-th of n."""
+        `targets` then ((inputs, labels), targets). Random draws depend only on the generator, for crops without one on
+        torch's random state, not on the number of workers, the `first` batch read, or the `part` (i, n) of each batch,
+        the i-th of n."""
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         sizes = batch_sizes(n, batch_size, drop_last)
-        seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle and self.views is None else None
+        draws = (shuffle or self.crops) and self.views is None
+        seeds = torch.randint(2**32, (n,), generator=generator).tolist() if draws else None
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is None:
             dataset: Dataset[Any] = self.dataset.drawn(seeds, view.tolist())
