@@ -54,7 +54,7 @@ def problems(values: object, kind: type, name: str = "") -> Iterator[str]:
         if field_name not in values:
             if field_name in getattr(kind, "__required_keys__", ()):
                 yield f"{place} is missing"
-        elif is_typeddict(expected):
+        elif is_typeddict(expected) or is_dataclass(expected):
             yield from problems(values[field_name], expected, place)
         elif wanted := mismatch(values[field_name], expected):
             yield f"{place} must be {wanted}, not {shortened(values[field_name])}"

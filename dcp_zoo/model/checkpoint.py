@@ -7,30 +7,126 @@ statistics, and those of its text probe, if it has one: `classifier.weight` and 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.config import CONFIG_NAME, NEW_WEIGHTS, WEIGHTS_NAME, HeadConfig, alone_in, settle
-from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
+from dcp_zoo.model.classes import matched, names_of, read_of, saved_texts
+from dcp_zoo.model.config import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    NEW_WEIGHTS,
+    WEIGHTS_NAME,
+    HeadConfig,
+    alone_in,
+    made,
+    read_config,
+    settle,
+)
+from dcp_zoo.model.text_probe.probe import PREFIX, TextProbe
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.head import Head
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SMALLEST = 1e-6  # text scale
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 METRIC = f"{FILE_PREFIX}metric"  # the only tensor that a file holds in another form
+MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
+ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
+TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier")  # what timm is told when a head loads
+# of the text probe, which stay in float32, as logits depend on them
+EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
+
+
+def save(head: "Head", directory: Path, dtype: torch.dtype, info: dict[str, Any], not_measured: str) -> Path:
+    """See `Head.save_pretrained`. `not_measured`: why the metrics in the head's info no longer hold, or ""."""
+    state = {n: t.to("cpu", torch.float32 if n in EXACT else dtype) for n, t in head_state(head).items()}
+    return write(directory, state, head_config(head, _valid(head, info, not_measured)))
+
+
+def head_state(head: "Head") -> dict[str, Tensor]:
+    """The tensors of a checkpoint: those that the method trained, and the text probe's for the present classes."""
+    return head.trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
+
+
+def _valid(head: "Head", info: dict[str, Any], not_measured: str) -> dict[str, Any]:
+    """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
+    if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
+        measured = ("thresholds", "like_accepted", "others_accepted")
+        info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
+    if not not_measured or not info.get("metrics") or info["metrics"] != head.info.get("metrics"):
+        return info
+    kept = {name: value for name, value in info.items() if name not in MEASURED}
+    return kept | {"not_measured": f"{not_measured} after the accuracy was measured: dcp-zoo eval measures it again"}
+
+
+def head_config(head: "Head", info: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
+    options, block = head.method_config()
+    names, read = names_of(head.classes), read_of(head.classes)
+    return {
+        "architecture": head.encoder.architecture,
+        "num_classes": len(names),
+        "pretrained_cfg": {k: v for k, v in head.pretrained_cfg.items() if k not in (*ORIGIN, *TIMMS)},
+        "model_args": options,
+        "label_names": names,
+        "dcp": {
+            "format_version": FORMAT_VERSION,
+            "clip": head.encoder.source,
+            "method": head.method,
+            "abilities": head.abilities.as_dict(),
+            **info,
+            **block,
+            "texts": saved_texts(read, head.texts),
+            **({} if read == names else {"read": read}),
+            "versions": library_versions(),
+        },
+    }
+
+
+def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = None) -> "Head":
+    """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly, and what it
+    says of how it was made. `config` is its `config.json`, if it has been read. ZooError for a missing or damaged file,
+    or tensors that do not fit; the head then stays as it was."""
+    config = config or read_config(directory)
+    shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
+    classes, probe = matched(config["label_names"], head.classes), None
+    if any(name.startswith(PREFIX) for name in shapes):
+        width, means = head.encoder.num_features, shapes.get(f"{PREFIX}means", torch.empty(0))
+        two = len(head.readings) == 2 and means.shape[-1] == 2 * width
+        probe = TextProbe(classes, width, 1 + two).to(head.device)
+    check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
+    state = read_tensors(directory, config.get("weights_sha256"))
+    for one, read in zip(classes, config["dcp"].get("read", config["label_names"]), strict=True):
+        one.read = read
+    head.text_probe = probe
+    head.load_trained(state, config)
+    head.classify_into(head.classes, None)  # as CLIP reads them
+    head.info, head._measured = made(config), classes
+    return head
+
+
+def check_fits(head: "Head", shapes: Mapping[str, Tensor], path: str | Path, probe: TextProbe | None = None) -> None:
+    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
+    options = ", ".join(f"{name}={value!r}" for name, value in head.method_config()[0].items())
+    expected = head.expected_state(shapes) | ({} if probe is None else probe.tensors())
+    model = f"{head.encoder.architecture} with {options}" if options else head.encoder.architecture
+    check_shapes(shapes, expected, path, model)
 
 
 def library_versions() -> dict[str, str]:
@@ -45,7 +141,7 @@ def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) 
     if METRIC in stored:
         stored[METRIC] = upper_triangle(stored[METRIC])
     check_finite(stored, "Not saved")
-    weights, advice = save(stored, metadata={"format": "pt"}), "choose another directory"
+    weights, advice = safetensors.save(stored, metadata={"format": "pt"}), "choose another directory"
     config = config | {"weights_sha256": sha256(weights).hexdigest()}
     with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
         for name in (NEW_WEIGHTS, CONFIG_NAME):
@@ -76,7 +172,7 @@ def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str
         if expected and sha256(content).hexdigest() != expected:
             problem = f"{path} is damaged, or of another head than {CONFIG_NAME} beside it."
             raise ZooError(f"{problem} Train or download the head again; if another process is saving it, try again.")
-        state = {name: t.float() for name, t in load(content).items()}
+        state = {name: t.float() for name, t in safetensors.load(content).items()}
     damaged = f"{path} is damaged"
     check_finite(state, damaged)
     name = f"{FILE_PREFIX}text_scale"
@@ -103,6 +199,21 @@ def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file as the model has them."""
     metric = {METRIC: from_upper_triangle(stored[METRIC])} if METRIC in stored else {}
     return {_model_name(name): t for name, t in (stored | metric).items()}
+
+
+def upper_triangle(square: Tensor) -> Tensor:
+    """A symmetric matrix (E, E) as a checkpoint holds it, (E (E + 1) / 2,)."""
+    return square[tuple(torch.triu_indices(*square.shape))]
+
+
+def from_upper_triangle(values: Tensor) -> Tensor:
+    """The matrix of `upper_triangle`; anything else as it is."""
+    width = math.isqrt(8 * values.numel() + 1) // 2
+    if values.ndim != 1 or width * (width + 1) != 2 * values.numel():
+        return values
+    square, (rows, columns) = values.new_empty(width, width), torch.triu_indices(width, width)
+    square[rows, columns] = square[columns, rows] = values
+    return square
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""A frozen open_clip CLIP: features of images, class names and sentences, and zero-shot logits."""
+"""The encoder of every head: a frozen open_clip CLIP. Its image tower gives the features of images, its text tower those
+of class names and sentences, and zero-shot logits are their scaled cosines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -10,29 +11,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model import names, towers
-from dcp_zoo.model.names import NAME, TEMPLATE, Texts, Tokenizer
-from dcp_zoo.model.towers.blocks import call
-from dcp_zoo.model.towers.text import Runner, TextTower, prompted_text
-from dcp_zoo.model.towers.vision import VisionTower
+from dcp_zoo.model import tokens, towers
+from dcp_zoo.model.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
+from dcp_zoo.model.inputs import Features, Images, Tokens, as_inputs
+from dcp_zoo.model.tokens import Tokenizer
+from dcp_zoo.model.towers.open_clip import VisionTower, call
+from dcp_zoo.model.towers.text import Runner, TextTower, prompted_text, tokenize_names
+
+Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
 
 class FrozenCLIP(nn.Module):
-    """Holds a CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also one
-    into whose towers no prompts can be inserted. `tokenizer` is its open_clip tokenizer, by default open_clip's BPE
-    tokenizer, and `pretrained_cfg` timm's, which defines the preprocessing."""
+    """A CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also one into
+    whose towers no prompts can be inserted.
 
-    first_block = 0  # the first vision block that prompts enter
+    Args:
+        clip: the open_clip model; its parameters require no gradients from now on.
+        tokenizer: its open_clip tokenizer. Default: open_clip's BPE tokenizer.
+        pretrained_cfg: timm's, which defines the preprocessing.
+        architecture, source: the zoo's names for the model, and for the weights.
+    """
 
     def __init__(
-        self, clip: nn.Module, tokenizer: Tokenizer | None = None, pretrained_cfg: dict[str, Any] | None = None
+        self,
+        clip: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        pretrained_cfg: dict[str, Any] | None = None,
+        architecture: str = "custom",
+        source: str = "custom",
     ) -> None:
         super().__init__()
         self.clip: Any = clip.requires_grad_(False)
-        self.tokenizer = tokenizer or names.default_tokenizer()
+        self.tokenizer = tokenizer or tokens.default_tokenizer()
         self.clip.eval()
-        self.architecture, self.clip_source = "custom", "custom"  # the zoo's names for them
-        self.pretrained_cfg = self.default_cfg = pretrained_cfg or {}
+        self.architecture, self.source = architecture, source
+        self.pretrained_cfg = pretrained_cfg or {}
+
+    def with_clip(self, clip: nn.Module) -> "FrozenCLIP":
+        """Another CLIP of the same kind, such as a copy that a method trains."""
+        return FrozenCLIP(clip, self.tokenizer, self.pretrained_cfg, self.architecture, self.source)
 
     def train(self, mode: bool = True) -> Any:
         """Set training mode; CLIP stays in eval mode."""
@@ -72,14 +89,6 @@ class FrozenCLIP(nn.Module):
         return tower if tower and tower.has_stem else None
 
     @property
-    def vision_blocks(self) -> Any:
-        return self.visual.get_submodule(self.vision_tower.block_path)
-
-    @property
-    def text_blocks(self) -> Any:
-        return self.text.transformer.resblocks
-
-    @property
     def num_features(self) -> int:
         """E, the width of image and text features."""
         projection, width = getattr(self.text, "text_projection", None), getattr(self.text, "output_dim", None)
@@ -91,35 +100,43 @@ class FrozenCLIP(nn.Module):
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
 
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> normalised features (B, E)."""
-        return self.encode_prompted(images, (), patches)
+    def fingerprint(self) -> str:
+        """A fast one of the image tower's weights: two towers with the same one give the same features."""
+        return fingerprint(self.visual.state_dict().values())
 
-    @property
-    def is_prompted(self) -> bool:
-        """Whether features depend on more than the weights of the image tower."""
-        return False
+    # --- images ---
 
-    def encode_prompted(
-        self, images: Tensor, prompts: Sequence[Tensor] = (), patches: bool = False, run: Runner = call
-    ) -> Tensor:
-        """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks, see
-        `entering`; `run` calls each block, such as with gradient checkpointing. Features (B, E) in place of images stay
-        as they are. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
-        if images.ndim == 2:
-            return images
+    def encode_image(self, images: Images, prompts: Sequence[Tensor] = (), first: int = 0, run: Runner = call) -> Tensor:
+        """Images, in any form -> normalised features (B, E). ZooError for prompts in an image tower without blocks.
+
+        Args:
+            images: pixels (B, 3, H, W), normalised as `create_transform` does, or other `Inputs`.
+            prompts: (M, Dv) beside the image's own tokens, those for each block from `first` on, see `entering`.
+            run: calls each block, such as with gradient checkpointing.
+        """
+        inputs = as_inputs(images)
+        if isinstance(inputs, Features):
+            return inputs.x
         if not prompts and self.vision_tower_or_none is None:
-            return F.normalize(self.clip.encode_image(images), dim=-1)
-        x, block = self.embed(images, patches)
-        return self.vision_tower.features(self.vision_tower.run(x, prompts, block, run=run))
+            return F.normalize(self.clip.encode_image(inputs.x), dim=-1)
+        entering = self.enter(inputs, first)
+        return self.vision_tower.features(self.vision_tower.run(entering.x, prompts, entering.block, run=run))
 
-    def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
-        """images or patch maps, see `encode_image` -> tokens x (B, N, Dv), and the block that they enter."""
-        return self.vision_tower.embed(images, patches), 0
+    def enter(self, images: Images, block: int = 0) -> Tokens:
+        """Images -> the tokens (B, N, Dv) that enter a block, or a later one if they are tokens that do."""
+        inputs, tower = as_inputs(images), self.vision_tower
+        if isinstance(inputs, Tokens):
+            x, start = inputs.x.to(tower.dtype), inputs.block
+        else:
+            x, start = tower.embed(inputs), 0
+        stop = max(start, block)
+        return Tokens(tower.run(x, (), start, stop), stop)
 
     def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
         return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
+
+    # --- texts ---
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """Token ids (n, L) of sentences, on the device of the CLIP; ZooError for one longer than the tower reads."""
@@ -128,51 +145,58 @@ class FrozenCLIP(nn.Module):
         length = self.text.context_length if own else getattr(self.tokenizer, "context_length", None)
         if length is None:  # a tokenizer of the user's
             return self.tokenizer(sentences).to(self.device)
-        ids = self.tokenizer(sentences, context_length=4 * length)  # as in `names.tokenize_names`
-        names.check_lengths([f"The text {text!r}" for text in sentences], names.last_tokens(ids) + 1, length)
+        ids = self.tokenizer(sentences, context_length=4 * length)  # as in `tokenize_names`
+        tokens.check_lengths([f"The text {text!r}" for text in sentences], tokens.last_tokens(ids) + 1, length)
         return ids[:, :length].to(self.device)
 
     def embed_words(self, phrase: str, n: int) -> Tensor:
         """The embeddings (n, Dt) of a phrase's first tokens."""
-        return self.text.token_embedding(self.tokenize([phrase])[0, names.start_tokens(self.tokenizer) :][:n]).float()
+        return self.text.token_embedding(self.tokenize([phrase])[0, tokens.start_tokens(self.tokenizer) :][:n]).float()
 
-    def tokenize_names(self, classnames: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
-        """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit. See `names`."""
-        return names.tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
+    def tokenize_names(self, names: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
+        """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit."""
+        return tokenize_names(names, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
 
     @torch.no_grad()
-    def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> Tensor:
+    def encode_sentences(self, names: Sequence[str], texts: Texts) -> Tensor:
         """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
         the normalised mean of their normalised features. ZooError as of `tokenize`."""
-        sentences, counts = names.class_texts(classnames, texts)
+        sentences, counts = class_texts(names, texts)
         ids = self.tokenize(sentences)
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
-        return features if counts is None else names.mean_of_texts(F.normalize(features, dim=-1), counts)
+        return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
 
     @torch.no_grad()
-    def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> Tensor:
+    def zero_shot_classifier(self, names: Sequence[str], texts: Texts = TEMPLATE) -> Tensor:
         """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each
         class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
         with suppress(ZooError):  # of another kind of tower, or a text that is too long, of which `tokenize` says more
             if self.text_tower.shares_prefix:  # no text is padded to the tower's length
                 prompts = [self.text.token_embedding.weight[:0]]
-                return prompted_text(self.text_tower, self.tokenize_names(classnames, 0, texts), prompts)
-        return F.normalize(self.encode_sentences(classnames, texts), dim=-1)
+                return prompted_text(self.text_tower, self.tokenize_names(names, 0, texts), prompts)
+        return F.normalize(self.encode_sentences(names, texts), dim=-1)
 
-    @torch.inference_mode()
-    def zero_shot_logits(self, images: Tensor, classifier: Tensor) -> Tensor:
-        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a text probe."""
-        return FrozenCLIP.logits(self, F.normalize(self.clip.encode_image(images), dim=-1), classifier)
+    # --- logits ---
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Normalised features (B, E), (C, E) -> exp(logit_scale) * cosine (B, C), plus SigLIP's bias."""
         logits = self.clip.logit_scale.exp() * (image_features @ text_features.T).to(self.clip.logit_scale.dtype)
         return logits if getattr(self.clip, "logit_bias", None) is None else logits + self.clip.logit_bias
 
-    def scaled(self, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    def scaled(self, text_features: Tensor) -> Linear:
         """`logits` of image features as a linear function: weight (C, E), and SigLIP's bias (C,), else zero."""
         weight = self.clip.logit_scale.exp() * text_features
         bias = weight.new_zeros(len(weight))
         if getattr(self.clip, "logit_bias", None) is not None:
             bias = bias + self.clip.logit_bias
         return weight, bias
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A fast fingerprint of weights: the sum of their 64-bit words, or of bytes if the size is not a multiple of 8."""
+    total = 0
+    for t in tensors:
+        flat = t.detach().reshape(-1)
+        in_words = flat.numel() * flat.element_size() % 8 == 0
+        total += int(flat.view(torch.int64 if in_words else torch.uint8).sum(dtype=torch.int64))
+    return f"{total % 2**64:016x}"

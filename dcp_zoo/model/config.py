@@ -48,8 +48,18 @@ class DCPConfig(Checked):
         return cls(**options)
 
 
-FORMAT_VERSION = 2  # the only one that is read
-OTHER_HEADS = ("linear", "prompts", "cache")  # kinds of heads besides DCP, see `dcp_zoo.zoo.factory.KINDS`
+@dataclass(frozen=True)
+class Abilities(Checked):
+    """What the heads of a method can do: one record, of the method and of each head's `config.json`."""
+
+    linear: bool = option(True, "its logits are a linear function of image features: it can be fused and exported")
+    fitted: bool = option(False, "its classifier is fitted to features of the training images: no text probe can follow")
+    coupled: bool = option(False, "the prompts of both towers rewrite each other, as explanations show")
+    transfers: bool = option(True, "it can classify into classes that it was not trained on")
+
+
+FORMAT_VERSION = 3  # the only one that is read
+HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.factory.KINDS`
 COUNT, PERCENT = {"min": 0}, {"min": 0, "max": 100}
 
 
@@ -69,16 +79,17 @@ class RecipeInfo(TypedDict, total=False):
 class _Identity(TypedDict):
     format_version: Annotated[int, {"choices": (FORMAT_VERSION,)}]
     clip: str  # open_clip's tag of its weights
+    method: str
+    head: Annotated[str, {"choices": HEADS}]
+    abilities: Abilities
+    texts: str | list[str] | dict[str, list[str]]  # a template or several, or sentences of each class; "" for none
 
 
 class HeadInfo(_Identity, total=False):
     """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
 
-    method: str  # missing for DCP, as the next
-    head: Annotated[str, {"choices": OTHER_HEADS}]
-    template: str | list[str] | dict[str, list[str]]  # one or several, or sentences of each class
     rest: str  # of a phrase, see `PromptHead`
-    descriptions: dict[str, list[str]]
+    read: list[str]  # the names that CLIP reads, where classes have been renamed
     dataset: str | None
     shots: Annotated[int | None, COUNT]
     seed: int
@@ -165,12 +176,16 @@ def read_config(directory: str | Path) -> HeadConfig:
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
     check(path, [] if config["label_names"] else ["label_names is empty"], advice)
-    if "method" in config["dcp"]:
-        check(path, [] if "head" in config["dcp"] else ["dcp.head is missing"], advice)
-    else:
+    if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)
     return config
+
+
+def made(config: HeadConfig) -> dict[str, Any]:
+    """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
+    omitted = ("format_version", "clip", "method", "head", "rest", "abilities", "texts", "read", "versions")
+    return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:

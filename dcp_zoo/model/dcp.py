@@ -6,6 +6,7 @@ Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (visio
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,24 +17,17 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import STATS, DCPConfig, HeadConfig
-from dcp_zoo.model.fused import FusedHead, both
+from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
+from dcp_zoo.model.clip import FrozenCLIP, Linear
+from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import (
-    NAME,
-    TEMPLATE,
-    Descriptions,
-    TextChunks,
-    Texts,
-    Tokenizer,
-    as_sentences,
-    check_classnames,
-    sentences_of,
-)
-from dcp_zoo.model.text_probe import Linear, TextProbe
-from dcp_zoo.model.towers.text import Start
-from dcp_zoo.model.towers.vision import Step, append_prompts
+from dcp_zoo.model.inputs import Images, Inputs, as_inputs
+from dcp_zoo.model.reading import Reading, joined
+from dcp_zoo.model.text_probe.probe import TextProbe
+from dcp_zoo.model.tokens import Tokenizer
+from dcp_zoo.model.towers.open_clip import Step, append_prompts
+from dcp_zoo.model.towers.text import Start, TextChunks
 
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
@@ -74,17 +68,16 @@ class DCP(Head):
     unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
 
     Args:
-        clip: an open_clip CLIP with a vision transformer, taken as it is; widths and depths are read from it.
+        clip: an open_clip CLIP with a vision transformer, taken as it is, or a `FrozenCLIP`; widths and depths are read
+            from it.
         classnames: one name per class; underscores are read as spaces.
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
         stats: see `stats`.
-        descriptions: sentences of each class, see `set_classnames`.
+        texts: sentences of each class, see `set_classnames`.
     """
 
-    method = "dcp"
-    is_prompted = is_coupled = True
-    saved_dtype = torch.float16
+    name_tokens: TextChunks
 
     def __init__(
         self,
@@ -94,23 +87,25 @@ class DCP(Head):
         *,
         tokenizer: Tokenizer | None = None,
         stats: str | None = None,
-        descriptions: Descriptions | None = None,
+        texts: Texts = TEMPLATE,
         **options: Any,
     ) -> None:
         super().__init__(clip, tokenizer)
+        self.method, self.abilities = "dcp", Abilities(coupled=True)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
         self.n_ctx = config.n_ctx
-        dv, dt = self.vision_tower.width, self.text_tower.width
-        room = self.text_tower.length - 4  # start, a name's token, full stop, end
+        vision, text = self.encoder.vision_tower, self.encoder.text_tower
+        dv, dt = vision.width, text.width
+        room = text.length - 4  # start, a name's token, full stop, end
         if config.n_ctx > room:
             raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
-        self.template = NAME  # follows the text prompts
+        self.behind = NAME  # follows the text prompts
         if config.ctx_init and config.n_ctx <= 4:
-            initial["text"] = self.embed_words(config.ctx_init, config.n_ctx)
-            self.template = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
+            initial["text"] = self.encoder.embed_words(config.ctx_init, config.n_ctx)
+            self.behind = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
         self.prompts = nn.ParameterDict(initial).to(self.device)
-        blocks = len(self.vision_blocks), len(self.text_blocks)
+        blocks = len(vision.blocks), len(text.blocks)
         self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
         self.first_block = self.first_blocks[0]
         self.num_coupled = min(config.depth, *(n - f - 1 for n, f in zip(blocks, self.first_blocks, strict=True)))  # K
@@ -119,33 +114,36 @@ class DCP(Head):
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(modules)).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
-        self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
         self._cache, self._start_cache = WeightCache(), WeightCache()
-        self.descriptions: Descriptions | None = None
-        self.set_classnames(classnames, descriptions)
+        self.register_module("name_tokens", None)
+        self.classify_into(matched(check_classnames(classnames)), texts)
         self.stats = stats
 
-    def forward(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features.
-        With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead, or of all that is
-        frozen, the tokens (B, N, Dv) that enter `first_block`."""
+    @classmethod
+    def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "DCP":
+        """The head of a checkpoint, by its `config.json`, which `load_head` then loads."""
+        options = DCPConfig.from_options(config["model_args"])
+        return cls(clip, config["label_names"], options, texts=config["dcp"]["texts"])
+
+    def forward(self, images: Images) -> Tensor:
+        """Images (B, 3, H, W), normalised as `create_transform` does, or other `Inputs` -> logits (B, C), without
+        classes features. Tokens are those that enter `first_block`."""
         if self.num_classes == 0 or self.stats == "stored":
-            return super().forward(images, patches)
-        if self.stats == "per-image" and len(images) > 1:
-            return torch.cat([self(image, patches) for image in images.split(1)])
-        features, text_features = self.encode(images, patches)
-        logits = self.logits(features, text_features)
+            return super().forward(images)
+        inputs = as_inputs(images)
+        if self.stats == "per-image" and len(inputs) > 1:
+            return torch.cat([self(image) for image in inputs.split(1)])
+        features, text_features = self.encode(inputs)
+        logits = self.encoder.logits(features, text_features)
         if self.text_probe is None:
             return logits
-        if self.reads_frozen:
-            frozen = self.encode_frozen(images, patches)
-            logits = (logits + F.linear(frozen, *self.frozen_linear())) / 2
-            features = both(features, frozen)
-        return self.text_probe(logits, features, self.classnames)
+        others = [(other.encode(inputs), other.start()) for other in self.reads[1:]]
+        logits = torch.stack([logits, *(F.linear(f, *linear) for f, linear in others)]).mean(0)
+        return self.text_probe(logits, joined([features, *(f for f, _ in others)]), self.classes)
 
-    def encode(self, images: Tensor, patches: bool = False) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W), one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
-        image_features, text_features = self._encode(images, patches)
+    def encode(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
+        image_features, text_features = self._encode(as_inputs(images))
         return image_features, text_features()
 
     def couplings(self, stats: Callable[[int], Tensor], names: TextChunks | None = None) -> Iterator[Step]:
@@ -159,19 +157,20 @@ class DCP(Head):
         """
         (first_v, first_t), names = self.first_blocks, names or self.name_tokens
         start = self._text_start(names) if first_t else None
-        text = self.text_tower.begin(self.prompts["text"], names, self._checkpointed, start)
-        for i in range(max(len(self.vision_blocks) - first_v, len(self.text_blocks) - first_t)):
+        text = self.encoder.text_tower.begin(self.prompts["text"], names, self._checkpointed, start)
+        vision_blocks, text_blocks = len(self.encoder.vision_tower.blocks), len(self.encoder.text_tower.blocks)
+        for i in range(max(vision_blocks - first_v, text_blocks - first_t)):
             v = t = new_v = new_t = None
             if i == 0:
                 new_v, new_t = self.prompts["vision"], text.prompts(self.config.pooling)
                 if first_v == 0:
-                    new_v = self.vision_tower.embed_prompts(new_v)
+                    new_v = self.encoder.vision_tower.embed_prompts(new_v)
             elif i <= self.num_coupled:
                 v, t = stats(i), text.prompts(self.config.pooling)
                 new_v, new_t = self.couple(i, v, t)
                 if self.config.coupling == "bidirectional":
                     text.replace(new_t)
-            if first_t + i < len(self.text_blocks):
+            if first_t + i < text_blocks:
                 text.step()
             yield Step(first_v + i, v, t, new_v, new_t, text)
 
@@ -179,7 +178,8 @@ class DCP(Head):
     def _text_start(self, names: TextChunks) -> Start:
         """What enters the text tower's first block with prompts: frozen, so computed again only if a weight changes."""
         first = self.first_blocks[1]
-        return self._start_cache(lambda: self.text_tower.start(names, first), self.text.parameters(), names)
+        text, tower = self.encoder.text, self.encoder.text_tower
+        return self._start_cache(lambda: tower.start(names, first), text.parameters(), names)
 
     def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
@@ -187,25 +187,20 @@ class DCP(Head):
         v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
         return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
 
-    def pool_with(self, mean: Callable[[Tensor], Tensor] | None) -> None:
-        """See `Head.pool_with`; ZooError for another pooling than the mean."""
-        if mean is not None and self.config.pooling != "mean":
-            raise ZooError(f"Training in several processes supports only pooling=mean, not {self.config.pooling}.")
-        self.batch_mean = mean
-
     def pool(self, v: Tensor) -> Tensor:
         """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
         if self.config.pooling == "mean":
-            return self.batch_mean(v) if self.batch_mean and self.training else v.mean(0)
+            return v.mean(0)
         return v.amax(0) if self.config.pooling == "max" else v[0]
 
-    def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Both towers side by side on one batch (B, 3, H, W): each step, and the tokens (B, N + M, Dv) that enter and
+    def walk(self, images: Images, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """Both towers side by side on one batch: each step, and the tokens (B, N + M, Dv) that enter and
         leave its vision block, the prompts last. With `last`, only the pooled tokens leave the last block."""
-        x, block = self.embed(images, patches)
-        n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
-        for i in range(block, self.first_block):
-            entering, x = x, self.vision_tower.block(i, x)
+        tower, entered = self.encoder.vision_tower, self.encoder.enter(images)
+        x, n = entered.x, entered.x.shape[1]
+        stored = self.stored_stats if self.stats == "stored" else None
+        for i in range(entered.block, self.first_block):
+            entering, x = x, tower.block(i, x)
             yield Step(i), entering, x
 
         def stats(i: int) -> Tensor:
@@ -215,30 +210,19 @@ class DCP(Head):
             if step.new_v is not None:
                 x = append_prompts(x[:, :n], step.new_v)
             entering = x
-            if step.block < len(self.vision_blocks):
-                final = last and step.block == len(self.vision_blocks) - 1
-                x = self._checkpointed(self.vision_tower.block, step.block, x, None, final)
+            if step.block < len(tower.blocks):
+                final = last and step.block == len(tower.blocks) - 1
+                x = self._checkpointed(tower.block, step.block, x, None, final)
             yield step, entering, x
 
-    def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
-        """See `FrozenCLIP.embed`; images may also be the tokens (B, N, Dv) that enter `first_block`."""
-        if images.ndim == 3:
-            return images.to(self.vision_tower.dtype), self.first_block
-        return super().embed(images, patches)
-
-    def enter(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images as in `forward` -> the tokens (B, N, Dv) that enter the first block with prompts: frozen CLIP's."""
-        x, block = self.embed(images, patches)
-        return self.vision_tower.run(x, (), block, self.first_block)
-
-    def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _encode(self, inputs: Inputs) -> tuple[Tensor, Callable[[], Tensor]]:
         """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
         if self.stats == "stored":  # the text is known: the towers need not run side by side
             prompts, text_features = self._constants()
-            x = self.vision_tower.run(self.enter(images, patches), prompts, self.first_block, run=self._checkpointed)
-            return self.vision_tower.features(x), lambda: text_features
-        ((step, _, x),) = deque(self.walk(images, patches, last=True), 1)
-        return self.vision_tower.features(x), step.text.features
+            own = self.encoder.encode_image(inputs, prompts, self.first_block, self._checkpointed)
+            return own, lambda: text_features
+        ((step, _, x),) = deque(self.walk(inputs, last=True), 1)
+        return self.encoder.vision_tower.features(x), step.text.features
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
         """Copies of what depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision
@@ -275,7 +259,7 @@ class DCP(Head):
         self._stats = stats
 
     @torch.no_grad()
-    def store_stats(self, images: Tensor | Iterable[Any], patches: bool = False) -> None:
+    def store_stats(self, images: Images | Iterable[Any]) -> None:
         """Measure and store the statistics, so that logits depend on no batch. ZooError for no images or an iterator.
 
         All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
@@ -284,9 +268,8 @@ class DCP(Head):
         Args:
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
                 again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
-            patches: see `forward`.
         """
-        chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
+        chunks: Iterable[Any] = images.split(64) if isinstance(images, (Tensor, Inputs)) else images
         if iter(chunks) is chunks:
             raise ZooError("store_stats reads the images once for every block: pass a tensor, a list or a DataLoader.")
         prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
@@ -300,9 +283,9 @@ class DCP(Head):
             first, done = self.first_block, len(prompts) - 1 if kept else 0
             left: list[Tensor] | None = []
             inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk for chunk in chunks)
-            for x in kept or (self.enter(batch.to(self.device), patches) for batch in inputs):
+            for x in kept or (self.encoder.enter(batch.to(self.device), first).x for batch in inputs):
                 tokens = x.shape[1]
-                x = self.vision_tower.run(x, prompts[done:], first + done, first + len(prompts))
+                x = self.encoder.vision_tower.run(x, prompts[done:], first + done, first + len(prompts))
                 if left is not None:
                     left.append(x[:, :tokens])
                     left = left if sum(t.nbytes for t in left) < KEPT_BYTES else None
@@ -330,40 +313,32 @@ class DCP(Head):
             if weight is None:
                 self.text_probe = None
             elif own is None or own.weight.shape != weight.shape:
-                width = FrozenCLIP(self.clip, self.tokenizer).num_features
-                self.text_probe = TextProbe(self.classnames, width, weight.shape[1] // width).to(weight.device)
+                width = self.encoder.num_features
+                self.text_probe = TextProbe(self.classes, width, weight.shape[1] // width).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
-        """Classify into these classes from now on; one that the text probe has not seen by its text alone. ZooError for
-        no names, empty ones, texts longer than the text tower's context, or a class without sentences.
+    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+        """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
+        normalised features. Without these, a template is what plain CLIP reads; {} takes the sentences away."""
+        now = self.texts if texts is None else texts or TEMPLATE
+        self.name_tokens = self._tokens(read_of(classes), now)
+        self._keep(classes, now)
 
-        Args:
-            classnames: one per class.
-            texts: sentences of each class. They follow the prompts in place of `name.`, and a class is the normalised
-                mean of their normalised features. Default, and for a template: the current ones; {} for none.
-        """
-        names = check_classnames(classnames)
-        descriptions = texts if isinstance(texts, Mapping) else self.descriptions
-        self.name_tokens = self.tokenize_names(names, self.config.n_ctx, descriptions or self.template)
-        self.rely_on_texts(descriptions or self.template, self.descriptions or self.template)
-        self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
+    def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
+        """What follows the text prompts of each class."""
+        behind = texts if isinstance(texts, Mapping) else self.behind
+        return self.encoder.tokenize_names(names, self.config.n_ctx, behind)
 
-    def keep_texts(self, name: str, new: str) -> None:
-        texts = as_sentences(self.classnames, self.descriptions or self.template)
-        self.descriptions = {new if known == name else known: own for known, own in texts.items()}
+    def _text_linear(self) -> Linear:
+        return self.encoder.scaled(self.encode_text())
 
-    @property
-    def texts(self) -> Texts:
-        return self.descriptions or TEMPLATE
+    def own_reading(self) -> Reading:
+        return Reading(self.encoder, self._encode_own, self._text_linear, self.image_prompts)
 
-    def own_linear(self) -> Linear:
-        return self.scaled(self.encode_text())
-
-    def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
-        """See `Head.add_class`; with stored statistics. Among classes with descriptions, a new one has its name."""
-        if self.descriptions and name not in self.classnames:
-            self.descriptions = {name: [self.template.format(name.replace("_", " "))], **self.descriptions}
+    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+        """See `Head.add_class`; with stored statistics. Among classes with sentences, a new one has its name."""
+        if isinstance(self.texts, Mapping) and isinstance(name, str) and name not in self.classnames:
+            self.texts = {name: [self.behind.format(name.replace("_", " "))], **self.texts}
         stats, self._stats = self._stats, None  # stored
         try:
             with in_eval_mode(self):
@@ -375,16 +350,11 @@ class DCP(Head):
         """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
         return self._constants()[0]
 
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """See `Head.encode_image`; with current statistics. Both readings share the blocks that no prompts enter."""
-        if self.reads_frozen:
-            images, patches = self.enter(images, patches), True
-        return super().encode_image(images, patches)
-
-    def encode_own(self, images: Tensor, patches: bool = False) -> Tensor:
-        if self.stats == "per-image" and len(images) > 1:
-            return torch.cat([self.encode_own(image, patches) for image in images.split(1)])
-        return self._encode(images, patches)[0]
+    def _encode_own(self, images: Images) -> Tensor:
+        inputs = as_inputs(images)
+        if self.stats == "per-image" and len(inputs) > 1:
+            return torch.cat([self._encode_own(image) for image in inputs.split(1)])
+        return self._encode(inputs)[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:
@@ -394,8 +364,7 @@ class DCP(Head):
             raise ZooError(f"{problem}: call model.store_stats(images) and use these, or call the model itself.")
         if classnames is None:
             return self._constants()[1]
-        names = check_classnames(classnames)
-        return self._run_text(self.tokenize_names(names, self.config.n_ctx, self.descriptions or self.template))[1]
+        return self._run_text(self._tokens(check_classnames(classnames), self.texts))[1]
 
     def trained_state(self) -> dict[str, Tensor]:
         """Prompts and CMPA, and the stored statistics if there are any."""
@@ -403,8 +372,7 @@ class DCP(Head):
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
 
     def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        texts = self.descriptions
-        return self.config.as_dict(), {"descriptions": sentences_of(self.classnames, texts)} if texts else {}
+        return self.config.as_dict(), {"head": "dcp"}
 
     def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""
@@ -413,13 +381,9 @@ class DCP(Head):
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats
 
-    def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        """See `Head.load_trained`; also the checkpoint's descriptions of the classes, if the model was given none."""
-        given, stored = self.descriptions, config["dcp"].get("descriptions")
-        if stored and given is None:
-            self.set_classnames(self.classnames, stored)
-        super().load_trained(state, config)
-        self.rely_on_texts(given or stored or self.template, stored or self.template)
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+        """See `Head.save_pretrained`."""
+        return super().save_pretrained(directory, dtype, **info)
 
     def fuse(self) -> FusedHead:
         chosen, self.stats = self._stats, "stored"

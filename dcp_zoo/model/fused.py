@@ -18,10 +18,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
-from dcp_zoo.model.text_probe import nearest
+from dcp_zoo.model.reading import joined
+from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.model.towers import vision_tower
-from dcp_zoo.model.towers.blocks import OpenClipBlock
-from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower
+from dcp_zoo.model.towers.open_clip import OpenClipBlock, OpenClipViT, VisionTower
 
 
 class ImageTower(nn.Module):
@@ -67,17 +67,18 @@ class FusedHead(ImageTower):
         x = tower.run(tower.embed(images), (), stop=first)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
         own = tower.features(tower.run(x, [*constants, self.prompts], first))
-        if not self.config["reads_frozen"]:
+        if self.config["readings"] == 1:
             return own
-        return both(own, tower.features(tower.run(x, (), first)) if self.original is None else self.original(images))
+        plain = tower.features(tower.run(x, (), first)) if self.original is None else self.original(images)
+        return joined([own, plain])
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
-        return self.logits(self.encode_image(images))
+        return self.classify(self.encode_image(images))
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Normalised features (B, E) -> logits (B, C)."""
-        return features @ self.classifier.T + self.bias
+    def classify(self, features: Tensor) -> Tensor:
+        """Normalised features (B, F) -> logits (B, C), in the precision of the classifier's weights."""
+        return features.to(self.classifier.dtype) @ self.classifier.T + self.bias
 
     def fuse(self) -> "FusedHead":
         """Itself."""
@@ -88,15 +89,10 @@ class FusedHead(ImageTower):
         """Whether there is a threshold to reject images."""
         return "threshold" in self.info
 
-    def distance(self, features: Tensor) -> Tensor:
-        """Normalised features (B, E) -> `TextProbe.distance` (B,), of a head that can reject."""
-        frozen = features[:, -len(self.whitening) :] * math.sqrt(1 + self.config["reads_frozen"])
-        return nearest(frozen, self.whitening, self.means)
-
-
-def both(own: Tensor, frozen: Tensor) -> Tensor:
-    """Normalised features (B, E) of the method and of the frozen tower -> those of both (B, 2E)."""
-    return torch.cat([own, frozen], -1) / math.sqrt(2)
+    def distances(self, features: Tensor) -> Tensor:
+        """Normalised features (B, F) -> `TextProbe.distance` (B,), of a head that can reject."""
+        plain = features[:, -len(self.whitening) :] * math.sqrt(self.config["readings"])
+        return nearest(plain, self.whitening, self.means)
 
 
 class Attention(nn.Module):
@@ -152,15 +148,16 @@ def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -
 def fuse(model: Any) -> FusedHead:
     """Fuse a model with stored statistics; see `Head.fuse`. Unchanged frozen weights are shared with it."""
     with in_eval_mode(model):  # do not pool over a batch
-        state = _constants(model)
+        reads, state = model.reads, _constants(model)
         state["classifier"], state["bias"] = model.linear()
         if not model.cannot_reject:
-            state["whitening"], state["means"] = model.text_probe.measure(model.classnames)
+            state["whitening"], state["means"] = model.text_probe.measure(model.classes)
     shapes = {name: list(t.shape) for name, t in state.items()}
-    config = {"clip": _tower_config(model), "first": model.first_block, "shapes": shapes}
-    config |= {"reads_frozen": model.reads_frozen, "has_original": model.reads_frozen and model.has_changed_tower}
-    original = _shared(model.frozen.visual) if config["has_original"] else None
-    fused = FusedHead(config, fused_info(model), _shared(model.visual), original)
+    config = {"clip": _tower_config(model.readings[0].encoder), "first": model.first_block, "shapes": shapes}
+    plain = reads[-1].encoder
+    config |= {"readings": len(reads), "has_original": plain is not reads[0].encoder}
+    original = _shared(plain.visual) if config["has_original"] else None
+    fused = FusedHead(config, fused_info(model), _shared(reads[0].encoder.visual), original)
     state |= {name: t for name, t in fused.state_dict().items() if name not in state}
     fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
     return fused.eval()
@@ -173,8 +170,9 @@ def _shared(visual: nn.Module) -> nn.Module:
 
 def _constants(model: Any) -> dict[str, Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
-    tower = model.vision_tower
-    prompts = model.image_prompts() or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
+    reading = model.readings[0]
+    tower = reading.encoder.vision_tower
+    prompts = (reading.prompts and reading.prompts()) or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
     last, blocks = len(prompts) - 1, tower.blocks[model.first_block :]
     constant = min(last + (last == len(blocks) - 1), len(blocks))  # the last block computes the pooled tokens only
     entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(blocks, prompts, strict=False)]
@@ -210,7 +208,7 @@ def fused_info(model: Any) -> dict[str, Any]:
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {
-        "model": model.architecture,
+        "model": model.encoder.architecture,
         "tag": cfg.get("tag"),
         **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
         "classnames": list(model.classnames),

@@ -1,58 +1,66 @@
 """The methods besides `forward` that timm's functions and scripts call on a model."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import Texts
-from dcp_zoo.model.towers.blocks import checkpointed
-from dcp_zoo.model.towers.vision import Step
+from dcp_zoo.model.clip import FrozenCLIP, Linear
+from dcp_zoo.model.inputs import Images
+from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.classes import Class
+    from dcp_zoo.model.reading import Reading
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
 
-class TimmContract(FrozenCLIP, ABC):
-    """timm's contract for all heads, whose classifier reads features of width E. Its abstract methods are `Head`'s."""
+class TimmContract(nn.Module, ABC):
+    """timm's contract for all heads, whose classifier reads features of width F. It asks a head for these:"""
 
-    classnames: list[str]
+    encoder: FrozenCLIP
+    classes: "list[Class]"
     num_classes: int
+    classnames: list[str]
+    readings: "list[Reading]"
+    reads: "list[Reading]"
     stats: str
+    encode_image: Callable[[Images], Tensor]
+    classify: Callable[[Tensor], Tensor]
+    linear: Callable[[], Linear]
+    set_classnames: Callable[..., None]
 
-    @abstractmethod
-    def classify(self, features: Tensor) -> Tensor: ...
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
 
-    @abstractmethod
-    def linear(self) -> tuple[Tensor, Tensor]: ...
-
-    @abstractmethod
-    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None: ...
-
-    @abstractmethod
-    def walk(self, images: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]: ...
+    @property
+    def num_features(self) -> int:
+        """F, the width of the features that the classifier reads."""
+        return sum(reading.encoder.num_features for reading in self.reads)
 
     @property
     def head_hidden_size(self) -> int:
-        """E, the width of what `forward_head(pre_logits=True)` returns."""
+        """F, the width of what `forward_head(pre_logits=True)` returns."""
         return self.num_features
 
-    grad_checkpointing = False
+    _grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each vision block and each chunk of class names in the backward pass: less memory, more time."""
-        self.grad_checkpointing = enable
+        self._grad_checkpointing = enable
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
-        return checkpointed(function, *args) if self.grad_checkpointing else function(*args)
+        return checkpointed(function, *args) if self._grad_checkpointing else function(*args)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> normalised image features (B, E)."""
+        """images (B, 3, H, W) -> normalised image features (B, F)."""
         return self.encode_image(images)
 
     def forward_intermediates(
@@ -80,8 +88,9 @@ class TimmContract(FrozenCLIP, ABC):
             intermediates_only: omit the image features.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        tower, blocks = self.vision_tower, take_blocks(indices, len(self.vision_blocks))
-        stop = blocks[-1] if stop_early or intermediates_only else len(self.vision_blocks) - 1
+        tower = self.encoder.vision_tower
+        blocks = take_blocks(indices, len(tower.blocks))
+        stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         *intermediates, final = tokens_after(self, images, blocks, stop)
         if norm:
             intermediates = [tower.norm(x) for x in intermediates]
@@ -101,12 +110,12 @@ class TimmContract(FrozenCLIP, ABC):
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """timm's description of each vision block's feature map: channels, reduction and module."""
-        tower = self.vision_tower
-        names = [f"clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
+        tower = self.encoder.vision_tower
+        names = [f"encoder.clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
         return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, E) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
+        """Features (B, F) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
         return self.classify(features)
@@ -134,7 +143,7 @@ class TimmContract(FrozenCLIP, ABC):
             self.set_classnames(num_classes)
             return
         if num_classes == 0:
-            self.classnames, self.num_classes = list[str](), 0
+            self.classes = []
             return
         names = self.classnames if classnames is None else list(classnames)
         if len(names) != num_classes:
@@ -143,9 +152,20 @@ class TimmContract(FrozenCLIP, ABC):
             raise ZooError(f"{problem}: pass {num_classes} of them, {advice}.")
         self.set_classnames(names)
 
+    def walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
+        tower, reading = self.encoder.vision_tower, self.readings[0]
+        x, prompts = tower.embed(images), reading.prompts() if reading.prompts else []
+        n = x.shape[1]
+        for i in range(len(tower.blocks)):
+            x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
+            entering = x
+            x = tower.block(i, x)
+            yield Step(i), entering, x
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
-        return {"stem": r"^(?:prompts|clip)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
+        return {"stem": r"^(?:prompts|encoder)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
@@ -175,7 +195,7 @@ def tokens_after(model: TimmContract, images: Tensor, blocks: Sequence[int], sto
         return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]
     outputs = []
     for step, _, x in model.walk(images):
-        x = x[:, : model.vision_tower.num_tokens]
+        x = x[:, : model.encoder.vision_tower.num_tokens]
         if step.block in blocks:
             outputs.append(x)
         if step.block == stop:

@@ -174,22 +174,11 @@ def image_key(image: str | Path | Image.Image) -> str:
     return f"{archive} {found.st_mtime_ns} {found.st_size} {inside}"
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A fast fingerprint of weights: the sum of their 64-bit words, or of bytes if the size is not a multiple of 8."""
-    total = 0
-    for t in tensors:
-        flat = t.detach().reshape(-1)
-        in_words = flat.numel() * flat.element_size() % 8 == 0
-        total += int(flat.view(torch.int64 if in_words else torch.uint8).sum(dtype=torch.int64))
-    return f"{total % 2**64:016x}"
-
-
 def tower_setting(model: FrozenCLIP, what: str, precision: str = "float32") -> str:
     """What features of a frozen image tower depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
-    state, cfg = model.visual.state_dict().values(), model.pretrained_cfg
-    preprocessing = [cfg.get(name) for name in PREPROCESSING]
-    return f"{what} {fingerprint(state)} {model.device.type} {preprocessing} {computed_by()}"
+    preprocessing = [model.pretrained_cfg.get(name) for name in PREPROCESSING]
+    return f"{what} {model.fingerprint()} {model.device.type} {preprocessing} {computed_by()}"
 
 
 @cache

@@ -1,24 +1,24 @@
 """The images that a model reads: loaded, transformed, shuffled, and run through a frozen stem only once."""
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, default_collate
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.head import Head
+from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels
+from dcp_zoo.model.reading import Reading
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
@@ -39,14 +39,15 @@ def by_image(progress: Progress, batches: Iterable[Any], description: str, image
 
 @dataclass
 class ImageSource:
-    """The images of a list of items, ready for `model`; `batches` can be called again while others are in use.
+    """The images of a list of items, ready for a CLIP; `batches` can be called again while others are in use.
 
     Attributes:
+        clip: whose preprocessing they get, and whose plain features `features` are.
         items: the items to read.
-        model: a head, or a plain CLIP.
-        views: read instead of images, if set: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
-            embedding, tokens (views, n, N, Dv) that enter the first block with prompts, or features (views, n, E) of a
-            frozen image tower. View 0 is the test transform's, view 1 its mirror image.
+        views: read instead of images, if set: (views, n, ...) of the kind that `form` makes of a part of them. View 0
+            is the test transform's, view 1 its mirror image.
+        form: what batches are: pixels; or stored `Maps` of a hybrid CLIP's frozen patch embedding, `Tokens` that enter
+            a block, or `Features`.
         flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
         crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
@@ -55,33 +56,23 @@ class ImageSource:
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
 
-    model: FrozenCLIP
+    clip: FrozenCLIP
     items: Sequence[Item]
     transform: Callable[[Any], Tensor]
     views: Tensor | None = None
+    form: Callable[[Tensor], Inputs] = Pixels
     workers: int = 0
     flips: bool = False
     crops: bool = False
     once: bool = False
     precision: str = "float32"
     targets: Tensor | None = field(default=None, init=False)
-    _features: Tensor | None = field(default=None, init=False)  # of an image tower without prompts, see `features`
-    _original: "ImageSource | None" = field(default=None, init=False)  # for the same image tower, which keeps these
+    _features: Tensor | None = field(default=None, init=False)  # see `features`
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        """Shared by all epochs and by copies for other models, so that each file is decoded once."""
+        """Shared by all epochs, so that each file is decoded once."""
         return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES)
-
-    def for_model(self, model: FrozenCLIP) -> "ImageSource":
-        """The same images, with their stored views, for another model on the same frozen patch embedding."""
-        if model is self.model:
-            return self
-        other = copy.copy(self)
-        other.model, other._features = model, None
-        same = model.visual is self.model.visual and not (model.is_prompted or self.model.is_prompted)
-        other._original = (self._original or self) if same else None
-        return other
 
     def of(self, rows: Sequence[int]) -> "ImageSource":
         """The images at these positions."""
@@ -91,20 +82,9 @@ class ImageSource:
         return replace(self, items=[self.items[i] for i in rows], views=views)
 
     @property
-    def head(self) -> Head:
-        """The model, where it is a head."""
-        assert isinstance(self.model, Head)
-        return self.model
-
-    @property
-    def patches(self) -> bool:
-        """Whether batches are patch maps or tokens, for `model(inputs, patches=True)`, instead of images."""
-        return self.views is not None and self.views.ndim > 3
-
-    @property
     def has_features(self) -> bool:
         """Whether features are given, and no images."""
-        return self.views is not None and self.views.ndim == 3
+        return self.form is Features
 
     @property
     def num_views(self) -> int:
@@ -119,24 +99,27 @@ class ImageSource:
         """Classes that have images here."""
         return len({item.label for item in self.items})
 
-    @torch.no_grad()
     def features(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
-        """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those
-        of a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default
-        all that `batches` show. Given ones stay as they are."""
+        """Normalised features (V, n, E) of all images in order by the plain CLIP, in float32 on the CPU; computed once,
+        unless each pass crops anew. `views`: 1 for view 0, 2 for its mirror image as well; by default all that
+        `batches` show. Given ones stay as they are."""
         if self.views is not None and self.has_features:
             return self.views[:views].float()
-        if self._original is not None:
-            return self._original.features(views, progress)
         count = views or self.num_views
         count = count if self.views is None else min(count, len(self.views))
         if self._features is not None and len(self._features) >= count:
             return self._features[:count]
-        kept = "" if self.model.is_prompted or self.crops else "features"
-        found = encode_views(self, self.model.encode_image, count, progress, kept=kept).float()
+        kept = "" if self.crops else "features"
+        found = encode_views(self, self.clip.encode_image, count, progress, kept=kept).float()
         if kept:
             self._features = found
         return found
+
+    def read_by(self, reading: Reading, views: int | None = None, progress: Progress = no_progress) -> Tensor:
+        """`features` as a head reads them: those of the plain CLIP, unless a method changed them."""
+        if reading.encoder is self.clip and not reading.is_prompted:
+            return self.features(views, progress)
+        return encode_views(self, reading.encode, views or self.num_views, progress).float()
 
     def batches(
         self,
@@ -148,7 +131,7 @@ class ImageSource:
         drop_last: bool = True,
     ) -> Iterable[Any]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
-        `targets` then ((inputs, labels), targets). Random draws depend only on the generator, for crops without one on
+        `targets` then (inputs, labels, targets). Random draws depend only on the generator, for crops without one on
         torch's random state, not on the number of workers, the `first` batch read, or the `part` (i, n) of each batch,
         the i-th of n."""
         n, shuffle = len(self.items), generator is not None
@@ -171,12 +154,19 @@ class ImageSource:
         workers = self.workers if self.views is None else 0
         # without a generator DataLoader would draw from torch's global state; workers end with the epoch
         settings: dict[str, Any] = {"generator": generator or torch.Generator(), "num_workers": workers}
-        pinned = workers > 0 and self.model.device.type == "cuda"
-        return DataLoader(dataset, batch_sampler=batches[first:], pin_memory=pinned, **settings)
+        pinned, collate = workers > 0 and self.clip.device.type == "cuda", partial(_collated, self.form)
+        return DataLoader(dataset, batch_sampler=batches[first:], pin_memory=pinned, collate_fn=collate, **settings)
+
+
+def _collated(form: Callable[[Tensor], Inputs], samples: list[Any]) -> tuple[Any, ...]:
+    """Samples (x, label), or ((x, label), target) -> a batch (inputs, labels), or (inputs, labels, targets)."""
+    batch = default_collate(samples)
+    (x, labels), *targets = batch if isinstance(batch[0], (tuple, list)) else [batch]
+    return form(x), labels, *targets
 
 
 def image_source(
-    model: FrozenCLIP,
+    clip: FrozenCLIP,
     items: Sequence[Item],
     augment: str = "none",
     workers: int = 0,
@@ -184,27 +174,22 @@ def image_source(
     once: bool = False,
     precision: str = "float32",
 ) -> ImageSource:
-    """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
+    """Images for a CLIP, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
-    may have features (E,) of the image tower as their paths; ZooError for another one's, or if prompts enter it."""
+    may have features (E,) of the CLIP as their paths; ZooError for another one's."""
     if items and isinstance(items[0].path, Tensor):
         given = torch.stack([item.path for item in items])
-        if model.is_prompted or given.shape[1] != model.num_features:
-            reads = "images alone, as prompts enter its tower" if model.is_prompted else f"{model.num_features} columns"
-            raise ZooError(f"Features {tuple(given.shape)} do not fit: this model reads {reads}. See `transform`.")
-        return ImageSource(model, items, create_transform(model), views=given[None])
+        if given.shape[1] != clip.num_features:
+            reads = f"this model reads {clip.num_features} columns"
+            raise ZooError(f"Features {tuple(given.shape)} do not fit: {reads}. See `transform`.")
+        return ImageSource(clip, items, create_transform(clip), views=given[None], form=Features)
     crops = augment == "crop-flip"
-    source = ImageSource(
-        model, items, create_transform(model, is_training=crops), workers=workers, crops=crops, once=once
-    )
-    stem, views = model.stem, 2 if augment == "flip" else 1
+    source = ImageSource(clip, items, create_transform(clip, crops), workers=workers, crops=crops, once=once)
+    stem, views = clip.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
-
-        def patch_maps(images: Tensor, patches: bool) -> Tensor:
-            return stem.patch_maps(images)
-
-        source.views = encode_views(source, patch_maps, views, progress, "images", "patches")
+        source.views = encode_views(source, lambda inputs: stem.patch_maps(inputs.x), views, progress, "images", "patches")
+        source.form = Maps
     else:
         source.flips = augment == "flip"
     source.precision = precision  # not of patch maps, which other models may read
@@ -220,20 +205,21 @@ def encode_views(
     description: str = "image features",
     kept: str = "",
 ) -> Tensor:
-    """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
+    """What `encode`, inputs -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
     on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed,
     if it depends on the frozen image tower alone; `per_image` may know it already."""
-    device, patches = source.model.device, source.patches
+    device, form = source.clip.device, source.form
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
             read: Iterable[Any] = zip(*(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True)
         else:
-            read = ((x, x.flip(-1)) if views == 2 else (x,) for x, _ in part.batches(VIEW_BATCH))
+            pixels = (inputs.x for inputs, _ in part.batches(VIEW_BATCH))
+            read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)
         for shown in by_image(progress, read, description, len(rows)):
             with autocast(device, source.precision):
-                found = [encode(x.to(device), patches=patches).cpu() for x in shown]
+                found = [encode(form(x.to(device))).cpu() for x in shown]
             yield torch.stack(found)
 
     if not kept:
@@ -241,6 +227,6 @@ def encode_views(
     views = views if source.views is None else min(views, len(source.views))
 
     def setting() -> str:
-        return tower_setting(source.model, kept, source.precision)
+        return tower_setting(source.clip, kept, source.precision)
 
     return per_image([item.path for item in source.items], setting, views, batches)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.checkpoint import check_finite
+from dcp_zoo.model.checkpoint import check_finite, check_fits
 from dcp_zoo.model.config import PHRASE
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
@@ -140,8 +140,9 @@ def renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch
 
 def check_clip(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
     """Raise ZooError unless the frozen CLIP among `tensors` is the model's, up to float16."""
-    own = {f"visual.{name}": p for name, p in model.visual.named_parameters()} | {"logit_scale": model.clip.logit_scale}
-    for name, p in model.text.named_parameters():
+    clip = model.encoder
+    own = {f"visual.{name}": p for name, p in clip.visual.named_parameters()} | {"logit_scale": clip.clip.logit_scale}
+    for name, p in clip.text.named_parameters():
         if not name.startswith(("visual.", "token_embedding.", "logit_")):
             own[f"text.{name}"] = p
     found = {name: t for name, t in tensors.items() if name.startswith(("visual.", "text.", "logit_scale"))}
@@ -163,9 +164,9 @@ def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path
     suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
     if len(suffix) != model.num_classes:
         raise ZooError(f"{path} was trained for {len(suffix)} classes, but {model.num_classes} class names are given.")
-    ids = model.tokenize([model.template.format(name.replace("_", " ")) for name in model.classnames])
+    ids = model.encoder.tokenize([model.behind.format(name.replace("_", " ")) for name in model.classnames])
     for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
-        embedded = model.text.token_embedding(row[1 : 1 + len(expected)])
+        embedded = model.encoder.text.token_embedding(row[1 : 1 + len(expected)])
         if not _agree(embedded, expected):
             raise ZooError(f"{path} was trained for another class in place of {name!r}: pass its class names in order.")
 
@@ -177,7 +178,7 @@ def load_trained(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path)
         prefix = f"block.{k + 1}."  # module k acts before block k + 1
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
-    model.check_fits(state, path)
+    check_fits(model, state, path)
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
     model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded

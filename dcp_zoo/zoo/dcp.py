@@ -111,10 +111,10 @@ def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
     """timm's feature extractor around a model: images (B, 3, H, W) -> a list of maps (B, Dv, h, w), by block."""
     from timm.models import build_model_with_cfg
 
-    blocks = take_blocks(out_indices, len(model.vision_blocks))
+    blocks = take_blocks(out_indices, len(model.encoder.vision_tower.blocks))
     return build_model_with_cfg(
         lambda **_: model,  # already built and loaded
-        model.architecture,
+        model.encoder.architecture,
         pretrained=False,
         pretrained_cfg=model.pretrained_cfg,
         feature_cfg={"out_indices": blocks, "feature_cls": "getter"},

@@ -1,7 +1,7 @@
 """From a name to a model, CLIP alone included, and its image transform."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,21 @@ from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.checkpoint import tensor_shapes
+from dcp_zoo.model.cache_head import CacheHead
+from dcp_zoo.model.checkpoint import load_head, tensor_shapes
+from dcp_zoo.model.classes import TEMPLATE, Descriptions
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
+from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head, load_head
-from dcp_zoo.model.linear_head import CacheHead, LinearHead
+from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
-from dcp_zoo.model.names import Descriptions, Tokenizer
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, described, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
-Kind = type[LinearHead] | type[PromptHead]
 # by the field `head` of a checkpoint's `dcp` block
-KINDS: dict[str, Kind] = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead}
+KINDS: dict[str, Any] = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead, "dcp": DCP}
 
 
 def create_model(
@@ -75,33 +74,27 @@ def create_model(
         check_choice("classifier", classifier, ("none",))
     source = resolve(name, pretrained, cache_dir)
     config, spec = _dcp_config(source, options, clip_pretrained), source.spec
-    clip_tag = check_tag(spec, clip_pretrained or source.clip_tag)
-    tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
-    clip = build_clip(spec, clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
-    load = source.folder if pretrained not in (False, "clip") else None
-    with skip_init(load is not None):
-        if config is None:
-            if pretrained == "clip":
-                made = f"{name} is a head of {source.info['method']}, which has no fresh prompts"
-                raise ZooError(f"{made}: pass pretrained=True for its weights.")
-            model = _other_head(clip, source, tokenizer)
-        else:
-            model = _dcp(clip, source, config, classnames, descriptions, tokenizer)
-    model.architecture, model.clip_source = spec.name, clip_tag
-    cfg = _timm_cfg(clip, spec, clip_tag)
-    if load and source.config:
-        load_head(model, load, source.config)
-        model.info, model.measured_classes = source.info, sorted(source.config["label_names"])
-    elif source.folder and not pretrained:
-        text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
-        warnings.warn(text, stacklevel=2)
-    if config is None and (classnames is not None or descriptions):
-        model.set_classnames(classnames or model.classnames, descriptions)
-    cfg |= {"num_classes": model.num_classes, "label_names": model.classnames}
-    model.pretrained_cfg = model.default_cfg = (source.head.pretrained_cfg if source.head and load else {}) | cfg
-    model.stats = stats
+    clip = load_clip(spec, clip_pretrained or source.clip_tag, bool(pretrained), tokenizer, cache_dir)
+    if source.config and pretrained not in (False, "clip"):
+        model = trained_head(clip, source)
+        if classnames is not None or descriptions:
+            model.set_classnames(model.classnames if classnames is None else classnames, descriptions)
+    else:
+        model = _fresh(clip, source, config, classnames, descriptions)
+        if source.folder and not pretrained:
+            text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
+            warnings.warn(text, stacklevel=2)
+    origin = source.head.pretrained_cfg if source.head and pretrained not in (False, "clip") else {}
+    told_timm(model, origin)
+    model.stats = stats or model.stats_modes[0]
     model.text_probe = None if classifier == "none" else model.text_probe
     return model
+
+
+def told_timm(head: Head, origin: Mapping[str, Any] = {}) -> None:
+    """Let a head say what timm reads of a model: its encoder's preprocessing, its classes and its origin."""
+    own = {"num_classes": head.num_classes, "label_names": head.classnames}
+    head.pretrained_cfg = head.default_cfg = {**origin, **head.encoder.pretrained_cfg, **own}
 
 
 def _dcp_config(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> DCPConfig | None:
@@ -109,9 +102,10 @@ def _dcp_config(source: Source, options: dict[str, Any], clip_pretrained: str | 
     options = {name: value for name, value in options.items() if value is not None}
     if source.folder is None or source.config is None:
         return DCPConfig.from_options(options)
-    if method := source.info.get("method"):
+    block = source.config["dcp"]
+    if block["head"] != "dcp":
         if options or clip_pretrained:
-            raise ZooError(f"A head of {method} has no options: omit {', '.join(options) or 'them'}.")
+            raise ZooError(f"A head of {block['method']} has no options: omit {', '.join(options) or 'them'}.")
         return None
     trained = DCPConfig.from_options(source.config["model_args"])
     DCPConfig.from_options(trained.as_dict() | options)  # raises for unknown ones
@@ -124,48 +118,63 @@ def _dcp_config(source: Source, options: dict[str, Any], clip_pretrained: str | 
     return trained
 
 
-def _dcp(
-    clip: nn.Module,
+def _fresh(
+    clip: FrozenCLIP,
     source: Source,
-    config: DCPConfig,
+    config: DCPConfig | None,
     classnames: Sequence[str] | None,
     descriptions: Descriptions | None,
-    tokenizer: Tokenizer | None,
 ) -> DCP:
     """A DCP with fresh prompts, for these classes, those of its checkpoint, or of the dataset in its name."""
+    if config is None:
+        assert source.config is not None
+        made = f"{source.folder} is a head of {source.config['dcp']['method']}, which has no fresh prompts"
+        raise ZooError(f"{made}: pass pretrained=True for its weights.")
     own = source.config["label_names"] if source.config else None
     names = classnames or own or dataset_classnames(source.head.dataset if source.head else "imagenet")
     with warnings.catch_warnings():
         if classnames is None:  # ImageNet's list has two pairs of classes with the same name
             warnings.filterwarnings("ignore", message="Repeated class names")
-        return DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
+        return DCP(clip, names, config, texts=descriptions or TEMPLATE)
 
 
-def _other_head(clip: nn.Module, source: Source, tokenizer: Tokenizer | None) -> Head:
-    """The head of a checkpoint of another method, without its weights."""
+def trained_head(clip: FrozenCLIP, source: Source) -> Head:
+    """The head of a checkpoint on this CLIP, with its weights."""
     assert source.folder is not None
     assert source.config is not None
-    kind, shapes = KINDS[source.info["head"]], tensor_shapes(source.folder)
-    head = kind.from_config(clip, source.config, shapes, tokenizer)
-    head.method = source.info["method"]
-    return head
+    block = source.config["dcp"]
+    with skip_init(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Repeated class names")
+        head: Head = KINDS[block["head"]].from_config(clip, source.config, tensor_shapes(source.folder))
+    head.method, head.abilities = block["method"], Abilities(**block["abilities"])
+    return load_head(head, source.folder, source.config)
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:
     """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, those of another tag of open_clip, or
     random ones, which need no download; on the CPU."""
     spec = resolve(model, "clip").spec
-    tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
-    built = build_clip(spec, tag, with_weights=with_weights)
-    clip = FrozenCLIP(built, build_tokenizer(spec), _timm_cfg(built, spec, tag))
-    clip.architecture, clip.clip_source = spec.name, tag
-    return clip
+    return load_clip(spec, clip_pretrained or spec.clip_pretrained, with_weights)
+
+
+def load_clip(
+    spec: ModelSpec,
+    tag: str,
+    with_weights: bool,
+    tokenizer: Callable[..., torch.Tensor] | None = None,
+    cache_dir: str | Path | None = None,
+) -> FrozenCLIP:
+    """The CLIP of a model's row with the weights of this tag, or random ones; see `create_model`."""
+    tag = check_tag(spec, tag)
+    tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
+    built = build_clip(spec, tag, with_weights=with_weights, cache_dir=cache_dir)
+    return FrozenCLIP(built, tokenizer, _timm_cfg(built, spec, tag), spec.name, tag)
 
 
 def _timm_cfg(clip: nn.Module, spec: ModelSpec, tag: str) -> dict[str, Any]:
     """What timm reads of a model: its preprocessing, and the names of its first convolution and of the module that
     belongs to the classes. As no head has a linear layer for them, that is the text probe, which may be None."""
-    visual = clip.get_submodule("visual").named_modules(prefix="clip.visual")
+    visual = clip.get_submodule("visual").named_modules(prefix="encoder.clip.visual")
     first_conv = next((name for name, module in visual if isinstance(module, nn.Conv2d)), None)
     own = {"architecture": spec.name, "first_conv": first_conv, "classifier": "text_probe"}
     return weights_spec(spec, tag).data_cfg | own
@@ -195,7 +204,7 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
         with skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
-            load_clip(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
+            load_weights(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
     return clip.eval()
 
 
@@ -211,7 +220,7 @@ def build_open_clip(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
     return clip
 
 
-def load_clip(clip: nn.Module, path: str | Path) -> None:
+def load_weights(clip: nn.Module, path: str | Path) -> None:
     """Load CLIP's weights strictly. A safetensors file with exactly its tensors stays memory-mapped until used;
     open_clip's loader converts every other format it supports."""
     if Path(path).suffix == ".safetensors":

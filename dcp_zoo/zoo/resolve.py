@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig, checkpoint_folder, is_checkpoint, read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig, checkpoint_folder, is_checkpoint, made, read_config
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
@@ -79,8 +79,7 @@ class Source:
     @property
     def info(self) -> dict[str, Any]:
         """What the checkpoint stores about its training."""
-        omitted = ("format_version", "clip", "versions", "descriptions")
-        return {k: v for k, v in self.config["dcp"].items() if k not in omitted} if self.config else {}
+        return made(self.config) if self.config else {}
 
 
 def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:

@@ -13,10 +13,95 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.names import TextChunks, pool_type
-from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
+from dcp_zoo.model.classes import NAME, Texts, class_texts, mean_of_texts
+from dcp_zoo.model.tokens import Tokenizer, check_lengths, end_positions, last_tokens, pool_type, start_tokens
+from dcp_zoo.model.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
+CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 Runner = Callable[..., Tensor]
+
+
+class PaddedTexts(nn.Module):
+    """Some texts, padded at the end: tokens `ids` (c, L), and `ends` (c,), the places that the tower reads."""
+
+    ids: Tensor
+    ends: Tensor
+
+    def __init__(self, ids: Tensor, ends: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("ends", ends, persistent=False)
+
+
+class TextChunks(nn.ModuleList):
+    """The texts of all classes in chunks of similar lengths. `ids` (S, L), `ends` (S,) and the number of tokens
+    `lengths` (S,) are those of all texts in the order of the classes, for a text tower that shares its prefix only of
+    the tokens after the prompts; `inside` are the positions of the prompts."""
+
+    order: Tensor  # (S,), the place of each text after sorting
+    start_id: int  # the token before the prompts
+    counts: list[int] | None = None  # how many texts each class has; None for one each
+
+    def __init__(self, ids: Tensor, ends: Tensor, lengths: Tensor, inside: slice) -> None:
+        by_length = lengths.argsort(stable=True)
+        chunks = by_length.split(chunk_sizes(lengths[by_length].tolist()))
+        super().__init__(PaddedTexts(ids[rows, : int(lengths[rows[-1]])], ends[rows]) for rows in chunks)
+        self.register_buffer("order", by_length.argsort(), persistent=False)
+        self.inside = inside
+
+    def by_class(self, features: Sequence[Tensor]) -> Tensor:
+        """Normalised features (c, E) of each chunk -> of each class (C, E)."""
+        return mean_of_texts(torch.cat(list(features))[self.order], self.counts)
+
+
+def chunk_sizes(lengths: Sequence[int]) -> list[int]:
+    """How many texts are in each chunk, given the lengths of all in ascending order."""
+    sizes, tokens = [0], 0
+    for length in lengths:
+        padded = (sizes[-1] + 1) * length
+        if sizes[-1] and (padded > CHUNK_TOKENS or padded - tokens - length > CHUNK_PADDING):
+            sizes.append(0)
+            tokens = 0
+        sizes[-1] += 1
+        tokens += length
+    return sizes
+
+
+def tokenize_names(
+    classnames: Sequence[str], tokenizer: Tokenizer, tower: Any, n_ctx: int, texts: Texts = NAME
+) -> TextChunks:
+    """The texts of every class, by default `name.`, to follow `n_ctx` prompts; ZooError if one does not fit."""
+    sentences, counts = class_texts(classnames, texts)
+    labels = [f"The class name {name!r}" for name in classnames]
+    if counts is not None:
+        labels = [f"The sentence {sentence!r}" for sentence in sentences]
+    # longer than the tower's context, so that long texts are detected instead of cut
+    ids = tokenizer(sentences, context_length=4 * tower.length)
+    chunks = (_after_prompts if tower.shares_prefix else _whole)(labels, ids, tokenizer, tower, n_ctx)
+    chunks.start_id, chunks.counts = int(ids[0, 0]), counts
+    return chunks
+
+
+def _after_prompts(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any, n_ctx: int) -> TextChunks:
+    ends = end_positions(tower.text, ids)  # the number of tokens after the start token
+    check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
+    return TextChunks(ids[:, 1:], ends - 1, ends, slice(1, 1 + n_ctx))
+
+
+def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any, n_ctx: int) -> TextChunks:
+    start, length, text = start_tokens(tokenizer), tower.length, tower.text
+    kind = pool_type(text)
+    if getattr(text, "cls_emb", None) is not None:  # CoCa's class token after all others
+        ends = torch.full((len(ids),), length - n_ctx)
+    elif kind in ("argmax", "eos"):
+        ends = end_positions(text, ids)
+    else:  # the tower reads its first or its last token, whatever that is
+        ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
+    check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start - n_ctx, n_ctx)
+    filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
+    whole = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
+    ends = ends + n_ctx * (ends >= start)
+    return TextChunks(whole, ends, torch.full_like(ends, length), slice(start, start + n_ctx))
 
 
 class Start(NamedTuple):

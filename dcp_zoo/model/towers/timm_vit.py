@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.model._torch import call_linear, linear
-from dcp_zoo.model.towers.blocks import Block, is_plain, merge_heads, missing_parts
-from dcp_zoo.model.towers.vision import VisionTower
+from dcp_zoo.model.towers.open_clip import Block, VisionTower, is_plain, merge_heads, missing_parts
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
@@ -118,8 +117,8 @@ class TimmViT(VisionTower):
     def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.trunk.patch_embed(self.checked(images)).transpose(1, 2).unflatten(2, self.grid)
 
-    def embed(self, images: Tensor, patches: bool = False) -> Tensor:
-        trunk, maps = self.visual.trunk, images.to(self.dtype) if patches else self.patch_maps(images)
+    def place(self, maps: Tensor) -> Tensor:
+        trunk = self.visual.trunk
         tokens = maps.flatten(2).transpose(1, 2)
         x = trunk._pos_embed(tokens)
         x = x[0] if isinstance(x, tuple) else x  # Eva adds its rotary positions, which `TimmBlock` asks for itself

@@ -1,0 +1,95 @@
+"""What classifiers on features have in common: class means, the precision within classes, where a convex loss is lowest.
+
+Features (n, E) and labels (n,), computed on the CPU.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcp_zoo.errors import ZooError
+
+NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
+ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
+
+
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
+    """Where a convex loss is lowest, by torch's L-BFGS with these `options` and a line search from `start`."""
+    found = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(found)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return found.detach()
+
+
+def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
+    """M (E, E), symmetric to the last bit: features (n, E), labels (n,)."""
+    present, index = labels.unique(return_inverse=True)
+    means = class_means(rows, index, len(present))
+    if len(rows) < rows.shape[1]:
+        m = _of_few(rows.double() - means[index], rows.square().sum().item()).float()
+    else:
+        values, vectors = torch.linalg.eigh(shared_precision(rows, index, means))
+        m = ((vectors * values.clamp(min=0) ** 0.25) @ vectors.T).float()
+    centred = rows - rows.mean(0)
+    length = (centred @ m).norm()
+    return (m + m.T) * (centred.norm() / length / 2) if length > 0 else torch.eye(rows.shape[1])
+
+
+def _of_few(centred: Tensor, length: float) -> Tensor:
+    """P^(1/4) up to a factor, for fewer rows (n, E) than dimensions: only their span differs from the shrinkage."""
+    spread, eye = centred.square().sum(), torch.eye(centred.shape[1], dtype=centred.dtype)
+    if spread <= NO_SPREAD * length:
+        return eye
+    values, vectors = torch.linalg.eigh(centred @ centred.T)
+    kept = values > NO_SPREAD * spread
+    span = centred.T @ (vectors[:, kept] / values[kept].sqrt())
+    return eye + (span * ((1 + values[kept] * (len(centred) - 1) / spread) ** -0.25 - 1)) @ span.T
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """features (n, E), labels (n,) -> class means (C, E) in float64; ZooError if a class has no features."""
+    if missing := sorted(set(range(classes)).difference(labels.tolist())):
+        listed = ", ".join(map(str, missing[:5]))
+        raise ZooError(f"No training image has label {listed}: every class needs at least one. Add images or drop it.")
+    return means_of_some(features, labels, classes)
+
+
+def means_of_some(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """`class_means`, which are 0 for a class without features."""
+    sums = torch.zeros(classes, features.shape[1], dtype=torch.float64)
+    for rows, of in _in_float64(features, labels):
+        sums.index_add_(0, of, rows)
+    return sums / torch.bincount(labels, minlength=classes).clamp(min=1)[:, None]
+
+
+def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """P = E pinv((n - 1) S + tr(S) I) in float64, with the covariance S (E, E) of features (n, E) around the class
+    means, as in GDA (Wang et al., ICLR 2024). The shrinkage bounds the condition number by n. With S = 0, as with one
+    row per class, P would be 0: an isotropic covariance with the variance of the class means takes the place of S."""
+    n, width = features.shape
+    scatter, length = torch.zeros(width, width, dtype=torch.float64), 0.0  # (n - 1) S
+    for rows, of in _in_float64(features, labels):
+        centred = rows - means[of]
+        scatter += centred.T @ centred
+        length += rows.square().sum().item()
+    if scatter.trace() <= NO_SPREAD * length:
+        variance = (means - means.mean(0)).square().sum() / max(len(means) - 1, 1)
+        scatter = (n - 1) * variance / width * torch.eye(width, dtype=torch.float64)
+    shrinkage = scatter.trace() / max(n - 1, 1) * torch.eye(width, dtype=torch.float64)
+    precision = width * torch.linalg.pinv(scatter + shrinkage, hermitian=True)
+    return (precision + precision.T) / 2
+
+
+def _in_float64(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows, of in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
+        yield rows.double(), of

@@ -1,0 +1,157 @@
+"""The text probe that a head carries: what it adds to the logits, and how far images are from what it has seen."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcp_zoo.model.classes import Class, names_of, rows_of
+from dcp_zoo.model.clip import Linear
+from dcp_zoo.model.text_probe.estimates import minimum
+
+PREFIX = "text_probe."  # of its tensors in a head
+PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
+STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
+NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
+NO_THRESHOLD = (
+    "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
+    "dcp-zoo fit-text-probe sets one, from at least two images of a class and 20 in all."
+)
+
+
+class TextProbe(nn.Module):
+    """See the module. `weight` (C, E) and `bias` (C,) are added to the scaled logits, in the order of `classes`, those
+    that it was fitted on; `text_scale` is a. New classes need the mean features `means` (C, E), `metric`, M (E,
+    E), and `evidence`, the weights of `PENALTIES`, which sum to 1.
+
+    Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
+    frozen tower's features to the nearest of the class means, in the metric M^2, in units of `spread`, the mean of
+    training images that were left out. Classes can be added and removed; other texts unset the threshold.
+
+    Args:
+        classes: those of the head, or as many as its images have.
+        width: E of each reading.
+        readings: 2 if the features are the method's own and the frozen tower's."""
+
+    weight: Tensor
+    bias: Tensor
+    text_scale: Tensor
+    means: Tensor
+    metric: Tensor
+    evidence: Tensor
+    threshold: Tensor
+    spread: Tensor
+
+    def __init__(self, classes: Sequence[Class], width: int, readings: int = 1) -> None:
+        super().__init__()
+        self.classes, self.width, self.readings = list(classes), width, readings
+        for name in ("weight", "means"):
+            self.register_buffer(name, torch.zeros(len(classes), width * readings))
+        self.register_buffer("bias", torch.zeros(len(classes)))
+        self.register_buffer("metric", torch.zeros(width, width))
+        self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
+        for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0}.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    def _ordered(self, rows: Tensor, classes: Sequence[Class]) -> Tensor:
+        """Rows (C, ...) of its classes in the order of `classes`; 0 for those of which it saw no image."""
+        if classes == self.classes:  # the usual case, asked in every forward
+            return rows
+        index = [len(rows) if row is None else row for row in rows_of(classes, self.classes)]
+        return torch.cat([rows, torch.zeros_like(rows[:1])])[index]
+
+    def forward(self, logits: Tensor, features: Tensor, classes: Sequence[Class]) -> Tensor:
+        """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
+        weight, bias = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
+        return self.text_scale * logits + F.linear(features, weight, bias).to(logits.dtype)
+
+    def linear(self, text: Linear, classes: Sequence[Class]) -> Linear:
+        """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
+        weight, bias = text
+        own = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
+        return self.text_scale * weight + own[0], self.text_scale * bias + own[1]
+
+    def measure(self, classes: Sequence[Class]) -> tuple[Tensor, Tensor]:
+        """What `distance` needs: whitening (E, E), and the class means (C', E) in its space, of those with images."""
+        metric = self.metric.float()
+        whitening = metric @ metric / self.spread.float()
+        means = self._ordered(self.means, classes)[:, -self.width :].float()
+        return whitening, means[means.any(1)] @ whitening * math.sqrt(self.readings)
+
+    def distance(self, features: Tensor, classes: Sequence[Class]) -> Tensor:
+        """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
+        return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
+
+    @property
+    def rejects(self) -> bool:
+        """Whether there is a threshold."""
+        return self.threshold.item() > NEVER
+
+    def cannot_reject(self, classes: Sequence[Class]) -> str:
+        """Why images cannot be rejected among these classes, and what to do; "" if they can."""
+        if not self.rejects:
+            return NO_THRESHOLD
+        seen = self._ordered(self.means, classes).any(1).tolist()
+        if not (new := names_of(each for each, known in zip(classes, seen, strict=True) if not known)):
+            return ""
+        return (
+            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
+            "it with its own class names (omit --classes), or add these classes by their images (dcp-zoo classes add)."
+        )
+
+    def tensors(self, classes: Sequence[Class] | None = None) -> dict[str, Tensor]:
+        """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
+        classes = self.classes if classes is None else classes
+        state = self.state_dict()
+        state |= {name: self._ordered(state[name], classes) for name in ("weight", "bias", "means")}
+        if self.cannot_reject(classes):
+            state["threshold"] = torch.full_like(self.threshold, NEVER)
+        return {f"{PREFIX}{name}": t for name, t in state.items()}
+
+    def seen(self, one: Class) -> Tensor | None:
+        """The mean feature (F,) of a class; None if it is not known."""
+        return self.means[self.classes.index(one)] if one in self.classes else None
+
+    def add(self, one: Class, mean: Tensor, images: int, classes: Sequence[Class], text: Linear) -> None:
+        """Add a class, or fit it anew, from the mean feature (F,) of so many images of it, against `classes`, among
+        which it is, each by its mean. `text` is the linear function of their own logits. All in float32."""
+        self.remove(one)
+        self.classes = [*self.classes, one]
+        self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        self.bias = torch.cat([self.bias, torch.zeros_like(self.bias[:1])])
+        self.means = torch.cat([self.means, mean.to(self.means)[None]])
+        own = list(classes).index(one)
+        weight, bias = (t.float().cpu() for t in self.linear(text, classes))
+        metric, means = self.metric.float().cpu(), self._ordered(self.means, classes).float().cpu()
+        x, start, labels = self._moved(means, metric), F.linear(means, weight, bias), torch.arange(len(means))
+        column = F.one_hot(torch.tensor(own), len(means)).to(x)
+        row = d = torch.zeros_like(x[0])
+        for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
+
+            def loss(d: Tensor, penalty: float = penalty) -> Tensor:
+                logits = start + torch.outer(x @ d, column)
+                return images * F.cross_entropy(logits, labels, reduction="sum") + penalty / 2 * d.square().sum()
+
+            if not math.isinf(penalty):
+                d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
+            row = row + evidence * self._moved(d[None], metric)[0]
+        self.weight[-1] = row.to(self.weight)
+
+    def _moved(self, rows: Tensor, metric: Tensor) -> Tensor:
+        """Rows (n, F) times M, each reading's part."""
+        return (rows.unflatten(1, (self.readings, self.width)) @ metric).flatten(1)
+
+    def remove(self, one: Class) -> None:
+        """Forget a class, if it is known."""
+        keep = [i for i, known in enumerate(self.classes) if known is not one]
+        self.classes = [self.classes[i] for i in keep]
+        self.weight, self.bias, self.means = self.weight[keep], self.bias[keep], self.means[keep]
+
+
+def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
+    """The distance (B,) of features (B, E) to the nearest mean, see `TextProbe.measure`."""
+    x = features.float() @ whitening
+    squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
+    return squared.amin(1).clamp(min=0).sqrt()

@@ -1,0 +1,283 @@
+"""CLIP's transformers in steps, so that prompts can enter and be rewritten in between: a block, and the image tower of
+blocks; here open_clip's own.
+
+A module could not do this itself: attend to prompts without computing them, share one prefix between classes, and in
+the last block compute only the pooled tokens. A family of blocks says where its parameters are. Prompts follow the
+image's own tokens, and are left out of pooling.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model._torch import call_linear, linear
+from dcp_zoo.model.inputs import Images, Maps, as_inputs
+
+KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
+
+
+class Block:
+    """One block: x + out(attention(norm(x))), then the MLP. It holds the module, and no parameters of its own.
+    Without `rotate`, queries and keys are those of tokens that have no position."""
+
+    norm: Callable[[Tensor], Tensor]  # x (..., L, D) -> what attention reads (..., L, D)
+    # (normed (..., L, D), "q" or "kv") -> queries (..., L, D), or keys and values (..., L, 2 D)
+    project: Callable[[Tensor, str], Tensor]
+    finish: Callable[[Tensor, Tensor], Tensor]  # x (..., L, D), attended (..., H, L, d) -> after the block (..., L, D)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., H, L, d), turned by their positions if the tower has rotary ones."""
+        return x
+
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
+        """normed (..., L, D) -> queries (..., H, L, d)."""
+        query = split_heads(self.project(normed, "q"), self.module.attn.num_heads)
+        return self.rotate(query) if rotate else query
+
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
+        """normed (..., L, D) -> keys and values, each (..., H, L, d)."""
+        key, value = (split_heads(x, self.module.attn.num_heads) for x in self.project(normed, "kv").chunk(2, -1))
+        return self.rotate(key) if rotate else key, value
+
+    def prompts(self, prompts: Tensor) -> KeyValue:
+        """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M, d)."""
+        return self.key_value(self.norm(prompts), rotate=False)
+
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        given: KeyValue | None = None,
+        rows: int | None = None,
+    ) -> Tensor:
+        """x (B, L, D) -> its first `rows` tokens after the block, by default all. `mask` is True where a query may
+        attend; `given` are keys and values (H, M, d) of prompts that are attended to, but not computed."""
+        normed = self.norm(x)
+        query = self.query(normed[:, :rows])
+        key, value = self.key_value(normed)
+        if given is not None:
+            key, value = (
+                torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
+                for own, other in zip((key, value), given, strict=True)
+            )
+        return self.finish(x[:, :rows], attend(query, key, value, mask, causal))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention of queries (..., H, Q, d) to keys and values (..., H, L, d) -> (..., H, Q, d). In bfloat16 on a CPU by
+    plain products, which with their gradients take 0.6 of the time of torch's own kernel."""
+    if mask is None and not causal and query.is_cpu and query.dtype == torch.bfloat16:
+        return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+
+
+def call(function: Callable[..., Tensor], *args: object) -> Tensor:
+    return function(*args)
+
+
+def checkpointed(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """`function(*args)`, computed again in the backward pass instead of keeping its activations."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., L, D) -> (..., heads, L, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(..., heads, L, d) -> (..., L, heads d)."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def is_plain(module: object, *names: str) -> bool:
+    """Whether the module lacks these parts, or has them without effect."""
+    return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
+
+
+# open_clip's block has torch's attention or open_clip's own, with the same parameter names
+BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
+    "attention with in_proj_weight, in_proj_bias, out_proj and num_heads": lambda block: all(
+        getattr(block.attn, name, None) is not None
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads")
+    ),
+    "no query-key normalisation (qk_norm)": lambda block: is_plain(block.attn, "ln_q", "ln_k", "q_norm", "k_norm"),
+    "no scaled cosine attention (scaled_cosine)": lambda block: is_plain(block.attn, "logit_scale"),
+    "no scaled heads (scale_heads)": lambda block: is_plain(block.attn, "head_scale"),
+    "no normalisation inside attention (inner_norm) or MLP, nor between them": lambda block: (
+        is_plain(block.attn, "ln_inner") and is_plain(block, "ln_attn") and is_plain(block.mlp, "ln", "norm")
+    ),
+}
+
+
+def missing_parts(blocks: Iterable[nn.Module], needs: Mapping[str, Callable[[Any], bool]] = BLOCK_NEEDS) -> list[str]:
+    """What these blocks lack, by default to be an `OpenClipBlock`."""
+    blocks = list(blocks)
+    return [need for need, met in needs.items() if not all(met(block) for block in blocks)]
+
+
+class OpenClipBlock(Block):
+    """open_clip's residual block."""
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.module.ln_1(x)
+
+    def project(self, normed: Tensor, parts: str) -> Tensor:
+        attn, d = self.module.attn, normed.shape[-1]
+        rows = slice(d) if parts == "q" else slice(d, None)
+        return linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        block = self.module
+        x = x + block.ls_1(call_linear(block.attn.out_proj, merge_heads(attended)))
+        return x + block.ls_2(self.mlp(block.ln_2(x)))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D). QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same
+        function, and the backward pass needs one tensor of the hidden width instead of two."""
+        mlp = self.module.mlp
+        hidden = call_linear(mlp.c_fc, x)
+        quick = type(mlp.gelu).__name__ == "QuickGELU"
+        return call_linear(mlp.c_proj, F.silu(1.702 * hidden) / 1.702 if quick else mlp.gelu(hidden))
+
+
+class Step(NamedTuple):
+    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where
+    they are not coupled), the prompts that newly enter, and the text tower after its block."""
+
+    block: int
+    v: Tensor | None = None  # (M, Dv), pooled
+    t: Tensor | None = None  # (M, Dt)
+    new_v: Tensor | None = None  # (M, Dv)
+    new_t: Tensor | None = None  # (M, Dt)
+    text: Any = None  # the tower's run
+
+
+class VisionTower:
+    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own."""
+
+    visual: Any  # the image tower of the CLIP
+    block_path: str  # name of the list of blocks in it
+    blocks: list[Block]
+    width: int  # Dv
+    grid: tuple[int, int]  # rows and columns of patches
+    patch_size: tuple[int, int]  # pixels per patch, height and width
+    num_prefix: int  # tokens before the patches: class token and registers
+    pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
+    has_stem: bool  # whether the patch embedding is more than one convolution, so that its maps are worth keeping
+    norm: nn.Module  # after the last block
+    patch_maps: Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions
+    place: Callable[[Tensor], Tensor]  # patch maps -> tokens x (B, N, Dv) that enter block 0, with positions
+    # prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position
+    embed_prompts: Callable[[Tensor], Tensor]
+    # the `pooled` tokens after the last block (B, 1 or N, Dv) -> features (B, E), not normalised
+    pool: Callable[[Tensor], Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of an image."""
+        return self.num_prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedded images."""
+        return next(self.visual.parameters()).dtype
+
+    def checked(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in the tower's dtype; ZooError for raw pixels, and for images of another size."""
+        size = (3, *self.visual.image_size)
+        if images.shape[1:] == size and images.is_floating_point():
+            return images.to(self.dtype)
+        raise ZooError(
+            f"This model reads images (n, {', '.join(map(str, size))}) of floats, as create_transform(model) returns "
+            f"them, not {tuple(images.shape)} of {images.dtype}. For files, PIL images and raw pixels of any size: "
+            "dcp_zoo.predict(model, images)."
+        )
+
+    def embed(self, images: Images) -> Tensor:
+        """Pixels, or their patch maps -> the tokens x (B, N, Dv) that enter block 0."""
+        inputs = as_inputs(images)
+        return self.place(inputs.x.to(self.dtype) if isinstance(inputs, Maps) else self.patch_maps(inputs.x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """`pool`, normalised; further tokens of x are ignored."""
+        return F.normalize(self.pool(x[:, : self.pooled]), dim=-1)
+
+    def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
+        """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
+        are additional keys and values, or given as such; there no output is computed: the next block has new ones."""
+        given = self.blocks[i].prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
+        return self.blocks[i](x, given=given, rows=self.pooled if last else None)
+
+    def run(
+        self,
+        x: Tensor,
+        prompts: Sequence[Any],
+        start: int = 0,
+        stop: int | None = None,
+        run: Callable[..., Tensor] = call,
+    ) -> Tensor:
+        """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
+        A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
+        the sequence; others are only attended to, and may be keys and values. `run` calls each block."""
+        for i in range(start, len(self.blocks) if stop is None else stop):
+            left = len(prompts) - (i - start)
+            if left == 1:
+                x = append_prompts(x, prompts[-1])
+            attended = prompts[i - start] if left > 1 else None
+            x = run(self.block, i, x, attended, i == len(self.blocks) - 1)
+        return x
+
+
+def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
+    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)."""
+    return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
+
+
+class OpenClipViT(VisionTower):
+    """open_clip's `VisionTransformer`, pooled at its class token, by their mean (CLIPA) or by attention (CoCa)."""
+
+    block_path = "transformer.resblocks"
+    num_prefix = 1
+
+    def __init__(self, visual: Any) -> None:
+        self.visual, self.norm = visual, visual.ln_post
+        self.has_stem = not isinstance(visual.conv1, nn.Conv2d)
+        self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
+        self.width = visual.class_embedding.shape[-1]
+        self.grid, self.patch_size = tuple(visual.grid_size), tuple(visual.patch_size)
+        self.token_only = visual.pool_type == "tok" and getattr(visual, "attn_pool", None) is None
+        self.pooled = 1 if self.token_only else self.num_tokens
+
+    @staticmethod
+    def missing(visual: Any) -> list[str]:
+        """What an image tower lacks to be of this kind."""
+        known = visual.pool_type in ("tok", "avg")
+        return missing_parts(visual.transformer.resblocks) + ["pooling of kind tok or avg"] * (not known)
+
+    def patch_maps(self, images: Tensor) -> Tensor:
+        return self.visual.conv1(self.checked(images))
+
+    def place(self, maps: Tensor) -> Tensor:
+        visual = self.visual
+        tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
+        class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
+        return visual.ln_pre(visual.patch_dropout(x))
+
+    def embed_prompts(self, prompts: Tensor) -> Tensor:
+        return self.visual.ln_pre(prompts.to(self.dtype))
+
+    def pool(self, x: Tensor) -> Tensor:
+        features = self.visual.ln_post(x[:, 0]) if self.token_only else self.visual._pool(x)[0]
+        return features if self.visual.proj is None else features @ self.visual.proj
