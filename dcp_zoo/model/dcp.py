@@ -119,7 +119,6 @@ class DCP(Head):
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(modules)).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
-        self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
         self._cache, self._start_cache = WeightCache(), WeightCache()
         self.descriptions: Descriptions | None = None
         self.set_classnames(classnames, descriptions)
@@ -187,16 +186,10 @@ class DCP(Head):
         v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
         return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
 
-    def pool_with(self, mean: Callable[[Tensor], Tensor] | None) -> None:
-        """See `Head.pool_with`; ZooError for another pooling than the mean."""
-        if mean is not None and self.config.pooling != "mean":
-            raise ZooError(f"Training in several processes supports only pooling=mean, not {self.config.pooling}.")
-        self.batch_mean = mean
-
     def pool(self, v: Tensor) -> Tensor:
         """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
         if self.config.pooling == "mean":
-            return self.batch_mean(v) if self.batch_mean and self.training else v.mean(0)
+            return v.mean(0)
         return v.amax(0) if self.config.pooling == "max" else v[0]
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:

@@ -12,7 +12,7 @@ If the method changed the image features, a head with a text probe reads the fro
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,6 @@ class Head(TimmContract):
 
     def store_stats(self, images: Tensor | Iterable[Any], patches: bool = False) -> None:
         """Store what logits depend on besides an image; only a DCP has that, see `DCP.store_stats`."""
-
-    def pool_with(self, mean: Callable[[Tensor], Tensor] | None) -> None:
-        """Pool over the training batches of all processes by this mean; only a DCP pools at all."""
 
     def keep_texts(self, name: str, new: str) -> None:
         """Let CLIP read the same of a class when it is renamed."""
