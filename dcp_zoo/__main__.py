@@ -1,4 +1,4 @@
-"""`python -m dcp_zoo` is `dcp-zoo`; launchers such as torchrun start it this way."""
+"""`python -m dcp_zoo` is `dcp-zoo`."""
 
 from dcp_zoo.cli import main
 

@@ -76,9 +76,9 @@ class CommandLine:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: torch refuses to train in a fork of a process in which it has used more threads. Then
-    those that mostly wait: one process runs them all, while the others compute, and starts Ray and Chromium once."""
-    first = ["test_distributed.py", "test_build.py", "test_ray.py", "test_demo_browser.py"]
+    """Tests that mostly wait come first: one process runs them all, while the others compute, and starts Ray and
+    Chromium once."""
+    first = ["test_build.py", "test_ray.py", "test_demo_browser.py"]
     items.sort(key=lambda item: [*first, item.path.name].index(item.path.name))
 
 

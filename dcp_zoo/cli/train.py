@@ -17,7 +17,6 @@ from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.show import model_line
 from dcp_zoo.data import Split, check_images, is_own
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.data.progress import no_progress
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable
@@ -113,7 +112,6 @@ def train(options: TrainOptions) -> None:
 
     Of your own images, 30 % of each class are held out to measure the accuracy; then the head is refitted on all images
     and saved. Methods that train prompts resume after a stop or kill: repeat the command.
-    [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train MY_PHOTOS --method dcp --output dcp_head[/]
@@ -130,40 +128,32 @@ def train(options: TrainOptions) -> None:
         raise ZooError(f"{', '.join(set_)} works only with methods that train prompts, such as --method dcp: omit it.")
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
-    from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
     from dcp_zoo.training.state import never
 
     use_threads(options.threads)
-    interruptible = stop_after_step(log) if recipe.is_trained else nullcontext(never)
-    with process_group(options.device) as device, interruptible as stop:
-        if not recipe.is_trained and world_size() > 1:
-            raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")
-        if is_main():
-            log(model_line(get_spec(options.model)))
-            check_writable(output_dir)
-            if options.report:
-                check_output(options.report, options.overwrite, "--report")
-        run = _planned(options, dataset, data_root, device)
+    with stop_after_step(log) if recipe.is_trained else nullcontext(never) as stop:
+        log(model_line(get_spec(options.model)))
+        check_writable(output_dir)
+        if options.report:
+            check_output(options.report, options.overwrite, "--report")
+        run = _planned(options, dataset, data_root)
         refit = options.refit
         if refit is None:
             refit = is_own(dataset) and run.split.held_out and run.shots is None
-        display: dict[str, Any] = {"progress": no_progress}
-        if is_main():
-            _check_classes(options, run.split)
-            if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
-                log(text)
-            display = {"progress": progress_bar, "log": log, "show": partial(_show, options, run)}
-        settings = RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
+        _check_classes(options, run.split)
+        if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
+            log(text)
+        show = partial(_show, options, run)
+        settings = RunOptions(True, options.overwrite, options.save_every, progress_bar, log, stop, show)
         with kept_features(features_folder()):
             head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
-        if is_main():
-            if note := rejection_note(head.info):
-                output.print(f"With predict --reject, {note}", soft_wrap=True)
-            output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
+        if note := rejection_note(head.info):
+            output.print(f"With predict --reject, {note}", soft_wrap=True)
+        output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
 
 
-def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device: str) -> "Run":
+def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Run":
     from dcp_zoo.training.run import load_for_training, plan
 
     split = load_for_training(dataset, data_root, options.labels, options.test)
@@ -171,13 +161,13 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
-    names = "seed recipe classifier precision workers grad_checkpointing class_weight".split()
+    names = "seed recipe classifier device precision workers grad_checkpointing class_weight".split()
     same: dict[str, Any] = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
     shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)
     method, share = str(options.method), options.test
-    return plan(split, options.model, method, shots=shots, device=device, test_share=share, **same)
+    return plan(split, options.model, method, shots=shots, test_share=share, **same)
 
 
 def _check_classes(options: TrainOptions, split: Split) -> None:

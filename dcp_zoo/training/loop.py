@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from dcp_zoo.data.dataset import seeded
 from dcp_zoo.errors import writing_to
 from dcp_zoo.files import format_duration
-from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
@@ -50,7 +49,6 @@ def descend(
             loss, reported = found if isinstance(found, tuple) else (found, found)
             state.optimizer.zero_grad()
             state.scaler.scale(loss).backward()
-            reported = distributed.sum_gradients(reported.detach(), trained)
             state.step(reported.item())
             if after(step):
                 break
@@ -108,9 +106,8 @@ def train(
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
 ) -> list[float]:
-    """Train the parameters of a head that require gradients: its prompts, and CMPA of a DCP. CLIP stays frozen. In
-    several processes each takes its part of every batch, and all end with the weights that a single process would
-    reach, up to rounding. Returns the loss of every step.
+    """Train the parameters of a head that require gradients: its prompts, and CMPA of a DCP. CLIP stays frozen.
+    Returns the loss of every step.
 
     Args:
         source: the few-shot training images, and the head to train, with fresh prompts and on its device.
@@ -131,9 +128,7 @@ def train(
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(recipe, trained)
-    model.set_grad_checkpointing(
-        needs_checkpointing(grad_checkpointing, model, -(-max(sizes) // distributed.world_size()))
-    )
+    model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, max(sizes)))
     model.train()
     sums = average.begin(trained) if average else []
     run = (state or TrainingState()).begin(optimizer, precision, sums)
@@ -145,33 +140,28 @@ def train(
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
     loss_of = loss_of or objective(model, recipe, class_weight)
-    with distributed.shared_batches(model, sizes) as share:
 
-        def loss(inputs: Tensor, labels: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
-            epoch, batch = divmod(len(losses), per_epoch)
-            if average and epoch and batch == 0:
-                average.add(trained, epoch - 1)
-            size = sizes[batch]
-            share(size)
-            part = len(labels) / size  # 1, unless several processes share the batch
-            with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
-                return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
+    def loss(inputs: Tensor, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
+        epoch, batch = divmod(len(losses), per_epoch)
+        if average and epoch and batch == 0:
+            average.add(trained, epoch - 1)
+        with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
+            return loss_of(inputs, labels, source.patches, *targets)
 
-        if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
-            steps = len(losses)
-        batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-        in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
-        faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-        shown = timed(progress, log, model.device, faster)
-        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
+    if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
+        steps = len(losses)
+    batches = _remaining(source, recipe, seed, per_epoch, len(losses))
+    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
+    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
+    shown = timed(progress, log, model.device, faster)
+    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
     if average:
         average.finish(trained, len(losses) // per_epoch)
     for callback in callbacks:
         callback.on_end(model)
     model.eval()
     model.set_grad_checkpointing(False)
-    if distributed.is_main():
-        warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
+    warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
 
 
@@ -280,10 +270,9 @@ def _after_step(
 
 def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
-    part = distributed.rank(), distributed.world_size()
     for epoch in range(done // per_epoch, recipe.num_epochs):
         first, generator = max(0, done - epoch * per_epoch), torch.Generator().manual_seed(_mix(seed, epoch))
-        for batch in source.batches(recipe.batch_size, generator, first=first, part=part, drop_last=recipe.drop_last):
+        for batch in source.batches(recipe.batch_size, generator, first=first, drop_last=recipe.drop_last):
             yield batch if source.targets is None else (*batch[0], batch[1])
 
 

@@ -110,7 +110,7 @@ class TrainingRecipe(BaseRecipe):
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
     momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(5e-4, "L2 penalty of sgd, decoupled weight decay of adamw")
-    batch_size: int = count(4, "images per step over all processes, at most")
+    batch_size: int = count(4, "images per step, at most")
     drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
     epochs: int | None = count(20, "length of the schedule; null: as many as the number of classes and images needs")
     share_of_steps: float = option(1.0, "with epochs null: the share of those steps that is run")

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, read_config
 from dcp_zoo.model.head import MEASURED, Head
 from dcp_zoo.model.names import Texts, saved_texts
-from dcp_zoo.training import distributed
 from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
@@ -239,8 +238,7 @@ def train_head(
     input, an error of the method, or an output folder that is not writable, or of another run or process.
 
     A training that was stopped or killed resumes from the last state in its output folder. On a CPU it ends with the
-    same weights bit for bit, given the same machine and number of threads. With several processes, all call this
-    function, and only the main process stores statistics, measures and saves.
+    same weights bit for bit, given the same machine and number of threads.
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.
@@ -249,9 +247,9 @@ def train_head(
         measured: accuracies to store instead of measuring.
     """
     options = options or RunOptions()
-    with _alone_in(output):
+    with alone_in(output) if output else nullcontext():
         check_supported(run, options.callbacks)
-        if output and distributed.is_main():
+        if output:
             if options.overwrite and run.recipe.is_trained:
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
@@ -264,8 +262,6 @@ def train_head(
         head, earlier = fit(run, task, subset, output, options)
         if options.stop():  # requested in the last step, or while statistics are stored
             raise KeyboardInterrupt
-        if not distributed.is_main():
-            return head, {}
         _check_learnt(task, head)
         metrics: dict[str, float] = {}
         evaluation, found = None, dict(measured or {})
@@ -299,7 +295,7 @@ def fit(
     state = TrainingState(path, identity, options.save_every, options.log, options.stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     weights = None if run.class_weight is None else torch.tensor(run.class_weight)
-    with open_log(output if distributed.is_main() else None) as step_log:
+    with open_log(output) as step_log:
         task.training = {
             "state": state,
             "callbacks": options.callbacks,
@@ -333,19 +329,17 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     first, final = output / BEFORE_REFIT, replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
     if not run.split.test:
         return train_head(final, output, options)
-    with _alone_in(output):
-        if distributed.is_main():
-            check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        finished = distributed.from_main(lambda: _is_finished(first))
-        if options.overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run)):
+    with alone_in(output):
+        check_free(output, options.overwrite, resumes=run.recipe.is_trained)
+        finished = _is_finished(first)
+        if options.overwrite or not finished or not _is_head_of(first, run):
             train_head(run, first, replace(options, overwrite=options.overwrite or finished))
-        info = distributed.from_main(lambda: read_config(first)["dcp"])
+        info: Mapping[str, Any] = read_config(first)["dcp"]
         measured = {name: info[name] for name in MEASURED if name in info}
         took = format_duration(info["train_seconds"])
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
         head, _ = train_head(final, output, options, measured)
-        if distributed.is_main():
-            shutil.rmtree(first)
+        shutil.rmtree(first)
     return head, measured.get("metrics", {})
 
 
@@ -405,8 +399,3 @@ def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
         **({"options": run.recipe.config.as_dict()} if isinstance(run.recipe, Recipe) else {}),
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }
-
-
-def _alone_in(output: Path | None) -> AbstractContextManager[None]:
-    """Hold the lock of an output folder, if there is one; ZooError if another process has it."""
-    return alone_in(output) if output and distributed.is_main() else nullcontext()

@@ -122,18 +122,11 @@ class ImageSource:
         return encode_views(self, reading.encode, views or self.num_views, progress).float()
 
     def batches(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        *,
-        first: int = 0,
-        part: tuple[int, int] = (0, 1),
-        drop_last: bool = True,
+        self, batch_size: int, generator: torch.Generator | None = None, *, first: int = 0, drop_last: bool = True
     ) -> Iterable[Any]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
         `targets` then (inputs, labels, targets). Random draws depend only on the generator, for crops without one on
-        torch's random state, not on the number of workers, the `first` batch read, or the `part` (i, n) of each batch,
-        the i-th of n."""
+        torch's random state, not on the number of workers or the `first` batch read."""
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         sizes = batch_sizes(n, batch_size, drop_last)
@@ -150,7 +143,7 @@ class ImageSource:
         if shuffle and targets is not None:
             dataset = StackDataset(dataset, targets)
         chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(batch_size)
-        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
+        batches = [batch.tolist() for batch in chunks]
         workers = self.workers if self.views is None else 0
         # without a generator DataLoader would draw from torch's global state; workers end with the epoch
         settings: dict[str, Any] = {"generator": generator or torch.Generator(), "num_workers": workers}

@@ -17,7 +17,6 @@ import torch
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
-from dcp_zoo.training import distributed
 from dcp_zoo.training.recipes import AS_RELEASED
 
 STATE_NAME = "training.state"
@@ -125,7 +124,7 @@ class TrainingState:
         )
 
     def _save(self) -> None:
-        if self.path is None or not distributed.is_main():
+        if self.path is None:
             return
         if not all(p.isfinite().all() for p in self.trained):
             after = f"after step {len(self.losses)}"
@@ -148,14 +147,9 @@ class TrainingState:
 
     def _read(self) -> dict[str, Any] | None:
         """The file's content, checked, or None if there is no file."""
-        for number, run in enumerate(distributed.from_all(self.run)):
-            if different := _differences(run, self.run):
-                raise ZooError(f"Process {number + 1} was started with another command: {'; '.join(different)}.")
-        path = self.path
-        file = distributed.from_main(lambda: path.read_bytes() if path and path.exists() else None)
-        if file is None:
+        if self.path is None or not self.path.exists():
             return None
-        checksum, _, content = file.partition(b"\n")
+        checksum, _, content = self.path.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() != checksum:
             raise ZooError(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start the run again.")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -23,7 +23,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.training import distributed
 from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.fit_probe import probe_views
 from dcp_zoo.training.loop import EpochAverage, cross_entropy
@@ -191,8 +190,6 @@ def fit_dcp(task: Task) -> DCP:
     if task.reload_clip:
         cast_frozen(model, task.precision)
     losses = train_prompts(task, model, source)
-    if not distributed.is_main():
-        return model
     if task.reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
         for own, loaded in zip(model.clip.parameters(), task.reload_clip().clip.parameters(), strict=True):
             own.data = loaded.data  # the cast weights are freed

@@ -69,7 +69,6 @@ class Method:
         """Turn a task into a head, followed by the text probe if the recipe names one; draws follow the task's seed. A
         recipe without a number of epochs gets that for the task's images."""
         from dcp_zoo.data.dataset import seeded
-        from dcp_zoo.training.distributed import is_main
         from dcp_zoo.training.fit_probe import fit_probe
 
         if task.train is not None:
@@ -85,7 +84,7 @@ class Method:
         classes = {"architecture": head.architecture, "num_classes": head.num_classes, "label_names": head.classnames}
         head.pretrained_cfg = head.default_cfg = clip.pretrained_cfg | classes
         head.to(clip.device).eval()
-        if probed and is_main():
+        if probed:
             images = task.probe_images or task.plain_train
             found = fit_probe(head, images, task.progress, task.probe_weights)
             head.info = head.info | {"text_probe": found}
