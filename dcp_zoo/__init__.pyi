@@ -10,9 +10,9 @@ from .errors import ZooError as ZooError
 from .inspection.find import search as search
 from .inspection.find import suggest as suggest
 from .inspection.inspection import inspect as inspect
+from .model.checkpoint import load_head as load_head
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
-from .model.head import load_head as load_head
 from .release.push import push_to_hub as push_to_hub
 from .training.callbacks import Callback as Callback
 from .training.callbacks import EarlyStopping as EarlyStopping

@@ -17,7 +17,8 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import WEIGHTS_NAME
-from dcp_zoo.model.head import Head, load_head
+from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.head import Head
 from dcp_zoo.release.cards import CARD_NAME, make_card
 from dcp_zoo.release.push import LICENSE, ONNX_FILES, upload
 from dcp_zoo.zoo.factory import create_model
@@ -68,7 +69,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
 
 
 def entry_of(model: Head, folder: Path) -> HeadEntry:
-    if not model.is_coupled:
+    if not model.abilities.coupled:
         raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
         dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))

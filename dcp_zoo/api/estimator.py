@@ -31,7 +31,7 @@ from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.evaluation import classified
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import Progress
+from dcp_zoo.training.sources import Progress, features_of
 from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
@@ -139,7 +139,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method that trains no prompts are plain CLIP's, and can take the place of the images in another fit."""
         head, items = self._head(), unlabelled(images, features=True)
         with self._kept_features():
-            return to_read(head, items, self.precision).features(1, self._progress())[0].numpy()
+            return features_of(head, to_read(head, items, self.precision), 1, self._progress())[0].numpy()
 
     def _logits(self, images: Images) -> torch.Tensor:
         head, items = self._head(), unlabelled(images, features=True)
@@ -153,7 +153,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not reject:
             return self.classes_[self._logits(images).argmax(-1).numpy()]
         threshold, features = head.rejection_threshold(reject), torch.from_numpy(self.transform(images))
-        logits, distances = classified(head, features).numpy(), head.distances(features.to(head.device))
+        logits = classified(head, features).numpy()
+        distances = head.distances(features.to(head.device)).float().cpu().numpy()
         labels = self.classes_[logits.argmax(-1)].astype(object)
         labels[in_distribution_score(logits, distances) < threshold] = None
         return labels
@@ -209,7 +210,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         for no checkpoint, a damaged one, or one with a class whose label is not known."""
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
         stored: dict[str, Any] = {"method": model.method, "classifier": "text-probe" if model.text_probe else None}
-        self = cls(model.architecture, **(stored | params))
+        self = cls(model.encoder.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))
         return self

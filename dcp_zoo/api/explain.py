@@ -29,11 +29,11 @@ def nearest_words(model: DCP, top_k: int = 5) -> Words:
     a tokenizer that cannot decode token ids."""
     if top_k < 1:
         raise ZooError(f"top_k must be at least 1, not {top_k}.")
-    prompts, table = model.prompts["text"].float(), model.text.token_embedding.weight.float()
+    prompts, table = model.prompts["text"].float(), model.encoder.text.token_embedding.weight.float()
     directions = F.normalize(table, dim=-1)
     values, ids = (F.normalize(prompts, dim=-1) @ directions.T).topk(min(top_k, len(table)))
     nearest = [
-        [(_spell(model.tokenizer, token), value) for token, value in zip(*row, strict=True)]
+        [(_spell(model.encoder.tokenizer, token), value) for token, value in zip(*row, strict=True)]
         for row in zip(ids.tolist(), values.tolist(), strict=True)
     ]
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
         (B, blocks with prompts, 1 + M, 1 + patches + M). Rows are queries: class token, prompts. Columns are keys:
         class token, patches, prompts. Every row sums to 1. A tower with registers has these beside its class token.
     """
-    tower = model.vision_tower
+    tower = model.encoder.vision_tower
     if tower.num_prefix == 0:
         raise ZooError("The image tower of this CLIP has no class token, whose attention could be shown.")
     with in_eval_mode(model):
@@ -106,7 +106,7 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
             return torch.cat([attention_weights(model, image) for image in images.split(1)])
         weights = []
         for step, x, _ in model.walk(images):
-            if model.first_block <= step.block < len(model.vision_blocks):
+            if model.first_block <= step.block < len(tower.blocks):
                 block = tower.blocks[step.block]
                 queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
                 query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d), as the keys
@@ -117,5 +117,5 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
 def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """The patch columns of `attention_weights`, in the shape of the image: (B, blocks, 1 + M, h, w)."""
-    patches = attention_weights(model, images)[..., model.vision_tower.num_prefix : -model.config.n_ctx]
-    return patches.unflatten(-1, model.vision_tower.grid)
+    patches = attention_weights(model, images)[..., model.encoder.vision_tower.num_prefix : -model.config.n_ctx]
+    return patches.unflatten(-1, model.encoder.vision_tower.grid)

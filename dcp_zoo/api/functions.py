@@ -171,13 +171,13 @@ def logits_of(
 ) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
-    return predict_logits(to_read(model, items, precision, once), batch_size, progress)
+    return predict_logits(model, to_read(model, items, precision, once), batch_size, progress)
 
 
 def to_read(model: Head, items: Sequence[Item], precision: str, once: bool = True) -> ImageSource:
     """Images that are classified, in a precision as of `pick_precision`."""
-    precision = pick_precision(precision, model.architecture, model.device)
-    return image_source(model, items, once=once, precision=precision)
+    precision = pick_precision(precision, model.encoder.architecture, model.device)
+    return image_source(model.plain.encoder, items, once=once, precision=precision)
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

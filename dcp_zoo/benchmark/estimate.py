@@ -61,7 +61,7 @@ def measured(model: str, method: str, device: str) -> Cost:
         started = time.perf_counter()
         head = row.fit(task)
         trained = time.perf_counter()
-        predict(image_source(head, items), EVAL_BATCH)
+        predict(head, image_source(head.plain.encoder, items), EVAL_BATCH)
         return trained - started, time.perf_counter() - trained, recipe_steps(recipe, classes, 1)
 
     def parts(classes: int) -> tuple[float, float, float]:

@@ -173,12 +173,12 @@ def plan_trials(
         get_spec(model)
     for method in methods:
         check_choice("method", method, tuple(METHODS))
-        if chosen.new_classes and not METHODS[method].transfers:
-            able = ", ".join(name for name, m in METHODS.items() if m.transfers)
+        if chosen.new_classes and not METHODS[method].abilities.transfers:
+            able = ", ".join(name for name, m in METHODS.items() if m.abilities.transfers)
             raise ZooError(f"{method} is limited to the classes it was trained on; this protocol supports {able}.")
     for dataset in datasets:
         find_spec(dataset)
-    methods = methods or [name for name, m in METHODS.items() if m.transfers or not chosen.new_classes]
+    methods = methods or [name for name, m in METHODS.items() if m.abilities.transfers or not chosen.new_classes]
     methods = sorted(methods, key=list(METHODS).index)
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
     trials: dict[Trial, None] = {}
@@ -202,7 +202,7 @@ def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
     valid = {name: value for name, value in options.items() if name in default.as_dict()}
     recipe = default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
-    if not method.transfers:
+    if not method.abilities.transfers:
         own = find_spec(trial.dataset).names
         same = (name for name in trial.targets if name == trial.dataset or find_spec(name).names == own is not None)
         trial = replace(trial, targets=tuple(same))

@@ -90,9 +90,9 @@ def _tests(
             split = images.split(target, part)
             if split.classnames != head.classnames:
                 head.set_classnames(split.classnames, settings.texts(target))
-            source = images.read(split.test).for_model(head)
-            modes = predict_modes(source, batch_size, images.progress)
-            if [*modes] == ["stored"] or (head.visual is images.clip.visual and not head.is_prompted):
+            source = images.read(split.test)
+            modes = predict_modes(head, source, batch_size, images.progress)
+            if [*modes] == ["stored"] or len(head.readings) == 1:
                 modes = {"": modes["stored"]}  # without its text probe it is another method
             for mode, logits in modes.items():
                 answers = Evaluation(split.classnames, split.test, logits)

@@ -71,9 +71,9 @@ def evaluate(
         trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
         log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
     model.set_classnames(images.classnames, sentences)
-    precision = pick_precision(precision, model.architecture, model.device)
-    source = image_source(model, test, "none", workers, progress_bar, precision=precision)
-    evaluation = Evaluation(images.classnames, test, predict(source, batch_size, progress_bar))
+    precision = pick_precision(precision, model.encoder.architecture, model.device)
+    source = image_source(model.plain.encoder, test, "none", workers, progress_bar, precision=precision)
+    evaluation = Evaluation(images.classnames, test, predict(model, source, batch_size, progress_bar))
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")

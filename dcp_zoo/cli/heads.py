@@ -75,7 +75,9 @@ def fit_text_probe(
     run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
     result: dict[str, Any] = {}
     if own and split.test:
-        metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
+        metrics, evaluation = measure(
+            model, image_source(model.plain.encoder, split.test, "none", workers, progress_bar)
+        )
         result = measurement(metrics, evaluation)
         output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
         if not alone and model.info.get("split_sha256") != split.sha256:
@@ -125,7 +127,7 @@ def convert(
     dcp.to(pick_device(device))
     if images is not None:
         items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
-        round_and_store_stats(dcp, image_source(dcp, items, progress=progress_bar))
+        round_and_store_stats(dcp, image_source(dcp.encoder, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
     output.print(f"Saved in {output_dir}.{hint}")

@@ -148,7 +148,7 @@ def explain(
     from dcp_zoo.zoo.factory import create_model
 
     model = create_model(name, True).eval()
-    if not model.is_coupled:
+    if not model.abilities.coupled:
         raise ZooError(f"explain shows DCP's prompts, and {head} was made by {model.method}, which has none.")
     words, moves = nearest_words(model, top_k), coupling_moves(model)
     per_prompt = [

@@ -155,7 +155,7 @@ def web_application(page: gr.Blocks, host: str = "") -> FastAPI:
 
 def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
     """The page with its initial head; ZooError if that cannot be loaded."""
-    models = list(dict.fromkeys(["dcp_mini", load(head).architecture]))  # these need no download
+    models = list(dict.fromkeys(["dcp_mini", load(head).encoder.architecture]))  # these need no download
     sessions = Sessions(lambda: Session(head, limits))
     with gr.Blocks(title="DCP demo", analytics_enabled=False, delete_cache=(60, 1800)) as page:
         gr.Markdown(INTRODUCTION)

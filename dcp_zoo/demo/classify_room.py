@@ -44,7 +44,7 @@ class ClassifyRoom:
         with acquire(session.source) as model:
             default = list(model.classnames)
             can_reject, passing = not model.cannot_reject and session.names is None, rejection_note(model.info)
-            prompts = model.n_ctx if model.is_coupled else 0
+            prompts = model.n_ctx if model.abilities.coupled else 0
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
         tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
         tokens += [(f"prompt {i}", i) for i in range(1, prompts + 1)]
@@ -156,7 +156,12 @@ def draw_attention(session: Session, index: int | None, token: int) -> str:
     with acquire(session.source) as model:
         _check_prompts(model)
         weights = attention_weights(model, shared.to_batch(model, [photo]))[0]  # (blocks, tokens, L)
-        m, grid, cfg, first = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg, model.first_block
+        m, grid, cfg, first = (
+            model.config.n_ctx,
+            model.encoder.vision_tower.grid,
+            model.pretrained_cfg,
+            model.first_block,
+        )
     weights = weights[:, [0, *range(-m, 0)]]  # class token and prompts, without the registers between them
     row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
     name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
@@ -180,5 +185,5 @@ def _photos(session: Session, first: int | None = None) -> list[Photo]:
 
 
 def _check_prompts(model: Head) -> None:
-    if not model.is_coupled:
+    if not model.abilities.coupled:
         raise ZooError(f"This tab shows the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")

@@ -151,11 +151,13 @@ def head_answers(model: Head, photos: Sequence[Photo]) -> list[Answers]:
 @torch.inference_mode()
 def clip_answers(model: Head, photos: Sequence[Photo]) -> list[Answers] | None:
     """CLIP's answers without training, with the dataset's template; None if the head changes the image tower."""
-    if model.has_changed_tower:
+    if model.plain.encoder is not model.encoder:
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
-    classifier = model.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
-    logits = model.zero_shot_logits(to_batch(model, photos), classifier).cpu().numpy()
+    clip = model.encoder
+    classifier = clip.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
+    with torch.inference_mode():
+        logits = clip.logits(clip.encode_image(to_batch(model, photos)), classifier).cpu().numpy()
     rows = Answering(model.num_classes)(logits, model.classnames)
     return [{answer["class"]: answer["probability"] for answer in row["predictions"]} for row in rows]
 

@@ -113,8 +113,8 @@ class Outputs(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.fused.encode_image(images)
-        distance = (self.fused.distance(features),) if self.fused.rejects else ()
-        return self.fused.logits(features), features, *distance
+        distance = (self.fused.distances(features),) if self.fused.rejects else ()
+        return self.fused.classify(features), features, *distance
 
 
 def _write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:

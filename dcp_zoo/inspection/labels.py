@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.model.text_probe import half_whitening, means_of_some, minimum, to_nearest_mean
-from dcp_zoo.training.fit_probe import FOLDS, within_class
+from dcp_zoo.model.text_probe.estimates import half_whitening, means_of_some, minimum
+from dcp_zoo.model.text_probe.fit import FOLDS, to_nearest_mean, within_class
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 
 SURE, PER_CLASS = 20, 3

@@ -67,7 +67,9 @@ def position(name: str | int, classes: Sequence[Class]) -> int:
     found = [i for i, known in enumerate(names) if known == name]
     if len(found) > 1:
         listed = ", ".join(map(str, found))
-        raise ZooError(f"{len(found)} classes are named {name}: pass the position of one in place of its name: {listed}.")
+        raise ZooError(
+            f"{len(found)} classes are named {name}: pass the position of one in place of its name: {listed}."
+        )
     check_choice("class", name, names)
     return found[0]
 

@@ -1,5 +1,5 @@
-"""The encoder of every head: a frozen open_clip CLIP. Its image tower gives the features of images, its text tower those
-of class names and sentences, and zero-shot logits are their scaled cosines."""
+"""The encoder of every head: a frozen open_clip CLIP. Its image tower gives features of images, its text tower those of
+class names and sentences, and zero-shot logits are their scaled cosines."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -106,7 +106,9 @@ class FrozenCLIP(nn.Module):
 
     # --- images ---
 
-    def encode_image(self, images: Images, prompts: Sequence[Tensor] = (), first: int = 0, run: Runner = call) -> Tensor:
+    def encode_image(
+        self, images: Images, prompts: Sequence[Tensor] = (), first: int = 0, run: Runner = call
+    ) -> Tensor:
         """Images, in any form -> normalised features (B, E). ZooError for prompts in an image tower without blocks.
 
         Args:
@@ -179,8 +181,11 @@ class FrozenCLIP(nn.Module):
     # --- logits ---
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Normalised features (B, E), (C, E) -> exp(logit_scale) * cosine (B, C), plus SigLIP's bias."""
-        logits = self.clip.logit_scale.exp() * (image_features @ text_features.T).to(self.clip.logit_scale.dtype)
+        """Normalised features (B, E), (C, E) -> exp(logit_scale) * cosine (B, C), plus SigLIP's bias,
+        in the precision of that scale."""
+        scale = self.clip.logit_scale.exp()
+        with torch.autocast(scale.device.type, enabled=False):
+            logits = scale * (image_features.to(scale.dtype) @ text_features.to(scale.dtype).T)
         return logits if getattr(self.clip, "logit_bias", None) is None else logits + self.clip.logit_bias
 
     def scaled(self, text_features: Tensor) -> Linear:

@@ -53,7 +53,7 @@ class Abilities(Checked):
     """What the heads of a method can do: one record, of the method and of each head's `config.json`."""
 
     linear: bool = option(True, "its logits are a linear function of image features: it can be fused and exported")
-    fitted: bool = option(False, "its classifier is fitted to features of the training images: no text probe can follow")
+    fitted: bool = option(False, "its classifier is fitted to features of training images: no text probe can follow")
     coupled: bool = option(False, "the prompts of both towers rewrite each other, as explanations show")
     transfers: bool = option(True, "it can classify into classes that it was not trained on")
 

@@ -172,7 +172,9 @@ def _constants(model: Any) -> dict[str, Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
     reading = model.readings[0]
     tower = reading.encoder.vision_tower
-    prompts = (reading.prompts and reading.prompts()) or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
+    prompts = (reading.prompts and reading.prompts()) or [
+        torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)
+    ]
     last, blocks = len(prompts) - 1, tower.blocks[model.first_block :]
     constant = min(last + (last == len(blocks) - 1), len(blocks))  # the last block computes the pooled tokens only
     entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(blocks, prompts, strict=False)]

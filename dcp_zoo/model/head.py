@@ -1,7 +1,7 @@
 """What every head is: encoders, what it reads of them, a classifier, and classes.
 
-Of an image x, reading r gives normalised features f_r (B, E_r), and a classifier on these starts at the logits f_r W_r^T
-+ b_r. With R readings, the features and logits are
+Of images x, reading r gives normalised features f_r (B, E_r), and a classifier on these starts at f_r W_r^T + b_r. With
+R readings, the features and the logits are
 
     f = [f_1, .., f_R] / sqrt(R)                                                            (B, F)
     z = f W^T + b    with W = [W_1, .., W_R] / sqrt(R), b the mean of b_r                    (B, C)
@@ -67,13 +67,11 @@ class Head(TimmContract):
 
     first_block = 0  # the first vision block that prompts enter
     stats = "stored"
-    stats_modes: tuple[str, ...] = ("stored",)  # those that it can be evaluated with, the default first
 
-    def __init__(
-        self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None
-    ) -> None:
+    def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
         self.encoder = clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer)
+        self._original: FrozenCLIP | None
         self.register_module("_original", original)
         self.text_probe: TextProbe | None
         self.register_module("text_probe", None)
@@ -112,15 +110,24 @@ class Head(TimmContract):
         """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
         self.load_state_dict(state, strict=False)  # without CLIP
 
+    @property
+    def stats_modes(self) -> tuple[str, ...]:
+        """The statistics that it can be evaluated with, the default first."""
+        return ("stored",)
+
     # --- from images to logits ---
 
     @property
     def readings(self) -> list[Reading]:
         """What a classifier on it can read, the method's own features first, and plain CLIP's last."""
-        plain, own = self._original or self.encoder, self.own_reading()
-        if own.encoder is plain and not own.is_prompted:
-            return [own]
-        return [own, Reading(plain, plain.encode_image, self._plain_linear)]
+        own, plain = self.own_reading(), self.plain
+        return [own, plain] if own.is_prompted or own.encoder is not plain.encoder else [own]
+
+    @property
+    def plain(self) -> Reading:
+        """Zero-shot CLIP, before the method changed anything."""
+        clip = self._original or self.encoder
+        return Reading(clip, clip.encode_image, self._plain_linear)
 
     @property
     def reads(self) -> list[Reading]:
@@ -129,7 +136,7 @@ class Head(TimmContract):
 
     def _plain_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by plain CLIP's features."""
-        clip, names, texts = self._original or self.encoder, read_of(self.classes), self.texts or TEMPLATE
+        clip, names, texts = self.plain.encoder, read_of(self.classes), self.texts or TEMPLATE
         text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
         return clip.scaled(text)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.model._torch import WeightCache
-from dcp_zoo.model.classes import NAME, Class, Texts, class_texts, matched, check_classnames, read_of
+from dcp_zoo.model.classes import NAME, Class, Texts, check_classnames, class_texts, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head

@@ -25,15 +25,25 @@ class TimmContract(nn.Module, ABC):
 
     encoder: FrozenCLIP
     classes: "list[Class]"
-    num_classes: int
-    classnames: list[str]
-    readings: "list[Reading]"
-    reads: "list[Reading]"
     stats: str
-    encode_image: Callable[[Images], Tensor]
     classify: Callable[[Tensor], Tensor]
     linear: Callable[[], Linear]
+    encode_image: Callable[[Images], Tensor]
     set_classnames: Callable[..., None]
+
+    if TYPE_CHECKING:
+
+        @property
+        def classnames(self) -> list[str]: ...
+
+        @property
+        def num_classes(self) -> int: ...
+
+        @property
+        def readings(self) -> list[Reading]: ...
+
+        @property
+        def reads(self) -> list[Reading]: ...
 
     @property
     def device(self) -> torch.device:

@@ -40,8 +40,8 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
     """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients."""
-    spec = MODELS.get(model.architecture)
-    base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
+    spec = MODELS.get(model.encoder.architecture)
+    base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
     options, _ = model.method_config()
     about: dict[str, Any] = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
@@ -90,7 +90,11 @@ def _seed_rows(model: Head) -> list[dict[str, Any]]:
     info = model.info
     measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
     for head in trained_heads().values():
-        if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
+        if (head.model, head.dataset, head.shots) == (
+            model.encoder.architecture,
+            info.get("dataset"),
+            info.get("shots"),
+        ):
             measured.setdefault(head.seed, head.metrics)
     missing = dict.fromkeys(MODES, "not measured")
     return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
@@ -142,9 +146,9 @@ def measured(
     if split.sha256 != model.info.get("split_sha256"):
         hashes = f"its sha256 is {model.info.get('split_sha256')}, and that of the one here is {split.sha256}"
         raise ZooError(f"{name} was trained on another split of {dataset}: {hashes}.")
-    source = image_source(model.to(pick_device(device)), split.test, "none", workers, progress)
+    source = image_source(model.to(pick_device(device)).plain.encoder, split.test, "none", workers, progress)
     batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
-    return accuracies(measure(source, batch_size, progress)[0])
+    return accuracies(measure(model, source, batch_size, progress)[0])
 
 
 def claimed(name: str, model: Head) -> dict[str, float]:

@@ -53,7 +53,7 @@ def computed_in(precision: str, device: torch.device) -> torch.dtype:
 @torch.no_grad()
 def cast_frozen(model: Head, precision: str) -> None:
     """Store CLIP's weights in this precision only; trained parameters and the logit scale stay in float32."""
-    for p in model.clip.parameters():
+    for p in model.encoder.clip.parameters():
         if p.numel() > 1 and p.is_floating_point():
             p.data = p.data.to(computed_in(precision, p.device))
 
@@ -74,11 +74,11 @@ def needs_checkpointing(choice: str, model: Head, batch: int) -> bool:
 
 def activation_bytes(model: Head, batch: int) -> int:
     """Bytes that both towers would keep for the backward pass of a step."""
-    vision, (first_v, first_t) = model.vision_tower, model.first_blocks
-    image_tokens = batch * (vision.num_tokens + model.n_ctx)
+    vision, (first_v, first_t) = model.encoder.vision_tower, getattr(model, "first_blocks", (0, 0))
+    image_tokens = batch * (vision.num_tokens + getattr(model, "n_ctx", 0))
     channels = image_tokens * vision.width * (len(vision.blocks) - first_v)
-    if model.name_tokens is not None:
-        name_tokens, text = sum(chunk.ids.numel() for chunk in model.name_tokens), model.text_tower
+    if (names := getattr(model, "name_tokens", None)) is not None:  # with learned prompts in the text
+        name_tokens, text = sum(chunk.ids.numel() for chunk in names), model.encoder.text_tower
         channels += name_tokens * text.width * (len(text.blocks) - first_t)
     return channels * vision.dtype.itemsize * VALUES_PER_CHANNEL
 

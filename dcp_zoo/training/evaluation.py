@@ -18,7 +18,7 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
-from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, by_image, features_of, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
 FEATURES_AT_A_TIME = 1000  # that are classified
@@ -118,15 +118,18 @@ class Evaluation:
         ]
 
 
-def predict(source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, by its head with the current statistics. With
-    other than stored ones a batch has `batch_size` images."""
-    head = source.head.eval()
+@torch.no_grad()
+def predict(head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
+    """Logits (n, C) of all images of a source, in order, on the CPU, by a head with the current statistics. With other
+    than stored ones a batch has `batch_size` images."""
+    head.eval()
     if head.stats == "stored":
-        return classified(head, source.features(1, progress)[0])
-    with torch.no_grad(), autocast(head.device, source.precision):
-        batches = by_image(progress, source.batches(batch_size), "test images", len(source.items))
-        return torch.cat([head(x.to(head.device), patches=source.patches).float().cpu() for x, _ in batches])
+        return classified(head, features_of(head, source, 1, progress)[0])
+    logits = []
+    for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
+        with autocast(head.device, source.precision):
+            logits.append(head(inputs.to(head.device)).float().cpu())
+    return torch.cat(logits)
 
 
 @torch.no_grad()
@@ -137,33 +140,30 @@ def classified(head: Head, features: Tensor) -> Tensor:
 
 
 def predict_modes(
-    source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
+    head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> dict[str, Tensor]:
     """Logits (n, C) of all images in each way that a head is measured, the default first: with the stored statistics,
     with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
-    head, found, without = source.head, dict[str, Tensor](), dict[str, Tensor]()
-    for stats in head.eval().stats_modes:
+    found, without = dict[str, Tensor](), dict[str, Tensor]()
+    before = head.eval().stats
+    for stats in head.stats_modes:
         head.stats = stats
-        if stats == "stored":
-            features = source.features(1, progress)[0]
-            found[stats] = classified(head, features)
-            if head.text_probe is not None:
-                weight, bias = (part.detach().cpu() for part in head.own_linear())
-                own = features[:, : weight.shape[1]] * math.sqrt(1 + head.reads_frozen)
-                without[NO_CLASSIFIER] = F.linear(own, weight, bias)
-        else:
-            found[stats] = predict(source, batch_size, progress)
-    head.stats = None
+        found[stats] = predict(head, source, batch_size, progress)
+        if stats == "stored" and head.text_probe is not None:
+            own = head.readings[0]
+            features = source.read_by(own, 1, progress)[0]
+            without[NO_CLASSIFIER] = F.linear(features, *(part.detach().float().cpu() for part in own.start()))
+    head.stats = before
     return found | without
 
 
 def measure(
-    source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
+    head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
     """Top-1 accuracy in percent in each mode of `predict_modes`, and the predictions in the first."""
-    logits = predict_modes(source, batch_size, progress)
+    logits = predict_modes(head, source, batch_size, progress)
     metrics = {f"top1_{mode}": top1(found, source.labels) for mode, found in logits.items()}
-    return metrics, Evaluation(source.head.classnames, source.items, next(iter(logits.values())))
+    return metrics, Evaluation(head.classnames, source.items, next(iter(logits.values())))
 
 
 def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, Any]:

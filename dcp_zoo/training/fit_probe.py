@@ -1,54 +1,19 @@
-"""Fit the text probe of a head, see `dcp_zoo.model.text_probe`, on its features of the few-shot images.
+"""Give a head a text probe, see `dcp_zoo.model.text_probe`, fitted on its features of the few-shot images."""
 
-a, the scale of the text logits, minimises zero-shot CLIP's cross-entropy (sum) on the training images + (log a)^2 / 2.
-
-Each candidate counts by its evidence, exp(-sum of cross-entropies) of training images that were left out, in four folds
-(of many images in one): pseudo Bayesian model averaging (Yao et al., Bayesian Analysis 2018). Where the method was
-trained on these images, zero-shot CLIP takes its place there. With one image per class nothing can be left out. Then
-the Gaussians do not count, and all penalties count the same, unless text explains the training images badly: for the
-i-th penalty, exp(10 i max(0, r - 1/4)) with r zero-shot CLIP's loss in units of a random guess's.
-
-An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
-that were left out would exceed if their scores were normally distributed, for which 20 are enough. `REJECT_RATES` are
-the other shares. `like_accepted` says how many would pass if their class, and every second one, was unknown,
-`others_accepted` how many of `everyday_pictures` pass. Other rules, and validation images: see `benchmarks/notes.md`.
-"""
-
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import REFUSED
+from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe import (
-    ENOUGH,
-    PENALTIES,
-    STRENGTHS,
-    Candidates,
-    Linear,
-    TextProbe,
-    join,
-    minimum,
-    to_nearest_mean,
-)
+from dcp_zoo.model.text_probe.fit import fit_on_features, share_above
 from dcp_zoo.training.recipes import FITTED, MANY
-from dcp_zoo.training.sources import ImageSource, Progress, encode_views, image_source, no_progress
-
-REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
-THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
-FOLDS = 4  # of more than ENOUGH training images one says as much as four
-Reading = tuple[Tensor, Linear]  # features (V, n, E) of the training images, and logits as a linear function of these
-LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, E) and labels (m,) that are not part of it
+from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
 
 @torch.no_grad()
@@ -58,36 +23,25 @@ def fit_probe(
     """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. `weights` (n,) are
     those of the training images' losses. ZooError for a head whose logits are no linear function of its features, or
     were fitted to features of the training images."""
-    head.text_probe = None
+    if head.abilities.fitted:
+        raise ZooError(FITTED.format(head.method))
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
-    own, source, count = on_cpu(head.own_linear()), train.for_model(head), probe_views(train)
-    if head.is_fitted:
-        raise ZooError(FITTED.format(head.method))
-    views = frozen = source.features(count, progress)
-    if head.has_own_features and train.targets is not None:
-        frozen = train.targets[:count]
-    elif head.has_own_features:
-        frozen = encode_views(source, head.encode_frozen, count, progress).float()
-    given = train.model.zero_shot_classifier  # which knows texts that are given as features
-    text = head.frozen_linear() if head.has_own_features else head.scaled(given(head.classnames, head.texts))
-    unseen = frozen, on_cpu(text)
-    readings = [(views, own), unseen] if head.has_own_features else [(views, own)]
-    head.text_probe, info = fit_on_features(head.classnames, train.labels, readings, unseen, weights)
+    head.text_probe, count = None, probe_views(train)
+    pairs = [(reading, on_cpu(reading.start())) for reading in head.readings]
+    readings = [(train.read_by(reading, count, progress), start) for reading, start in pairs]
+    unseen = readings[-1][0], on_cpu(head.plain.start())
+    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights)
     thresholds: Any = info.get("thresholds")
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
-        shown = image_source(head, pictures, once=True, precision=train.precision)
-        features = shown.features(1)[0].to(head.device)
-        scores = in_distribution_score(head.classify(features).cpu().numpy(), head.distances(features))
+        shown = image_source(head.plain.encoder, pictures, once=True, precision=train.precision)
+        features = features_of(head, shown, 1)[0].to(head.device)
+        logits, distances = head.classify(features), head.distances(features)
+        scores = in_distribution_score(logits.float().cpu().numpy(), distances.float().cpu().numpy())
         info["others_accepted"] = share_above(thresholds, scores)
     return info
-
-
-def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
-    """The percentage of scores (n,) that are not below each threshold."""
-    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}
 
 
 def probe_views(train: ImageSource) -> int:
@@ -95,136 +49,6 @@ def probe_views(train: ImageSource) -> int:
     return 2 if len(train.items) <= MANY else 1
 
 
-def fit_on_features(
-    names: list[str],
-    labels: Tensor,
-    readings: Sequence[Reading],
-    unseen: Reading | None = None,
-    weights: Tensor | None = None,
-) -> tuple[TextProbe, dict[str, object]]:
-    """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
-
-    Args:
-        names, labels: of the classes, and of the images.
-        readings: features (V, n, E) of the images and their mirror images, in float32 on the CPU, with the method's
-            logits; of two, their mean is read.
-        unseen: the same of zero-shot CLIP, which training images are left out with. Default: the only reading.
-        weights: (n,) of the images' losses, see `Candidates`.
-    """
-    views = readings[0][0]
-    if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
-        raise ZooError("All classes have the same image features: check that each class has its own images.")
-    frozen, zero_shot = unseen or readings[0]
-    text_logits = F.linear(frozen[0], *zero_shot)
-    scale = text_scale(text_logits, labels)
-    text = _times(scale, zero_shot)
-    left_out = folds(frozen, labels, text, weights)
-    if left_out:
-        logits = torch.cat([candidates.logits(features) for candidates, features, _ in left_out], 1)
-        truth = torch.cat([labels for *_, labels in left_out])
-        evidence = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
-    else:
-        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(names))
-    fitted = [Candidates(features, labels, _times(scale, linear), weights) for features, linear in readings]
-    probe = TextProbe(names, views.shape[-1], len(readings))
-    weight, bias = join([each.mean(evidence) for each in fitted])
-    probe.weight.copy_(weight)
-    probe.bias.copy_(bias)
-    probe.text_scale.fill_(scale)
-    probe.metric.copy_(fitted[-1].metric)
-    regressions = evidence[: len(PENALTIES)].clamp(min=1e-6)
-    probe.evidence.copy_(regressions / regressions.sum())
-    probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
-    info: dict[str, Any] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
-    if left_out:
-        info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0))
-    if "thresholds" in info and len(names) > 2:
-        halves = class_halves(frozen, labels, text, weights)
-        if like := [_like_scores(probe, half, evidence) for half in halves]:
-            info["like_accepted"] = share_above(info["thresholds"], np.concatenate(like))
-    return probe, info
-
-
-def _times(scale: float, linear: Linear) -> Linear:
-    return scale * linear[0], scale * linear[1]
-
-
-def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) -> dict[str, object]:
-    """Set the unit of distances and the threshold by the images that were left out, of which `logits` (m, C) are,
-    unless they are too few; returns what the head's info says of it."""
-    labels = torch.cat([labels for *_, labels in left_out])
-    if len(labels) < THRESHOLD_IMAGES:
-        return {}
-    distances = torch.cat([_distances(candidates, features) for candidates, features, _ in left_out])
-    if not distances.mean() > 0:
-        return {}
-    probe.spread.copy_(distances.mean())
-    scores = torch.from_numpy(in_distribution_score(logits.numpy(), (distances / probe.spread).numpy()))
-    middle, deviation = scores.mean().item(), scores.std().item()
-    thresholds = {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
-    probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
-    return {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
-
-
-def _distances(candidates: Candidates, features: Tensor) -> Tensor:
-    """Distances (m,) of images that were left out to the nearest class mean."""
-    return to_nearest_mean(features, candidates.metric, candidates.means[candidates.present])
-
-
-def class_halves(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> Iterator[LeftOut]:
-    """Candidates from half of the classes, with features and labels of the others; both ways, if images are few."""
-    for half in range(1 if len(labels) > ENOUGH else 2):
-        out = labels % 2 == half
-        if len(labels[~out].unique()) > 1 and out.any():
-            kept = None if weights is None else weights[~out]
-            yield Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]
-
-
-def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarray:
-    """The scores (m,) of images whose classes a head would not know that was fitted to the others."""
-    candidates, features, _ = half
-    logits = (evidence[:, None, None] * candidates.logits(features)).sum(0)[:, candidates.present]
-    return in_distribution_score(logits.numpy(), (_distances(candidates, features) / probe.spread).numpy())
-
-
 def on_cpu(linear: Linear) -> Linear:
     """A linear function in float32 on the CPU."""
     return linear[0].float().cpu(), linear[1].float().cpu()
-
-
-def text_scale(logits: Tensor, labels: Tensor) -> float:
-    """a: minimises the cross-entropy (sum) of a times logits (n, C) + (log a)^2 / 2."""
-    logits = logits.double()
-
-    def loss(log: Tensor) -> Tensor:
-        return F.cross_entropy(log.exp() * logits, labels, reduction="sum") + log.square() / 2
-
-    return minimum(loss, logits.new_zeros(()), max_iter=100).exp().item()
-
-
-def without_evidence(loss: Tensor, classes: int) -> Tensor:
-    """Weights of the candidates (K,) if no image can be left out, by zero-shot CLIP's loss on the training images."""
-    guess = math.log(max(classes, 2))
-    weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss.item() / guess - 0.25)).softmax(0)
-    return F.pad(weights, (0, len(STRENGTHS)))
-
-
-def folds(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> list[LeftOut]:
-    """Candidates from three quarters of the training images, or on fewer if no class has four, each with features and
-    labels of the others; a class's only image is never left out. Of more than `ENOUGH` images the first alone."""
-    counts, position = torch.bincount(labels), within_class(labels)
-    number, found = min(FOLDS, int(counts.max())), []
-    for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):
-        out = (position % number == fold) & (counts[labels] > 1)
-        kept = None if weights is None else weights[~out]
-        found.append((Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]))
-    return found
-
-
-def within_class(labels: Tensor) -> Tensor:
-    """The position (n,) of each image among those of its class."""
-    position = torch.empty_like(labels)
-    for label in labels.unique():
-        own = (labels == label).nonzero().flatten()
-        position[own] = torch.arange(len(own))
-    return position

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from dcp_zoo.data.dataset import seeded
 from dcp_zoo.errors import writing_to
 from dcp_zoo.files import format_duration
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
@@ -90,6 +92,7 @@ class EpochAverage:
 
 
 def train(
+    model: Head,
     source: ImageSource,
     recipe: TrainingRecipe,
     *,
@@ -110,7 +113,8 @@ def train(
     Returns the loss of every step.
 
     Args:
-        source: the few-shot training images, and the head to train, with fresh prompts and on its device.
+        model: with fresh prompts and on its device.
+        source: the few-shot training images.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
         precision: "float32"; "bfloat16" or "float16" for autocast over float32 prompts and CMPA; or "release" for the
@@ -124,7 +128,7 @@ def train(
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
     """
-    model, recipe = source.head, recipe.fitted(len(source.items), source.num_classes)
+    recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(recipe, trained)
@@ -136,17 +140,17 @@ def train(
     steps = recipe.num_epochs * per_epoch
     numbers = sum(p.numel() for p in trained)
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
-    after = _after_step(source, recipe, run, per_epoch, step_log, callbacks, validation)
+    after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks, validation)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
     loss_of = loss_of or objective(model, recipe, class_weight)
 
-    def loss(inputs: Tensor, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(len(losses), per_epoch)
         if average and epoch and batch == 0:
             average.add(trained, epoch - 1)
         with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
-            return loss_of(inputs, labels, source.patches, *targets)
+            return loss_of(inputs, labels, *targets)
 
     if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
         steps = len(losses)
@@ -192,7 +196,7 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> tor
 def objective(
     model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The loss of (images, labels, patches, targets), see `DCP.forward`, and the cross-entropy alone, which is the loss
+    """The loss of (inputs, labels, targets), and the cross-entropy alone, which is the loss
     but for a DCP, whose loss is
 
         cross-entropy + clip_reg * (25 mean |t - t'| + 10 mean |f - f'|)
@@ -202,18 +206,19 @@ def objective(
     step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
     """
     clip_reg = getattr(recipe, "clip_reg", 0.0)
-    zero_shot = model.zero_shot_classifier(model.classnames, model.texts) if clip_reg else None
+    clip = model.encoder
+    zero_shot = clip.zero_shot_classifier(model.classnames, model.texts) if clip_reg else None
 
-    def loss_of(images: Tensor, labels: Tensor, patches: bool, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss_of(inputs: Inputs, labels: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if zero_shot is None:
-            loss = cross_entropy(model(images, patches=patches), labels, class_weight)
+            loss = cross_entropy(model(inputs), labels, class_weight)
             return loss, loss
-        features, text = model.encode(images, patches)
+        features, text = model.encode(inputs)
         if targets is None:
             with torch.no_grad():
-                targets = model.encode_prompted(images, patches=patches)
+                targets = clip.encode_image(inputs)
         distances = F.l1_loss(text.float(), zero_shot.float()), F.l1_loss(features.float(), targets.float())
-        own = cross_entropy(model.logits(features, text), labels, class_weight)
+        own = cross_entropy(clip.logits(features, text), labels, class_weight)
         return own + clip_reg * (TEXT_WEIGHT * distances[0] + IMAGE_WEIGHT * distances[1]), own
 
     return loss_of
@@ -228,6 +233,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None = 
 
 
 def _after_step(
+    model: Head,
     source: ImageSource,
     recipe: TrainingRecipe,
     run: TrainingState,
@@ -237,7 +243,6 @@ def _after_step(
     validation: ImageSource | None,
 ) -> Callable[[int], bool]:
     """What `descend` calls after every step; the log gets the lines of a resumed run's earlier steps at once."""
-    model = source.head
 
     def write_log(step: int) -> None:
         """Write the line of a completed step."""
@@ -257,7 +262,7 @@ def _after_step(
         reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
         left = recipe.num_epochs - reached.epoch
         if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
-            logits, labels = predict(validation.for_model(model), EVAL_BATCH), validation.labels
+            logits, labels = predict(model, validation, EVAL_BATCH), validation.labels
             model.train()
             reached = reached._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
         stops = [callback.on_epoch(model, reached) for callback in callbacks]
@@ -272,8 +277,7 @@ def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     for epoch in range(done // per_epoch, recipe.num_epochs):
         first, generator = max(0, done - epoch * per_epoch), torch.Generator().manual_seed(_mix(seed, epoch))
-        for batch in source.batches(recipe.batch_size, generator, first=first, drop_last=recipe.drop_last):
-            yield batch if source.targets is None else (*batch[0], batch[1])
+        yield from source.batches(recipe.batch_size, generator, first=first, drop_last=recipe.drop_last)
 
 
 def _mix(*numbers: int) -> int:

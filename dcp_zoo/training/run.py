@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -18,11 +18,12 @@ from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import format_duration
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.checkpoint import MEASURED
+from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, read_config
-from dcp_zoo.model.head import MEASURED, Head
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import Texts, saved_texts
-from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
@@ -268,8 +269,10 @@ def train_head(
         seconds = round(earlier + time.perf_counter() - started, 1)
         if measured is None and options.test and run.split.test:
             once = head.stats_modes == ("stored",)
-            test = image_source(head, run.split.test, "none", run.workers, options.progress, once, run.precision)
-            metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
+            test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
+            metrics, evaluation = measure(
+                head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress
+            )
             found = measurement(metrics, evaluation)
         head.info = head.info | {"train_seconds": seconds} | found
         if output:
@@ -318,7 +321,7 @@ def _check_learnt(task: Task, head: Head) -> None:
     train = task.plain_train
     recipe = recipe.fitted(len(train.items), train.num_classes)
     value = recipe.num_epochs if isinstance(recipe, TrainingRecipe) else getattr(recipe, length)
-    logits = predict(train.for_model(head), EVAL_BATCH, task.progress)
+    logits = predict(head, train, EVAL_BATCH, task.progress)
     warn_if_not_learnt(F.cross_entropy(logits, train.labels).item(), train.num_classes, length, value)
 
 
@@ -350,9 +353,10 @@ def add_probe(
     are put into the order of the split's. Returns how it was fitted, which the head's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
     head.set_classnames(subset.classnames)
-    train = image_source(head, subset.train, "flip" if head.stem else "none", workers, progress)
+    clip = head.plain.encoder
+    train = image_source(clip, subset.train, "flip" if clip.stem else "none", workers, progress)
     if head.stats != "stored":
-        head.store_stats(train.batches(64), train.patches)
+        cast(DCP, head).store_stats(train.batches(64))
     found: dict[str, Any] = fit_probe(head, train, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
@@ -394,7 +398,7 @@ def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
     return {
         "model": run.model,
         "method": run.method,
-        "clip": clip.clip_source,
+        "clip": clip.source,
         "CLIP weights": fingerprint(clip.clip.parameters()),
         **({"options": run.recipe.config.as_dict()} if isinstance(run.recipe, Recipe) else {}),
         **({"descriptions": run.descriptions} if run.descriptions else {}),

@@ -17,8 +17,9 @@ from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels
-from dcp_zoo.model.reading import Reading
+from dcp_zoo.model.reading import Reading, joined
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
@@ -107,6 +108,8 @@ class ImageSource:
             return self.views[:views].float()
         count = views or self.num_views
         count = count if self.views is None else min(count, len(self.views))
+        if self.targets is not None and len(self.targets) >= count:
+            return self.targets[:count]
         if self._features is not None and len(self._features) >= count:
             return self._features[:count]
         kept = "" if self.crops else "features"
@@ -116,9 +119,12 @@ class ImageSource:
         return found
 
     def read_by(self, reading: Reading, views: int | None = None, progress: Progress = no_progress) -> Tensor:
-        """`features` as a head reads them: those of the plain CLIP, unless a method changed them."""
+        """`features` as a head reads them: those of the plain CLIP, unless a method changed them. ZooError if the plain
+        ones are given in place of images, and the head reads others."""
         if reading.encoder is self.clip and not reading.is_prompted:
             return self.features(views, progress)
+        if self.has_features:
+            raise ZooError("Features do not fit: this model reads images alone, as its method changed what CLIP reads.")
         return encode_views(self, reading.encode, views or self.num_views, progress).float()
 
     def batches(
@@ -181,12 +187,19 @@ def image_source(
     stem, views = clip.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
-        source.views = encode_views(source, lambda inputs: stem.patch_maps(inputs.x), views, progress, "images", "patches")
+        source.views = encode_views(
+            source, lambda inputs: stem.patch_maps(inputs.x), views, progress, "images", "patches"
+        )
         source.form = Maps
     else:
         source.flips = augment == "flip"
     source.precision = precision  # not of patch maps, which other models may read
     return source
+
+
+def features_of(head: Head, source: ImageSource, views: int | None = None, progress: Progress = no_progress) -> Tensor:
+    """The normalised features (V, n, F) that a head's classifier reads of images, see `ImageSource.features`."""
+    return joined([source.read_by(reading, views, progress) for reading in head.reads])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -146,7 +146,7 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
     with skip_init(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Repeated class names")
         head: Head = KINDS[block["head"]].from_config(clip, source.config, tensor_shapes(source.folder))
-    head.method, head.abilities = block["method"], Abilities(**block["abilities"])
+    head.method, head.abilities = block["method"], Abilities(**cast(dict[str, Any], block["abilities"]))
     return load_head(head, source.folder, source.config)
 
 
@@ -247,7 +247,7 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
 
 
 def create_transform(
-    model_or_name: FrozenCLIP | FusedHead | str, is_training: bool = False
+    model_or_name: FrozenCLIP | Head | FusedHead | str, is_training: bool = False
 ) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 

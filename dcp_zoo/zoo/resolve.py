@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig, checkpoint_folder, is_checkpoint, made, read_config
+from dcp_zoo.model.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    HeadConfig,
+    checkpoint_folder,
+    is_checkpoint,
+    made,
+    read_config,
+)
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 

@@ -83,13 +83,13 @@ def torch_predictor(
 
     from dcp_zoo.training.device import autocast, pick_precision
 
-    precision = pick_precision(precision, model.architecture, model.device)
+    precision = pick_precision(precision, model.encoder.architecture, model.device)
     alone = model.stats != "stored"  # then each image is a batch
     if features and alone:
         raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
     pays = images is None or images > FEW
-    fused = model.fuse() if model.is_linear and pays and not alone else None
-    encode, answer = (fused.encode_image, fused.logits) if fused else (model.encode_image, model.classify)
+    fused = model.fuse() if model.abilities.linear and pays and not alone else None
+    encode, answer = (fused or model).encode_image, (fused or model).classify
     rejects = bool(reject) and not model.cannot_reject
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
 
@@ -109,11 +109,11 @@ def torch_predictor(
         kept = encoded.float().cpu().numpy() if features else None
         distances = None
         if rejects:
-            distances = fused.distance(encoded).cpu().numpy() if fused else model.distances(encoded)
+            distances = (fused or model).distances(encoded).float().cpu().numpy()
         return Computed(logits.float().cpu().numpy(), distances, kept)
 
     threshold = model.rejection_threshold(reject) if rejects else None
-    given = model.architecture, model.classnames, model.pretrained_cfg
+    given = model.encoder.architecture, model.classnames, model.pretrained_cfg
     return Predictor(*given, compute, threshold, model.cannot_reject)
 
 

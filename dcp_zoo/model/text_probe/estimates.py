@@ -1,4 +1,4 @@
-"""What classifiers on features have in common: class means, the precision within classes, where a convex loss is lowest.
+"""What classifiers on features share: class means, the precision within classes, where a convex loss is lowest.
 
 Features (n, E) and labels (n,), computed on the CPU.
 """

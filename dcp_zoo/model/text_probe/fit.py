@@ -144,11 +144,6 @@ def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarra
     return in_distribution_score(logits.numpy(), (_distances(candidates, features) / probe.spread).numpy())
 
 
-def on_cpu(linear: Linear) -> Linear:
-    """A linear function in float32 on the CPU."""
-    return linear[0].float().cpu(), linear[1].float().cpu()
-
-
 def text_scale(logits: Tensor, labels: Tensor) -> float:
     """a: minimises the cross-entropy (sum) of a times logits (n, C) + (log a)^2 / 2."""
     logits = logits.double()

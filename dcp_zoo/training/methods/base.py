@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcp_zoo.model.classes import Texts, check_classnames
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.model.head import Head, LinearHead
+from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # inputs and labels of a batch -> its loss
+Loss = Callable[[Any, Tensor], Tensor]  # inputs and labels of a batch -> its loss
 Schedule = Callable[[int], float]  # the learning rate of each step
 
 
@@ -31,7 +31,7 @@ class Task:
     Attributes:
         clip: the plain CLIP on its device; methods do not change it.
         model: its name in the zoo.
-        classnames, template: of the dataset; the template is its zero-shot prompt, or sentences of each class.
+        classnames, texts: of the dataset; the texts are its zero-shot template, or sentences of each class.
         train: the few-shot training images, augmented as in the recipe; None for methods that do not train.
         val: few-shot validation images, the only ones for choosing hyperparameters; None if there are none.
         recipe: the method's hyperparameters.
@@ -41,13 +41,13 @@ class Task:
         reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
         probe_images: the training images without augmentation, for the text probe, if the method has them in a form
             that its head reads faster.
-        probe_weights: of the training images (n,) in the text probe, see `Problem`. Default: all the same.
+        probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
     """
 
     clip: FrozenCLIP
     model: str
     classnames: Sequence[str]
-    template: Texts
+    texts: Texts
     train: ImageSource | None
     val: ImageSource | None
     recipe: Any  # a `BaseRecipe`, of the kind that the method's `recipe` returns
@@ -62,7 +62,7 @@ class Task:
     @property
     def text(self) -> Tensor:
         """Zero-shot CLIP's normalised text features (C, E) of the class names."""
-        return self.clip.zero_shot_classifier(check_classnames(self.classnames), self.template)
+        return self.clip.zero_shot_classifier(check_classnames(self.classnames), self.texts)
 
     @property
     def train_images(self) -> ImageSource:
@@ -79,7 +79,7 @@ class Task:
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
         train = self.train
-        return image_source(train.model, train.items, "none", train.workers, self.progress, precision=train.precision)
+        return image_source(train.clip, train.items, "none", train.workers, self.progress, precision=train.precision)
 
     def features(self, source: ImageSource) -> Tensor:
         """Normalised features (n, E) of a source by the plain image tower, in float32 on its device."""
@@ -111,7 +111,7 @@ class Task:
         if self.train.crops and self.recipe.augment == "crop-flip":
             return self.train
         features = self.train.features(progress=self.progress)
-        return replace(self.train, views=features[:1] if self.recipe.augment == "none" else features)
+        return replace(self.train, views=features[:1] if self.recipe.augment == "none" else features, form=Features)
 
     def linear_head(
         self, weight: Tensor, bias: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = ""
@@ -128,14 +128,13 @@ class Task:
         after = own.clip.state_dict()
         changed = [name for name in before if not torch.equal(after[name], before[name])]
         return LinearHead(
-            own.clip,
+            own,
             self.classnames,
             weight,
             bias,
-            template=texts,
+            texts=texts,
             changed=[name for name in changed if texts or name.startswith("visual.")],
             original=self.clip if changed else None,
-            tokenizer=own.tokenizer,
         )
 
     def text_head(self, text: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = "") -> LinearHead:
@@ -151,7 +150,7 @@ def most_accurate(candidates: Iterable[tuple[Any, Tensor]], labels: Tensor) -> A
 
 def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     """A copy of a CLIP that a method may train; the shared one is never changed."""
-    return FrozenCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
+    return clip.with_clip(copy.deepcopy(clip.clip))
 
 
 def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
@@ -164,7 +163,7 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
     """Train what requires gradients in a head by `loop.train`, with the task's options and these; the losses."""
     shared: dict[str, Any] = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
-    return train(source.for_model(head), task.recipe, validation=task.val, **shared, **task.training, **options)
+    return train(head, source, task.recipe, validation=task.val, **shared, **task.training, **options)
 
 
 def minimise(

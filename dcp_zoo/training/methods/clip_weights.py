@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.classes import Texts, check_classnames, class_texts, mean_of_texts
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
-from dcp_zoo.model.towers.blocks import OpenClipBlock
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.inputs import Features, Inputs
+from dcp_zoo.model.reading import Reading
+from dcp_zoo.model.tokens import end_positions
+from dcp_zoo.model.towers.open_clip import OpenClipBlock, OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Loss, Task, minimise, own_clip, shuffled
 from dcp_zoo.training.sources import ImageSource, encode_views
@@ -50,6 +52,11 @@ class LowRankBlock(OpenClipBlock):
         return super().project(normed, parts) + self.update(normed, slice(1) if parts == "q" else slice(1, None))
 
 
+def both_blocks(clip: FrozenCLIP) -> list[Any]:
+    """The modules of the blocks of both towers, text first."""
+    return [block.module for tower in (clip.text_tower, clip.vision_tower) for block in tower.blocks]
+
+
 def check_blocks(clip: FrozenCLIP, method: str) -> None:
     """Raise ZooError unless both towers are open_clip's own, the text tower a causal one."""
     if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
@@ -57,10 +64,10 @@ def check_blocks(clip: FrozenCLIP, method: str) -> None:
         raise ZooError(f"{method} updates the {lacking}: use 2sfs, tip-adapter-f or clap instead.")
 
 
-def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -> tuple[Tensor, Sequence[int] | None]:
+def sentence_ids(clip: FrozenCLIP, names: Sequence[str], texts: Texts) -> tuple[Tensor, Sequence[int] | None]:
     """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
     see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
-    sentences, counts = class_texts(classnames, template)
+    sentences, counts = class_texts(names, texts)
     ids = clip.tokenize(sentences)
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
@@ -86,12 +93,11 @@ def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: Image
 
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
     """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every step."""
-    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
-    patches = task.train_images.patches
+    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.texts)
 
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
+    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         text = mean_of_texts(F.normalize(sentence_features(clip, ids), dim=-1), counts)
-        logits = task.clip.logits(clip.encode_image(images, patches), text)
+        logits = task.clip.logits(clip.encode_image(inputs), text)
         return F.cross_entropy(logits.float(), labels)
 
     losses = train_steps(task, trained, loss, task.train_images, steps)
@@ -114,9 +120,9 @@ def add_updates(clip: FrozenCLIP, recipe: Any) -> nn.ModuleList:
 @torch.no_grad()
 def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
     """The CLIP with the updates of its blocks merged into its weights."""
-    for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
+    for block, update in zip(both_blocks(clip), updates, strict=True):
         block.attn.in_proj_weight.add_(update.scale * (update.b @ update.a).flatten(0, 1))
-    return FrozenCLIP(clip.clip, clip.tokenizer, clip.pretrained_cfg)
+    return clip.with_clip(clip.clip)
 
 
 def fit_lora(task: Task) -> LinearHead:
@@ -139,8 +145,8 @@ def fit_lora(task: Task) -> LinearHead:
 
 def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
     """Zero-shot classification by a copy of CLIP that was trained."""
-    text = clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
-    return task.text_head(text, clip=clip, texts=task.template)
+    text = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts)
+    return task.text_head(text, clip=clip, texts=task.texts)
 
 
 class SingularValues(nn.Module):
@@ -168,7 +174,7 @@ def fit_svd(task: Task) -> LinearHead:
     """
     clip = own_clip(task.clip)
     check_blocks(clip, "CLIP-SVD")
-    blocks = [*clip.text_blocks, *clip.vision_blocks]
+    blocks = both_blocks(clip)
     weights = [(block.attn, "in_proj_weight", 3) for block in blocks]
     weights += [(m, "weight", 1) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
     for module, name, parts in weights:
@@ -213,8 +219,8 @@ def inputs(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
     source, tower = task.train_images, task.clip.vision_tower
 
-    def encode(images: Tensor, patches: bool) -> Tensor:
-        return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
+    def encode(inputs: Inputs) -> Tensor:
+        return tower.norm(tower.run(tower.embed(inputs), ())[:, 0])
 
     def one_pass() -> Tensor:
         return encode_views(source, encode, source.num_views)
@@ -242,13 +248,14 @@ def fit_2sfs(task: Task) -> LinearHead:
     steps = task.recipe.steps
     first = int(steps * task.recipe.first_stage)
     train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
-    weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.template).requires_grad_()
+    weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts).requires_grad_()
     if source.views is not None or task.recipe.augment != "crop-flip":
-        source = replace(source, views=source.for_model(clip).features())
+        plain = Reading(clip, clip.encode_image, lambda: clip.scaled(weight))
+        source = replace(source, views=source.read_by(plain), form=Features)
 
-    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            features = clip.encode_image(inputs, source.patches)
+            features = clip.encode_image(inputs)
         return F.cross_entropy(clip.logits(features, F.normalize(weight, dim=-1)).float(), labels)
 
     train_steps(task, [weight], loss, source, steps - first)

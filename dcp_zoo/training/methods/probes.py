@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.names import check_classnames
-from dcp_zoo.model.text_probe import Linear, class_means
-from dcp_zoo.training.fit_probe import FOLDS
+from dcp_zoo.model.classes import check_classnames
+from dcp_zoo.model.clip import Linear
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.text_probe.estimates import class_means
+from dcp_zoo.model.text_probe.fit import FOLDS
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.methods.base import Task, minimise
 from dcp_zoo.training.recipes import CROSS_VALIDATION, batch_sizes
@@ -129,7 +130,7 @@ def fit_clap(task: Task) -> LinearHead:
     recipe, clip, names = task.recipe, task.clip, check_classnames(task.classnames)
     features = task.augmented_features(recipe.augment_epochs)  # (V, n, E)
     rows, labels = features.flatten(0, 1), task.train_labels.repeat(len(features))
-    start = clip.encode_sentences(names, task.template)
+    start = clip.encode_sentences(names, task.texts)
     start = F.normalize(start, dim=-1) if recipe.unit else start
     prototypes = start.clone()
 

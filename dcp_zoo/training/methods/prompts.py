@@ -10,6 +10,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.classes import TEMPLATE, Texts
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.names import Texts
+from dcp_zoo.model.inputs import Inputs, Tokens
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.fit_probe import probe_views
@@ -48,7 +50,7 @@ def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[li
 def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
     """The task's CLIP with these prompts."""
     clip, names = task.clip, task.classnames
-    return PromptHead(clip.clip, names, text, vision, template=task.template, rest=rest, tokenizer=clip.tokenizer)
+    return PromptHead(clip, names, text, vision, texts=task.texts, rest=rest)
 
 
 def fit_coop(task: Task) -> PromptHead:
@@ -75,7 +77,7 @@ class MaPLe(PromptHead):
     couplings: nn.ModuleList
 
     def image_prompts(self) -> list[Tensor]:
-        return self.entering(self.mapped())
+        return self.encoder.entering(self.mapped())
 
     def mapped(self) -> list[Tensor]:
         """The vision prompts (M, Dv) of each block."""
@@ -90,7 +92,7 @@ def new_maple(task: Task) -> MaPLe:
     couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
     prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
     clip, names = task.clip, task.classnames
-    head = MaPLe(clip.clip, names, prompts, template=task.template, rest=rest, tokenizer=clip.tokenizer)
+    head = MaPLe(clip, names, prompts, texts=task.texts, rest=rest)
     head.couplings = couplings
     return head
 
@@ -136,7 +138,7 @@ def fit_promptsrc(task: Task) -> PromptHead:
     """
     recipe, head = task.recipe, new_promptsrc(task)
     weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
-    frozen = ensemble(task.clip, task.classnames, task.template)
+    frozen = ensemble(task.clip, task.classnames, task.texts)
     loss_of = promptsrc_loss(head, frozen, recipe, task.training.get("class_weight"))
     train_prompts(task, head, task.train_images, loss_of=loss_of, average=EpochAverage(weights))
     return head.requires_grad_(False)
@@ -145,13 +147,13 @@ def fit_promptsrc(task: Task) -> PromptHead:
 def promptsrc_loss(
     head: PromptHead, frozen_text: Tensor, recipe: Any, class_weight: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone."""
+    """The loss of images and labels (B,), given t' (C, E), and the cross-entropy alone."""
 
-    def loss_of(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
-        prompted = head.encode_image(images, patches), head.encode_text()
+    def loss_of(inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        prompted = head.encode_image(inputs), head.encode_text()
         with torch.no_grad():
-            frozen = head.encode_prompted(images, (), patches), frozen_text
-        logits, frozen_logits = (head.logits(*pair).float() for pair in (prompted, frozen))
+            frozen = head.encoder.encode_image(inputs), frozen_text
+        logits, frozen_logits = (head.encoder.logits(*pair).float() for pair in (prompted, frozen))
         distances = [(a - b).abs().mean() for a, b in zip(prompted, frozen, strict=True)]
         change = F.kl_div(logits.log_softmax(-1), frozen_logits.log_softmax(-1), reduction="sum", log_target=True)
         own = cross_entropy(logits, labels, class_weight)
@@ -179,19 +181,19 @@ def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) 
 def fit_dcp(task: Task) -> DCP:
     """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With the
     task's `reload_clip` CLIP is stored in half precision while training in it; otherwise autocast converts it."""
-    model, recipe = new_model(task), task.recipe
-    source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
+    model, recipe, clip = new_model(task), task.recipe, task.clip
+    source, fixed = task.train_images, task.plain_train
     if not source.crops:
         source, fixed = frozen_tokens(model, source, fixed, task.progress)
     if recipe.clip_reg:
         shown = max(source.num_views, probe_views(fixed))
-        source.targets = fixed.targets = encode_views(fixed, model.encode_prompted, shown, task.progress).float()
+        source.targets = fixed.targets = encode_views(fixed, clip.encode_image, shown, task.progress).float()
     task.probe_images = fixed
     if task.reload_clip:
         cast_frozen(model, task.precision)
     losses = train_prompts(task, model, source)
     if task.reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
-        for own, loaded in zip(model.clip.parameters(), task.reload_clip().clip.parameters(), strict=True):
+        for own, loaded in zip(clip.clip.parameters(), task.reload_clip().clip.parameters(), strict=True):
             own.data = loaded.data  # the cast weights are freed
     round_and_store_stats(model, fixed)
     tenth = max(1, len(losses) // 10)  # enough to tell later whether it learnt
@@ -204,33 +206,36 @@ def frozen_tokens(
 ) -> tuple[ImageSource, ImageSource]:
     """With late coupling: the images of both sources as the tokens that enter the first block with prompts, of every
     view, in half precision; the images themselves if all tokens take more than a quarter of the memory."""
-    numbers = source.num_views * len(source.items) * model.vision_tower.num_tokens * model.vision_tower.width
-    if model.first_block == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
+    tower, first = model.encoder.vision_tower, model.first_block
+    numbers = source.num_views * len(source.items) * tower.num_tokens * tower.width
+    if first == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
         return source, fixed
 
-    def enter(images: Tensor, patches: bool) -> Tensor:
-        return model.enter(images, patches).half()
+    def enter(inputs: Inputs) -> Tensor:
+        return model.encoder.enter(inputs, first).x.half()
 
-    tokens = encode_views(source, enter, source.num_views, progress)
-    return replace(source, views=tokens, flips=False), replace(fixed, views=tokens)
+    stored: Any = {
+        "views": encode_views(source, enter, source.num_views, progress),
+        "form": partial(Tokens, block=first),
+    }
+    return replace(source, **stored, flips=False), replace(fixed, **stored)
 
 
 def new_model(task: Task) -> DCP:
     """The task's CLIP with fresh prompts."""
-    described = task.template if isinstance(task.template, Mapping) else None
-    clip = task.clip
-    return DCP(clip.clip, task.classnames, task.recipe.config, tokenizer=clip.tokenizer, descriptions=described)
+    texts = task.texts if isinstance(task.texts, Mapping) else TEMPLATE
+    return DCP(task.clip, task.classnames, task.recipe.config, texts=texts)
 
 
 @torch.no_grad()
 def round_and_store_stats(model: DCP, source: ImageSource) -> None:
     """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics
     on the unaugmented training images. ZooError for numbers beyond float16's range: training diverged."""
-    for tensor in model.head_state().values():
+    for tensor in model.trained_state().values():
         tensor.copy_(tensor.half())
-    model.store_stats(source.batches(64), patches=source.patches)
+    model.store_stats(source.batches(64))
     if model.stored_stats is not None:
         model.stored_stats.copy_(model.stored_stats.half())
-    if not all(tensor.isfinite().all() for tensor in model.head_state().values()):
+    if not all(tensor.isfinite().all() for tensor in model.trained_state().values()):
         problem = "Training diverged: the prompts became too large for float16."
         raise ZooError(f"{problem} Lower the learning rate (--set lr=...), and start again (--overwrite).")

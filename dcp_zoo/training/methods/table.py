@@ -12,6 +12,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.config import Abilities
 from dcp_zoo.training.methods.published import ROWS, RULES, published
 from dcp_zoo.training.recipes import AUTHORS, FAST, FITTED, BaseRecipe, Recipe, named_recipe, read_recipe
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: as accurate on the miniature in a fraction of the time, see docs/results.md
 RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
+
+
+ABLE = Abilities()
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,10 @@ class Method:
             package, with the function `recipe` as well.
         variant: suffix of both names, if a module has several methods.
         trains: whether it uses training images, besides those of a text probe after it.
-        transfers: whether it can classify into classes it was not trained on.
+        abilities: of its heads.
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
         text: whether it needs text.
-        fits_classifier: whether it fits the classifier itself, to the same features, so that no text probe can follow.
     """
 
     name: str
@@ -49,11 +52,10 @@ class Method:
     module: str
     variant: str = ""
     trains: bool = True
-    transfers: bool = True
+    abilities: Abilities = ABLE
     chooses: bool = False
     features: bool = False
     text: bool = True
-    fits_classifier: bool = False
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
@@ -70,20 +72,19 @@ class Method:
         recipe without a number of epochs gets that for the task's images."""
         from dcp_zoo.data.dataset import seeded
         from dcp_zoo.training.fit_probe import fit_probe
+        from dcp_zoo.zoo.factory import told_timm
 
         if task.train is not None:
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
         probed = task.recipe.classifier != "none"
-        if probed and self.fits_classifier:
+        if probed and self.abilities.fitted:
             raise ZooError(FITTED.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
         with seeded(task.seed, task.clip.device):
             head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
-        head.method, clip = self.name, task.clip
-        head.architecture, head.clip_source = clip.architecture, clip.clip_source
-        classes = {"architecture": head.architecture, "num_classes": head.num_classes, "label_names": head.classnames}
-        head.pretrained_cfg = head.default_cfg = clip.pretrained_cfg | classes
-        head.to(clip.device).eval()
+        head.method, head.abilities = self.name, self.abilities
+        told_timm(head)
+        head.to(task.clip.device).eval()
         if probed:
             images = task.probe_images or task.plain_train
             found = fit_probe(head, images, task.progress, task.probe_weights)
@@ -91,11 +92,12 @@ class Method:
         return head
 
 
-METHODS = {
-    name: Method(name, **{field: value for field, value in row.items() if field not in RULES})
-    for name, row in ROWS.items()
-    if not name.startswith(".")
-}
+def _of_row(name: str, row: Mapping[str, Any]) -> Method:
+    abilities = Abilities(**row.get("abilities", {}))
+    return Method(name, **{k: v for k, v in row.items() if k not in RULES} | {"abilities": abilities})
+
+
+METHODS = {name: _of_row(name, row) for name, row in ROWS.items() if not name.startswith(".")}
 
 
 def installed() -> dict[str, Method]:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.linear_head import CacheHead, LinearHead
-from dcp_zoo.model.names import Texts
-from dcp_zoo.model.text_probe import Linear, class_means, shared_precision
-from dcp_zoo.training.fit_probe import FOLDS, within_class
+from dcp_zoo.model.cache_head import CacheHead
+from dcp_zoo.model.classes import Texts
+from dcp_zoo.model.clip import Linear
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.inputs import Inputs
+from dcp_zoo.model.text_probe.estimates import class_means, shared_precision
+from dcp_zoo.model.text_probe.fit import FOLDS, within_class
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Task, minimise, most_accurate, shuffled
 from dcp_zoo.training.recipes import CROSS_VALIDATION, batch_sizes
@@ -28,7 +31,7 @@ ENSEMBLE = (
 
 def fit(task: Task) -> LinearHead:
     """Cosine between image features and the text features of the class names in the dataset's template."""
-    return task.text_head(task.text, texts=task.template)
+    return task.text_head(task.text, texts=task.texts)
 
 
 fit_probe = fit  # and the text probe that its recipe names
@@ -36,7 +39,7 @@ fit_probe = fit  # and the text probe that its recipe names
 
 def fit_ensemble(task: Task) -> LinearHead:
     """The same with `ENSEMBLE` besides the dataset's template: a class is the normalised mean of its features."""
-    own = task.template
+    own = task.texts
     texts: Texts = (own, *ENSEMBLE) if isinstance(own, str) else own
     found = [task.clip.zero_shot_classifier(task.classnames, template) for template in (own, *ENSEMBLE)]
     return task.text_head(F.normalize(torch.stack(found).mean(0), dim=-1), texts=texts)
@@ -54,7 +57,7 @@ def cache_head(task: Task, alpha: float) -> CacheHead:
         "alpha": keys.new_tensor(alpha),
         "beta": keys.new_tensor(recipe.beta),
     }
-    return CacheHead(task.clip.clip, task.classnames, tensors, tokenizer=task.clip.tokenizer)
+    return CacheHead(task.clip, task.classnames, tensors)
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def choose_strength(head: CacheHead, task: Task) -> CacheHead:
     alpha, beta = task.recipe.alpha, task.recipe.beta
     if task.val is not None:
         features = task.features(task.val)
-        zero_shot = head.logits(features, head.weight)
+        zero_shot = task.clip.logits(features, head.weight)
         alphas, betas = (grid(task.recipe.search_max, steps) for steps in (20, 40))
         candidates = (
             ((alpha, beta), zero_shot + alpha * cached)
@@ -90,9 +93,9 @@ def train_keys(head: CacheHead, task: Task) -> None:
     optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
     steps = recipe.epochs * len(batch_sizes(len(source.items), recipe.batch_size, drop_last=True))
 
-    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            features = task.clip.encode_image(inputs, source.patches)
+            features = task.clip.encode_image(inputs)
         return F.cross_entropy(head.classify(features).float(), labels)
 
     minimise(task, loss, optimizer, shuffled(source, recipe.batch_size, task.seed), cosine(recipe.lr, steps), steps)
