@@ -25,7 +25,7 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, measured_costs, numbers, several, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, numbers, several, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets, load_split
@@ -156,8 +156,8 @@ class BuildOptions:
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
-    step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run. Default: measured.")
-    dry_run: bool = opt.option(False, "Show the heads, hours, disk space and downloads; start nothing.")
+    step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run.")
+    dry_run: bool = opt.option(False, "Show the heads, training steps, disk space and downloads; start nothing.")
 
     def check(self) -> None:
         """ZooError for all options that are missing; --dry-run needs no folders."""
@@ -210,23 +210,17 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     folder = options.output or Path(os.devnull)
     heads, results = states(folder, trials), store.results(folder)
-    if (given := options.step_seconds) is not None:
-        # an image without backward pass is a quarter of one of the four of a step
-        costs = dict.fromkeys(((t.model, t.method) for t in trials), estimate.Cost(0, 0, (given, given), given / 4))
-        source = f"at most, if a step takes {given:g} s: that is your number, nothing was measured"
-    elif results:
-        costs, source = {}, "estimated from finished trials of this build"
-    else:
-        costs = measured_costs(trials, (), options.device)
-        source = "estimated from short runs on this machine; for another one pass --step-seconds"
-    estimator = estimate.TimeEstimator(() if costs else results.values(), costs)
-    output.print(*grid_tables(trials, results, estimator))
+    output.print(*grid_tables(trials, results))
     show_states(heads)
-    total = estimator.total([trial for trial in trials if trial.key not in results])
+    todo = [trial for trial in trials if trial.key not in results]
+    work = estimate.describe(todo, results.values())
+    if (given := options.step_seconds) is not None:
+        seconds = given * sum(map(estimate.steps, todo))
+        work += f" If a step takes {given:g} s: {format_duration(seconds)} of training in sequence."
     size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
     needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
     output.print(
-        f"Time: {format_duration(total)} in sequence, {source}.\n"
+        f"Work: {work}\n"
         f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets.\n"
         f"Downloads: {needed if missing else 'none, all datasets are here'}.",
         soft_wrap=True,

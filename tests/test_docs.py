@@ -30,7 +30,6 @@ from markdown_it.token import Token
 from PIL import Image
 from shared import CommandLine
 
-from dcp_zoo.benchmark.estimate import Cost
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import Split, load_split
 
@@ -80,7 +79,6 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr("dcp_zoo.training.recipes.steps_needed", lambda *sizes: 5)  # examples run, but not for long
     monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST_STEPS", 5)
     monkeypatch.setattr("dcp_zoo.training.recipes.Recipe.num_epochs", 2)  # whatever a page asks for
-    monkeypatch.setattr("dcp_zoo.benchmark.estimate.measured", lambda *args: Cost(1, 1, (1, 1), 1))
     monkeypatch.setattr("dcp_zoo.benchmark.trial_images.load_split", few_test_images)
     for c, name in enumerate(["cat", "dog"]):
         Path("MY_PHOTOS", name).mkdir(parents=True)

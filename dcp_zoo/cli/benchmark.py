@@ -1,6 +1,5 @@
 """`dcp-zoo benchmark` and `dcp-zoo report`."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,8 +17,9 @@ from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Event, Resources, import_ray
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, import_extra
-from dcp_zoo.files import check_writable, format_duration
+from dcp_zoo.files import check_writable
 from dcp_zoo.texts import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
@@ -51,7 +51,7 @@ class BenchmarkOptions:
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
     threads: opt.Threads = None
-    dry_run: bool = opt.option(False, "Show the plan and estimate its time.")
+    dry_run: bool = opt.option(False, "Show the plan, its training steps and, from finished trials, its time.")
     per_class: bool = opt.option(False, "Store the accuracy of every class.")
     confusion: bool = opt.option(False, "Store the confusion matrix.")
 
@@ -177,29 +177,13 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
 def show_grid(trials: list[Trial], options: BenchmarkOptions) -> None:
     results = store.results(options.output_dir) if options.output_dir else {}
     todo = [trial for trial in trials if trial.key not in results]
-    known = {(trial.model, trial.method) for trial in trials if trial.key in results}
-    costs = {} if options.features else measured_costs(todo, known, options.device)
-    estimator = estimate.TimeEstimator(results.values(), costs)
-    output.print(*grid_tables(trials, results, estimator))
-    output.print(f"{len(trials)} trials, {len(todo)} to run. {estimator.describe(todo)}")
+    output.print(*grid_tables(trials, results))
+    output.print(f"{len(trials)} trials, {len(todo)} to run: {estimate.describe(todo, results.values())}")
 
 
-def measured_costs(
-    trials: Iterable[Trial], known: Collection[tuple[str, str]], device: str
-) -> dict[tuple[str, str], estimate.Cost]:
-    """What the methods of the trials cost on this machine, but for those that are known."""
-    missing = [pair for pair in dict.fromkeys((t.model, t.method) for t in trials) if pair not in known]
-    shown = progress_bar(missing, "short runs", len(missing), transient=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # so short a run has learnt nothing
-        return {(model, method): estimate.measured(model, method, device) for model, method in shown}
-
-
-def grid_tables(
-    trials: Sequence[Trial], results: Collection[str], estimator: estimate.TimeEstimator
-) -> Iterable[Table]:
+def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[Table]:
     """A table of each model's trials; `results` has the keys of those that are done."""
-    columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
+    columns = ("dataset", "method", "shots", "seeds", "trials", "done", "steps left")
     tables: dict[str, Table] = {}
     rows: dict[tuple[str, ...], list[Trial]] = {}  # those of a row differ in shots and seed
     for trial in trials:
@@ -210,7 +194,8 @@ def grid_tables(
         drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
         counts = len(group), len(group) - len(todo)
         row = [dataset, f"{method} {changes}".strip(), *(", ".join(map(str, values)) for values in drawn)]
-        table.add_row(*row, *map(str, counts), format_duration(estimator.total(todo)))
+        steps = f"{sum(map(estimate.steps, todo)):,}" if find_spec(dataset).num_classes else "?"
+        table.add_row(*row, *map(str, counts), steps)
     return tables.values()
 
 
