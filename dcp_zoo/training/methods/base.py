@@ -41,7 +41,7 @@ class Task:
         reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
         probe_images: the training images without augmentation, for the text probe, if the method has them in a form
             that its head reads faster.
-        probe_weights: of the training images (n,) in the text probe, see `Problem`. Default: all the same.
+        probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
     """
 
     clip: FrozenCLIP
