@@ -39,6 +39,7 @@ SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml", "bibtex")
 RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 SCRIPTS = {"hub/build.py": build.app, "hub/publish.py": publish.app, "benchmarks/submit.py": submit.app}
+BLOCKS = ("fence", "code_block", "table_open", "bullet_list_open")
 GROUPS = {"dcp_zoo.methods", "dcp_zoo.__file__"}  # entry points, and what every module has
 
 
@@ -202,6 +203,17 @@ def test_no_empty_places(page):
         assert m[0].removeprefix(m["begin"]).removesuffix(m["end"]).strip(), m["begin"]
     text = "\n".join(token.content for token in visible if token.type == "inline")
     assert not re.search(r"^(?::::|--8<--|!!!|\?\?\?)", text, re.MULTILINE), "only the site understands this"
+
+
+@pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paragraphs_end_with_a_sentence(page):
+    """Or in a block that follows. A merge that takes lines from both sides may leave neither."""
+    top = [token for token in shown(page) if token.block and token.level <= (token.type == "inline")]
+    for start, token, after in zip(top, top[1:], [*top[3:], None], strict=False):
+        text = re.sub("<!--.*?-->", "", token.content, flags=re.DOTALL).strip()
+        is_prose = start.type == "paragraph_open" and not re.match(r"\Z|\[?!\[", text)
+        if is_prose and not (after and after.type in BLOCKS):
+            assert re.search(r"[.:?!][)*]*(\]\(\S+\))?\Z", text), f"{text!r} is no whole sentence"
 
 
 @pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
