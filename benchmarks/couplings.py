@@ -38,7 +38,7 @@ def measured(split: Split, recipe: str, seed: int) -> Iterator[tuple[Any, ...]]:
     test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
     for stats in ("stored", "batch"):
         head.stats = stats
-        logits = predict(test.for_model(head), BATCH)
+        logits = predict(head, test, BATCH)
         yield head.config.coupling, stats, round(top1(logits, test.labels), 2), len(logits)
 
 

@@ -138,7 +138,7 @@ def datasets_table() -> str:
 
 
 def methods_table() -> str:
-    rows = [[f"`{m.name}`", m.title, "yes" if m.transfers else "no", m.reference] for m in METHODS.values()]
+    rows = [[f"`{m.name}`", m.title, "yes" if m.abilities.transfers else "no", m.reference] for m in METHODS.values()]
     return table(["name", "method", "new classes", "paper"], rows)
 
 

@@ -103,7 +103,7 @@ def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     plain = FrozenCLIP(clip, tokenizer, {})
     with torch.no_grad():
         features = torch.cat([plain.encode_image(images), plain.encode_image(images.flip(-1))])
-        assert plain.zero_shot_classifier(NAMES).shape == (3, features.shape[1])
+        assert plain.encoder.zero_shot_classifier(NAMES).shape == (3, features.shape[1])
     assert features.isfinite().all()
     items = [Item("", "", i % len(images)) for i in range(len(features))]
     for name in FEATURE_METHODS:

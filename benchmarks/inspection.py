@@ -41,8 +41,8 @@ from dcp_zoo.inspection.labels import of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import top1
-from dcp_zoo.training.fit_probe import fit_on_features
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 

@@ -31,8 +31,9 @@ from dcp_zoo.data import Item, Split
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import both
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
-from dcp_zoo.training.fit_probe import fit_on_features, on_cpu, probe_views
+from dcp_zoo.training.fit_probe import on_cpu, probe_views
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.run import Run, RunOptions, fit, plan
@@ -80,7 +81,7 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
     trained = time.process_time() - started
     test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
     if method in ON_FEATURES:
-        yield "", *scores(predict(test.for_model(head), EVAL_BATCH), test.labels), round(trained, 1)
+        yield "", *scores(predict(head, test, EVAL_BATCH), test.labels), round(trained, 1)
         return
     yield from read_in_three_ways(head, task.probe_images or task.plain_train, test, trained)
 
@@ -92,8 +93,8 @@ def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, second
     yield "", *scores(head.classify(own), test.labels), round(seconds, 1)
     views, started = probe_views(train), time.process_time()
     readings = [
-        (train.for_model(head).features(views), on_cpu(head.own_linear())),
-        (train.for_model(plain_clip(MODEL)).features(views), on_cpu(head.frozen_linear())),
+        (head, train.features(views), on_cpu(head.own_reading().start())),
+        (train.for_model(plain_clip(MODEL)).features(views), on_cpu(head.plain.start())),
     ]
     for name, read, x in ("own", readings[:1], own), ("both", readings, both(own, frozen)):
         head.text_probe, _ = fit_on_features(head.classnames, train.labels, read, readings[1])
@@ -102,7 +103,7 @@ def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, second
 
 
 def features(images: ImageSource, encoder: FrozenCLIP) -> Tensor:
-    return images.for_model(encoder).features(1, progress_bar)[0]
+    return encoder, images.features(1, progress_bar)[0]
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:

@@ -298,7 +298,7 @@ def build_ours(
 def same_tokens(theirs: Tensor, head: Head, names: list[str]) -> bool:
     """Whether what follows the prompts are the same tokens for every class."""
     before = head.rest + " " if isinstance(head, PromptHead) else ""
-    ours = head.tokenize([f"{before}{name.replace('_', ' ')}." for name in names])
+    ours = head.encoder.tokenize([f"{before}{name.replace('_', ' ')}." for name in names])
     n_ctx = head.n_ctx
     return torch.equal(ours[:, 1 : CONTEXT - n_ctx].cpu(), theirs[:, 1 + n_ctx :])
 
@@ -319,7 +319,7 @@ def run_ours(head: Head, recipe: TrainingRecipe, theirs: Theirs, items: list[Ite
     source = TheirBatches(head, items, tests.transform, epochs=iter(epochs))
     early, before = Early(theirs.first), trained(head)
     losses = train(source, recipe, callbacks=[early])
-    logits = predict(tests.for_model(head), 16)
+    logits = predict(head, tests, 16)
     return Recorded(before, early.state, trained(head), losses, [logits])
 
 

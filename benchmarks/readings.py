@@ -14,8 +14,7 @@ import pandas as pd
 import torch
 
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.zoo.factory import plain_clip
 

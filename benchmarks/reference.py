@@ -11,21 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.dcp import DCP, PromptAttention
-from dcp_zoo.model.names import end_positions
+from dcp_zoo.model.tokens import end_positions
 
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W), one batch -> logits (B, C)."""
-    text, config = model.text, model.config
+    text, config = model.encoder.text, model.config
     m, prompts = config.n_ctx, model.prompts
 
-    x, rope = embed_images(model.visual, images, prompts["vision"])
+    x, rope = embed_images(model.encoder.visual, images, prompts["vision"])
     y, start, end, mask = embed_names(model)
     inside = slice(start, start + m)
     first = (prompts["text"] + text.positional_embedding[inside]).expand(len(y), -1, -1)
     y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
-    vision_blocks, text_blocks = list(model.vision_blocks), list(text.transformer.resblocks)
+    vision_blocks, text_blocks = list(vision_blocks(model)), list(text.transformer.resblocks)
     if config.prompted_blocks:
         x, y = frozen_start(model, x, y, inside, mask, rope)
         vision_blocks, text_blocks = vision_blocks[-config.prompted_blocks :], text_blocks[-config.prompted_blocks :]
@@ -43,25 +43,25 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
         if i < len(text_blocks):
             y = text_blocks[i](y, attn_mask=mask)
 
-    image = F.normalize(pool_images(model.visual, x[:, :-m]), dim=-1)
+    image = F.normalize(pool_images(model.encoder.visual, x[:, :-m]), dim=-1)
     y = text.ln_final(y)[torch.arange(len(y)), end]
     projection = text.text_projection
     if projection is not None:
         y = projection(y) if isinstance(projection, nn.Linear) else y @ projection
-    logits = model.clip.logit_scale.exp() * image @ F.normalize(y, dim=-1).T
-    return logits if model.clip.logit_bias is None else logits + model.clip.logit_bias
+    logits = model.encoder.clip.logit_scale.exp() * image @ F.normalize(y, dim=-1).T
+    return logits if model.encoder.clip.logit_bias is None else logits + model.encoder.clip.logit_bias
 
 
 def frozen_start(model: DCP, x: torch.Tensor, y: torch.Tensor, inside: slice, mask: Any, rope: Any) -> tuple[Any, ...]:
     """x, y as they enter the first block with prompts: those before run without the prompts' tokens."""
     m, late, prompts = model.config.n_ctx, model.config.prompted_blocks, model.prompts
     x, rope_without = x[:, :-m], None if rope is None else rope[:-m]
-    for block in list(model.vision_blocks)[:-late]:
+    for block in list(vision_blocks(model))[:-late]:
         x = block(x) if rope is None else block(x, rope=rope_without)
     outside = [i for i in range(y.shape[1]) if i not in range(inside.start, inside.stop)]
     names = y[:, outside]
     mask = None if mask is None else mask[..., outside, :][..., outside]
-    for block in list(model.text.transformer.resblocks)[:-late]:
+    for block in list(model.encoder.text.transformer.resblocks)[:-late]:
         names = block(names, attn_mask=mask)
     x = torch.cat([x, prompts["vision"].expand(len(x), -1, -1)], 1)
     y = torch.cat([names[:, : inside.start], prompts["text"].expand(len(y), -1, -1), names[:, inside.start :]], 1)
@@ -96,8 +96,8 @@ def pool_images(visual: Any, x: torch.Tensor) -> torch.Tensor:
 def embed_names(model: DCP) -> tuple[torch.Tensor, int, torch.Tensor, Any]:
     """Embedded class names (C, L, Dt), with any tokens in place of the prompts, the position of the first prompt, the
     position (C,) that is pooled, and the attention mask."""
-    text = model.text
-    if model.text_tower.shares_prefix:
+    text = model.encoder.text
+    if model.encoder.text_tower.shares_prefix:
         ids, end = tokenize(model)
         return text.token_embedding(ids) + text.positional_embedding, 1, end, text.attn_mask
     ids = torch.cat([chunk.ids for chunk in model.name_tokens])
@@ -114,8 +114,8 @@ def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
     The rest of a phrase precedes the name."""
     prompts = "X " * model.config.n_ctx
     sentences = [prompts + model.template.format(name.replace("_", " ")) for name in model.classnames]
-    ids = model.tokenizer(sentences, context_length=len(model.text.positional_embedding))
-    return ids, end_positions(model.text, ids)
+    ids = model.encoder.tokenizer(sentences, context_length=len(model.encoder.text.positional_embedding))
+    return ids, end_positions(model.encoder.text, ids)
 
 
 def pool_prompts(prompts: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from tuning import GrowingTable
 
 from dcp_zoo.inspection.find import spread
+from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import top1
-from dcp_zoo.training.fit_probe import fit_on_features
 
 COLUMNS = ("set", "seed", "choice", "round", "labelled", "top1")
 SEEDS, ROUNDS, LABELS = range(1, 6), 5, 20

@@ -66,7 +66,7 @@ def prepare(case: Case, folder: Path) -> None:
     model.store_stats(make_images(case, 1))
     fused = model.fuse()
     export(fused, folder / FILES["fused"], "safetensors")
-    torch.save(model.visual, folder / FILES["encode_image"])
+    torch.save(model.encoder.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
         export(fused, folder / FILES["onnxruntime"], "onnx")
     if "fused-int8" in case.variants:
@@ -85,7 +85,9 @@ def fill_cache(cache: Path) -> None:
     model = create_model(CACHED_HEAD)
     model.store_stats(torch.zeros(1, *model.pretrained_cfg["input_size"]))
     clip = snapshot(cache, get_spec("dcp_vitb16").clip_repo)
-    save_file({n: t.contiguous() for n, t in model.clip.state_dict().items()}, clip / "open_clip_model.safetensors")
+    save_file(
+        {n: t.contiguous() for n, t in model.encoder.clip.state_dict().items()}, clip / "open_clip_model.safetensors"
+    )
     model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
 
 

@@ -21,7 +21,7 @@ from tuning import GrowingTable
 from dcp_zoo.benchmark.trial_images import GivenFeatures
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import load_split
-from dcp_zoo.model.names import TEMPLATE
+from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task

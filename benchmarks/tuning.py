@@ -197,7 +197,7 @@ def measured(each: Choice, shots: int, task: Task, validation: Any) -> list[floa
         recipe = recipe.updated({"epochs": -(-each.steps // per_epoch)})
     task.recipe = recipe
     head = method.fit(task)
-    train, val = (predict(source.for_model(head), EVAL_BATCH) for source in (task.plain_train, validation))
+    train, val = (predict(head, source, EVAL_BATCH) for source in (task.plain_train, validation))
     loss = F.cross_entropy(train, task.train.labels).item()
     return [top1(val, validation.labels), top1(train, task.train.labels), round(loss, 3)]
 

@@ -16,8 +16,8 @@ from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.config import WEIGHTS_NAME
 from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.config import WEIGHTS_NAME
 from dcp_zoo.model.head import Head
 from dcp_zoo.release.cards import CARD_NAME, make_card
 from dcp_zoo.release.push import LICENSE, ONNX_FILES, upload
@@ -73,7 +73,7 @@ def entry_of(model: Head, folder: Path) -> HeadEntry:
         raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
         dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
-        return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
+        return get_head(f"{model.encoder.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
     except (KeyError, ZooError) as error:
         raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ANY_HEAD}") from error
 

@@ -30,7 +30,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Predictor, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.training.fit_probe import fit_on_features
+from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import load_for_training
@@ -70,7 +70,7 @@ def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = fit_on_features(head.classnames, labels, [(views, head.own_linear())])[0]
+    head.text_probe = fit_on_features(head.classes, labels, [(views, head.own_reading().start())])[0]
     head.text_probe.threshold.copy_(
         in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
     )
@@ -204,3 +204,8 @@ def photo(path: Path, number: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.effect_noise((130, 140), 30 + number).convert("RGB").save(path)
     return path
+
+
+def vision_blocks(model: Any) -> list[nn.Module]:
+    """The modules of a head's vision blocks."""
+    return [block.module for block in model.encoder.vision_tower.blocks]

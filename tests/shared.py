@@ -26,7 +26,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.deploy import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import default_tokenizer
+from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.training.methods import prompts
 from dcp_zoo.zoo.registry import WEIGHTS
 

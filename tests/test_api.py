@@ -633,7 +633,7 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     paths, labels = pictures
     monkeypatch.setattr("dcp_zoo.training.sources.VIEW_BATCH", 2)
     whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
-    few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_prompted
+    few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_image
     runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
     monkeypatch.setattr(FrozenCLIP, "encode_prompted", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
     with pytest.raises(KeyboardInterrupt):

@@ -48,7 +48,7 @@ def pixels(source: ImageSource) -> torch.Tensor:
 
 
 def logits_of(head: Head, source: ImageSource) -> torch.Tensor:
-    return predict(source.for_model(head), 64)
+    return predict(head, source, 64)
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.text])
@@ -280,7 +280,7 @@ def test_properties_of_every_method(method, clip, photos):
     assert not clip.clip.training
     alone = logits_of(first, image_source(clip, photos[2:3]))
     torch.testing.assert_close(logits[2:3], alone, rtol=1e-4, atol=1e-4)
-    (check_new_classes if METHODS[method].transfers else check_closed)(method, first, test)
+    (check_new_classes if METHODS[method].abilities.transfers else check_closed)(method, first, test)
 
 
 def check_new_classes(method, head, test: ImageSource) -> None:

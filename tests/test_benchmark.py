@@ -22,7 +22,7 @@ from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
 
-TRANSFER = [name for name, method in METHODS.items() if method.transfers]
+TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]
 
 

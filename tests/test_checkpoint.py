@@ -18,10 +18,10 @@ from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import LOCK, locked, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
+from dcp_zoo.model.classes import class_texts
 from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.mini import MINI_CFG
-from dcp_zoo.model.names import class_texts
 
 NAMES = ["ant", "wild_cat", "emu"]
 SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]
@@ -90,7 +90,7 @@ def test_without_pretrained_a_folder_gives_random_weights_with_a_warning(folder,
         model = create_model(f"local-dir:{folder}")
     assert model.classnames == NAMES
     assert model.stored_stats is None
-    assert not torch.equal(model.clip.visual.proj, mini.clip.visual.proj)
+    assert not torch.equal(model.encoder.clip.visual.proj, mini.clip.visual.proj)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_a_folder_gives_what_is_asked_for(folder, mini, tmp_path):
         with pytest.raises(ZooError, match="is one head, and pretrained='imagenet-16shot' names another"):
             create_model(name, "imagenet-16shot")
     head = LinearHead(mini.clip, NAMES, torch.zeros(3, 512), torch.zeros(3))
-    head.method, head.architecture, head.clip_source = "gda", mini.architecture, mini.clip_source
+    head.method, head.encoder.architecture, head.encoder.source = "gda", mini.encoder.architecture, mini.encoder.source
     with pytest.raises(ZooError, match="head of gda, which has no fresh prompts"):
         create_model(f"local-dir:{head.save_pretrained(tmp_path / 'gda')}", "clip")
 
@@ -269,7 +269,7 @@ def test_truncated_file(folder, keep):
     [
         (lambda c: "{", "damaged"),
         (lambda c: "[]", "damaged"),
-        (lambda c: json.dumps({**c, "dcp": {}}), "dcp.format_version is missing; dcp.clip is missing"),
+        (lambda c: json.dumps({**c, "dcp": {}}), "dcp.format_version is missing; dcp.encoder.clip is missing"),
         (lambda c: json.dumps({**c, "model_args": {}}), "model_args.n_ctx must be an integer, not None"),
         (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "model_args.heat is none of n_ctx"),
         (lambda c: json.dumps({**c, "label_names": []}), "label_names is empty"),
@@ -301,7 +301,7 @@ WRONG = {
     "nested": {"ant": {"ant": "text"}},
 }
 TEXTS = (
-    "dcp.clip dcp.method dcp.template dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
+    "dcp.encoder.clip dcp.method dcp.template dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
     "dcp.text_probe.split_sha256 weights_sha256"
 )
 RIGHT = {  # what of `WRONG` a field may be

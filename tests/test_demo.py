@@ -26,7 +26,7 @@ from dcp_zoo.demo import train_room as training
 from dcp_zoo.demo.classify_room import draw_answers
 from dcp_zoo.demo.session import OTHER_HEAD, OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import LinearHead
 from dcp_zoo.training.callbacks import Epoch
 from dcp_zoo.zoo.registry import list_models
 
@@ -188,8 +188,10 @@ def test_answers_are_those_of_the_command_line():
 def test_zero_shot_is_plain_clip():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1], classnames=["tower", "flower"]).eval()
     images = shared.to_batch(model, SAMPLES)
-    text = model.clip.encode_text(model.tokenizer(["a photo of a tower.", "a photo of a flower."]), normalize=True)
-    expected = model.clip.logit_scale.exp() * model.clip.encode_image(images, normalize=True) @ text.T
+    text = model.encoder.clip.encode_text(
+        model.encoder.tokenizer(["a photo of a tower.", "a photo of a flower."]), normalize=True
+    )
+    expected = model.encoder.clip.logit_scale.exp() * model.encoder.clip.encode_image(images, normalize=True) @ text.T
     found = [[row["tower"], row["flower"]] for row in shared.clip_answers(model, SAMPLES)]
     torch.testing.assert_close(torch.tensor(found), expected.detach().softmax(-1), atol=1e-5, rtol=0)
 

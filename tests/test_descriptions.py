@@ -16,7 +16,7 @@ from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.zoo.factory import create_model
@@ -170,10 +170,10 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         model.store_stats(torch.randn(2, 3, 192, 192))
     else:
         plain = create_model("dcp_mini", "clip", classnames=names)
-        text, bias = plain.scaled(plain.zero_shot_classifier(names, same))
-        model = LinearHead(plain.clip, names, text, bias, template=same)
+        text, bias = plain.scaled(plain.encoder.zero_shot_classifier(names, same))
+        model = LinearHead(plain.encoder.clip, names, text, bias, template=same)
         model.method = "zero-shot"
-        model.architecture, model.clip_source = plain.architecture, plain.clip_source
+        model.encoder.architecture, model.encoder.source = plain.encoder.architecture, plain.encoder.source
         model.pretrained_cfg = plain.pretrained_cfg
     model.text_probe = TextProbe(names, model.num_features)
     model.text_probe.threshold.fill_(1.0)
@@ -217,6 +217,6 @@ def test_names_and_sentences_that_are_too_long(clip):
 
 def test_names_in_any_script_are_read_as_they_are(clip):
     model = create_model("dcp_mini", classnames=SCRIPTS)
-    assert model.tokenizer.decode(model.tokenizer([SCRIPTS[0]])[0].tolist()).count(SCRIPTS[0]) == 1
+    assert model.encoder.tokenizer.decode(model.encoder.tokenizer([SCRIPTS[0]])[0].tolist()).count(SCRIPTS[0]) == 1
     text = clip.encode_sentences([*SCRIPTS, "cat"], "{}")
     assert torch.pdist(text).min() > 0

@@ -25,7 +25,7 @@ def model(tiny_clip):
 
 
 def token(model, text: str) -> torch.Tensor:
-    return model.text.token_embedding(model.tokenizer([text])[0, 1])
+    return model.encoder.text.token_embedding(model.encoder.tokenizer([text])[0, 1])
 
 
 def test_a_prompt_that_is_a_word_is_found_whatever_its_length(model):
@@ -43,9 +43,9 @@ def test_a_prompt_that_is_a_word_is_found_whatever_its_length(model):
 
 
 def test_a_token_inside_a_word_is_marked(model):
-    inside = model.tokenizer.encoder["tea"]  # "tea" alone ends a word and is "tea</w>"
+    inside = model.encoder.tokenizer.encoder["tea"]  # "tea" alone ends a word and is "tea</w>"
     with torch.no_grad():
-        model.prompts["text"][0] = model.text.token_embedding.weight[inside]
+        model.prompts["text"][0] = model.encoder.text.token_embedding.weight[inside]
     assert nearest_words(model, 1).nearest[0][0][0] == "tea-"
 
 
@@ -65,8 +65,8 @@ def test_the_coupling_moves_are_relative_to_the_prompts(model, tower):
         assert torch.allclose(moves["vision"], size / model.stored_stats.norm(dim=-1))
         assert (moves["text"] == 0).all()
     else:
-        y = embed_prefix(model.text, model.prompts["text"], model.name_tokens.start_id)
-        y, _ = prefix_block(model.text_tower.blocks[0], y)
+        y = embed_prefix(model.encoder.text, model.prompts["text"], model.name_tokens.start_id)
+        y, _ = prefix_block(model.encoder.text_tower.blocks[0], y)
         assert torch.allclose(moves["text"][0], size / y[1:].norm(dim=-1))
         assert (moves["vision"] == 0).all()
 
@@ -83,7 +83,7 @@ def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
         coupling_moves(model)
     with pytest.raises(ZooError, match="at least 1"):
         nearest_words(model, 0)
-    model.tokenizer = lambda texts: None
+    model.encoder.tokenizer = lambda texts: None
     with pytest.raises(ZooError, match="no decode"):
         nearest_words(model)
 
@@ -120,25 +120,25 @@ def test_weights_equal_torchs_for_the_models_tokens(coupled, stats, monkeypatch)
     model = coupled
     model.stats = stats
     images = torch.randn(2, 3, 32, 32)
-    inputs, block_of = [], model.vision_tower.block
+    inputs, block_of = [], model.encoder.vision_tower.block
 
     def record(i, x, *args):
         inputs.append(x)
         return block_of(i, x, *args)
 
     expected_features = model.encode_image(images)
-    monkeypatch.setattr(model.vision_tower, "block", record)
+    monkeypatch.setattr(model.encoder.vision_tower, "block", record)
     weights = attention_weights(model, images)
     tokens = 1 + 16 + 3
     assert weights.shape == (2, 4, 4, tokens)
     queries = [0, *range(tokens - 3, tokens)]
     inputs = [torch.cat(inputs[i::4]) for i in range(4)]  # with "per-image" each image runs alone
-    for i, (block, x) in enumerate(zip(model.vision_blocks, inputs, strict=True)):
+    for i, (block, x) in enumerate(zip(vision_blocks(model), inputs, strict=True)):
         normed = block.ln_1(x)
         expected = block.attn(normed, normed, normed, need_weights=True)[1]
         torch.testing.assert_close(weights[:, i], expected[:, queries])
     x = block_of(3, inputs[-1])
-    features = torch.nn.functional.normalize(model.visual.ln_post(x[:, 0]) @ model.visual.proj, dim=-1)
+    features = torch.nn.functional.normalize(model.encoder.visual.ln_post(x[:, 0]) @ model.encoder.visual.proj, dim=-1)
     torch.testing.assert_close(features, expected_features)
 
 
@@ -148,10 +148,13 @@ def test_rows_sum_to_one_and_match_a_plain_softmax(coupled):
     weights = attention_weights(model, images)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 4))
 
-    patches = model.visual.conv1(images).flatten(2).transpose(1, 2)
-    x = torch.cat([model.visual.class_embedding.expand(2, 1, -1), patches], 1) + model.visual.positional_embedding
-    x = model.visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(2, -1, -1)], 1))
-    block = model.vision_blocks[0]
+    patches = model.encoder.visual.conv1(images).flatten(2).transpose(1, 2)
+    x = (
+        torch.cat([model.encoder.visual.class_embedding.expand(2, 1, -1), patches], 1)
+        + model.encoder.visual.positional_embedding
+    )
+    x = model.encoder.visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(2, -1, -1)], 1))
+    block = vision_blocks(model)[0]
     x = block.ln_1(x)
     w_q, w_k, _ = block.attn.in_proj_weight.chunk(3)
     b_q, b_k, _ = block.attn.in_proj_bias.chunk(3)

@@ -92,10 +92,10 @@ def test_needs_a_calibrated_context_and_does_not_change_the_model(tiny_clip):
 def test_is_frozen_small_and_independent(model):
     fused, logits = model.fuse(), model(IMAGES)
     assert not any(p.requires_grad for p in fused.parameters())
-    text = sum(p.numel() for p in model.text.transformer.parameters())
-    assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.clip.parameters()) - text
+    text = sum(p.numel() for p in model.encoder.text.transformer.parameters())
+    assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.encoder.clip.parameters()) - text
     fused.half()
-    assert model.visual.class_embedding.dtype == torch.float32
+    assert model.encoder.visual.class_embedding.dtype == torch.float32
     assert close(model(IMAGES), logits)
     model.set_classnames(["other"])
     assert fused(IMAGES.half()).shape == (3, 4)

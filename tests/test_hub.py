@@ -76,7 +76,9 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
         model.stored_stats = torch.randn(2, 16, 64).half().float()
         model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
         server.add(HEAD_REPO, checkpoint_files(folder))
-        save_file({name: t.half() for name, t in model.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME)
+        save_file(
+            {name: t.half() for name, t in model.encoder.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME
+        )
         server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
         yield model
 

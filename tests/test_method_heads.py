@@ -17,10 +17,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import WEIGHTS_NAME, read_config
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.head import load_head
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import LinearHead, load_head
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.training.fit_probe import fit_on_features, fit_probe
+from dcp_zoo.model.text_probe import fit_on_features
+from dcp_zoo.training.fit_probe import fit_probe
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
@@ -66,7 +66,7 @@ def test_a_loaded_head_gives_the_same_logits(method, clip, photos, tmp_path):
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.transfers])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.abilities.transfers])
 def test_a_loaded_head_reads_new_names(method, clip, photos, tmp_path):
     given = small(method, clip, photos)
     head, x = METHODS[method].fit(given), pixels(given.val)
@@ -96,7 +96,7 @@ def test_a_head_that_keeps_its_images_is_not_linear(method, clip, photos, tmp_pa
 def test_the_table_says_which_methods_fit_the_classifier(method, clip, photos):
     head = METHODS[method].fit(small(method, clip, photos))
     is_fitted = isinstance(head, LinearHead) and head.is_fitted
-    assert METHODS[method].fits_classifier == (is_fitted or method == "ss-text")  # whose weights are of unit length
+    assert METHODS[method].abilities.fitted == (is_fitted or method == "ss-text")  # whose weights are of unit length
 
 
 @pytest.mark.parametrize("steps", [2, 3])  # the end of an epoch, and the middle of one
@@ -149,7 +149,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = METHODS[method].fit(given), METHODS[method].fit(small(method, clip, photos))
-    assert head.text_probe.names == NAMES
+    assert head.text_probe.classes == NAMES
     assert fit_probe(bare, given.plain_train) == head.info["text_probe"]
     assert head.reads_frozen == (method != "zero-shot")
     x = pixels(given.val)
@@ -158,7 +158,7 @@ def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
         assert close(head.fuse()(x), head(x), 1e-4)
         loaded = load(clip, head.save_pretrained(tmp_path, torch.float32))
         assert close(loaded(x), head(x), 1e-4)
-        assert close(loaded.encode_frozen(x), clip.encode_image(x), 1e-5)
+        assert close(loaded.plain.encode(x), clip.encode_image(x), 1e-5)
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def test_classes_of_a_head(clip, photos):
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
     for probe in (
         None,
-        fit_on_features(names, labels, [(features[None], fixed.own_linear())])[0],
+        fit_on_features(names, labels, [(features[None], fixed.own_reading().start())])[0],
     ):  # as fit-text-probe adds
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
@@ -295,7 +295,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     out = run.ok("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
     assert "test top-1" in out
     head = create_model(str(tmp_path / "refit"), True)
-    assert head.text_probe.names == sorted(NAMES)
+    assert head.text_probe.classes == sorted(NAMES)
     trained, items = read_config(tmp_path / "plain")["dcp"], load_labelled("folder", tmp_path / "photos").items
     assert head.info["test_images"] == len(items) - sum(trained["class_images"].values())
     assert sum(head.info["class_images"].values()) == len(items)  # measured without the test images, then with all

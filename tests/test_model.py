@@ -108,14 +108,16 @@ def test_encoders_give_the_logits(model):
     model.store_stats(IMAGES)
     image, text = model.encode_image(IMAGES), model.encode_text()
     assert torch.allclose(image.norm(dim=-1), torch.ones(5))
-    assert close(model.clip.logit_scale.exp() * image @ text.T, model(IMAGES))
+    assert close(model.encoder.clip.logit_scale.exp() * image @ text.T, model(IMAGES))
     assert close(model.encode_text(NAMES[:2]), text[:2])
     model.stats = "batch"
     if model.config.coupling == "bidirectional":
         with pytest.raises(ZooError, match="depend on the images"):
             model.encode_text()
     else:
-        assert close(model.clip.logit_scale.exp() * model.encode_image(IMAGES) @ model.encode_text().T, model(IMAGES))
+        assert close(
+            model.encoder.clip.logit_scale.exp() * model.encode_image(IMAGES) @ model.encode_text().T, model(IMAGES)
+        )
 
 
 @torch.no_grad()
@@ -133,11 +135,11 @@ def test_only_prompts_and_cmpa_train(tiny_clip):
     tiny_clip.visual.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all(name.startswith(("prompts.", "cmpa.")) for name in trained)
-    assert not model.clip.training
+    assert not model.encoder.clip.training
     model(IMAGES).sum().backward()
     assert seen == [False]
     assert all(model.get_parameter(name).grad is not None for name in trained)
-    assert all(p.grad is None for p in model.clip.parameters())
+    assert all(p.grad is None for p in model.encoder.clip.parameters())
 
 
 def test_text_prompts_start_from_a_phrase_only_if_it_fits(tiny_clip):
@@ -237,6 +239,6 @@ def test_vits_at_full_size():
         large = create_model("dcp_vitl14", classnames=NAMES, depth=99)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 11_048_448
     assert model.num_classes == 1000
-    assert all(type(b.mlp.gelu).__name__ == "QuickGELU" for b in model.visual.transformer.resblocks)
+    assert all(type(b.mlp.gelu).__name__ == "QuickGELU" for b in model.encoder.visual.transformer.resblocks)
     assert sum(p.numel() for p in one_way.parameters() if p.requires_grad) < 8_000_000
     assert (len(large.visual.transformer.resblocks), large.num_coupled) == (24, 11)

@@ -100,10 +100,10 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     name, tokenizer = "open_clip:ViT-B-16-SigLIP2/webli", word_tokenizer(False)
     model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
     assert built == [("vit_base_patch16_siglip_224", False)]
-    assert (model.architecture, model.clip_source) == (name, "webli")
+    assert (model.encoder.architecture, model.encoder.source) == (name, "webli")
     model.eval().store_stats(images := torch.randn(2, 3, 32, 32))
     model.save_pretrained(tmp_path / "head", torch.float32)
-    weights = model.clip.state_dict()  # they stand for those on the Hub
+    weights = model.encoder.clip.state_dict()  # they stand for those on the Hub
     monkeypatch.setattr(factory, "fetch_clip", lambda *_: None)
     monkeypatch.setattr(factory, "load_clip", lambda clip, _: clip.load_state_dict(weights))
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: "")
@@ -148,7 +148,7 @@ def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
     model = create_model(
         "open_clip:hf-hub:me/clip", "clip", classnames=["ant"], n_ctx=3, tokenizer=word_tokenizer(True)
     )
-    assert torch.equal(model.clip.visual.proj, clip.visual.proj)
+    assert torch.equal(model.encoder.clip.visual.proj, clip.visual.proj)
     assert model.pretrained_cfg["crop_mode"] == "squash"
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     (tmp_path / "open_clip_config.json").write_text("{}")

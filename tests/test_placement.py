@@ -107,7 +107,7 @@ def test_conversion(golden, device):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, clip, photos, device):
-    classifier = "none" if method in NONLINEAR or METHODS[method].fits_classifier else "text-probe"
+    classifier = "none" if method in NONLINEAR or METHODS[method].abilities.fitted else "text-probe"
     given = small(method, clip.to(device), photos, classifier=classifier)
     head = METHODS[method].fit(given)
     assert logits_of(head, given.val).device == torch.device("cpu")

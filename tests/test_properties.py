@@ -26,8 +26,9 @@ from dcp_zoo.data.specs import Archive
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable, templates
+from dcp_zoo.model.classes import TEMPLATE, check_classnames, class_texts
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.names import TEMPLATE, check_classnames, class_texts, default_tokenizer
+from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.texts import class_name, folder_name, quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")

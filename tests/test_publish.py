@@ -20,7 +20,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import LinearHead
 from dcp_zoo.release import cards
 from dcp_zoo.zoo import registry
 
@@ -182,7 +182,7 @@ def test_base_model_of_a_clip_head(tmp_path):
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.clip, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
-    head.method, head.architecture, head.clip_source = "gda", "dcp_mini", "bundled"
+    head.method, head.encoder.architecture, head.encoder.source = "gda", "dcp_mini", "bundled"
     text = cards.make_card(head, "me/pets", "mit", 1_000_000).text
     assert "A classifier trained by gda" in text
     assert "The method is DCP" not in text

@@ -58,7 +58,7 @@ def source(golden, photos, views):
         if kind in ("views", "late"):
             late = {"prompted_blocks": 2} if kind == "late" else {}
             model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2, **late)
-            images = views.for_model(model)
+            images = model, views
             return frozen_tokens(model, images, images, no_progress)[0]
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)

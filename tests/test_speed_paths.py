@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import reference
 import torch
-from helpers import Count, close, gradients, loud
+from helpers import Count, close, gradients, loud, vision_blocks
 from PIL import Image
 from safetensors.torch import save_file
 from shared import build_tiny_clip
@@ -21,7 +21,7 @@ from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model._torch import call_linear, linear, skip_init
 from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.model.towers.blocks import attend
+from dcp_zoo.model.towers.open_clip import attend
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import load_clip
@@ -120,18 +120,20 @@ MUTATIONS = {
     "another storage": lambda m: setattr(m.prompts["text"], "data", m.prompts["text"] * 2),
     "one number of cmpa": lambda m: poke(m.cmpa[0].to_vision.mlp.c_proj.bias),
     "one number of a text block": lambda m: poke(m.text_blocks[1].mlp.c_fc.bias),
-    "embedding of a name": lambda m: m.text.token_embedding.weight[m.name_tokens[0].ids[0]].add_(1),
-    "embedding of the start": lambda m: m.text.token_embedding.weight[m.name_tokens.start_id].add_(1),
-    "projection": lambda m: m.text.text_projection.mul_(torch.linspace(1, 2, m.text.text_projection.shape[-1])),
-    "ln_final": lambda m: poke(m.text.ln_final.bias),
-    "positions": lambda m: m.text.positional_embedding.mul_(2),
+    "embedding of a name": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens[0].ids[0]].add_(1),
+    "embedding of the start": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens.start_id].add_(1),
+    "projection": lambda m: m.encoder.text.text_projection.mul_(
+        torch.linspace(1, 2, m.encoder.text.text_projection.shape[-1])
+    ),
+    "ln_final": lambda m: poke(m.encoder.text.ln_final.bias),
+    "positions": lambda m: m.encoder.text.positional_embedding.mul_(2),
     "statistics in place": lambda m: m.stored_stats is not None and m.stored_stats.mul_(2),
     "calibration": lambda m: m.store_stats(IMAGES * 3),
     "stats": lambda m: setattr(m, "stats", None),
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "optimizer": lambda m: step(m),
     "parameter": lambda m: setattr(
-        m.text, "text_projection", nn.Parameter(m.text.text_projection * torch.randn(1, 64))
+        m.encoder.text, "text_projection", nn.Parameter(m.encoder.text.text_projection * torch.randn(1, 64))
     ),
 }
 
@@ -215,7 +217,7 @@ def test_what_is_cached_stays_inside(tiny_clip):
 @torch.no_grad()
 def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
     whole = build(build_tiny_clip(golden), coupling=coupling)
-    monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("dcp_zoo.model.towers.text.CHUNK_TOKENS", 6)
     chunked = build(build_tiny_clip(golden), coupling=coupling)
     assert (len(whole.name_tokens), len(chunked.name_tokens)) == (1, 4)
     assert close(chunked(IMAGES), whole(IMAGES))
@@ -227,7 +229,7 @@ SIMILAR_NAMES = ["red fox", "red car", "red", "red car 2012 model", "red car 201
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_names_of_similar_lengths_run_together(tiny_clip, coupling, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.model.names.CHUNK_PADDING", 2)
+    monkeypatch.setattr("dcp_zoo.model.towers.text.CHUNK_PADDING", 2)
     model = build(tiny_clip, coupling=coupling).train()
     model.set_classnames(SIMILAR_NAMES)
     shapes = [tuple(chunk.ids.shape) for chunk in model.name_tokens]
@@ -242,13 +244,13 @@ def test_names_of_similar_lengths_run_together(tiny_clip, coupling, monkeypatch)
 def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
     model = build(tiny_clip, coupling=coupling).train()
     recomputed = Count(monkeypatch, torch.utils.checkpoint, "checkpoint")
-    monkeypatch.setattr("dcp_zoo.model.towers.blocks.checkpoint", torch.utils.checkpoint.checkpoint)
+    monkeypatch.setattr("dcp_zoo.model.towers.open_clip.checkpoint", torch.utils.checkpoint.checkpoint)
     model.set_grad_checkpointing(False)
     expected = gradients(model, model(IMAGES))
     assert recomputed.calls == 0
     model.set_grad_checkpointing(True)
     assert all(close(g, expected[n]) for n, g in gradients(model, model(IMAGES)).items())
-    assert recomputed.calls == len(model.vision_blocks) + len(model.name_tokens)
+    assert recomputed.calls == len(vision_blocks(model)) + len(model.name_tokens)
 
 
 def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
@@ -269,7 +271,7 @@ def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupli
     model = build(tiny_clip, coupling=coupling).train()
     expected, logits = gradients(model, model(IMAGES)), model(IMAGES).detach()
     cast_frozen(model, precision)
-    held = {p.dtype for p in model.clip.parameters() if p.numel() > 1}
+    held = {p.dtype for p in model.encoder.clip.parameters() if p.numel() > 1}
     assert held == {getattr(torch, precision)}
     with autocast(torch.device("cpu"), precision):
         assert close(model(IMAGES).detach(), logits, 0.1)

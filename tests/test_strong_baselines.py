@@ -17,9 +17,9 @@ from dcp_zoo import ZooError
 from dcp_zoo.model import text_probe
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.towers.vision import OpenClipViT
+from dcp_zoo.model.text_probe.fit import within_class
+from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training import loop
-from dcp_zoo.training.fit_probe import within_class
 from dcp_zoo.training.methods import METHODS, clip_weights, probes, prompts
 from dcp_zoo.training.methods.base import Task, own_clip
 from dcp_zoo.training.methods.clip_weights import add_updates, merge, train_weights, zero_shot_of
@@ -358,8 +358,8 @@ def test_prolip(clip, photos):
         loss.backward()
         optimizer.step()
         schedule.step()
-    assert close(model.visual.proj - start, p.detach() - start, 1e-3)
-    assert not model.visual.proj.requires_grad
+    assert close(model.encoder.visual.proj - start, p.detach() - start, 1e-3)
+    assert not model.encoder.visual.proj.requires_grad
 
 
 def hidden(clip: FrozenCLIP, images: torch.Tensor) -> torch.Tensor:
@@ -525,11 +525,11 @@ def test_clip_svd(clip, photos):
     assert len(values) == 8 * 6
     losses, after = adamw(values, loss), weights()
     assert losses[1] < losses[0] - 0.01
-    for name, p in trained.clip.named_parameters():
+    for name, p in trained.encoder.clip.named_parameters():
         assert torch.equal(p, plain[name]) == (name not in after)
     for name, weight in after.items():
-        assert close(trained.clip.get_parameter(name) - plain[name], weight.detach() - plain[name], 1e-2)
-    assert [type(m) for m in trained.clip.modules()] == [type(m) for m in clip.clip.modules()]  # merged
+        assert close(trained.encoder.clip.get_parameter(name) - plain[name], weight.detach() - plain[name], 1e-2)
+    assert [type(m) for m in trained.encoder.clip.modules()] == [type(m) for m in clip.clip.modules()]  # merged
 
 
 @pytest.mark.parametrize("method", ["clip-lora", "clip-svd"])
@@ -645,10 +645,10 @@ def test_two_stage(clip, photos):
     torch.testing.assert_close(logits_of(head, given.train), logits(weight).detach(), rtol=5e-3, atol=5e-3)
 
     for name, p in clip.clip.named_parameters():
-        assert torch.equal(p, head.clip.get_parameter(name)) == (name not in names)
+        assert torch.equal(p, head.encoder.clip.get_parameter(name)) == (name not in names)
     moves = [
         torch.cat([(m.get_parameter(n) - clip.clip.get_parameter(n)).flatten() for n in names])
-        for m in (head.clip, plain)
+        for m in (head.encoder.clip, plain)
     ]
     assert F.cosine_similarity(*moves, dim=0) > 0.99  # where a gradient is almost 0, AdamW's steps may differ in sign
 
@@ -674,7 +674,7 @@ def test_two_stage_shares_out_its_steps(clip, photos):
         recipe.updated({"first_stage": 1.5})
     given = task("2sfs", clip, photos, steps=2, first_stage=1.0)
     model = METHODS["2sfs"].fit(given)
-    texts = F.normalize(model.clip.encode_text(sentences(clip)), dim=-1)
+    texts = F.normalize(model.encoder.clip.encode_text(sentences(clip)), dim=-1)
     assert close(model.weight, model.scaled(texts)[0].detach())
 
 

@@ -53,7 +53,7 @@ def model(plain):
     """The same with a text probe."""
     with torch.no_grad():
         views, labels = plain.encode_image(images(12))[None], torch.arange(12) % 3
-        plain.text_probe, _ = fitting.fit_on_features(NAMES, labels, [(views, plain.own_linear())])
+        plain.text_probe, _ = fitting.fit_on_features(NAMES, labels, [(views, plain.own_reading().start())])
     plain.text_probe.text_scale.fill_(0.5)
     plain.text_probe.threshold.fill_(torch.finfo(torch.float16).min)
     return plain
@@ -63,7 +63,7 @@ def model(plain):
 def test_its_equations(model):
     x, probe = images(5, 1), model.text_probe
     f = model.encode_image(x)
-    text = model.clip.logit_scale.exp() * f @ model.encode_text().T
+    text = model.encoder.clip.logit_scale.exp() * f @ model.encode_text().T
     probe.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
     assert probe.weight.abs().max() > 0.1
     assert close(model(x), 0.5 * text + f @ probe.weight.T + probe.bias, 1e-5)
@@ -82,7 +82,7 @@ def test_every_path_to_the_logits_has_it(model):
 def test_a_class_without_images_is_its_text(model):
     x, before = images(5, 1), model(images(5, 1))
     model.set_classnames(["kite", "zebra", "bus"])
-    text = 0.5 * model.clip.logit_scale.exp() * model.encode_image(x) @ model.encode_text()[1]
+    text = 0.5 * model.encoder.clip.logit_scale.exp() * model.encode_image(x) @ model.encode_text()[1]
     wanted = torch.stack([before[:, 2], text, before[:, 0]], 1)
     assert close(model(x), wanted)
     assert close(model.fuse()(x), wanted)
@@ -113,7 +113,7 @@ def test_a_new_class_is_fitted_against_the_means_of_the_others(model):
     probe, mean = model.text_probe, F.normalize(torch.randn(model.num_features), dim=0)
     probe.evidence = F.one_hot(torch.tensor(2), len(PENALTIES)).float()  # one penalty, 0.1
     model.set_classnames([*NAMES, "zebra"])
-    weight, bias = model.own_linear()
+    weight, bias = model.own_reading().start()
     probe.add("zebra", mean, 4, model.classnames, (weight, bias))
     assert torch.equal(probe.means[-1], mean)
     rows = probe.means
@@ -321,7 +321,7 @@ def test_copies_have_it(model):
 def source(model: DCP, n: int, seed: int) -> ImageSource:
     """n images of alternating classes, each with its mirror image as the second view."""
     items = [Item(str(i), "", i % 3) for i in range(n)]
-    maps = model.visual.conv1(images(n, seed)).detach()
+    maps = model.encoder.visual.conv1(images(n, seed)).detach()
     return ImageSource(model, items, str, views=torch.stack([maps, maps.flip(-1)]))  # type: ignore[arg-type]
 
 
@@ -510,11 +510,11 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     """Its logits are the mean of both readings, each with its own probe; evidence, scale and distances are those of the
     frozen tower, as the prompts have seen the training images. Fused and from a file they are the same."""
     train, x = source(plain, 24, 0), images(5, 1)
-    own, frozen = train.features(2), encode_views(train, plain.encode_frozen, 2)
+    own, frozen = train.features(2), encode_views(train, plain.plain.encode, 2)
     assert not close(own, frozen)
-    zero_shot = plain.scaled(plain.zero_shot_classifier(NAMES))
+    zero_shot = plain.scaled(plain.encoder.zero_shot_classifier(NAMES))
     expected, wanted = fitting.fit_on_features(NAMES, train.labels, [(frozen, zero_shot)])
-    text, frozen_features, own_features = plain.own_linear(), plain.encode_frozen(x), plain.encode_image(x)
+    text, frozen_features, own_features = plain.own_reading().start(), plain.plain.encode(x), plain.encode_image(x)
     info = fitting.fit_probe(plain, train)
     assert (info["evidence"], info["thresholds"]) == (wanted["evidence"], wanted["thresholds"])
     assert (plain.reads_frozen, plain.num_features) == (True, 2 * own.shape[-1])
@@ -622,7 +622,9 @@ def test_the_papers_logits_are_one_argument_away():
     head, plain = (create_model("dcp_mini.eurosat-16shot", True, classifier=c).eval() for c in (None, "none"))
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
-    assert close(plain(x), head.clip.logit_scale.exp() * head.encode_own(x) @ head.encode_text().T, 1e-5)
+    assert close(
+        plain(x), head.encoder.clip.logit_scale.exp() * head.own_reading().encode(x) @ head.encode_text().T, 1e-5
+    )
     assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
         create_model("dcp_mini.eurosat-16shot", True, classifier="gaussian")

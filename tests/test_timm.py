@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers import loud
+from helpers import loud, vision_blocks
 from PIL import Image
 from shared import build_tiny_clip
 from timm.data import create_transform, resolve_model_data_config
@@ -247,11 +247,11 @@ def test_device_and_dtype(model, dtype):
 @torch.inference_mode()
 def test_intermediates_are_the_outputs_of_the_blocks(model):
     """Before the first coupled block no prompt has been rewritten: an open_clip block gives the same tokens."""
-    visual, n = model.visual, 1 + 36
+    visual, n = model.encoder.visual, 1 + 36
     patches = visual.conv1(IMAGES).flatten(2).mT
     x = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
     x = visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(2, -1, -1)], 1))
-    expected = model.vision_blocks[0](x)[:, :n]
+    expected = vision_blocks(model)[0](x)[:, :n]
     ((found, class_token),) = model.forward_intermediates(IMAGES, [0], True, output_fmt="NLC", intermediates_only=True)
     torch.testing.assert_close(found, expected[:, 1:])
     torch.testing.assert_close(class_token, expected[:, :1])
@@ -259,7 +259,7 @@ def test_intermediates_are_the_outputs_of_the_blocks(model):
 
 @torch.inference_mode()
 def test_forward_intermediates(model):
-    n_blocks = len(model.vision_blocks)
+    n_blocks = len(vision_blocks(model))
     features, maps = model.forward_intermediates(IMAGES)
     torch.testing.assert_close(features, model.forward_features(IMAGES))
     assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * n_blocks
@@ -271,8 +271,8 @@ def test_forward_intermediates(model):
     assert torch.equal(tokens[3].mT.reshape(2, 256, 6, 6), maps[3])
     features, pairs = model.forward_intermediates(IMAGES, return_prefix_tokens=True, norm=True, output_fmt="NLC")
     assert [tuple(class_token.shape) for _, class_token in pairs] == [(2, 1, 256)] * n_blocks
-    torch.testing.assert_close(pairs[2][0], model.visual.ln_post(tokens[2]))
-    projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.visual.proj, dim=-1)
+    torch.testing.assert_close(pairs[2][0], model.encoder.visual.ln_post(tokens[2]))
+    projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.encoder.visual.proj, dim=-1)
     torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 2**0.5)  # the first of two readings
     with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
@@ -294,7 +294,7 @@ def test_intermediates_and_attention_with_late_coupling():
 @torch.inference_mode()
 def test_stop_early_runs_no_further_block(model):
     calls = []
-    hooks = [block.ln_1.register_forward_hook(lambda *_: calls.append(1)) for block in model.vision_blocks]
+    hooks = [block.ln_1.register_forward_hook(lambda *_: calls.append(1)) for block in vision_blocks(model)]
     features, (early,) = model.forward_intermediates(IMAGES, [1], stop_early=True)
     assert len(calls) == 2
     for hook in hooks:
@@ -323,7 +323,7 @@ def test_features_only(model):
     net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=(-1, 1)).eval()
     assert (net.feature_info.channels(), net.feature_info.reduction()) == ([256, 256], [32, 32])
     modules = dict(net.model.named_modules())
-    assert [modules[name] for name in net.feature_info.module_name()] == [net.model.vision_blocks[i] for i in (1, 5)]
+    assert [modules[name] for name in net.feature_info.module_name()] == [net.vision_blocks(model)[i] for i in (1, 5)]
     expected = model.forward_intermediates(IMAGES, (1, 5), intermediates_only=True)
     assert all(map(torch.equal, net(IMAGES), expected))
     assert resolve_model_data_config(net) == resolve_model_data_config(model)
@@ -355,7 +355,7 @@ def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
     calls, checkpoint = [], tower_blocks.checkpoint
     monkeypatch.setattr(tower_blocks, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     model = timm.create_model("dcp_mini", classnames=["cat", "dog"])
-    blocks = len(model.vision_blocks) + (call == "forward")  # and the one chunk of class names
+    blocks = len(vision_blocks(model)) + (call == "forward")  # and the one chunk of class names
 
     def count() -> int:
         calls.clear()

@@ -140,8 +140,8 @@ def test_without_prompts_the_towers_are_those_of_open_clip(kind):
     plain = FrozenCLIP(clip, tokenizer or open_clip.SimpleTokenizer(), {})
     expected = F.normalize(clip.encode_image(IMAGES), dim=-1)
     assert close(plain.encode_image(IMAGES), expected)
-    maps = plain.vision_tower.patch_maps(IMAGES)
-    assert maps.shape[1:] == (64, *plain.vision_tower.grid)
+    maps = plain.encoder.vision_tower.patch_maps(IMAGES)
+    assert maps.shape[1:] == (64, *plain.encoder.vision_tower.grid)
     assert close(plain.encode_image(maps, patches=True), expected)
 
 
@@ -183,7 +183,7 @@ def test_the_calibrated_context_of_a_batch_gives_the_logits_of_that_batch(kind):
 def test_many_classes_run_in_chunks_with_the_same_result(monkeypatch):
     for kind in ("siglip", "coca"):
         model = build_dcp(kind)
-        monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", 16)
+        monkeypatch.setattr("dcp_zoo.model.towers.text.CHUNK_TOKENS", 16)
         chunked = build_dcp(kind)
         monkeypatch.undo()
         assert (len(model.name_tokens), len(chunked.name_tokens)) == (1, 4)
@@ -195,7 +195,7 @@ def test_many_classes_run_in_chunks_with_the_same_result(monkeypatch):
 def test_the_bias_of_a_sigmoid_model_is_kept():
     model = build_dcp("siglip")
     with torch.no_grad():
-        cosines = (model(IMAGES) + 3) / model.clip.logit_scale.exp()
+        cosines = (model(IMAGES) + 3) / model.encoder.clip.logit_scale.exp()
     assert cosines.abs().max() <= 1
 
 
@@ -234,7 +234,7 @@ def test_a_fused_timm_tower_is_rebuilt_from_its_file(kind, tmp_path):
     with small_timm(KINDS[kind][0]["small"]):
         path = export(model, tmp_path / "fused.safetensors", format="safetensors")
         assert close(load_fused(path)(IMAGES), model(IMAGES))
-    del model.clip.open_clip_config
+    del model.encoder.clip.open_clip_config
     with pytest.raises(ZooError, match="use onnx or torch-export"):
         export(model, tmp_path / "fused.safetensors", format="safetensors")
 
@@ -244,7 +244,7 @@ def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
     clip, tokenizer = build_clip("siglip")
     plain = FrozenCLIP(clip, tokenizer, {})
     source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)
-    source.views = plain.vision_tower.patch_maps(IMAGES)[None].detach()
+    source.views = plain.encoder.vision_tower.patch_maps(IMAGES)[None].detach()
     published = METHODS[method].recipe("dcp_vitb16", "dtd", 2, "few-shot")
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
-from dcp_zoo.model.towers.vision import VisionTower
+from dcp_zoo.model.towers.open_clip import VisionTower
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, objective, train
@@ -202,8 +202,8 @@ def test_the_second_view_is_the_mirror_image(sources):
     plain = replace(sources(model), views=None)
     first = next(iter(plain.batches(8)))[0]
     with torch.no_grad():
-        assert torch.allclose(source.views[0], model.visual.conv1(first), atol=1e-4)
-        assert torch.allclose(source.views[1], model.visual.conv1(first.flip(-1)), atol=1e-4)
+        assert torch.allclose(source.views[0], model.encoder.visual.conv1(first), atol=1e-4)
+        assert torch.allclose(source.views[1], model.encoder.visual.conv1(first.flip(-1)), atol=1e-4)
 
 
 def test_shuffled_batches_have_equal_size_and_follow_the_seed(sources):
@@ -227,7 +227,7 @@ def test_patch_maps_replace_the_images(sources):
     maps, _ = next(iter(source.batches(len(source.items))))
     torch.testing.assert_close(model(maps, patches=True), model(images))
     torch.testing.assert_close(model.encode_image(maps, patches=True), model.encode_image(images))
-    model.store_stats(source.batches(3), patches=source.patches)
+    model.store_stats(source.batches(3))
     stored = model.stored_stats.clone()
     model.store_stats(images)
     torch.testing.assert_close(model.stored_stats, stored)
@@ -271,8 +271,8 @@ def test_agreement_is_the_distance_to_zero_shot_features():
     loss, cross_entropy = objective(model, Recipe(clip_reg=2.0), weights)(images, labels, False)
     losses = F.cross_entropy(model(images), labels, reduction="none")
     features, text = model.encode(images)
-    text_distance = (text - model.zero_shot_classifier(["red", "blue"])).abs().mean()
-    image_distance = (features - F.normalize(model.clip.encode_image(images), dim=-1)).abs().mean()
+    text_distance = (text - model.encoder.zero_shot_classifier(["red", "blue"])).abs().mean()
+    image_distance = (features - F.normalize(model.encoder.clip.encode_image(images), dim=-1)).abs().mean()
     expected = (losses * weights[labels]).mean() + 2 * (25 * text_distance + 10 * image_distance)
     assert torch.allclose(loss, expected, atol=1e-5)
     assert torch.allclose(cross_entropy, (losses * weights[labels]).mean())
@@ -287,17 +287,17 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(source
     if augment == "flip without a stem":
         source = replace(sources(model), views=None, flips=True)
     whole = sources(model, "flip")
-    source.targets = encode_views(whole, model.encode_prompted, 2)
+    source.targets = encode_views(whole, model.encode_image, 2)
     (inputs, labels), targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
     if augment != "crop-flip":
-        encoded = model.encode_prompted(inputs, patches=source.patches)
+        encoded = model.encode_image(inputs)
         torch.testing.assert_close(targets, encoded, atol=1e-5, rtol=1e-4)
         loss_of = objective(model, Recipe(clip_reg=1.0))
         given, computed = (loss_of(inputs, labels, source.patches, t)[0] for t in (targets, None))
         torch.testing.assert_close(given, computed)
     else:
         order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-        expected = model.encode_prompted(next(iter(whole.batches(8)))[0], patches=True)[order]
+        expected = model.encode_image(next(iter(whole.batches(8)))[0], patches=True)[order]
         torch.testing.assert_close(targets, expected, atol=1e-5, rtol=1e-4)
     assert len(next(iter(source.batches(8)))) == 2, "in order, batches have no targets"
 
@@ -307,7 +307,7 @@ def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
 
     def watched(task):
         model = new_model(task)
-        encoder.side_effect = model.encode_prompted
+        encoder.side_effect = model.encode_image
         monkeypatch.setattr(model, "encode_prompted", encoder)
         return model
 
@@ -334,7 +334,7 @@ def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, aug
     monkeypatch.setattr("dcp_zoo.training.methods.prompts.total_memory", lambda device: 0)
     expected = METHODS["dcp"].fit(task)
     assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
-    assert close(*(predict(task.train.for_model(head), 8) for head in (found, expected)), 2e-2)
+    assert close(*(predict(task.head, train, 8) for head in (found, expected)), 2e-2)
 
 
 def test_training_says_how_long_it_takes_and_what_is_faster(sources):
@@ -480,7 +480,7 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
     seen = []
 
     def watched(source, *args, **options):
-        seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
+        seen.extend(p.dtype for p in source.model.encoder.clip.parameters() if p.numel() > 1)
         return train(source, *args, **options)
 
     monkeypatch.setattr("dcp_zoo.training.methods.base.train", watched)
@@ -492,4 +492,4 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
     stored = model.stored_stats.clone()
     round_and_store_stats(model, image_source(model, subset.train))
     assert torch.equal(model.stored_stats.half(), stored.half())
-    assert model.visual.proj.dtype == torch.float32
+    assert model.encoder.visual.proj.dtype == torch.float32

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.names import Tokenizer
+from dcp_zoo.model.tokens import Tokenizer
 
 RANDOM_VECTORS = 256  # averaged in `Words.chance`
 

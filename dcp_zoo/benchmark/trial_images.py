@@ -21,8 +21,8 @@ from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
+from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import pick_device, total_memory
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress

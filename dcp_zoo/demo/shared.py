@@ -19,8 +19,8 @@ from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.classes import TEMPLATE, repeated_names
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import TEMPLATE, repeated_names
 from dcp_zoo.zoo.factory import create_transform
 from dcp_zoo.zoo.registry import all_heads
 

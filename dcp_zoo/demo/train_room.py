@@ -25,7 +25,7 @@ from dcp_zoo.demo.shared import Photo, clip_answers, head_answers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
 from dcp_zoo.inspection.inspection import inspect
-from dcp_zoo.model.names import repeated_names
+from dcp_zoo.model.classes import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Epoch, History
 from dcp_zoo.training.methods.table import chosen_recipe

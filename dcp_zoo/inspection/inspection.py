@@ -23,7 +23,7 @@ from dcp_zoo.files import check_empty, templates, unfinished, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.texts import LEAVE_OUT, class_folders, read_csv, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy

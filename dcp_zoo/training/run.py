@@ -19,11 +19,11 @@ from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha25
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
+from dcp_zoo.model.classes import Texts, saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import Texts, saved_texts
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
