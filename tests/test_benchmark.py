@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, plan, plan_trials, store, sweep, trial_images
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
 from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.sources import image_source
+from dcp_zoo.zoo.factory import plain_clip
 
 TRANSFER = [name for name, method in METHODS.items() if method.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]
@@ -223,11 +226,26 @@ def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
     assert run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
 
 
+def test_features_are_computed_in_the_precision_that_is_recorded(few_digits, tmp_path):
+    split, clip, losses = few_digits("digits"), plain_clip("dcp_mini"), set()
+    (trial,) = plan_trials("few-shot", methods=["zero-shot"], datasets=["digits"])
+    weight = clip.zero_shot_classifier(split.classnames, find_spec("digits").template)
+    for precision in ("float32", "bfloat16"):
+        result = sweep.run_trial(trial, Settings(tmp_path, device="cpu", precision=precision))
+        source = image_source(clip, split.test, precision=precision)
+        loss = metrics.negative_log_likelihood(clip.logits(source.features()[0], weight), source.labels)
+        assert (result["precision"], result["results"][0]["nll"]) == (precision, loss)
+        losses.add(loss)
+    assert len(losses) == 2
+
+
 def test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
     made = []
     original = trial_images.image_source
     trial_images.shared_images.cache_clear()
-    monkeypatch.setattr(trial_images, "image_source", lambda *args: made.append(args[2]) or original(*args))
+    monkeypatch.setattr(
+        trial_images, "image_source", lambda *args, **kwargs: made.append(args[2]) or original(*args, **kwargs)
+    )
     for method in ("zero-shot", "coop", "vpt-deep", "dcp"):
         run_short("few-shot", method, tmp_path, datasets=["digits"])
     assert sorted(made) == ["flip", "none", "none"]  # of the training, the validation and the test images

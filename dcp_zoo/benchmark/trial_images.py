@@ -23,7 +23,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.device import pick_device, total_memory
+from dcp_zoo.training.device import pick_device, pick_precision, total_memory
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import plain_clip
@@ -36,8 +36,9 @@ SCALE = 100.0  # of logits, if the features come without
 class TrialImages:
     """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first."""
 
-    def __init__(self, model: str, device: str, data_root: Path | None, workers: int) -> None:
+    def __init__(self, model: str, device: str, data_root: Path | None, workers: int, precision: str) -> None:
         self.device = pick_device(device)
+        self.precision = pick_precision(precision, model, self.device)
         self.clip = plain_clip(model).to(self.device)
         self.data_root, self.workers = data_root, workers
         self.progress: Progress = no_progress
@@ -62,7 +63,7 @@ class TrialImages:
         flipped = self._sources.get((content, "flip"))
         if augment == "none" and flipped is not None and flipped.views is not None:
             return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
-        make = partial(image_source, self.clip, items, augment, self.workers, self.progress)
+        make = partial(image_source, self.clip, items, augment, self.workers, self.progress, precision=self.precision)
         return self._cache((content, augment), make)
 
     def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
