@@ -6,15 +6,16 @@ import multiprocessing
 import re
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import made_up_result, until
+from helpers import made_up_result, no_images, until
 from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, plan, plan_trials, store, sweep, trial_images
-from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
+from dcp_zoo.data import Item, Split, few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
@@ -148,6 +149,7 @@ def test_negative_log_likelihood():
 def few_digits():
     """The digits with one test image per class, also under the names of other datasets; read once, as in a sweep."""
 
+    @cache
     def load(name, root=None):
         split = load_split("digits")
         test = [item for label in range(10) for item in [i for i in split.test if i.label == label][:1]]
@@ -156,7 +158,7 @@ def few_digits():
 
     trial_images.shared_images.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial_images, "load_split", load)
+        patch.setattr(plan, "read_split", load)
         patch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])  # 60 take longer than the rest
         yield load
     trial_images.shared_images.cache_clear()
@@ -270,6 +272,7 @@ def fake(monkeypatch):
 
     fake_state = {"broken": False, "ran": ran}
     monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
+    monkeypatch.setattr(plan, "read_split", no_images)
     return fake_state
 
 
@@ -309,6 +312,13 @@ def test_results_of_other_weights_or_precision_are_rejected(tmp_path, fake, monk
         sweep.sweep(TRIALS, Settings(tmp_path))
 
 
+def test_results_of_other_images_of_a_dataset_are_rejected(tmp_path, fake, monkeypatch):
+    sweep.sweep(TRIALS, Settings(tmp_path))
+    monkeypatch.setattr(plan, "read_split", lambda name, root: Split(name, ["a"], [Item("a.png", "a.png", 0)]))
+    with pytest.raises(ZooError, match=r"zero-shot.json was made with other images of dtd: choose another --output"):
+        sweep.sweep(TRIALS, Settings(tmp_path))
+
+
 def test_results_without_requested_metrics_are_run_again(tmp_path, fake):
     sweep.sweep(TRIALS, Settings(tmp_path))
     sweep.sweep(TRIALS, Settings(tmp_path, per_class=True))
@@ -341,7 +351,7 @@ def work(output: Path, seconds: float) -> None:
         time.sleep(seconds)
         return made_up_result(trial)
 
-    sweep.run_trial, sweep.BUSY_SECONDS = run_trial, 0.1
+    sweep.run_trial, sweep.BUSY_SECONDS, plan.read_split = run_trial, 0.1, no_images
     assert sweep.sweep(TRIALS, Settings(output)) == {}
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dcp_zoo.benchmark import plan
 from dcp_zoo.benchmark.plan import SEEDS, Trial, plan_trials
-from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes
+from dcp_zoo.data import Item, Split, few_shot, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error
@@ -42,14 +43,11 @@ class TrialImages:
         self.clip = plain_clip(model).to(self.device)
         self.data_root, self.workers = data_root, workers
         self.progress: Progress = no_progress
-        self._splits: dict[str, Split] = {}
         self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
     def split(self, dataset: str, part: str = "all") -> Split:
         """The dataset, or only its "base" or "new" classes."""
-        if dataset not in self._splits:
-            self._splits[dataset] = load_split(dataset, self.data_root)
-        return subsample_classes(self._splits[dataset], part)
+        return subsample_classes(plan.read_split(dataset, self.data_root), part)
 
     def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
         """With few-shot images, drawn before half of the classes is selected, as in CoOp; without shots, all."""
