@@ -11,7 +11,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from rich.markup import escape
 from typer import Typer
 
 from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
-from dcp_zoo.benchmark.plan import SAVED_HEADS
+from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, numbers, several, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import download_all
-from dcp_zoo.data import DatasetSpec, list_datasets, load_split
+from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
 from dcp_zoo.data.archives import AGENT, SILENCE
 from dcp_zoo.data.specs import Archive
@@ -80,7 +79,6 @@ def build_heads(
     receives a line for every head; `backend` is `run` and `show` of `sweep`."""
     sweep(trials, replace(settings, save_heads=METHOD), **backend)
     output, results = settings.output, store.results(settings.output)
-    split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)
     zero_shot = {(trial.model, trial.dataset): trial.key for trial in trials if trial.method == BASELINE}
     for head in states(output, trials):
         trial, plain = head.trial, zero_shot[head.trial.model, head.trial.dataset]
@@ -89,7 +87,7 @@ def build_heads(
         if plain not in results:
             log(f"{head.name}: waits for zero-shot CLIP on {trial.dataset}, which failed")
             continue
-        note = split_note(trial.dataset)
+        note = read_split(trial.dataset, settings.data_root).note
         try:
             release = publish.prepare(output / SAVED_HEADS / head.name, org or HUB_ORG)
             reasons = refusals(results[trial.key], results[plain], release, note)

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.benchmark import Settings, Trial
+from dcp_zoo.benchmark import Settings, Trial, plan
 from dcp_zoo.data import Split, load_image
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
@@ -88,13 +89,20 @@ def gradients(model: nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]
     return dict(zip(parameters, torch.autograd.grad(logits.logsumexp(-1).sum(), parameters.values()), strict=True))
 
 
+def no_images(dataset: str, data_root: Path | None) -> Split:
+    """In place of `plan.read_split`, for results that nobody measured."""
+    return Split(dataset, [])
+
+
 def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **changes: Any) -> dict[str, Any]:
     """The content of a trial's file, with (target, classes, stats, top1) entries: nothing in it was measured."""
     names, others = ("target", "classes", "stats", "top1"), {"ece": 4.0, "nll": 0.456, "images": 10}
     entries = entries or ((trial.dataset, "all", "", 50.0 + trial.seed),)
+    with mock.patch.object(plan, "read_split", no_images):
+        conditions = Settings(Path()).conditions(trial)
     return {
         "trial": asdict(trial),
-        **Settings(Path()).conditions(trial),
+        **conditions,
         "selection": VALIDATION if METHODS[trial.method].chooses else "none",
         "results": [dict(zip(names, entry, strict=True)) | others for entry in entries],
         "train_seconds": 10.0 * trial.shots,

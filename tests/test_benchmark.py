@@ -6,21 +6,25 @@ import multiprocessing
 import re
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import made_up_result, until
+from helpers import made_up_result, no_images, until
 from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, plan, plan_trials, store, sweep, trial_images
-from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
+from dcp_zoo.data import Item, Split, few_shot, list_datasets, load_split, subset_sha256
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
 from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.sources import image_source
+from dcp_zoo.zoo.factory import plain_clip
 
 TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]
@@ -145,6 +149,7 @@ def test_negative_log_likelihood():
 def few_digits():
     """The digits with one test image per class, also under the names of other datasets; read once, as in a sweep."""
 
+    @cache
     def load(name, root=None):
         split = load_split("digits")
         test = [item for label in range(10) for item in [i for i in split.test if i.label == label][:1]]
@@ -153,7 +158,7 @@ def few_digits():
 
     trial_images.shared_images.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial_images, "load_split", load)
+        patch.setattr(plan, "read_split", load)
         patch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])  # 60 take longer than the rest
         yield load
     trial_images.shared_images.cache_clear()
@@ -223,11 +228,26 @@ def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
     assert run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
 
 
+def test_features_are_computed_in_the_precision_that_is_recorded(few_digits, tmp_path):
+    split, clip, losses = few_digits("digits"), plain_clip("dcp_mini"), set()
+    (trial,) = plan_trials("few-shot", methods=["zero-shot"], datasets=["digits"])
+    weight = clip.zero_shot_classifier(split.classnames, find_spec("digits").template)
+    for precision in ("float32", "bfloat16"):
+        result = sweep.run_trial(trial, Settings(tmp_path, device="cpu", precision=precision))
+        source = image_source(clip, split.test, precision=precision)
+        loss = metrics.negative_log_likelihood(clip.logits(source.features()[0], weight), source.labels)
+        assert (result["precision"], result["results"][0]["nll"]) == (precision, loss)
+        losses.add(loss)
+    assert len(losses) == 2
+
+
 def test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
     made = []
     original = trial_images.image_source
     trial_images.shared_images.cache_clear()
-    monkeypatch.setattr(trial_images, "image_source", lambda *args: made.append(args[2]) or original(*args))
+    monkeypatch.setattr(
+        trial_images, "image_source", lambda *args, **kwargs: made.append(args[2]) or original(*args, **kwargs)
+    )
     for method in ("zero-shot", "coop", "vpt-deep", "dcp"):
         run_short("few-shot", method, tmp_path, datasets=["digits"])
     assert sorted(made) == ["flip", "none", "none"]  # of the training, the validation and the test images
@@ -252,6 +272,7 @@ def fake(monkeypatch):
 
     fake_state = {"broken": False, "ran": ran}
     monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
+    monkeypatch.setattr(plan, "read_split", no_images)
     return fake_state
 
 
@@ -291,6 +312,13 @@ def test_results_of_other_weights_or_precision_are_rejected(tmp_path, fake, monk
         sweep.sweep(TRIALS, Settings(tmp_path))
 
 
+def test_results_of_other_images_of_a_dataset_are_rejected(tmp_path, fake, monkeypatch):
+    sweep.sweep(TRIALS, Settings(tmp_path))
+    monkeypatch.setattr(plan, "read_split", lambda name, root: Split(name, ["a"], [Item("a.png", "a.png", 0)]))
+    with pytest.raises(ZooError, match=r"zero-shot.json was made with other images of dtd: choose another --output"):
+        sweep.sweep(TRIALS, Settings(tmp_path))
+
+
 def test_results_without_requested_metrics_are_run_again(tmp_path, fake):
     sweep.sweep(TRIALS, Settings(tmp_path))
     sweep.sweep(TRIALS, Settings(tmp_path, per_class=True))
@@ -323,7 +351,7 @@ def work(output: Path, seconds: float) -> None:
         time.sleep(seconds)
         return made_up_result(trial)
 
-    sweep.run_trial, sweep.BUSY_SECONDS = run_trial, 0.1
+    sweep.run_trial, sweep.BUSY_SECONDS, plan.read_split = run_trial, 0.1, no_images
     assert sweep.sweep(TRIALS, Settings(output)) == {}
 
 

@@ -193,7 +193,7 @@ def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path, monkeypatch):
     texts, options = tmp_path / "texts.json", ("--methods", "zero-shot", "--datasets", "digits")
     digits = load_split("digits")
     few = replace(digits, test=digits.test[:10])
-    monkeypatch.setattr("dcp_zoo.benchmark.trial_images.load_split", lambda *args: few)
+    monkeypatch.setattr("dcp_zoo.benchmark.plan.read_split", lambda *args: few)
     texts.write_text(json.dumps({name: [f"the digit {name}.", f"a {name} by hand."] for name in digits.classnames}))
     command = ("benchmark", "few-shot", *options, "--output", tmp_path / "sweep")
     run.ok(*command, "--descriptions", texts)

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import made_up_result
+from helpers import made_up_result, no_images
 from PIL import Image
 
-from dcp_zoo.benchmark import Settings, Trial, plan_trials, store, trial_images
+from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, trial_images
 from dcp_zoo.benchmark.sweep import execute, sweep
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
@@ -62,6 +62,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, BaseException]:
         return made_up_result(trial)
 
     monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
+    monkeypatch.setattr(plan, "read_split", no_images)
     return found
 
 

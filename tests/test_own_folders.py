@@ -38,6 +38,32 @@ def test_what_computers_add_to_folders_is_skipped(flowers):
     assert load_split("folder", flowers) == before
 
 
+def test_a_sweep_tells_folders_of_the_same_name_apart(run, flowers, tmp_path):
+    """Their classes and files have the same names, too, but in the other folder, each photograph is of both classes."""
+    copy, other = (shutil.copytree(flowers, tmp_path / place / "MY_PHOTOS") for place in ("copy", "other"))
+    shutil.copytree(flowers / "rose", other / "tulip", dirs_exist_ok=True)
+
+    def sweep(place, seed, refused=False):
+        grid = ("benchmark", "few-shot", "--datasets", "folder", "--methods", "linear-probe", "--shots", 2)
+        return (run.refused if refused else run.ok)(*grid, "--seeds", seed, "--data-root", place, "--output", "SWEEP")
+
+    sweep(flowers, 1)
+    results = {path: path.read_text() for path in Path("SWEEP/results").iterdir()}
+    sweep(copy, 1)
+    error = sweep(other, 1, refused=True)
+    named = r"MY_PHOTOS \(\w{8}\)"
+    assert re.search(rf"linear-probe.json was made with folder {named}, not {named}: choose another --output", error), (
+        error
+    )
+    assert results == {path: path.read_text() for path in Path("SWEEP/results").iterdir()}
+
+    sweep(other, 2)
+    run.ok("report", "SWEEP")
+    report = Path("SWEEP/report/report.md").read_text()
+    assert len(set(re.findall(named, report))) == 2
+    assert not re.search(r"\d ± \d", report)  # it would be of two folders
+
+
 def test_files_that_are_not_used_are_counted(run, flowers, my_head):
     for name in ("rose/a.mov", "rose/b.MOV", "tulip/notes.txt", "tulip/README", "loose.jpg"):
         (flowers / name).touch()

@@ -130,8 +130,17 @@ def test_folders_with_other_texts_or_precision_are_not_mixed(sweep: Path, tmp_pa
     trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 1, 1)
     for name in ("descriptions", "precision"):
         store.save_result(tmp_path / name, made_up(trial, ("caltech101", "all", "stored", 1.0)) | {name: "other"})
-        with pytest.raises(ZooError, match=f"differ in --{name}: report .*sweep and .*{name} apart"):
+        with pytest.raises(ZooError, match=f"sweep/.*json and .*{name}/.*json differ in --{name}: report them apart"):
             store.gather([sweep, tmp_path / name])
+
+
+def test_results_on_other_images_of_a_dataset_are_not_mixed(sweep: Path, tmp_path: Path) -> None:
+    trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 16, 4)
+    store.save_result(tmp_path / "other", made_up(trial, split_sha256="other"))
+    with pytest.raises(ZooError, match="sweep/.*json and .*other/.*json differ in the images of caltech101: report"):
+        store.gather([sweep, tmp_path / "other"])
+    store.save_result(tmp_path / "other", made_up(trial, split_sha256="other", features="given"))
+    assert (store.gather([sweep, tmp_path / "other"]).seed == 4).sum() == 1
 
 
 def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcp_zoo.benchmark import Settings, plan_trials, trial_images
+from dcp_zoo.benchmark import Settings, plan, plan_trials, trial_images
 from dcp_zoo.benchmark import sweep as sweep_module
 from dcp_zoo.data import Item, Split
 from dcp_zoo.training.methods import METHODS
@@ -37,7 +37,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
 
     def run(method, permuted):
         test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
-        monkeypatch.setattr(trial_images, "load_split", lambda *args: replace(split, test=test))
+        monkeypatch.setattr(plan, "read_split", lambda *args: replace(split, test=test))
         trial_images.shared_images.cache_clear()
         logits.clear()
         recipe = METHODS[method].recipe("dcp_mini", "digits", 2, "few-shot").as_dict()

@@ -9,10 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.data import DATASETS, list_datasets
+from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
+from dcp_zoo.data.images import in_threads
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
@@ -20,6 +21,7 @@ from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.zoo.registry import SHOTS, get_spec
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
+FOLDER = "folder"  # the dataset whose images are those of any folder
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,15 @@ class Settings:
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
     def conditions(self, trial: Trial) -> dict[str, Any]:
-        """What a trial's result depends on besides images and seed: it is stored with the result, and a trial counts as
-        finished only under the same conditions."""
-        return {
+        """What a trial's result depends on besides its seed: it is stored with the result, and a trial counts as
+        finished only under the same conditions. ZooError as of `load_split`."""
+        if self.features:
+            images = {}  # their hash is below
+        elif trial.dataset == FOLDER:
+            images = {FOLDER: folder_label(self.data_root)}
+        else:
+            images = {"split_sha256": read_split(trial.dataset, self.data_root).sha256}
+        return images | {
             "weights": f"features of {trial.model}" if self.features else weights_id(trial.model),
             "precision": self.precision,
             "descriptions": sha256_of(self.descriptions)[:16] if self.descriptions else "",
@@ -109,6 +117,26 @@ class Settings:
         words += [f"--features {self.features}"] if self.features else []
         words += [f"--precision {self.precision}"] if self.precision != "float32" else []
         return " ".join(words)
+
+
+@cache
+def read_split(dataset: str, data_root: Path | None) -> Split:
+    """`load_split`, once for all trials of a process."""
+    return load_split(dataset, data_root)
+
+
+@cache
+def folder_label(root: Path | None) -> str:
+    """What tells the user's own folder from others of the same name, classes and file names: "photos (0f1e2d3c)", its
+    name and a hash of the images."""
+    split, name = read_split(FOLDER, root), Path(root or "").expanduser().resolve().name
+
+    def content(path: str) -> str:
+        with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out.", OSError):
+            return sha256_of(Path(path))
+
+    hashes = [split.sha256, *in_threads(content, [item.path for item in split.items])]
+    return f"{file_name(name)} ({hashlib.sha256(''.join(hashes).encode()).hexdigest()[:8]})"
 
 
 @cache

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.benchmark.plan import Settings, Trial
+from dcp_zoo.benchmark.plan import FOLDER, Settings, Trial
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import locked, read_plain, write_file
 
@@ -79,16 +79,18 @@ def planned(output: Path) -> dict[str, Trial]:
 
 def finished(trial: Trial, settings: Settings) -> bool:
     """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
-    ZooError if its result was made under other conditions, such as other weights or another recipe."""
+    ZooError if its result was made under other conditions, such as other images, weights or another recipe."""
     path = settings.output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
     result, differ = _read_json(path), []
     for name, value in settings.conditions(trial).items():
-        if name in ("weights", "precision") and result[name] != value:
-            differ.append(f"{name} {result[name]}, not {value}")
-        elif result[name] != value:
-            differ.append("another recipe" if name == "recipe" else f"other --{name}")
+        before = result.get(name, "unknown")
+        if before != value and name in (FOLDER, "weights", "precision"):
+            differ.append(f"{name} {before}, not {value}")
+        elif before != value:
+            others = {"recipe": "another recipe", "split_sha256": f"other images of {trial.dataset}"}
+            differ.append(others.get(name, f"other --{name}"))
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
     if trial.method == settings.save_heads and "head_sha256" not in result:
@@ -125,19 +127,31 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     places = [Path(place) for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
     files = [place for place in places if place.is_file()]
     tables = [_read_csv(file) for file in files]
-    found = [(folder, result) for folder in places if folder not in files for result in results(folder).values()]
-    for name in ("descriptions", "precision"):  # no column tells them apart
-        differ = {result[name]: folder for folder, result in found}
-        if len(differ) > 1:
-            raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, differ.values()))} apart.")
-    rows = []
-    for _, result in found:
+    folders = [place / "results" for place in places if place not in files]
+    found = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
+    rows, first = [], dict[str, tuple[str, Path]]()
+    for path, result in found:
         row = {name: result["trial"][name] for name in TRIAL_COLUMNS}
         row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
-        row["options"] = Trial.from_dict(result["trial"]).changes
-        rows += [row | {name: entry[name] for name in ENTRY_COLUMNS} for entry in result["results"]]
+        row |= {"options": Trial.from_dict(result["trial"]).changes, "dataset": _shown(row["dataset"], result)}
+        for entry in result["results"]:
+            rows.append(
+                row | {name: entry[name] for name in ENTRY_COLUMNS} | {"target": _shown(entry["target"], result)}
+            )
+        untold = {f"--{name}": result[name] for name in ("descriptions", "precision")}  # no column tells them apart
+        if not result["features"]:
+            untold[f"the images of {row['dataset']}"] = result["split_sha256"]
+        for what, value in untold.items():
+            before, other = first.setdefault(what, (value, path))
+            if value != before:
+                raise ZooError(f"{other} and {path} differ in {what}: report them apart, from two folders.")
     own = [pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))] if rows or not tables else []
     return pandas.concat([*own, *tables], ignore_index=True)
+
+
+def _shown(dataset: str, result: dict[str, Any]) -> str:
+    """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is over several."""
+    return result.get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})") if dataset == FOLDER else dataset
 
 
 def _read_csv(file: Path) -> "pd.DataFrame":

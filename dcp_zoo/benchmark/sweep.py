@@ -36,7 +36,8 @@ METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_
 
 def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence."""
-    part, shared = PROTOCOLS[trial.protocol].parts[0], (settings.device, settings.data_root, settings.workers)
+    part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
+    shared = (settings.device, settings.data_root, settings.workers, settings.precision)
     images = GivenFeatures(settings.features) if settings.features else shared_images(trial.model, *shared)
     images.progress = progress
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
@@ -67,7 +68,7 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
     chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
     return {
         "trial": asdict(trial),
-        **settings.conditions(trial),
+        **conditions,
         "device": str(images.device),
         **hashes,
         "info": own,

@@ -15,15 +15,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dcp_zoo.benchmark import plan
 from dcp_zoo.benchmark.plan import SEEDS, Trial, plan_trials
-from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes
+from dcp_zoo.data import Item, Split, few_shot, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.training.device import pick_device, total_memory
+from dcp_zoo.training.device import pick_device, pick_precision, total_memory
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import plain_clip
@@ -36,19 +37,17 @@ SCALE = 100.0  # of logits, if the features come without
 class TrialImages:
     """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first."""
 
-    def __init__(self, model: str, device: str, data_root: Path | None, workers: int) -> None:
+    def __init__(self, model: str, device: str, data_root: Path | None, workers: int, precision: str) -> None:
         self.device = pick_device(device)
+        self.precision = pick_precision(precision, model, self.device)
         self.clip = plain_clip(model).to(self.device)
         self.data_root, self.workers = data_root, workers
         self.progress: Progress = no_progress
-        self._splits: dict[str, Split] = {}
         self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
     def split(self, dataset: str, part: str = "all") -> Split:
         """The dataset, or only its "base" or "new" classes."""
-        if dataset not in self._splits:
-            self._splits[dataset] = load_split(dataset, self.data_root)
-        return subsample_classes(self._splits[dataset], part)
+        return subsample_classes(plan.read_split(dataset, self.data_root), part)
 
     def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
         """With few-shot images, drawn before half of the classes is selected, as in CoOp; without shots, all."""
@@ -62,7 +61,7 @@ class TrialImages:
         flipped = self._sources.get((content, "flip"))
         if augment == "none" and flipped is not None and flipped.views is not None:
             return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
-        make = partial(image_source, self.clip, items, augment, self.workers, self.progress)
+        make = partial(image_source, self.clip, items, augment, self.workers, self.progress, precision=self.precision)
         return self._cache((content, augment), make)
 
     def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
