@@ -119,7 +119,7 @@ def evaluate(
 def test_images(images: Split, model: "Head", head: str, claim: bool) -> list[Item]:
     """The test part of a dataset; of own images without parts those held out in training, or all if it saw others,
     which measures no claim."""
-    split = training_split(images, model.info.get("test_share") if is_own(images.name) else None)
+    split = training_split(images, model.info.get("test_share"))
     if split.sha256 not in (model.info.get("split_sha256"), model.info.get("text_probe", {}).get("split_sha256")):
         if claim:
             hashes = f"its sha256 is {model.info.get('split_sha256')}, and that of the one here is {split.sha256}"
