@@ -1,5 +1,5 @@
-"""`dcp-zoo inspect` and `suggest` measured: swapped labels, images of none of the classes, suggested images, planted
-duplicates, and the time.
+"""`dcp-zoo inspect` and `search --to-label` measured: swapped labels, images of none of the classes, suggested
+images, planted duplicates, and the time.
 
     python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
 

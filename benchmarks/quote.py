@@ -64,7 +64,7 @@ NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\
 FACTS = {  # no measurements, allowed on every page
     "95 %": "level of all intervals, and share of training images that pass the threshold for rejection",
     "30 %": "test share of `train`",
-    "0.05 points": "tolerance of `verify` and `submit`",
+    "0.05 points": "tolerance of `eval --claim` and `submit`",
     "2 points": "gate of `build`",
     "1 point": "gate of `build`",
     "20 MB": "limit of server and demo",

@@ -5,8 +5,8 @@
 
 DATA and CLIP: see `together.py`. A text probe is fitted to one labelled image per class; then, five times, 20 other
 images get their true label, and it is fitted again. They are random ones, those about which the probe is least certain
-(the lowest probability of its answer), or those that `dcp-zoo suggest` takes. Test images are others. Nothing is chosen
-by these results.
+(the lowest probability of its answer), or those that `dcp-zoo search --to-label` finds. Test images are others.
+Nothing is chosen by these results.
 """
 
 import random

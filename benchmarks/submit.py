@@ -9,16 +9,19 @@ from typing import Annotated, Any
 
 from typer import Argument, Typer
 
+from dcp_zoo.api.functions import as_model
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output, progress_bar
-from dcp_zoo.data import list_datasets, packaged
+from dcp_zoo.cli.evaluate import test_images, trained_on
+from dcp_zoo.data import list_datasets, load_labelled, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
-from dcp_zoo.release.cards import Claim, measured
-from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.release.cards import holds
+from dcp_zoo.training.evaluation import predict, top1
+from dcp_zoo.training.sources import image_source
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 SUBMISSION = "submission.yaml"
@@ -48,7 +51,7 @@ class Submission(Checked):
     measured: Annotated[float | None, PERCENT] = None  # top-1, as this script measured it
 
 
-def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Submission:
+def check_submission(folder: Path, data_root: Path | None, device: str = "auto", workers: int = 0) -> Submission:
     """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint. ZooError for
     fields that are missing, unknown or wrong, and for an accuracy that is not what is reported."""
     path = folder / SUBMISSION
@@ -67,11 +70,13 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
         raise ZooError(f"{path}: split_sha256 does not match CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
         return submission
-    name = f"local-dir:{folder}"
-    top1 = measured(name, create_model(name, True), data_root, **options)["stored"]
-    if not Claim(name, "stored", submission.reported, top1).holds:
-        raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {top1:.2f} % was measured here.")
-    return replace(submission, measured=top1)
+    model, name = as_model(f"local-dir:{folder}", device), str(folder)
+    images = load_labelled(trained_on(name, model, data_root), data_root)
+    source = image_source(model, test_images(images, model, name, True), "none", workers, progress_bar)
+    measured = top1(predict(source, 1, progress_bar), source.labels)
+    if not holds(submission.reported, measured):
+        raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {measured:.2f} % was measured here.")
+    return replace(submission, measured=measured)
 
 
 def split_sha256(dataset: str) -> str | None:
@@ -93,7 +98,7 @@ def submit(
 
     [dim]python benchmarks/submit.py MY_RESULT --data-root DATA[/]
     """
-    row = check_submission(folder, data_root, device=device, workers=workers, progress=progress_bar)
+    row = check_submission(folder, data_root, device, workers)
     print(json.dumps(asdict(row), indent=1))
     state = "was measured here" if row.measured is not None else "was not measured here: the folder has no checkpoint"
     output.print(f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.")

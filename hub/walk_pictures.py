@@ -35,7 +35,7 @@ def main() -> None:
         folder = Path(temporary)
         walk(folder)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        save(opened(browser, folder / "to_label" / "suggestions.html"), "walk_suggest.png", 0, 500)
+        save(opened(browser, folder / "to_label" / "found.html"), "walk_suggest.png", 0, 500)
         view = opened(browser, folder / "SORTED" / "sheet.html")
         correct(view)
         save(view, "walk_sheet.png", 0, SHEET)

@@ -66,7 +66,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     assert "top1_no_classifier" in heads[name].metrics
 
 
-def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
+def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
     out = run.ok(*arguments(small, "--dry-run"))
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
@@ -83,6 +83,9 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     code, out, _ = run(*arguments(small, "--dry-run", "--step-seconds", "240"))
     assert f"If a step takes 240 s: {4 * steps} min of training in sequence." in out
 
+
+@pytest.mark.scripts
+def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
     assert "4 published." in run.ok(*arguments(small, "--org", "our-org"))
     check_full(uploads, small, monkeypatch, list_datasets())
@@ -93,6 +96,7 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert "4 published." in out
 
 
+@pytest.mark.scripts
 def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
     """`benchmarks/kills.py` does this 20 times."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
@@ -106,6 +110,7 @@ def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
 
 
+@pytest.mark.scripts
 def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypatch):
     """A dataset that is missing, a refusal, and a Hub that does not let us in."""
     (small / "DATA/oxford_pets").rename(small / "gone")

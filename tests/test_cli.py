@@ -482,7 +482,6 @@ def test_commands_without_a_model_import_nothing_heavy():
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        ("search photos cat --sheet FILE", "page.html"),
         ("eval --head dcp_mini.eurosat-16shot --dataset digits --report FILE", "page.html"),
         ("train --dataset digits --output head --report FILE", "page.html"),
         ("predict --sample --sheet FILE", "page.html"),
@@ -511,7 +510,7 @@ def test_no_command_replaces_a_file_unasked(run, tmp_path, monkeypatch, command,
 def test_a_device_is_refused_before_the_work(run, tmp_path):
     os.mkfifo(tmp_path / "pipe.html")
     for place, what in ((tmp_path / "pipe.html", "pipe, socket or device"), (tmp_path, "folder")):
-        said = run.refused("search", tmp_path, "cat", "--sheet", place, "--overwrite")
+        said = run.refused("predict", "--sample", "--sheet", place, "--overwrite")
         assert f"Cannot write to {place}: it is a {what}, not a file. Choose another --sheet." in said
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 
 from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report.write import write_mistakes
-from dcp_zoo.data import Item, load_split
+from dcp_zoo.cli import evaluate
+from dcp_zoo.data import Item, load_labelled, load_split, training_split
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 
@@ -93,6 +95,14 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
     assert "trained on other images; if it saw some of these, the accuracy is too high" in err
     shutil.rmtree(flowers / "daisy")
     assert "Note:" not in run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")[2]
+
+
+def test_the_share_that_training_held_out_of_a_dataset_is_measured():
+    """Also of a dataset that is not the user's own: of its usual test part some were trained on."""
+    images = load_labelled("digits")
+    split = training_split(images, 0.2)
+    model = SimpleNamespace(info={"test_share": 0.2, "split_sha256": split.sha256})
+    assert evaluate.test_images(images, model, "head", True) == split.test
 
 
 def test_eval_names_the_folder_it_needs(run, my_head, flowers):

@@ -268,12 +268,14 @@ def test_train_says_what_copies_in_the_test_add_to_the_accuracy(cache, tmp_path,
 
 
 def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeypatch):
-    code, out, err = run("search", folder, "cat", "--count", 4, "--sheet", tmp_path / "sheet.html")
+    code, out, err = run("search", folder, "cat", "--count", 4, "--output", tmp_path / "cats")
     assert code == 0, err
-    assert sum("/cat/" in line for line in out.splitlines()) == 4
+    files = [line.split(maxsplit=1)[1] for line in out.splitlines()]
+    assert {Path(file).parent.name for file in files} == {"cat"}
     assert "does not understand sentences" in err
-    page = (tmp_path / "sheet.html").read_text()
-    assert page.count("<img") == 4
+    assert [row["path"] for row in read_csv(tmp_path / "cats" / "found.csv")] == files
+    assert (tmp_path / "cats" / "found.html").read_text().count("<img") == 4
+    assert {str(path.resolve()) for path in (tmp_path / "cats").iterdir() if path.is_symlink()} == set(files)
     looked = Count(monkeypatch, look_module, "load_image")
     best = dcp_zoo.search(folder, like=folder / "cat" / "0.jpg", count=2)
     assert looked.calls == 2  # the photo and the broken one: the features of the others are stored
@@ -281,7 +283,7 @@ def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeyp
     assert best[0].similarity == pytest.approx(1, abs=1e-3)
 
 
-def test_what_cannot_be_searched_says_why(folder, cache, tmp_path):
+def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
     for options in ({}, {"text": "cat", "like": folder / "cat" / "0.jpg"}):
         with pytest.raises(ZooError, match="Say what to find"):
             dcp_zoo.search(folder, **options)
@@ -289,14 +291,21 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path):
         dcp_zoo.search(folder, like=tmp_path / "none.jpg")
     with pytest.raises(ZooError, match="There is no file or folder"):
         dcp_zoo.search(tmp_path / "none", "cat")
+    with pytest.raises(ZooError, match="is among the images"):
+        dcp_zoo.search(folder, "cat", output=folder / "cats")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ZooError, match="No image of .* can be read"):
+        dcp_zoo.search(tmp_path, "cat")
+    assert "omit them, or --to-label" in run.refused("search", folder, "cat", "--to-label")
+    assert "work only with --to-label" in run.refused("search", folder, "cat", "--labelled", folder)
 
 
-# ------------------------------------------------------------------------------------------------------------- suggest
+# ------------------------------------------------------------------------------------------------------------ to label
 
 
 def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_path, run):
     first, second, head = tmp_path / "first", tmp_path / "second", "dcp_mini.caltech101-1shot"
-    out = run.ok("suggest", folder, "--count", 3, "--output", first)
+    out = run.ok("search", folder, "--to-label", "--count", 3, "--output", first)
     found = out.splitlines()
     assert len({Path(file).parent for file in found}) == 3  # pictures of three things
     assert sorted(path.resolve() for path in (first / "unsorted").iterdir()) == sorted(map(Path, found))
@@ -305,13 +314,13 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
         place.mkdir(exist_ok=True)
         link.rename(place / link.name)
     (first / "unsorted").rmdir()
-    run.ok("suggest", folder, "--head", head, "--labelled", first, "--count", 99, "--output", second)
-    rows = read_csv(second / "suggestions.csv")
+    run.ok("search", folder, "--to-label", "--head", head, "--labelled", first, "--count", 99, "--output", second)
+    rows = read_csv(second / "found.csv")
     files = {row["file"] for row in rows}
     assert not files & set(found)
     assert len(files) == 17 - len(found) - 1  # without the broken one
     assert all(0 < float(row["probability"]) <= 1 and list(second.glob(f"{row['guess']}/*")) for row in rows)
-    page = (second / "suggestions.html").read_text()
+    page = (second / "found.html").read_text()
     assert NAME not in page
     assert page.count("<img") == len(rows)
     with pytest.raises(ZooError, match="left to label: all have a label, or cannot be read"):

@@ -270,7 +270,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     assert final["test_share"] == 0
     assert final["subset_sha256"] != measured["subset_sha256"]
     # on the images held out
-    code, out, err = run("verify", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos")
+    code, out, err = run("eval", tmp_path / "photos", "--head", tmp_path / "gda", "--claim")
     assert (code, out.count("holds")) == (0, 1), err
 
     (tmp_path / "stopped").mkdir()

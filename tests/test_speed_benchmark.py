@@ -25,6 +25,7 @@ def tiny_case(tiny_clip, monkeypatch):
     return variants.Case("inference", "tiny", 3, (2,), variants.INFERENCE)
 
 
+@pytest.mark.scripts
 @pytest.mark.filterwarnings("ignore")
 def test_inference_variants_agree(tiny_case, tmp_path):
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")
@@ -47,6 +48,7 @@ def test_training_variants_agree_repeatedly(tiny_case, tmp_path):
             assert speed.difference_of(step(images), expected) < 1e-4
 
 
+@pytest.mark.scripts
 def test_processes_run_every_batch_size():
     case = variants.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
     rows = list(speed.compare(case, threads=1, repeats=1))
@@ -113,6 +115,7 @@ def test_the_page_shows_the_rows():
     assert measured in page
 
 
+@pytest.mark.scripts
 def test_report_of_a_partial_run(tmp_path):
     """Plots only for curves, "not measured" for missing figures, and a reason for cases that were not run."""
     columns = ["task", "model", "classes", "batch", "variant", "seconds", "peak_mb", "note"]

@@ -15,9 +15,9 @@ from dcp_zoo.cli import data, heads
 from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
-from dcp_zoo.cli.evaluate import evaluate, verify
+from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import convert, fit_text_probe
-from dcp_zoo.cli.inspect import inspect, search, suggest
+from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.show import explain, info, list_
@@ -45,8 +45,8 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, inspect, search, suggest, train, evaluate, fit_text_probe, benchmark, demo, explain),
-    *(export, serve, convert, verify, report),
+    *(list_, info, predict, inspect, search, train, evaluate, fit_text_probe, benchmark, demo, explain),
+    *(export, serve, convert, report),
 ):
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)

@@ -1,7 +1,9 @@
-"""`dcp-zoo eval` and `dcp-zoo verify`."""
+"""`dcp-zoo eval`."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from typer import Exit, Option
 
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
+from dcp_zoo.cli.console import log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
@@ -18,7 +20,6 @@ from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
-from dcp_zoo.zoo.registry import list_heads
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -34,8 +35,9 @@ def evaluate(
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
     descriptions: opt.DescriptionsFile = None,
+    claim: bool = Option(False, "--claim", help="Compare with the accuracies that its card or checkpoint states."),
     stats: opt.Stats = None,
-    batch_size: opt.BatchSize = 16,
+    batch_size: int | None = Option(None, min=1, help="Images per batch, with --stats batch. Default: the recipe's."),
     device: opt.Device = "auto",
     precision: opt.Precision = AUTO,
     workers: opt.Workers = 0,
@@ -46,40 +48,56 @@ def evaluate(
 ) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
 
+    With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05 percentage points.
+
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
+    [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA --claim[/]
     """
+    if claim and (stats or as_json):
+        raise ZooError("--claim measures with all statistics, and prints a table: omit --stats and --json.")
     name = opt.head_name(head)
     dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
     if report:
         check_output(report, overwrite, "--report")
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.api.functions import as_model
+    from dcp_zoo.release.cards import claimed
     from dcp_zoo.training.device import pick_precision
-    from dcp_zoo.training.evaluation import Evaluation, predict
+    from dcp_zoo.training.evaluation import Evaluation, measure, predict
     from dcp_zoo.training.sources import image_source
 
     use_threads(threads)
     model = as_model(name, device)
     model.stats = stats or model.stats
+    claims = claimed(name, model) if claim else None
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
-    test, shown = test_images(images, model, head), str(data_root) if dataset == "folder" else dataset
+    test, shown = test_images(images, model, head, claim), str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
     if set(images.classnames) != set(model.classnames):
         trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
         log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
     model.set_classnames(images.classnames, sentences)
+    recipe = model.info.get("recipe", {})
+    batch_size = batch_size or recipe.get("eval_batch_size", 16)
+    if claim and precision == AUTO:  # as it was measured
+        precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
     source = image_source(model.plain.encoder, test, "none", workers, progress_bar, precision=precision)
-    evaluation = Evaluation(images.classnames, test, predict(model, source, batch_size, progress_bar))
+    if claims:
+        metrics, evaluation = measure(model, source, batch_size, progress_bar)
+    else:
+        evaluation = Evaluation(images.classnames, test, predict(model, source, batch_size, progress_bar))
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")
     if not as_json:
         output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} statistics:")
         show_evaluation(evaluation)
+        if claims:
+            compare(claims, metrics)
         return
     top1 = round(evaluation.accuracy.percent, 2)
     result = {
@@ -98,10 +116,14 @@ def evaluate(
     print(json.dumps(result))
 
 
-def test_images(images: Split, model: "Head", head: str) -> list[Item]:
-    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others."""
-    split = training_split(images, model.info.get("test_share") if is_own(images.name) else None)
+def test_images(images: Split, model: "Head", head: str, claim: bool) -> list[Item]:
+    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others,
+    which measures no claim."""
+    split = training_split(images, model.info.get("test_share"))
     if split.sha256 not in (model.info.get("split_sha256"), model.info.get("text_probe", {}).get("split_sha256")):
+        if claim:
+            hashes = f"its sha256 is {model.info.get('split_sha256')}, and that of the one here is {split.sha256}"
+            raise ZooError(f"{head} was trained on another split of {images.name}: {hashes}.")
         if images.has_parts or not is_own(images.name):
             return split_images(images).test
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
@@ -148,38 +170,12 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
 
 
-def verify(
-    head: str | None = Option(None, help="A head, a checkpoint folder, or hf-hub:ORG/REPO."),
-    data_root: opt.DataRoot = None,
-    all_: bool = Option(False, "--all", help="Verify all heads inside this package."),
-    device: opt.Device = "auto",
-    workers: opt.Workers = 0,
-) -> None:
-    """Measure a head again on the test images of its dataset, and compare the result with its card's claim.
+def compare(claims: Mapping[str, float], metrics: Mapping[str, float]) -> None:
+    """Print claimed and measured top-1 accuracies in percent; Exit with code 1 if one does not hold."""
+    from dcp_zoo.release.cards import holds
 
-    The exit code is 1 if they differ by more than 0.05 percentage points, or a head of --all cannot be measured.
-
-    [dim]dcp-zoo verify --head dcp_mini.caltech101-16shot --data-root DATA[/]
-    [dim]dcp-zoo verify --all --data-root DATA[/]
-    """
-    if (head is None) != all_:
-        raise ZooError("Pass one --head, or --all for those inside this package.")
-    names = [opt.head_name(head)] if head else list_heads(status="bundled")
-    from dcp_zoo.release.cards import verify as verified
-
-    claims, failed = [], False
-    for name in names:
-        try:
-            claims += verified(name, data_root, device=device, workers=workers, progress=progress_bar)
-        except ZooError as error:
-            if head:
-                raise
-            failed = True  # the others can be measured all the same
-            print_error(f"{name}: {error}")
-    rows = [
-        (c.head, c.coupling, c.stats, f"{c.claimed:.2f}", f"{c.measured:.2f}", "holds" if c.holds else "differs")
-        for c in claims
-    ]
-    output.print(plain_table(("head", "coupling", "stats", "claimed", "measured", ""), rows))
-    if failed or not all(claim.holds for claim in claims):
+    pairs = {stats: (top1, metrics.get(f"top1_{stats}", math.nan)) for stats, top1 in claims.items()}
+    rows = [(k, *(f"{top1:.2f}" for top1 in pair), "holds" if holds(*pair) else "differs") for k, pair in pairs.items()]
+    output.print(plain_table(("statistics", "claimed", "measured", ""), rows))
+    if not all(holds(*pair) for pair in pairs.values()):
         raise Exit(1)

@@ -1,6 +1,8 @@
-"""`dcp-zoo inspect`, `dcp-zoo search` and `dcp-zoo suggest`."""
+"""`dcp-zoo inspect` and `dcp-zoo search`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from typer import Argument, Option
@@ -9,7 +11,6 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model dcp_vitb32."
@@ -69,53 +70,38 @@ def search(
     folder: Path = Argument(help="Folder with images, also in subfolders."),
     text: str | None = Argument(None, help="What to find, in words."),
     like: Path | None = Option(None, metavar="PHOTO", help="Find images that look like this one."),
+    to_label: bool = Option(False, "--to-label", help="Find what to label next: images that stand for most others."),
+    labelled: Path | None = Option(None, metavar="FOLDER", help="With --to-label: images that have a label, to omit."),
+    head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
-    sheet: Path | None = Option(None, metavar="FILE.html", help="Write a page with the images as pictures."),
-    overwrite: Overwrite = False,
+    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and links to the images."),
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Find images by a text or by another image. Features are computed once and kept in the user's cache.
+    """Find images by words, by another image, or to label them. Features are kept in the user's cache.
 
-    [dim]dcp-zoo search MY_PHOTOS "tea cup" --sheet cups.html[/]
+    [dim]dcp-zoo search MY_PHOTOS "tea cup" --output cups[/]
     [dim]dcp-zoo search MY_PHOTOS --like photo.jpg[/]
+    [dim]dcp-zoo search MY_PHOTOS --to-label --count 10 --output to_label[/]
+    [dim]dcp-zoo search MY_PHOTOS --to-label --head my_head --labelled LABELLED --output to_label_next[/]
     """
-    if sheet is not None:
-        check_output(sheet, overwrite, "--sheet")
+    if to_label and (text or like):
+        raise ZooError("--to-label needs no text and no --like: omit them, or --to-label.")
+    if (head or labelled) and not to_label:
+        raise ZooError("--head and --labelled work only with --to-label: add it.")
     use_threads(threads)
-    from dcp_zoo.inspection.find import search as find
+    from dcp_zoo.inspection import find
 
-    found = find(folder, text, like=like, count=count, model=model, device=device, sheet=sheet, progress=progress_bar)
-    for match in found:
-        output.print(f"{match.similarity:.3f}  {escape(match.path)}", soft_wrap=True)
+    options: dict[str, Any] = {"count": count, "output": output_dir, "model": model, "device": device}
+    found: Sequence[find.Match | find.Suggestion]
+    if to_label:
+        found = find.suggest(folder, head and head_name(head), labelled=labelled, progress=progress_bar, **options)
+    else:
+        found = find.search(folder, text, like=like, progress=progress_bar, **options)
+    for row in found:
+        output.print(escape(f"{row.note}  {row[0]}".lstrip()), soft_wrap=True)
     if text and model == "dcp_mini":
         log(MINIATURE)
-
-
-def suggest(
-    unlabelled: Path = Argument(help="Folder with images, also in subfolders."),
-    head: str | None = Option(None, help="Guesses the classes: a head, or a folder with a checkpoint."),
-    labelled: Path | None = Option(None, metavar="FOLDER", help="Images with a label, which are not suggested again."),
-    count: int = Option(20, min=1, help="How many images."),
-    output_dir: Path | None = Option(None, "--output", help="New folder for table, page and links to sort."),
-    model: Model = "dcp_mini",
-    device: Device = "auto",
-    threads: Threads = None,
-) -> None:
-    """Choose the images that are worth a label next: those that stand for most of the others.
-
-    [dim]dcp-zoo suggest MY_PHOTOS --count 10 --output to_label[/]
-    [dim]dcp-zoo suggest MY_PHOTOS --head my_head --labelled LABELLED --output to_label_next[/]
-    """
-    if output_dir is not None:
-        check_writable(output_dir)
-    use_threads(threads)
-    from dcp_zoo.inspection.find import suggest as find
-
-    options = {"labelled": labelled, "count": count, "output": output_dir, "model": model, "device": device}
-    for row in find(unlabelled, head and head_name(head), **options, progress=progress_bar):  # type: ignore[arg-type]
-        guess = "" if row.probability is None else f"{row.guess}? {100 * row.probability:.0f} %  "
-        output.print(escape(f"{guess}{row.file}"), soft_wrap=True)
-    if output_dir is not None:
+    if to_label and output_dir is not None:
         log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")

@@ -29,7 +29,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.factory import plain_clip
 
-TABLE, PAGE, UNSORTED = "suggestions.csv", "suggestions.html", "unsorted"
+TABLE, PAGE, UNSORTED = "found.csv", "found.html", "unsorted"
 MOST, SAME = 5000, 0.999  # images that are compared with each other; similarity of an image to a copy of it
 
 
@@ -38,6 +38,11 @@ class Match(NamedTuple):
 
     path: str
     similarity: float
+
+    @property
+    def note(self) -> str:
+        """What is shown beside the image."""
+        return f"{self.similarity:.3f}"
 
 
 @fair_threads()
@@ -50,21 +55,23 @@ def search(
     count: int = 20,
     model: str = "dcp_mini",
     device: str = "auto",
-    sheet: str | Path | None = None,
+    output: str | Path | None = None,
     progress: Progress = bar,
 ) -> list[Match]:
     """The images of a folder that fit a text, or look like another image, best first. ZooError for neither text nor
-    photo, or both, for no images, or a photo that cannot be read.
+    photo, or both, for no images or a photo that can be read, or an unusable output.
 
     Args:
         folder: with images, also in subfolders. Their features are kept in the user's cache.
         text, like: what to find, such as "red mug on a table", or a photo.
         count: how many images.
         model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
-        sheet: a page with the images as pictures is written to this file.
+        output: a new folder for found.csv, found.html with pictures, and links to the images, or copies.
     """
     if (not text) == (like is None):
-        raise ZooError('Say what to find: a text such as "red mug on a table", or --like photo.jpg, not both.')
+        raise ZooError('Say what to find: a text such as "red mug on a table", --like photo.jpg or --to-label.')
+    if output is not None:
+        check_new(Path(output), Path(folder))
     paths = [image.path for image in find_images([str(folder)])]
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
@@ -77,18 +84,11 @@ def search(
     similarity = np.nan_to_num(look(paths, clip, True, progress).features @ wanted, nan=-2)
     best = np.argsort(-similarity, kind="stable")[:count]
     found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
-    if sheet is not None:
-        notes = [f"{match.similarity:.2f}" for match in found]
-        write_sheet(Path(sheet), text or f"Like {like}", [match.path for match in found], notes)
+    if not found:
+        raise ZooError(f"No image of {folder} can be read.")
+    if output is not None:
+        _write(Path(output), text or f"Like {like}", found, [""] * len(found), can_link(folder))
     return found
-
-
-def write_sheet(file: Path, title: str, paths: Sequence[str], notes: Sequence[str]) -> None:
-    """Write a page with the images, and a note for each."""
-    pictures = zip(thumbnails(paths), notes, paths, strict=True)
-    page = templates(__package__).get_template("sheet.html.jinja")
-    content = page.render(title=title, pictures=list(pictures))
-    write_file(file, content, "choose another file for the sheet")
 
 
 class Suggestion(NamedTuple):
@@ -97,6 +97,11 @@ class Suggestion(NamedTuple):
     file: str  # its path
     guess: str = ""  # the head's class, or "" without a head
     probability: float | None = None  # of that class, from 0 to 1
+
+    @property
+    def note(self) -> str:
+        """What is shown beside the image."""
+        return "" if self.probability is None else f"{self.guess}? {100 * self.probability:.0f} %"
 
 
 @fair_threads()
@@ -120,8 +125,8 @@ def suggest(
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
         count: how many images.
-        output: a new folder for suggestions.csv, suggestions.html with pictures, and links to the images, or copies,
-            in a folder for each guess, to be sorted by hand.
+        output: a new folder for found.csv, found.html with pictures, and links to the images, or copies, in a folder
+            for each guess, to be sorted by hand.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
     if output is not None:
@@ -144,14 +149,22 @@ def suggest(
         answers = [row[0] for row in predict(known, files) if row]
         found = [Suggestion(file, *answer) for file, answer in zip(files, answers, strict=True)]
     if output is not None:
-        notes = [f"{row.guess}? {100 * row.probability:.0f} %" if row.probability else "" for row in found]
         folders = class_folders({row.guess or UNSORTED for row in found})
-        with unfinished(Path(output)) as new:
-            write_file(new / TABLE, lambda temporary: write_csv(temporary, Suggestion._fields, found))
-            write_sheet(new / PAGE, f"{len(found)} images to label", files, notes)
-            sort_into(files, [folders[row.guess or UNSORTED] for row in found], new, can_link(images))
-            new.replace(output)
+        places = [folders[row.guess or UNSORTED] for row in found]
+        _write(Path(output), f"{len(found)} images to label", found, places, can_link(images))
     return found
+
+
+def _write(output: Path, title: str, found: Sequence[Match | Suggestion], places: Sequence[str], link: bool) -> None:
+    """Write a folder with a table and a page of the images that were found, and each of them at its place there."""
+    files = [row[0] for row in found]
+    pictures = zip(thumbnails(files), (row.note for row in found), files, strict=True)
+    page = templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=list(pictures))
+    with unfinished(output) as new:
+        write_file(new / TABLE, lambda temporary: write_csv(temporary, found[0]._fields, found))
+        write_file(new / PAGE, page)
+        sort_into(files, places, new, link)
+        new.replace(output)
 
 
 def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:

@@ -19,7 +19,7 @@ from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
-from dcp_zoo.files import check_empty, templates, unfinished, write_file
+from dcp_zoo.files import check_empty, check_writable, templates, unfinished, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
@@ -253,8 +253,9 @@ def can_link(images: str | Path) -> bool:
 
 
 def check_new(place: Path, images: Path) -> None:
-    """Raise ZooError for an output folder that exists, or is among the images."""
+    """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
     check_empty(place)
+    check_writable(place)
     if place.resolve().is_relative_to(images.resolve()):
         raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
 

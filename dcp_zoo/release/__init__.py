@@ -1,1 +1,1 @@
-"""Heads on the Hub: uploaded with a model card, whose claims anyone can measure again."""
+"""Heads on the Hub: uploaded with a model card."""

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,10 @@ from publish import prepare
 from shared import CommandLine
 
 import dcp_zoo
-from dcp_zoo import ZooError
 from dcp_zoo.data import load_split
 from dcp_zoo.release import cards
+from dcp_zoo.training.evaluation import measure
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.pacs_photo-16shot"
@@ -41,8 +41,8 @@ def measured(tmp_path_factory, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    found = cards.measured("head", model, data)
-    change(folder, metrics={f"top1_{stats}": value for stats, value in found.items()})
+    metrics, _ = measure(image_source(model, split.test), 16)
+    change(folder, metrics=metrics)
     return folder
 
 
@@ -62,58 +62,62 @@ def change(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_verify(head, data, run):
-    out = run.ok("verify", "--head", head, "--data-root", data)
-    assert "bidirectional" in out
-    assert out.count("holds") == 3
+def claims(out: str) -> dict[str, str]:
+    """What is said of each kind of statistics."""
+    rows = [line.split() for line in out.splitlines()]
+    return {row[0]: row[3] for row in rows if len(row) == 4 and row[3] in ("holds", "differs")}
+
+
+def test_claims_are_measured_again(head, data, run, monkeypatch):
+    command = ("eval", "--head", head, "--data-root", data, "--claim")
+    out = run.ok(*command)
+    assert "test top-1: " in out
+    assert claims(out) == dict.fromkeys(("stored", "batch", "no_classifier"), "holds")
     metrics = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
     change(head, metrics=metrics | {"top1_batch": metrics["top1_batch"] + 0.06})
-    code, out, _ = run("verify", "--head", head, "--data-root", data)
-    assert (code, out.count("holds"), out.count("differs")) == (1, 2, 1)
+    code, out, _ = run(*command)
+    assert (code, claims(out)) == (1, {"stored": "holds", "batch": "differs", "no_classifier": "holds"})
+    seen = []
+    monkeypatch.setattr("dcp_zoo.training.device.pick_precision", lambda name, *_: seen.append(name) or "float32")
+    change(head, recipe={"eval_batch_size": 5, "precision": "bfloat16"})
+    assert json.loads(run.ok(*command[:-1], "--json"))["batch_size"] == 5
+    run(*command)
+    assert seen == ["auto", "bfloat16"]  # a claim is measured as it was before
     change(head, split_sha256="0" * 64)
-    err = run.refused("verify", "--head", head, "--data-root", data)
-    assert "was trained on another split of pacs_photo: its sha256 is 0000" in err
+    assert "was trained on another split of pacs_photo: its sha256 is 0000" in run.refused(*command)
 
 
 @pytest.mark.parametrize("classifier", ["text-probe", "none"])
-def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
+def test_what_training_measures_is_claimed(classifier, data, tmp_path, run):
     """A new head, with a text probe and without, read back from its checkpoint."""
     options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
     run.ok("train", "--method", "dcp", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
     assert (dcp_zoo.create_model(str(tmp_path / "new"), True).text_probe is not None) == (classifier == "text-probe")
-    code, out, err = run("verify", "--head", tmp_path / "new", "--data-root", data)
-    assert (code, out.count("holds")) == (0, 3 if classifier == "text-probe" else 2), err
+    out = run.ok("eval", "--head", tmp_path / "new", "--data-root", data, "--claim")
+    assert [*claims(out).values()] == ["holds"] * (3 if classifier == "text-probe" else 2)
 
 
-def test_a_card_is_believed_before_the_checkpoint(head, data):
-    without = {claim.stats: claim.claimed for claim in cards.verify(f"local-dir:{head}", data)}
+def test_a_card_is_believed_before_the_checkpoint(head):
+    name = f"local-dir:{head}"
+    model = dcp_zoo.create_model(name, True)
+    without = cards.claimed(name, model)
     release = prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
-    claims = {claim.stats: claim.claimed for claim in cards.verify(f"local-dir:{head}", data)}
-    assert claims == without | {"stored": release.info["metrics"]["top1_stored"]}
-    assert set(claims) == {"stored", "batch", "no_classifier"}
+    assert cards.claimed(name, model) == without | {"stored": release.info["metrics"]["top1_stored"]}
+    assert set(without) == {"stored", "batch", "no_classifier"}
 
 
-def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.cli.evaluate.list_heads", lambda status: [MINI, str(head)])
-    code, out, err = run("verify", "--all", "--data-root", data)
-    assert (code, out.count("holds")) == (1, 3)
-    assert f"{MINI}: {MINI} was trained on another split of pacs_photo" in err
-
-
-def test_what_cannot_be_verified(head, data, run):
+def test_what_cannot_be_compared(head, data, run):
+    command = ("eval", "--head", head, "--data-root", data, "--claim")
+    for other in (("--stats", "batch"), ("--json",)):
+        assert "omit --stats and --json" in run.refused(*command, *other)
     change(head, metrics={})
-    with pytest.raises(ZooError, match="claims no accuracy"):
-        cards.verify(f"local-dir:{head}", data)
-    for args in ((), ("--head", head, "--all")):
-        assert "Pass one --head, or --all" in run.refused("verify", *args)
-    assert set(registry.list_heads(status="bundled")) <= set(registry.trained_heads())
+    assert "claims no accuracy" in run.refused(*command)
 
 
 def test_tolerance():
-    claim = cards.Claim("head", "batch", 70.0, 70.05)
-    assert claim.holds
-    assert not replace(claim, measured=70.06).holds
+    assert cards.holds(70.0, 70.05)
+    assert not cards.holds(70.0, 70.06)
 
 
 SUBMISSION = {
