@@ -27,17 +27,10 @@ from dcp_zoo.deploy.export import EXPORT_SUFFIXES, export
 from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, providers
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.config import MINI_CFG
-from dcp_zoo.model.fused import load_fused
 from dcp_zoo.model.mini import STEM_STAGES, build_mini_clip
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
-
-
-@pytest.fixture(scope="module")
-def model() -> DCP:
-    """The miniature with random prompts that matter, calibrated."""
-    return calibrated(create_model("dcp_mini", "clip", classnames=NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -150,48 +143,15 @@ def test_torch_export_file(tiny_head, tmp_path):
     assert json.loads(extra["dcp"])["classnames"] == NAMES
 
 
-def assert_same_weights(a, b):
-    """Bit for bit; memory-mapped weights may still be multiplied in another order."""
-    (a, b) = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@torch.no_grad()
-def test_safetensors_file(model, tmp_path):
-    path = export(model, tmp_path / "model.safetensors", "safetensors")
-    fused, images = load_fused(path), torch.randn(2, *model.pretrained_cfg["input_size"])
-    assert_same_weights(fused, model.fuse())
-    torch.testing.assert_close(fused(images), model.fuse()(images))
-    assert fused.classnames == NAMES
-    assert fused.info["preprocessing"]["input_size"] == [3, 192, 192]
-    with pytest.raises(ZooError, match="is not a fused model"):
-        load_fused(tmp_path / "nothing.safetensors")
-
-
-@torch.no_grad()
-def test_big_architectures_rebuild_from_safetensors(tiny_clip, tmp_path):
-    """With Conv2d patch embeddings, as in all of OpenAI's models."""
-    model = DCP(tiny_clip, NAMES, n_ctx=3)
-    model.store_stats(torch.randn(4, 3, 32, 32))
-    with pytest.raises(ZooError, match="input_size"):
-        export(model, tmp_path / "model.safetensors", "safetensors")
-    model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    path = export(model.eval(), tmp_path / "model.safetensors", "safetensors")
-    images = torch.randn(2, 3, 32, 32)
-    assert_same_weights(load_fused(path), model.fuse())
-    torch.testing.assert_close(load_fused(path)(images), model.fuse()(images))
-
-
-def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
+def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
     path.write_bytes(b"old")
     wrong = lambda fused, temporary, images: lambda x: fused(x) + 0.01  # noqa: E731
-    monkeypatch.setitem(export_module.WRITERS, "safetensors", wrong)
+    monkeypatch.setitem(export_module.WRITERS, "torch-export", wrong)
     with pytest.raises(ZooError, match="does not match the model"):
-        export(model, path, "safetensors")
+        export(tiny_head, path, "torch-export")
     assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
 
 
 @torch.no_grad()
@@ -210,20 +170,24 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
         next(classify(found, onnx_predictor(onnx_file), reject=True))
 
 
-def test_rejections(model, tmp_path):
-    with pytest.raises(ZooError, match="onnx, torch-export, safetensors"):
-        export(model, tmp_path / "x", "tflite")
+def test_rejections(tiny_head, tiny_clip, tmp_path):
+    with pytest.raises(ZooError, match="onnx, torch-export"):
+        export(tiny_head, tmp_path / "x", "tflite")
+    model = DCP(tiny_clip, NAMES, n_ctx=3)
     with pytest.raises(ZooError, match="store_stats"):
-        export(create_model("dcp_mini", "clip", classnames=NAMES), tmp_path / "x")
+        export(model, tmp_path / "x")
+    model.store_stats(torch.randn(4, 3, 32, 32))
+    with pytest.raises(ZooError, match="input_size"):
+        export(model, tmp_path / "x")
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="Cannot write"):
-        export(model, tmp_path / "file" / "model.safetensors", "safetensors")
+        export(tiny_head, tmp_path / "file" / "model.pt2", "torch-export")
 
 
-def test_export_command(tmp_path, monkeypatch, run):
+def test_export_command(tmp_path, monkeypatch, run, exported_names):
     monkeypatch.chdir(tmp_path)
-    run.ok("export", "--head", "dcp_mini.caltech101-16shot", "--format", "safetensors", "--classes", "hall, flower")
-    assert load_fused("dcp_mini.caltech101-16shot.safetensors").classnames == ["hall", "flower"]
+    run.ok("export", "--head", BUNDLED, "--format", "torch-export", "--classes", "hall, flower")
+    assert Path(f"{BUNDLED}.pt2").read_text() == "['hall', 'flower']"
 
 
 # -------------------------------------------------------------------------------------------------- heads in the cache
@@ -300,16 +264,15 @@ def test_onnx_features_are_the_models(short, onnx_file):
     ("file", "format", "expected"),
     [
         (None, None, "onnx"),
-        (None, "safetensors", "safetensors"),
+        (None, "torch-export", "torch-export"),
         ("x.onnx", None, "onnx"),
         ("x.pt2", None, "torch-export"),
-        ("x.safetensors", None, "safetensors"),
         ("x", None, "onnx"),
-        ("x.bin", "safetensors", "safetensors"),
+        ("x.bin", "torch-export", "torch-export"),
         ("x.pt2", "torch-export", "torch-export"),
         ("x.pt2", "onnx", "--format onnx contradicts x.pt2, which is named like torch-export"),
-        ("x.pth", None, r"Unknown suffix '.pth': choose from .onnx, .pt2, .safetensors"),
-        ("x.onnx", "tflite", "onnx, torch-export, safetensors"),
+        ("x.pth", None, r"Unknown suffix '.pth': choose from .onnx, .pt2"),
+        ("x.onnx", "tflite", "onnx, torch-export"),
     ],
 )
 def test_the_suffix_decides_the_format(file, format, expected):

@@ -164,7 +164,7 @@ def test_options(run, tmp_path, tiny_head):
         export(tiny_head, tmp_path / "x.onnx", precision="int8")
     head = "dcp_mini.caltech101-16shot"
     for args, message in {
-        ("--format", "safetensors", "--precision", "float16"): "Only ONNX files",
+        ("--format", "torch-export", "--precision", "float16"): "Only ONNX files",
         ("--format", "web", "--preprocessing", "outside"): "omit --preprocessing",
         ("--precision", "int8"): "--data-root",
         ("--precision", "int8", "--classes", "a,b", "--dataset", "digits"): "omit --classes",

@@ -5,19 +5,13 @@ the keys and values of these prompts are constants. Outputs that the next block'
 """
 
 import copy
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from dcp_zoo.errors import ZooError
-from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.mini import HybridPatchEmbed, Stem
+from dcp_zoo.model._torch import call_linear, in_eval_mode
 from dcp_zoo.model.text_probe import nearest
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import OpenClipBlock
@@ -38,36 +32,41 @@ class ImageTower(nn.Module):
 
 
 class FusedHead(ImageTower):
-    """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower. `config` holds sizes and
-    options from which it can be rebuilt, and `info` class names, preprocessing and origin, both plain JSON; `visual` is
-    a copy of an open_clip CLIP's image tower, whose blocks may be changed."""
+    """images (B, 3, H, W) -> logits (B, C) of `model`; `Head.fuse` returns it. It needs no text tower. `info` holds
+    class names, preprocessing and origin as plain JSON; `visual` is a copy of CLIP's image tower, with other blocks."""
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence
-    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
-    classifier: Tensor  # (C, E), or (C, 2E)
+    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from `first` on
+    classifier: Tensor  # (C, E), or (C, 2E) if it `reads_frozen`
     bias: Tensor  # (C,)
     whitening: Tensor  # (E, E), and
     means: Tensor  # (C, E), see `TextProbe.measure`, of a head that can reject
 
-    def __init__(
-        self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module, original: nn.Module | None = None
-    ) -> None:
-        super().__init__(visual)
-        self.config, self.info = config, info
-        self.classnames: list[str] = info["classnames"]
-        self.pretrained_cfg = info["preprocessing"]  # as timm and `create_transform` read it
-        self.original = None if original is None else ImageTower(original)
-        for name, shape in config["shapes"].items():
-            self.register_buffer(name, torch.empty(shape, device="meta"))
-        self.requires_grad_(False)
+    @torch.no_grad()
+    def __init__(self, model: Any) -> None:
+        super().__init__(_shared(model.visual))
+        self.first, self.reads_frozen = model.first_block, model.reads_frozen
+        own_tower = self.reads_frozen and model.has_changed_tower
+        self.original = ImageTower(_shared(model.frozen.visual)) if own_tower else None
+        with in_eval_mode(model):  # do not pool over a batch
+            tensors = _constants(model)
+            tensors["classifier"], tensors["bias"] = model.linear()
+            if not model.cannot_reject:
+                tensors["whitening"], tensors["means"] = model.text_probe.measure(model.classnames)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach())
+        self.info = _info(model)
+        self.classnames: list[str] = self.info["classnames"]
+        self.pretrained_cfg = self.info["preprocessing"]  # as timm and `create_transform` read it
+        self.eval()
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the normalised features (B, E) that the classifier reads; of two readings (B, 2E)."""
-        tower, first = self.tower, self.config["first"]
+        tower, first = self.tower, self.first
         x = tower.run(tower.embed(images), (), stop=first)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
         own = tower.features(tower.run(x, [*constants, self.prompts], first))
-        if not self.config["reads_frozen"]:
+        if not self.reads_frozen:
             return own
         return both(own, tower.features(tower.run(x, (), first)) if self.original is None else self.original(images))
 
@@ -90,7 +89,7 @@ class FusedHead(ImageTower):
 
     def distance(self, features: Tensor) -> Tensor:
         """Normalised features (B, E) -> `TextProbe.distance` (B,), of a head that can reject."""
-        frozen = features[:, -len(self.whitening) :] * math.sqrt(1 + self.config["reads_frozen"])
+        frozen = features[:, -len(self.whitening) :] * math.sqrt(1 + self.reads_frozen)
         return nearest(frozen, self.whitening, self.means)
 
 
@@ -148,27 +147,10 @@ def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -
     return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)
 
 
-@torch.no_grad()
-def fuse(model: Any) -> FusedHead:
-    """Fuse a model with stored statistics; see `Head.fuse`. Unchanged frozen weights are shared with it."""
-    with in_eval_mode(model):  # do not pool over a batch
-        state = _constants(model)
-        state["classifier"], state["bias"] = model.linear()
-        if not model.cannot_reject:
-            state["whitening"], state["means"] = model.text_probe.measure(model.classnames)
-    shapes = {name: list(t.shape) for name, t in state.items()}
-    config = {"clip": _tower_config(model), "first": model.first_block, "shapes": shapes}
-    config |= {"reads_frozen": model.reads_frozen, "has_original": model.reads_frozen and model.has_changed_tower}
-    original = _shared(model.frozen.visual) if config["has_original"] else None
-    fused = FusedHead(config, fused_info(model), _shared(model.visual), original)
-    state |= {name: t for name, t in fused.state_dict().items() if name not in state}
-    fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
-    return fused.eval()
-
-
 def _shared(visual: nn.Module) -> nn.Module:
-    """A copy that shares all tensors."""
-    return copy.deepcopy(visual, {id(t): t for t in (*visual.parameters(), *visual.buffers())})
+    """A copy with tensors of its own that share the memory of the original's."""
+    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in visual.parameters()}
+    return copy.deepcopy(visual, {**frozen, **{id(t): t.detach() for t in visual.buffers()}})
 
 
 def _constants(model: Any) -> dict[str, Tensor]:
@@ -181,31 +163,7 @@ def _constants(model: Any) -> dict[str, Tensor]:
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
 
 
-def _tower_config(model: FrozenCLIP) -> dict[str, Any] | None:
-    """open_clip's config of the image tower, from which `load_fused` rebuilds it; None for towers that have none."""
-    config, tower = getattr(model.clip, "open_clip_config", None), model.vision_tower
-    if config is not None or not (isinstance(tower, OpenClipViT) and tower.token_only):
-        return config
-    visual, block = tower.visual, tower.visual.transformer.resblocks[0]
-    if type(visual.conv1) not in (nn.Conv2d, HybridPatchEmbed) or visual.proj is None:
-        return None
-    return {
-        "embed_dim": visual.proj.shape[1],
-        "quick_gelu": type(block.mlp.gelu).__name__ == "QuickGELU",
-        "hybrid": isinstance(visual.conv1, HybridPatchEmbed),
-        "vision_cfg": {
-            "image_size": visual.image_size,
-            "patch_size": visual.patch_size,
-            "width": tower.width,
-            "layers": len(tower.blocks),
-            "head_width": tower.width // block.attn.num_heads,
-            "mlp_ratio": block.mlp.c_fc.out_features / tower.width,
-            "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-        },
-    }
-
-
-def fused_info(model: Any) -> dict[str, Any]:
+def _info(model: Any) -> dict[str, Any]:
     """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -216,34 +174,3 @@ def fused_info(model: Any) -> dict[str, Any]:
         "classnames": list(model.classnames),
         "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in keys if k in cfg},
     }
-
-
-def load_fused(path: str | Path) -> FusedHead:
-    """Load what `dcp-zoo export --format safetensors` wrote, memory-mapped. ZooError for no such file, or another."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        config, info = json.loads(metadata["config"]), json.loads(metadata["dcp"])
-    except Exception as error:  # missing, damaged, or another kind of file
-        raise ZooError(f"{path} is not a fused model ({error!r}): create one with dcp-zoo export.") from error
-    original = _rebuilt(**config["clip"]) if config["has_original"] else None
-    fused = FusedHead(config, info, _rebuilt(**config["clip"]), original)
-    fused.load_state_dict(state, assign=True)
-    for module in fused.modules():
-        if isinstance(module, Stem):
-            module.use_channels_last()
-    return fused.eval()
-
-
-def _rebuilt(vision_cfg: dict[str, Any], hybrid: bool = False, **config: Any) -> nn.Module:
-    """The image tower of a config of `_tower_config`, without its weights."""
-    import open_clip
-
-    text = {"context_length": 4, "vocab_size": 4, "width": 64, "heads": 1, "layers": 1}  # not needed
-    # timm's towers have buffers that no file holds
-    with skip_init() if "timm_model_name" in vision_cfg else torch.device("meta"):
-        visual = open_clip.CustomTextCLIP(vision_cfg=vision_cfg, text_cfg=text, **config).visual
-        if hybrid:
-            visual.conv1 = HybridPatchEmbed(vision_cfg["width"])
-    return visual

@@ -27,7 +27,7 @@ from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
-from dcp_zoo.model.fused import FusedHead, both, fuse
+from dcp_zoo.model.fused import FusedHead, both
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.text_probe import NEVER, PREFIX, Linear, TextProbe, join
 from dcp_zoo.model.timm_contract import TimmContract
@@ -196,7 +196,7 @@ class Head(TimmContract):
     def fuse(self) -> FusedHead:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
         it shares its frozen weights with this model. ZooError as of `linear`."""
-        return fuse(self)
+        return FusedHead(self)
 
     def walk(self, images: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
