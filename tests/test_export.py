@@ -98,7 +98,7 @@ def test_onnx_command_line_needs_no_torch_model(short, onnx_file, monkeypatch, r
     with torch.no_grad():
         expected = short(create_transform(short)(load_image(path))[None]).softmax(-1)[0]
     monkeypatch.setattr(torch.nn.Module, "__call__", None)  # any torch module would fail now
-    (answer,) = json.loads(run.ok("predict", path, "--onnx", onnx_file, "--json", "--top-k", 2))
+    (answer,) = json.loads(run.ok("predict", path, "--head", onnx_file, "--json", "--top-k", 2))
     assert [p["class"] for p in answer["predictions"]] == [NAMES[i] for i in expected.topk(2).indices]
     assert answer["predictions"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-3)
 
@@ -108,7 +108,8 @@ def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path, run):
         (tmp_path / "bad.onnx").write_bytes(content)
         with pytest.raises(ZooError, match=r"bad.onnx is not an exported model .*dcp-zoo export"):
             OnnxClassifier(tmp_path / "bad.onnx")
-    run.refused("predict", "--sample", "--onnx", onnx_file, "--classes", "a,b")
+    for command in (("predict", "--sample"), ("serve",)):
+        run.refused(*command, "--head", onnx_file, "--classes", "a,b")
 
 
 @torch.no_grad()
@@ -155,19 +156,23 @@ def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, tmp_path):
-    """And so does the server with it."""
+def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(
+    tiny_head, onnx_file, tmp_path, run
+):
+    """And so do the command line and the server with it."""
     found = find_images(sample_images())
     head, expected = rejecting(tiny_head)
     assert set(expected) == {False, True}
     file = export(head, tmp_path / "inside.onnx", preprocessing="inside")
     (answers,) = classify(found, onnx_predictor(file), reject=True)
     assert [row["rejected"] for row in answers.rows] == expected
+    said = json.loads(run.ok("predict", "--sample", "--head", file, "--reject", "--json"))
+    assert [row["rejected"] for row in said] == expected
     with TestClient(application(file)) as client:
         served = client.post("/predict", files=[("images", Path(image.path).read_bytes()) for image in found]).json()
     assert [image["rejected"] for image in served["images"]] == expected
-    with pytest.raises(ZooError, match="model.onnx has no threshold to reject images. Export a head that can"):
-        next(classify(found, onnx_predictor(onnx_file), reject=True))
+    problem = "model.onnx has no threshold to reject images. Export a head that can"
+    assert problem in run.refused("predict", "--sample", "--head", onnx_file, "--reject")
 
 
 def test_rejections(tiny_head, tiny_clip, tmp_path):
@@ -236,25 +241,31 @@ def test_a_cache_that_is_not_writable_is_explained(exports, tmp_path, monkeypatc
 def test_a_cached_head_classifies_without_torch(exports):
     onnx_cache.onnx_file(BUNDLED)
     program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
+    program += f"from dcp_zoo.deploy.onnx_cache import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
     program += "with suppress(SystemExit): main()\n"
     program += (
         "print(*({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
     )
-    args = ["predict", "--sample", "--head", BUNDLED, "--runtime", "onnx", "--json", "--top-k", "1"]
+    args = ["predict", "--sample", "--json", "--top-k", "1"]
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == ""
     assert [answer["predictions"][0]["class"] in NAMES for answer in json.loads(done.stdout)] == [True] * 6
 
 
 @torch.no_grad()
-def test_onnx_features_are_the_models(short, onnx_file):
+def test_onnx_features_are_the_models(short, onnx_file, run, tmp_path):
+    """And so are the answers; `predict` writes all its files with them."""
     images = torch.randn(2, *short.pretrained_cfg["input_size"])
     logits, features = OnnxClassifier(onnx_file).outputs(images.numpy(), "features")[::2]
     np.testing.assert_allclose(features, short.encode_image(images), atol=1e-4)
     np.testing.assert_allclose(logits, short(images), atol=1e-3)
-    ((rows, kept),) = classify(find_images(sample_images()), onnx_predictor(onnx_file, features=True))
+    files = {name: tmp_path / name for name in ("a.jsonl", "f.npz", "s.html", "sorted")}
+    outputs = zip(("--output", "--features", "--sheet", "--sort-into"), files.values(), strict=True)
+    run.ok("predict", "--sample", "--head", onnx_file, *(word for pair in outputs for word in pair))
+    rows = [json.loads(line) for line in files["a.jsonl"].read_text().splitlines()]
     ((expected, others),) = classify(find_images(sample_images()), torch_predictor(short, features=True))
-    np.testing.assert_allclose(kept, others, atol=1e-4)
+    np.testing.assert_allclose(np.load(files["f.npz"])["features"], others, atol=1e-4)
+    assert len(list(files["sorted"].glob("*/*"))) == 6
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]
         assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)
