@@ -408,7 +408,7 @@ COMMAND = ("benchmark", "few-shot")
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run, monkeypatch):
     monkeypatch.setattr(estimate, "FEW", 2)  # classes of the short runs
     monkeypatch.setattr(estimate, "MORE", 4)
-    said = " ".join(run.ok(*COMMAND, "--method", "dcp,zero-shot", "--dry-run").split())
+    said = " ".join(run.ok(*COMMAND, "--methods", "dcp,zero-shot", "--dry-run").split())
     assert "176 trials, 176 to run" in said
     assert re.search(r"About \d+ h \d+ min for 176 of them in sequence, estimated from short runs", said)
     monkeypatch.setattr(estimate, "measured", lambda *args: estimate.Cost(1, 1, (1, 1), 1))
@@ -438,7 +438,7 @@ def test_lists_may_have_commas_or_repeat_the_option(tmp_path, monkeypatch, run):
     ("arguments", "message"),
     [
         (["--shots", "1,two"], "--shots takes positive integers"),
-        (["--seeds", "0"], "--seed takes positive integers"),
+        (["--seeds", "0"], "--seeds takes positive integers"),
         (["--set", "depth"], "--set takes NAME=VALUE"),
     ],
 )

@@ -78,9 +78,9 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert re.search(r"Time: \d+ \w+ in sequence, estimated from short runs on this machine", said)
     with monkeypatch.context() as patch:
         patch.setattr("build.gigabytes", lambda specs: 1.0)
-        code, out, _ = run("--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
+        code, out, _ = run("--models", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
     assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
-    message = "Pass --model MODEL, --data-root DIR, --output DIR: python hub/build.py"
+    message = "Pass --models MODEL, --data-root DIR, --output DIR: python hub/build.py"
     assert message in run()[2]
     code, out, _ = run(*arguments(small, "--dry-run", "--step-seconds", "240"))
     steps, tested = 4 * 4, 4 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot
