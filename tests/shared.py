@@ -26,6 +26,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.deploy import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.training.methods import prompts
 from dcp_zoo.zoo.registry import WEIGHTS
@@ -182,6 +183,17 @@ def exported_once(onnx_file: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(export.WRITERS, "onnx", write)
         yield
+
+
+@pytest.fixture
+def exported_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of torch-export hold the class names alone, as torch's exporter takes seconds."""
+
+    def write(fused: FusedHead, path: str, images: torch.Tensor) -> export.Reader:
+        Path(path).write_text(str(fused.classnames))
+        return fused
+
+    monkeypatch.setitem(export.WRITERS, "torch-export", write)
 
 
 @pytest.fixture(scope="module")

@@ -716,7 +716,7 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
         "create_model": lambda: dcp_zoo.create_model("dcp_mini", True).eval().get_classifier(),
         "create_transform": lambda: dcp_zoo.create_transform(head)(Image.new("RGB", (9, 9))),
         "load_head": lambda: dcp_zoo.load_head(head, head.save_pretrained(tmp_path / "head")),
-        "export": lambda: dcp_zoo.export(head, tmp_path / "file.safetensors", format="safetensors"),
+        "export": lambda: dcp_zoo.export(head, tmp_path / "file.pt2", format="torch-export"),
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
         "convert_cmpa_checkpoint": lambda: dcp_zoo.convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", **clip_case),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),

@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.data import Item
-from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.fused import load_fused
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
@@ -222,21 +220,6 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, me
 def test_names_too_long_for_a_short_text_tower_are_named():
     with pytest.raises(ZooError, match="takes 13 tokens, but only 12 are left next to 3"):
         DCP(build_clip("siglip")[0], ["ant", "a " * 12], n_ctx=3, tokenizer=word_tokenizer(False))
-
-
-@pytest.mark.parametrize("kind", ["siglip", "eva02"])
-@torch.no_grad()
-def test_a_fused_timm_tower_is_rebuilt_from_its_file(kind, tmp_path):
-    """By open_clip's config, which the zoo keeps with a CLIP."""
-    model = build_dcp(kind)
-    model.store_stats(IMAGES)
-    model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    with small_timm(KINDS[kind][0]["small"]):
-        path = export(model, tmp_path / "fused.safetensors", format="safetensors")
-        assert close(load_fused(path)(IMAGES), model(IMAGES))
-    del model.encoder.clip.open_clip_config
-    with pytest.raises(ZooError, match="use onnx or torch-export"):
-        export(model, tmp_path / "fused.safetensors", format="safetensors")
 
 
 @pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple", "promptsrc", "2sfs"])

@@ -213,11 +213,7 @@ def build_open_clip(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
     custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     sizes = {name: value for name, value in config.items() if name not in ("custom_text", "quick_gelu")}
-    clip = kind(**sizes, quick_gelu=quick_gelu)
-    # from which `load_fused` rebuilds an image tower
-    described = ("embed_dim", "vision_cfg")
-    clip.open_clip_config = {name: config[name] for name in described} | {"quick_gelu": quick_gelu}
-    return clip
+    return kind(**sizes, quick_gelu=quick_gelu)
 
 
 def load_weights(clip: nn.Module, path: str | Path) -> None:
