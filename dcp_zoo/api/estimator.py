@@ -15,8 +15,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.api.functions import as_model, logits_of, plan_own, to_read
+from dcp_zoo.answers import Answering, Outputs, log_softmax
+from dcp_zoo.api.functions import as_model, outputs_of, plan_own
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
@@ -28,10 +28,9 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
-from dcp_zoo.training.evaluation import classified
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import Progress, features_of
+from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
@@ -122,41 +121,38 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`; `together`: see `dcp_zoo.predict`."""
-        if not together:
-            return self._logits(images).softmax(-1).numpy()
-        features = self.transform(images)
-        logits = classified(self._head(), torch.from_numpy(features))
-        return refine_together(logits.softmax(-1).numpy(), features)
+        found = self._outputs(images)
+        probabilities = np.exp(log_softmax(found.logits))
+        if not together or found.features is None:
+            return probabilities
+        return refine_together(probabilities, found.features)
 
     def decision_function(self, images: Images) -> np.ndarray:
         """Logits (n, C) in the order of `classes_`; of two classes, how far the second is ahead (n,)."""
-        logits = self._logits(images).numpy()
+        logits = self._outputs(images).logits
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
-    @fair_threads()
     def transform(self, images: Images) -> np.ndarray:
         """The features (n, E) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
         method that trains no prompts are plain CLIP's, and can take the place of the images in another fit."""
+        features = self._outputs(images).features
+        assert features is not None  # a fitted head has stored statistics
+        return features
+
+    def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
         head, items = self._head(), unlabelled(images, features=True)
         with self._kept_features():
-            return features_of(head, to_read(head, items, self.precision), 1, self._progress())[0].numpy()
+            return outputs_of(head, items, self.batch_size, self.precision, self._progress(), reject)
 
-    def _logits(self, images: Images) -> torch.Tensor:
-        head, items = self._head(), unlabelled(images, features=True)
-        with self._kept_features():
-            return logits_of(head, items, self.batch_size, self.precision, self._progress())
-
-    def predict(self, images: Images, *, reject: float = False) -> np.ndarray:
+    def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
         head = self._head()  # says if nothing is fitted
         if not reject:
-            return self.classes_[self._logits(images).argmax(-1).numpy()]
-        threshold, features = head.rejection_threshold(reject), torch.from_numpy(self.transform(images))
-        logits = classified(head, features).numpy()
-        distances = head.distances(features.to(head.device)).float().cpu().numpy()
-        labels = self.classes_[logits.argmax(-1)].astype(object)
-        labels[in_distribution_score(logits, distances) < threshold] = None
+            return self.classes_[self._outputs(images).logits.argmax(-1)]
+        answering, found = Answering(threshold=head.rejection_threshold(reject)), self._outputs(images, reject)
+        labels = self.classes_[found.logits.argmax(-1)].astype(object)
+        labels[answering.rejects(found.logits, found.distances)] = None
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:

@@ -164,7 +164,7 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
-    from dcp_zoo.deploy.bulk.job import onnx_predictor
+    from dcp_zoo.deploy.onnx_classifier import onnx_predictor
 
     file, features = Path(options.head), options.together or options.features is not None
     if not file.is_file():
@@ -175,8 +175,8 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
-    from dcp_zoo.deploy.bulk.job import torch_predictor
     from dcp_zoo.training.device import pick_device, pick_precision
+    from dcp_zoo.training.predictor import torch_predictor
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None

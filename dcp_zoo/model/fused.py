@@ -79,6 +79,10 @@ class FusedHead(ImageTower):
         """Normalised features (B, F) -> logits (B, C), in the precision of the classifier."""
         return features.to(self.classifier.dtype) @ self.classifier.T + self.bias
 
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.device
+
     def fuse(self) -> "FusedHead":
         """Itself."""
         return self
