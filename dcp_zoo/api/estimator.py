@@ -29,7 +29,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
+from dcp_zoo.training.run import ClassWeights, RunOptions, train_head
 from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
 
@@ -112,8 +112,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         options: dict[str, Any] = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         run = plan_own(data, validation, self.model, self.method, **options)
-        check_supported(run, self.callbacks or ())
-        callbacks = (history, *(self.callbacks or ())) if run.recipe.is_trained else ()
+        callbacks = [*[history] * run.recipe.is_trained, *(self.callbacks or ())]
         with self._kept_features():
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         self.history_, self.classes_ = history.epochs, data.classes

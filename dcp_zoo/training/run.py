@@ -21,7 +21,7 @@ from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.classes import Texts, saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, made, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.callbacks import Callback
@@ -233,7 +233,14 @@ def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 
 
 def train_head(
-    run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
+    run: Run,
+    output: Path | None = None,
+    options: RunOptions | None = None,
+    measured: Mapping[str, Any] | None = None,
+    *,
+    clip: FrozenCLIP | None = None,
+    subset: Split | None = None,
+    read: Reader | None = None,
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
     input, an error of the method, or an output folder that is not writable, or of another run or process.
@@ -246,6 +253,8 @@ def train_head(
         output: folder for `model.safetensors`, `config.json` and, of a training, `log.csv` and until the run has
             finished its state. None writes nothing.
         measured: accuracies to store instead of measuring.
+        clip: of the run, where it is loaded already, on its device.
+        subset, read: the images of the run, where they are read already, and what reads them.
     """
     options = options or RunOptions()
     with alone_in(output) if output else nullcontext():
@@ -255,9 +264,9 @@ def train_head(
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         started = time.perf_counter()
-        subset = run.subset()
-        clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
-        task = run.task(subset, clip, options.progress)
+        subset = subset or run.subset()
+        clip = clip or plain_clip(run.model, run.clip_pretrained).to(run.device)
+        task = run.task(subset, clip, options.progress, read)
         title = METHODS[run.method].title
         options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
         head, earlier = fit(run, task, subset, output, options)
@@ -336,12 +345,14 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         finished = _is_finished(first)
         if options.overwrite or not finished or not _is_head_of(first, run):
-            train_head(run, first, replace(options, overwrite=options.overwrite or finished))
-        info: Mapping[str, Any] = read_config(first)["dcp"]
+            trained, _ = train_head(run, first, replace(options, overwrite=options.overwrite or finished))
+            info, clip = trained.info, trained.plain.encoder
+        else:
+            info, clip = made(read_config(first)), None
         measured = {name: info[name] for name in MEASURED if name in info}
         took = format_duration(info["train_seconds"])
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-        head, _ = train_head(final, output, options, measured)
+        head, _ = train_head(final, output, options, measured, clip=clip)
         shutil.rmtree(first)
     return head, measured.get("metrics", {})
 
