@@ -1,7 +1,7 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -50,8 +50,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         batch_size: images per batch when it classifies; it does not affect the predictions.
         random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
             own, from which each fit takes a seed.
-        memory: a folder, or joblib.Memory, that keeps image features for later processes. Within a process up to
-            512 MB are kept: further fits, folds and methods on the same images are fast.
+        memory: a folder, or joblib.Memory, that keeps image features for later processes; False keeps none. By default
+            up to 512 MB are kept within a process: further fits, folds and methods on the same images are fast.
         verbose: show progress bars. Default: in a terminal or notebook.
 
     Attributes:
@@ -175,6 +175,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         batch = torch.stack([transform(load_image(item.path)) for item in unlabelled(images)])
         model.add_class(name, batch)
         self.classes_ = np.append(self.classes_, label)
+        order = np.argsort(self.classes_, kind="stable")
+        self.classes_ = self.classes_[order]
+        model.classify_into([model.classes[i] for i in order], None)
         return self
 
     def remove_class(self, label: object) -> "FewShotClassifier":
@@ -215,7 +218,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self.model_
 
     def _kept_features(self) -> AbstractContextManager[None]:
-        return kept_features(getattr(self.memory, "location", self.memory))
+        place = getattr(self.memory, "location", self.memory)
+        return nullcontext() if place is False else kept_features(place)
 
     def _progress(self) -> Progress:
         return bar if self.verbose is None else partial(bar, disable=not self.verbose)

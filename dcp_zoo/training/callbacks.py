@@ -112,7 +112,7 @@ class TensorBoard(Callback):
             if name not in ("epoch", "step"):
                 self._writer.add_scalar(name, value, epoch.step)
 
-    def on_end(self, model: nn.Module) -> None:
+    def close(self) -> None:
         self._writer.close()
         del self._writer
 
@@ -130,6 +130,6 @@ class WeightsAndBiases(Callback):
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
         self._run.log(epoch.values, step=epoch.step)
 
-    def on_end(self, model: nn.Module) -> None:
+    def close(self) -> None:
         self._run.finish()
         del self._run

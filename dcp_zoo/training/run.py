@@ -181,6 +181,8 @@ def plan(
         labels: of the classes, if not their names.
         options: further attributes of `Run`.
     """
+    if not 0 <= seed < 2**32:
+        raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
     place = pick_device(device)
     precision = pick_precision(precision, model, place)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
