@@ -241,4 +241,4 @@ def test_vits_at_full_size():
     assert model.num_classes == 1000
     assert all(type(b.mlp.gelu).__name__ == "QuickGELU" for b in model.encoder.visual.transformer.resblocks)
     assert sum(p.numel() for p in one_way.parameters() if p.requires_grad) < 8_000_000
-    assert (len(large.visual.transformer.resblocks), large.num_coupled) == (24, 11)
+    assert (len(large.encoder.visual.transformer.resblocks), large.num_coupled) == (24, 11)

@@ -121,10 +121,10 @@ def test_any_file_of_names_is_read_or_refused(place, content):
 
 
 CONFIG = {"architecture": "dcp_mini", "label_names": ["a"], "pretrained_cfg": {}, "model_args": {}}
-BLOCK = {"format_version": 1, "clip": "x", "method": "gda", "template": "{}"}
+BLOCK = {"format_version": 3, "clip": "x", "method": "gda", "head": "linear", "abilities": {}, "texts": "{}"}
 
 
-@given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "descriptions"]), JSON)
+@given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "read"]), JSON)
 def test_any_config_is_read_or_refused(place, content, name, value):
     config = CONFIG | {"dcp": BLOCK}
     changed = config | {name: value} if name in config else CONFIG | {"dcp": BLOCK | {name: value}}

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.api.explain import attention_weights
-from dcp_zoo.model.towers import blocks as tower_blocks
+from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
 from dcp_zoo.zoo.factory import plain_clip
 from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
@@ -323,7 +323,7 @@ def test_features_only(model):
     net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=(-1, 1)).eval()
     assert (net.feature_info.channels(), net.feature_info.reduction()) == ([256, 256], [32, 32])
     modules = dict(net.model.named_modules())
-    assert [modules[name] for name in net.feature_info.module_name()] == [net.vision_blocks(model)[i] for i in (1, 5)]
+    assert [modules[name] for name in net.feature_info.module_name()] == [vision_blocks(net.model)[i] for i in (1, 5)]
     expected = model.forward_intermediates(IMAGES, (1, 5), intermediates_only=True)
     assert all(map(torch.equal, net(IMAGES), expected))
     assert resolve_model_data_config(net) == resolve_model_data_config(model)
@@ -440,7 +440,7 @@ def test_a_context_of_another_shape_is_refused(golden, with_stats, had_its_own):
 
 def test_loading_a_part_keeps_the_statistics(with_stats):
     before = with_stats.stored_stats
-    with_stats.load_state_dict({"clip.logit_scale": torch.tensor(1.0)}, strict=False)
+    with_stats.load_state_dict({"encoder.clip.logit_scale": torch.tensor(1.0)}, strict=False)
     assert with_stats.stored_stats is before
 
 
