@@ -12,7 +12,9 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.model._torch import skip_init
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.towers import vision_tower
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
@@ -181,6 +183,11 @@ def test_autocast(model, precision):
 def test_bad_arguments_get_advice(tiny_clip, changes, message):
     with pytest.raises(ZooError, match=message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
+
+
+def test_a_list_without_a_template_is_refused(tiny_clip):
+    with pytest.raises(ZooError, match="no template for class names"):
+        PromptHead(FrozenCLIP(tiny_clip), NAMES, texts=[])
 
 
 def test_warning_for_repeated_names(tiny_clip):

@@ -153,8 +153,10 @@ def test_data_config_and_transform(model):
     assert torch.equal(create_transform(**cfg, is_training=False)(image), ours)
     assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
     assert getattr(model, model.default_cfg["classifier"]) is model.text_probe
-    changed = timm.create_model("dcp_mini", pretrained_cfg_overlay={"crop_pct": 0.875})
+    changed = timm.create_model("dcp_mini", "clip", pretrained_cfg_overlay={"crop_pct": 0.875})
     assert resolve_model_data_config(changed)["crop_pct"] == 0.875
+    found = dcp_zoo.evaluate(changed, [image], [changed.classnames[0]]).logits
+    torch.testing.assert_close(found, changed(dcp_zoo.create_transform(changed)(image)[None]))
 
 
 @torch.inference_mode()
