@@ -241,10 +241,32 @@ def test_trackers_receive_every_epoch(monkeypatch, tmp_path):
     for tracker in (WeightsAndBiases(project="p"), TensorBoard(tmp_path)):
         tracker.on_start(model, {"lr": 1})
         assert not tracker.on_epoch(model, Epoch(1, 2, 0.5, 0.25))
-        tracker.on_end(model)
+        tracker.close()
     logged = {"epoch": 1, "step": 2, "lr": 0.5, "loss": 0.25}
     assert lines[:3] == [{"config": {"lr": 1}, "project": "p"}, (2, logged), "end"]
     assert lines[3:] == [str(tmp_path), ("lr", 0.5, 2), ("loss", 0.25, 2), "end"]
+
+
+def test_trackers_are_closed_when_a_training_stops(pictures):
+    class Stopping(Callback):
+        closed = 0
+
+        def on_epoch(self, model, epoch):
+            raise KeyboardInterrupt
+
+        def close(self):
+            self.closed += 1
+
+    stop = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
+    assert stop.closed == 1
+
+
+def test_seeds_that_cannot_be_drawn_from_are_refused(pictures):
+    for seed in (-1, 2**32):
+        with pytest.raises(ZooError, match="seed must be from 0 to 4294967295"):
+            dcp_zoo.train("dcp_mini", *pictures, seed=seed)
 
 
 def test_a_missing_tracker_is_named(monkeypatch):

@@ -175,7 +175,9 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    check(path, [] if config["label_names"] else ["label_names is empty"], advice)
+    names, read = config["label_names"], config["dcp"].get("read", config["label_names"])
+    check(path, [] if names else ["label_names is empty"], advice)
+    check(path, [] if len(read) == len(names) else ["dcp.read and label_names differ in length"], advice)
     if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)

@@ -47,6 +47,9 @@ class Callback:
     def on_end(self, model: nn.Module) -> None:
         """Called after the last step, before the statistics are stored and the classifier is fitted."""
 
+    def close(self) -> None:
+        """Called in the end of every run that was started, also of one that is stopped or fails."""
+
 
 class History(Callback):
     """Keeps every epoch in the list `epochs`."""
