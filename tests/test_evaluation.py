@@ -124,21 +124,16 @@ def test_no_image_of_a_training_in_python_is_tested(run, flowers, form, door):
     assert "Left out: 6 of 8 images, as head was trained on them" in err
 
 
-def test_a_folder_has_the_same_hashes_in_python_and_on_the_command_line(run, flowers, monkeypatch):
-    run.ok("train", "MY_PHOTOS", "--output", "by_command")
-    dcp_zoo.train("dcp_mini", flowers, output="in_python")
-    monkeypatch.chdir(flowers.parent.parent)
-    dcp_zoo.train("dcp_mini", flowers.relative_to(Path.cwd()), output=flowers.parent / "relative")
-    heads = [read_config(flowers.parent / name)["dcp"] for name in ("by_command", "in_python", "relative")]
+def test_a_folder_has_the_same_hashes_in_python_and_on_the_command_line(run, flowers):
+    run.ok("train", "MY_PHOTOS", "--test", 0, "--output", "head")
+    by_command, in_python = read_config("head")["dcp"], dcp_zoo.train("dcp_mini", flowers).info
     for name in ("split_sha256", "subset_sha256", "image_hashes"):
-        assert heads[0][name] == heads[1][name] == heads[2][name], name
+        assert by_command[name] == in_python[name], name
 
 
 def test_images_of_features_are_not_known(run, flowers):
     """Neither by name nor by content: nothing is claimed about a test."""
-    paths, labels = dcp_zoo.list_labelled_images(flowers)
-    features = FewShotClassifier().fit(paths, labels).transform(paths)
-    FewShotClassifier().fit(features, labels).save("head")
+    FewShotClassifier().fit(np.eye(12, 512), dcp_zoo.list_labelled_images(flowers)[1]).save("head")
     assert not read_config("head")["dcp"]["image_hashes"]
     out = run.ok("eval", "MY_PHOTOS", "--head", "head")
     assert "on 12 images of MY_PHOTOS" in out
