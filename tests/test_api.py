@@ -669,6 +669,20 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     assert not runs.called, "features of the fit serve the answers"
 
 
+def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, tmp_path):
+    """Which in memory have no names to tell them apart."""
+    images, labels = [Image.open(path) for path in pictures[0]], pictures[1]
+    options = {"method": "dcp", "recipe": QUICK, "output": tmp_path}
+    stops = iter([False, True])
+    with pytest.raises(KeyboardInterrupt):
+        dcp_zoo.train("dcp_mini", images, labels, stop=lambda: next(stops), **options)
+    others = [*images[:-1], Image.new("RGB", images[-1].size)]
+    with pytest.raises(ZooError, match=r"the state of another run: hash of the images \w{12} instead of \w{12}\. To"):
+        dcp_zoo.train("dcp_mini", others, labels, **options)
+    head = dcp_zoo.train("dcp_mini", [image.copy() for image in images], labels, **options)
+    assert head.info["subset_sha256"] != dcp_zoo.train("dcp_mini", others, labels).info["subset_sha256"]
+
+
 @pytest.mark.parametrize("method", ["gda", "tip-adapter"])
 def test_other_methods_are_saved_like_dcp(pictures, tmp_path, method):
     paths, labels = pictures

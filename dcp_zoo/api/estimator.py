@@ -17,9 +17,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
 from dcp_zoo.api.functions import as_model, outputs_of, plan_own
-from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
+from dcp_zoo.api.inputs import Images, Labelled, Labels, hashed, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
+from dcp_zoo.data.seen import note_images
 from dcp_zoo.deploy.together import together as refine_together
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
@@ -155,7 +156,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
-        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
+        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class. As in scikit-learn,
+        images of the training count as well: for an honest figure pass others."""
         if is_folder(images) and labels is None:
             images, labels = list_labelled_images(images)
         return super().score(images, labels, sample_weight)
@@ -172,8 +174,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)
-        batch = torch.stack([transform(load_image(item.path)) for item in unlabelled(images)])
-        model.add_class(name, batch)
+        items = hashed(unlabelled(images))
+        model.add_class(name, torch.stack([transform(load_image(item.path)) for item in items]))
+        note_images(model.info, items)
         self.classes_ = np.append(self.classes_, label)
         order = np.argsort(self.classes_, kind="stable")
         self.classes_ = self.classes_[order]
