@@ -498,6 +498,21 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
         FewShotClassifier().fit(paths, labels, [0] * 4 + [1] * 4)
 
 
+def test_features_of_another_tower_are_refused(pictures):
+    """Also parts of them: of prolip, whose projection is trained, they have the width of plain CLIP's."""
+    paths, labels = pictures
+    own = FewShotClassifier(method="prolip", classifier="none", recipe={"epochs": 2}).fit(paths, labels)
+    features = own.transform(paths)
+    with pytest.raises(ZooError, match="features by prolip of bundled of dcp_mini, where those by bundled of dcp_mini"):
+        FewShotClassifier().fit(features[2:], labels[2:])
+    plain = FewShotClassifier(method="zero-shot").fit(paths, labels)
+    with pytest.raises(ZooError, match="pass the images themselves"):
+        plain.predict(features)
+    assert plain.predict(plain.transform(paths)[1:]).tolist() == plain.predict(paths[1:]).tolist()
+    with pytest.raises(ZooError, match="this model reads images alone"):
+        own.predict(plain.transform(paths).view(np.ndarray))
+
+
 def test_numbers_as_class_names_are_doubted(pictures):
     labels = [int(label == "red") for label in pictures[1]]
     with pytest.warns(UserWarning, match=r"CLIP reads the class names, which are 0, 1: .*classnames=\{0: \"cat\""):

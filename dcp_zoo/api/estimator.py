@@ -17,7 +17,18 @@ from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
 from dcp_zoo.api.functions import as_model, outputs_of, plan_own
-from dcp_zoo.api.inputs import Images, Labelled, Labels, hashed, is_folder, labelled, list_labelled_images, unlabelled
+from dcp_zoo.api.inputs import (
+    Images,
+    Labelled,
+    Labels,
+    Transformed,
+    check_features,
+    hashed,
+    is_folder,
+    labelled,
+    list_labelled_images,
+    unlabelled,
+)
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.seen import note_images
@@ -33,6 +44,7 @@ from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, train_head
 from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.zoo.registry import get_spec
 
 SEEDS = 2**31  # how many there are to draw from
 Weights = ArrayLike | None  # of images
@@ -106,6 +118,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
                 probe; other methods choose their hyperparameters on them. Not the images of a test.
         """
+        if isinstance(images, Transformed):
+            spec = get_spec(self.model)
+            check_features(images, (spec.name, spec.clip_pretrained))
         data, history = labelled(images, labels, self.classnames), History()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
@@ -133,14 +148,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def transform(self, images: Images) -> np.ndarray:
-        """The features (n, E) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
-        method that trains no prompts are plain CLIP's, and can take the place of the images in another fit."""
-        features = self._outputs(images).features
-        assert features is not None  # a fitted head has stored statistics
+        """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
+        method that trains neither prompts nor CLIP's weights are plain CLIP's, and can take the place of the images in
+        another fit, which refuses the others."""
+        found = self._outputs(images).features
+        assert found is not None  # a fitted head has stored statistics
+        features = found.view(Transformed)
+        features.of = read_by(self._head())
         return features
 
     def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
         head, items = self._head(), unlabelled(images, features=True)
+        check_features(images, read_by(head))
         with self._kept_features():
             return outputs_of(head, items, self.batch_size, self.precision, self._progress(), reject)
 
@@ -249,6 +268,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     (Path(folder) / name).write_bytes(content)
                 state = state | {"model_": as_model(f"local-dir:{folder}", state["device"])}
         super().__setstate__(state)
+
+
+def read_by(head: Head) -> tuple[str, ...]:
+    """What computes the features that a head reads, see `Transformed`."""
+    of = head.encoder.architecture, head.encoder.source
+    return of if len(head.readings) == 1 else (*of, head.method)
 
 
 def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:

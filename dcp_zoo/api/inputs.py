@@ -25,6 +25,22 @@ Labels = Any  # one per image, names or numbers
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
 
 
+class Transformed(np.ndarray):
+    """Features (n, F) of `FewShotClassifier.transform`, also parts of them: they know what computed them."""
+
+    of: tuple[str, ...] = ()  # the names of a CLIP and its weights, and of the method if that changed the features
+
+    def __array_finalize__(self, other: object) -> None:
+        self.of = getattr(other, "of", ())
+
+
+def check_features(images: Images, expected: tuple[str, ...]) -> None:
+    """ZooError for features of something else, where that is known: their values do not tell."""
+    if isinstance(images, Transformed) and images.of not in ((), expected):
+        named, wanted = " of ".join(reversed(images.of)), " of ".join(reversed(expected))
+        raise ZooError(f"These are features by {named}, where those by {wanted} are read: pass the images themselves.")
+
+
 class Labelled(NamedTuple):
     classes: np.ndarray  # the C distinct labels, sorted
     names: list[str]  # of the classes, which CLIP reads
