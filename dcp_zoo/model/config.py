@@ -175,7 +175,10 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    check(path, [] if config["label_names"] else ["label_names is empty"], advice)
+    names = config["label_names"]
+    check(path, [] if names else ["label_names is empty"], advice)
+    if len(read := config["dcp"].get("read", names)) != len(names):
+        check(path, [f"dcp.read has {len(read)} names for {len(names)} classes"], advice)
     if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)
