@@ -362,6 +362,7 @@ def test_odd_values_of_the_right_types(folder, run, tmp_path):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name / "0.png")
     assert "95 % interval" in run.ok("info", folder)
+    assert json.loads(run.ok("info", folder, "--json"))["head"] == str(folder)
     run.ok("predict", "--sample", "--head", folder)
     run.ok("eval", "--head", folder, "--data-root", tmp_path / "photos")
     assert "has no text probe" in run.refused("predict", "--sample", "--head", folder, "--reject")
