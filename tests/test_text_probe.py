@@ -26,6 +26,7 @@ from dcp_zoo.model.text_probe import fit as fitting
 from dcp_zoo.model.text_probe.candidates import STRENGTHS, Candidates
 from dcp_zoo.model.text_probe.estimates import class_means, half_whitening, shared_precision
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
+from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.fit_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
 from dcp_zoo.zoo.factory import create_model, create_transform
@@ -611,6 +612,13 @@ def test_fitting_needs_a_calibrated_context(tiny_clip):
     uncalibrated = DCP(tiny_clip, NAMES, n_ctx=2).eval()
     with pytest.raises(ZooError, match="store_stats"):
         fit_probe(uncalibrated, source(uncalibrated, 3, 0))
+
+
+def test_statistics_that_are_stored_after_a_measurement_are_the_default(tiny_clip):
+    model = DCP(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), NAMES, n_ctx=2)
+    assert measure(model, source(model, 6, 0))[0].keys() == {"top1_batch"}
+    model.store_stats(images(4))
+    assert model.stats == "stored"
 
 
 @torch.no_grad()

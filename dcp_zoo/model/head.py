@@ -260,7 +260,7 @@ class Head(TimmContract):
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
-        reject images stays as it is. ZooError without a text probe.
+        reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
 
         Args:
             name: of the class; that of one that the model already has, or its position, gives it new images.
