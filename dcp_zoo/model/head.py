@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import (
@@ -62,11 +62,9 @@ class Head(TimmContract):
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
-        stats: what logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`.
     """
 
     first_block = 0  # the first vision block that prompts enter
-    stats = "stored"
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
@@ -80,7 +78,8 @@ class Head(TimmContract):
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
         self._info: dict[str, Any] = {}
-        self._measured: Sequence[Class] = ()  # the classes that `info["metrics"]` are about
+        self._metrics: dict[str, float] | None = None  # the newest in `info`
+        self._measured: Sequence[Class] = ()  # the classes that these are about
         self._changed = ""  # what was changed since, such as "the class zebra was added"
         self._zero_shot = WeightCache()
 
@@ -114,6 +113,16 @@ class Head(TimmContract):
     def stats_modes(self) -> tuple[str, ...]:
         """The statistics that it can be evaluated with, the default first."""
         return ("stored",)
+
+    @property
+    def stats(self) -> str:
+        """What logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`."""
+        return "stored"
+
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, self.stats_modes)
 
     # --- from images to logits ---
 
@@ -235,7 +244,7 @@ class Head(TimmContract):
         """
         names = check_classnames(classnames)
         classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
-        if isinstance(texts, Mapping):  # they are for these names
+        if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
                 each.read = each.name
@@ -251,7 +260,7 @@ class Head(TimmContract):
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
-        reject images stays as it is. ZooError without a text probe.
+        reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
 
         Args:
             name: of the class; that of one that the model already has, or its position, gives it new images.
@@ -267,14 +276,15 @@ class Head(TimmContract):
         if exists := isinstance(name, int) or name in self.classnames:
             one = self.classes[position(name, self.classes)]
         else:
-            self.set_classnames([*self.classnames, str(name)])
-            one = self.classes[-1]
+            one = matched(check_classnames([*self.classnames, name]), self.classes, probe.classes)[-1]
         mean, count, seen = features.float().mean(0), len(features), probe.seen(one)
         if known and seen is None:
             raise ZooError(f"known={known}, but the model has seen no image of {one.name}: omit it, or pass known=0.")
         if known and seen is not None:
             count += known
             mean += (seen.float() - mean) * (known / count)
+        if not exists:
+            self.classify_into([*self.classes, one], None)
         with torch.no_grad():
             start = join([reading.start() for reading in self.reads])
             probe.add(one, mean, count, self.classes, start)
@@ -316,8 +326,9 @@ class Head(TimmContract):
 
     @info.setter
     def info(self, info: dict[str, Any]) -> None:
-        if info.get("metrics") != self._info.get("metrics"):
-            self._measured, self._changed = list(self.classes), ""
+        metrics = copy.copy(info.get("metrics"))  # `info |= ...` has changed the present dict already
+        if metrics != self._metrics:
+            self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
         self._info = info
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32, **info: Any) -> Path:
