@@ -93,7 +93,7 @@ def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, second
     yield "", *scores(head.classify(own), test.labels), round(seconds, 1)
     views, started = probe_views(train), time.process_time()
     readings = [
-        (head, train.features(views), on_cpu(head.own_reading().start())),
+        (head, train.features(views), on_cpu(head.readings[0].start())),
         (train.for_model(plain_clip(MODEL)).features(views), on_cpu(head.plain.start())),
     ]
     for name, read, x in ("own", readings[:1], own), ("both", readings, both(own, frozen)):

@@ -105,7 +105,7 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
     def fit(**options):
         given = task(method, clip, photos, augment="crop-flip")
         crops = image_source(clip, photos[:9], "crop-flip")
-        return METHODS[method].fit(replace(given, train=crops, training=options)).trained_state()
+        return METHODS[method].fit(replace(given, train=crops, training=options))._trained_state()
 
     whole = fit()
     stops = iter([False] * (steps - 1) + [True])
@@ -123,7 +123,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
     """The first step of an epoch counts the weights of the last one, then fails, and is done again."""
 
     def fit(**options):
-        return METHODS["promptsrc"].fit(replace(task("promptsrc", clip, photos), training=options)).trained_state()
+        return METHODS["promptsrc"].fit(replace(task("promptsrc", clip, photos), training=options))._trained_state()
 
     def state():
         return TrainingState(tmp_path / STATE_NAME)
@@ -192,7 +192,7 @@ def test_classes_of_a_head(clip, photos):
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
     for probe in (
         None,
-        fit_on_features(fixed.classes, labels, [(features[None], fixed.own_reading().start())])[0],
+        fit_on_features(fixed.classes, labels, [(features[None], fixed.readings[0].start())])[0],
     ):  # as fit-text-probe adds
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):

@@ -12,10 +12,9 @@ from torch.nn.utils import parametrize
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classes import Texts, check_classnames, class_texts, mean_of_texts
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.inputs import Features, Inputs
-from dcp_zoo.model.reading import Reading
 from dcp_zoo.model.tokens import end_positions
 from dcp_zoo.model.towers.open_clip import OpenClipBlock, OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
