@@ -135,21 +135,14 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
     from safetensors.torch import load_file
 
     from dcp_zoo import create_model, predict
+    from dcp_zoo.model.classes import TEMPLATE
     from dcp_zoo.model.head import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count
-    weight = create_model("dcp_mini", "clip", classnames=["cat", "dog"]).zero_shot_classifier(["cat", "dog"])
-    linear = LinearHead(
-        dcp.encoder.clip,
-        ["cat", "dog"],
-        weight,
-        weight[:, 0] * 0,
-        template="a photo of a {}.",
-        tokenizer=dcp.encoder.tokenizer,
-    )
-    linear.method, linear.pretrained_cfg = "zero-shot", dcp.pretrained_cfg
-    linear.encoder.architecture, linear.encoder.source = dcp.encoder.architecture, dcp.encoder.source
+    clip, names = dcp.encoder, ["cat", "dog"]
+    linear = LinearHead(clip, names, *clip.scaled(clip.zero_shot_classifier(names)), texts=TEMPLATE)
+    linear.method = "zero-shot"
     for model in (dcp, linear):
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)
