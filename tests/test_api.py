@@ -437,7 +437,7 @@ def test_features_take_the_place_of_images(pictures, fitted):
         clone(first).set_params(method="dcp").fit(features, labels)
     for wrong, message in (
         (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 columns"),
-        (lambda: fitted.predict(features), "prompts enter its tower"),
+        (lambda: fitted.predict(features), "reads images alone, as its method changed what CLIP reads"),
     ):
         with pytest.raises(ZooError, match=message):
             wrong()
@@ -635,7 +635,7 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
     few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_image
     runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
-    monkeypatch.setattr(FrozenCLIP, "encode_prompted", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
+    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
     with pytest.raises(KeyboardInterrupt):
         few.fit(paths, labels)
     assert runs.call_count == 6

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import (
@@ -62,11 +62,9 @@ class Head(TimmContract):
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
-        stats: what logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`.
     """
 
     first_block = 0  # the first vision block that prompts enter
-    stats = "stored"
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
@@ -80,7 +78,8 @@ class Head(TimmContract):
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
         self._info: dict[str, Any] = {}
-        self._measured: Sequence[Class] = ()  # the classes that `info["metrics"]` are about
+        self._metrics: Any = None  # those in `info` when it was last set, and
+        self._measured: Sequence[Class] = ()  # the classes that they are about
         self._changed = ""  # what was changed since, such as "the class zebra was added"
         self._zero_shot = WeightCache()
 
@@ -114,6 +113,16 @@ class Head(TimmContract):
     def stats_modes(self) -> tuple[str, ...]:
         """The statistics that it can be evaluated with, the default first."""
         return ("stored",)
+
+    @property
+    def stats(self) -> str:
+        """What logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`."""
+        return "stored"
+
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, self.stats_modes)
 
     # --- from images to logits ---
 
@@ -316,8 +325,8 @@ class Head(TimmContract):
 
     @info.setter
     def info(self, info: dict[str, Any]) -> None:
-        if info.get("metrics") != self._info.get("metrics"):
-            self._measured, self._changed = list(self.classes), ""
+        if info.get("metrics") != self._metrics:  # not those of `_info`, which may be the same, changed in place
+            self._measured, self._changed, self._metrics = list(self.classes), "", info.get("metrics")
         self._info = info
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32, **info: Any) -> Path:
