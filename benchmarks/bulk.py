@@ -92,7 +92,7 @@ def zoo(folder: Path, onnx: Path, workers: int, threads: int) -> None:
     from dcp_zoo.cli import main
 
     output = folder.with_name(f"{time.time_ns()}.csv")
-    sys.argv = ["dcp-zoo", "predict", str(folder), "--onnx", str(onnx), "--output", str(output)]
+    sys.argv = ["dcp-zoo", "predict", str(folder), "--head", str(onnx), "--output", str(output)]
     sys.argv += ["--workers", str(workers), "--threads", str(threads), "--batch-size", str(BATCH)]
     with suppress(SystemExit):
         main()

@@ -84,9 +84,7 @@ def cases(root: Path) -> dict[str, Case]:
         "classes add": Case(small.parent, ["classes", "add", "zebra", str(zebras), *editing], head),
         "classes remove": Case(big.parent, ["classes", "remove", "zebra", *editing], head),
         "inspect --fix": Case(empty, ["inspect", str(photos), "--fix", str(table), "--output", "{}/fixed"], tree),
-        "export": Case(
-            empty, ["export", "--head", str(small), "--output", "{}/head.safetensors"], partial(tree, hidden=True)
-        ),
+        "export": Case(empty, ["export", "--head", str(small), "--output", "{}/head.pt2"], partial(tree, hidden=True)),
         "predict --sort-into": Case(
             empty, ["predict", str(photos), "--head", str(small), "--sort-into", "{}/sorted"], partial(sorted_, photos)
         ),

@@ -9,7 +9,7 @@ TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
 # memory of training as in the release: fixed, per class, per image; measured on smaller cases
 PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
 FILES = {
-    "fused": "fused.safetensors",
+    "fused": "fused.pt",
     "onnxruntime": "fused.onnx",
     "fused-int8": "int8.pt",
     "encode_image": "visual.pt",
@@ -65,7 +65,7 @@ def prepare(case: Case, folder: Path) -> None:
     model = build_model(case)
     model.store_stats(make_images(case, 1))
     fused = model.fuse()
-    export(fused, folder / FILES["fused"], "safetensors")
+    torch.save(fused, folder / FILES["fused"])
     torch.save(model.encoder.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
         export(fused, folder / FILES["onnxruntime"], "onnx")
@@ -109,11 +109,8 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
     import torch
 
     from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-    from dcp_zoo.model.fused import load_fused
 
-    if variant == "fused":
-        return load_fused(folder / FILES[variant])
-    if variant == "encode_image":
+    if variant in ("fused", "encode_image"):
         return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()
     if variant == "fused-int8":
         return torch.load(folder / FILES[variant], weights_only=False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,26 @@ def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int
     ]
 
 
+class Outputs(NamedTuple):
+    """What a classifier computes of n images, in float32."""
+
+    logits: np.ndarray  # (n, C)
+    distances: np.ndarray | None = None  # (n,), see `Answering`, of one that can reject
+    features: np.ndarray | None = None  # (n, F), normalised, if they are kept
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier that is ready, by PyTorch or ONNX Runtime."""
+
+    architecture: str  # name of its model
+    classnames: list[str]
+    preprocessing: dict[str, Any]  # timm's, see `dcp_zoo.data.pixels`
+    compute: Callable[[np.ndarray], Outputs]  # pixels, uint8 (n, 3, H, W) -> their outputs
+    threshold: float | None = None  # images whose in_distribution_score is below it are of no class; None: not known
+    cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
+
+
 @dataclass(frozen=True)
 class Answering:
     """How logits become answers."""
@@ -58,10 +78,15 @@ class Answering:
         ranked = self.rank(np.exp(log_softmax(logits)), classnames, self.top_k)
         rows: list[Row] = [{"predictions": classes} for classes in ranked]
         if self.threshold is not None:
-            assert distances is not None
-            unknown = in_distribution_score(logits, distances) < self.threshold
+            unknown = self.rejects(logits, distances)
             rows = [row | {"rejected": bool(no)} for row, no in zip(rows, unknown, strict=True)]
         return rows
+
+    def rejects(self, logits: np.ndarray, distances: np.ndarray | None) -> np.ndarray:
+        """Whether each of n images (n,) belongs to none of the classes."""
+        assert distances is not None
+        assert self.threshold is not None
+        return in_distribution_score(logits, distances) < self.threshold
 
 
 def label(row: Row) -> str:

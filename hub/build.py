@@ -142,13 +142,13 @@ def chance(percent: float, images: int) -> float:
 
 @dataclass
 class BuildOptions:
-    models: list[str] = several("model", "Models of the zoo.", "--models")
+    models: list[str] = several("Models of the zoo.")
     data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
     output: Path | None = opt.option(None, "Folder for the state of the build, from which it resumes.")
     org: str | None = opt.option(None, "Organisation or user on the Hub. Default: train and check, publish nothing.")
-    datasets: list[str] = several("dataset", "Default: all 11.", "--datasets")
-    shots: list[str] = several("shots", "Training images per class. Default: 1,2,4,8,16.")
-    seeds: list[str] = several("seed", "Seeds. Default: 1,2,3.", "--seeds")
+    datasets: list[str] = several("Default: all 11.")
+    shots: list[str] = several("Training images per class. Default: 1,2,4,8,16.")
+    seeds: list[str] = several("Seeds. Default: 1,2,3.")
     agree: opt.Agree = False
     imagenet_from: opt.ImagenetFrom = None
     device: opt.Device = "auto"
@@ -159,7 +159,7 @@ class BuildOptions:
 
     def check(self) -> None:
         """ZooError for all options that are missing; --dry-run needs no folders."""
-        needed: dict[str, object] = {"--model MODEL": self.models}
+        needed: dict[str, object] = {"--models MODEL": self.models}
         if not self.dry_run:
             needed |= {"--data-root DIR": self.data_root, "--output DIR": self.output}
         if missing := [option for option, value in needed.items() if not value]:
@@ -178,7 +178,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     """
     options.check()
     names = split_commas(options.datasets) or list_datasets()
-    numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seed")
+    numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
     methods = [METHOD, BASELINE]
     trials = plan_trials("few-shot", split_commas(options.models), methods, names, *numbered)
     missing = downloads.missing(names, options.data_root or Path(os.devnull))

@@ -26,6 +26,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.deploy import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.training.methods import prompts
 from dcp_zoo.zoo.registry import WEIGHTS
@@ -154,8 +155,8 @@ def photos(tmp_path_factory) -> list[Item]:
 @pytest.fixture(scope="session")
 def tiny_head(golden: dict) -> DCP:
     """A calibrated DCP of four classes on the golden CLIP, its parameters perturbed so that answers differ."""
-    model = loud(DCP(build_tiny_clip(golden), ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
-    model.pretrained_cfg = CFG
+    clip = FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG)
+    model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
     return model.eval()
 
@@ -182,6 +183,17 @@ def exported_once(onnx_file: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(export.WRITERS, "onnx", write)
         yield
+
+
+@pytest.fixture
+def exported_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of torch-export hold the class names alone, as torch's exporter takes seconds."""
+
+    def write(fused: FusedHead, path: str, images: torch.Tensor) -> export.Reader:
+        Path(path).write_text(str(fused.classnames))
+        return fused
+
+    monkeypatch.setitem(export.WRITERS, "torch-export", write)
 
 
 @pytest.fixture(scope="module")

@@ -432,7 +432,7 @@ COMMAND = ("benchmark", "few-shot")
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run):
-    said = run.ok(*COMMAND, "--method", "dcp,zero-shot", "--output", tmp_path / "sweep", "--dry-run")
+    said = run.ok(*COMMAND, "--methods", "dcp,zero-shot", "--output", tmp_path / "sweep", "--dry-run")
     assert re.search(r"176 trials, 176 to run: \d+,\d+ training steps\.", said)
     assert not (tmp_path / "sweep").exists()
 
@@ -446,7 +446,7 @@ def test_lists_may_have_commas_or_repeat_the_option(tmp_path, run):
     ("arguments", "message"),
     [
         (["--shots", "1,two"], "--shots takes positive integers"),
-        (["--seeds", "0"], "--seed takes positive integers"),
+        (["--seeds", "0"], "--seeds takes positive integers"),
         (["--set", "depth"], "--set takes NAME=VALUE"),
     ],
 )

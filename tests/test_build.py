@@ -76,9 +76,9 @@ def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
     assert f"Work: {steps} training steps." in out
     with monkeypatch.context() as patch:
         patch.setattr("build.gigabytes", lambda specs: 1.0)
-        code, out, _ = run("--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
+        code, out, _ = run("--models", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
     assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
-    message = "Pass --model MODEL, --data-root DIR, --output DIR: python hub/build.py"
+    message = "Pass --models MODEL, --data-root DIR, --output DIR: python hub/build.py"
     assert message in run()[2]
     code, out, _ = run(*arguments(small, "--dry-run", "--step-seconds", "240"))
     assert f"If a step takes 240 s: {4 * steps} min of training in sequence." in out

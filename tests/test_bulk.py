@@ -931,16 +931,12 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
         (
-            ["--runtime", "onnx", "--stats", "batch"],
-            "as it is: omit --stats, --descriptions, --reject-rate and --precision",
+            ["--head", "x.onnx", "--classes", "a,b", "--stats", "batch", "--precision", "float32"],
+            "x.onnx is run as it was exported: omit --classes, --stats, or pass the head itself.",
         ),
-        (
-            ["--onnx", "x.onnx", "--classes", "a,b"],
-            "omit --stats, --descriptions, --reject-rate and --precision, and with --onnx --classes.",
-        ),
-        (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
+        (["--head", "x.onnx", "--reject-rate", "0.2"], "omit --reject-rate, or"),
+        (["--head", "x.onnx", "--reject"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
         (["--count"], "--count is for --together without --json"),
         (["--link"], "--link works only with --sort-into"),

@@ -485,7 +485,7 @@ def test_commands_without_a_model_import_nothing_heavy():
         ("eval --head dcp_mini.eurosat-16shot --dataset digits --report FILE", "page.html"),
         ("train --dataset digits --output head --report FILE", "page.html"),
         ("predict --sample --sheet FILE", "page.html"),
-        ("export --head dcp_mini.eurosat-16shot --format safetensors --output FILE", "head.safetensors"),
+        ("export --head dcp_mini.eurosat-16shot --format torch-export --output FILE", "head.pt2"),
         ("explain --head dcp_mini.eurosat-16shot --output FILE", "moves.png"),
         ("inspect photos --output .", "inspection.csv"),
         ("report . --output .", "report.md"),
@@ -547,11 +547,12 @@ def test_names_are_shown_as_they_are(run, flowers):
     assert (code, "[red]rose" in out, "[/b]" in out) == (0, True, True), err
 
 
-def test_predict_and_export_read_the_file(run, my_head):
+def test_predict_and_export_read_the_file(run, my_head, exported_names):
     Path("names.txt").write_text("hall\nflower\n")
     _, out, _ = run("predict", "--sample", "--head", "my_head", "--classes", "names.txt", "--json")
     assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"hall", "flower"}
-    run.ok("export", "--head", "my_head", "--classes", "names.txt", "--output", "my.safetensors")
+    run.ok("export", "--head", "my_head", "--classes", "names.txt", "--output", "my.pt2")
+    assert Path("my.pt2").read_text() == "['hall', 'flower']"
     assert run("export", "--head", "my_head", "--classes", "name.txt")[0] == 2
 
 

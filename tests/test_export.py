@@ -27,17 +27,10 @@ from dcp_zoo.deploy.export import EXPORT_SUFFIXES, export
 from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, providers
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.config import MINI_CFG
-from dcp_zoo.model.fused import load_fused
 from dcp_zoo.model.mini import STEM_STAGES, build_mini_clip
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
-
-
-@pytest.fixture(scope="module")
-def model() -> DCP:
-    """The miniature with random prompts that matter, calibrated."""
-    return calibrated(create_model("dcp_mini", "clip", classnames=NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +98,7 @@ def test_onnx_command_line_needs_no_torch_model(short, onnx_file, monkeypatch, r
     with torch.no_grad():
         expected = short(create_transform(short)(load_image(path))[None]).softmax(-1)[0]
     monkeypatch.setattr(torch.nn.Module, "__call__", None)  # any torch module would fail now
-    (answer,) = json.loads(run.ok("predict", path, "--onnx", onnx_file, "--json", "--top-k", 2))
+    (answer,) = json.loads(run.ok("predict", path, "--head", onnx_file, "--json", "--top-k", 2))
     assert [p["class"] for p in answer["predictions"]] == [NAMES[i] for i in expected.topk(2).indices]
     assert answer["predictions"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-3)
 
@@ -115,7 +108,8 @@ def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path, run):
         (tmp_path / "bad.onnx").write_bytes(content)
         with pytest.raises(ZooError, match=r"bad.onnx is not an exported model .*dcp-zoo export"):
             OnnxClassifier(tmp_path / "bad.onnx")
-    run.refused("predict", "--sample", "--onnx", onnx_file, "--classes", "a,b")
+    for command in (("predict", "--sample"), ("serve",)):
+        run.refused(*command, "--head", onnx_file, "--classes", "a,b")
 
 
 @torch.no_grad()
@@ -150,80 +144,55 @@ def test_torch_export_file(tiny_head, tmp_path):
     assert json.loads(extra["dcp"])["classnames"] == NAMES
 
 
-def assert_same_weights(a, b):
-    """Bit for bit; memory-mapped weights may still be multiplied in another order."""
-    (a, b) = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@torch.no_grad()
-def test_safetensors_file(model, tmp_path):
-    path = export(model, tmp_path / "model.safetensors", "safetensors")
-    fused, images = load_fused(path), torch.randn(2, *model.pretrained_cfg["input_size"])
-    assert_same_weights(fused, model.fuse())
-    torch.testing.assert_close(fused(images), model.fuse()(images))
-    assert fused.classnames == NAMES
-    assert fused.info["preprocessing"]["input_size"] == [3, 192, 192]
-    with pytest.raises(ZooError, match="is not a fused model"):
-        load_fused(tmp_path / "nothing.safetensors")
-
-
-@torch.no_grad()
-def test_big_architectures_rebuild_from_safetensors(tiny_clip, tmp_path):
-    """With Conv2d patch embeddings, as in all of OpenAI's models."""
-    model = DCP(tiny_clip, NAMES, n_ctx=3)
-    model.store_stats(torch.randn(4, 3, 32, 32))
-    with pytest.raises(ZooError, match="input_size"):
-        export(model, tmp_path / "model.safetensors", "safetensors")
-    model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    path = export(model.eval(), tmp_path / "model.safetensors", "safetensors")
-    images = torch.randn(2, 3, 32, 32)
-    assert_same_weights(load_fused(path), model.fuse())
-    torch.testing.assert_close(load_fused(path)(images), model.fuse()(images))
-
-
-def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
+def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
     path.write_bytes(b"old")
     wrong = lambda fused, temporary, images: lambda x: fused(x) + 0.01  # noqa: E731
-    monkeypatch.setitem(export_module.WRITERS, "safetensors", wrong)
+    monkeypatch.setitem(export_module.WRITERS, "torch-export", wrong)
     with pytest.raises(ZooError, match="does not match the model"):
-        export(model, path, "safetensors")
+        export(tiny_head, path, "torch-export")
     assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
 
 
 @torch.no_grad()
-def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, tmp_path):
-    """And so does the server with it."""
+def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(
+    tiny_head, onnx_file, tmp_path, run
+):
+    """And so do the command line and the server with it."""
     found = find_images(sample_images())
     head, expected = rejecting(tiny_head)
     assert set(expected) == {False, True}
     file = export(head, tmp_path / "inside.onnx", preprocessing="inside")
     (answers,) = classify(found, onnx_predictor(file), reject=True)
     assert [row["rejected"] for row in answers.rows] == expected
+    said = json.loads(run.ok("predict", "--sample", "--head", file, "--reject", "--json"))
+    assert [row["rejected"] for row in said] == expected
     with TestClient(application(file)) as client:
         served = client.post("/predict", files=[("images", Path(image.path).read_bytes()) for image in found]).json()
     assert [image["rejected"] for image in served["images"]] == expected
-    with pytest.raises(ZooError, match="model.onnx has no threshold to reject images. Export a head that can"):
-        next(classify(found, onnx_predictor(onnx_file), reject=True))
+    problem = "model.onnx has no threshold to reject images. Export a head that can"
+    assert problem in run.refused("predict", "--sample", "--head", onnx_file, "--reject")
 
 
-def test_rejections(model, tmp_path):
-    with pytest.raises(ZooError, match="onnx, torch-export, safetensors"):
-        export(model, tmp_path / "x", "tflite")
+def test_rejections(tiny_head, tiny_clip, tmp_path):
+    with pytest.raises(ZooError, match="onnx, torch-export"):
+        export(tiny_head, tmp_path / "x", "tflite")
+    model = DCP(tiny_clip, NAMES, n_ctx=3)
     with pytest.raises(ZooError, match="store_stats"):
-        export(create_model("dcp_mini", "clip", classnames=NAMES), tmp_path / "x")
+        export(model, tmp_path / "x")
+    model.store_stats(torch.randn(4, 3, 32, 32))
+    with pytest.raises(ZooError, match="input_size"):
+        export(model, tmp_path / "x")
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="Cannot write"):
-        export(model, tmp_path / "file" / "model.safetensors", "safetensors")
+        export(tiny_head, tmp_path / "file" / "model.pt2", "torch-export")
 
 
-def test_export_command(tmp_path, monkeypatch, run):
+def test_export_command(tmp_path, monkeypatch, run, exported_names):
     monkeypatch.chdir(tmp_path)
-    run.ok("export", "--head", "dcp_mini.caltech101-16shot", "--format", "safetensors", "--classes", "hall, flower")
-    assert load_fused("dcp_mini.caltech101-16shot.safetensors").classnames == ["hall", "flower"]
+    run.ok("export", "--head", BUNDLED, "--format", "torch-export", "--classes", "hall, flower")
+    assert Path(f"{BUNDLED}.pt2").read_text() == "['hall', 'flower']"
 
 
 # -------------------------------------------------------------------------------------------------- heads in the cache
@@ -272,25 +241,31 @@ def test_a_cache_that_is_not_writable_is_explained(exports, tmp_path, monkeypatc
 def test_a_cached_head_classifies_without_torch(exports):
     onnx_cache.onnx_file(BUNDLED)
     program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
+    program += f"from dcp_zoo.deploy.onnx_cache import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
     program += "with suppress(SystemExit): main()\n"
     program += (
         "print(*({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
     )
-    args = ["predict", "--sample", "--head", BUNDLED, "--runtime", "onnx", "--json", "--top-k", "1"]
+    args = ["predict", "--sample", "--json", "--top-k", "1"]
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == ""
     assert [answer["predictions"][0]["class"] in NAMES for answer in json.loads(done.stdout)] == [True] * 6
 
 
 @torch.no_grad()
-def test_onnx_features_are_the_models(short, onnx_file):
+def test_onnx_features_are_the_models(short, onnx_file, run, tmp_path):
+    """And so are the answers; `predict` writes all its files with them."""
     images = torch.randn(2, *short.pretrained_cfg["input_size"])
     logits, features = OnnxClassifier(onnx_file).outputs(images.numpy(), "features")[::2]
     np.testing.assert_allclose(features, short.encode_image(images), atol=1e-4)
     np.testing.assert_allclose(logits, short(images), atol=1e-3)
-    ((rows, kept),) = classify(find_images(sample_images()), onnx_predictor(onnx_file, features=True))
+    files = {name: tmp_path / name for name in ("a.jsonl", "f.npz", "s.html", "sorted")}
+    outputs = zip(("--output", "--features", "--sheet", "--sort-into"), files.values(), strict=True)
+    run.ok("predict", "--sample", "--head", onnx_file, *(word for pair in outputs for word in pair))
+    rows = [json.loads(line) for line in files["a.jsonl"].read_text().splitlines()]
     ((expected, others),) = classify(find_images(sample_images()), torch_predictor(short, features=True))
-    np.testing.assert_allclose(kept, others, atol=1e-4)
+    np.testing.assert_allclose(np.load(files["f.npz"])["features"], others, atol=1e-4)
+    assert len(list(files["sorted"].glob("*/*"))) == 6
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]
         assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)
@@ -300,16 +275,15 @@ def test_onnx_features_are_the_models(short, onnx_file):
     ("file", "format", "expected"),
     [
         (None, None, "onnx"),
-        (None, "safetensors", "safetensors"),
+        (None, "torch-export", "torch-export"),
         ("x.onnx", None, "onnx"),
         ("x.pt2", None, "torch-export"),
-        ("x.safetensors", None, "safetensors"),
         ("x", None, "onnx"),
-        ("x.bin", "safetensors", "safetensors"),
+        ("x.bin", "torch-export", "torch-export"),
         ("x.pt2", "torch-export", "torch-export"),
         ("x.pt2", "onnx", "--format onnx contradicts x.pt2, which is named like torch-export"),
-        ("x.pth", None, r"Unknown suffix '.pth': choose from .onnx, .pt2, .safetensors"),
-        ("x.onnx", "tflite", "onnx, torch-export, safetensors"),
+        ("x.pth", None, r"Unknown suffix '.pth': choose from .onnx, .pt2"),
+        ("x.onnx", "tflite", "onnx, torch-export"),
     ],
 )
 def test_the_suffix_decides_the_format(file, format, expected):

@@ -345,7 +345,7 @@ def test_problems_of_workers_are_told(cluster: None, photos: Path) -> None:
 
 def test_predict_on_a_cluster(cluster: None, run: CommandLine, photos: Path, onnx_file: Path) -> None:
     """From URLs to a URL, with the command line's own head."""
-    head = ["--onnx", onnx_file, "--top-k", 2]
+    head = ["--head", onnx_file, "--top-k", 2]
     assert run("predict", "photos", *head, "--output", "p.jsonl", "--workers", 0)[0] == 1
     url = f"file://{photos}"
     code, _, err = run("predict", f"{url}/photos", *head, "--output", f"{url}/out", "--ray", "local")

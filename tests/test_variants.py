@@ -65,7 +65,7 @@ def test_many_images_through_either_file(plain, inside):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(
             {p["class"]: p["probability"] for p in one["predictions"]}, abs=3e-3
         )
-    with pytest.raises(ZooError, match="has no image features: export it with the preprocessing outside"):
+    with pytest.raises(ZooError, match="has no features: export it with preprocessing outside"):
         onnx_predictor(inside.path, features=True)
 
 
@@ -88,9 +88,10 @@ def test_float16_halves_the_file(plain, inside):
 
 
 def test_the_command_line_takes_such_a_file(run, inside, plain):
-    out = run.ok("predict", sample_images()[0], "--onnx", inside.path, "--json", "--top-k", 1)
+    command = ("predict", sample_images()[0], "--head", inside.path, "--json")
     expected = plain.classify(load_image(sample_images()[0]), 1)
-    assert json.loads(out)[0]["predictions"][0]["class"] == expected[0]["class"]
+    assert json.loads(run.ok(*command, "--top-k", 1))[0]["predictions"][0]["class"] == expected[0]["class"]
+    assert "preprocessing outside, or omit --features, --together" in run.refused(*command, "--together")
 
 
 def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_options(run, tmp_path, tiny_head):
         export(tiny_head, tmp_path / "x.onnx", precision="int8")
     head = "dcp_mini.caltech101-16shot"
     for args, message in {
-        ("--format", "safetensors", "--precision", "float16"): "Only ONNX files",
+        ("--format", "torch-export", "--precision", "float16"): "Only ONNX files",
         ("--format", "web", "--preprocessing", "outside"): "omit --preprocessing",
         ("--precision", "int8"): "--data-root",
         ("--precision", "int8", "--classes", "a,b", "--dataset", "digits"): "omit --classes",

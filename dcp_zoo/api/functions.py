@@ -8,21 +8,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, labelled, unlabelled, with_classes
+from dcp_zoo.answers import Outputs
+from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, hashed, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.deploy.bulk.job import Job, torch_predictor
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
+from dcp_zoo.training.predictor import read, torch_predictor
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
-from dcp_zoo.training.sources import ImageSource, by_image, image_source
+from dcp_zoo.training.sources import by_image, image_source
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
@@ -68,7 +69,8 @@ def train(
             hyperparameters (see `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
         class_weight: weight of the losses by label, or "balanced", inversely proportional to the number of images; for
             methods that train prompts and for the text probe, which is always balanced. Default: all equal.
-        output: folder for the checkpoint, from which a stopped training resumes. Default: nothing is written.
+        output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
+            is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
@@ -91,7 +93,7 @@ def plan_own(
     check_images([item for item in data.items if isinstance(item.path, str)], progress)
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
-    split = Split(OWN_IMAGES, data.names, data.items, val, [])
+    split = Split(OWN_IMAGES, data.names, hashed(data.items), hashed(val), [])
     run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
     if data.items and isinstance(data.items[0].path, torch.Tensor) and not METHODS[method].features:
         able = ", ".join(name for name in METHODS if METHODS[name].features)
@@ -112,8 +114,9 @@ def evaluate(
     precision: str = AUTO,
     progress: Progress = bar,
 ) -> Evaluation:
-    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. ZooError
-    for an unknown model, a label that is none of its classes, or an image that cannot be read.
+    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. Images
+    that the model was trained on count as well; `dcp-zoo eval` leaves them out. ZooError for an unknown model, a label
+    that is none of its classes, or an image that cannot be read.
 
     Args:
         model: a head, its name, or the folder of a checkpoint.
@@ -123,7 +126,8 @@ def evaluate(
     """
     model = as_model(model, device)
     items = with_classes(images, labels, model.classnames)
-    return Evaluation(model.classnames, items, logits_of(model, items, batch_size, precision, progress))
+    logits = torch.from_numpy(outputs_of(model, items, batch_size, precision, progress).logits)
+    return Evaluation(model.classnames, items, logits)
 
 
 def predict(
@@ -131,7 +135,7 @@ def predict(
     images: Images,
     *,
     top_k: int = 1,
-    reject: float = False,
+    reject: float | None = None,
     together: bool = False,
     batch_size: int = 64,
     device: str | None = None,
@@ -166,18 +170,19 @@ def predict(
 
 
 @fair_threads()
-def logits_of(
-    model: Head, items: Sequence[Item], batch_size: int, precision: str, progress: Progress = bar
-) -> torch.Tensor:
-    """Logits (n, C) of the items' images, on the CPU."""
+def outputs_of(
+    model: Head,
+    items: Sequence[Item],
+    batch_size: int,
+    precision: str,
+    progress: Progress = bar,
+    reject: float | None = None,
+) -> Outputs:
+    """What a model computes of the items' images; features are kept by `kept_features`."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
-    return predict_logits(model, to_read(model, items, precision, once), batch_size, progress)
-
-
-def to_read(model: Head, items: Sequence[Item], precision: str, once: bool = True) -> ImageSource:
-    """Images that are classified, in a precision as of `pick_precision`."""
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    return image_source(model.plain.encoder, items, once=once, precision=precision)
+    source = image_source(model.plain.encoder, items, once=once, precision=precision)
+    return read(model, source, batch_size, progress, bool(reject))
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

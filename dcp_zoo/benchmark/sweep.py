@@ -28,7 +28,7 @@ from dcp_zoo.training.evaluation import (
 )
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.run import fit, plan
+from dcp_zoo.training.run import RunOptions, plan, train_head
 from dcp_zoo.training.sources import Progress, no_progress
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
@@ -52,9 +52,8 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
         precision=settings.precision,
         descriptions=settings.texts(trial.dataset),
     )
-    task = run.task(subset, images.clip, progress, images.read)
-    started = time.perf_counter()
-    head, _ = fit(run, task, subset)
+    started, options = time.perf_counter(), RunOptions(test=False, progress=progress)
+    head, _ = train_head(run, None, options, clip=images.clip, subset=subset, read=images.read)
     trained = time.perf_counter()
     results = list(_tests(trial, settings, head, images))
     known = run.info(subset)
@@ -64,8 +63,8 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
         head.set_classnames(subset.classnames)
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
-    own = {name: value for name, value in head.info.items() if name not in known}
-    chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
+    own = {name: value for name, value in head.info.items() if name not in (*known, "train_seconds")}
+    chosen_on = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
     return {
         "trial": asdict(trial),
         **conditions,

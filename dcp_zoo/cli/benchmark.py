@@ -25,25 +25,21 @@ from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 
 GRID = "Grid (comma-separated lists or repeated options)"
+several = partial(opt.option, (), rich_help_panel=GRID)
 on_cluster = partial(opt.option, None, rich_help_panel="Cluster")  # None leaves the default of `Resources`
 FINISHED = ("done", "failed")
-
-
-def several(name: str, help: str, *more: str, **settings: Any) -> Any:
-    """An option that takes several values, named as those of other commands, which take one."""
-    return opt.option((), help, f"--{name}", *more, rich_help_panel=GRID, **settings)
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
     protocol: Annotated[str, Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")]
     output_dir: Path | None = opt.option(None, "Folder for results; finished trials are skipped.", "--output")
-    models: list[str] = several("model", "Models of the zoo. Default: dcp_mini.", "--models")
-    methods: list[str] = several("method", f"{', '.join(METHODS)}. Default: all that are possible.", "--methods")
-    datasets: list[str] = several("dataset", "Default: the protocol's; with --features, its own.", "--datasets")
-    shots: list[str] = several("shots", "Images per class. Default: the protocol's; with --features, those it has.")
-    seeds: list[str] = several("seed", "Seeds. Default: the paper's, 1,2,3; with --features, 1.", "--seeds")
-    changes: list[str] = several("set", "Change a field: depth=3, or depth=1,3 for a grid.", metavar="NAME=VALUE")
+    models: list[str] = several("Models of the zoo. Default: dcp_mini.")
+    methods: list[str] = several(f"{', '.join(METHODS)}. Default: all that are possible.")
+    datasets: list[str] = several("Default: the protocol's; with --features, its own.")
+    shots: list[str] = several("Images per class. Default: the protocol's; with --features, those it has.")
+    seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")
+    changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     features: Path | None = opt.option(None, "Folder of DATASET.npz files with features, in place of images and CLIP.")
@@ -58,7 +54,7 @@ class BenchmarkOptions:
     def trials(self) -> tuple[list[Trial], str]:
         """The planned trials, and what --features left out of the defaults."""
         grid: dict[str, Any] = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
-        grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seed")}
+        grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
         grid |= {"options": opt.parse_changes(self.changes)}
         models = split_commas(self.models)
         if self.descriptions:

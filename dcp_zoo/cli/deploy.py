@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class ExportOptions:
     head: opt.HeadName
     file: Path | None = opt.option(None, "The file or folder. Default: named after the head.", "--output")
-    format: str | None = opt.option(None, "onnx (default), torch-export, safetensors, web (a page) or hub (a repo).")
+    format: str | None = opt.option(None, "onnx (default), torch-export, web (a page) or hub (a repo).")
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
     precision: str | None = opt.option(None, "float32, float16 (default for web) or int8; for hub: of a second file.")

@@ -19,8 +19,7 @@ from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import is_url
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
-from dcp_zoo.deploy.onnx_cache import onnx_file
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
@@ -67,8 +66,6 @@ class PredictOptions:
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
-    runtime: str = opt.option("torch", "torch, or onnx (ONNX Runtime: exports the head once, then starts faster).")
-    onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
     workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
     device: opt.Device = "auto"
@@ -88,19 +85,18 @@ class PredictOptions:
 
     @property
     def on_onnx(self) -> bool:
-        return self.onnx is not None or self.runtime == "onnx"
+        return self.head.endswith(".onnx")
 
     @property
     def classnames(self) -> list[str] | None:
         """The names in place of the head's, if any: of the sample, unless to reject, which needs the head's own."""
-        only_sample = self.sample and not (self.images or self.onnx or self.rejects) and self.head == DEFAULT_HEAD
+        only_sample = self.sample and not (self.images or self.rejects) and self.head == DEFAULT_HEAD
         return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 
     def check(self) -> None:
         """Raise ZooError for options that do not fit together."""
-        check_choice("runtime", self.runtime, ("torch", "onnx"))
-        fixed = self.stats or self.descriptions or self.reject_rate or self.precision not in (AUTO, "float32")
-        others = "--stats, --descriptions, --reject-rate and --precision, and with --onnx --classes"
+        names = ("classes", "descriptions", "stats", "reject_rate", "precision")  # what an export has decided
+        fixed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
@@ -110,8 +106,8 @@ class PredictOptions:
             "--ray writes a folder: pass --output FOLDER, and no other.": self.ray
             and (not self.table or self.files[1:]),
             f"Without --ray, --output is a file, not {self.table}.": not self.ray and self.table and is_url(self.table),
-            f"ONNX Runtime runs a file as it is: omit {others}.": self.on_onnx
-            and (fixed or (self.onnx and self.classes)),
+            f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
+            and fixed,
         }
         if found := [problem for problem, holds in problems.items() if holds]:
             raise ZooError(found[0])
@@ -123,6 +119,8 @@ class PredictOptions:
 def predict(options: PredictOptions) -> None:
     """Classify images. The exit code is 1 if one cannot be read.
 
+    --head may also be an .onnx file from dcp-zoo export: it runs with ONNX Runtime and without PyTorch.
+
     [dim]dcp-zoo predict --sample[/]
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
@@ -131,7 +129,7 @@ def predict(options: PredictOptions) -> None:
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.rejects and not (options.onnx or options.as_json or options.classnames):
+    if options.rejects and not (options.on_onnx or options.as_json or options.classnames):
         config = read_config(head_folder(opt.head_name(options.head)))
         if note := rejection_note(config["dcp"], options.rejects):
             log(note)
@@ -166,21 +164,19 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
-    from dcp_zoo.deploy.bulk.job import onnx_predictor
+    from dcp_zoo.deploy.onnx_classifier import onnx_predictor
 
-    file, features = options.onnx, options.together or options.features is not None
-    threads = options.threads or (1 if options.ray else available_cores())
-    # called on every machine of a cluster, which has a cache of its own
-    find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
-    if not find().is_file():
+    file, features = Path(options.head), options.together or options.features is not None
+    if not file.is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    plan = {"runtime": "onnx", "file": sha256_of(find())}
-    return lambda: onnx_predictor(find(), threads, features, options.device), plan
+    threads = options.threads or (1 if options.ray else available_cores())
+    plan = {"runtime": "onnx", "file": sha256_of(file)}
+    return lambda: onnx_predictor(file, threads, features, options.device), plan
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
-    from dcp_zoo.deploy.bulk.job import torch_predictor
     from dcp_zoo.training.device import pick_device, pick_precision
+    from dcp_zoo.training.predictor import torch_predictor
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None

@@ -13,9 +13,9 @@ from PIL import Image
 
 from dcp_zoo.answers import Row
 from dcp_zoo.data.images import jpeg_base64
+from dcp_zoo.data.pixels import crop
 from dcp_zoo.demo.shared import TOP, Answers, BatchEffect, Photo
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.deploy.onnx_classifier import crop
 from dcp_zoo.files import templates
 from dcp_zoo.texts import NONE
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from dcp_zoo.data import load_image
@@ -18,14 +17,14 @@ from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.model.fused import FusedHead, load_fused
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
-EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 
 def export(
@@ -46,9 +45,8 @@ def export(
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
         format: "onnx" (any batch size; its input is "pixel_values", its outputs are "logits" and "features", the
-            normalised image features; verified with ONNX Runtime), "torch-export" (any batch size; load it with
-            `torch.export.load`, the metadata is the extra file "dcp") or "safetensors" (load it with
-            `dcp_zoo.model.load_fused`).
+            normalised image features; verified with ONNX Runtime) or "torch-export" (any batch size; load it with
+            `torch.export.load`, the metadata is the extra file "dcp").
         preprocessing: of ONNX files: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
             (B, H, W, 3), uint8 RGB of any size -> probabilities).
         precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
@@ -88,7 +86,7 @@ def check_export(format: str, preprocessing: str = "outside", precision: str = "
     check_choice("precision", precision, tuple(TOLERANCES))
     if format != "onnx" and (preprocessing, precision) != ("outside", "float32"):
         raise ZooError(f"Only ONNX files have other precisions or preprocessing inside, not {format}: use format onnx.")
-    if format != "safetensors" and tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ZooError(f"Exporting {format} needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
     for module in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
         import_extra(module, "export")
@@ -134,15 +132,7 @@ def _write_torch_export(fused: FusedHead, path: str, images: torch.Tensor) -> Re
         return torch.export.load(file).module()
 
 
-def _write_safetensors(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
-    if fused.config["clip"] is None:
-        raise ZooError("The image tower of this model cannot be rebuilt from safetensors: use onnx or torch-export.")
-    state = {name: t.contiguous() for name, t in fused.state_dict().items()}
-    save_file(state, path, metadata={"config": json.dumps(fused.config), METADATA_KEY: json.dumps(fused.info)})
-    return load_fused(path)
-
-
-WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors}
+WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export}
 
 WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height

@@ -23,7 +23,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
     depends_on = json.dumps([__version__, *hashes, list(classnames or [])])
     path = cache_folder() / "onnx" / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
-        check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --onnx")
+        check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --head")
         from dcp_zoo.deploy.export import check_export, export
         from dcp_zoo.zoo.factory import create_model
 

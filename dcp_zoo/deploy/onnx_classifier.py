@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dcp_zoo.answers import Answering, log_softmax
+from dcp_zoo.answers import Answering, Outputs, Predictor, log_softmax
+from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 
 SMALLEST = np.finfo(np.float32).tiny
@@ -16,25 +17,6 @@ INPUT = "pixel_values"  # of normalised images, as other programs call it
 CUDA = "CUDAExecutionProvider"
 NO_CUDA = "ONNX Runtime computes on the CPU, not on {}: install onnxruntime-gpu in its place, and check the driver."
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
-
-
-def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
-    """An RGB image -> its pixels, uint8 (3, H, W), as `create_transform` has them before it normalises, by timm's
-    `cfg`, of which interpolation ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing."""
-    _, height, width = cfg["input_size"]
-    resized, short = int(height / cfg["crop_pct"]), min(image.size)
-    size = [resized if side == short else int(resized * side / short) for side in image.size]
-    if cfg.get("crop_mode") == "squash":
-        size = [int(width / cfg["crop_pct"]), resized]
-    image = image.resize(size, Image.Resampling[cfg.get("interpolation", "bicubic").upper()])
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
-
-
-def normalise(pixels: np.ndarray, cfg: dict[str, Any]) -> np.ndarray:
-    """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
-    mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
-    return (pixels / np.float32(255) - mean) / std
 
 
 def providers(device: str) -> list[Any]:
@@ -116,3 +98,22 @@ class OnnxClassifier:
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""
         return Answering(top_k)(self.logits(self.preprocess(image)[None]), self.classnames)[0]["predictions"]
+
+
+def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, device: str = "cpu") -> Predictor:
+    """An exported file, run with ONNX Runtime; ZooError if it is none, or has no `features` and these are wanted."""
+    exported = OnnxClassifier(path, threads, device)
+    info = exported.info
+    if features and exported.takes_pixels:
+        raise ZooError(f"{path} has no image features: export it with the preprocessing outside, or omit --features.")
+
+    def compute(pixels: np.ndarray) -> Outputs:
+        if exported.takes_pixels:
+            return Outputs(*exported.outputs(pixels.transpose(0, 2, 3, 1)))
+        images = normalise(pixels, info["preprocessing"])
+        return Outputs(*exported.outputs(images, *(["features"] if features else [])))
+
+    advice = "Export a head that can (dcp-zoo fit-text-probe), with exactly the classes for which it was fitted."
+    cannot_reject = f"{path} has no threshold to reject images. {advice}"
+    given = info["model"], exported.classnames, info["preprocessing"]
+    return Predictor(*given, compute, info.get("threshold"), cannot_reject)

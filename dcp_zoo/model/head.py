@@ -39,7 +39,7 @@ from dcp_zoo.model.classes import (
 )
 from dcp_zoo.model.clip import FrozenCLIP, Linear
 from dcp_zoo.model.config import REFUSED, Abilities, HeadConfig
-from dcp_zoo.model.fused import FusedHead, fuse
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.reading import Reading, join, joined
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
@@ -175,7 +175,7 @@ class Head(TimmContract):
     def fuse(self) -> FusedHead:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
         it shares its frozen weights with this model. ZooError as of `linear`."""
-        return fuse(self)
+        return FusedHead(self)
 
     @torch.inference_mode()
     def predict(self, images: Tensor, reject: float | None = None) -> list[str | None]:

@@ -17,12 +17,11 @@ from dcp_zoo.data import Item
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.reading import joined
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.device import autocast
+from dcp_zoo.training.predictor import read
 from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
-from dcp_zoo.training.sources import ImageSource, Progress, by_image, features_of, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
-FEATURES_AT_A_TIME = 1000  # that are classified
 BINS = 15
 
 
@@ -119,25 +118,9 @@ class Evaluation:
         ]
 
 
-@torch.no_grad()
 def predict(head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, by a head with the current statistics. With other
-    than stored ones a batch has `batch_size` images."""
-    head.eval()
-    if head.stats == "stored":
-        return classified(head, features_of(head, source, 1, progress)[0])
-    logits = []
-    for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
-        with autocast(head.device, source.precision):
-            logits.append(head(inputs.to(head.device)).float().cpu())
-    return torch.cat(logits)
-
-
-@torch.no_grad()
-def classified(head: Head, features: Tensor) -> Tensor:
-    """Image features (n, E) on the CPU -> logits (n, C) on the CPU."""
-    chunks = features.split(FEATURES_AT_A_TIME)
-    return torch.cat([head.classify(chunk.to(head.device)).float().cpu() for chunk in chunks])
+    """The logits (n, C) of `read`."""
+    return torch.from_numpy(read(head, source, batch_size, progress).logits)
 
 
 def predict_modes(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +16,14 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.seen import image_hashes, note_images
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.classes import Texts, saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, made, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.callbacks import Callback
@@ -122,6 +124,7 @@ class Run:
         if is_own(self.split.name):
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
+            stored["image_hashes"] = image_hashes(subset.train + subset.val)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}
@@ -181,6 +184,8 @@ def plan(
         labels: of the classes, if not their names.
         options: further attributes of `Run`.
     """
+    if not 0 <= seed < 2**32:
+        raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
     place = pick_device(device)
     precision = pick_precision(precision, model, place)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
@@ -233,7 +238,14 @@ def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 
 
 def train_head(
-    run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
+    run: Run,
+    output: Path | None = None,
+    options: RunOptions | None = None,
+    measured: Mapping[str, Any] | None = None,
+    *,
+    clip: FrozenCLIP | None = None,
+    subset: Split | None = None,
+    read: Reader | None = None,
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
     input, an error of the method, or an output folder that is not writable, or of another run or process.
@@ -246,6 +258,8 @@ def train_head(
         output: folder for `model.safetensors`, `config.json` and, of a training, `log.csv` and until the run has
             finished its state. None writes nothing.
         measured: accuracies to store instead of measuring.
+        clip: of the run, where it is loaded already, on its device.
+        subset, read: the images of the run, where they are read already, and what reads them.
     """
     options = options or RunOptions()
     with alone_in(output) if output else nullcontext():
@@ -255,9 +269,9 @@ def train_head(
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         started = time.perf_counter()
-        subset = run.subset()
-        clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
-        task = run.task(subset, clip, options.progress)
+        subset = subset or run.subset()
+        clip = clip or plain_clip(run.model, run.clip_pretrained).to(run.device)
+        task = run.task(subset, clip, options.progress, read)
         title = METHODS[run.method].title
         options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
         head, earlier = fit(run, task, subset, output, options)
@@ -294,7 +308,7 @@ def fit(
         head.info = info | head.info
         return head, 0.0
     path = None if output is None else output / STATE_NAME
-    identity = _identity(run, task.clip) | info
+    identity = _identity(run, task.clip, info)
     state = TrainingState(path, identity, options.save_every, options.log, options.stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     weights = None if run.class_weight is None else torch.tensor(run.class_weight)
@@ -336,12 +350,14 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         finished = _is_finished(first)
         if options.overwrite or not finished or not _is_head_of(first, run):
-            train_head(run, first, replace(options, overwrite=options.overwrite or finished))
-        info: Mapping[str, Any] = read_config(first)["dcp"]
+            trained, _ = train_head(run, first, replace(options, overwrite=options.overwrite or finished))
+            info, clip = trained.info, trained.plain.encoder
+        else:
+            info, clip = made(read_config(first)), None
         measured = {name: info[name] for name in MEASURED if name in info}
         took = format_duration(info["train_seconds"])
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-        head, _ = train_head(final, output, options, measured)
+        head, _ = train_head(final, output, options, measured, clip=clip)
         shutil.rmtree(first)
     return head, measured.get("metrics", {})
 
@@ -361,6 +377,10 @@ def add_probe(
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
     head.info["text_probe"] = found
+    if head.method in METHODS and not METHODS[head.method].trains:  # only its text probe has seen images
+        head.info["image_hashes"] = image_hashes(subset.train) if is_own(split.name) else {}
+    else:
+        note_images(head.info, subset.train)
     return found
 
 
@@ -394,9 +414,13 @@ def _is_head_of(folder: Path, run: Run) -> bool:
     return same_model and same_texts and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 
-def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
-    """What identifies a training in addition to its checkpoint's info: the state of another run is rejected."""
+def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
+    state of another run is rejected."""
+    of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
     return {
+        **{name: value for name, value in info.items() if name not in of_images},
+        "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
         "model": run.model,
         "method": run.method,
         "clip": clip.source,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
+from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
@@ -213,11 +215,7 @@ def build_open_clip(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
     custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     sizes = {name: value for name, value in config.items() if name not in ("custom_text", "quick_gelu")}
-    clip = kind(**sizes, quick_gelu=quick_gelu)
-    # from which `load_fused` rebuilds an image tower
-    described = ("embed_dim", "vision_cfg")
-    clip.open_clip_config = {name: config[name] for name in described} | {"quick_gelu": quick_gelu}
-    return clip
+    return kind(**sizes, quick_gelu=quick_gelu)
 
 
 def load_weights(clip: nn.Module, path: str | Path) -> None:
@@ -246,21 +244,29 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
         raise ZooError(f"{problem} {advice}") from error
 
 
+@dataclass(frozen=True)
+class TestTransform:
+    """PIL image, in RGB -> normalised tensor (3, H, W), by timm's config."""
+
+    __test__ = False  # not one of pytest's
+    cfg: dict[str, Any]
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(normalise(crop(image, self.cfg), self.cfg))
+
+
 def create_transform(
     model_or_name: FrozenCLIP | Head | FusedHead | str, is_training: bool = False
 ) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 
-    Testing: the CLIP's own, bit-identical: resize of the short side and centre crop or, for some, of both sides.
+    Testing: the CLIP's own, timm's bit for bit: resize of the short side and centre crop or, for some, of both sides.
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
     random numbers. It also takes uint8 tensors (3, h, w): faster than PIL, and within 2 of 255 levels.
     """
     cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
     if not is_training:
-        from timm.data import create_transform as timm_transform
-
-        options: dict[str, Any] = {k: cfg[k] for k in ("input_size", "interpolation", "mean", "std")}
-        return timm_transform(is_training=False, crop_pct=cfg["crop_pct"], crop_mode=cfg["crop_mode"], **options)
+        return TestTransform(cfg)
     from torchvision.transforms import v2
 
     resample = v2.InterpolationMode(cfg["interpolation"])

@@ -12,110 +12,20 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from multiprocessing.connection import wait
-from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcp_zoo.answers import Answering, Ranking, Row, label, log_softmax, top_classes
+from dcp_zoo.answers import Answering, Predictor, Ranking, Row, label, log_softmax, top_classes
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
+from dcp_zoo.data.pixels import crop
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.videos import is_frame
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
 from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import available_cores
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.head import Head
-
-FEW = 16  # images, for which fusing a head takes longer than it saves
-
-
-class Computed(NamedTuple):
-    """What a head computes of n images."""
-
-    logits: np.ndarray  # (n, C)
-    distances: np.ndarray | None = None  # (n,), see `Answering`, of a head that can reject
-    features: np.ndarray | None = None  # (n, E), normalised, if kept
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A head that is ready to classify."""
-
-    architecture: str  # name of its model
-    classnames: list[str]
-    preprocessing: dict[str, Any]  # timm's, see `crop` and `normalise` in `dcp_zoo.deploy.onnx_classifier`
-    compute: Callable[[np.ndarray], Computed]  # pixels, uint8 (n, 3, H, W) -> their outputs
-    threshold: float | None = None  # images whose in_distribution_score is below it are of no class; None: not known
-    cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
-
-
-def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, device: str = "cpu") -> Predictor:
-    """An exported file, run with ONNX Runtime; ZooError if it is none, or has no `features` and these are wanted."""
-    exported = OnnxClassifier(path, threads, device)
-    info = exported.info
-    if features and exported.takes_pixels:
-        raise ZooError(f"{path} has no image features: export it with the preprocessing outside, or omit --features.")
-
-    def compute(pixels: np.ndarray) -> Computed:
-        if exported.takes_pixels:
-            return Computed(*exported.outputs(pixels.transpose(0, 2, 3, 1)))
-        images = normalise(pixels, info["preprocessing"])
-        return Computed(*exported.outputs(images, *(["features"] if features else [])))
-
-    advice = "Export a head that can (dcp-zoo fit-text-probe), with exactly the classes for which it was fitted."
-    cannot_reject = f"{path} has no threshold to reject images. {advice}"
-    given = info["model"], exported.classnames, info["preprocessing"]
-    return Predictor(*given, compute, info.get("threshold"), cannot_reject)
-
-
-def torch_predictor(
-    model: "Head", features: bool = False, precision: str = "auto", reject: float = False, images: int | None = None
-) -> Predictor:
-    """A model on its device: in batches with stored statistics, otherwise each image alone. `reject`: see
-    `Head.rejection_threshold`; False measures no distances. `images`: how many there are, if known. ZooError for an
-    unknown precision, or features without stored statistics."""
-    import torch
-
-    from dcp_zoo.training.device import autocast, pick_precision
-
-    precision = pick_precision(precision, model.encoder.architecture, model.device)
-    alone = model.stats != "stored"  # then each image is a batch
-    if features and alone:
-        raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
-    pays = images is None or images > FEW
-    fused = model.fuse() if model.abilities.linear and pays and not alone else None
-    encode, answer = (fused or model).encode_image, (fused or model).classify
-    rejects = bool(reject) and not model.cannot_reject
-    mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
-
-    @torch.inference_mode()
-    def compute(pixels: np.ndarray) -> Computed:
-        images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
-        encoded: Any = None
-        with autocast(model.device, precision):
-            if alone:
-                logits = torch.cat([model(image) for image in images.split(1)])
-                if rejects:
-                    encoded = torch.cat([model.encode_image(image) for image in images.split(1)])
-            else:
-                encoded = encode(images).float()
-        if not alone:
-            logits = answer(encoded)  # of features that are alike, small differences are large ones of logits
-        kept = encoded.float().cpu().numpy() if features else None
-        distances = None
-        if rejects:
-            distances = (fused or model).distances(encoded).float().cpu().numpy()
-        return Computed(logits.float().cpu().numpy(), distances, kept)
-
-    threshold = model.rejection_threshold(reject) if rejects else None
-    given = model.encoder.architecture, model.classnames, model.pretrained_cfg
-    return Predictor(*given, compute, threshold, model.cannot_reject)
-
 
 Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # fork breaks threads
