@@ -672,7 +672,7 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
     few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_image
     runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
-    monkeypatch.setattr(FrozenCLIP, "encode_prompted", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
+    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
     with pytest.raises(KeyboardInterrupt):
         few.fit(paths, labels)
     assert runs.call_count == 6

@@ -244,7 +244,7 @@ class Head(TimmContract):
         """
         names = check_classnames(classnames)
         classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
-        if isinstance(texts, Mapping):  # they are for these names
+        if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
                 each.read = each.name
@@ -276,14 +276,15 @@ class Head(TimmContract):
         if exists := isinstance(name, int) or name in self.classnames:
             one = self.classes[position(name, self.classes)]
         else:
-            self.set_classnames([*self.classnames, str(name)])
-            one = self.classes[-1]
+            one = matched(check_classnames([*self.classnames, name]), self.classes, probe.classes)[-1]
         mean, count, seen = features.float().mean(0), len(features), probe.seen(one)
         if known and seen is None:
             raise ZooError(f"known={known}, but the model has seen no image of {one.name}: omit it, or pass known=0.")
         if known and seen is not None:
             count += known
             mean += (seen.float() - mean) * (known / count)
+        if not exists:
+            self.classify_into([*self.classes, one], None)
         with torch.no_grad():
             start = join([reading.start() for reading in self.reads])
             probe.add(one, mean, count, self.classes, start)

@@ -130,6 +130,7 @@ def predict_modes(
     with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
     found, without = dict[str, Tensor](), dict[str, Tensor]()
     before = head.eval().stats
+    default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
     for stats in head.stats_modes:
         head.stats = stats
         if stats != "stored" or head.text_probe is None:
@@ -139,7 +140,7 @@ def predict_modes(
             found[stats] = classified(head, joined(features))
             start = (part.detach().float().cpu() for part in head.reads[0].start())
             without[NO_CLASSIFIER] = F.linear(features[0], *start)
-    head.stats = before
+    head.stats = None if default else before
     return found | without
 
 
