@@ -28,8 +28,8 @@ from tuning import GrowingTable, of_class
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split
+from dcp_zoo.model.clip import joined
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.reading import joined
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.fit_probe import on_cpu, probe_views

@@ -62,8 +62,8 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
     """The `in_distribution_score` (n,) of images (n, 3, H, W)."""
-    distances = head.distances(head.encode_image(images))
-    return torch.from_numpy(in_distribution_score(head(images).numpy(), distances.numpy()))
+    distances = head.distances(head.encode_image(images)).numpy()
+    return torch.from_numpy(in_distribution_score(head(images).numpy(), distances))
 
 
 @torch.no_grad()

@@ -132,11 +132,12 @@ def predict_modes(
     default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
     for stats in head.stats_modes:
         head.stats = stats
-        found[stats] = predict(head, source, batch_size, progress)
-        if stats == "stored" and head.text_probe is not None:
-            own = head.readings[0]
-            features = source.read_by(own, 1, progress)[0]
-            without[NO_CLASSIFIER] = F.linear(features, *(part.detach().float().cpu() for part in own.start()))
+        outputs = read(head, source, batch_size, progress)
+        found[stats] = torch.from_numpy(outputs.logits)
+        if outputs.features is not None and head.text_probe is not None:
+            weight, bias = (part.detach().float().cpu() for part in head.reads[0].start())
+            own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(len(head.reads))
+            without[NO_CLASSIFIER] = F.linear(own, weight, bias)
     head.stats = None if default else before
     return found | without
 
