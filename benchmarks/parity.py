@@ -45,7 +45,7 @@ from dcp_zoo.training.methods.prompts import new_maple
 from dcp_zoo.training.methods.published import RECIPES
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.convert import renamed
+from dcp_zoo.zoo.convert import load_trained, renamed
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "parity.csv"
