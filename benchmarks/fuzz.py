@@ -58,6 +58,7 @@ INFO = {  # of heads, besides what they have
     **{"dataset": "folder", "shots": 2, "seed": 1, "test_share": 0.3, "split_sha256": "0" * 64, "test_images": 9},
     **{"class_images": {"cat": 2, "dog": None}, "labels": [["cat", 0], ["dog", "hound"]], "metrics": {"top1": 50.0}},
     **{"recipe": {"eval_batch_size": 16}, "not_measured": "the classes were changed"},
+    **{"image_hashes": {"files": "0123456789ab cdef01234567", "pixels": "0123456789ab"}},
 }
 NAMES = ["cat", "dog", "owl", "saw"]
 TREES = (
@@ -139,17 +140,9 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count
-    weight = create_model("dcp_mini", "clip", classnames=["cat", "dog"]).zero_shot_classifier(["cat", "dog"])
-    linear = LinearHead(
-        dcp.encoder.clip,
-        ["cat", "dog"],
-        weight,
-        weight[:, 0] * 0,
-        template="a photo of a {}.",
-        tokenizer=dcp.encoder.tokenizer,
-    )
-    linear.method, linear.pretrained_cfg = "zero-shot", dcp.pretrained_cfg
-    linear.encoder.architecture, linear.encoder.source = dcp.encoder.architecture, dcp.encoder.source
+    weight = dcp.encoder.zero_shot_classifier(["cat", "dog"])
+    linear = LinearHead(dcp.encoder, ["cat", "dog"], weight, weight[:, 0] * 0, texts="a photo of a {}.")
+    linear.method = "zero-shot"
     for model in (dcp, linear):
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)

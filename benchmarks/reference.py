@@ -25,7 +25,8 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     first = (prompts["text"] + text.positional_embedding[inside]).expand(len(y), -1, -1)
     y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
-    vision_blocks, text_blocks = list(vision_blocks(model)), list(text.transformer.resblocks)
+    vision_blocks = [block.module for block in model.encoder.vision_tower.blocks]
+    text_blocks = list(text.transformer.resblocks)
     if config.prompted_blocks:
         x, y = frozen_start(model, x, y, inside, mask, rope)
         vision_blocks, text_blocks = vision_blocks[-config.prompted_blocks :], text_blocks[-config.prompted_blocks :]
@@ -56,8 +57,8 @@ def frozen_start(model: DCP, x: torch.Tensor, y: torch.Tensor, inside: slice, ma
     """x, y as they enter the first block with prompts: those before run without the prompts' tokens."""
     m, late, prompts = model.config.n_ctx, model.config.prompted_blocks, model.prompts
     x, rope_without = x[:, :-m], None if rope is None else rope[:-m]
-    for block in list(vision_blocks(model))[:-late]:
-        x = block(x) if rope is None else block(x, rope=rope_without)
+    for block in model.encoder.vision_tower.blocks[:-late]:
+        x = block.module(x) if rope is None else block.module(x, rope=rope_without)
     outside = [i for i in range(y.shape[1]) if i not in range(inside.start, inside.stop)]
     names = y[:, outside]
     mask = None if mask is None else mask[..., outside, :][..., outside]
@@ -113,7 +114,7 @@ def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and ends (C,).
     The rest of a phrase precedes the name."""
     prompts = "X " * model.config.n_ctx
-    sentences = [prompts + model.template.format(name.replace("_", " ")) for name in model.classnames]
+    sentences = [prompts + model.behind.format(name.replace("_", " ")) for name in model.classnames]
     ids = model.encoder.tokenizer(sentences, context_length=len(model.encoder.text.positional_embedding))
     return ids, end_positions(model.encoder.text, ids)
 

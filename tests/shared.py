@@ -155,8 +155,8 @@ def photos(tmp_path_factory) -> list[Item]:
 @pytest.fixture(scope="session")
 def tiny_head(golden: dict) -> DCP:
     """A calibrated DCP of four classes on the golden CLIP, its parameters perturbed so that answers differ."""
-    model = loud(DCP(build_tiny_clip(golden), ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
-    model.pretrained_cfg = CFG
+    clip = FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG)
+    model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
     return model.eval()
 

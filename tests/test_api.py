@@ -241,10 +241,32 @@ def test_trackers_receive_every_epoch(monkeypatch, tmp_path):
     for tracker in (WeightsAndBiases(project="p"), TensorBoard(tmp_path)):
         tracker.on_start(model, {"lr": 1})
         assert not tracker.on_epoch(model, Epoch(1, 2, 0.5, 0.25))
-        tracker.on_end(model)
+        tracker.close()
     logged = {"epoch": 1, "step": 2, "lr": 0.5, "loss": 0.25}
     assert lines[:3] == [{"config": {"lr": 1}, "project": "p"}, (2, logged), "end"]
     assert lines[3:] == [str(tmp_path), ("lr", 0.5, 2), ("loss", 0.25, 2), "end"]
+
+
+def test_trackers_are_closed_when_a_training_stops(pictures):
+    class Stopping(Callback):
+        closed = 0
+
+        def on_epoch(self, model, epoch):
+            raise KeyboardInterrupt
+
+        def close(self):
+            self.closed += 1
+
+    stop = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
+    assert stop.closed == 1
+
+
+def test_seeds_that_cannot_be_drawn_from_are_refused(pictures):
+    for seed in (-1, 2**32):
+        with pytest.raises(ZooError, match="seed must be from 0 to 4294967295"):
+            dcp_zoo.train("dcp_mini", *pictures, seed=seed)
 
 
 def test_a_missing_tracker_is_named(monkeypatch):
@@ -476,6 +498,21 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
         FewShotClassifier().fit(paths, labels, [0] * 4 + [1] * 4)
 
 
+def test_features_of_another_tower_are_refused(pictures):
+    """Also parts of them: of prolip, whose projection is trained, they have the width of plain CLIP's."""
+    paths, labels = pictures
+    own = FewShotClassifier(method="prolip", classifier="none", recipe={"epochs": 2}).fit(paths, labels)
+    features = own.transform(paths)
+    with pytest.raises(ZooError, match="features by prolip of bundled of dcp_mini, where those by bundled of dcp_mini"):
+        FewShotClassifier().fit(features[2:], labels[2:])
+    plain = FewShotClassifier(method="zero-shot").fit(paths, labels)
+    with pytest.raises(ZooError, match="pass the images themselves"):
+        plain.predict(features)
+    assert plain.predict(plain.transform(paths)[1:]).tolist() == plain.predict(paths[1:]).tolist()
+    with pytest.raises(ZooError, match="this model reads images alone"):
+        own.predict(plain.transform(paths).view(np.ndarray))
+
+
 def test_numbers_as_class_names_are_doubted(pictures):
     labels = [int(label == "red") for label in pictures[1]]
     with pytest.warns(UserWarning, match=r"CLIP reads the class names, which are 0, 1: .*classnames=\{0: \"cat\""):
@@ -645,6 +682,20 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     runs.reset_mock()
     assert np.allclose(few.predict_proba(paths), whole, atol=1e-3)  # in other batches, features round otherwise
     assert not runs.called, "features of the fit serve the answers"
+
+
+def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, tmp_path):
+    """Which in memory have no names to tell them apart."""
+    images, labels = [Image.open(path) for path in pictures[0]], pictures[1]
+    options = {"method": "dcp", "recipe": QUICK, "output": tmp_path}
+    stops = iter([False, True])
+    with pytest.raises(KeyboardInterrupt):
+        dcp_zoo.train("dcp_mini", images, labels, stop=lambda: next(stops), **options)
+    others = [*images[:-1], Image.new("RGB", images[-1].size)]
+    with pytest.raises(ZooError, match=r"the state of another run: hash of the images \w{12} instead of \w{12}\. To"):
+        dcp_zoo.train("dcp_mini", others, labels, **options)
+    head = dcp_zoo.train("dcp_mini", [image.copy() for image in images], labels, **options)
+    assert head.info["subset_sha256"] != dcp_zoo.train("dcp_mini", others, labels).info["subset_sha256"]
 
 
 @pytest.mark.parametrize("method", ["gda", "tip-adapter"])

@@ -15,12 +15,13 @@ import pytest
 import torch
 from helpers import close
 from safetensors.torch import load_file
-from shared import GOLDEN
+from shared import CFG, GOLDEN
 from torch import nn
 
 import dcp_zoo
 from dcp_zoo import ZooError, convert_cmpa_checkpoint
 from dcp_zoo.data.readers import read_classnames
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.zoo.convert import read_pickle
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
@@ -216,9 +217,7 @@ def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, run):
 
     def create_model(name: str, pretrained: str, **args) -> dcp_zoo.DCP:
         assert (name, pretrained) == ("dcp_vitb16", "clip")
-        model = dcp_zoo.DCP(tiny_clip, **args)
-        model.pretrained_cfg = dcp_zoo.get_pretrained_cfg(name) | {"input_size": (3, 32, 32)}
-        return model
+        return dcp_zoo.DCP(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), **args)
 
     monkeypatch.setattr(convert, "create_model", create_model)
     (tmp_path / "names.txt").write_text("\n".join(golden["classnames"]))

@@ -3,18 +3,24 @@
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import photo
 from PIL import Image
 
+import dcp_zoo
+from dcp_zoo import FewShotClassifier
 from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import evaluate
 from dcp_zoo.data import Item, load_labelled, load_split, training_split
+from dcp_zoo.model.config import read_config
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 
@@ -91,8 +97,9 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
     code, out, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert code == 0
     assert "Note: my_head was trained on 2 classes, and is tested with the 3 class names of MY_PHOTOS" in err
-    assert "on 18 test images of MY_PHOTOS" in out  # all, as these are other images than it was trained on
-    assert "trained on other images; if it saw some of these, the accuracy is too high" in err
+    assert "on 18 images of MY_PHOTOS" in out  # all, as this head does not say which it has seen
+    assert "test" not in out
+    assert "does not say which images it was trained on: if these are among them, the accuracy is too high" in err
     shutil.rmtree(flowers / "daisy")
     assert "Note:" not in run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")[2]
 
@@ -103,6 +110,60 @@ def test_the_share_that_training_held_out_of_a_dataset_is_measured():
     split = training_split(images, 0.2)
     model = SimpleNamespace(info={"test_share": 0.2, "split_sha256": split.sha256})
     assert evaluate.test_images(images, model, "head", True) == split.test
+
+
+def fitted(*data) -> Head:
+    return FewShotClassifier().fit(*data).model_
+
+
+@pytest.mark.parametrize(
+    ("form", "door"),
+    [("folder", partial(dcp_zoo.train, "dcp_mini")), ("paths", fitted), ("images", partial(dcp_zoo.train, "dcp_mini"))],
+)
+def test_no_image_of_a_training_in_python_is_tested(run, flowers, form, door):
+    """Whether it was given by its folder, by paths or in memory, and wherever the same file is now."""
+    paths, labels = dcp_zoo.list_labelled_images(flowers)
+    images = [Image.open(path) for path in paths] if form == "images" else paths
+    door(*([flowers] if form == "folder" else [images, labels])).save_pretrained("head")
+    assert "head was trained on these images. Pass other images" in run.refused("eval", "MY_PHOTOS", "--head", "head")
+    shutil.copytree("MY_PHOTOS/rose", "OTHERS/rose/copied")
+    for name in ("rose", "tulip"):
+        photo(Path("OTHERS", name, "0.jpg"))  # another picture of the same name
+    _, out, err = run("eval", "OTHERS", "--head", "head")
+    assert "head on 2 test images of OTHERS" in out
+    assert "Left out: 6 of 8 images, as head was trained on them" in err
+
+
+def test_a_folder_has_the_same_hashes_in_python_and_on_the_command_line(run, flowers):
+    run.ok("train", "MY_PHOTOS", "--test", 0, "--output", "head")
+    by_command, in_python = read_config("head")["dcp"], dcp_zoo.train("dcp_mini", flowers).info
+    for name in ("split_sha256", "subset_sha256", "image_hashes"):
+        assert by_command[name] == in_python[name], name
+
+
+def test_images_of_features_are_not_known(run, flowers):
+    """Neither by name nor by content: nothing is claimed about a test."""
+    FewShotClassifier().fit(np.eye(12, 512), dcp_zoo.list_labelled_images(flowers)[1]).save("head")
+    assert not read_config("head")["dcp"]["image_hashes"]
+    out = run.ok("eval", "MY_PHOTOS", "--head", "head")
+    assert "on 12 images of MY_PHOTOS" in out
+    assert "test" not in out
+
+
+def test_images_that_are_added_to_a_head_count_as_trained_on(run, flowers):
+    shutil.copytree("MY_PHOTOS/rose", "NEW/rose")
+    for name in ("daisy", "poppy", "lily"):
+        photo(Path("NEW", name, "0.jpg"))
+    classifier = FewShotClassifier().fit(flowers)
+    classifier.add_class("daisy", "NEW/daisy/0.jpg").add_class("poppy", [Image.open("NEW/poppy/0.jpg")]).save("head")
+    run.ok("classes", "add", "lily", "NEW/lily", "--head", "head", "--output", "more")
+    assert "more was trained on these images" in run.refused("eval", "NEW", "--head", "more")
+    photo(Path("NEW/lily/1.jpg"))
+    assert "more on 1 test images of NEW" in run.ok("eval", "NEW", "--head", "more")
+    shutil.copytree("NEW", "LAST")
+    shutil.copytree("MY_PHOTOS/tulip", "LAST/tulip")
+    run.ok("fit-text-probe", "LAST", "--head", "more", "--output", "last")
+    assert "last was trained on these images" in run.refused("eval", "NEW", "--head", "last")
 
 
 def test_eval_names_the_folder_it_needs(run, my_head, flowers):

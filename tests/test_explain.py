@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers import vision_blocks
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.api.explain import attention_maps, attention_weights, coupling_moves, draw, nearest_words

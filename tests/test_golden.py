@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dcp_zoo import DCP
 from dcp_zoo.data import Item
+from dcp_zoo.model.inputs import Pixels
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.recipes import named_recipe
 from dcp_zoo.training.sources import ImageSource
@@ -79,7 +80,7 @@ def test_logits_loss_and_every_gradient(case, golden, forward):
 def with_weights(model: DCP, case: dict) -> DCP:
     """The model with a case's trained tensors, which one CMPA shares, cut to its number of prompts."""
     found = {our_name(n.removeprefix("param."), True): t for n, t in case.items() if n.startswith("param.")}
-    for name, own in model.head_state().items():
+    for name, own in model.trained_state().items():
         own.data.copy_(found[name][: len(own)])
     return model
 
@@ -88,7 +89,7 @@ def with_weights(model: DCP, case: dict) -> DCP:
 class OneBatch(ImageSource):
     """The golden images as a source of one batch per epoch."""
 
-    batch: tuple[torch.Tensor, torch.Tensor] = ()
+    batch: tuple[Pixels, torch.Tensor] = ()
 
     def batches(self, *args, **options):
         return [self.batch]
@@ -104,8 +105,8 @@ def test_ten_steps_of_the_authors_trainer(golden, tiny_clip, name):
     model = with_weights(DCP(tiny_clip, golden["classnames"], recipe.config), load_file(GOLDEN / expected["case"]))
     labels = golden["labels"]
     items = [Item("", "", label) for label in labels]
-    source = OneBatch(model, items, None, batch=(golden["backbone"]["images"], torch.tensor(labels)))
-    assert close(torch.tensor(train(source, recipe)), torch.tensor(expected["losses"]), 1e-3)
+    source = OneBatch(model.encoder, items, None, batch=(Pixels(golden["backbone"]["images"]), torch.tensor(labels)))
+    assert close(torch.tensor(train(model, source, recipe)), torch.tensor(expected["losses"]), 1e-3)
 
 
 def test_words_of_the_phrase_beyond_the_prompts_stay(golden, tiny_clip):

@@ -12,7 +12,9 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.model._torch import skip_init
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.towers import vision_tower
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
@@ -183,6 +185,11 @@ def test_bad_arguments_get_advice(tiny_clip, changes, message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
 
 
+def test_a_list_without_a_template_is_refused(tiny_clip):
+    with pytest.raises(ZooError, match="no template for class names"):
+        PromptHead(FrozenCLIP(tiny_clip), NAMES, texts=[])
+
+
 def test_warning_for_repeated_names(tiny_clip):
     with pytest.warns(UserWarning, match="cannot be told apart: 'wild cat', 'wild_cat'"):
         DCP(tiny_clip, ["ant", "wild_cat", "wild cat"])
@@ -241,4 +248,4 @@ def test_vits_at_full_size():
     assert model.num_classes == 1000
     assert all(type(b.mlp.gelu).__name__ == "QuickGELU" for b in model.encoder.visual.transformer.resblocks)
     assert sum(p.numel() for p in one_way.parameters() if p.requires_grad) < 8_000_000
-    assert (len(large.visual.transformer.resblocks), large.num_coupled) == (24, 11)
+    assert (len(large.encoder.visual.transformer.resblocks), large.num_coupled) == (24, 11)

@@ -105,7 +105,7 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     model.save_pretrained(tmp_path / "head", torch.float32)
     weights = model.encoder.clip.state_dict()  # they stand for those on the Hub
     monkeypatch.setattr(factory, "fetch_clip", lambda *_: None)
-    monkeypatch.setattr(factory, "load_clip", lambda clip, _: clip.load_state_dict(weights))
+    monkeypatch.setattr(factory, "load_weights", lambda clip, _: clip.load_state_dict(weights))
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: "")
     again = create_model(str(tmp_path / "head"), True, tokenizer=tokenizer).eval()
     assert close(again(images), model(images))

@@ -32,7 +32,7 @@ from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.texts import class_name, folder_name, quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
@@ -121,17 +121,19 @@ def test_any_file_of_names_is_read_or_refused(place, content):
 
 
 CONFIG = {"architecture": "dcp_mini", "label_names": ["a"], "pretrained_cfg": {}, "model_args": {}}
-BLOCK = {"format_version": 1, "clip": "x", "method": "gda", "template": "{}"}
+BLOCK = {"format_version": 3, "clip": "x", "method": "gda", "head": "linear", "abilities": {}, "texts": "{}"}
 
 
-@given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "descriptions"]), JSON)
+@given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "read"]), JSON)
+@example(b"", "read", [])
 def test_any_config_is_read_or_refused(place, content, name, value):
     config = CONFIG | {"dcp": BLOCK}
     changed = config | {name: value} if name in config else CONFIG | {"dcp": BLOCK | {name: value}}
     for text in (content, json.dumps(changed).encode()):
         (place / "config.json").write_bytes(text)
         with suppress(ZooError):
-            assert read_config(place)["label_names"]
+            found = read_config(place)
+            assert 0 < len(found["label_names"]) == len(found["dcp"].get("read", found["label_names"]))
 
 
 @given(st.lists(NASTY, max_size=6).map("/".join), st.sampled_from([zipped, tar]))

@@ -20,11 +20,12 @@ from dcp_zoo.data import Item
 from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model._torch import call_linear, linear, skip_init
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.towers.open_clip import attend
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.factory import load_clip
+from dcp_zoo.zoo.factory import load_weights
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -119,7 +120,7 @@ MUTATIONS = {
     "half and back": lambda m: m.bfloat16().float(),
     "another storage": lambda m: setattr(m.prompts["text"], "data", m.prompts["text"] * 2),
     "one number of cmpa": lambda m: poke(m.cmpa[0].to_vision.mlp.c_proj.bias),
-    "one number of a text block": lambda m: poke(m.text_blocks[1].mlp.c_fc.bias),
+    "one number of a text block": lambda m: poke(m.encoder.text.transformer.resblocks[1].mlp.c_fc.bias),
     "embedding of a name": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens[0].ids[0]].add_(1),
     "embedding of the start": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens.start_id].add_(1),
     "projection": lambda m: m.encoder.text.text_projection.mul_(
@@ -299,7 +300,7 @@ def test_weights_are_loaded_without_random_initialisation(golden, tmp_path, dtyp
     generator = torch.get_rng_state()
     with skip_init():
         other = open_clip.CLIP(**golden["clip"])
-    load_clip(other, path)
+    load_weights(other, path)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
     assert torch.equal(other.attn_mask, clip.attn_mask)
@@ -310,7 +311,7 @@ def test_loading_is_strict(golden, tmp_path):
     clip = build_tiny_clip(golden)
     path = state_file(build_tiny_clip(golden, vision_cfg={"layers": 3}), tmp_path / "clip.safetensors")
     with pytest.raises(RuntimeError, match="Missing key"):
-        load_clip(clip, path)
+        load_weights(clip, path)
 
 
 @torch.no_grad()
@@ -366,7 +367,7 @@ def test_random_transforms_keep_their_order(items):
 
 def test_a_source_decodes_each_file_once(tiny_clip, items, monkeypatch):
     decoded = Count(monkeypatch, dataset_module, "load_image")
-    source = ImageSource(build(tiny_clip), items, to_tensor)
+    source = ImageSource(FrozenCLIP(tiny_clip), items, to_tensor)
     for epoch in range(3):
         list(source.batches(2, torch.Generator().manual_seed(epoch)))
     assert decoded.calls == 6

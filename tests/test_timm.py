@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.api.explain import attention_weights
-from dcp_zoo.model.towers import blocks as tower_blocks
+from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
 from dcp_zoo.zoo.factory import plain_clip
 from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
@@ -153,8 +153,10 @@ def test_data_config_and_transform(model):
     assert torch.equal(create_transform(**cfg, is_training=False)(image), ours)
     assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
     assert getattr(model, model.default_cfg["classifier"]) is model.text_probe
-    changed = timm.create_model("dcp_mini", pretrained_cfg_overlay={"crop_pct": 0.875})
+    changed = timm.create_model("dcp_mini", "clip", pretrained_cfg_overlay={"crop_pct": 0.875})
     assert resolve_model_data_config(changed)["crop_pct"] == 0.875
+    found = dcp_zoo.evaluate(changed, [image], [changed.classnames[0]]).logits
+    torch.testing.assert_close(found, changed(dcp_zoo.create_transform(changed)(image)[None]))
 
 
 @torch.inference_mode()
@@ -323,7 +325,7 @@ def test_features_only(model):
     net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=(-1, 1)).eval()
     assert (net.feature_info.channels(), net.feature_info.reduction()) == ([256, 256], [32, 32])
     modules = dict(net.model.named_modules())
-    assert [modules[name] for name in net.feature_info.module_name()] == [net.vision_blocks(model)[i] for i in (1, 5)]
+    assert [modules[name] for name in net.feature_info.module_name()] == [vision_blocks(net.model)[i] for i in (1, 5)]
     expected = model.forward_intermediates(IMAGES, (1, 5), intermediates_only=True)
     assert all(map(torch.equal, net(IMAGES), expected))
     assert resolve_model_data_config(net) == resolve_model_data_config(model)
@@ -440,7 +442,7 @@ def test_a_context_of_another_shape_is_refused(golden, with_stats, had_its_own):
 
 def test_loading_a_part_keeps_the_statistics(with_stats):
     before = with_stats.stored_stats
-    with_stats.load_state_dict({"clip.logit_scale": torch.tensor(1.0)}, strict=False)
+    with_stats.load_state_dict({"encoder.clip.logit_scale": torch.tensor(1.0)}, strict=False)
     assert with_stats.stored_stats is before
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.data import Item
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.inputs import Maps
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
@@ -135,12 +136,12 @@ def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
 @torch.no_grad()
 def test_without_prompts_the_towers_are_those_of_open_clip(kind):
     clip, tokenizer = build_clip(kind)
-    plain = FrozenCLIP(clip, tokenizer or open_clip.SimpleTokenizer(), {})
+    plain = FrozenCLIP(clip, tokenizer)
     expected = F.normalize(clip.encode_image(IMAGES), dim=-1)
     assert close(plain.encode_image(IMAGES), expected)
-    maps = plain.encoder.vision_tower.patch_maps(IMAGES)
-    assert maps.shape[1:] == (64, *plain.encoder.vision_tower.grid)
-    assert close(plain.encode_image(maps, patches=True), expected)
+    maps = plain.vision_tower.patch_maps(IMAGES)
+    assert maps.shape[1:] == (64, *plain.vision_tower.grid)
+    assert close(plain.encode_image(Maps(maps)), expected)
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def test_calibrated_fused_and_independent_of_the_batch(kind, prompted_blocks):
     logits = model(IMAGES)
     assert close(model(IMAGES[:1]), logits[:1])
     assert close(model.fuse()(IMAGES), logits)
-    assert close(model(model.enter(IMAGES), patches=True), logits)
+    assert close(model(model.encoder.enter(IMAGES, model.first_block)), logits)
     assert close(model.encode_text(NAMES[::-1]), model.encode_text().flip(0))
 
 
@@ -213,7 +214,7 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, me
     with pytest.raises(ZooError, match=message):
         DCP(clip, NAMES)
     if "convnext" in changes["timm_model_name"]:
-        plain = FrozenCLIP(clip, open_clip.SimpleTokenizer(), {})
+        plain = FrozenCLIP(clip)
         assert close(plain.encode_image(IMAGES), F.normalize(clip.encode_image(IMAGES), dim=-1))
 
 
@@ -225,13 +226,13 @@ def test_names_too_long_for_a_short_text_tower_are_named():
 @pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple", "promptsrc", "2sfs"])
 def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
     clip, tokenizer = build_clip("siglip")
-    plain = FrozenCLIP(clip, tokenizer, {})
+    plain = FrozenCLIP(clip, tokenizer)
     source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)
-    source.views = plain.encoder.vision_tower.patch_maps(IMAGES)[None].detach()
+    source.views, source.form = plain.vision_tower.patch_maps(IMAGES)[None].detach(), Maps
     published = METHODS[method].recipe("dcp_vitb16", "dtd", 2, "few-shot")
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})
     task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", source, None, recipe)
-    logits = predict(source.for_model(METHODS[method].fit(task)), 3)
+    logits = predict(METHODS[method].fit(task), source, 3)
     assert logits.shape == (3, 2)
     assert logits.isfinite().all()

@@ -1,7 +1,7 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -17,9 +17,21 @@ from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
 from dcp_zoo.api.functions import as_model, outputs_of, plan_own
-from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
+from dcp_zoo.api.inputs import (
+    Images,
+    Labelled,
+    Labels,
+    Transformed,
+    check_features,
+    hashed,
+    is_folder,
+    labelled,
+    list_labelled_images,
+    unlabelled,
+)
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
+from dcp_zoo.data.seen import note_images
 from dcp_zoo.deploy.together import together as refine_together
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
@@ -32,6 +44,7 @@ from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, train_head
 from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.zoo.registry import get_spec
 
 SEEDS = 2**31  # how many there are to draw from
 Weights = ArrayLike | None  # of images
@@ -50,8 +63,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         batch_size: images per batch when it classifies; it does not affect the predictions.
         random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
             own, from which each fit takes a seed.
-        memory: a folder, or joblib.Memory, that keeps image features for later processes. Within a process up to
-            512 MB are kept: further fits, folds and methods on the same images are fast.
+        memory: a folder, or joblib.Memory, that keeps image features for later processes; False keeps none. By default
+            up to 512 MB are kept within a process: further fits, folds and methods on the same images are fast.
         verbose: show progress bars. Default: in a terminal or notebook.
 
     Attributes:
@@ -105,6 +118,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
                 probe; other methods choose their hyperparameters on them. Not the images of a test.
         """
+        if isinstance(images, Transformed):
+            spec = get_spec(self.model)
+            check_features(images, (spec.name, spec.clip_pretrained))
         data, history = labelled(images, labels, self.classnames), History()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
@@ -132,14 +148,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def transform(self, images: Images) -> np.ndarray:
-        """The features (n, E) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
-        method that trains no prompts are plain CLIP's, and can take the place of the images in another fit."""
-        features = self._outputs(images).features
-        assert features is not None  # a fitted head has stored statistics
+        """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
+        method that trains neither prompts nor CLIP's weights are plain CLIP's, and can take the place of the images in
+        another fit, which refuses the others."""
+        found = self._outputs(images).features
+        assert found is not None  # a fitted head has stored statistics
+        features = found.view(Transformed)
+        features.of = read_by(self._head())
         return features
 
     def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
         head, items = self._head(), unlabelled(images, features=True)
+        check_features(images, read_by(head))
         with self._kept_features():
             return outputs_of(head, items, self.batch_size, self.precision, self._progress(), reject)
 
@@ -155,7 +175,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
-        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
+        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class. As in scikit-learn,
+        images of the training count as well: for an honest figure pass others."""
         if is_folder(images) and labels is None:
             images, labels = list_labelled_images(images)
         return super().score(images, labels, sample_weight)
@@ -172,9 +193,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)
-        batch = torch.stack([transform(load_image(item.path)) for item in unlabelled(images)])
-        model.add_class(name, batch)
+        items = hashed(unlabelled(images))
+        model.add_class(name, torch.stack([transform(load_image(item.path)) for item in items]))
+        note_images(model.info, items)
         self.classes_ = np.append(self.classes_, label)
+        order = np.argsort(self.classes_, kind="stable")
+        self.classes_ = self.classes_[order]
+        model.classify_into([model.classes[i] for i in order], None)
         return self
 
     def remove_class(self, label: object) -> "FewShotClassifier":
@@ -215,7 +240,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self.model_
 
     def _kept_features(self) -> AbstractContextManager[None]:
-        return kept_features(getattr(self.memory, "location", self.memory))
+        place = getattr(self.memory, "location", self.memory)
+        return nullcontext() if place is False else kept_features(place)
 
     def _progress(self) -> Progress:
         return bar if self.verbose is None else partial(bar, disable=not self.verbose)
@@ -242,6 +268,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     (Path(folder) / name).write_bytes(content)
                 state = state | {"model_": as_model(f"local-dir:{folder}", state["device"])}
         super().__setstate__(state)
+
+
+def read_by(head: Head) -> tuple[str, ...]:
+    """What computes the features that a head reads, see `Transformed`."""
+    of = head.encoder.architecture, head.encoder.source
+    return of if len(head.readings) == 1 else (*of, head.method)
 
 
 def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:

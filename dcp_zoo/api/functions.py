@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, labelled, unlabelled, with_classes
+from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, hashed, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, bar
@@ -69,7 +69,8 @@ def train(
             hyperparameters (see `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
         class_weight: weight of the losses by label, or "balanced", inversely proportional to the number of images; for
             methods that train prompts and for the text probe, which is always balanced. Default: all equal.
-        output: folder for the checkpoint, from which a stopped training resumes. Default: nothing is written.
+        output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
+            is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
@@ -92,7 +93,7 @@ def plan_own(
     check_images([item for item in data.items if isinstance(item.path, str)], progress)
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
-    split = Split(OWN_IMAGES, data.names, data.items, val, [])
+    split = Split(OWN_IMAGES, data.names, hashed(data.items), hashed(val), [])
     run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
     if data.items and isinstance(data.items[0].path, torch.Tensor) and not METHODS[method].features:
         able = ", ".join(name for name in METHODS if METHODS[name].features)
@@ -113,8 +114,9 @@ def evaluate(
     precision: str = AUTO,
     progress: Progress = bar,
 ) -> Evaluation:
-    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. ZooError
-    for an unknown model, a label that is none of its classes, or an image that cannot be read.
+    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. Images
+    that the model was trained on count as well; `dcp-zoo eval` leaves them out. ZooError for an unknown model, a label
+    that is none of its classes, or an image that cannot be read.
 
     Args:
         model: a head, its name, or the folder of a checkpoint.

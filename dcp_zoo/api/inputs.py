@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.data import Item, load_labelled
+from dcp_zoo.data import Item, all_for_training, load_labelled
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error
@@ -21,6 +23,22 @@ UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
+
+
+class Transformed(np.ndarray):
+    """Features (n, F) of `FewShotClassifier.transform`, also parts of them: they know what computed them."""
+
+    of: tuple[str, ...] = ()  # the names of a CLIP and its weights, and of the method if that changed the features
+
+    def __array_finalize__(self, other: object) -> None:
+        self.of = getattr(other, "of", ())
+
+
+def check_features(images: Images, expected: tuple[str, ...]) -> None:
+    """ZooError for features of something else, where that is known: their values do not tell."""
+    if isinstance(images, Transformed) and images.of not in ((), expected):
+        named, wanted = " of ".join(reversed(images.of)), " of ".join(reversed(expected))
+        raise ZooError(f"These are features by {named}, where those by {wanted} are read: pass the images themselves.")
 
 
 class Labelled(NamedTuple):
@@ -33,12 +51,18 @@ def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The images of a folder with one folder per class, or a zip or tar of it: their paths, and the class of each, for
     functions such as scikit-learn's `cross_val_score`. ZooError for no such folder, no class folders, a class without
     images, or folders `train` and `test`."""
+    return _of_folder(folder)[:2]
+
+
+def _of_folder(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
+    """`list_labelled_images`, and the keys: as of `dcp-zoo train`, in the same order."""
     found = load_labelled("folder", folder)
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
     if doubt := unlike_classes(found.classnames, found.items):
-        warnings.warn(doubt, stacklevel=2)
-    return [item.path for item in found.items], [found.classnames[item.label] for item in found.items]
+        warnings.warn(doubt, stacklevel=3)
+    items = all_for_training(found).train
+    return [x.path for x in items], [found.classnames[x.label] for x in items], [x.key for x in items]
 
 
 def is_folder(images: Images) -> bool:
@@ -49,7 +73,7 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     """Images with their labels; arguments as in `dcp_zoo.train`, and `features` as in `as_images`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
-    images, labels = _with_labels(images, labels)
+    images, labels, keys = _with_labels(images, labels)
     if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
     found, values = as_images(images, features), np.asarray(labels)
@@ -58,34 +82,43 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     classes = np.unique(values)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    return Labelled(classes, _names(classes, classnames), _items(found, values.tolist(), classes.tolist()))
+    return Labelled(classes, _names(classes, classnames), _items(found, values.tolist(), classes.tolist(), keys))
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any]) -> list[Item]:
     """Images with their labels among known classes."""
-    images, labels = _with_labels(images, labels)
-    return _items(as_images(images, features=True), list(labels), classes)
+    images, labels, keys = _with_labels(images, labels)
+    return _items(as_images(images, features=True), list(labels), classes, keys)
 
 
-def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any]) -> list[Item]:
+def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], keys: list[str] | None) -> list[Item]:
     index = {label: i for i, label in enumerate(classes)}
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
         raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
-    keys = (image if isinstance(image, str) else f"image {i}" for i, image in enumerate(found))
+    keys = keys or [image if isinstance(image, str) else f"image {i}" for i, image in enumerate(found)]
     return [Item(image, key, index[label]) for image, key, label in zip(found, keys, values, strict=True)]
 
 
-def _with_labels(images: Images, labels: Labels) -> tuple[Any, Any]:
-    """Images and labels as they are, or a folder's; ZooError for images alone."""
+def hashed(items: Iterable[Item]) -> list[Item]:
+    """Images, with a hash as key of those in memory, and of features (E,): names do not tell these apart."""
+
+    def key(image: Any) -> str:
+        return pixels_sha256(image) if isinstance(image, Image.Image) else sha256(image.numpy().tobytes()).hexdigest()
+
+    return [item if isinstance(item.path, str) else item._replace(key=key(item.path)) for item in items]
+
+
+def _with_labels(images: Images, labels: Labels) -> tuple[Any, Any, list[str] | None]:
+    """Images and labels as they are, or a folder's, with the images' keys; ZooError for images alone."""
     if is_folder(images) and labels is None:
-        return list_labelled_images(images)
+        return _of_folder(images)
     if labels is None:
         if isinstance(images, (str, Path)) and not Path(images).exists():
             raise ZooError(f"There is no folder {images}: pass one with one folder per class.")
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
-    return images, one_column(labels)
+    return images, one_column(labels), None
 
 
 def unlabelled(images: Images, features: bool = False) -> list[Item]:

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
 from typer import Exit, Option
@@ -16,6 +16,7 @@ from dcp_zoo.cli.console import log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
+from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
 
 MOST = 10  # rows of each table
+TEST = "test top-1"  # the accuracy on images that a head has not seen
+UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
 
 
 def evaluate(
@@ -49,6 +52,7 @@ def evaluate(
     """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
 
     With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05 percentage points.
+    Of your own images, those that the head was trained on are left out, wherever they are and whatever they are called.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
@@ -73,7 +77,7 @@ def evaluate(
     claims = claimed(name, model) if claim else None
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
-    test, shown = test_images(images, model, head, claim), str(data_root) if dataset == "folder" else dataset
+    (test, title), shown = test_images(images, model, head, claim), str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
     if set(images.classnames) != set(model.classnames):
@@ -94,8 +98,9 @@ def evaluate(
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")
     if not as_json:
-        output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} statistics:")
-        show_evaluation(evaluation)
+        kind = title.removesuffix("top-1")
+        output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:")
+        show_evaluation(evaluation, title)
         if claims:
             compare(claims, metrics)
         return
@@ -116,22 +121,37 @@ def evaluate(
     print(json.dumps(result))
 
 
-def test_images(images: Split, model: "Head", head: str, claim: bool) -> list[Item]:
-    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others,
-    which measures no claim."""
-    split = training_split(images, model.info.get("test_share"))
-    if split.sha256 not in (model.info.get("split_sha256"), model.info.get("text_probe", {}).get("split_sha256")):
-        if claim:
-            hashes = f"its sha256 is {model.info.get('split_sha256')}, and that of the one here is {split.sha256}"
-            raise ZooError(f"{head} was trained on another split of {images.name}: {hashes}.")
-        if images.has_parts or not is_own(images.name):
-            return split_images(images).test
-        log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
-        return images.items
-    if not split.test:
-        advice = f"dcp-zoo info {head} shows its accuracy. Pass other images, or train with --no-refit to hold some out"
-        raise ZooError(f"{head} was trained on these images. {advice}.")
-    return split.test
+def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[list[Item], str]:
+    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others. None
+    of the images that the head was trained on, if it names those. And what the accuracy on them is called. ZooError if
+    these images measure no `claim`."""
+    info, own = model.info, is_own(images.name)
+    split = training_split(images, info.get("test_share"))
+    same = split.sha256 in (info.get("split_sha256"), info.get("text_probe", {}).get("split_sha256"))
+    if claim and not same:
+        hashes = f"its sha256 is {info.get('split_sha256')}, and that of the one here is {split.sha256}"
+        raise ZooError(f"{head} was trained on another split of {images.name}: {hashes}.")
+    items, title = images.items, TEST
+    if same and (split.test or not info.get("image_hashes")):
+        items = split.test
+    elif images.has_parts or not own:
+        items = split_images(images).test
+    elif not info.get("image_hashes"):
+        log(UNKNOWN.format(head))
+        title = "top-1"
+    if not (items := new_images(items, info, head)):
+        shown = f" dcp-zoo info {head} shows its accuracy." if info.get("metrics") else ""
+        advice = "Pass other images, or train with --no-refit to hold some out."
+        raise ZooError(f"{head} was trained on these images.{shown} {advice}")
+    return items, title
+
+
+def new_images(items: list[Item], info: Mapping[str, Any], head: str) -> list[Item]:
+    """The images that a head was not trained on, as far as it says on which it was; a message if some are left out."""
+    new = unseen(items, info)
+    if 0 < len(new) < len(items):
+        log(f"Left out: {len(items) - len(new)} of {len(items)} images, as {head} was trained on them.")
+    return new
 
 
 def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
@@ -145,9 +165,9 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
     return dataset
 
 
-def show_evaluation(evaluation: "Evaluation") -> None:
+def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
     """Print the accuracy, the worst classes, pairs and mistakes."""
-    output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
+    output.print(f"[bold]{title}: {evaluation.accuracy}[/]")
     if evaluation.balanced is not None:
         output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies")
     if not evaluation.mistakes:

@@ -8,10 +8,11 @@ from typer import Argument, Context, Option, Typer
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.evaluate import trained_on
+from dcp_zoo.cli.evaluate import TEST, UNKNOWN, new_images, trained_on
 from dcp_zoo.data import Item, check_images, is_own, load_image, load_labelled, training_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
+from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import alone_in
@@ -74,14 +75,12 @@ def fit_text_probe(
     shots = shots or (None if own else model.info.get("shots"))
     run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
     result: dict[str, Any] = {}
-    if own and split.test:
-        metrics, evaluation = measure(
-            model, image_source(model.plain.encoder, split.test, "none", workers, progress_bar)
-        )
+    if own and (test := new_images(split.test, model.info, head)):
+        metrics, evaluation = measure(model, image_source(model.plain.encoder, test, "none", workers, progress_bar))
         result = measurement(metrics, evaluation)
-        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
-        if not alone and model.info.get("split_sha256") != split.sha256:
-            log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
+        output.print(f"[bold]{TEST}: {evaluation.accuracy}[/]")
+        if not alone and not model.info.get("image_hashes") and model.info.get("split_sha256") != split.sha256:
+            log(UNKNOWN.format(head))
     if refit:
         split = all_for_training(split)
         run.add_probe(model, split, None, seed, workers=workers, progress=progress_bar)
@@ -163,6 +162,7 @@ def add(
     known, transform = counts[name] if exists else 0, create_transform(model)
     model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known)
     model.info["class_images"] = counts | {name: known + len(found)}
+    note_images(model.info, [Item(image.path, image.name, 0) for image in found])
     done = f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
     _save(model, output_dir, done, LOST)
 

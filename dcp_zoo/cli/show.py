@@ -184,7 +184,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    block, omitted = config["dcp"], ("format_version", "clip", "recipe")
+    block, omitted = config["dcp"], ("format_version", "clip", "recipe", "image_hashes")
     facts = {key: value for key, value in block.items() if key not in omitted and value is not None}
     for key, texts in (("descriptions", block.get("descriptions")), ("template", block.get("template"))):
         if isinstance(texts, dict):

@@ -1,10 +1,12 @@
 """Load the image at an item's path."""
 
+import os
 import struct
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +19,7 @@ from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
 from dcp_zoo.data.videos import is_frame, read_frame
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
 
@@ -49,6 +51,21 @@ def pixels_sha256(image: Image.Image) -> str:
     """A hash of what `load_image` makes of an image in memory: of its size and its RGB pixels, upright."""
     pixels = load_image(image)
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
+
+
+def file_sha256(path: str) -> str:
+    """A hash of the bytes of an image, which is no frame of a video; ZooError, naming it, if they cannot be read."""
+    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
+        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset or a shard, or at a URL
+            return _bytes_sha256.__wrapped__(path)
+        found = os.stat(path)  # noqa: PTH116
+        return _bytes_sha256(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(2**16)  # as folds and further fits are on the same files
+def _bytes_sha256(path: str, *version: int) -> str:
+    with _stream(path) as file:
+        return sha256(file.read()).hexdigest()
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,8 @@ PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
 
 class Item(NamedTuple):
     """One labelled image. `path` is opened by `load_image`, and may be an image of PIL; `key` is the path as listed in
-    the split, the same on every machine, and is hashed; `label` indexes the split's class names."""
+    the split, the same on every machine, or in training the hash of an image in memory, and is hashed itself; `label`
+    indexes the split's class names."""
 
     path: Any
     key: str

@@ -234,7 +234,8 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)
-    classifier = FewShotClassifier(model, method, callbacks=[watch] if trains_prompts(model, method) else None)
+    callbacks = [watch] if trains_prompts(model, method) else None
+    classifier = FewShotClassifier(model, method, callbacks=callbacks, memory=False)  # visitors' images are not kept
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
     seconds = time.perf_counter() - started

@@ -125,6 +125,8 @@ def class_texts(names: Sequence[str], texts: Texts) -> tuple[list[str], list[int
         found = [sentences_of(names, texts)[name] for name in names]
     else:
         templates = [texts] if isinstance(texts, str) else texts
+        if not templates:
+            raise ZooError("There is no template for class names: pass one or more, such as 'a photo of a {}.'")
         found = [[template.replace("{}", name.replace("_", " ")) for template in templates] for name in names]
     sentences = [text for own in found for text in own]
     if unreadable := [text for text in sentences if re.search("[\ud800-\udfff]", text)]:

@@ -95,6 +95,7 @@ class HeadInfo(_Identity, total=False):
     seed: int
     split_sha256: str
     subset_sha256: str
+    image_hashes: dict[str, str]  # of own training images, see `dcp_zoo.data.seen`
     test_share: Annotated[float, {"min": 0, "max": 1}]
     recipe: RecipeInfo
     class_images: dict[str, Annotated[int | None, COUNT]]
@@ -175,7 +176,9 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    check(path, [] if config["label_names"] else ["label_names is empty"], advice)
+    names, read = config["label_names"], config["dcp"].get("read", config["label_names"])
+    check(path, [] if names else ["label_names is empty"], advice)
+    check(path, [] if len(read) == len(names) else ["dcp.read and label_names differ in length"], advice)
     if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)

@@ -137,9 +137,11 @@ class DCP(Head):
         logits = self.encoder.logits(features, text_features)
         if self.text_probe is None:
             return logits
-        others = [(other.encode(inputs), other.start()) for other in self.reads[1:]]
-        logits = torch.stack([logits, *(F.linear(f, *linear) for f, linear in others)]).mean(0)
-        return self.text_probe(logits, joined([features, *(f for f, _ in others)]), self.classes)
+        others = [(reading.encode(inputs), *reading.start()) for reading in self.reads[1:]]
+        with torch.autocast(logits.device.type, enabled=False):
+            plain = [F.linear(f.to(weight.dtype), weight, bias) for f, weight, bias in others]
+        logits, features = torch.stack([logits, *plain]).mean(0), joined([features, *(f for f, *_ in others)])
+        return self.text_probe(logits, features, self.classes)
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""

@@ -47,6 +47,9 @@ class Callback:
     def on_end(self, model: nn.Module) -> None:
         """Called after the last step, before the statistics are stored and the classifier is fitted."""
 
+    def close(self) -> None:
+        """Called in the end of every run that was started, also of one that is stopped or fails."""
+
 
 class History(Callback):
     """Keeps every epoch in the list `epochs`."""
@@ -112,7 +115,7 @@ class TensorBoard(Callback):
             if name not in ("epoch", "step"):
                 self._writer.add_scalar(name, value, epoch.step)
 
-    def on_end(self, model: nn.Module) -> None:
+    def close(self) -> None:
         self._writer.close()
         del self._writer
 
@@ -130,6 +133,6 @@ class WeightsAndBiases(Callback):
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
         self._run.log(epoch.values, step=epoch.step)
 
-    def on_end(self, model: nn.Module) -> None:
+    def close(self) -> None:
         self._run.finish()
         del self._run

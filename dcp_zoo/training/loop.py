@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -141,8 +141,6 @@ def train(
     numbers = sum(p.numel() for p in trained)
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
     after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks, validation)
-    for callback in callbacks:
-        callback.on_start(model, recipe.as_dict())
     loss_of = loss_of or objective(model, recipe, class_weight)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +156,15 @@ def train(
     in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
     faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
     shown = timed(progress, log, model.device, faster)
-    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
-    if average:
-        average.finish(trained, len(losses) // per_epoch)
-    for callback in callbacks:
-        callback.on_end(model)
+    with ExitStack() as closing:
+        for callback in callbacks:
+            callback.on_start(model, recipe.as_dict())
+            closing.callback(callback.close)
+        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
+        if average:
+            average.finish(trained, len(losses) // per_epoch)
+        for callback in callbacks:
+            callback.on_end(model)
     model.eval()
     model.set_grad_checkpointing(False)
     warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.seen import image_hashes, note_images
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import format_duration
@@ -122,6 +124,7 @@ class Run:
         if is_own(self.split.name):
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
+            stored["image_hashes"] = image_hashes(subset.train + subset.val)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}
@@ -181,6 +184,8 @@ def plan(
         labels: of the classes, if not their names.
         options: further attributes of `Run`.
     """
+    if not 0 <= seed < 2**32:
+        raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
     place = pick_device(device)
     precision = pick_precision(precision, model, place)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
@@ -303,7 +308,7 @@ def fit(
         head.info = info | head.info
         return head, 0.0
     path = None if output is None else output / STATE_NAME
-    identity = _identity(run, task.clip) | info
+    identity = _identity(run, task.clip, info)
     state = TrainingState(path, identity, options.save_every, options.log, options.stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     weights = None if run.class_weight is None else torch.tensor(run.class_weight)
@@ -372,6 +377,10 @@ def add_probe(
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
     head.info["text_probe"] = found
+    if head.method in METHODS and not METHODS[head.method].trains:  # only its text probe has seen images
+        head.info["image_hashes"] = image_hashes(subset.train) if is_own(split.name) else {}
+    else:
+        note_images(head.info, subset.train)
     return found
 
 
@@ -404,9 +413,13 @@ def _is_head_of(folder: Path, run: Run) -> bool:
     return same_model and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 
-def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
-    """What identifies a training in addition to its checkpoint's info: the state of another run is rejected."""
+def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
+    state of another run is rejected."""
+    of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
     return {
+        **{name: value for name, value in info.items() if name not in of_images},
+        "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
         "model": run.model,
         "method": run.method,
         "clip": clip.source,

@@ -68,6 +68,8 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         if num_classes is not None:
             model.reset_classifier(num_classes)
         model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | overlay
+        for reading in model.readings:  # whose preprocessing images get
+            reading.encoder.pretrained_cfg |= overlay
         model.to(device=device, dtype=dtype)
         return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
 

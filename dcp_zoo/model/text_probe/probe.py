@@ -65,7 +65,8 @@ class TextProbe(nn.Module):
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[Class]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
         weight, bias = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
-        return self.text_scale * logits + F.linear(features, weight, bias).to(logits.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.text_scale * logits + F.linear(features.to(weight.dtype), weight, bias).to(logits.dtype)
 
     def linear(self, text: Linear, classes: Sequence[Class]) -> Linear:
         """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
