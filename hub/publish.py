@@ -18,12 +18,11 @@ from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import WEIGHTS_NAME
-from dcp_zoo.model.head import Head
 from dcp_zoo.release.cards import CARD_NAME, make_card
 from dcp_zoo.release.push import LICENSE, ONNX_FILES, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
-from dcp_zoo.zoo.resolve import resolve
+from dcp_zoo.zoo.resolve import Source, resolve
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
@@ -56,24 +55,25 @@ class Release:
 def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
     build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
-    folder = Path(folder)
+    folder, name = Path(folder), f"local-dir:{folder}"
+    head = entry_of(resolve(name))
     with warnings.catch_warnings(), skip_init():
         warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
-        model = create_model(f"local-dir:{folder}", False)
-    load_head(model, folder)
-    model.info = resolve(f"local-dir:{folder}").info
-    head = entry_of(model, folder)
+        model = load_head(create_model(name, False), folder)
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILES["float32"]).exists())
     return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
 
 
-def entry_of(model: Head, folder: Path) -> HeadEntry:
-    if not model.abilities.coupled:
-        raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
+def entry_of(source: Source) -> HeadEntry:
+    """The row of the registry that a checkpoint is of."""
+    assert source.config is not None
+    block, folder = source.config["dcp"], source.folder
+    if block["head"] != "dcp":
+        raise ZooError(f"{folder} is a head of {block['method']}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
-        dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
-        return get_head(f"{model.encoder.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
+        dataset, shots, seed = (source.info[name] for name in ("dataset", "shots", "seed"))
+        return get_head(f"{source.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
     except (KeyError, ZooError) as error:
         raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ANY_HEAD}") from error
 

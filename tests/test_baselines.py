@@ -44,7 +44,7 @@ def task(method: str, clip: FrozenCLIP, photos: list[Item], **options) -> Task:
 
 
 def pixels(source: ImageSource) -> torch.Tensor:
-    return torch.cat([x for x, _ in source.batches(5)])
+    return torch.cat([inputs.x for inputs, _ in source.batches(5)])
 
 
 def logits_of(head: Head, source: ImageSource) -> torch.Tensor:

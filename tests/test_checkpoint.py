@@ -90,7 +90,7 @@ def test_without_pretrained_a_folder_gives_random_weights_with_a_warning(folder,
         model = create_model(f"local-dir:{folder}")
     assert model.classnames == NAMES
     assert model.stored_stats is None
-    assert not torch.equal(model.encoder.clip.visual.proj, mini.clip.visual.proj)
+    assert not torch.equal(model.encoder.visual.proj, mini.encoder.visual.proj)
 
 
 @torch.no_grad()
@@ -98,13 +98,13 @@ def test_a_folder_gives_what_is_asked_for(folder, mini, tmp_path):
     """Not the trained prompts for "clip", and no other head than its own."""
     fresh = create_model(f"local-dir:{folder}", "clip")
     assert (fresh.stored_stats, fresh.info) == (None, {})
-    assert torch.equal(fresh.clip.visual.proj, mini.clip.visual.proj)
+    assert torch.equal(fresh.encoder.visual.proj, mini.encoder.visual.proj)
     assert not close(fresh.prompts["text"], mini.prompts["text"], 0.1)
     for name in (f"local-dir:{folder}", "hf-hub:me/head"):
         with pytest.raises(ZooError, match="is one head, and pretrained='imagenet-16shot' names another"):
             create_model(name, "imagenet-16shot")
-    head = LinearHead(mini.clip, NAMES, torch.zeros(3, 512), torch.zeros(3))
-    head.method, head.encoder.architecture, head.encoder.source = "gda", mini.encoder.architecture, mini.encoder.source
+    head = LinearHead(mini.encoder, NAMES, torch.zeros(3, 512), torch.zeros(3))
+    head.method = "gda"
     with pytest.raises(ZooError, match="head of gda, which has no fresh prompts"):
         create_model(f"local-dir:{head.save_pretrained(tmp_path / 'gda')}", "clip")
 
@@ -269,7 +269,7 @@ def test_truncated_file(folder, keep):
     [
         (lambda c: "{", "damaged"),
         (lambda c: "[]", "damaged"),
-        (lambda c: json.dumps({**c, "dcp": {}}), "dcp.format_version is missing; dcp.encoder.clip is missing"),
+        (lambda c: json.dumps({**c, "dcp": {}}), "dcp.format_version is missing; dcp.clip is missing"),
         (lambda c: json.dumps({**c, "model_args": {}}), "model_args.n_ctx must be an integer, not None"),
         (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "model_args.heat is none of n_ctx"),
         (lambda c: json.dumps({**c, "label_names": []}), "label_names is empty"),
@@ -277,7 +277,7 @@ def test_truncated_file(folder, keep):
         (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
         (
             lambda c: json.dumps({"dcp": {"format_version": 99}}),
-            "dcp.format_version must be 2, not 99.*upgrade dcp_zoo",
+            "dcp.format_version must be 3, not 99.*upgrade dcp_zoo",
         ),
     ],
 )
@@ -301,7 +301,7 @@ WRONG = {
     "nested": {"ant": {"ant": "text"}},
 }
 TEXTS = (
-    "dcp.encoder.clip dcp.method dcp.template dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
+    "dcp.clip dcp.method dcp.texts dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
     "dcp.text_probe.split_sha256 weights_sha256"
 )
 RIGHT = {  # what of `WRONG` a field may be
@@ -362,6 +362,7 @@ def test_odd_values_of_the_right_types(folder, run, tmp_path):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name / "0.png")
     assert "95 % interval" in run.ok("info", folder)
+    assert json.loads(run.ok("info", folder, "--json"))["head"] == str(folder)
     run.ok("predict", "--sample", "--head", folder)
     run.ok("eval", "--head", folder, "--data-root", tmp_path / "photos")
     assert "has no text probe" in run.refused("predict", "--sample", "--head", folder, "--reject")
@@ -382,7 +383,7 @@ def test_what_cannot_be_read_is_not_saved(mini, tmp_path):
 
 def test_each_thing_is_stored_once(folder):
     config = json.loads((folder / "config.json").read_text())
-    assert config["dcp"]["format_version"] == 2
+    assert config["dcp"]["format_version"] == 3
     assert not config["dcp"].keys() & config["model_args"].keys()
     assert not config["pretrained_cfg"].keys() & config.keys()
 

@@ -41,7 +41,7 @@ def measured(tmp_path_factory, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    metrics, _ = measure(image_source(model, split.test), 16)
+    metrics, _ = measure(model, image_source(model.encoder, split.test), 16)
     change(folder, metrics=metrics)
     return folder
 

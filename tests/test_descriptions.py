@@ -31,12 +31,12 @@ SCRIPTS = ["红熊猫", "γάτα", "قطة صغيرة"]
 
 def build_kind(kind, names, descriptions=None):
     clip, tokenizer = build_clip(kind)
-    return DCP(clip, names, n_ctx=3, tokenizer=tokenizer, descriptions=descriptions)
+    return DCP(clip, names, n_ctx=3, tokenizer=tokenizer, texts=descriptions or TEMPLATE)
 
 
 @torch.no_grad()
 def test_a_class_is_the_mean_of_its_sentences(clip, photos):
-    given = replace(task("zero-shot", clip, photos), template=SENTENCES)
+    given = replace(task("zero-shot", clip, photos), texts=SENTENCES)
     means = [torch.nn.functional.normalize(encode_text(clip, own).mean(0), dim=-1) for own in SENTENCES.values()]
     expected = cosine(clip, encode_image(clip, pixels(given.val)), torch.stack(means))
     assert close(logits_of(METHODS["zero-shot"].fit(given), given.val), expected)
@@ -52,9 +52,9 @@ def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     given = task(method, clip, photos, **options)
     template = "{}." if prompted else TEMPLATE
     texts = {name: [template.format(name.replace("_", " "))] * 2 for name in NAMES}
-    expected, found = (logits_of(METHODS[method].fit(t), given.val) for t in (given, replace(given, template=texts)))
+    expected, found = (logits_of(METHODS[method].fit(t), given.val) for t in (given, replace(given, texts=texts)))
     assert close(found, expected, 0.03 if method == "text-probe" else 1e-3)  # fitting amplifies rounding
-    other = replace(given, template={name: ["a thing.", f"number {i}."] for i, name in enumerate(NAMES)})
+    other = replace(given, texts={name: ["a thing.", f"number {i}."] for i, name in enumerate(NAMES)})
     reads = logits_of(METHODS[method].fit(other), given.val)
     assert close(reads, expected, 1e-3) == (method == "linear-probe")
 
@@ -70,7 +70,7 @@ def test_sentences_after_prompts(kind):
         each.train()
     image, text = flat.encode(IMAGES)
     parts = [part.mean(0) for part in text.split([2, 1])]
-    expected = flat.logits(image, torch.nn.functional.normalize(torch.stack(parts), dim=-1))
+    expected = flat.encoder.logits(image, torch.nn.functional.normalize(torch.stack(parts), dim=-1))
     found = model(IMAGES)
     assert close(found, expected)
     for each, logits in ((flat, expected), (model, found)):
@@ -83,11 +83,11 @@ def test_sentences_after_prompts(kind):
 
 
 def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
-    given = replace(task("dcp", clip, photos, n_ctx=3, epochs=1), template=SENTENCES)
+    given = replace(task("dcp", clip, photos, n_ctx=3, epochs=1), texts=SENTENCES)
     head = METHODS["dcp"].fit(given).eval()
     head.save_pretrained(tmp_path / "dcp", dtype=torch.float32)
-    loaded = DCP(copy.deepcopy(clip.clip), NAMES, head.config)
-    assert load_head(loaded, tmp_path / "dcp").descriptions["blue_sky"] == SENTENCES["Blue sky"]
+    loaded = DCP(copy.deepcopy(clip), NAMES, head.config)
+    assert load_head(loaded, tmp_path / "dcp").texts["blue_sky"] == SENTENCES["Blue sky"]
     x = pixels(given.val)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(x), head(x))
@@ -99,7 +99,7 @@ def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
 
 @pytest.mark.parametrize("method", ["zero-shot", "coop", "vpt-deep"])
 def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_path):
-    given = replace(task(method, clip, photos), template=SENTENCES)
+    given = replace(task(method, clip, photos), texts=SENTENCES)
     head, x = METHODS[method].fit(given), pixels(given.val)
     loaded = load(clip, head.save_pretrained(tmp_path))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_
 
 def test_other_sentences_for_a_head_of_another_method(clip, photos):
     given = task("zero-shot", clip, photos)
-    head, x = METHODS["zero-shot"].fit(replace(given, template=SENTENCES)), pixels(given.val)
+    head, x = METHODS["zero-shot"].fit(replace(given, texts=SENTENCES)), pixels(given.val)
     plain = METHODS["zero-shot"].fit(given)
     plain.set_classnames(NAMES[::-1], SENTENCES)
     assert close(plain(x).flip(-1), head(x))
@@ -170,12 +170,10 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         model.store_stats(torch.randn(2, 3, 192, 192))
     else:
         plain = create_model("dcp_mini", "clip", classnames=names)
-        text, bias = plain.scaled(plain.encoder.zero_shot_classifier(names, same))
-        model = LinearHead(plain.encoder.clip, names, text, bias, template=same)
+        text = plain.encoder.zero_shot_classifier(names, same)
+        model = LinearHead(plain.encoder, names, *plain.encoder.scaled(text), texts=same)
         model.method = "zero-shot"
-        model.encoder.architecture, model.encoder.source = plain.encoder.architecture, plain.encoder.source
-        model.pretrained_cfg = plain.pretrained_cfg
-    model.text_probe = TextProbe(names, model.num_features)
+    model.text_probe = TextProbe(model.classes, model.num_features)
     model.text_probe.threshold.fill_(1.0)
     model.text_probe.means.fill_(0.1)
     model.save_pretrained(tmp_path)
@@ -205,9 +203,9 @@ def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path, monkeypatch):
 def test_names_and_sentences_that_are_too_long(clip):
     long = "cat " * 80
     with pytest.raises(ZooError, match="The class name .* takes 82 tokens, but only 73 are left next to 3"):
-        DCP(clip.clip, ["dog", long.strip()], n_ctx=3)
+        DCP(clip, ["dog", long.strip()], n_ctx=3)
     with pytest.raises(ZooError, match="The sentence .* takes 81 tokens.*shorten it"):
-        DCP(clip.clip, ["dog"], n_ctx=3, descriptions={"dog": ["a dog.", long]})
+        DCP(clip, ["dog"], n_ctx=3, texts={"dog": ["a dog.", long]})
     with pytest.raises(ZooError, match="takes 21 tokens, but only 12 are left"):
         build_kind("siglip", ["word " * 20])
     with pytest.raises(ZooError, match="The text .* takes 82 tokens, but only 77 are left: shorten it"):

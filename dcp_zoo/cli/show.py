@@ -184,11 +184,10 @@ def describe(name: str) -> dict[str, Any]:
 
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    block, omitted = config["dcp"], ("format_version", "clip", "recipe", "image_hashes")
-    facts = {key: value for key, value in block.items() if key not in omitted and value is not None}
-    for key, texts in (("descriptions", block.get("descriptions")), ("template", block.get("template"))):
-        if isinstance(texts, dict):
-            facts[key] = f"{sum(map(len, texts.values()))} sentences"
+    block, omitted = config["dcp"], ("format_version", "clip", "head", "recipe", "image_hashes")
+    facts = {key: value for key, value in block.items() if key not in omitted and value not in (None, "")}
+    if isinstance(texts := block["texts"], dict):
+        facts["texts"] = f"{sum(map(len, texts.values()))} sentences"
     if "labels" in block:
         facts["labels"] = dict(block["labels"])
     weights = folder / WEIGHTS_NAME

@@ -1,2 +1,3 @@
 from .clip import FrozenCLIP as FrozenCLIP
+from .config import Abilities as Abilities
 from .fused import FusedHead as FusedHead

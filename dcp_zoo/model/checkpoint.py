@@ -24,7 +24,7 @@ from torch import Tensor
 from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.classes import matched, names_of, read_of, saved_texts
+from dcp_zoo.model.classes import class_texts, matched, names_of, read_of, saved_texts
 from dcp_zoo.model.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -110,20 +110,24 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
     says of how it was made. `config` is its `config.json`, if it has been read. ZooError for a missing or damaged file,
     or tensors that do not fit; the head then stays as it was."""
     config = config or read_config(directory)
+    block, names = config["dcp"], config["label_names"]
     shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
-    classes, probe = matched(config["label_names"], head.classes), None
+    classes, probe = matched(names, head.classes), None
     if any(name.startswith(PREFIX) for name in shapes):
         width, means = head.encoder.num_features, shapes.get(f"{PREFIX}means", torch.empty(0))
         two = len(head.readings) == 2 and means.shape[-1] == 2 * width
         probe = TextProbe(classes, width, 1 + two).to(head.device)
     check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
     state = read_tensors(directory, config.get("weights_sha256"))
-    for one, read in zip(classes, config["dcp"].get("read", config["label_names"]), strict=True):
-        one.read = read
-    head.text_probe = probe
+    given = head.texts if isinstance(head.texts, Mapping) else None
+    wanted, read = head.classes, dict(zip(classes, block.get("read", names), strict=True))
+    class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])  # ZooError before any change
+    for one in classes:
+        one.read = read[one]
+    head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
     head.load_trained(state, config)
-    head.classify_into(head.classes, None)  # as CLIP reads them
-    head.info, head._measured = made(config), classes
+    head.classify_into(wanted, given)
+    head.info, head._measured, head._changed = made(config), classes, ""
     return head
 
 

@@ -176,9 +176,10 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    names, read = config["label_names"], config["dcp"].get("read", config["label_names"])
+    names = config["label_names"]
     check(path, [] if names else ["label_names is empty"], advice)
-    check(path, [] if len(read) == len(names) else ["dcp.read and label_names differ in length"], advice)
+    if len(read := config["dcp"].get("read", names)) != len(names):
+        check(path, [f"dcp.read has {len(read)} names for {len(names)} classes"], advice)
     if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import (
@@ -62,11 +62,9 @@ class Head(TimmContract):
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
-        stats: what logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`.
     """
 
     first_block = 0  # the first vision block that prompts enter
-    stats = "stored"
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
@@ -114,6 +112,16 @@ class Head(TimmContract):
     def stats_modes(self) -> tuple[str, ...]:
         """The statistics that it can be evaluated with, the default first."""
         return ("stored",)
+
+    @property
+    def stats(self) -> str:
+        """What logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`."""
+        return "stored"
+
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, self.stats_modes)
 
     # --- from images to logits ---
 
@@ -235,7 +243,7 @@ class Head(TimmContract):
         """
         names = check_classnames(classnames)
         classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
-        if isinstance(texts, Mapping):  # they are for these names
+        if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
                 each.read = each.name
@@ -267,14 +275,15 @@ class Head(TimmContract):
         if exists := isinstance(name, int) or name in self.classnames:
             one = self.classes[position(name, self.classes)]
         else:
-            self.set_classnames([*self.classnames, str(name)])
-            one = self.classes[-1]
+            one = matched(check_classnames([*self.classnames, name]), self.classes, probe.classes)[-1]
         mean, count, seen = features.float().mean(0), len(features), probe.seen(one)
         if known and seen is None:
             raise ZooError(f"known={known}, but the model has seen no image of {one.name}: omit it, or pass known=0.")
         if known and seen is not None:
             count += known
             mean += (seen.float() - mean) * (known / count)
+        if not exists:
+            self.classify_into([*self.classes, one], None)
         with torch.no_grad():
             start = join([reading.start() for reading in self.reads])
             probe.add(one, mean, count, self.classes, start)

@@ -129,6 +129,7 @@ def predict_modes(
     with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
     found, without = dict[str, Tensor](), dict[str, Tensor]()
     before = head.eval().stats
+    default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
     for stats in head.stats_modes:
         head.stats = stats
         found[stats] = predict(head, source, batch_size, progress)
@@ -136,7 +137,7 @@ def predict_modes(
             own = head.readings[0]
             features = source.read_by(own, 1, progress)[0]
             without[NO_CLASSIFIER] = F.linear(features, *(part.detach().float().cpu() for part in own.start()))
-    head.stats = before
+    head.stats = None if default else before
     return found | without
 
 

@@ -88,7 +88,7 @@ def create_model(
             warnings.warn(text, stacklevel=2)
     origin = source.head.pretrained_cfg if source.head and pretrained not in (False, "clip") else {}
     told_timm(model, origin)
-    model.stats = stats or model.stats_modes[0]
+    model.stats = stats
     model.text_probe = None if classifier == "none" else model.text_probe
     return model
 
