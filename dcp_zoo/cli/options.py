@@ -180,7 +180,7 @@ def recipe_help(method: str = "") -> str:
     text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
     for part in fields(kind):
         limits = _limits(**part.metadata)
-        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata['help']}{limits}"
+        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata.get('help', '')}{limits}"
     return text
 
 
@@ -210,13 +210,14 @@ class Command(_Flags, TyperCommand):
     recipe of a --method."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        declared = {opt for parameter in self.params for opt in parameter.opts}
+        declared, method = {opt for parameter in self.params for opt in parameter.opts}, ""
         for arg, following in zip(args, [*args[1:], "--"], strict=False) if "--set" in declared else ():
             name, _, value = arg.partition("=")
-            if name == "--method" and "--help" in args:
-                self.epilog = recipe_help(value or following)
+            method = (value or following) if name == "--method" else method
             part = name.removeprefix("--").replace("-", "_")
             if name not in declared and name.startswith("--") and part in Recipe.__dataclass_fields__:
                 value = value or ("VALUE" if following.startswith("--") else following)
                 raise ZooError(f"There is no option {name}. It is a field of the recipe: use --set {part}={value}")
+        if "--help" in args and {"--method", "--set"} <= declared:
+            self.epilog = recipe_help(method)
         return super().parse_args(ctx, args)

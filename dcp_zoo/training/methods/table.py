@@ -69,19 +69,18 @@ class Methods(Mapping[str, "Method"]):
 
 
 def _package(place: EntryPoint) -> str:
-    return place.dist.name if place.dist else "an unknown package"
+    return place.dist.name if place.dist else place.module
 
 
 @cache
 def _imported(place: EntryPoint) -> "Method":
     from dcp_zoo.training.methods.base import Method
 
-    with as_zoo_error(f"The method {place.name!r} of {_package(place)} cannot be used: {{}}. Repair or uninstall it."):
+    message = f"The method {place.name!r} of {_package(place)} cannot be used: {{}}. Repair or uninstall that package."
+    with as_zoo_error(message, Exception):
         found = place.load()
-        if not isinstance(found, Method):
-            raise TypeError(f"{place.value} is not a dcp_zoo.training.Method")
-        if found.name != place.name:
-            raise ValueError(f"its entry point is called {place.name!r}, but its name is {found.name!r}")
+        if not (isinstance(found, Method) and found.name == place.name):
+            raise TypeError(f"{place.value} is not a dcp_zoo.training.Method of that name")
     return found
 
 
