@@ -459,7 +459,7 @@ def test_features_take_the_place_of_images(pictures, fitted):
         clone(first).set_params(method="dcp").fit(features, labels)
     for wrong, message in (
         (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 columns"),
-        (lambda: fitted.predict(features), "prompts enter its tower"),
+        (lambda: fitted.predict(features), "features of dcp_mini .bundled., not of dcp_mini .bundled., changed by dcp"),
     ):
         with pytest.raises(ZooError, match=message):
             wrong()
@@ -503,7 +503,7 @@ def test_features_of_another_tower_are_refused(pictures):
     paths, labels = pictures
     own = FewShotClassifier(method="prolip", classifier="none", recipe={"epochs": 2}).fit(paths, labels)
     features = own.transform(paths)
-    with pytest.raises(ZooError, match="features by prolip of bundled of dcp_mini, where those by bundled of dcp_mini"):
+    with pytest.raises(ZooError, match="features of dcp_mini .bundled., changed by prolip, not of dcp_mini .bundled.:"):
         FewShotClassifier().fit(features[2:], labels[2:])
     plain = FewShotClassifier(method="zero-shot").fit(paths, labels)
     with pytest.raises(ZooError, match="pass the images themselves"):
@@ -672,7 +672,7 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
     few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_image
     runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
-    monkeypatch.setattr(FrozenCLIP, "encode_prompted", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
+    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
     with pytest.raises(KeyboardInterrupt):
         few.fit(paths, labels)
     assert runs.call_count == 6

@@ -13,6 +13,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import Item
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.inputs import Maps
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -65,13 +66,13 @@ def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypat
     """Although a trial before it may have left both views in the cache."""
     seen = []
 
-    def watched(source, *args, **options):
+    def watched(head, source, *args, **options):
         seen.append(source)
         raise InterruptedError
 
     monkeypatch.setattr("dcp_zoo.training.methods.base.train", watched)
     given = task("dcp", clip, photos)
-    given.train.views = torch.randn(2, 9, 128, 4, 4)
+    given.train.views, given.train.form = torch.randn(2, 9, 128, 4, 4), Maps
     with pytest.raises(InterruptedError):
         fit_head("dcp", given)
     assert torch.equal(seen[0].views, given.train.views[:1])
@@ -195,7 +196,7 @@ def test_tip_adapter_averages_the_views_of_an_image(clip, photos):
     with torch.no_grad():
         maps = torch.stack([clip.visual.conv1(view) for view in views])
         expected = F.normalize(encode_image(clip, views[0]) + encode_image(clip, views[1]), dim=-1)
-    adapter = cache_head(replace(given, train=replace(given.train, views=maps)), 1.0)
+    adapter = cache_head(replace(given, train=replace(given.train, views=maps, form=Maps)), 1.0)
     torch.testing.assert_close(adapter.keys, expected, rtol=1e-4, atol=1e-4)
 
 

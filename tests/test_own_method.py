@@ -65,7 +65,7 @@ def test_the_example_of_the_page(package, monkeypatch):
     [
         (
             "no_such_package:METHOD",
-            "'mine' of no_such_package cannot be used: No module named 'no_such_package'. Repair",
+            "of no_such_package cannot be used: No module named 'no_such_package'. Repair",
         ),
         ("json:dumps", "json:dumps is not a dcp_zoo.training.Method"),
         ("test_own_method:TAKEN", "test_own_method:TAKEN is not a dcp_zoo.training.Method of that name"),

@@ -15,8 +15,8 @@ from dcp_zoo import DCP, FewShotClassifier, ZooError, convert_cmpa_checkpoint, l
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.deploy.bulk.job import torch_predictor
 from dcp_zoo.deploy.export import export
-from dcp_zoo.model import text_probe
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.text_probe import candidates
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.recipes import PRECISIONS
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:
 @pytest.fixture
 def device(monkeypatch) -> Iterator[torch.device]:
     """The second device, where every operation takes longer: a text probe takes few steps, and need not converge."""
-    monkeypatch.setattr(text_probe, "STEPS", 2)
+    monkeypatch.setattr(candidates, "STEPS", 2)
     with second_device() as device:
         yield device
 

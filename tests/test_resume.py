@@ -49,20 +49,19 @@ def views(photos) -> ImageSource:
 
 
 @pytest.fixture
-def source(golden, photos, views):
+def start(golden, photos, views):
     """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
     others, "views" of a hybrid CLIP's patch maps, or "late", the tokens that enter the first block with prompts."""
 
-    def make(kind: str = "crop-flip") -> ImageSource:
+    def make(kind: str = "crop-flip") -> tuple[DCP, ImageSource]:
         torch.manual_seed(1)
         if kind in ("views", "late"):
             late = {"prompted_blocks": 2} if kind == "late" else {}
             model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2, **late)
-            images = model, views
-            return frozen_tokens(model, images, images, no_progress)[0]
+            return model, frozen_tokens(model, views, views, no_progress)[0]
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
-        return ImageSource(model, photos, transform, workers=2 if kind == "workers" else 0)
+        return model, ImageSource(model.encoder, photos, transform, workers=2 if kind == "workers" else 0)
 
     return make
 
@@ -81,12 +80,12 @@ def stop_after(steps: int, error: BaseException):
     return progress
 
 
-def stop_training(source: ImageSource, folder, steps: int, run=None, **options) -> None:
+def stop_training(given: tuple[DCP, ImageSource], folder, steps: int, run=None, **options) -> None:
     """Train for some steps, then stop as by Ctrl-C; the state stays in the folder."""
     messages: list[str] = []
     state = TrainingState(folder / STATE_NAME, run, every=1e9, log=messages.append)
     with pytest.raises(KeyboardInterrupt):
-        train(source, RECIPE, progress=stop_after(steps, KeyboardInterrupt()), state=state, **options)
+        train(*given, RECIPE, progress=stop_after(steps, KeyboardInterrupt()), state=state, **options)
     assert f"after step {steps} is saved" in messages[0]
 
 
@@ -103,52 +102,52 @@ def stop_training(source: ImageSource, folder, steps: int, run=None, **options) 
         ("crop-flip", "float16", [1]),
     ],
 )
-def test_a_stopped_run_resumes_bit_for_bit(source, tmp_path, kind, precision, steps):
-    uninterrupted = source(kind)
-    losses = train(uninterrupted, RECIPE, precision=precision)
+def test_a_stopped_run_resumes_bit_for_bit(start, tmp_path, kind, precision, steps):
+    uninterrupted = start(kind)
+    losses = train(*uninterrupted, RECIPE, precision=precision)
     assert len(set(losses)) == STEPS
     for step in steps:
         folder = tmp_path / str(step)
         folder.mkdir()
-        stop_training(source(kind), folder, step, precision=precision)
+        stop_training(start(kind), folder, step, precision=precision)
         torch.rand(3)  # nothing depends on this process's random state
-        stopped = source(kind)
-        assert train(stopped, RECIPE, precision=precision, state=TrainingState(folder / STATE_NAME)) == losses
-        assert same(trained(stopped.model), trained(uninterrupted.model))
+        stopped = start(kind)
+        assert train(*stopped, RECIPE, precision=precision, state=TrainingState(folder / STATE_NAME)) == losses
+        assert same(trained(stopped[0]), trained(uninterrupted[0]))
 
 
-def test_worker_processes_change_nothing(source, tmp_path):
+def test_worker_processes_change_nothing(start, tmp_path):
     """Whether they read the images, or a run resumes with another number of them."""
-    alone, shared = source(), source("workers")
-    assert train(alone, replace(RECIPE, epochs=1)) == train(shared, replace(RECIPE, epochs=1))
-    stop_training(source(), tmp_path, 1)
-    assert train(source("workers"), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
+    once = replace(RECIPE, epochs=1)
+    assert train(*start(), once) == train(*start("workers"), once)
+    stop_training(start(), tmp_path, 1)
+    assert train(*start("workers"), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
-def test_a_finished_training_resumes_with_nothing_to_do(source, tmp_path):
+def test_a_finished_training_resumes_with_nothing_to_do(start, tmp_path):
     state = TrainingState(tmp_path / STATE_NAME)
-    first, again = source(), source()
-    losses = train(first, RECIPE, state=state)
-    assert train(again, RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
-    assert same(trained(first.model), trained(again.model))
+    first, again = start(), start()
+    losses = train(*first, RECIPE, state=state)
+    assert train(*again, RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
+    assert same(trained(first[0]), trained(again[0]))
 
 
-def test_a_flat_loss_ends_the_run_also_after_a_stop(source, tmp_path, monkeypatch):
+def test_a_flat_loss_ends_the_run_also_after_a_stop(start, tmp_path, monkeypatch):
     recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=5, flat_epochs=1)
     monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 0.0)
-    assert len(train(source("late"), recipe)) == 2 * 5, "flat, but not learnt"
+    assert len(train(*start("late"), recipe)) == 2 * 5, "flat, but not learnt"
     monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 9.0)
-    assert len(train(source("late"), recipe)) == 2 * 2, "twice one epoch of two steps"
-    assert len(train(source("late"), replace(recipe, flat_epochs=None))) == 2 * 5
+    assert len(train(*start("late"), recipe)) == 2 * 2, "twice one epoch of two steps"
+    assert len(train(*start("late"), replace(recipe, flat_epochs=None))) == 2 * 5
     state = tmp_path / STATE_NAME
-    whole = train(source("late"), recipe, state=TrainingState(state))
-    assert train(source("late"), recipe, state=TrainingState(state)) == whole
+    whole = train(*start("late"), recipe, state=TrainingState(state))
+    assert train(*start("late"), recipe, state=TrainingState(state)) == whole
 
 
-def test_the_log_resumes_without_a_gap_or_a_repeated_line(source, tmp_path):
-    stop_training(source(), tmp_path, 3)
+def test_the_log_resumes_without_a_gap_or_a_repeated_line(start, tmp_path):
+    stop_training(start(), tmp_path, 3)
     with (tmp_path / "log.csv").open("w+") as log:
-        train(source(), RECIPE, step_log=log, state=TrainingState(tmp_path / STATE_NAME))
+        train(*start(), RECIPE, step_log=log, state=TrainingState(tmp_path / STATE_NAME))
         log.seek(0)
         rows = [line.split(",") for line in log]
     assert [(int(row[0]), int(row[1])) for row in rows] == [(step + 1, step // 2) for step in range(STEPS)]
@@ -156,14 +155,14 @@ def test_the_log_resumes_without_a_gap_or_a_repeated_line(source, tmp_path):
     assert seconds == sorted(seconds)
 
 
-def test_states_are_saved_by_time(source, tmp_path, monkeypatch):
+def test_states_are_saved_by_time(start, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(TrainingState, "_save", lambda self: saved.append(len(self.losses)))
-    train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=1e9))
+    train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=1e9))
     assert saved == [STEPS]  # the end
     state = TrainingState(tmp_path / STATE_NAME, every=0)
     state._saved = 0.0
-    train(source(), RECIPE, state=state)
+    train(*start(), RECIPE, state=state)
     assert saved == [STEPS, *range(1, STEPS + 1), STEPS]
 
 
@@ -171,10 +170,10 @@ def test_states_are_saved_by_time(source, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stopped(source, tmp_path):
+def stopped(start, tmp_path):
     """The file of a run that was stopped after 3 steps."""
     run = {"model": "a", "seed": 1, "recipe": {"lr": 0.1, "epochs": 3}}
-    stop_training(source(), tmp_path, 3, run)
+    stop_training(start(), tmp_path, 3, run)
     return tmp_path / STATE_NAME, run
 
 
@@ -192,10 +191,10 @@ def test_the_state_of_another_run_is_rejected_with_the_differences(stopped, chan
         TrainingState(path, run | change)
 
 
-def test_the_state_of_another_model_is_rejected(stopped, source):
+def test_the_state_of_another_model_is_rejected(stopped, start):
     path, run = stopped
     with pytest.raises(ZooError, match="another model"):
-        train(source("views"), RECIPE, state=TrainingState(path, run))
+        train(*start("views"), RECIPE, state=TrainingState(path, run))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -211,25 +210,26 @@ def test_a_damaged_file_is_rejected_with_advice(stopped, damage):
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(source, photos, tmp_path):
-    losses, broken = train(source(), RECIPE), source()
-    for _ in islice(broken.batches(4, torch.Generator().manual_seed(_mix(1, 0))), 1):
+def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(start, photos, tmp_path):
+    losses, broken = train(*start(), RECIPE), start()
+    for _ in islice(broken[1].batches(4, torch.Generator().manual_seed(_mix(1, 0))), 1):
         pass  # the images of the first batch are now cached, so that the second step fails
     pictures = {Path(item.path): Path(item.path).read_bytes() for item in photos}
     for path in pictures:
         path.write_bytes(b"damaged")
     with pytest.raises(ZooError, match=r"Cannot read the image .*\.png: .* after step 1 is saved"):
-        train(broken, RECIPE, state=TrainingState(tmp_path / STATE_NAME))
+        train(*broken, RECIPE, state=TrainingState(tmp_path / STATE_NAME))
     for path, content in pictures.items():
         path.write_bytes(content)
-    assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
+    assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(source, photos, workers):
-    missing = replace(source(), items=[*photos[:3], Item("/nowhere.png", "nowhere.png", 0)], workers=workers)
+def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(start, photos, workers):
+    model, source = start()
+    missing = replace(source, items=[*photos[:3], Item("/nowhere.png", "nowhere.png", 0)], workers=workers)
     with pytest.raises(ZooError) as failure:
-        train(missing, RECIPE)
+        train(model, missing, RECIPE)
     assert str(failure.value).startswith("No image at /nowhere.png")
     assert "Traceback" not in str(failure.value)
 
@@ -237,27 +237,27 @@ def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(source, ph
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
 )
-def test_out_of_memory_comes_with_advice(source, tmp_path, error):
+def test_out_of_memory_comes_with_advice(start, tmp_path, error):
     with pytest.raises(ZooError, match="--grad-checkpointing on, --set batch_size=N.* after step 2 is saved"):
-        train(source(), RECIPE, progress=stop_after(2, error), state=TrainingState(tmp_path / STATE_NAME))
+        train(*start(), RECIPE, progress=stop_after(2, error), state=TrainingState(tmp_path / STATE_NAME))
 
 
-def test_a_bug_is_not_a_zoo_error(source, tmp_path, monkeypatch):
+def test_a_bug_is_not_a_zoo_error(start, tmp_path, monkeypatch):
     monkeypatch.delattr(torch, "OutOfMemoryError", raising=False)  # new in torch 2.5
     with pytest.raises(RuntimeError, match="a bug"):
-        train(source(), RECIPE, progress=stop_after(2, RuntimeError("a bug")), state=TrainingState(tmp_path / "s"))
+        train(*start(), RECIPE, progress=stop_after(2, RuntimeError("a bug")), state=TrainingState(tmp_path / "s"))
 
 
-def test_a_diverged_run_keeps_the_last_good_state(source, tmp_path, monkeypatch):
+def test_a_diverged_run_keeps_the_last_good_state(start, tmp_path, monkeypatch):
     recipe = replace(RECIPE, optimizer="sgd")
     monkeypatch.setattr(Recipe, "lr_at", lambda self, epoch: 1e-3 if epoch == 0 else 1e30)
     with pytest.raises(ZooError, match=r"diverged.*The state after step [23] is saved"):
-        train(source(), recipe, state=TrainingState(tmp_path / STATE_NAME, every=0))
+        train(*start(), recipe, state=TrainingState(tmp_path / STATE_NAME, every=0))
     weights = TrainingState(tmp_path / STATE_NAME)._found["trained"]
     assert all(t.isfinite().all() for t in weights)
 
 
-def test_a_full_disk_leaves_the_last_good_state(source, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_good_state(start, tmp_path, monkeypatch):
     calls = []
 
     def fsync(handle):
@@ -267,19 +267,19 @@ def test_a_full_disk_leaves_the_last_good_state(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(ZooError, match="No space left on device. The state after step 2 is saved"):
-        train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=0))
+        train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=0))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
-    assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
+    assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
-def test_a_requested_stop_comes_after_the_current_step(source, tmp_path):
+def test_a_requested_stop_comes_after_the_current_step(start, tmp_path):
     stop, messages = iter([False, False, True]), []
     state = TrainingState(tmp_path / STATE_NAME, log=messages.append, stop=lambda: next(stop))
     with pytest.raises(KeyboardInterrupt):
-        train(source(), RECIPE, state=state)
+        train(*start(), RECIPE, state=state)
     assert messages[0].startswith("Stopped. The state after step 3 is saved")
-    assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
+    assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
 # ------------------------------------------------------------------------------------------------------- killed runs

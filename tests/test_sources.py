@@ -19,6 +19,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.tables import _builder, _split_images, _splits
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.sources import image_source
 
 NAMES = ["cat", "dog"]
@@ -282,16 +283,16 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, name, module):
 def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, photos):
     source = image_source(clip, photos, augment)
 
-    def shuffled(seed: int) -> Iterator[list[torch.Tensor]]:
+    def shuffled(seed: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
         return iter(source.batches(4, torch.Generator().manual_seed(seed)))
 
     alone = [list(shuffled(seed)) for seed in (1, 2)]
     together = zip(*zip(shuffled(1), shuffled(2), strict=True), strict=True)  # a batch of each in turn
     for expected, found in zip(alone, together, strict=True):
-        for (images, labels), (other_images, other_labels) in zip(expected, found, strict=True):
-            assert torch.equal(images, other_images)
+        for (inputs, labels), (others, other_labels) in zip(expected, found, strict=True):
+            assert torch.equal(inputs.x, others.x)
             assert torch.equal(labels, other_labels)
-    assert not torch.equal(alone[0][0][0], alone[1][0][0])
+    assert not torch.equal(alone[0][0][0].x, alone[1][0][0].x)
 
 
 def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos):
@@ -300,7 +301,7 @@ def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos)
     for workers in (0, 1):
         torch.manual_seed(1)
         source = image_source(clip, photos, "crop-flip", workers)
-        found.append([torch.cat([x for x, _ in source.batches(8)]) for _ in range(2)])
+        found.append([torch.cat([inputs.x for inputs, _ in source.batches(8)]) for _ in range(2)])
     assert not torch.equal(*found[0])
     assert all(map(torch.equal, *found))
 

@@ -14,9 +14,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
-from dcp_zoo.model import text_probe
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.inputs import Maps, Pixels
 from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.model.text_probe import estimates
 from dcp_zoo.model.text_probe.fit import within_class
 from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training import loop
@@ -39,7 +40,9 @@ def with_flips(given: Task) -> Task:
     images = pixels(given.train)
     with torch.no_grad():
         maps = torch.stack([given.clip.visual.conv1(x) for x in (images, images.flip(-1))])
-    return replace(given, train=replace(given.train, views=maps), recipe=given.recipe.updated({"augment": "flip"}))
+    return replace(
+        given, train=replace(given.train, views=maps, form=Maps), recipe=given.recipe.updated({"augment": "flip"})
+    )
 
 
 def with_random_features(given: Task) -> Task:
@@ -136,7 +139,7 @@ def gaussian_by_hand(x: torch.Tensor, y: torch.Tensor, classes: int) -> tuple[to
 
 @pytest.mark.parametrize(("n", "classes", "width"), [(12, 3, 20), (4, 2, 3), (200, 5, 8), (7, 3, 64)])
 def test_gaussian_discriminant(n, classes, width, monkeypatch):
-    monkeypatch.setattr(text_probe, "ROWS_AT_A_TIME", 5)
+    monkeypatch.setattr(estimates, "ROWS_AT_A_TIME", 5)
     torch.manual_seed(0)
     x = F.normalize(torch.randn(n, width, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
     y = torch.arange(n) % classes
@@ -184,7 +187,7 @@ def test_gda(text, clip, photos):
 def test_gda_takes_every_view_as_a_row(clip, photos):
     given = with_flips(task("gda", clip, photos, text=False))
     with torch.no_grad():
-        x = pixels(replace(given.train, views=None))
+        x = pixels(replace(given.train, views=None, form=Pixels))
         rows = torch.cat([encode_image(clip, images) for images in (x, x.flip(-1))])
     weight, bias = gaussian_by_hand(rows, given.train.labels.repeat(2), 3)
     model = fit_head("gda", given)
@@ -374,7 +377,7 @@ def hidden(clip: FrozenCLIP, images: torch.Tensor) -> torch.Tensor:
 
 def test_prolip_alternates_between_views(clip, photos):
     given = with_flips(task("prolip", clip, photos))
-    x = pixels(replace(given.train, views=None))
+    x = pixels(replace(given.train, views=None, form=Pixels))
     stream = prolip.inputs(given)
     for images in (x, x.flip(-1), x):
         found, labels = next(stream)
@@ -438,8 +441,7 @@ def test_clip_lora_starts_as_open_clip(clip, photos):
     ids, _ = clip_weights.sentence_ids(clip, NAMES, TEMPLATE)
     assert ids.shape[1] < sentences(clip).shape[1]
     torch.testing.assert_close(text_features(model, ids), texts, rtol=1e-5, atol=1e-6)
-    patches = clip.visual.conv1(x)
-    torch.testing.assert_close(model.encode_image(patches, patches=True), images, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.encode_image(Maps(clip.visual.conv1(x))), images, rtol=1e-5, atol=1e-6)
     for update in updates:  # like a linear layer's weight
         bound = update.a.shape[-1] ** -0.5
         assert 0.8 * bound < update.a.abs().max() <= bound
@@ -570,7 +572,7 @@ def test_promptsrc(depth, clip, photos):
     words = clip.text.token_embedding(clip.tokenizer(["a photo of a"])[0, 1:5])
     assert torch.equal(model.text_prompts[0], words)
     x, y = pixels(given.val), given.val.labels
-    loss, own = promptsrc_loss(model, promptsrc.ensemble(clip, NAMES), given.recipe)(x, y, False)
+    loss, own = promptsrc_loss(model, promptsrc.ensemble(clip, NAMES), given.recipe)(x, y)
     expected = plain_loss(clip, model, x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(own, F.cross_entropy(model(x), y))
@@ -597,7 +599,8 @@ def test_promptsrc_averages_the_prompts_over_epochs(clip, photos):
     batches = loop._remaining(given.train, given.recipe, given.seed, 2, 0)
     for epoch, lr in enumerate((1e-5, 0.05, 0.0375)):
         for _ in range(2):
-            gradients = torch.autograd.grad(plain_loss(clip, plain, *next(batches)), trained)
+            inputs, labels = next(batches)
+            gradients = torch.autograd.grad(plain_loss(clip, plain, inputs.x, labels), trained)
             for p, g, velocity in zip(trained, gradients, velocities, strict=True):
                 velocity.mul_(0.9).add_(g + 5e-4 * p.detach())
                 p.data -= lr * velocity
@@ -677,7 +680,7 @@ def test_two_stage_shares_out_its_steps(clip, photos):
     given = task("2sfs", clip, photos, steps=2, first_stage=1.0)
     model = fit_head("2sfs", given)
     texts = F.normalize(model.encoder.clip.encode_text(sentences(clip)), dim=-1)
-    assert close(model.weight, model.scaled(texts)[0].detach())
+    assert close(model.weight, model.encoder.scaled(texts)[0].detach())
 
 
 def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatch):

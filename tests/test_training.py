@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.model.inputs import Maps, Pixels
 from dcp_zoo.model.towers.open_clip import VisionTower
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.dcp import new_model, round_and_store_stats
+from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, load_for_training, plan, train_and_refit, train_head
@@ -54,16 +55,15 @@ def mini(**args):
 
 @pytest.fixture(scope="module")
 def sources(photos) -> Callable[..., ImageSource]:
-    """The pictures for a model, run through the frozen stem once for each augmentation."""
+    """The pictures, run through the frozen stem of one CLIP once for each augmentation."""
     clip = plain_clip("dcp_mini")
     shared = cache(lambda augment: image_source(clip, photos, augment))
-    return lambda model, augment="none": shared(augment).for_model(model)
+    return lambda augment="none": replace(shared(augment))
 
 
 def a_task(sources, augment: str, **changes) -> Task:
-    clip = plain_clip("dcp_mini")
-    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"augment": augment} | changes))
-    return Task(clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", sources(clip, augment), None, recipe)
+    recipe, source = replace(default_recipe("dcp_mini"), **(QUICK | {"augment": augment} | changes)), sources(augment)
+    return Task(source.clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", source, None, recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -187,50 +187,48 @@ def test_bad_recipe_files(tmp_path, text, message):
 
 def test_cached_patch_maps_give_the_same_logits_and_batches(sources):
     model = mini().eval()
-    cached = sources(model)
-    plain = replace(cached, views=None)
+    cached = sources()
+    plain = replace(cached, views=None, form=Pixels)
     assert cached.views.shape[:3] == (1, 8, 256)
-    assert torch.allclose(predict(cached, 3), predict(plain, 3), atol=1e-4)
+    assert torch.allclose(predict(model, cached, 3), predict(model, plain, 3), atol=1e-4)
     labels = torch.cat([y for _, y in cached.batches(3)])
     assert torch.equal(labels, torch.tensor([0, 1] * 4))
 
 
 def test_the_second_view_is_the_mirror_image(sources):
-    model = mini().eval()
-    source = sources(model, "flip")
-    plain = replace(sources(model), views=None)
-    first = next(iter(plain.batches(8)))[0]
+    source = sources("flip")
+    first = next(iter(replace(sources(), views=None, form=Pixels).batches(8)))[0].x
     with torch.no_grad():
-        assert torch.allclose(source.views[0], model.encoder.visual.conv1(first), atol=1e-4)
-        assert torch.allclose(source.views[1], model.encoder.visual.conv1(first.flip(-1)), atol=1e-4)
+        assert torch.allclose(source.views[0], source.clip.visual.conv1(first), atol=1e-4)
+        assert torch.allclose(source.views[1], source.clip.visual.conv1(first.flip(-1)), atol=1e-4)
 
 
 def test_shuffled_batches_have_equal_size_and_follow_the_seed(sources):
-    source = sources(mini(), "flip")
+    source = sources("flip")
 
     def epoch(seed):
-        return torch.cat([x for x, _ in source.batches(3, torch.Generator().manual_seed(seed))])
+        return torch.cat([inputs.x for inputs, _ in source.batches(3, torch.Generator().manual_seed(seed))])
 
     assert len(epoch(1)) == 6
     assert torch.equal(epoch(1), epoch(1))
     assert not torch.equal(epoch(1), epoch(2))
-    assert len(torch.cat([x for x, _ in source.batches(20, torch.Generator())])) == 8
+    assert sum(len(inputs) for inputs, _ in source.batches(20, torch.Generator())) == 8
 
 
 @torch.no_grad()
 def test_patch_maps_replace_the_images(sources):
     model = mini().eval()
-    source = sources(model)
-    assert source.patches
+    source = sources()
+    assert source.form is Maps
     images = torch.stack([source.transform(load_image(item.path)) for item in source.items])
     maps, _ = next(iter(source.batches(len(source.items))))
-    torch.testing.assert_close(model(maps, patches=True), model(images))
-    torch.testing.assert_close(model.encode_image(maps, patches=True), model.encode_image(images))
+    torch.testing.assert_close(model(maps), model(images))
+    torch.testing.assert_close(model.encode_image(maps), model.encode_image(images))
     model.store_stats(source.batches(3))
     stored = model.stored_stats.clone()
     model.store_stats(images)
     torch.testing.assert_close(model.stored_stats, stored)
-    torch.testing.assert_close(model(maps, patches=True), model(images))
+    torch.testing.assert_close(model(maps), model(images))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -244,14 +242,14 @@ def test_training_learns(sources, precision, augment):
     model = mini()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 6, "augment": augment}))
-    source = sources(model, augment)
-    losses = train(source, recipe, precision=precision)
+    source = sources(augment)
+    losses = train(model, source, recipe, precision=precision)
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    round_and_store_stats(model, sources(model))
+    round_and_store_stats(model, sources())
     assert model.stats == "stored"
-    assert top1(predict(sources(model), 8), source.labels) == 100
+    assert top1(predict(model, sources(), 8), source.labels) == 100
 
 
 def test_transfer_stays_nearer_to_zero_shot():
@@ -267,7 +265,7 @@ def test_transfer_stays_nearer_to_zero_shot():
 def test_agreement_is_the_distance_to_zero_shot_features():
     model, images, labels = mini().train(), torch.randn(3, 3, 192, 192), torch.tensor([0, 1, 1])
     weights = torch.tensor([1.0, 3.0])
-    loss, cross_entropy = objective(model, Recipe(clip_reg=2.0), weights)(images, labels, False)
+    loss, cross_entropy = objective(model, Recipe(clip_reg=2.0), weights)(images, labels)
     losses = F.cross_entropy(model(images), labels, reduction="none")
     features, text = model.encode(images)
     text_distance = (text - model.encoder.zero_shot_classifier(["red", "blue"])).abs().mean()
@@ -275,50 +273,45 @@ def test_agreement_is_the_distance_to_zero_shot_features():
     expected = (losses * weights[labels]).mean() + 2 * (25 * text_distance + 10 * image_distance)
     assert torch.allclose(loss, expected, atol=1e-5)
     assert torch.allclose(cross_entropy, (losses * weights[labels]).mean())
-    torch.testing.assert_close(objective(model, Recipe())(images, labels, False), (losses.mean(), losses.mean()))
+    torch.testing.assert_close(objective(model, Recipe())(images, labels), (losses.mean(), losses.mean()))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("augment", ["flip", "flip without a stem", "crop-flip"])
 def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(sources, augment):
-    model = mini().eval()
-    source = sources(model, augment)
+    model, whole = mini().eval(), sources("flip")
     if augment == "flip without a stem":
-        source = replace(sources(model), views=None, flips=True)
-    whole = sources(model, "flip")
-    source.targets = encode_views(whole, model.encode_image, 2)
-    (inputs, labels), targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
+        source = replace(sources(), views=None, form=Pixels, flips=True)
+    else:
+        source = sources(augment)
+    encode = source.clip.encode_image
+    source.targets = encode_views(whole, encode, 2)
+    inputs, labels, targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
     if augment != "crop-flip":
-        encoded = model.encode_image(inputs)
+        encoded = encode(inputs)
         torch.testing.assert_close(targets, encoded, atol=1e-5, rtol=1e-4)
         loss_of = objective(model, Recipe(clip_reg=1.0))
-        given, computed = (loss_of(inputs, labels, source.patches, t)[0] for t in (targets, None))
+        given, computed = (loss_of(inputs, labels, t)[0] for t in (targets, None))
         torch.testing.assert_close(given, computed)
     else:
         order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-        expected = model.encode_image(next(iter(whole.batches(8)))[0], patches=True)[order]
+        expected = encode(next(iter(whole.batches(8)))[0])[order]
         torch.testing.assert_close(targets, expected, atol=1e-5, rtol=1e-4)
     assert len(next(iter(source.batches(8)))) == 2, "in order, batches have no targets"
 
 
 def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
-    encoder = Mock()
-
-    def watched(task):
-        model = new_model(task)
-        encoder.side_effect = model.encode_image
-        monkeypatch.setattr(model, "encode_prompted", encoder)
-        return model
-
-    monkeypatch.setattr("dcp_zoo.training.methods.dcp.new_model", watched)
-    fit_head("dcp", a_task(sources, "flip", classifier="none"))
+    task = a_task(sources, "flip", classifier="none")
+    encoder = Mock(side_effect=task.clip.encode_image)
+    monkeypatch.setattr(task.clip, "encode_image", encoder)
+    fit_head("dcp", task)
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
 
 
 def test_of_many_images_the_loss_has_the_mirror_images_and_the_probe_has_not(sources, monkeypatch):
     monkeypatch.setattr("dcp_zoo.training.methods.text_probe.MANY", 4)
     head = fit_head("dcp", a_task(sources, "flip", clip_reg=1.0, classifier="text-probe"))
-    assert head.reads_frozen
+    assert len(head.reads) == 2
 
 
 @pytest.mark.parametrize("augment", ["flip", "none"])
@@ -333,7 +326,7 @@ def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, aug
     monkeypatch.setattr("dcp_zoo.training.methods.dcp.total_memory", lambda device: 0)
     expected = fit_head("dcp", task)
     assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
-    assert close(*(predict(task.head, train, 8) for head in (found, expected)), 2e-2)
+    assert close(*(predict(head, task.train, 8) for head in (found, expected)), 2e-2)
 
 
 def test_training_says_how_long_it_takes_and_what_is_faster(sources):
@@ -352,7 +345,7 @@ def test_same_seed_same_weights(sources):
 
     def trained(seed):
         model = mini()
-        train(sources(model, "flip"), recipe, seed=seed)
+        train(model, sources("flip"), recipe, seed=seed)
         return model.prompts["text"].detach()
 
     first, again, other = map(trained, (1, 1, 2))
@@ -361,11 +354,11 @@ def test_same_seed_same_weights(sources):
 
 
 def test_every_image_is_trained_on_in_every_epoch(sources):
-    source = sources(mini(), "flip")
-    sizes = [len(x) for x, _ in source.batches(3, torch.Generator(), drop_last=False)]
+    source = sources("flip")
+    sizes = [len(inputs) for inputs, _ in source.batches(3, torch.Generator(), drop_last=False)]
     assert sizes == [3, 3, 2]
     recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"batch_size": 3}))
-    assert len(train(source, recipe)) == 3 * 3
+    assert len(train(mini(), source, recipe)) == 3 * 3
 
 
 def test_training_images_that_are_not_learnt_are_warned_about(sources):
@@ -377,19 +370,18 @@ def test_training_images_that_are_not_learnt_are_warned_about(sources):
 
 
 def test_diverged_training_stops_with_advice(sources):
-    model = mini()
     recipe = replace(default_recipe("dcp_mini"), **QUICK, optimizer="sgd", lr=1e30, warmup_lr=1e30)
     with pytest.raises(ZooError, match=r"Lower the learning rate"):
-        train(sources(model, "flip"), recipe)
+        train(mini(), sources("flip"), recipe)
 
 
 def test_the_rounded_weights_are_measured(sources, tmp_path):
     model = mini()
-    source = sources(model)
+    source = sources()
     round_and_store_stats(model, source)
     model.save_pretrained(tmp_path)
     again = create_model(f"local-dir:{tmp_path}", True).eval()
-    assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
+    assert torch.allclose(predict(again, source, 8), predict(model, source, 8), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Training has not converged")
@@ -401,7 +393,7 @@ def test_the_released_precision_loses_small_steps(sources):
         trained = [p for p in model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in trained]
         recipe = Recipe(**QUICK | {"epochs": 1})
-        train(sources(model), recipe, precision=precision)
+        train(model, sources(), recipe, precision=precision)
         if precision == "release":
             assert all(torch.equal(p, p.half()) for p in trained)
             before = [p.half() for p in before]
@@ -458,11 +450,14 @@ def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "log.csv"}
 
 
-def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("texts", "other"), [(None, "a digit"), ("a digit", None)])
+def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, monkeypatch, texts, other):
     """Unless what was measured is a head of another run."""
     run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
+    texts, other = (text and {name: [text] for name in run.split.classnames} for text in (texts, other))
+    run, reading = (replace(run, descriptions=descriptions) for descriptions in (texts, other))
     train_head(run, tmp_path / "measured")
-    others = replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
+    others = reading, replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
     trained = []
     monkeypatch.setattr(
         "dcp_zoo.training.run.train_head", lambda run, output, *options: (None, trained.append(output.name))
@@ -478,9 +473,9 @@ def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, m
 def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_run, tmp_path, monkeypatch, precision):
     seen = []
 
-    def watched(source, *args, **options):
-        seen.extend(p.dtype for p in source.model.encoder.clip.parameters() if p.numel() > 1)
-        return train(source, *args, **options)
+    def watched(model, *args, **options):
+        seen.extend(p.dtype for p in model.encoder.clip.parameters() if p.numel() > 1)
+        return train(model, *args, **options)
 
     monkeypatch.setattr("dcp_zoo.training.methods.base.train", watched)
     split = replace(digits_run.split, val=[])
@@ -489,6 +484,6 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
     assert set(seen) == {getattr(torch, precision)}
     subset = few_shot(split, 1, 1)
     stored = model.stored_stats.clone()
-    round_and_store_stats(model, image_source(model, subset.train))
+    round_and_store_stats(model, image_source(model.encoder, subset.train))
     assert torch.equal(model.stored_stats.half(), stored.half())
     assert model.encoder.visual.proj.dtype == torch.float32

@@ -120,7 +120,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         if isinstance(images, Transformed):
             spec = get_spec(self.model)
-            check_features(images, (spec.name, spec.clip_pretrained))
+            check_features(images, f"{spec.name} ({spec.clip_pretrained})")
         data, history = labelled(images, labels, self.classnames), History()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
@@ -270,10 +270,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         super().__setstate__(state)
 
 
-def read_by(head: Head) -> tuple[str, ...]:
+def read_by(head: Head) -> str:
     """What computes the features that a head reads, see `Transformed`."""
-    of = head.encoder.architecture, head.encoder.source
-    return of if len(head.readings) == 1 else (*of, head.method)
+    plain = f"{head.encoder.architecture} ({head.encoder.source})"
+    return plain if len(head.readings) == 1 else f"{plain}, changed by {head.method}"
 
 
 def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:

@@ -28,17 +28,16 @@ ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the ord
 class Transformed(np.ndarray):
     """Features (n, F) of `FewShotClassifier.transform`, also parts of them: they know what computed them."""
 
-    of: tuple[str, ...] = ()  # the names of a CLIP and its weights, and of the method if that changed the features
+    of = ""  # a CLIP, its weights, and the method if that changed the features
 
     def __array_finalize__(self, other: object) -> None:
-        self.of = getattr(other, "of", ())
+        self.of = getattr(other, "of", "")
 
 
-def check_features(images: Images, expected: tuple[str, ...]) -> None:
+def check_features(images: Images, expected: str) -> None:
     """ZooError for features of something else, where that is known: their values do not tell."""
-    if isinstance(images, Transformed) and images.of not in ((), expected):
-        named, wanted = " of ".join(reversed(images.of)), " of ".join(reversed(expected))
-        raise ZooError(f"These are features by {named}, where those by {wanted} are read: pass the images themselves.")
+    if isinstance(images, Transformed) and images.of not in ("", expected):
+        raise ZooError(f"These are features of {images.of}, not of {expected}: pass the images themselves.")
 
 
 class Labelled(NamedTuple):

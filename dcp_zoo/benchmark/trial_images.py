@@ -24,6 +24,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.device import pick_device, pick_precision, total_memory
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
@@ -128,7 +129,8 @@ class GivenFeatures:
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         path, name, _ = items[0].path
-        return ImageSource(self.clip, items, nothing_read, views=_vectors(_arrays(path)[f"{name}_vector"])[None])
+        views = _vectors(_arrays(path)[f"{name}_vector"])[None]
+        return ImageSource(self.clip, items, nothing_read, views=views, form=Features)
 
 
 class GivenSplit(Split):

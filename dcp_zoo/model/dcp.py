@@ -321,8 +321,8 @@ class DCP(Head):
 
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
-        normalised features. Without these, a template is what plain CLIP reads; {} takes the sentences away."""
-        now = self.texts if texts is None else texts or TEMPLATE
+        normalised features. A template changes nothing, as prompts are in its place; {} takes the sentences away."""
+        now = texts or TEMPLATE if isinstance(texts, Mapping) else self.texts
         self.name_tokens = self._tokens(read_of(classes), now)
         self._keep(classes, now)
 

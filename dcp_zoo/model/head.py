@@ -78,7 +78,8 @@ class Head(TimmContract):
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
         self._info: dict[str, Any] = {}
-        self._measured: Sequence[Class] = ()  # the classes that `info["metrics"]` are about
+        self._metrics: Any = None  # those in `info` when it was last set, and
+        self._measured: Sequence[Class] = ()  # the classes that they are about
         self._changed = ""  # what was changed since, such as "the class zebra was added"
         self._zero_shot = WeightCache()
 
@@ -325,8 +326,8 @@ class Head(TimmContract):
 
     @info.setter
     def info(self, info: dict[str, Any]) -> None:
-        if info.get("metrics") != self._info.get("metrics"):
-            self._measured, self._changed = list(self.classes), ""
+        if info.get("metrics") != self._metrics:  # not those of `_info`, which may be the same, changed in place
+            self._measured, self._changed, self._metrics = list(self.classes), "", info.get("metrics")
         self._info = info
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32, **info: Any) -> Path:

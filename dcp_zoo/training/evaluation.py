@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.reading import joined
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.predictor import read
 from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
@@ -132,11 +133,13 @@ def predict_modes(
     default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
     for stats in head.stats_modes:
         head.stats = stats
-        found[stats] = predict(head, source, batch_size, progress)
-        if stats == "stored" and head.text_probe is not None:
-            own = head.readings[0]
-            features = source.read_by(own, 1, progress)[0]
-            without[NO_CLASSIFIER] = F.linear(features, *(part.detach().float().cpu() for part in own.start()))
+        if stats != "stored" or head.text_probe is None:
+            found[stats] = predict(head, source, batch_size, progress)
+        else:
+            features = [source.read_by(reading, 1, progress)[0] for reading in head.reads]
+            found[stats] = classified(head, joined(features))
+            start = (part.detach().float().cpu() for part in head.reads[0].start())
+            without[NO_CLASSIFIER] = F.linear(features[0], *start)
     head.stats = None if default else before
     return found | without
 

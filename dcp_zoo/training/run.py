@@ -401,16 +401,17 @@ def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
 
 def _is_head_of(folder: Path, run: Run) -> bool:
     """Whether the finished head in a folder is the one that this run would train."""
-    config, dcp = read_config(folder), isinstance(run.recipe, Recipe)
+    config, texts = read_config(folder), None
     model_args = run.recipe.config.as_dict() if isinstance(run.recipe, Recipe) else {}
     same_model = (config["architecture"], config["model_args"]) == (run.model, model_args)
-    expected = run.info(run.subset()) | ({} if dcp else {"method": run.method})
-    if run.descriptions or dcp:
-        texts = saved_texts(run.split.classnames, run.descriptions) if run.descriptions else None
-        expected["descriptions" if dcp else "template"] = texts
+    expected = run.info(run.subset()) | {"method": run.method}
+    if run.descriptions:
+        texts = saved_texts(run.split.classnames, run.descriptions)
+    stored = config["dcp"]["texts"]
+    same_texts = (stored if isinstance(stored, dict) else None) == texts
     if run.clip_pretrained:
         expected["clip"] = run.clip_pretrained
-    return same_model and all(config["dcp"].get(name) == value for name, value in expected.items())
+    return same_model and same_texts and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 
 def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, Any]) -> dict[str, Any]:
