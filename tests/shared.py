@@ -28,7 +28,7 @@ from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.tokens import default_tokenizer
-from dcp_zoo.training.methods import promptsrcrc
+from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
 
 BUNDLED = "dcp_mini.caltech101-1shot"
