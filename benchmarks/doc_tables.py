@@ -239,4 +239,4 @@ def parameters(called: Any) -> str:
     signature = inspect.signature(called)
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(signature.replace(parameters=plain, return_annotation=signature.empty))
-    return re.sub(r"<(?:function|class) '?([\w.]+).*?>", r"\1", text)
+    return re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+).*?>", r"\1", text)

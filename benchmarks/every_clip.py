@@ -26,6 +26,7 @@ import dcp_zoo
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
@@ -103,11 +104,11 @@ def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     plain = FrozenCLIP(clip, tokenizer, {})
     with torch.no_grad():
         features = torch.cat([plain.encode_image(images), plain.encode_image(images.flip(-1))])
-        assert plain.encoder.zero_shot_classifier(NAMES).shape == (3, features.shape[1])
+        assert plain.zero_shot_classifier(NAMES).shape == (3, features.shape[1])
     assert features.isfinite().all()
     items = [Item("", "", i % len(images)) for i in range(len(features))]
     for name in FEATURE_METHODS:
-        source = ImageSource(plain, items, None, views=features[None])
+        source = ImageSource(plain, items, None, views=features[None], form=Features)
         recipe = METHODS[name].recipe("dcp_vitb16", "caltech101", 2, "few-shot")
         recipe = recipe.updated({"augment": "none"}) if hasattr(recipe, "augment") else recipe
         task = Task(plain, "dcp_vitb16", NAMES[: len(images)], "a photo of a {}.", source, source, recipe)

@@ -136,12 +136,13 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
     from safetensors.torch import load_file
 
     from dcp_zoo import create_model, predict
+    from dcp_zoo.model.classes import TEMPLATE
     from dcp_zoo.model.head import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count
-    weight = dcp.encoder.zero_shot_classifier(["cat", "dog"])
-    linear = LinearHead(dcp.encoder, ["cat", "dog"], weight, weight[:, 0] * 0, texts="a photo of a {}.")
+    clip, names = dcp.encoder, ["cat", "dog"]
+    linear = LinearHead(clip, names, *clip.scaled(clip.zero_shot_classifier(names)), texts=TEMPLATE)
     linear.method = "zero-shot"
     for model in (dcp, linear):
         with tempfile.TemporaryDirectory() as place:

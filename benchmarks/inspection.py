@@ -40,6 +40,7 @@ from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.labels import of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import top1
@@ -121,8 +122,9 @@ class Images:
         """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
         mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
-        probe, _ = fit_on_features(self.split.classnames, self.train[None, kept], labels[kept], self.linear)
-        linear = probe.linear(self.linear, self.split.classnames)
+        classes = [Class(name) for name in self.split.classnames]
+        probe, _ = fit_on_features(classes, labels[kept], [(self.train[None, kept], self.linear)])
+        linear = probe.linear(self.linear, classes)
         if tested is None:
             return top1(F.linear(self.test, *linear), self.test_labels)
         return top1(F.linear(self.train[tested], *linear), self.labels[tested])

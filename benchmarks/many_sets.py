@@ -28,8 +28,7 @@ from tuning import GrowingTable, of_class
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.fused import both
+from dcp_zoo.model.clip import joined
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
@@ -79,7 +78,7 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
     run, task = planned(split, method, seed)
     head, _ = fit(run, task, split, options=RunOptions(test=False, progress=progress_bar))
     trained = time.process_time() - started
-    test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
+    test = image_source(task.clip, split.test, progress=progress_bar)
     if method in ON_FEATURES:
         yield "", *scores(predict(head, test, EVAL_BATCH), test.labels), round(trained, 1)
         return
@@ -89,21 +88,14 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
 @torch.no_grad()
 def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, seconds: float) -> Iterator[tuple[Any, ...]]:
     """The rows of a head that was trained for so many seconds."""
-    own, frozen = features(test, head), features(test, plain_clip(MODEL))
+    own, plain = (test.read_by(reading, 1, progress_bar)[0] for reading in head.readings)
     yield "", *scores(head.classify(own), test.labels), round(seconds, 1)
     views, started = probe_views(train), time.process_time()
-    readings = [
-        (head, train.features(views), on_cpu(head.own_reading().start())),
-        (train.for_model(plain_clip(MODEL)).features(views), on_cpu(head.plain.start())),
-    ]
-    for name, read, x in ("own", readings[:1], own), ("both", readings, both(own, frozen)):
-        head.text_probe, _ = fit_on_features(head.classnames, train.labels, read, readings[1])
+    readings = [(train.read_by(reading, views), on_cpu(reading.start())) for reading in head.readings]
+    for name, read, x in ("own", readings[:1], own), ("both", readings, joined([own, plain])):
+        head.text_probe, _ = fit_on_features(head.classes, train.labels, read, readings[1])
         logits = head.classify(x)
         yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
-
-
-def features(images: ImageSource, encoder: FrozenCLIP) -> Tensor:
-    return encoder, images.features(1, progress_bar)[0]
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:

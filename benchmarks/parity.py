@@ -35,6 +35,7 @@ from dcp_zoo.data import Item, load_split
 from dcp_zoo.data.splits import few_shot
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.inputs import Inputs, Pixels
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.callbacks import Callback, Epoch
 from dcp_zoo.training.evaluation import predict
@@ -113,7 +114,7 @@ class Theirs(Recorded):
     drawn: list[str] = field(default_factory=list)
     tested: list[str] = field(default_factory=list)
     tokens: Tensor = field(default_factory=lambda: torch.zeros(0))
-    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    batches: list[tuple[Inputs, Tensor]] = field(default_factory=list)
     per_epoch: int = 0
     first: int = 0  # steps
     pixels: float = 0.0
@@ -196,7 +197,7 @@ def clip_config() -> dict[str, Any]:
     return {"size": cfg["input_size"][-1], "mean": list(cfg["mean"]), "std": list(cfg["std"])}
 
 
-def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]], first: int) -> Theirs:
+def run_theirs(trainer: Any, ours: Iterator[tuple[Inputs, Tensor]], first: int) -> Theirs:
     """Train and test with their trainer, and record what it does; `ours` are our test images in batches of theirs."""
     found = Theirs(before=copy_of(trainer.model), first=first)
     found.drawn = [item.impath for item in trainer.dm.dataset.train_x]
@@ -207,7 +208,7 @@ def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]], first: int) 
 
     def forward_backward(batch: Any) -> Any:
         summary = step(batch)
-        found.batches.append((batch["img"], batch["label"]))
+        found.batches.append((Pixels(batch["img"]), batch["label"]))
         found.losses.append(summary["loss"])
         if len(found.losses) == first:
             found.early = copy_of(trainer.model)
@@ -216,7 +217,7 @@ def run_theirs(trainer: Any, ours: Iterator[tuple[Tensor, Tensor]], first: int) 
     def parse_batch_test(batch: Any) -> Any:
         images, labels = next(ours)
         assert torch.equal(labels, batch["label"])
-        found.pixels = max(found.pixels, float((images - batch["img"]).abs().max()))
+        found.pixels = max(found.pixels, float((images.x - batch["img"]).abs().max()))
         return read(batch)
 
     def keep(logits: Tensor, labels: Tensor) -> None:
@@ -241,7 +242,7 @@ def copy_of(model: nn.Module) -> dict[str, Tensor]:
 class TheirBatches(ImageSource):
     """Their batches in their order, as a source of training images for our loop."""
 
-    epochs: Iterator[list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: iter(()))
+    epochs: Iterator[list[tuple[Inputs, Tensor]]] = field(default_factory=lambda: iter(()))
 
     def batches(self, *args: Any, **options: Any) -> Any:
         return next(self.epochs)
@@ -288,7 +289,7 @@ def build_ours(
         head.load_state_dict(maple_names(state, head), strict=False)
     else:
         recipe = Recipe(coupling="text_to_vision", **length)
-        head = DCP(clip.clip, names, recipe.config, tokenizer=clip.tokenizer)
+        head = DCP(clip, names, recipe.config)
         load_trained(head, renamed(state, "theirs"), "theirs")
         head.stats = "batch"
     return head, recipe
@@ -315,9 +316,9 @@ def run_ours(head: Head, recipe: TrainingRecipe, theirs: Theirs, items: list[Ite
     """Our loop on their batches, then our test on our own reading of the test images."""
     size = theirs.per_epoch
     epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
-    source = TheirBatches(head, items, tests.transform, epochs=iter(epochs))
+    source = TheirBatches(head.encoder, items, tests.transform, epochs=iter(epochs))
     early, before = Early(theirs.first), trained(head)
-    losses = train(source, recipe, callbacks=[early])
+    losses = train(head, source, recipe, callbacks=[early])
     logits = predict(head, tests, 16)
     return Recorded(before, early.state, trained(head), losses, [logits])
 

@@ -29,13 +29,13 @@ def heads() -> dict[str, Head]:
     images = torch.randn(4, *SIZE)
 
     def dcp(readings: int, **options: object) -> Head:
-        head = DCP(clip.clip, names, tokenizer=clip.tokenizer, **options).eval()
+        head = DCP(clip, names, **options).eval()
         head.store_stats(images)
-        head.text_probe = TextProbe(names, clip.num_features, readings)
+        head.text_probe = TextProbe(head.classes, clip.num_features, readings)
         return head
 
-    probe = LinearHead(clip.clip, names, *clip.scaled(clip.zero_shot_classifier(names)))
-    probe.text_probe = TextProbe(names, clip.num_features)
+    probe = LinearHead(clip, names, *clip.scaled(clip.zero_shot_classifier(names)))
+    probe.text_probe = TextProbe(probe.classes, clip.num_features)
     every = len(clip.vision_tower.blocks)
     return {
         "text probe": probe,

@@ -25,8 +25,7 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     first = (prompts["text"] + text.positional_embedding[inside]).expand(len(y), -1, -1)
     y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
-    vision_blocks = [block.module for block in model.encoder.vision_tower.blocks]
-    text_blocks = list(text.transformer.resblocks)
+    vision_blocks, text_blocks = vision_blocks_of(model), list(text.transformer.resblocks)
     if config.prompted_blocks:
         x, y = frozen_start(model, x, y, inside, mask, rope)
         vision_blocks, text_blocks = vision_blocks[-config.prompted_blocks :], text_blocks[-config.prompted_blocks :]
@@ -53,12 +52,16 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     return logits if model.encoder.clip.logit_bias is None else logits + model.encoder.clip.logit_bias
 
 
+def vision_blocks_of(model: DCP) -> list[Any]:
+    return [block.module for block in model.encoder.vision_tower.blocks]
+
+
 def frozen_start(model: DCP, x: torch.Tensor, y: torch.Tensor, inside: slice, mask: Any, rope: Any) -> tuple[Any, ...]:
     """x, y as they enter the first block with prompts: those before run without the prompts' tokens."""
     m, late, prompts = model.config.n_ctx, model.config.prompted_blocks, model.prompts
     x, rope_without = x[:, :-m], None if rope is None else rope[:-m]
-    for block in model.encoder.vision_tower.blocks[:-late]:
-        x = block.module(x) if rope is None else block.module(x, rope=rope_without)
+    for block in vision_blocks_of(model)[:-late]:
+        x = block(x) if rope is None else block(x, rope=rope_without)
     outside = [i for i in range(y.shape[1]) if i not in range(inside.start, inside.stop)]
     names = y[:, outside]
     mask = None if mask is None else mask[..., outside, :][..., outside]

@@ -31,6 +31,7 @@ from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
+from dcp_zoo.model.classes import Class
 from dcp_zoo.model.text_probe.fit import fit_on_features, within_class
 from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.training.methods.text_probe import on_cpu
@@ -80,10 +81,10 @@ class Features:
 
 def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tensor]:
     """What different scores say of features f (m, E): higher for images of the classes."""
-    z = F.linear(f, *probe.linear(text, probe.names))
+    z = F.linear(f, *probe.linear(text, probe.classes))
     logs = z.log_softmax(-1)
-    entropy, distance = -(logs.exp() * logs).sum(-1), probe.distance(f, probe.names)
-    whitening, _ = probe.measure(probe.names)
+    entropy, distance = -(logs.exp() * logs).sum(-1), probe.distance(f, probe.classes)
+    whitening, _ = probe.measure(probe.classes)
     found = {
         HEADS_OWN: -entropy - DISTANCE_WEIGHT * distance,
         "distance to the nearest class mean": -distance,
@@ -113,7 +114,7 @@ def measured(
     rows = [row for found in of_each for row in rng.sample(found, min(images, len(found)))]
     views, labels = own.train[:, rows], torch.tensor([classes.index(int(label)) for label in own.labels[rows]])
     text = own.text[0][classes], own.text[1][classes]
-    probe, info = fit_on_features([own.names[label] for label in classes], labels, [(views, text)])
+    probe, info = fit_on_features([Class(own.names[label]) for label in classes], labels, [(views, text)])
     known = torch.isin(own.test_labels, torch.tensor(classes))
     others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
     parts = own.test[known], own.test[~known], others

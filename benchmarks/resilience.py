@@ -41,6 +41,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.job import Job, Predictor, torch_predictor
 from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.loop import open_log, train
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -119,25 +120,27 @@ def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def training_source() -> ImageSource:
-    """Twenty digits and a miniature with fresh prompts; every fork trains its own copy."""
+def training_task() -> tuple[Head, ImageSource]:
+    """A miniature with fresh prompts, and twenty digits; every fork trains its own copy."""
     subset = few_shot(load_split("digits"), 2, 1)
     torch.manual_seed(1)
     model = create_model("dcp_mini", "clip", classnames=subset.classnames)
-    return image_source(model, subset.train, "flip")
+    return model, image_source(model.encoder, subset.train, "flip")
 
 
-def train_in(folder: Path, source: ImageSource) -> None:
+def train_in(folder: Path, model: Head, source: ImageSource) -> None:
     folder.mkdir(exist_ok=True)
     with open_log(folder) as log:
-        train(source, RECIPE, step_log=log, state=TrainingState(folder / STATE_NAME, every=0))
-    source.model.save_pretrained(folder, torch.float32)
+        train(model, source, RECIPE, step_log=log, state=TrainingState(folder / STATE_NAME, every=0))
+    model.save_pretrained(folder, torch.float32)
 
 
-def training_round(number: int, source: ImageSource, reference: Path, folder: Path, chance: random.Random) -> dict:
+def training_round(
+    number: int, task: tuple[Head, ImageSource], reference: Path, folder: Path, chance: random.Random
+) -> dict:
     """Kill a training run repeatedly at random times, until it finishes."""
     started, kills, patience = time.monotonic(), 0, 0.5
-    while not run_or_kill(lambda: train_in(folder, source), chance.uniform(0, patience)):
+    while not run_or_kill(lambda: train_in(folder, *task), chance.uniform(0, patience)):
         kills, patience = kills + 1, patience * 1.3
     steps = logged(folder)
     same = steps == logged(reference) and weights(folder) == weights(reference)
@@ -228,11 +231,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         photos, chance = make_images(Path(temporary) / "photos"), random.Random(0)
         if chosen.only in (None, "training"):
-            source, reference = training_source(), Path(temporary) / "reference"
-            run_or_kill(lambda: train_in(reference, source), 1e6)
+            task, reference = training_task(), Path(temporary) / "reference"
+            run_or_kill(lambda: train_in(reference, *task), 1e6)
             for number in range(1, chosen.rounds + 1):
                 folder = Path(temporary) / f"training {number}"
-                rows.append(training_round(number, source, reference, folder, chance))
+                rows.append(training_round(number, task, reference, folder, chance))
                 console.print(rows[-1], highlight=False)
         if chosen.only in (None, "killed"):
             shared_images("dcp_mini", "auto", photos, 0, "float32")  # load once for all forks

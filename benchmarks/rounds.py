@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tuning import GrowingTable
 
 from dcp_zoo.inspection.find import spread
+from dcp_zoo.model.classes import Class
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import top1
 
@@ -62,14 +63,12 @@ def main(clip: Path, kept: Path) -> None:
 
 def rounds(data: Set, seed: int, choose: Callable[[Round], list[int]]) -> list[tuple[int, int, float]]:
     """The number of each round, labelled images, and accuracy."""
-    rng, classes = random.Random(seed), len(data.text[0])
-    of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(classes)]
+    rng, names = random.Random(seed), [Class(str(i)) for i in range(len(data.text[0]))]
+    of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(len(names))]
     found, rows = [rng.choice(own) for own in of_each], []
     for number in range(ROUNDS + 1):
-        probe, _ = fit_on_features(
-            list(map(str, range(classes))), data.train_labels[found], [(data.train[None, found], data.text)]
-        )
-        linear = probe.linear(data.text, probe.names)
+        probe, _ = fit_on_features(names, data.train_labels[found], [(data.train[None, found], data.text)])
+        linear = probe.linear(data.text, names)
         rows.append((number, len(found), top1(F.linear(data.test, *linear), data.labels)))
         known = set(found)
         left = [i for i in range(len(data.train)) if i not in known]

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.inputs import Inputs, Pixels
 from dcp_zoo.training.device import autocast, cast_frozen, pick_precision
 from dcp_zoo.training.loop import objective
-from dcp_zoo.training.recipes import default_recipe, fast_recipe
+from dcp_zoo.training.recipes import default_recipe, named_recipe
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "steps.csv"
@@ -105,7 +106,7 @@ def main() -> None:
         names = [f"thing {n}" for n in range(classes)]
         steps = {
             "DCP": dcp_step(names, default_recipe(MODEL), fastest),
-            "DCP, recipe fast": dcp_step(names, fast_recipe(MODEL), fastest),
+            "DCP, recipe fast": dcp_step(names, named_recipe("fast", MODEL), fastest),
         }
         for name, method in (("MaPLe", PlainMaPLe), ("CLIP-LoRA", PlainLoRA)):
             for precision in {"float32"} | ({fastest} if classes == CLASSES[0] else set()):
@@ -134,14 +135,15 @@ def plain_step(method: Any, names: list[str], precision: str) -> Callable[[], No
 def dcp_step(names: list[str], recipe: Any, precision: str) -> Callable[[], None]:
     """A step of DCP, with what is frozen computed beforehand."""
     clip = plain_clip(MODEL, with_weights=False)
-    model, recipe = DCP(clip.clip, names, recipe.config, tokenizer=clip.tokenizer), recipe.fitted(64, len(names))
-    loss_of, inputs = objective(model, recipe), images()
+    model, recipe = DCP(clip, names, recipe.config), recipe.fitted(64, len(names))
+    loss_of = objective(model, recipe)
+    inputs: Inputs = Pixels(images())
     targets = clip.encode_image(inputs)
     if precision != "float32":
         cast_frozen(model, precision)
     if model.first_block:
-        inputs = model.enter(inputs).half()
-    return descent(lambda _, y: loss_of(inputs, y, bool(model.first_block), targets)[0], model.train(), precision)
+        inputs = clip.enter(inputs, model.first_block).to(torch.half)
+    return descent(lambda _, y: loss_of(inputs, y, targets)[0], model.train(), precision)
 
 
 def descent(loss_of: Callable[[Tensor, Tensor], Tensor], model: Any, precision: str) -> Callable[[], None]:

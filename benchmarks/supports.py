@@ -22,6 +22,7 @@ from dcp_zoo.benchmark.trial_images import GivenFeatures
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import load_split
 from dcp_zoo.model.classes import TEMPLATE
+from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -56,7 +57,7 @@ def main(
             if method == "linear-probe" and len(names) > LARGEST:
                 continue
             kept = random.Random(draw).sample(range(len(train.items)), shots * len(names))
-            few = replace(train, items=[train.items[i] for i in kept], views=train.features()[:, kept])
+            few = replace(train, views=train.features(), form=Features).of(kept)
             row = measured(method, names, few, test)
             without = len(names) - len({item.label for item in few.items})
             table.add([(name, len(names), shots, draw, method, *row, without)])
@@ -80,9 +81,9 @@ def measured(method: str, names: list[str], train: ImageSource, test: ImageSourc
     place = {label: i for i, label in enumerate(present)}
     few = replace(train, items=[item._replace(label=place[item.label]) for item in train.items])
     options: Any = METHODS[method].recipe("dcp_vitb32", "folder", 4, "few-shot").updated({"augment": "none"})
-    task = Task(train.model, "dcp_vitb32", [names[label] for label in present], TEMPLATE, few, None, options)
+    task = Task(train.clip, "dcp_vitb32", [names[label] for label in present], TEMPLATE, few, None, options)
     logits = torch.full((len(test.items), len(names)), -1e4)
-    logits[:, present] = predict(test.for_model(fit_head(method, task)), EVAL_BATCH)
+    logits[:, present] = predict(fit_head(method, task), test, EVAL_BATCH)
     found = Evaluation(names, test.items, logits)
     balanced = found.balanced if found.balanced is not None else found.accuracy.percent
     return top1(logits, test.labels), round(balanced, 2), expected_calibration_error(logits, test.labels)

@@ -62,7 +62,8 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
     """The `in_distribution_score` (n,) of images (n, 3, H, W)."""
-    return torch.from_numpy(in_distribution_score(head(images).numpy(), head.distances(head.encode_image(images))))
+    distances = head.distances(head.encode_image(images)).numpy()
+    return torch.from_numpy(in_distribution_score(head(images).numpy(), distances))
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = fit_on_features(head.classes, labels, [(views, head.own_reading().start())])[0]
+    head.text_probe = fit_on_features(head.classes, labels, [(views, head.readings[0].start())])[0]
     head.text_probe.threshold.copy_(
         in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
     )

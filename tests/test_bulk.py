@@ -911,7 +911,8 @@ HOSTILE = "\x1b]0;title\x07\u202egpj\x9b2J\u2028\nError[red]: x\x7f"
 def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, capsys, many):
     """Those of files, classes and errors; and nothing else that is printed, whoever prints it."""
     monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: bundled)
-    monkeypatch.setattr(bundled, "classnames", [f"{HOSTILE}{i}" for i in range(bundled.num_classes)])
+    for i, one in enumerate(bundled.classes):
+        monkeypatch.setattr(one, "name", f"{HOSTILE}{i}")
     folder = Path("photos/b" if many else "few")
     folder.mkdir(exist_ok=True)
     shutil.copy("photos/a/01.jpg", folder / f"{HOSTILE}.jpg")

@@ -107,6 +107,8 @@ def test_a_folder_gives_what_is_asked_for(folder, mini, tmp_path):
     head.method = "gda"
     with pytest.raises(ZooError, match="head of gda, which has no fresh prompts"):
         create_model(f"local-dir:{head.save_pretrained(tmp_path / 'gda')}", "clip")
+    with pytest.raises(ZooError, match="Unknown stats 'batch': choose from stored"):
+        create_model(str(tmp_path / "gda"), True, stats="batch")
 
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypatch):

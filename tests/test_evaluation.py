@@ -109,7 +109,7 @@ def test_the_share_that_training_held_out_of_a_dataset_is_measured():
     images = load_labelled("digits")
     split = training_split(images, 0.2)
     model = SimpleNamespace(info={"test_share": 0.2, "split_sha256": split.sha256})
-    assert evaluate.test_images(images, model, "head", True) == split.test
+    assert evaluate.test_images(images, model, "head", True)[0] == split.test
 
 
 def fitted(*data) -> Head:

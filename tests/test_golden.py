@@ -80,7 +80,7 @@ def test_logits_loss_and_every_gradient(case, golden, forward):
 def with_weights(model: DCP, case: dict) -> DCP:
     """The model with a case's trained tensors, which one CMPA shares, cut to its number of prompts."""
     found = {our_name(n.removeprefix("param."), True): t for n, t in case.items() if n.startswith("param.")}
-    for name, own in model.trained_state().items():
+    for name, own in model._trained_state().items():
         own.data.copy_(found[name][: len(own)])
     return model
 

@@ -105,7 +105,7 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
     def fit(**options):
         given = task(method, clip, photos, augment="crop-flip")
         crops = image_source(clip, photos[:9], "crop-flip")
-        return fit_head(method, replace(given, train=crops, training=options)).trained_state()
+        return fit_head(method, replace(given, train=crops, training=options))._trained_state()
 
     whole = fit()
     stops = iter([False] * (steps - 1) + [True])
@@ -123,7 +123,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
     """The first step of an epoch counts the weights of the last one, then fails, and is done again."""
 
     def fit(**options):
-        return fit_head("promptsrc", replace(task("promptsrc", clip, photos), training=options)).trained_state()
+        return fit_head("promptsrc", replace(task("promptsrc", clip, photos), training=options))._trained_state()
 
     def state():
         return TrainingState(tmp_path / STATE_NAME)
@@ -192,7 +192,7 @@ def test_classes_of_a_head(clip, photos):
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
     for probe in (
         None,
-        fit_on_features(fixed.classes, labels, [(features[None], fixed.own_reading().start())])[0],
+        fit_on_features(fixed.classes, labels, [(features[None], fixed.readings[0].start())])[0],
     ):  # as fit-text-probe adds
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
@@ -205,7 +205,7 @@ def test_classes_of_a_head(clip, photos):
     assert head.classnames == [*names, "zebra"]
 
 
-def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos):
+def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos, monkeypatch):
     given = replace(small("zero-shot", clip, photos, classifier="text-probe"), val=None, texts="a drawing of a {}.")
     head = fit_head("zero-shot", given)
     weight = head.text_probe.weight.clone()

@@ -607,7 +607,7 @@ def test_promptsrc_averages_the_prompts_over_epochs(clip, photos):
         for p, average in zip(trained, averages, strict=True):
             average += gauss[epoch] / sum(gauss) * p.detach()
     torch.manual_seed(0)
-    found = promptsrc.fit(given).trained_state().values()
+    found = promptsrc.fit(given)._trained_state().values()
     for p, average, last in zip(found, averages, trained, strict=True):
         torch.testing.assert_close(p, average, rtol=1e-3, atol=1e-5)
         assert not torch.allclose(p, last, atol=1e-4)

@@ -26,6 +26,7 @@ from dcp_zoo.model.text_probe import fit as fitting
 from dcp_zoo.model.text_probe.candidates import STRENGTHS, Candidates
 from dcp_zoo.model.text_probe.estimates import class_means, half_whitening, shared_precision
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
+from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
 from dcp_zoo.zoo.factory import create_model, create_transform
@@ -51,7 +52,7 @@ def model(plain):
     """The same with a text probe."""
     with torch.no_grad():
         views, labels = plain.encode_image(images(12))[None], torch.arange(12) % 3
-        plain.text_probe, _ = fitting.fit_on_features(plain.classes, labels, [(views, plain.own_reading().start())])
+        plain.text_probe, _ = fitting.fit_on_features(plain.classes, labels, [(views, plain.readings[0].start())])
     plain.text_probe.text_scale.fill_(0.5)
     plain.text_probe.threshold.fill_(torch.finfo(torch.float16).min)
     return plain
@@ -111,7 +112,7 @@ def test_a_new_class_is_fitted_against_the_means_of_the_others(model):
     probe, mean = model.text_probe, F.normalize(torch.randn(model.num_features), dim=0)
     probe.evidence = F.one_hot(torch.tensor(2), len(PENALTIES)).float()  # one penalty, 0.1
     model.set_classnames([*NAMES, "zebra"])
-    weight, bias = model.own_reading().start()
+    weight, bias = model.readings[0].start()
     probe.add(model.classes[-1], mean, 4, model.classes, (weight, bias))
     assert torch.equal(probe.means[-1], mean)
     rows = probe.means
@@ -512,7 +513,7 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert not close(own, frozen)
     zero_shot = plain.plain.start()
     expected, wanted = fitting.fit_on_features(plain.classes, train.labels, [(frozen, zero_shot)])
-    text, frozen_features, own_features = plain.own_reading().start(), plain.plain.encode(x), plain.encode_image(x)
+    text, frozen_features, own_features = plain.readings[0].start(), plain.plain.encode(x), plain.encode_image(x)
     info = fit_probe(plain, train)
     assert (info["evidence"], info["thresholds"]) == (wanted["evidence"], wanted["thresholds"])
     assert (len(plain.reads), plain.num_features) == (2, 2 * own.shape[-1])
@@ -613,13 +614,20 @@ def test_fitting_needs_a_calibrated_context(tiny_clip):
         fit_probe(uncalibrated, source(uncalibrated, 3, 0))
 
 
+def test_statistics_that_are_stored_after_a_measurement_are_the_default(tiny_clip):
+    model = DCP(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), NAMES, n_ctx=2)
+    assert measure(model, source(model, 6, 0))[0].keys() == {"top1_batch"}
+    model.store_stats(images(4))
+    assert model.stats == "stored"
+
+
 @torch.no_grad()
 def test_the_papers_logits_are_one_argument_away():
     head, plain = (create_model("dcp_mini.eurosat-16shot", True, classifier=c).eval() for c in (None, "none"))
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
     assert close(
-        plain(x), head.encoder.clip.logit_scale.exp() * head.own_reading().encode(x) @ head.encode_text().T, 1e-5
+        plain(x), head.encoder.clip.logit_scale.exp() * head.readings[0].encode(x) @ head.encode_text().T, 1e-5
     )
     assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classes import Class, Texts, rows_of
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import LinearHead
-from dcp_zoo.model.reading import Reading
 
 CACHED = ("keys", "values", "alpha", "beta")
 
@@ -60,7 +59,7 @@ class CacheHead(LinearHead):
         """What the training images say, without alpha: features (B, E) -> (B, C)."""
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
-    def own_reading(self) -> Reading:
+    def _own_reading(self) -> Reading:
         return Reading(self.encoder, self.encoder.encode_image, self._no_linear)
 
     def _no_linear(self) -> Any:
@@ -75,8 +74,8 @@ class CacheHead(LinearHead):
         super().classify_into(classes, None)
         self.values = self.values[:, rows_of(classes, before)]
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def _trained_state(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("weight", *CACHED)}
 
-    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"head": "cache"}

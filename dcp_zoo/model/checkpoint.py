@@ -67,7 +67,7 @@ def save(head: "Head", directory: Path, dtype: torch.dtype, info: dict[str, Any]
 
 def head_state(head: "Head") -> dict[str, Tensor]:
     """The tensors of a checkpoint: those that the method trained, and the text probe's for the present classes."""
-    return head.trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
+    return head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
 
 
 def _valid(head: "Head", info: dict[str, Any], not_measured: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _valid(head: "Head", info: dict[str, Any], not_measured: str) -> dict[str, A
 
 def head_config(head: "Head", info: dict[str, Any]) -> dict[str, Any]:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
-    options, block = head.method_config()
+    options, block = head._method_config()
     names, read = names_of(head.classes), read_of(head.classes)
     return {
         "architecture": head.encoder.architecture,
@@ -125,7 +125,7 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
     for one in classes:
         one.read = read[one]
     head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
-    head.load_trained(state, config)
+    head._load_trained(state, config)
     head.classify_into(wanted, given)
     head.info, head._measured, head._changed = made(config), classes, ""
     return head
@@ -133,8 +133,8 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
 
 def check_fits(head: "Head", shapes: Mapping[str, Tensor], path: str | Path, probe: TextProbe | None = None) -> None:
     """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
-    options = ", ".join(f"{name}={value!r}" for name, value in head.method_config()[0].items())
-    expected = head.expected_state(shapes) | ({} if probe is None else probe.tensors())
+    options = ", ".join(f"{name}={value!r}" for name, value in head._method_config()[0].items())
+    expected = head._expected_state(shapes) | ({} if probe is None else probe.tensors())
     model = f"{head.encoder.architecture} with {options}" if options else head.encoder.architecture
     check_shapes(shapes, expected, path, model)
 

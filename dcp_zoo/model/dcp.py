@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
-from dcp_zoo.model.clip import FrozenCLIP, Linear
+from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined
 from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images, Inputs, as_inputs
-from dcp_zoo.model.reading import Reading, joined
 from dcp_zoo.model.text_probe.probe import TextProbe
 from dcp_zoo.model.tokens import Tokenizer
 from dcp_zoo.model.towers.open_clip import Step, append_prompts
@@ -334,8 +333,8 @@ class DCP(Head):
     def _text_linear(self) -> Linear:
         return self.encoder.scaled(self.encode_text())
 
-    def own_reading(self) -> Reading:
-        return Reading(self.encoder, self._encode_own, self._text_linear, self.image_prompts)
+    def _own_reading(self) -> Reading:
+        return Reading(self.encoder, self._encode_own, self._text_linear, self.image_prompts, self.first_block)
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics. Among classes with sentences, a new one has its name."""
@@ -368,17 +367,17 @@ class DCP(Head):
             return self._constants()[1]
         return self._run_text(self._tokens(check_classnames(classnames), self.texts))[1]
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def _trained_state(self) -> dict[str, Tensor]:
         """Prompts and CMPA, and the stored statistics if there are any."""
         stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
 
-    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return self.config.as_dict(), {"head": "dcp"}
 
-    def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""
-        state, vision = self.trained_state(), self.prompts["vision"]
+        state, vision = self._trained_state(), self.prompts["vision"]
         state.pop("stored_stats", None)
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.model._torch import call_linear, in_eval_mode
-from dcp_zoo.model.reading import joined
+from dcp_zoo.model.clip import joined
 from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.open_clip import OpenClipBlock, OpenClipViT, VisionTower
@@ -46,7 +46,7 @@ class FusedHead(ImageTower):
     def __init__(self, model: Any) -> None:
         own, plain = model.reads[0].encoder, model.reads[-1].encoder
         super().__init__(_shared(own.visual))
-        self.first, self.readings = model.first_block, len(model.reads)
+        self.first, self.readings = model.reads[0].first, len(model.reads)
         self.original = None if plain is own else ImageTower(_shared(plain.visual))
         with in_eval_mode(model):  # do not pool over a batch
             tensors = _constants(model)
@@ -159,7 +159,7 @@ def _constants(model: Any) -> dict[str, Tensor]:
     tower = reading.encoder.vision_tower
     none = torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)
     prompts = reading.prompts() if reading.prompts else [none]
-    last, blocks = len(prompts) - 1, tower.blocks[model.first_block :]
+    last, blocks = len(prompts) - 1, tower.blocks[reading.first :]
     constant = min(last + (last == len(blocks) - 1), len(blocks))  # the last block computes the pooled tokens only
     entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(blocks, prompts, strict=False)]
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}

@@ -29,19 +29,16 @@ from dcp_zoo.model.classes import (
     Class,
     Texts,
     check_classnames,
-    class_texts,
     matched,
     names_of,
-    position,
     read_of,
     rows_of,
     same_texts,
 )
-from dcp_zoo.model.clip import FrozenCLIP, Linear
+from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined
 from dcp_zoo.model.config import REFUSED, Abilities, HeadConfig
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.inputs import Images
-from dcp_zoo.model.reading import Reading, join, joined
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.tokens import Tokenizer
@@ -64,8 +61,6 @@ class Head(TimmContract):
         method, abilities: the name of the method that made it, and what such a head can do.
     """
 
-    first_block = 0  # the first vision block that prompts enter
-
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
         self.encoder = clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer)
@@ -78,34 +73,30 @@ class Head(TimmContract):
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
         self._info: dict[str, Any] = {}
-        self._metrics: Any = None  # those in `info` when it was last set, and
-        self._measured: Sequence[Class] = ()  # the classes that they are about
+        self._metrics: dict[str, float] | None = None  # the newest in `info`
+        self._measured: Sequence[Class] = ()  # the classes that these are about
         self._changed = ""  # what was changed since, such as "the class zebra was added"
         self._zero_shot = WeightCache()
 
     # --- what a kind of head defines ---
 
     @abstractmethod
-    def own_reading(self) -> Reading:
+    def _own_reading(self) -> Reading:
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
 
     @abstractmethod
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        """`set_classnames` for classes of which some may be among the present ones."""
-
-    @abstractmethod
-    def trained_state(self) -> dict[str, Tensor]:
+    def _trained_state(self) -> dict[str, Tensor]:
         """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
 
     @abstractmethod
-    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
 
-    def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`trained_state` as a file with these tensors has it."""
-        return self.trained_state()
+    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`_trained_state` as a file with these tensors has it."""
+        return self._trained_state()
 
-    def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
+    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
         self.load_state_dict(state, strict=False)  # without CLIP
 
@@ -129,7 +120,7 @@ class Head(TimmContract):
     @property
     def readings(self) -> list[Reading]:
         """What a classifier on it can read, the method's own features first, and plain CLIP's last."""
-        own, plain = self.own_reading(), self.plain
+        own, plain = self._own_reading(), self.plain
         return [own, plain] if own.is_prompted or own.encoder is not plain.encoder else [own]
 
     @property
@@ -151,13 +142,14 @@ class Head(TimmContract):
 
     def forward(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features."""
-        return self.forward_head(self.encode_image(images))
+        features = self.encode_image(images)
+        return self.classify(features) if self.classes else features
 
     def encode_image(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier reads."""
         reads = self.reads
         if len(reads) > 1 and self._original is None:  # what is the same for both is computed once
-            images = self.encoder.enter(images, self.first_block)
+            images = self.encoder.enter(images, reads[0].first)
         return joined([reading.encode(images) for reading in reads])
 
     def classify(self, features: Tensor) -> Tensor:
@@ -223,33 +215,6 @@ class Head(TimmContract):
 
     # --- classes ---
 
-    @property
-    def classnames(self) -> list[str]:
-        """The name of each class, in the order of the logits. Names may repeat."""
-        return names_of(self.classes)
-
-    @property
-    def num_classes(self) -> int:
-        """C; 0 after `reset_classifier(0)`."""
-        return len(self.classes)
-
-    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
-        """Classify into these classes from now on: those that the head knows by these names, of repeated ones the first
-        first, and new ones, which CLIP reads. ZooError for no names or empty ones, texts that the text tower cannot
-        read, and for names that the head does not know, if it reads none.
-
-        Args:
-            classnames: one per class.
-            texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
-        """
-        names = check_classnames(classnames)
-        classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
-        if texts and isinstance(texts, Mapping):  # they are for these names
-            class_texts(names, texts)
-            for each in classes:
-                each.read = each.name
-        self.classify_into(classes, texts)
-
     def _keep(self, classes: list[Class], texts: Texts) -> None:
         """These classes and texts from now on. The rejection threshold is unset if the classes that it was fitted for
         have other texts now."""
@@ -257,57 +222,6 @@ class Head(TimmContract):
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
         self.classes, self.texts = classes, texts
-
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
-        """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
-        reject images stays as it is. ZooError without a text probe.
-
-        Args:
-            name: of the class; that of one that the model already has, or its position, gives it new images.
-            images: (n, 3, H, W), normalised as `create_transform` does.
-            known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
-        """
-        if (probe := self.text_probe) is None:
-            problem = "This head cannot add a class by its images: it has no text probe."
-            advice = "Add one with dcp-zoo fit-text-probe, or call model.set_classnames to classify by names"
-            raise ZooError(f"{problem} {advice}.")
-        with torch.no_grad():
-            features = self.encode_image(self._batch(images))
-        if exists := isinstance(name, int) or name in self.classnames:
-            one = self.classes[position(name, self.classes)]
-        else:
-            one = matched(check_classnames([*self.classnames, name]), self.classes, probe.classes)[-1]
-        mean, count, seen = features.float().mean(0), len(features), probe.seen(one)
-        if known and seen is None:
-            raise ZooError(f"known={known}, but the model has seen no image of {one.name}: omit it, or pass known=0.")
-        if known and seen is not None:
-            count += known
-            mean += (seen.float() - mean) * (known / count)
-        if not exists:
-            self.classify_into([*self.classes, one], None)
-        with torch.no_grad():
-            start = join([reading.start() for reading in self.reads])
-            probe.add(one, mean, count, self.classes, start)
-        self._changed = f"the class {one.name} got other images" if exists else f"the class {one.name} was added"
-
-    def remove_class(self, name: str | int) -> None:
-        """Remove the class of this name, or at this position, whose images belong to none from now on; ZooError for the
-        last one, an unknown one, or a name that several have."""
-        at = position(name, self.classes)
-        one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
-        check_classnames(names_of(left))
-        self.classify_into(left, None)
-        if self.text_probe is not None:
-            self.text_probe.remove(one)
-        self._changed = f"the class {one.name} was removed"
-
-    def rename_class(self, name: str | int, new: str) -> None:
-        """Change the name of a class and nothing else: CLIP goes on reading the old one, so that predictions, accuracy
-        and threshold stay. ZooError for an unknown class, or a new name that is another's."""
-        one = self.classes[position(name, self.classes)]
-        if new in self.classnames:
-            raise ZooError(f"The class {new} exists already: choose another name, or remove that class first.")
-        one.name = check_classnames([new])[0]
 
     def _batch(self, images: object) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
@@ -326,8 +240,9 @@ class Head(TimmContract):
 
     @info.setter
     def info(self, info: dict[str, Any]) -> None:
-        if info.get("metrics") != self._metrics:  # not those of `_info`, which may be the same, changed in place
-            self._measured, self._changed, self._metrics = list(self.classes), "", info.get("metrics")
+        metrics = copy.copy(info.get("metrics"))  # `info |= ...` has changed the present dict already
+        if metrics != self._metrics:
+            self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
         self._info = info
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32, **info: Any) -> Path:
@@ -392,7 +307,7 @@ class LinearHead(Head):
         original = clip if changed else None
         return cls(own, names, *empty, texts=config["dcp"]["texts"], changed=changed, original=original)
 
-    def own_reading(self) -> Reading:
+    def _own_reading(self) -> Reading:
         return Reading(self.encoder, self.encoder.encode_image, lambda: (self.weight, self.bias))
 
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
@@ -422,13 +337,13 @@ class LinearHead(Head):
         advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
         return ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def _trained_state(self) -> dict[str, Tensor]:
         state = self.encoder.clip.state_dict()
         return {"weight": self.weight, "bias": self.bias} | {name: state[name] for name in self.changed}
 
-    def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
+    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
-        super().load_trained(state, config)
+        super()._load_trained(state, config)
 
-    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"head": "linear"}

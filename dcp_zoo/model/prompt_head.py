@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.classes import NAME, Class, Texts, check_classnames, class_texts, matched, read_of
-from dcp_zoo.model.clip import FrozenCLIP, Linear
+from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images
-from dcp_zoo.model.reading import Reading
 from dcp_zoo.model.towers.text import TextChunks, prompted_text
 
 
@@ -100,15 +99,15 @@ class PromptHead(Head):
         """The prompts (M, Dv) that enter the first vision blocks."""
         return self.encoder.entering(list(self.vision_prompts))
 
-    def own_reading(self) -> Reading:
+    def _own_reading(self) -> Reading:
         prompts = self.image_prompts if self.image_prompts() else None
         return Reading(self.encoder, self._encode_own, self._text_linear, prompts)
 
     def _encode_own(self, images: Images) -> Tensor:
         return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def _trained_state(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoder.")}
 
-    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"head": "prompts", "rest": self.rest}

@@ -1,49 +1,38 @@
 """The methods besides `forward` that timm's functions and scripts call on a model."""
 
-from abc import ABC
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.clip import FrozenCLIP, Linear
+from dcp_zoo.model.class_editing import ClassEditing
+from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.classes import Class
-    from dcp_zoo.model.reading import Reading
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
 
-class TimmContract(nn.Module, ABC):
+class TimmContract(ClassEditing):
     """timm's contract for all heads, whose classifier reads features of width F. It asks a head for these:"""
 
     encoder: FrozenCLIP
-    classes: "list[Class]"
     stats: str
     classify: Callable[[Tensor], Tensor]
     linear: Callable[[], Linear]
-    encode_image: Callable[[Images], Tensor]
-    set_classnames: Callable[..., None]
 
-    if TYPE_CHECKING:
+    @property
+    @abstractmethod
+    def readings(self) -> list[Reading]: ...
 
-        @property
-        def classnames(self) -> list[str]: ...
-
-        @property
-        def num_classes(self) -> int: ...
-
-        @property
-        def readings(self) -> list[Reading]: ...
-
-        @property
-        def reads(self) -> list[Reading]: ...
+    @property
+    def num_classes(self) -> int:
+        """C; 0 after `reset_classifier(0)`."""
+        return len(self.classes)
 
     @property
     def device(self) -> torch.device:

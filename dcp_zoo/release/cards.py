@@ -35,7 +35,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients."""
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model.method_config()
+    options, _ = model._method_config()
     about: dict[str, Any] = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base),

@@ -8,6 +8,7 @@ from .methods.table import METHODS as METHODS
 from .recipes import BaseRecipe as BaseRecipe
 from .recipes import Recipe as Recipe
 from .recipes import default_recipe as default_recipe
+from .recipes import option as option
 from .run import RunOptions as RunOptions
 from .run import plan as plan
 from .run import train_head as train_head

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.reading import joined
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.predictor import read
 from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
@@ -133,13 +132,12 @@ def predict_modes(
     default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
     for stats in head.stats_modes:
         head.stats = stats
-        if stats != "stored" or head.text_probe is None:
-            found[stats] = predict(head, source, batch_size, progress)
-        else:
-            features = [source.read_by(reading, 1, progress)[0] for reading in head.reads]
-            found[stats] = classified(head, joined(features))
-            start = (part.detach().float().cpu() for part in head.reads[0].start())
-            without[NO_CLASSIFIER] = F.linear(features[0], *start)
+        outputs = read(head, source, batch_size, progress)
+        found[stats] = torch.from_numpy(outputs.logits)
+        if outputs.features is not None and head.text_probe is not None:
+            weight, bias = (part.detach().float().cpu() for part in head.reads[0].start())
+            own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(len(head.reads))
+            without[NO_CLASSIFIER] = F.linear(own, weight, bias)
     head.stats = None if default else before
     return found | without
 

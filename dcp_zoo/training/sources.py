@@ -16,10 +16,9 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.clip import FrozenCLIP, Reading, joined
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels
-from dcp_zoo.model.reading import Reading, joined
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes

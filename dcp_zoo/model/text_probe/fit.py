@@ -27,9 +27,8 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classes import Class
-from dcp_zoo.model.clip import Linear
+from dcp_zoo.model.clip import Linear, join
 from dcp_zoo.model.config import REFUSED
-from dcp_zoo.model.reading import join
 from dcp_zoo.model.text_probe.candidates import ENOUGH, STRENGTHS, Candidates
 from dcp_zoo.model.text_probe.estimates import minimum
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe, nearest

@@ -88,7 +88,7 @@ def teacher_accuracy(clip: FrozenCLIP, data_root: Path, classes: list[str]) -> d
     split, (_, teacher) = load_split("caltech101", data_root), load_stem()
     stem: Any = clip.visual.conv1.stem
     batches = ImageSource(clip, split.test, create_transform(clip)).batches(64)
-    probabilities = torch.cat([teacher(stem(images).mean((2, 3))).softmax(-1) for images, _ in batches])
+    probabilities = torch.cat([teacher(stem(images.x).mean((2, 3))).softmax(-1) for images, _ in batches])
     labels = torch.tensor([item.label for item in split.test])
     texts = [clip.zero_shot_classifier(names, TEMPLATE) for names in (classes, split.classnames)]
     found = {}

@@ -57,7 +57,7 @@ def tower_features(path: Path, items: list[Item]) -> Features:
     tower.ln_post.register_forward_hook(lambda module, inputs, output: read.append(output))
     plain, found = plain_clip("dcp_mini"), []
     for images, _ in ImageSource(plain, items, create_transform(plain)).batches(64):
-        stem, output = tower.conv1.stem(images), tower(images)
+        stem, output = tower.conv1.stem(images.x), tower(images.x)
         token = read.pop()
         places = {
             "stem": stem.mean((2, 3)),

@@ -1,0 +1,266 @@
+"""Classes are known by their position, not by their name: repeated names, renamed, added and removed classes."""
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import close, loud, write_weights
+from PIL import Image
+from safetensors.torch import load_file
+from test_baselines import TEMPLATE, pixels
+from test_method_heads import load, small
+
+from dcp_zoo import DCP, FewShotClassifier, ZooError
+from dcp_zoo.data import Item, classnames
+from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.classes import Class
+from dcp_zoo.model.config import read_config
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.model.text_probe import TextProbe
+from dcp_zoo.model.text_probe.probe import PENALTIES
+from dcp_zoo.training.methods import METHODS, fit_head
+from dcp_zoo.training.methods.text_probe import fit_probe
+from dcp_zoo.training.sources import image_source
+
+COLOURS = ((200, 30, 30), (30, 30, 200), (20, 150, 20), (220, 220, 40), (20, 20, 20))
+NAMES = ["crane", "crane", "b", "last"]  # the fifth colour is a new class
+AMBIGUOUS = "2 classes are named crane: pass the position of one in place of its name: 0, 1"
+
+pytestmark = pytest.mark.filterwarnings("ignore:Repeated class names")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Item]:
+    """Five noisy pictures of each colour."""
+    folder, items, rng = tmp_path_factory.mktemp("pictures"), [], np.random.default_rng(0)
+    for i in range(25):
+        noise = Image.fromarray(rng.normal(128, 60, (32, 32, 3)).clip(0, 255).astype(np.uint8))
+        path = folder / f"{i}.png"
+        Image.blend(Image.new("RGB", (32, 32), COLOURS[i // 5]), noise, 0.2).save(path)
+        items.append(Item(str(path), path.name, i // 5))
+    return items
+
+
+@torch.enable_grad()
+def fitted(kind, clip, items, names=NAMES):
+    """A head of a kind with a text probe."""
+    torch.manual_seed(0)
+    train = image_source(clip, items)
+    if kind in METHODS:
+        given = small(kind, clip, items, classifier="text-probe")
+        return fit_head(kind, replace(given, classnames=names, train=train, val=None))
+    if kind == "dcp":
+        head = loud(DCP(clip, names, n_ctx=2)).eval()
+        head.store_stats(pixels(train))
+    else:
+        prompts = [[torch.randn(2, width) / 10] for width in (clip.text_tower.width, clip.vision_tower.width)]
+        head = PromptHead(clip, names, *prompts, texts=TEMPLATE).eval()
+    head.method = kind
+    head.info = {"text_probe": fit_probe(head, train)}
+    return head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["text-probe", "prolip", "dcp", "prompts"])
+def test_classes_with_the_same_name_stay_apart(kind, clip, pictures, tmp_path):
+    head = fitted(kind, clip, pictures[:20])
+    x, labels, new = (
+        pixels(image_source(clip, pictures[:20])),
+        torch.arange(4).repeat_interleave(5),
+        pixels(image_source(clip, pictures[20:])),
+    )
+    before = head(x)
+    assert torch.equal(before.argmax(1), labels)
+
+    def answers(*rows: int) -> bool:
+        """Whether its logits are these of the first, now and from a checkpoint, for images that come with new ones."""
+        loaded = load(clip, head.save_pretrained(tmp_path, torch.float32, **head.info))
+        return all(close(each(x)[:, : len(rows)], before[:, rows]) for each in (head, loaded))
+
+    assert answers(0, 1, 2, 3)
+    head.set_classnames(["b", "crane", "last", "crane"])
+    assert answers(2, 0, 3, 1)
+    head.set_classnames(NAMES)
+    assert answers(0, 1, 2, 3)
+    head.add_class("new", new)
+    assert answers(0, 1, 2, 3)
+    assert head(new).argmax(1).tolist() == [4] * 5
+    for change in (
+        head.remove_class,
+        lambda name: head.rename_class(name, "bird"),
+        lambda name: head.add_class(name, x),
+    ):
+        with pytest.raises(ZooError, match=AMBIGUOUS):
+            change("crane")
+    with pytest.raises(ZooError, match="There is no class 5: the positions are 0 to 4"):
+        head.remove_class(5)
+    head.remove_class(0)
+    assert head.classnames == ["crane", "b", "last", "new"]
+    assert answers(1, 2, 3)
+    assert head(new).argmax(1).tolist() == [3] * 5
+    head.rename_class(0, "bird")
+    assert head.classnames == ["bird", "b", "last", "new"]
+    assert answers(1, 2, 3)
+
+
+@torch.no_grad()
+def test_one_of_two_classes_gets_other_images(clip, pictures):
+    head, x = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[:20]))
+    before, new = head(x), pixels(image_source(clip, pictures[20:]))
+    head.add_class(1, new)
+    assert head.classnames == NAMES
+    assert close(head(x)[:, [0, 2, 3]], before[:, [0, 2, 3]])
+    assert head(new).argmax(1).tolist() == [1] * 5
+
+
+def test_a_classifier_of_classes_with_the_same_name(pictures, tmp_path):
+    """By the public doors alone."""
+    images = [Image.open(item.path).convert("RGB") for item in pictures]
+    labels = np.repeat(np.arange(4), 5)
+    classifier = FewShotClassifier(classnames=dict(enumerate(NAMES))).fit(images[:20], labels)
+    assert classifier.predict(images[:20]).tolist() == labels.tolist()
+    classifier.save(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path)
+    assert loaded.predict(images[:20]).tolist() == labels.tolist()
+
+
+@torch.no_grad()
+def test_new_classes_beside_imagenets(clip, photos):
+    """Its list has two pairs of classes with the same name."""
+    names, x = classnames("imagenet"), pixels(image_source(clip, photos))
+    assert (len(names), len(set(names)), names[-2:]) == (1000, 998, ["corn cob", "toilet paper"])
+    torch.manual_seed(0)
+    head = LinearHead(clip, names, torch.randn(1000, clip.num_features), torch.zeros(1000), texts=TEMPLATE)
+    head.text_probe = TextProbe(head.classes, clip.num_features)
+    head.text_probe.weight.normal_()
+    head.text_probe.means.normal_()
+    head.text_probe.metric.copy_(torch.eye(clip.num_features))
+    head.text_probe.evidence.fill_(1 / len(PENALTIES))
+    before = head(x)
+    head.add_class("zebra crossing", x[:3])
+    assert close(head(x)[:, :1000], before, 1e-6)
+    head.remove_class("zebra crossing")
+    assert close(head(x), before, 1e-6)
+    head.remove_class("tench")
+    assert close(head(x), before[:, 1:], 1e-6)
+    with pytest.raises(ZooError, match="2 classes are named missile"):
+        head.remove_class("missile")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "classifier"),
+    [
+        *(("zero-shot", c) for c in ("none", "text-probe")),
+        *(("prolip", c) for c in ("none", "text-probe")),
+        *(("clip-lora", c) for c in ("none", "text-probe")),
+        *(("coop", c) for c in ("none", "text-probe")),
+        *(("maple", c) for c in ("none", "text-probe")),
+        *(("dcp", c) for c in ("none", "text-probe")),
+        ("linear-probe", "none"),
+        ("tip-adapter", "none"),
+    ],
+)
+def test_another_name_changes_no_logits(method, classifier, clip, photos, tmp_path):
+    """Of no kind of head, also of those that read two towers, now, from a checkpoint, and with more classes later."""
+    given = small(method, clip, photos, classifier=classifier)
+    with torch.enable_grad():
+        head, x = fit_head(method, given), pixels(given.val)
+    before, names = head(x), list(head.classnames)
+    head.rename_class(names[1], "zebra")
+    names[1] = "zebra"
+    loaded = load(clip, head.save_pretrained(tmp_path, torch.float32))
+    for each in (head, loaded):
+        assert each.classnames == names
+        assert close(each(x), before, 1e-6)
+        if METHODS[method].abilities.transfers:
+            each.set_classnames(["emu", *names])
+            assert close(each(x)[:, 1:], before, 1e-5)
+
+
+@torch.no_grad()
+def test_metrics_of_other_classes_are_not_saved(clip, photos, tmp_path):
+    """Also if something else is noted of the head after the change."""
+    given = small("text-probe", clip, photos)
+    head = fit_head("text-probe", given)
+    head.info = head.info | {"metrics": {"top1_stored": 50.0}, "test_images": 3}
+    head.add_class("zebra", pixels(given.val))
+    head.info |= {"x": 1}
+    saved = read_config(head.save_pretrained(tmp_path / "added"))["dcp"]
+    assert "metrics" not in saved
+    assert saved["x"] == 1
+    assert saved["not_measured"].startswith("the class zebra was added after the accuracy was measured")
+    head.info |= {"metrics": {"top1_stored": 60.0}}  # of the present classes
+    saved = read_config(head.save_pretrained(tmp_path / "measured"))["dcp"]
+    assert (saved["metrics"], "not_measured" in saved) == ({"top1_stored": 60.0}, False)
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_does_not_fit_changes_nothing(clip, pictures, tmp_path):
+    head, x = fitted("dcp", clip, pictures[:20]), pixels(image_source(clip, pictures[:20]))
+    before, folder = head(x), head.save_pretrained(tmp_path / "head")
+    tensors = load_file(folder / "model.safetensors")
+
+    def refused(message: str) -> None:
+        probe = head.text_probe
+        with pytest.raises(ZooError, match=message):
+            load_head(head, folder)
+        assert head.text_probe is probe
+        assert torch.equal(head(x), before)
+
+    write_weights(folder, tensors | {"prompts.text": torch.ones(2, 5)})
+    refused("of another shape: prompts.text")
+    write_weights(folder, {name: t for name, t in tensors.items() if name != "classifier.metric"})
+    refused("missing: classifier.metric")
+    write_weights(folder, tensors | {"prompts.text": torch.full_like(tensors["prompts.text"], float("nan"))})
+    refused("damaged")
+    write_weights(folder, tensors)
+    good = (folder / "config.json").read_text()
+    for changes, message in (
+        ({"read": ["crane"]}, "dcp.read has 1 names for 4 classes"),
+        ({"texts": {"crane": ["a crane."]}}, "no sentences for 'b', 'last'"),
+    ):
+        config = json.loads(good)
+        config["dcp"] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+        refused(message)
+
+
+@torch.no_grad()
+def test_the_tensors_of_a_checkpoint_are_those_of_its_classes(clip, photos, tmp_path):
+    """Whatever the order in which a head has them that loads it."""
+    given = small("zero-shot", clip, photos)
+    head, x = fit_head("zero-shot", given), pixels(given.val)
+    folder = head.save_pretrained(tmp_path)
+    other = LinearHead(clip, head.classnames[::-1], torch.zeros_like(head.weight), torch.zeros(3), texts=TEMPLATE)
+    assert close(load_head(other, folder)(x), head(x).flip(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_class_is_added_in_half_precision(dtype, clip, pictures):
+    """Fitted in float32: the length of the new row agrees."""
+    head, new = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
+    half = copy.deepcopy(head).to(dtype)
+    head.add_class("new", new)
+    half.add_class("new", new.to(dtype))
+    length, other = (each.text_probe.weight[-1].float().norm().item() for each in (head, half))
+    assert other == pytest.approx(length, rel=0.01)
+
+
+@torch.no_grad()
+def test_images_that_the_model_has_not_seen_are_not_known(clip, pictures):
+    head, x = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
+    for name in ("new", "named"):
+        names = list(head.classnames)
+        with pytest.raises(
+            ZooError, match=f"known=5, but the model has seen no image of {name}: omit it, or pass known=0"
+        ):
+            head.add_class(name, x, known=5)
+        assert head.classnames == names
+        head.set_classnames([*NAMES, "named"])
+    assert Class("crane") != Class("crane")  # a class is itself alone
