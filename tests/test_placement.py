@@ -18,7 +18,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import candidates
 from dcp_zoo.training.callbacks import Callback
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.recipes import PRECISIONS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -109,7 +109,7 @@ def test_conversion(golden, device):
 def test_methods(method, clip, photos, device):
     classifier = "none" if method in NONLINEAR or METHODS[method].abilities.fitted else "text-probe"
     given = small(method, clip.to(device), photos, classifier=classifier)
-    head = METHODS[method].fit(given)
+    head = fit_head(method, given)
     assert logits_of(head, given.val).device == torch.device("cpu")
     assert {t.device for t in head.state_dict().values()} == {device}
     if method in ("dcp", "zero-shot"):  # which read names

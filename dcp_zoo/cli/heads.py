@@ -116,7 +116,7 @@ def convert(
     --output my_head[/]
     """
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.methods.prompts import round_and_store_stats
+    from dcp_zoo.training.methods.dcp import round_and_store_stats
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
 
