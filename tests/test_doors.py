@@ -26,7 +26,7 @@ KINDS = {  # of each kind of head, its recipe
     "maple": QUICK | {"depth": 2, "classifier": "text-probe"},
     "dcp": QUICK | {"n_ctx": 2, "depth": 2},
 }
-PRECISIONS = {torch.float32: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
+PRECISIONS = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # and how close probabilities are
 
 
 @pytest.fixture(scope="module")

@@ -456,12 +456,14 @@ def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, m
     run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
     texts, other = (text and {name: [text] for name in run.split.classnames} for text in (texts, other))
     run, reading = (replace(run, descriptions=descriptions) for descriptions in (texts, other))
-    train_head(run, tmp_path / "measured")
+    head, _ = train_head(run, tmp_path / "measured")
     others = reading, replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
     trained = []
-    monkeypatch.setattr(
-        "dcp_zoo.training.run.train_head", lambda run, output, *options: (None, trained.append(output.name))
-    )
+
+    def seen(run, output, *args, **options):
+        return head, trained.append(output.name)
+
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", seen)
     for each in (run, *others):
         trained.clear()
         shutil.copytree(tmp_path / "measured", tmp_path / "out" / BEFORE_REFIT)
