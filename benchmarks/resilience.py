@@ -32,17 +32,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dcp_zoo.answers import Predictor
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.sweep import sweep, sweep_on_ray
 from dcp_zoo.benchmark.trial_images import shared_images
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.job import Job, Predictor, torch_predictor
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.loop import open_log, train
+from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState

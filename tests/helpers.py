@@ -23,12 +23,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.answers import Predictor, in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial, plan
 from dcp_zoo.data import Split, load_image
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.job import Job, Predictor, Rows
+from dcp_zoo.deploy.bulk.job import Job, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.text_probe import fit_on_features

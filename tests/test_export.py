@@ -22,12 +22,12 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
-from dcp_zoo.deploy.bulk.job import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES, export
-from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, providers
+from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, onnx_predictor, providers
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.config import MINI_CFG
 from dcp_zoo.model.mini import STEM_STAGES, build_mini_clip
+from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from dcp_zoo.cli.predict import PredictOptions, torch_head
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.job import decode_batches, torch_predictor
+from dcp_zoo.deploy.bulk.job import decode_batches
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.device import pick_precision
+from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.sources import image_source
 
 CPU = torch.device("cpu")

@@ -33,6 +33,7 @@ import pandas as pd
 import ray
 from fastapi.testclient import TestClient
 
+from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.benchmark import plan_trials, store
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
@@ -40,7 +41,7 @@ from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
 from dcp_zoo.cluster import LOCAL, Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.job import Computed, Job, Predictor, Summary
+from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.server import application
@@ -273,13 +274,13 @@ def fake(folder: Path, level: int = -1, deaths: int = 0) -> Callable[[], Predict
             file.write(f"{os.getpid()}\n")
         return Predictor("fake", ["dark", "bright"], cfg, compute)
 
-    def compute(pixels: np.ndarray) -> Computed:
+    def compute(pixels: np.ndarray) -> Outputs:
         killed = len(list(folder.glob("killed*")))
         if killed < deaths and (pixels[:, 0, 0, 0] == level).any():
             (folder / f"killed{killed}").touch()
             os.kill(os.getpid(), sigkill)
         bright = pixels.mean((1, 2, 3), dtype=np.float32) / 255
-        return Computed(np.log(np.stack([1 - bright, bright], 1) + 1e-9))
+        return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9))
 
     return load
 

@@ -16,9 +16,12 @@ from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.deploy import export as export_module  # noqa: E402
-from dcp_zoo.deploy.bulk.job import onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop  # noqa: E402
+from dcp_zoo.deploy.onnx_classifier import (  # noqa: E402
+    OnnxClassifier,
+    crop,
+    onnx_predictor,
+)
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402
 from dcp_zoo.model.config import read_config  # noqa: E402
 
