@@ -498,7 +498,7 @@ import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.bulk.on_disk import Outputs, run
+from dcp_zoo.deploy.bulk.on_disk import Outputs as OutputFiles, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     time.sleep(0.05)
