@@ -15,12 +15,11 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import changed
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.text_probe.fit import fit_on_features, share_above
 from dcp_zoo.training.methods.base import Method, Task
-from dcp_zoo.training.recipes import FITTED, MANY, BaseRecipe
+from dcp_zoo.training.recipes import FITTED, MANY, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
 
