@@ -22,7 +22,7 @@ CLASSIFIERS = ("none", TEXT_PROBE)
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
-FITTED = (
+PROBE_REFUSED = (
     "A head of {} is fitted to features of its training images, from which a text probe would learn nothing more: omit "
     "the classifier, or use the method text-probe."
 )

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcp_zoo.fields import changed, count
 from dcp_zoo.model.classes import Texts, check_classnames
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import Abilities
 from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.loop import descend, train
-from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, default_recipe
+from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.registry import get_spec

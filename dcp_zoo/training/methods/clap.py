@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.fields import changed, count, option
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, Task, minimise
-from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
+from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes, changed, count, option
 
 
 @dataclass(frozen=True)

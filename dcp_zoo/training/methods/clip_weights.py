@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import changed, count, option
 from dcp_zoo.model.classes import Texts, check_classnames, class_texts, mean_of_texts
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import LinearHead
@@ -19,7 +18,7 @@ from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Loss, Task, minimise, shuffled
-from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe, changed, count, option
 from dcp_zoo.training.sources import ImageSource
 
 FINAL_LR = 1e-6  # of CLIP-LoRA, CLIP-SVD and 2SFS

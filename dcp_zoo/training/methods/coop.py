@@ -6,11 +6,10 @@ defaults are the paper's for ViT-B/16, with unified context.
 
 from dataclasses import dataclass
 
-from dcp_zoo.fields import changed, count
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.prompts import new_head, random_prompts
-from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe, changed, count
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcp_zoo.fields import option
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means, shared_precision
 from dcp_zoo.model.text_probe.fit import FOLDS, within_class
 from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate
-from dcp_zoo.training.recipes import CROSS_VALIDATION
+from dcp_zoo.training.recipes import CROSS_VALIDATION, option
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 

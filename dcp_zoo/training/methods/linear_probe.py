@@ -11,11 +11,10 @@ from functools import partial
 
 import torch
 
-from dcp_zoo.fields import count, option
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.text_probe.fit import FOLDS
 from dcp_zoo.training.methods.base import FITTED, Method, Task
-from dcp_zoo.training.recipes import CROSS_VALIDATION, BaseRecipe
+from dcp_zoo.training.recipes import CROSS_VALIDATION, BaseRecipe, count, option
 
 # where there is nothing to choose by: the CLIP paper's on ImageNet, 0.316, for features whose norm of about 10 is now 1
 DEFAULT_C = 31.6

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dcp_zoo.fields import count, option
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.prompts import new_head, random_prompts, start_from
-from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe, count, option
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import changed, count, option
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Method, Task, minimise, own_clip
 from dcp_zoo.training.methods.clip_weights import zero_shot_of
-from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe, changed, count, option
 from dcp_zoo.training.sources import encode_views
 
 

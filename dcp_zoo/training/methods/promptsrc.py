@@ -26,7 +26,6 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.fields import changed, count, option
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Inputs
@@ -34,7 +33,7 @@ from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.loop import EpochAverage, cross_entropy
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.prompts import new_head, random_prompts, start_from
-from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 

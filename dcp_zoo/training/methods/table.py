@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
-from dcp_zoo.training.recipes import AUTHORS, FAST, FITTED, BaseRecipe, Recipe, named_recipe, read_recipe
+from dcp_zoo.training.recipes import AUTHORS, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe, read_recipe
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -99,7 +99,7 @@ def fit_head(name: str, task: "Task") -> "Head":
         task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
     probed = task.recipe.classifier != "none"
     if probed and method.abilities.fitted:
-        raise ZooError(FITTED.format(name))
+        raise ZooError(PROBE_REFUSED.format(name))
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method, head.abilities = name, method.abilities

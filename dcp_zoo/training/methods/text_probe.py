@@ -15,12 +15,11 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import changed
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.text_probe.fit import fit_on_features, share_above
 from dcp_zoo.training.methods.base import Method, Task
-from dcp_zoo.training.recipes import FITTED, MANY, BaseRecipe
+from dcp_zoo.training.recipes import MANY, PROBE_REFUSED, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
 
@@ -41,7 +40,7 @@ def fit_probe(
     those of the training images' losses. ZooError for a head whose logits are no linear function of its features, or
     were fitted to features of the training images."""
     if head.abilities.fitted:
-        raise ZooError(FITTED.format(head.method))
+        raise ZooError(PROBE_REFUSED.format(head.method))
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
     head.text_probe, count = None, probe_views(train)
