@@ -30,19 +30,22 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Hierarchy, label, read_hierarchy
+from dcp_zoo.answers import Hierarchy, Predictor, label, read_hierarchy
+from dcp_zoo.answers import Outputs as Computed
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image, load_labelled, tables, videos
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.job import Computed, Job, Predictor, Summary, decode_batches, torch_predictor
+from dcp_zoo.data.pixels import crop, normalise
+from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
 from dcp_zoo.deploy.bulk.on_disk import Outputs
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns, sort_into, write_sheet
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
 from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
-from dcp_zoo.deploy.onnx_classifier import crop, normalise
+from dcp_zoo.deploy.bulk.sorted_folders import RECORD, sort_into
 from dcp_zoo.deploy.together import _average, count, together
 from dcp_zoo.texts import class_folders
+from dcp_zoo.training.predictor import torch_predictor
 
 BUNDLED = "dcp_mini.caltech101-1shot"
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -233,10 +236,13 @@ def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
     logit = np.log((levels + 1e-9) / (1 - levels + 1e-9)).mean()
     best = rows["photos/b/00.mp4"]["predictions"][0]
     assert best == {"class": "dark", "probability": pytest.approx(1 / (1 + np.exp(logit)), abs=1e-4)}
+    sorting = Outputs(Path("o.csv"), sort_into=Path("sorted"))
     with pytest.raises(ZooError, match=r"Only files can be sorted into folders, not photos/b/00.mp4#t=0"):
-        run_bulk(
-            find_images([frames[0][:-4]], fps=1), lambda: FAKE, Outputs(Path("o.csv"), sort_into=Path("sorted")), {}
-        )
+        run_bulk(find_images([frames[0][:-4]], fps=1), lambda: FAKE, sorting, {})
+    with pytest.warns(UserWarning, match=r"Not sorted into sorted: 2 .mp4. The table has their predictions."):
+        run_bulk(images, lambda: FAKE, sorting, {})
+    assert len(in_folders(Path("sorted"))) == 24
+    assert "photos/b/00.mp4" in {row["image"] for row in read_csv("o.csv")}
 
 
 def test_videos_with_huge_frames_are_refused(photos, monkeypatch):
@@ -495,7 +501,8 @@ from pathlib import Path
 from unicodedata import normalize
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.deploy.bulk.job import Computed, Job, Predictor
+from dcp_zoo.answers import Outputs as Computed, Predictor
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
@@ -639,6 +646,88 @@ def test_sorting_replaces_no_file(photos, link):
         sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link)
         assert own.read_bytes() == b"my own photo"
         assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
+
+
+def in_folders(place: Path) -> set[str]:
+    return {path.relative_to(place).as_posix() for path in place.rglob("*.*") if path.parent != place}
+
+
+def sort_again(predictor: Predictor, link: bool = False) -> None:
+    outputs = Outputs(Path("sorted/p.csv"), sort_into=Path("sorted"), link=link, overwrite=True)
+    run_bulk(find_images(["photos"]), lambda: predictor, outputs, {"head": id(predictor)})
+
+
+OTHER = replace(FAKE, classnames=["bright", "dark"])  # of the opposite opinion
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorting_again_moves_the_copies_of_the_first_run(photos, link):
+    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
+    sort_again(FAKE, link)
+    first = in_folders(Path("sorted"))
+    sort_again(FAKE, link)
+    assert in_folders(Path("sorted")) == first
+    assert len(Path("sorted", RECORD).read_text().split()) == len(first) * 5, "a record of the same copies grows"
+    sort_again(OTHER, link)
+    opposite = {"bright": "dark", "dark": "bright"}
+    assert in_folders(Path("sorted")) == {f"{opposite[Path(name).parent.name]}/{Path(name).name}" for name in first}
+    sort_again(replace(FAKE, classnames=["grey", "grey too"]), link)
+    assert not Path("sorted/dark").exists(), "an empty folder would be a class without images"
+    assert len(in_folders(Path("sorted"))) == len(first) == 23
+    assert Path("sorted/grey/00.jpg").is_symlink() == link
+    assert Path("sorted/grey/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorting_again_leaves_what_a_person_did(photos, link):
+    sort_again(FAKE, link)
+    place = Path("sorted")
+    (place / "dark/00.jpg").rename(place / "bright/zero.jpg")
+    (place / "dark/01.jpg").unlink()
+    (place / "dark/02.jpg").unlink()
+    (place / "dark/02.jpg").write_bytes(b"edited")
+    (place / "mine").mkdir()
+    shutil.copy2("photos/a/03.jpg", place / "mine/03.jpg")  # beside the copy that was made
+    (place / "dark/own.jpg").write_bytes(b"own")
+    with pytest.warns(UserWarning, match=r"changed by hand: 4. They stay there. Not copied again, .* moved there: 1\."):
+        sort_again(OTHER, link)
+    assert (place / "dark/02.jpg").read_bytes() == b"edited"
+    assert (place / "dark/own.jpg").read_bytes() == b"own"
+    found = in_folders(place)
+    assert {"bright/zero.jpg", "mine/03.jpg", "bright/01.jpg", "bright/02.jpg", "bright/03.jpg"} <= found
+    assert not {"bright/00.jpg", "dark/00.jpg", "dark/01.jpg", "dark/03.jpg"} & found
+    assert len(found) == 23 + 3
+
+
+def test_a_record_leads_to_no_file_outside_its_folder(photos):
+    """Whoever wrote it; and half a line in it, as a kill may leave, is ignored."""
+    Path("mine").mkdir()
+    shutil.copy2("photos/a/00.jpg", "mine/00.jpg")
+    shutil.copy2("photos/a/00.jpg", "00.jpg")
+    sort_again(FAKE)
+    name, found = os.path.abspath("photos/a/00.jpg"), Path("photos/a/00.jpg").stat()  # noqa: PTH100
+    lines = [["..", "mine/00.jpg"], ["../mine", "00.jpg"], [os.path.abspath("mine"), "00.jpg"], ["..", "00.jpg"]]  # noqa: PTH100
+    record = Path("sorted", RECORD)
+    record.write_text("\n".join(json.dumps([*line, name, found.st_size, found.st_mtime]) for line in lines) + "\n[1, 2")
+    sort_again(OTHER)
+    assert Path("mine/00.jpg").exists()
+    assert Path("00.jpg").exists()
+    sort_again(FAKE)
+    assert Path("sorted/dark/01.jpg").exists()
+    assert not Path("sorted/bright/01.jpg").exists()
+
+
+def test_sorting_that_was_stopped_goes_on(photos, monkeypatch):
+    """Between the record of a copy and its move: no image is lost, or there twice."""
+    sort_again(FAKE)
+    calls, rename = Count(monkeypatch, Path, "rename"), Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *paths: 1 / 0 if calls.calls == 5 else rename(*paths))
+        with pytest.raises(ZeroDivisionError):
+            sort_again(OTHER)
+    sort_again(OTHER)
+    assert len(in_folders(Path("sorted"))) == 23
+    assert Path("sorted/bright/05.jpg").exists()
 
 
 def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
@@ -872,6 +961,7 @@ def test_predict_a_folder(run, photos, loaded, bundled):
     files = ["--output", "p.csv", "--features", "f.npz", "--sheet", "s.html"]
     code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--workers", 1, "--top-k", 2)
     assert code == 1, err
+    assert "Cannot read the image photos/a/04.jpg" in err
     assert "24 images, of which 1 cannot be read: p.csv" in err
     ((rows, features),) = classify(images, torch_predictor(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
@@ -889,6 +979,8 @@ def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
     run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out", "--link")
     for row in read_csv("out/predictions.csv"):
         assert Path("out", row["class"], Path(row["image"]).name).is_symlink()
+    err = run.refused("predict", "photos/b", "--head", BUNDLED, "--sort-into", "photos/b/sorted")
+    assert "photos/b/sorted is among the images of photos/b: choose a folder elsewhere for --sort-into" in err
     run.ok("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")
     assert Path("sheet.csv").exists()
 
