@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,23 @@ class ZooError(ValueError):
             message = message.rpartition("ZooError: ")[2].rstrip()
         super().__init__(message)
 
+    @property
+    def reason(self) -> str:
+        """Its cause alone, which others may share, or the whole message."""
+        return str(self.__cause__ or self) or "damaged"
+
 
 def shorten(names: Sequence[str], n: int = 10) -> str:
     """The first `n` names, and the number of further ones."""
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Names with the reason of each, such as "a.jpg, b.jpg (it is a video), c.jpg (truncated)"; ten of both at most."""
+    names: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        names.setdefault(reason, []).append(name)
+    return shorten([f"{shorten(own)} ({reason})" for reason, own in names.items()])
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:

@@ -371,6 +371,17 @@ def test_a_class_is_added_without_training(pictures, fitted):
         classifier.add_class("azure", green, name="blue")
     with pytest.raises(ZooError, match="5 has another type than 'blue'"):
         classifier.add_class(5, green)
+    of_pandas = FewShotClassifier().fit(pictures[0], np.array(pictures[1], object))
+    assert of_pandas.add_class("green", green[:4]).predict(green[4:]).tolist() == ["green", "green"]
+    with pytest.raises(ZooError, match="5 has another type than 'blue'"):
+        of_pandas.add_class(5, green)
+
+
+def test_an_image_has_one_label(pictures):
+    paths, labels = pictures
+    with pytest.raises(ZooError, match=r"0.png has two labels, 'blue' and 'red': keep one of them"):
+        FewShotClassifier().fit([*paths, paths[0]], [*labels, "red"])
+    FewShotClassifier().fit([*paths, paths[0]], [*labels, labels[0]])  # as a bootstrap does
 
 
 def test_rejected_images_and_removed_classes(pictures, tmp_path):
@@ -483,6 +494,8 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     assert red(wrong, [0, *[1] * 7]) == pytest.approx(expected, abs=1e-5)  # as if it was not there
     assert red(wrong, [2] * 8) == pytest.approx(equal, abs=1e-5)
     assert red(wrong, [0.1, *[1] * 7])[0] < equal[0]
+    with pytest.warns(UserWarning, match=r"no effect, as it is the same within each class. .* class_weight"):
+        assert red(labels, [1] * 4 + [3] * 4) == pytest.approx(red(labels), abs=1e-5)
     heavy = red(wrong, class_weight={"red": 9, "blue": 3})
     assert red(wrong, class_weight={"red": 3}) == pytest.approx(heavy, abs=5e-3)  # L-BFGS stops early
     assert (heavy > equal).all()

@@ -30,17 +30,19 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Hierarchy, Outputs, Predictor, label, read_hierarchy
+from dcp_zoo.answers import Hierarchy, Predictor, label, read_hierarchy
+from dcp_zoo.answers import Outputs as Computed
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image, load_labelled, tables, videos
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
-from dcp_zoo.deploy.bulk.on_disk import Outputs as OutputFiles
+from dcp_zoo.deploy.bulk.on_disk import Outputs
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns, sort_into, write_sheet
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
 from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
+from dcp_zoo.deploy.bulk.sorted_folders import RECORD, sort_into
 from dcp_zoo.deploy.together import _average, count, together
 from dcp_zoo.texts import class_folders
 from dcp_zoo.training.predictor import torch_predictor
@@ -65,11 +67,11 @@ def photos(tmp_path, monkeypatch) -> Path:
     return Path("photos")
 
 
-def compute(pixels: np.ndarray) -> Outputs:
+def compute(pixels: np.ndarray) -> Computed:
     """Bright or dark, from the mean level; the features are the mean levels of the colours."""
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
-    return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
+    return Computed(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 
 
 FAKE = Predictor("fake", ["dark", "bright"], CFG, compute)
@@ -222,7 +224,7 @@ def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
     names = [image.name for image in images if ".mp4" in image.name and ".png" not in image.name]
     frames = [f"photos/b/00.mp4#t={t:g}" for t in np.arange(8) / 2]
     assert names == ["photos/a/00.mp4", *frames, "photos/b/00.mp4"]
-    outputs = OutputFiles(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
+    outputs = Outputs(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(35, 0, 2)
     rows = {row["image"]: row for row in map(json.loads, Path("out.jsonl").read_text().splitlines())}
     assert "Cannot read the video photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
@@ -234,10 +236,13 @@ def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
     logit = np.log((levels + 1e-9) / (1 - levels + 1e-9)).mean()
     best = rows["photos/b/00.mp4"]["predictions"][0]
     assert best == {"class": "dark", "probability": pytest.approx(1 / (1 + np.exp(logit)), abs=1e-4)}
+    sorting = Outputs(Path("o.csv"), sort_into=Path("sorted"))
     with pytest.raises(ZooError, match=r"Only files can be sorted into folders, not photos/b/00.mp4#t=0"):
-        run_bulk(
-            find_images([frames[0][:-4]], fps=1), lambda: FAKE, OutputFiles(Path("o.csv"), sort_into=Path("sorted")), {}
-        )
+        run_bulk(find_images([frames[0][:-4]], fps=1), lambda: FAKE, sorting, {})
+    with pytest.warns(UserWarning, match=r"Not sorted into sorted: 2 .mp4. The table has their predictions."):
+        run_bulk(images, lambda: FAKE, sorting, {})
+    assert len(in_folders(Path("sorted"))) == 24
+    assert "photos/b/00.mp4" in {row["image"] for row in read_csv("o.csv")}
 
 
 def test_videos_with_huge_frames_are_refused(photos, monkeypatch):
@@ -270,8 +275,8 @@ def test_a_video_whose_run_was_stopped_begins_again(photos):
     """And a part ends with the last whole video: however many short ones there are, they are kept."""
     (photos / "c.mp4").write_bytes(video(photos / "b.mp4"))
     images = find_images(["photos/a/00.jpg", "photos/b.mp4", "photos/c.mp4"], fps=1)  # of videos, 4 frames and a whole
-    assert run_bulk(images, lambda: FAKE, OutputFiles(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
-    outputs = OutputFiles(Path("out.jsonl"), Path("out.npz"))
+    assert run_bulk(images, lambda: FAKE, Outputs(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
+    outputs = Outputs(Path("out.jsonl"), Path("out.npz"))
     for size, stop, done in ((2, 2, 1), (4, 1, 1), (5, 1, 6), (2, 1, 6)):
         with pytest.raises(KeyboardInterrupt):
             run_bulk(images, partial(stopping, stop, KeyboardInterrupt()), outputs, {}, 0, batch_size=size)
@@ -316,7 +321,7 @@ def test_all_formats_hold_the_same(photos):
 
     images = find_images(["photos"])
     for suffix, features in ((".csv", ".npz"), (".jsonl", ".parquet"), (".parquet", None)):
-        outputs = OutputFiles(Path(f"p{suffix}"), Path(f"f{features}") if features else None)
+        outputs = Outputs(Path(f"p{suffix}"), Path(f"f{features}") if features else None)
         summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
         assert summary == Summary(24, 0, 1)
     rows = [row for batch in classify(images, FAKE, top_k=2) for row in batch.rows]
@@ -375,7 +380,7 @@ def test_names_of_strangers_are_no_formulas(photos):
 )
 def test_outputs_are_checked_before_the_work(photos, outputs, message):
     Path("old.csv").write_text("old")
-    before, chosen = sorted(Path.cwd().rglob("*")), OutputFiles(**{k: Path(v) for k, v in outputs.items()})
+    before, chosen = sorted(Path.cwd().rglob("*")), Outputs(**{k: Path(v) for k, v in outputs.items()})
     with pytest.raises(ZooError, match=message):
         run_bulk(find_images(["photos"]), lambda: pytest.fail("loaded"), chosen, {})
     assert sorted(Path.cwd().rglob("*")) == before
@@ -388,7 +393,7 @@ def stopping(after: int, error: BaseException) -> Predictor:
     """Raises an error when it has computed so many batches."""
     calls = iter(range(after))
 
-    def stop(pixels: np.ndarray) -> Outputs:
+    def stop(pixels: np.ndarray) -> Computed:
         if next(calls, None) is None:
             raise error
         return compute(pixels)
@@ -397,8 +402,8 @@ def stopping(after: int, error: BaseException) -> Predictor:
 
 
 def test_a_stopped_run_goes_on(photos):
-    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
-    run_bulk(images, lambda: FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
+    run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
     options = {"batch_size": 3}
     for seconds, expected in ((0, 6), (1e6, 12)):  # what waits is written when Ctrl-C stops the run
         with pytest.raises(KeyboardInterrupt):
@@ -419,7 +424,7 @@ def test_a_stopped_run_goes_on(photos):
 
 
 def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
-    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
     with monkeypatch.context() as patch:
         patch.setattr(UnfinishedRun, "remove", lambda self: None)
         run_bulk(images, lambda: FAKE, outputs, {})
@@ -432,7 +437,7 @@ def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
 def test_plain_files_need_no_extra(photos, monkeypatch):
     """Nor a name without what fsspec takes for a chain of URLs."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    images, outputs = find_images(["photos"]), OutputFiles(Path("p::q.csv"), Path("f.npz"))
+    images, outputs = find_images(["photos"]), Outputs(Path("p::q.csv"), Path("f.npz"))
     with pytest.raises(KeyboardInterrupt):
         run_bulk(images, lambda: stopping(1, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
     with pytest.raises(ZooError, match="p::q.csv.unfinished holds the first rows of another run"):
@@ -442,7 +447,7 @@ def test_plain_files_need_no_extra(photos, monkeypatch):
 
 
 def test_two_processes_do_not_write_the_same_output(photos):
-    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
     with unfinished_run(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.unfinished"):
         run_bulk(images, lambda: FAKE, outputs, {})
     assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}).resumed == 0  # no row of another plan
@@ -454,7 +459,7 @@ def test_two_processes_do_not_write_the_same_output(photos):
     ids=["features", "rows", "first features", "first rows"],
 )
 def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, seconds, syncs, kept):
-    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
     calls = iter(range(syncs))  # of the plan, and of features and rows of each part
 
     def full(handle: int) -> None:
@@ -473,7 +478,7 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 def test_a_disk_that_is_full_for_a_moment_repeats_no_row(photos, monkeypatch):
     """Before the frames of a video, which are a part of their own."""
     video(photos / "b.mp4")
-    images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), OutputFiles(Path("p.csv"))
+    images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), Outputs(Path("p.csv"))
     calls, sync = iter(range(4)), os.fsync  # of the plan, the photo's features and row, the frames' features
 
     def full(handle: int) -> None:
@@ -496,25 +501,25 @@ from pathlib import Path
 from unicodedata import normalize
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.answers import Outputs, Predictor
+from dcp_zoo.answers import Outputs as Computed, Predictor
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.bulk.on_disk import Outputs as OutputFiles, run
+from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     time.sleep(0.05)
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
-    return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
+    return Computed(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 fake = Predictor("fake", ["dark", "bright"], {CFG}, compute)
 job = Job(lambda: fake, {{}}, batch_size=1, workers=1)
-run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), part_seconds=0)
+run(find_images(["photos"]), job, Outputs(Path("p.csv"), Path("f.npz")), part_seconds=0)
 """
 
     def finished() -> int:
         return sum(part.read_bytes().count(b"\n") for part in Path("p.csv.unfinished").glob("part-*.jsonl"))
 
     images, chance, kills = find_images(["photos"]), random.Random(0), 0
-    run_bulk(images, lambda: FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {})
+    run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {})
     while not Path("p.csv").exists():
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         start = finished()
@@ -584,7 +589,7 @@ def test_images_are_sorted_into_folders(photos):
     sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link=True)
     assert not Path("sorted/dark/00.jpg").is_symlink(), "a copy is not replaced by a link"
     with pytest.raises(ZooError, match="Only files can be sorted"):
-        OutputFiles(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
+        Outputs(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
 
 
 CLASSES = {  # and the names of their folders
@@ -641,6 +646,88 @@ def test_sorting_replaces_no_file(photos, link):
         sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link)
         assert own.read_bytes() == b"my own photo"
         assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
+
+
+def in_folders(place: Path) -> set[str]:
+    return {path.relative_to(place).as_posix() for path in place.rglob("*.*") if path.parent != place}
+
+
+def sort_again(predictor: Predictor, link: bool = False) -> None:
+    outputs = Outputs(Path("sorted/p.csv"), sort_into=Path("sorted"), link=link, overwrite=True)
+    run_bulk(find_images(["photos"]), lambda: predictor, outputs, {"head": id(predictor)})
+
+
+OTHER = replace(FAKE, classnames=["bright", "dark"])  # of the opposite opinion
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorting_again_moves_the_copies_of_the_first_run(photos, link):
+    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
+    sort_again(FAKE, link)
+    first = in_folders(Path("sorted"))
+    sort_again(FAKE, link)
+    assert in_folders(Path("sorted")) == first
+    assert len(Path("sorted", RECORD).read_text().split()) == len(first) * 5, "a record of the same copies grows"
+    sort_again(OTHER, link)
+    opposite = {"bright": "dark", "dark": "bright"}
+    assert in_folders(Path("sorted")) == {f"{opposite[Path(name).parent.name]}/{Path(name).name}" for name in first}
+    sort_again(replace(FAKE, classnames=["grey", "grey too"]), link)
+    assert not Path("sorted/dark").exists(), "an empty folder would be a class without images"
+    assert len(in_folders(Path("sorted"))) == len(first) == 23
+    assert Path("sorted/grey/00.jpg").is_symlink() == link
+    assert Path("sorted/grey/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorting_again_leaves_what_a_person_did(photos, link):
+    sort_again(FAKE, link)
+    place = Path("sorted")
+    (place / "dark/00.jpg").rename(place / "bright/zero.jpg")
+    (place / "dark/01.jpg").unlink()
+    (place / "dark/02.jpg").unlink()
+    (place / "dark/02.jpg").write_bytes(b"edited")
+    (place / "mine").mkdir()
+    shutil.copy2("photos/a/03.jpg", place / "mine/03.jpg")  # beside the copy that was made
+    (place / "dark/own.jpg").write_bytes(b"own")
+    with pytest.warns(UserWarning, match=r"changed by hand: 4. They stay there. Not copied again, .* moved there: 1\."):
+        sort_again(OTHER, link)
+    assert (place / "dark/02.jpg").read_bytes() == b"edited"
+    assert (place / "dark/own.jpg").read_bytes() == b"own"
+    found = in_folders(place)
+    assert {"bright/zero.jpg", "mine/03.jpg", "bright/01.jpg", "bright/02.jpg", "bright/03.jpg"} <= found
+    assert not {"bright/00.jpg", "dark/00.jpg", "dark/01.jpg", "dark/03.jpg"} & found
+    assert len(found) == 23 + 3
+
+
+def test_a_record_leads_to_no_file_outside_its_folder(photos):
+    """Whoever wrote it; and half a line in it, as a kill may leave, is ignored."""
+    Path("mine").mkdir()
+    shutil.copy2("photos/a/00.jpg", "mine/00.jpg")
+    shutil.copy2("photos/a/00.jpg", "00.jpg")
+    sort_again(FAKE)
+    name, found = os.path.abspath("photos/a/00.jpg"), Path("photos/a/00.jpg").stat()  # noqa: PTH100
+    lines = [["..", "mine/00.jpg"], ["../mine", "00.jpg"], [os.path.abspath("mine"), "00.jpg"], ["..", "00.jpg"]]  # noqa: PTH100
+    record = Path("sorted", RECORD)
+    record.write_text("\n".join(json.dumps([*line, name, found.st_size, found.st_mtime]) for line in lines) + "\n[1, 2")
+    sort_again(OTHER)
+    assert Path("mine/00.jpg").exists()
+    assert Path("00.jpg").exists()
+    sort_again(FAKE)
+    assert Path("sorted/dark/01.jpg").exists()
+    assert not Path("sorted/bright/01.jpg").exists()
+
+
+def test_sorting_that_was_stopped_goes_on(photos, monkeypatch):
+    """Between the record of a copy and its move: no image is lost, or there twice."""
+    sort_again(FAKE)
+    calls, rename = Count(monkeypatch, Path, "rename"), Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *paths: 1 / 0 if calls.calls == 5 else rename(*paths))
+        with pytest.raises(ZeroDivisionError):
+            sort_again(OTHER)
+    sort_again(OTHER)
+    assert len(in_folders(Path("sorted"))) == 23
+    assert Path("sorted/bright/05.jpg").exists()
 
 
 def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
@@ -749,7 +836,7 @@ def test_corrections_work_where_the_browser_keeps_nothing(photos, chromium):
 # ------------------------------------------------------------------------------------------------------------ together
 
 
-def doubtful(pixels: np.ndarray) -> Outputs:
+def doubtful(pixels: np.ndarray) -> Computed:
     """Dark and bright images look alike among themselves, and two of them are taken for the other kind; of two more
     classes there are none."""
     level = np.round(pixels.mean((1, 2, 3)) / 10)
@@ -757,7 +844,7 @@ def doubtful(pixels: np.ndarray) -> Outputs:
     logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
     features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1)
     logits = np.stack([0 * logit, logit, 0 * logit - 9, 0 * logit - 9], 1).astype(np.float32)
-    return Outputs(logits, np.where(level > 20, 9, 0), (features / np.linalg.norm(features, axis=1)[:, None]))
+    return Computed(logits, np.where(level > 20, 9, 0), (features / np.linalg.norm(features, axis=1)[:, None]))
 
 
 DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, threshold=-5.0)
@@ -765,7 +852,7 @@ DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, 
 
 def test_images_of_a_folder_help_each_other(photos):
     images = find_images(["photos"])
-    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
+    outputs = Outputs(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
     done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
     rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
@@ -782,19 +869,19 @@ def test_images_of_a_folder_help_each_other(photos):
 
 def test_a_stopped_run_together_gives_the_same_answers(photos):
     images, options = find_images(["photos"]), {"batch_size": 5, "together": True}
-    run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("q.csv")), {}, **options)
+    run_bulk(images, lambda: DOUBTFUL, Outputs(Path("q.csv")), {}, **options)
     calls = iter(range(2))
 
-    def stop(pixels: np.ndarray) -> Outputs:
+    def stop(pixels: np.ndarray) -> Computed:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return doubtful(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        run_bulk(images, lambda: replace(DOUBTFUL, compute=stop), OutputFiles(Path("p.csv")), {}, **options)
+        run_bulk(images, lambda: replace(DOUBTFUL, compute=stop), Outputs(Path("p.csv")), {}, **options)
     with pytest.raises(ZooError, match="another run, which differs in together"):
-        run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("p.csv")), {})
-    assert run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("p.csv")), {}, **options).resumed == 10
+        run_bulk(images, lambda: DOUBTFUL, Outputs(Path("p.csv")), {})
+    assert run_bulk(images, lambda: DOUBTFUL, Outputs(Path("p.csv")), {}, **options).resumed == 10
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
 
 
@@ -874,6 +961,7 @@ def test_predict_a_folder(run, photos, loaded, bundled):
     files = ["--output", "p.csv", "--features", "f.npz", "--sheet", "s.html"]
     code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--workers", 1, "--top-k", 2)
     assert code == 1, err
+    assert "Cannot read the image photos/a/04.jpg" in err
     assert "24 images, of which 1 cannot be read: p.csv" in err
     ((rows, features),) = classify(images, torch_predictor(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
@@ -891,6 +979,8 @@ def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
     run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out", "--link")
     for row in read_csv("out/predictions.csv"):
         assert Path("out", row["class"], Path(row["image"]).name).is_symlink()
+    err = run.refused("predict", "photos/b", "--head", BUNDLED, "--sort-into", "photos/b/sorted")
+    assert "photos/b/sorted is among the images of photos/b: choose a folder elsewhere for --sort-into" in err
     run.ok("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")
     assert Path("sheet.csv").exists()
 
@@ -970,15 +1060,15 @@ def test_precision_and_other_contexts(bundled, monkeypatch):
 
 
 def test_images_of_other_things_are_rejected(photos):
-    def unsure(pixels: np.ndarray) -> Outputs:
+    def unsure(pixels: np.ndarray) -> Computed:
         level = pixels[:, 0, 0, 0] / np.float32(10)
-        return Outputs(np.stack([0 * level, 9 + 0 * level], 1), -level)  # the farther, the darker
+        return Computed(np.stack([0 * level, 9 + 0 * level], 1), -level)  # the farther, the darker
 
     images = find_images(["photos/a"])
     with pytest.raises(ZooError, match="no threshold to reject images"):
         next(classify(images, FAKE, reject=True))
     picky = Predictor("fake", FAKE.classnames, CFG, unsure, threshold=4 * 5.5 - 0.01)
-    outputs = OutputFiles(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
+    outputs = Outputs(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
     run_bulk(images, lambda: picky, outputs, {}, reject=True)
     import pandas as pd
 

@@ -61,7 +61,8 @@ def cache(tmp_path_factory) -> Iterator[None]:
 
 
 def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch):
-    out = run.ok("inspect", folder, "--output", tmp_path / "found")
+    _, out, err = run("inspect", folder, "--output", tmp_path / "found")
+    assert "1 images cannot be read: flower/broken.jpg (not in a supported format" in " ".join(err.split())
     rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
     assert len(rows) == 17
     wrong = rows["cat/wrong.png"]
@@ -172,6 +173,11 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
         (tmp_path / "all" / name / "1.jpg").write_bytes(b"no image")
     with pytest.raises(ZooError, match="No image of a, b can be read"):
         dcp_zoo.inspect(tmp_path / "all")
+    (tmp_path / "all" / "b" / "2.jpg").symlink_to(tmp_path / "gone" / "b" / "2.jpg")
+    (tmp_path / "all" / "b" / "3.jpg").symlink_to(tmp_path / "gone" / "b" / "3.jpg")
+    with pytest.raises(ZooError, match=rf"b/2.jpg, b/3.jpg \(a link to {tmp_path / 'gone'}, which is gone\)") as error:
+        dcp_zoo.inspect(tmp_path / "all")
+    assert str(error.value).count("which is gone") == 1
     assert "Pass a folder" in run("inspect")[2]
     assert "There is no folder" in run("inspect", tmp_path / "none")[2]
 
@@ -208,6 +214,11 @@ def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
     _, table = (found := dcp_zoo.inspect(folder)).write(tmp_path)
     command = "inspect", folder, "--fix", table
     assert "pass --output FOLDER" in run(*command)[2]
+    waiting = sum(bool(row.suggestion) for row in found.rows)
+    said = run.refused(*command, "--output", tmp_path / "fixed")
+    assert (
+        f"nothing would change: {waiting} suggestions wait. Write there those you agree with; to take all, copy" in said
+    )
     assert "is among the images" in run(*command, "--output", folder / "new")[2]
     assert "exists already" in run(*command, "--output", tmp_path)[2]
     table.write_text("file,change\n" + "\n".join(f"{item.key},leave out" for item in found.data.items))
@@ -226,7 +237,7 @@ def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
 
 def test_a_copy_that_was_killed_begins_again(folder, cache, tmp_path, run):
     """In a folder of its own, which nobody takes for the copy; one of the user's is not touched."""
-    (tmp_path / "table.csv").write_text("file,change\n")
+    (tmp_path / "table.csv").write_text("file,change\ncat/0.jpg,leave out\n")
     command = "inspect", folder, "--fix", tmp_path / "table.csv", "--output", tmp_path / "fixed"
     left = tmp_path / "fixed.unfinished" / "own" / "cat" / "old.png"
     left.parent.mkdir(parents=True)

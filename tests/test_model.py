@@ -191,7 +191,7 @@ def test_a_list_without_a_template_is_refused(tiny_clip):
 
 
 def test_warning_for_repeated_names(tiny_clip):
-    with pytest.warns(UserWarning, match="cannot be told apart: 'wild cat', 'wild_cat'"):
+    with pytest.warns(UserWarning, match="'wild cat', 'wild_cat'. They stay classes of their own, which share"):
         DCP(tiny_clip, ["ant", "wild_cat", "wild cat"])
 
 

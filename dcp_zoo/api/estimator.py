@@ -1,5 +1,6 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -187,9 +188,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         label that is known already, or a head without a classifier."""
         model = self._head()
         name = str(label) if name is None else name
-        if np.asarray(label).dtype.kind != self.classes_.dtype.kind:
-            known = self.classes_.tolist()[0]
-            raise ZooError(f"The label {label!r} has another type than {known!r}: give all the same type.")
+        known = self.classes_.tolist()
+        if np.asarray(label).dtype.kind != np.asarray(known).dtype.kind:  # pandas' labels are objects
+            raise ZooError(f"The label {label!r} has another type than {known[0]!r}: give all the same type.")
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)
@@ -284,6 +285,10 @@ def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[fl
     kept = np.flatnonzero(weights)
     if len({data.items[i].label for i in kept}) < 2:
         raise ZooError("sample_weight leaves images of fewer than two classes: raise some of the weights above 0.")
+    pairs = {(data.items[i].label, weights[i]) for i in kept}
+    if len(pairs) == len({label for label, _ in pairs}) and len({weight for _, weight in pairs}) > 1:
+        advice = "It weighs the images of a class against each other; classes have class_weight"
+        warnings.warn(f"sample_weight has no effect, as it is the same within each class. {advice}.", stacklevel=3)
     return data._replace(items=[data.items[i] for i in kept]), tuple(weights[kept].tolist())
 
 

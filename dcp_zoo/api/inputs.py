@@ -96,6 +96,10 @@ def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], 
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
         raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
+    of_path = {image: label for image, label in zip(found, values, strict=True) if isinstance(image, str)}
+    for image, label in zip(found, values, strict=True):
+        if isinstance(image, str) and of_path[image] != label:
+            raise ZooError(f"{image} has two labels, {label!r} and {of_path[image]!r}: keep one of them.")
     keys = keys or [image if isinstance(image, str) else f"image {i}" for i, image in enumerate(found)]
     return [Item(image, key, index[label]) for image, key, label in zip(found, keys, values, strict=True)]
 

@@ -11,6 +11,7 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import printable
 from dcp_zoo.threads import use_threads
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model dcp_vitb32."
@@ -51,7 +52,7 @@ def inspect(
         return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     use_threads(threads)
-    from dcp_zoo.inspection.inspection import PAGE, TABLE
+    from dcp_zoo.inspection.inspection import PAGE, TABLE, unreadable
     from dcp_zoo.inspection.inspection import inspect as find
 
     for name in (TABLE, PAGE):
@@ -63,6 +64,8 @@ def inspect(
         f"{len(found.suspects)} labels that may be wrong, {len(found.of_no_class)} images that may show none of the "
         f"classes, {len(found.groups)} groups of duplicates, {len(found.problems)} bad images."
     )
+    if found.seen.errors:
+        log(printable(f"{len(found.seen.errors)} images cannot be read: {unreadable(found.data, found.seen)}."))
     output.print(f"Look at {page}; to change labels, edit {table}.")
 
 

@@ -16,7 +16,7 @@ from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, p
 from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.paths import is_url
+from dcp_zoo.data.paths import check_outside, is_url
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
@@ -136,6 +136,8 @@ def predict(options: PredictOptions) -> None:
     if options.files:
         done, place = write_files(sources, options)
         failed = done.failed
+        for error in done.errors:
+            print_error(printable(error))
         bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
         say_together(done.changed, done.images, done.counts, options)
@@ -210,6 +212,9 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
     from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 
+    for source in sources:
+        if options.sort_into:
+            check_outside(options.sort_into, source, "--sort-into")
     found = find_images(sources, options.fps)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")

@@ -147,6 +147,11 @@ def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = 
                 raise ValueError(f"{image.width} x {image.height} pixels, one side over {LONGEST} times the other")
             yield image
     except FileNotFoundError:
+        if os.path.islink(path):  # noqa: PTH114
+            gone = Path(os.path.realpath(path))
+            gone = next(parent for parent in (*reversed(gone.parents), gone) if not parent.exists())
+            reason = f"a link to {gone}, which is gone"
+            raise ZooError(f"Cannot read the image {path}: {reason}. Restore that, or copy again.") from OSError(reason)
         raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
         kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else ZooError

@@ -16,9 +16,9 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split, with_labels
+from dcp_zoo.data.splits import Item, Split, split_images, training_split, with_labels
 from dcp_zoo.data.tables import read_hub
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.threads import available_cores
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
@@ -157,11 +157,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 def check_images(items: list[Item], progress: Progress = bar) -> None:
     """Raise one ZooError for all images that are not images or are truncated."""
     if damaged := _damaged("images", items, check_complete, progress):
-        reasons: dict[str, list[str]] = {}
-        for path, reason in sorted(damaged.items()):
-            reasons.setdefault(reason, []).append(path)
-        named = shorten([f"{shorten(paths)} ({reason})" for reason, paths in reasons.items()])
-        found = f"{len(damaged)} of {len(items)} images cannot be read: {named}"
+        found = f"{len(damaged)} of {len(items)} images cannot be read: {by_reason(damaged)}"
         raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
 
 
@@ -174,7 +170,7 @@ def _damaged(
         try:
             check_image(item.path)
         except ZooError as error:
-            return str(error.__cause__ or error) or "damaged"
+            return error.reason
         return ""
 
     with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock

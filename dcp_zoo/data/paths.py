@@ -61,6 +61,12 @@ def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     check_writable(file.parent, advice)
 
 
+def check_outside(place: Path, images: str | Path, option: str) -> None:
+    """ZooError for an output folder in a folder of images: the next run would find the copies there."""
+    if Path(images).is_dir() and place.resolve().is_relative_to(Path(images).resolve()):
+        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for {option}.")
+
+
 def is_visible(name: str) -> bool:
     """Whether a file or folder is the user's own: not hidden, nor added by macOS to archives or Windows to folders."""
     return not name.startswith(".") and name.lower() not in ("__macosx", "thumbs.db", "desktop.ini")

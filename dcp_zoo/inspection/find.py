@@ -18,7 +18,7 @@ from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.deploy.bulk.outputs import sort_into
+from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import templates, unfinished, write_file
 from dcp_zoo.inspection.inspection import can_link, check_new

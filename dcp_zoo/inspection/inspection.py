@@ -14,11 +14,11 @@ from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles
-from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.paths import check_outside, is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
-from dcp_zoo.deploy.bulk.outputs import sort_into
-from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.deploy.bulk.sorted_folders import sort_into
+from dcp_zoo.errors import ZooError, as_zoo_error, by_reason, nearest_hint
 from dcp_zoo.files import check_empty, check_writable, templates, unfinished, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
@@ -168,7 +168,8 @@ def inspect(
     items = [data.items[i] for i in readable]
     features, target = torch.from_numpy(seen.features[readable]), torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
-        raise ZooError(f"No image of {shorten(empty)} can be read: replace them, or remove the class.")
+        problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
+        raise ZooError(f"{problem}. Replace them, or remove the class.")
     weight, bias = (part.cpu() for part in clip.scaled(clip.zero_shot_classifier(data.classnames)))
     text = features @ weight.T + bias
     answers, distances = out_of_fold(features, text, target)
@@ -186,6 +187,11 @@ def inspect(
         learning_curve(features, text, target),
         _tested(features, text, target, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
     )
+
+
+def unreadable(data: Split, seen: Seen) -> str:
+    """The images that cannot be read, and why, see `by_reason`."""
+    return by_reason({data.items[i].key: reason for i, reason in seen.errors.items()})
 
 
 def _read(images: Images, labels: Labels) -> Split:
@@ -256,8 +262,7 @@ def check_new(place: Path, images: Path) -> None:
     """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
     check_empty(place)
     check_writable(place)
-    if place.resolve().is_relative_to(images.resolve()):
-        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
+    check_outside(place, images, "--output")
 
 
 def _changes(table: Path, data: Split) -> dict[str, str]:
@@ -265,10 +270,14 @@ def _changes(table: Path, data: Split) -> dict[str, str]:
     with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images."):
         header, *cells = read_csv(table)
         columns = header.index("file"), header.index("change")
+        suggested = sum(bool(row[header.index("suggestion")]) for row in cells) if "suggestion" in header else 0
     rows = [(row[columns[0]], row[columns[1]].strip()) for row in cells]
     keys = {item.key: item for item in data.items}
     if new := [file for file, _ in rows if file not in keys]:
         raise ZooError(f"{table} lists images that are not in {data.place}: {shorten(new)}. Inspect the folder again.")
+    if not any(change for _, change in rows):
+        problem = f"The column change of {table} is empty, so that nothing would change: {suggested} suggestions wait"
+        raise ZooError(f"{problem}. Write there those you agree with; to take all, copy the column suggestion there.")
     for _, change in rows:
         if change and change != LEAVE_OUT and change not in data.classnames:
             hint = nearest_hint(change, data.classnames)

@@ -56,7 +56,7 @@ def _rows(
         try:
             pixels = load_image(image)
         except ZooError as error:
-            return str(error)
+            return error.reason
         return _measured(pixels), transform(pixels)
 
     for start in range(0, len(positions), BATCH):

@@ -45,7 +45,8 @@ class ClassEditing(nn.Module, ABC):
         read, and for names that the head does not know, if it reads none.
 
         Args:
-            classnames: one per class.
+            classnames: one per class. Classes of the same name stay classes of their own, with a warning: each has a
+                share of the probability, the same one where only the name is known, and a prediction names any of them.
             texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
         """
         names = check_classnames(classnames)

@@ -94,7 +94,9 @@ def repeated_names(names: Sequence[str]) -> str:
     """A message about names that occur more than once, or "". Some datasets have such names, including ImageNet."""
     counts = Counter(map(_normalised, names))
     repeated = sorted({name for name in names if counts[_normalised(name)] > 1})
-    return f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}. Rename them." * bool(repeated)
+    problem = f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}"
+    effect = "They stay classes of their own, which share the probability, and a prediction may name any of them"
+    return f"{problem}. {effect}. Rename them." * bool(repeated)
 
 
 def _normalised(name: str) -> str:

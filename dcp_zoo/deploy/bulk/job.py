@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from multiprocessing.connection import wait
@@ -28,6 +28,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import available_cores
 
 Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
+NAMED = 10  # of the images that cannot be read
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # fork breaks threads
 
 
@@ -183,3 +184,4 @@ class Summary:
     failed: int  # that cannot be read
     changed: Sequence[Row] = ()  # that other images changed, of answers together
     counts: Sequence[Count] = ()
+    errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those

@@ -1,5 +1,6 @@
 """From many images to files on this machine, by way of parts in the folder OUTPUT.unfinished: see `UnfinishedRun`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,9 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
-from dcp_zoo.deploy.bulk.job import Job, Summary
+from dcp_zoo.deploy.bulk.job import NAMED, Job, Summary
 from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
+from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, is_file, sort_into
 from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import UNFINISHED, check_writable
@@ -30,7 +32,7 @@ class Outputs:
     def check(self, images: Sequence[Found]) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
         if self.sort_into:
-            writers.check_sortable(images, self.sort_into)
+            check_sortable(images, self.sort_into)
         formats = {"--output": writers.TABLES, "--features": writers.FEATURES}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         files = {option: file for option, file in given.items() if file}
@@ -79,11 +81,15 @@ def run(
             rows.write(outputs.sheet, partial(writers.write_sheet, *about))
         if outputs.sort_into:
             folders = class_folders({label(row) for row in answers() if "error" not in row})
-            sorted_ = (None if "error" in row else folders[label(row)] for row in answers())
-            writers.sort_into((image.path for image in images), sorted_, outputs.sort_into, outputs.link)
+            places = (
+                folders[label(row)] if "error" not in row and is_file(image) else None
+                for image, row in zip(images, answers(), strict=True)
+            )
+            names = [os.path.abspath(image.name) for image in images]  # noqa: PTH100
+            sort_into([image.path for image in images], places, outputs.sort_into, outputs.link, names)
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
         rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
-        failed = sum("error" in row for row in answers())
+        failed = [row["error"] for row in answers() if "error" in row]
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
     rows.remove()
-    return Summary(len(images), resumed, failed, changed, tuple(counts))
+    return Summary(len(images), resumed, len(failed), changed, tuple(counts), failed[:NAMED])

@@ -17,7 +17,7 @@ from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.shards import find_shards
 from dcp_zoo.data.specs import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
+from dcp_zoo.deploy.bulk.job import NAMED, Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.deploy.bulk.parts import PartFolder
 from dcp_zoo.errors import ZooError, import_extra
@@ -53,7 +53,7 @@ def run_on_ray(
     read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
     before = [read(f"{place}/{part.file}").column(0) for part in parts if part.file in found]
     images = resumed = sum(map(len, before))
-    failed = sum(len(errors) - errors.null_count for errors in before)
+    errors = [error for column in before for error in column.drop_null().to_pylist()]
     if todo := [part for part in parts if part.file not in found]:
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
         tasks = run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
@@ -66,11 +66,11 @@ def run_on_ray(
                     advice = "Finished parts are kept: run the same command again, with a smaller --batch-size."
                     raise ZooError(f"No worker could finish {what} ({event.message}), for lack of memory? {advice}")
                 if event.state == "done":
-                    images, failed = images + event.result[0], failed + event.result[1]
+                    images, errors = images + event.result[0], errors + event.result[1]
     if missing := {part.file for part in parts} - folder.names():
         problem = f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}."
         raise ZooError(f"{problem} --output must be a folder that all machines share, or a URL.")
-    return Summary(images, resumed, failed)
+    return Summary(images, resumed, len(errors), errors=errors[:NAMED])
 
 
 def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
@@ -88,19 +88,19 @@ def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
 _loaded: dict[str, Predictor] = {}  # by run; a worker serves one run at a time
 
 
-def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[int, int]:
-    """Classify and write one part; returns the number of its images, and how many of them cannot be read."""
+def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[int, list[str]]:
+    """Classify and write one part; returns the number of its images, and why some of them cannot be read."""
     if run not in _loaded:
         _loaded.clear()
         _loaded[run] = job.load()
     predictor = _loaded[run]
     images = find_images([part.images]) if isinstance(part.images, str) else part.images
     rows = [row for batch in job.classify(images, predictor) for row in batch.rows]
-    failed = sum("error" in row for row in rows)
-    if failed == len(rows) and not any("://" in image.path or Path(image.path).exists() for image in images):
+    errors = [row["error"] for row in rows if "error" in row]
+    if len(errors) == len(rows) and not any("://" in image.path or Path(image.path).exists() for image in images):
         problem = f"A worker cannot find any of {len(images)} images, such as {images[0].path}"
         raise ZooError(f"{problem}: they must be at URLs or on a disk that all machines share.")
     columns = column_names(min(job.top_k, len(predictor.classnames)), job.reject)
     TABLES[".parquet"](content := BytesIO(), rows, columns)
     folder.write(part.file, content.getvalue())
-    return len(rows), failed
+    return len(rows), errors

@@ -1,17 +1,14 @@
-"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz, .parquet), a
-contact sheet, and folders of sorted images. Rows are written in a stream, to need no memory."""
+"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz, .parquet) and
+a contact sheet. Rows are written in a stream, to need no memory."""
 
-import filecmp
 import heapq
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from hashlib import sha256
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -22,8 +19,8 @@ from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.videos import is_frame
-from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import check_writable, templates, unfinished, write_file
+from dcp_zoo.errors import import_extra
+from dcp_zoo.files import templates
 from dcp_zoo.texts import NONE, write_csv
 
 GROUP_ROWS = 10_000  # of Parquet
@@ -148,56 +145,3 @@ def _link(path: str, folder: Path) -> str:
         return quote(os.fsencode(os.path.relpath(path, folder)))
     except ValueError:  # on another drive of Windows
         return Path(path).absolute().as_uri()
-
-
-def check_sortable(images: Sequence[Found], folder: Path) -> None:
-    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
-    target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
-    for image in images:
-        if "://" in image.path or is_frame(image.path):
-            raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
-        if os.path.abspath(image.path).startswith(target):  # noqa: PTH100
-            raise ZooError(f"--sort-into {folder} is where the images are ({image.name}): choose another folder.")
-
-
-def sort_into(files: Iterable[str], folders: Iterable[str | None], place: Path, link: bool = False) -> None:
-    """Copy each image to `place/FOLDER/NAME`, or make a symbolic link there. If the name is taken, it gets a number:
-    nothing is replaced. Images without a folder, and those that an earlier call has copied, are left out."""
-    advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
-    taken: set[str] = set()  # some file systems ignore the case
-    first: Counter[str] = Counter()  # numbers of a name that are all taken
-    check_writable(place, advice)
-    with unfinished(place / ".copies") as temporary:
-        for file, folder in zip(files, folders, strict=True):
-            if folder is None:
-                continue
-            source = Path(file)
-            unnumbered = place / folder / source.name
-            key = str(unnumbered).casefold()
-            with writing_to(unnumbered, advice):
-                unnumbered.parent.mkdir(parents=True, exist_ok=True)
-                for number in count(first[key] + 1):
-                    target = unnumbered.with_name(_numbered(source, number))
-                    done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
-                    if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
-                        break
-                taken.add(str(target).casefold())
-                first[key] += number == first[key] + 1
-                if not link and not _is_copy(source, target):
-                    target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
-                    write_file(target, partial(shutil.copy2, source), advice, temporary)
-                elif link and not os.path.lexists(target):
-                    target.symlink_to(source.absolute())
-
-
-def _is_copy(source: Path, target: Path) -> bool:
-    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
-
-
-def _numbered(file: Path, number: int) -> str:
-    """The name of an image with a number, if that is not 1."""
-    end = f"-{number}{file.suffix}" if number > 1 else file.suffix
-    stem = file.stem
-    while len(os.fsencode(stem + end)) > 255:  # on most file systems
-        stem = stem[:-1]
-    return stem + end
