@@ -1,4 +1,4 @@
-"""`dcp-zoo fit-text-probe`, `dcp-zoo convert`, and `dcp-zoo classes add`, `rename` and `remove`."""
+"""`dcp-zoo fit-text-probe`, and `dcp-zoo classes add`, `rename` and `remove`."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,6 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import TEST, UNKNOWN, new_images, trained_on
 from dcp_zoo.data import Item, check_images, is_own, load_image, load_labelled, training_split
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
@@ -95,40 +94,6 @@ def fit_text_probe(
     log(f"Fitted on {len(split.train):,} images of {model.num_classes} classes.")
     where = f" --data-root {data_root}" if data_root else ""
     hint = "" if result else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
-    output.print(f"Saved in {output_dir}.{hint}")
-
-
-def convert(
-    command: Context,
-    output_dir: opt.Output,
-    path: Path = Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA)."),
-    model: str = Option(help="The model whose CLIP it was trained on, such as dcp_vitb16."),
-    classnames: Path = Option(help="Class names in label order: one per line, `wnid name` lines or a JSON list."),
-    images: Path | None = Option(None, help="Folder of the training images, for the stored prompt statistics."),
-    depth: int = Option(9, help="Coupled blocks it was trained with; not stored in the file."),
-    pooling: str = Option("mean", help="Pooling it was trained with: mean, max or first."),
-    device: opt.Device = "auto",
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Convert a checkpoint of the DCP authors' released code (CMPA). No code in the file is executed.
-
-    [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
-    --output my_head[/]
-    """
-    from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.methods.prompts import round_and_store_stats
-    from dcp_zoo.training.sources import image_source
-    from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
-
-    _take(command, output_dir, overwrite)
-    names = read_classnames(classnames)
-    dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
-    dcp.to(pick_device(device))
-    if images is not None:
-        items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
-        round_and_store_stats(dcp, image_source(dcp.encoder, items, progress=progress_bar))
-    dcp.save_pretrained(output_dir)
-    hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
     output.print(f"Saved in {output_dir}.{hint}")
 
 
