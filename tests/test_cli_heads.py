@@ -13,7 +13,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.cli.options import head_name
 
-COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["explain"], ["export"]]
+COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["export"]]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,6 @@ def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, comma
 def test_a_file_of_a_checkpoint_is_a_head(run, my_head):
     out = run.ok("predict", "--sample", "--head", "my_head/model.safetensors", "--json")
     assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"rose", "tulip"}
-    run.ok("explain", "--head", "my_head/config.json")
 
 
 @pytest.mark.parametrize("name", ["my_head", "my_head/model.safetensors", "local-dir:my_head"])

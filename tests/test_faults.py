@@ -127,7 +127,6 @@ REASONS = [(number, f"{os.strerror(number)}. Choose another --output") for numbe
     [
         ["train", "MY_PHOTOS"],
         ["export", "--head", "my_head", "--output", "out/my.onnx"],
-        ["explain", "--head", "my_head", "--output", "out/moves.png"],
         ["benchmark", "few-shot", "--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out"],
         ["report", "out"],
     ],

@@ -20,7 +20,7 @@ from dcp_zoo.cli.heads import fit_text_probe
 from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
-from dcp_zoo.cli.show import explain, info, list_
+from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
 
@@ -45,8 +45,7 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, inspect, search, train, evaluate, fit_text_probe, benchmark, demo, explain),
-    *(export, serve, report),
+    *(list_, info, predict, inspect, search, train, evaluate, fit_text_probe, benchmark, demo, export, serve, report),
 ):
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
