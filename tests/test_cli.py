@@ -1,6 +1,5 @@
 """The command line: every command as a user calls it, and the messages for bad input."""
 
-import inspect
 import json
 import os
 import re
@@ -267,7 +266,6 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         (["train", "--output", "OUT", "--batch-size=8"], "use --set batch_size=8"),
         (["train", "--share-cmpa", "--output", "OUT"], "use --set share_cmpa=VALUE"),
         (["benchmark", "few-shot", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
-        ([*DIGITS, "--grad-checkpointing", "low"], "auto, on, off"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
         ([*DIGITS, "--recipe", "none.yaml"], "The recipe none.yaml cannot be read: No such file"),
         (["eval", "--head", "ROOT"], "no config.json"),
@@ -353,18 +351,14 @@ def test_help_of_train_lists_every_field_of_the_recipe(run):
 def test_names_and_defaults_in_help_texts_match_the_code(run):
     """Help texts do not import these: their modules import torch."""
     from dcp_zoo.benchmark.plan import PROTOCOLS
-    from dcp_zoo.cli.train import train
     from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.export import EXPORT_SUFFIXES
-    from dcp_zoo.training.device import CHECKPOINTING
-    from dcp_zoo.training.state import SAVE_EVERY
 
     helps = {name: run(name, "--help")[1] for name in ("benchmark", "train", "export")}
     assert ", ".join(PROTOCOLS) in helps["benchmark"]
     assert Resources() == Resources(cpus=1, gpus=None, retries=2)
-    assert all(name in helps["train"] for name in (*CHECKPOINTING, *PRECISIONS))
+    assert all(name in helps["train"] for name in PRECISIONS)
     assert all(name in helps["export"] for name in EXPORT_SUFFIXES)
-    assert inspect.signature(train).parameters["save_every"].default == SAVE_EVERY
 
 
 def test_a_log_says_now_and_then_how_far_a_run_is(monkeypatch, capsys):
