@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.evaluate import trained_on
-from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
@@ -22,9 +20,6 @@ from dcp_zoo.threads import available_cores
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from dcp_zoo.deploy.quantize import Calibration
-    from dcp_zoo.model.dcp import DCP
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -33,11 +28,8 @@ class ExportOptions:
     format: str | None = opt.option(None, "onnx (default), torch-export, web (a page) or hub (a repo).")
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
-    precision: str | None = opt.option(None, "float32, float16 (default for web) or int8; for hub: of a second file.")
-    dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
-    data_root: opt.DataRoot = None
+    precision: str | None = opt.option(None, "float32 or float16 (default for web); for hub: of a second file.")
     overwrite: opt.Overwrite = False
-    max_drop: float = opt.option(1.0, "For int8: the largest loss of top-1, in percentage points.", min=0)
 
 
 @opt.takes_options
@@ -47,7 +39,6 @@ def export(options: ExportOptions) -> None:
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
-    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
     from dcp_zoo.deploy import export as files
     from dcp_zoo.deploy.web import export_web
@@ -60,6 +51,7 @@ def export(options: ExportOptions) -> None:
     format = "onnx" if in_folder else chosen
     precision = options.precision or ("float16" if chosen == "web" else "float32")
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
+    check_choice("precision", precision, ("float32", "float16"))
     files.check_export(format, preprocessing, precision)
     if in_folder and preprocessing == "outside":
         raise ZooError(f"The format {chosen} always has the preprocessing inside: omit --preprocessing.")
@@ -70,37 +62,18 @@ def export(options: ExportOptions) -> None:
     else:
         check_output(file, options.overwrite)
     model = create_model(name, True, classnames=names).eval()
-    data = calibration_images(model, options) if precision == "int8" else None
     if in_folder:
         if chosen == "web":
-            path = export_web(model, file, precision=precision, calibration=data, title=Path(options.head).name)
+            path = export_web(model, file, precision=precision, title=Path(options.head).name)
             next_step = f"Try it: python -m http.server -d {path}"
         else:
-            path = export_hub(model, file, precision=precision, calibration=data)
+            path = export_hub(model, file, precision=precision)
             next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}")
         return
-    path = files.export(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)
+    path = files.export(model, file, format, preprocessing=preprocessing, precision=precision)
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
-    if precision == "int8":
-        from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-
-        q = OnnxClassifier(path).info["quantization"]
-        top1 = f"{q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} %)"
-        output.print(f"int8 on {top1}, {q['same_answer']:.1f} % of predictions the same, {q['speedup']:.1f} x as fast.")
-
-
-def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
-    """The images for int8: those the head was trained on, or of another dataset with the same classes."""
-    from dcp_zoo.deploy.quantize import calibration
-
-    opt.data_source(None, options.dataset, options.data_root)
-    images = load_labelled(options.dataset or trained_on(options.head, model, options.data_root), options.data_root)
-    split = training_split(images, model.info.get("test_share"))
-    if split.classnames != model.classnames:
-        raise ZooError("int8 needs images of the head's own classes: omit --classes, or pass such a --dataset.")
-    return calibration(model, split, options.max_drop)
 
 
 def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
