@@ -507,7 +507,7 @@ def test_a_device_is_refused_before_the_work(run, tmp_path):
 
 
 def test_flags_take_no_value_in_help(run):
-    for command in ([], ["train"], ["classes", "add"]):
+    for command in ([], ["train"], ["classes"]):
         assert "<bool>" not in run.ok(*command, "--help")
 
 
