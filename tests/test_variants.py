@@ -66,7 +66,7 @@ def test_many_images_through_either_file(plain, inside):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(
             {p["class"]: p["probability"] for p in one["predictions"]}, abs=3e-3
         )
-    with pytest.raises(ZooError, match="has no features: export it with preprocessing outside"):
+    with pytest.raises(ZooError, match="has no image features: export it with the preprocessing outside"):
         onnx_predictor(inside.path, features=True)
 
 

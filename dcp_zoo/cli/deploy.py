@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch
+from dcp_zoo.demo import DEFAULT_HEAD, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
@@ -148,13 +148,10 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     server(app, limits.timeout).run(sockets=[listening])
 
 
-@opt.takes_options
-def demo(
-    limits: VisitorLimits, port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD
-) -> None:
+def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD) -> None:
     """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
     """
-    launch(opt.head_name(head), host, port, limits)
+    launch(opt.head_name(head), host, port)
