@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
@@ -16,9 +14,6 @@ from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.threads import available_cores
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,6 @@ class ServeOptions:
     threads: opt.Threads = None
     allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
-    ray: opt.Ray = None
 
 
 @opt.takes_options
@@ -114,7 +108,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
 
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
-    [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot --ray auto --threads 2[/]
+    [dim]dcp-zoo serve --head my_head.onnx --host 0.0.0.0[/]
     """
     for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
         import_extra(module, "serve")
@@ -126,25 +120,12 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     hosts = allowed_hosts(options.host, options.allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-    find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, opt.head_name(head), names, log)
-    host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
-
-    def make() -> "FastAPI":
-        name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-        return application(find(), limits, urls, threads, name, hosts, options.device)
-
-    def announce(address: str) -> None:
-        print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
-
-    if options.ray:
-        from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
-
-        with deployed(head, make, limits.timeout, address=options.ray, host=host, port=port, threads=threads) as url:
-            announce(url)
-            wait_for_stop()
-        return
-    app, listening = make(), listen(host, port)
-    announce(f"http://{host}:{listening.getsockname()[1]}")
+    file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
+    name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
+    app = application(file, limits, urls, options.threads or available_cores(), name, hosts, options.device)
+    listening = listen(options.host, options.port)
+    address = f"http://{options.host}:{listening.getsockname()[1]}"
+    print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
     server(app, limits.timeout).run(sockets=[listening])
 
 
