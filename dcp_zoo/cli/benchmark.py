@@ -211,13 +211,12 @@ def report(
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.
+    """Write tables and learning curves of benchmark results to `report.md`.
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
     output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
-    for name in ("report.md", "report.html"):
-        check_output(output_dir / name, overwrite)
+    check_output(output_dir / "report.md", overwrite)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")
     for path in write_report(folders, output_dir):
