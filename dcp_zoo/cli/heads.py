@@ -38,7 +38,6 @@ def fit_text_probe(
     data_root: opt.DataRoot = None,
     shots: int | None = Option(None, min=1, help="Images per class, at most. Default: all of your own, or the head's."),
     device: opt.Device = "auto",
-    workers: opt.Workers = 0,
     threads: opt.Threads = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -72,17 +71,17 @@ def fit_text_probe(
             log(split.note)
     refit = own and split.held_out and shots is None
     shots = shots or (None if own else model.info.get("shots"))
-    run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
+    run.add_probe(model, split, shots, seed, progress_bar)
     result: dict[str, Any] = {}
     if own and (test := new_images(split.test, model.info, head)):
-        metrics, evaluation = measure(model, image_source(model.plain.encoder, test, "none", workers, progress_bar))
+        metrics, evaluation = measure(model, image_source(model.plain.encoder, test, progress=progress_bar))
         result = measurement(metrics, evaluation)
         output.print(f"[bold]{TEST}: {evaluation.accuracy}[/]")
         if not alone and not model.info.get("image_hashes") and model.info.get("split_sha256") != split.sha256:
             log(UNKNOWN.format(head))
     if refit:
         split = all_for_training(split)
-        run.add_probe(model, split, None, seed, workers=workers, progress=progress_bar)
+        run.add_probe(model, split, None, seed, progress_bar)
         model.info["test_share"] = 0.0
     if own:
         counts = Counter(item.label for item in split.train)
