@@ -107,7 +107,7 @@ def test_accuracies_that_no_longer_hold_are_not_saved(run, tmp_path):
         ((), "Pass one change: --add NAME IMAGES, --rename OLD NEW, or --remove NAME"),
         (("--remove", "rose", "--add", "daisy", "MY_PHOTOS/rose"), "Pass one change"),
         (("--add", "daisy"), "--add needs images of the class"),
-        (("--remove", "rose", "MY_PHOTOS/rose"), "Only --add takes images"),
+        (("--remove", "rose", "MY_PHOTOS/rose"), "--rename and --remove take none"),
     ],
 )
 def test_a_command_makes_one_change(run, flowers, args, message):

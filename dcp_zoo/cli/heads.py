@@ -118,11 +118,9 @@ def classes(
     if sum(change is not None for change in (added, renamed, removed)) != 1:
         raise ZooError("Pass one change: --add NAME IMAGES, --rename OLD NEW, or --remove NAME.")
     if bool(images) != (added is not None):
-        raise ZooError(
-            "--add needs images of the class: pass files or folders." if added else "Only --add takes images."
-        )
+        raise ZooError("--add needs images of the class, files or folders; --rename and --remove take none.")
     found = find_images(images) if images else []
-    model = _load(command, head, output_dir, overwrite, "auto" if added else "cpu")
+    model = _load(command, head, output_dir, overwrite, "cpu" if added is None else "auto")
     if added is not None:
         done, note = _add(model, added, found, head, output_dir), LOST
     elif renamed is not None:
