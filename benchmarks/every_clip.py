@@ -28,7 +28,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import build_open_clip
 
@@ -112,7 +112,7 @@ def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
         recipe = METHODS[name].recipe("dcp_vitb16", "caltech101", 2, "few-shot")
         recipe = recipe.updated({"augment": "none"}) if hasattr(recipe, "augment") else recipe
         task = Task(plain, "dcp_vitb16", NAMES[: len(images)], "a photo of a {}.", source, source, recipe)
-        assert METHODS[name].fit(task).classify(features).shape == (len(items), len(images))
+        assert fit_head(name, task).classify(features).shape == (len(items), len(images))
 
 
 def outcome(check: Callable[[], None]) -> str:

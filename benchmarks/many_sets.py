@@ -32,9 +32,9 @@ from dcp_zoo.model.clip import joined
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
-from dcp_zoo.training.fit_probe import on_cpu, probe_views
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
 from dcp_zoo.training.run import Run, RunOptions, fit, plan
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip

@@ -41,8 +41,7 @@ from dcp_zoo.training.callbacks import Callback, Epoch
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.prompts import new_maple
-from dcp_zoo.training.methods.published import RECIPES
+from dcp_zoo.training.methods.maple import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.convert import load_trained, renamed
@@ -285,7 +284,7 @@ def build_ours(
     clip = plain_clip(MODEL)
     length = {"epochs": epochs} if epochs else {}
     if method == "maple":
-        recipe: Any = RECIPES["maple"](**({"epochs": 5} | length))
+        recipe: Any = MaPLeRecipe(**({"epochs": 5} | length))
         head: Any = new_maple(Task(clip, MODEL, names, "a photo of a {}.", None, None, recipe))
         head.load_state_dict(maple_names(state, head), strict=False)
     else:

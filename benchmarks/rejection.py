@@ -34,7 +34,7 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.text_probe.fit import fit_on_features, within_class
 from dcp_zoo.model.text_probe.probe import nearest
-from dcp_zoo.training.fit_probe import on_cpu
+from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 

@@ -24,7 +24,7 @@ from dcp_zoo.data import load_split
 from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, expected_calibration_error, predict, top1
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip
@@ -83,7 +83,7 @@ def measured(method: str, names: list[str], train: ImageSource, test: ImageSourc
     options: Any = METHODS[method].recipe("dcp_vitb32", "folder", 4, "few-shot").updated({"augment": "none"})
     task = Task(train.clip, "dcp_vitb32", [names[label] for label in present], TEMPLATE, few, None, options)
     logits = torch.full((len(test.items), len(names)), -1e4)
-    logits[:, present] = predict(METHODS[method].fit(task), test, EVAL_BATCH)
+    logits[:, present] = predict(fit_head(method, task), test, EVAL_BATCH)
     found = Evaluation(names, test.items, logits)
     balanced = found.balanced if found.balanced is not None else found.accuracy.percent
     return top1(logits, test.labels), round(balanced, 2), expected_calibration_error(logits, test.labels)

@@ -57,7 +57,7 @@ from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
-from dcp_zoo.training.fit_probe import on_cpu
+from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 

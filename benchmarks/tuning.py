@@ -26,7 +26,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import image_source
@@ -188,15 +188,16 @@ def tiny_imagenet(
 def measured(each: Choice, shots: int, task: Task, validation: Any) -> list[float]:
     """Top-1 in percent on the validation and on the training images, and the loss on the training images; for DCP
     without the text probe, which is fitted after training."""
-    method = METHODS[each.method]
     without_probe = {"classifier": "none"} if each.method == "dcp" else {}
-    recipe: Any = method.recipe(MODEL, "folder", shots, "few-shot").updated({**without_probe, **each.changes})
+    recipe: Any = (
+        METHODS[each.method].recipe(MODEL, "folder", shots, "few-shot").updated({**without_probe, **each.changes})
+    )
     assert task.train is not None
     if each.steps:
         per_epoch = len(batch_sizes(len(task.train.items), recipe.batch_size, recipe.drop_last))
         recipe = recipe.updated({"epochs": -(-each.steps // per_epoch)})
     task.recipe = recipe
-    head = method.fit(task)
+    head = fit_head(each.method, task)
     train, val = (predict(head, source, EVAL_BATCH) for source in (task.plain_train, validation))
     loss = F.cross_entropy(train, task.train.labels).item()
     return [top1(val, validation.labels), top1(train, task.train.labels), round(loss, 3)]

@@ -12,7 +12,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.methods.prompts import round_and_store_stats
+from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.run import check_free
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.convert import convert_cmpa_checkpoint

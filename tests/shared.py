@@ -28,7 +28,7 @@ from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.tokens import default_tokenizer
-from dcp_zoo.training.methods import prompts
+from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -136,7 +136,7 @@ def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
 @pytest.fixture
 def clip(golden, monkeypatch) -> FrozenCLIP:
     """The small CLIP, for which PromptSRC averages 3 templates in place of 60."""
-    monkeypatch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])
+    monkeypatch.setattr(promptsrc, "TEMPLATES", promptsrc.TEMPLATES[:3])
     return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
 
 

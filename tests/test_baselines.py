@@ -1,6 +1,7 @@
 """Every baseline of DCP against a plain implementation of its equations, on a small CLIP."""
 
-from dataclasses import replace
+import pickle
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Maps
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.probes import search
-from dcp_zoo.training.methods.prompts import new_maple
-from dcp_zoo.training.methods.zero_shot import ENSEMBLE, cache_head, train_keys
+from dcp_zoo.training.methods.linear_probe import search
+from dcp_zoo.training.methods.maple import new_maple
+from dcp_zoo.training.methods.tip_adapter import cache_head, train_keys
+from dcp_zoo.training.methods.zero_shot import ENSEMBLE
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
@@ -57,7 +59,7 @@ def test_class_names_that_the_text_tower_would_cut_are_refused(method, clip, pho
     """By every method with one message: two of them could become the same."""
     names = ["ant", "bee", f"{'cat ' * 80}cub"]
     with pytest.raises(ZooError, match=r"takes \d+ tokens, but only \d+ are left.*: shorten it"):
-        METHODS[method].fit(replace(task(method, clip, photos), classnames=names))
+        fit_head(method, replace(task(method, clip, photos), classnames=names))
 
 
 def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypatch):
@@ -72,7 +74,7 @@ def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypat
     given = task("dcp", clip, photos)
     given.train.views, given.train.form = torch.randn(2, 9, 128, 4, 4), Maps
     with pytest.raises(InterruptedError):
-        METHODS["dcp"].fit(given)
+        fit_head("dcp", given)
     assert torch.equal(seen[0].views, given.train.views[:1])
 
 
@@ -124,12 +126,12 @@ def test_zero_shot(method, templates, clip, photos):
     given = task(method, clip, photos)
     texts = sum(encode_text(clip, fill(t)) for t in (TEMPLATE, *templates))
     expected = cosine(clip, encode_image(clip, pixels(given.val)), F.normalize(texts, dim=-1))
-    torch.testing.assert_close(logits_of(METHODS[method].fit(given), given.val), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(fit_head(method, given), given.val), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_probe_minimises_the_penalised_loss(clip, photos):
     given = task("linear-probe", clip, photos, C=2.0)
-    probe = METHODS["linear-probe"].fit(given)
+    probe = fit_head("linear-probe", given)
     with torch.no_grad():
         x = encode_image(clip, pixels(given.train))
     weight, bias = (t.clone().requires_grad_() for t in probe.linear())
@@ -144,7 +146,7 @@ def test_linear_probe_of_two_classes(clip, photos):
     """For which scikit-learn fits a single row of weights."""
     given = task("linear-probe", clip, photos, C=2.0)
     given = replace(given, classnames=NAMES[:2], train=image_source(clip, [p for p in photos if p.label < 2]), val=None)
-    probe, x = METHODS["linear-probe"].fit(given), given.train_features
+    probe, x = fit_head("linear-probe", given), given.train_features
     fitted = LogisticRegression(C=2.0, max_iter=1000).fit(x.numpy(), given.train.labels.numpy())
     expected = torch.tensor(fitted.predict_proba(x.numpy())).float()
     torch.testing.assert_close(logits_of(probe, given.train).softmax(-1), expected, rtol=1e-4, atol=1e-5)
@@ -154,20 +156,20 @@ def test_linear_probe_chooses_c_on_the_validation_images(clip, photos):
     assert search(lambda c: -abs(c - 0.13)) == pytest.approx(10**-0.875)  # the nearest of eight steps per decade
     assert search(lambda c: 1.0) == 1e6  # ties go to the largest
     given = task("linear-probe", clip, photos)
-    probe = METHODS["linear-probe"].fit(given)
+    probe = fit_head("linear-probe", given)
     assert 1e-6 <= probe.info["C"] <= 1e6
-    without = METHODS["linear-probe"].fit(replace(given, val=None)).info["C"]  # by cross-validation
+    without = fit_head("linear-probe", replace(given, val=None)).info["C"]  # by cross-validation
     x, y = given.train_features.numpy(), given.train.labels.numpy()
     found, other = (cross_val_score(LogisticRegression(C=c, max_iter=1000), x, y, cv=3) for c in (without, 0.316))
     assert found.mean() >= other.mean()
     alone = replace(given.train, items=given.train.items[:3])  # one image per class: nothing to choose by
-    assert METHODS["linear-probe"].fit(replace(given, train=alone, val=None)).info == {"C": 31.6}
+    assert fit_head("linear-probe", replace(given, train=alone, val=None)).info == {"C": 31.6}
 
 
 @torch.no_grad()
 def test_tip_adapter(clip, photos):
     given = task("tip-adapter", clip, photos)
-    adapter = METHODS["tip-adapter"].fit(replace(given, val=None))
+    adapter = fit_head("tip-adapter", replace(given, val=None))
     train, test = (encode_image(clip, pixels(source)) for source in (given.train, given.val))
     expected = cosine(clip, test, encode_text(clip, fill(TEMPLATE)))
     for i in range(len(test)):
@@ -179,7 +181,7 @@ def test_tip_adapter(clip, photos):
 @pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f"])
 def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(method, clip, photos):
     given = task(method, clip, photos)
-    adapter, start = METHODS[method].fit(given), METHODS[method].fit(replace(given, val=None))
+    adapter, start = fit_head(method, given), fit_head(method, replace(given, val=None))
     labels = given.val.labels
     assert top1(logits_of(adapter, given.val), labels) >= top1(logits_of(start, given.val), labels)
     assert adapter.info == {"alpha": round(adapter.alpha.item(), 4), "beta": round(adapter.beta.item(), 4)}
@@ -202,7 +204,7 @@ def test_tip_adapter_takes_new_crops_for_its_keys(clip, photos):
     given = task("tip-adapter", clip, photos, augment="crop-flip", augment_epochs=2)
     given.train = image_source(clip, photos[:9], "crop-flip")
     plain = image_source(clip, photos[:9]).features()[0]
-    keys = METHODS["tip-adapter"].fit(given).keys
+    keys = fit_head("tip-adapter", given).keys
     assert keys.shape == plain.shape
     assert not torch.allclose(keys, plain, atol=1e-3)
     torch.testing.assert_close(keys.norm(dim=-1), torch.ones(9))
@@ -225,7 +227,7 @@ def test_tip_adapter_f_takes_the_first_step_of_adamw(clip, photos):
 
 def test_coop(clip, photos):
     given = task("coop", clip, photos)
-    model = METHODS["coop"].fit(given)
+    model = fit_head("coop", given)
     model.text_prompts.requires_grad_()
     texts = encode_text(clip, fill("X X X {}."), list(model.text_prompts))
     expected = cosine(clip, encode_image(clip, pixels(given.val)), texts)
@@ -235,7 +237,7 @@ def test_coop(clip, photos):
 @pytest.mark.parametrize("depth", [1, 2, 12])
 def test_vpt(depth, clip, photos):
     given = task("vpt-deep", clip, photos, depth=depth)
-    model = METHODS["vpt-deep"].fit(given)
+    model = fit_head("vpt-deep", given)
     model.vision_prompts.requires_grad_()
     assert len(model.vision_prompts) == min(depth, 4)
     images = encode_image(clip, pixels(given.val), list(model.vision_prompts))
@@ -271,7 +273,7 @@ def check(model, given: Task, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_properties_of_every_method(method, clip, photos):
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    first, second = (METHODS[method].fit(task(method, clip, photos)) for _ in range(2))
+    first, second = (fit_head(method, task(method, clip, photos)) for _ in range(2))
     test = image_source(clip, photos)
     logits = logits_of(first, test)
     assert logits.shape == (12, 3)
@@ -310,7 +312,7 @@ def test_training_lowers_the_loss(method, clip, photos):
     more = {"lr": 0.05, "epochs": 8} if method != "tip-adapter-f" else {"lr": 0.01, "alpha": 3.0}
     given = replace(task(method, clip, photos, **more), val=None)
     losses = [
-        F.cross_entropy(logits_of(METHODS[method].fit(replace(given, recipe=recipe)), given.train), given.train.labels)
+        F.cross_entropy(logits_of(fit_head(method, replace(given, recipe=recipe)), given.train), given.train.labels)
         for recipe in (given.recipe.updated({"lr": 0.0}), given.recipe)
     ]
     assert losses[1] < losses[0] - 0.01
@@ -318,7 +320,7 @@ def test_training_lowers_the_loss(method, clip, photos):
 
 def test_image_features_are_computed_once_for_a_source(clip, photos, monkeypatch):
     test = image_source(clip, photos)
-    fitted = [METHODS[m].fit(task(m, clip, photos)) for m in ("zero-shot", "linear-probe", "tip-adapter", "coop")]
+    fitted = [fit_head(m, task(m, clip, photos)) for m in ("zero-shot", "linear-probe", "tip-adapter", "coop")]
     first = logits_of(fitted[0], test)
     monkeypatch.setattr(FrozenCLIP, "encode_image", None)
     assert all(logits_of(head, test).shape == first.shape for head in fitted)
@@ -363,3 +365,12 @@ def test_options_change_a_recipe():
 def test_the_table_names_every_method():
     assert all(name == method.name and method.title and method.reference for name, method in METHODS.items())
     assert not any(m.trains for m in METHODS.values() if m.name.startswith("zero-shot"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_explains_its_fields_and_reaches_workers(method):
+    kind = METHODS[method].config
+    assert all(part.metadata["help"] for part in fields(kind))
+    recipe = METHODS[method].recipe("dcp_mini", "caltech101", 2, "few-shot")
+    assert type(recipe) is kind
+    assert pickle.loads(pickle.dumps(recipe)) == recipe

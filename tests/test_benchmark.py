@@ -20,7 +20,7 @@ from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
 from dcp_zoo.training import evaluation as metrics
-from dcp_zoo.training.methods import METHODS, prompts
+from dcp_zoo.training.methods import METHODS, promptsrc
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import image_source
@@ -159,7 +159,7 @@ def few_digits():
     trial_images.shared_images.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "read_split", load)
-        patch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])  # 60 take longer than the rest
+        patch.setattr(promptsrc, "TEMPLATES", promptsrc.TEMPLATES[:3])  # 60 take longer than the rest
         yield load
     trial_images.shared_images.cache_clear()
 

@@ -22,8 +22,8 @@ from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.model.text_probe.probe import PENALTIES
-from dcp_zoo.training.fit_probe import fit_probe
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
+from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source
 
 COLOURS = ((200, 30, 30), (30, 30, 200), (20, 150, 20), (220, 220, 40), (20, 20, 20))
@@ -52,7 +52,7 @@ def fitted(kind, clip, items, names=NAMES):
     train = image_source(clip, items)
     if kind in METHODS:
         given = small(kind, clip, items, classifier="text-probe")
-        return METHODS[kind].fit(replace(given, classnames=names, train=train, val=None))
+        return fit_head(kind, replace(given, classnames=names, train=train, val=None))
     if kind == "dcp":
         head = loud(DCP(clip, names, n_ctx=2)).eval()
         head.store_stats(pixels(train))
@@ -169,7 +169,7 @@ def test_another_name_changes_no_logits(method, classifier, clip, photos, tmp_pa
     """Of no kind of head, also of those that read two towers, now, from a checkpoint, and with more classes later."""
     given = small(method, clip, photos, classifier=classifier)
     with torch.enable_grad():
-        head, x = METHODS[method].fit(given), pixels(given.val)
+        head, x = fit_head(method, given), pixels(given.val)
     before, names = head(x), list(head.classnames)
     head.rename_class(names[1], "zebra")
     names[1] = "zebra"
@@ -186,7 +186,7 @@ def test_another_name_changes_no_logits(method, classifier, clip, photos, tmp_pa
 def test_metrics_of_other_classes_are_not_saved(clip, photos, tmp_path):
     """Also if something else is noted of the head after the change."""
     given = small("text-probe", clip, photos)
-    head = METHODS["text-probe"].fit(given)
+    head = fit_head("text-probe", given)
     head.info = head.info | {"metrics": {"top1_stored": 50.0}, "test_images": 3}
     head.add_class("zebra", pixels(given.val))
     head.info |= {"x": 1}
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(clip, pictures, tmp_path
 def test_the_tensors_of_a_checkpoint_are_those_of_its_classes(clip, photos, tmp_path):
     """Whatever the order in which a head has them that loads it."""
     given = small("zero-shot", clip, photos)
-    head, x = METHODS["zero-shot"].fit(given), pixels(given.val)
+    head, x = fit_head("zero-shot", given), pixels(given.val)
     folder = head.save_pretrained(tmp_path)
     other = LinearHead(clip, head.classnames[::-1], torch.zeros_like(head.weight), torch.zeros(3), texts=TEMPLATE)
     assert close(load_head(other, folder)(x), head(x).flip(1))

@@ -32,7 +32,8 @@ from dcp_zoo.data import Item, Split
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.recipes import PRECISIONS, Recipe
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.recipes import PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, get_spec
 
 
@@ -341,11 +342,13 @@ def test_a_text_may_have_commas():
         single_values(parse_changes(phrases))
 
 
-def test_help_of_train_lists_every_field_of_the_recipe(run):
-    _, out, _ = run("train", "--help")
-    for part in fields(Recipe):
-        assert re.search(rf"- {part.name} \(\S+\): {re.escape(part.metadata['help'])}", out)
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_help_of_train_lists_every_field_of_the_recipe(run, method):
+    _, out, _ = run("train", *(["--method", method] if method else []), "--help")
+    for part in fields(METHODS[method or "dcp"].config):
+        assert re.search(rf"- {part.name} \([^)]+\): {re.escape(part.metadata['help'])}", out)
         assert ", ".join(part.metadata.get("choices", ())) in out
+        assert part.metadata.get("min") is None or f"; at least {part.metadata['min']}" in out
 
 
 def test_names_and_defaults_in_help_texts_match_the_code(run):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.benchmark.trial_images import plan_given
 from dcp_zoo.errors import ZooError
-from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
+from dcp_zoo.training.methods.gda import gaussian_discriminant
 
 E, C = 16, 3
 ABLE = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "proker", "ss-text", "gda", "text-probe"}

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 import dcp_zoo
+from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods import table
 
 TAKEN = table.METHODS["gda"]
@@ -49,8 +50,7 @@ def test_the_example_of_the_page(package, monkeypatch):
 
     monkeypatch.syspath_prepend(package / "site")
     monkeypatch.chdir(package)
-    for name, method in table.installed().items():
-        monkeypatch.setitem(table.METHODS, name, method)
+    monkeypatch.setattr(table.METHODS, "places", table.Methods().places)
     photos = ["photos/red/0.png", "photos/blue/0.png"]
     classifier = dcp_zoo.FewShotClassifier(method="nearest-mean").fit("photos")
     assert list(classifier.predict(photos)) == ["red", "blue"]
@@ -63,14 +63,24 @@ def test_the_example_of_the_page(package, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("no_such_package:METHOD", "No module named 'no_such_package'"),
+        (
+            "no_such_package:METHOD",
+            "of no_such_package cannot be used: No module named 'no_such_package'. Repair",
+        ),
         ("json:dumps", "json:dumps is not a dcp_zoo.training.Method"),
-        ("test_own_method:TAKEN", "there is a method 'gda' already"),
+        ("test_own_method:TAKEN", "test_own_method:TAKEN is not a dcp_zoo.training.Method of that name"),
     ],
 )
-def test_what_cannot_be_loaded_is_left_out(value, message, monkeypatch):
+def test_what_cannot_be_loaded_is_refused_when_it_is_used(value, message, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(table, "entry_points", lambda group: [EntryPoint("mine", value, group)])
-    with pytest.warns(UserWarning, match="mine.* is left out") as caught:
-        assert table.installed() == {}
-    assert message in str(caught[0].message)
+    methods = table.Methods()
+    assert [*methods] == [*table.OWN, "mine"]
+    with pytest.raises(ZooError, match=message):
+        methods["mine"]
+
+
+def test_a_name_that_is_taken_stays_what_it_was(monkeypatch):
+    monkeypatch.setattr(table, "entry_points", lambda group: [EntryPoint("gda", "json:dumps", group)])
+    with pytest.warns(UserWarning, match="'gda' of json is left out: there is one of that name already"):
+        assert table.Methods()["gda"] is TAKEN

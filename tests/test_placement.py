@@ -13,12 +13,12 @@ from test_tower_kinds import KINDS, build_clip
 import dcp_zoo
 from dcp_zoo import DCP, FewShotClassifier, ZooError, convert_cmpa_checkpoint, load_head
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
-from dcp_zoo.deploy.bulk.job import torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.text_probe import candidates
+from dcp_zoo.model.text_probe import candidates, probe
 from dcp_zoo.training.callbacks import Callback
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
+from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.recipes import PRECISIONS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -32,7 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:
 @pytest.fixture
 def device(monkeypatch) -> Iterator[torch.device]:
     """The second device, where every operation takes longer: a text probe takes few steps, and need not converge."""
-    monkeypatch.setattr(candidates, "STEPS", 2)
+    for module in (candidates, probe):
+        monkeypatch.setattr(module, "STEPS", 2)
     with second_device() as device:
         yield device
 
@@ -109,7 +110,7 @@ def test_conversion(golden, device):
 def test_methods(method, clip, photos, device):
     classifier = "none" if method in NONLINEAR or METHODS[method].abilities.fitted else "text-probe"
     given = small(method, clip.to(device), photos, classifier=classifier)
-    head = METHODS[method].fit(given)
+    head = fit_head(method, given)
     assert logits_of(head, given.val).device == torch.device("cpu")
     assert {t.device for t in head.state_dict().values()} == {device}
     if method in ("dcp", "zero-shot"):  # which read names

@@ -18,7 +18,7 @@ from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.files import LOCK, locked
 from dcp_zoo.training.loop import _mix, train
-from dcp_zoo.training.methods.prompts import frozen_tokens
+from dcp_zoo.training.methods.dcp import frozen_tokens
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress

@@ -21,11 +21,13 @@ from dcp_zoo.model.text_probe import estimates
 from dcp_zoo.model.text_probe.fit import within_class
 from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training import loop
-from dcp_zoo.training.methods import METHODS, clip_weights, probes, prompts
+from dcp_zoo.training.methods import METHODS, clap, clip_weights, fit_head, lp_plus_plus, prolip, promptsrc
 from dcp_zoo.training.methods.base import Task, own_clip
-from dcp_zoo.training.methods.clip_weights import add_updates, merge, train_weights, zero_shot_of
-from dcp_zoo.training.methods.prompts import epoch_weights, fit_promptsrc, new_promptsrc, promptsrc_loss
-from dcp_zoo.training.methods.zero_shot import ALPHAS, BETAS, PENALTIES, gaussian_discriminant, out_of_fold
+from dcp_zoo.training.methods.clip_lora import add_updates, merge
+from dcp_zoo.training.methods.clip_weights import train_weights, zero_shot_of
+from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant, out_of_fold
+from dcp_zoo.training.methods.proker import BETAS, PENALTIES
+from dcp_zoo.training.methods.promptsrc import epoch_weights, new_promptsrc, promptsrc_loss
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
@@ -84,7 +86,7 @@ def proker_by_hand(given: Task, beta: float, strength: float) -> torch.Tensor:
 
 def test_proker(clip, photos):
     given = task("proker", clip, photos, beta=2.0, penalty=0.3)
-    found = METHODS["proker"].fit(replace(given, val=None))
+    found = fit_head("proker", replace(given, val=None))
     torch.testing.assert_close(logits_of(found, given.val), proker_by_hand(given, 2.0, 0.3), rtol=1e-4, atol=1e-3)
     assert found.info == {"beta": 2.0, "lambda": 0.3}
 
@@ -96,7 +98,7 @@ def test_proker_chooses_beta_and_lambda_on_the_validation_images(clip, photos):
     for labels in (given.val.labels, answers[8], answers[-1]):
         hits = [int((answer == labels).sum()) for answer in answers]
         beta, penalty = pairs[hits.index(max(hits))]  # the first, so the smallest
-        found = METHODS["proker"].fit(replace(given, val=relabelled(given.val, labels)))
+        found = fit_head("proker", replace(given, val=relabelled(given.val, labels)))
         assert found.info == {"beta": beta, "lambda": penalty}
     assert len({tuple(answer.tolist()) for answer in answers}) > 4
 
@@ -118,7 +120,7 @@ def test_ss_text(labels, clip, photos):
     (gradient,) = torch.autograd.grad(linear + kept, weight)
     assert gradient.abs().max() < 1e-4
     expected = cosine(clip, val, F.normalize(weight, dim=-1)).detach()
-    torch.testing.assert_close(logits_of(METHODS["ss-text"].fit(given), given.val), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(fit_head("ss-text", given), given.val), expected, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------- GDA
@@ -178,7 +180,7 @@ def test_gda(text, clip, photos):
     train, val, texts = plain_features(given)
     weight, bias = gaussian_by_hand(train, given.train.labels, 3)
     expected = 0.5 * (val.double() @ weight.T + bias) + text * cosine(clip, val, texts)
-    found = logits_of(METHODS["gda"].fit(given), given.val)
+    found = logits_of(fit_head("gda", given), given.val)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +190,7 @@ def test_gda_takes_every_view_as_a_row(clip, photos):
         x = pixels(replace(given.train, views=None, form=Pixels))
         rows = torch.cat([encode_image(clip, images) for images in (x, x.flip(-1))])
     weight, bias = gaussian_by_hand(rows, given.train.labels.repeat(2), 3)
-    model = METHODS["gda"].fit(given)
+    model = fit_head("gda", given)
     assert close(model.weight.double(), weight, 1e-4)
     assert close(model.bias.double(), bias, 1e-4)
 
@@ -209,7 +211,7 @@ def test_gda_chooses_alpha_on_the_validation_images(clip, photos):
     answers = [(cosine(clip, val, texts) + alpha * (val.double() @ weight.T + bias)).argmax(-1) for alpha in ALPHAS]
     for labels in (given.val.labels, *answers):
         hits = [int((answer == labels).sum()) for answer in answers]
-        found = METHODS["gda"].fit(replace(given, val=relabelled(given.val, labels)))
+        found = fit_head("gda", replace(given, val=relabelled(given.val, labels)))
         assert found.info == {"alpha": ALPHAS[hits.index(max(hits))]}  # the first, so the smallest
     assert len({tuple(answer.tolist()) for answer in answers}) > 4  # alpha makes a difference
 
@@ -224,18 +226,18 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
     out = within_class(labels) == 1
     weight, bias = gaussian_by_hand(train[~out], labels[~out], 3)
     assert close(scores[out].double(), train[out].double() @ weight.T + bias, 1e-4)
-    found = METHODS["gda"].fit(given)
+    found = fit_head("gda", given)
     hits = [int(((cosine(clip, train, texts) + alpha * scores).argmax(-1) == labels).sum()) for alpha in ALPHAS]
     assert found.info == {"alpha": ALPHAS[hits.index(max(hits))], "selection": "cross-validation"}
     few = replace(given, train=relabelled(given.train, torch.arange(3)))  # one image per class
-    found = METHODS["gda"].fit(few)
+    found = fit_head("gda", few)
     weight, bias = gaussian_discriminant(train[:3], torch.arange(3), 3)
     gaussian = train[:3] @ weight.T + bias
     assert 2 * found.info["alpha"] * gaussian.std() == pytest.approx(
         cosine(clip, train[:3], texts).std().item(), rel=1e-3
     )
     for changes, alpha in (({"text": False}, 1.0), ({"alpha": 0.0}, 0.0)):
-        assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
+        assert fit_head("gda", replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
 
 
 # ---------------------------------------------------------------------------------------------------------------- LP++
@@ -267,7 +269,7 @@ def test_lp_plus_plus(epochs, clip, photos):
     v, b, alpha = lp_by_hand(given, epochs)
     _, val, texts = plain_features(given)
     expected = val @ v.T + b + alpha * (val @ texts.T)
-    head = METHODS["lp-plus-plus"].fit(replace(given, val=None))
+    head = fit_head("lp-plus-plus", replace(given, val=None))
     assert close(head.weight - alpha[:, None] * texts, v, 1e-3)
     assert close(head.bias, b, 1e-4)
     torch.testing.assert_close(logits_of(head, given.val), expected, rtol=1e-4, atol=1e-4)
@@ -279,13 +281,13 @@ def test_lp_plus_plus_takes_the_best_epoch(clip, photos):
     answers = []
     for epochs in range(1, 13):
         shorter = replace(given, recipe=given.recipe.updated({"epochs": epochs}), val=None)
-        answers.append(logits_of(METHODS["lp-plus-plus"].fit(shorter), given.val).argmax(-1))
+        answers.append(logits_of(fit_head("lp-plus-plus", shorter), given.val).argmax(-1))
     found = set()
     for labels in (given.val.labels, answers[0], answers[4]):
         for n in (5, 120):  # few images: many ties
             hits = [int((answer == labels)[:n].sum()) for answer in answers]
             best = max(epoch for epoch in range(1, 13) if hits[epoch - 1] == max(hits))
-            head = METHODS["lp-plus-plus"].fit(replace(given, val=relabelled(given.val, labels[:n])))
+            head = fit_head("lp-plus-plus", replace(given, val=relabelled(given.val, labels[:n])))
             assert head.info == {"epoch": best}
             assert close(head.bias, lp_by_hand(given, best)[1], 1e-4)
             found.add(best)
@@ -314,7 +316,7 @@ def test_clap(unit, clip, photos):
         velocity = 0.9 * velocity + gradient
         w = (w - lr * velocity).detach().requires_grad_()
     assert not close(start, w.detach(), 1e-3)
-    head, (_, val, _) = METHODS["clap"].fit(given), plain_features(given)
+    head, (_, val, _) = fit_head("clap", given), plain_features(given)
     before, after = (clip.scaled(F.normalize(t.detach(), dim=-1))[0] for t in (start, w))
     assert close(head.weight - before, after - before, 1e-2)
     expected = cosine(clip, val, F.normalize(w, dim=-1)).detach()
@@ -323,7 +325,7 @@ def test_clap(unit, clip, photos):
 
 def test_clap_draws_every_row_at_most_once_in_an_epoch():
     rows, labels = torch.randn(18, 5), torch.arange(18) % 3
-    stream = probes.random_rows(rows, labels, 4, 2, seed=1)
+    stream = clap.random_rows(rows, labels, 4, 2, seed=1)
     epochs = [[next(stream) for _ in range(2)] for _ in range(3)]
     for epoch in epochs:
         drawn, of = (torch.cat(parts) for parts in zip(*epoch, strict=True))
@@ -334,9 +336,9 @@ def test_clap_draws_every_row_at_most_once_in_an_epoch():
 
 
 def test_clap_trains_on_all_views(clip, photos, monkeypatch):
-    drawn, original = [], probes.random_rows
-    monkeypatch.setattr(probes, "random_rows", lambda rows, *args: drawn.append(len(rows)) or original(rows, *args))
-    METHODS["clap"].fit(with_flips(task("clap", clip, photos)))
+    drawn, original = [], clap.random_rows
+    monkeypatch.setattr(clap, "random_rows", lambda rows, *args: drawn.append(len(rows)) or original(rows, *args))
+    fit_head("clap", with_flips(task("clap", clip, photos)))
     assert drawn == [18]
 
 
@@ -346,7 +348,7 @@ def test_clap_trains_on_all_views(clip, photos, monkeypatch):
 def test_prolip(clip, photos):
     given = task("prolip", clip, photos, epochs=3, lr=0.01)
     assert given.recipe.penalty == 0.25
-    model = METHODS["prolip"].fit(given)
+    model = fit_head("prolip", given)
     start, y = clip.visual.proj.detach(), given.train.labels
     with torch.no_grad():
         text = encode_text(clip, fill(TEMPLATE))
@@ -376,7 +378,7 @@ def hidden(clip: FrozenCLIP, images: torch.Tensor) -> torch.Tensor:
 def test_prolip_alternates_between_views(clip, photos):
     given = with_flips(task("prolip", clip, photos))
     x = pixels(replace(given.train, views=None, form=Pixels))
-    stream = clip_weights.inputs(given)
+    stream = prolip.inputs(given)
     for images in (x, x.flip(-1), x):
         found, labels = next(stream)
         with torch.no_grad():
@@ -388,14 +390,14 @@ def test_prolip_alternates_between_views(clip, photos):
 def test_prolip_takes_new_crops_in_every_step(clip, photos):
     given = task("prolip", clip, photos, augment="crop-flip")
     given.train = image_source(clip, photos[:9], "crop-flip")
-    stream = clip_weights.inputs(given)
+    stream = prolip.inputs(given)
     assert not torch.allclose(next(stream)[0], next(stream)[0], atol=1e-3)
 
 
 def test_prolip_needs_a_projection(clip, photos):
     clip.visual.proj = None
     with pytest.raises(ZooError, match=r"this CLIP has none: use clip-lora"):
-        METHODS["prolip"].fit(task("prolip", clip, photos))
+        fit_head("prolip", task("prolip", clip, photos))
 
 
 # ----------------------------------------------------------------------------------------------------------- CLIP-LoRA
@@ -509,7 +511,7 @@ def decomposed(weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, t
 def test_clip_svd(clip, photos):
     """Two steps of AdamW on the singular values, by hand with open_clip's own forward pass."""
     given = task("clip-svd", clip, photos, steps=2, batch_size=9, lr=0.01)
-    trained = METHODS["clip-svd"].fit(given)
+    trained = fit_head("clip-svd", given)
 
     ends = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     plain = {n: p.detach() for n, p in clip.clip.named_parameters()}
@@ -538,7 +540,7 @@ def test_clip_svd(clip, photos):
 def test_updates_of_blocks_need_open_clips_own_towers(method, clip, photos):
     clip.clip.attn_mask = None
     with pytest.raises(ZooError, match=r"open_clip's own ViT and causal text tower.*use 2sfs"):
-        METHODS[method].fit(task(method, clip, photos))
+        fit_head(method, task(method, clip, photos))
 
 
 # ----------------------------------------------------------------------------------------------------------- PromptSRC
@@ -550,7 +552,7 @@ def plain_loss(clip: FrozenCLIP, model: PromptHead, images: torch.Tensor, labels
     with torch.no_grad():
         frozen_f = encode_image(clip, images)
         raw = []
-        for template in prompts.TEMPLATES:
+        for template in promptsrc.TEMPLATES:
             ids = clip.tokenizer(fill(template), context_length=len(clip.text.positional_embedding))
             raw.append(clip.clip.encode_text(ids))
         frozen_t = F.normalize(sum(raw), dim=-1)
@@ -570,7 +572,7 @@ def test_promptsrc(depth, clip, photos):
     words = clip.text.token_embedding(clip.tokenizer(["a photo of a"])[0, 1:5])
     assert torch.equal(model.text_prompts[0], words)
     x, y = pixels(given.val), given.val.labels
-    loss, own = promptsrc_loss(model, prompts.ensemble(clip, NAMES), given.recipe)(x, y)
+    loss, own = promptsrc_loss(model, promptsrc.ensemble(clip, NAMES), given.recipe)(x, y)
     expected = plain_loss(clip, model, x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(own, F.cross_entropy(model(x), y))
@@ -605,7 +607,7 @@ def test_promptsrc_averages_the_prompts_over_epochs(clip, photos):
         for p, average in zip(trained, averages, strict=True):
             average += gauss[epoch] / sum(gauss) * p.detach()
     torch.manual_seed(0)
-    found = fit_promptsrc(given)._trained_state().values()
+    found = promptsrc.fit(given)._trained_state().values()
     for p, average, last in zip(found, averages, trained, strict=True):
         torch.testing.assert_close(p, average, rtol=1e-3, atol=1e-5)
         assert not torch.allclose(p, last, atol=1e-4)
@@ -620,8 +622,8 @@ def test_epoch_weights():
 
 
 def test_promptsrc_templates():
-    assert len(prompts.TEMPLATES) == 60
-    assert {"a photo of a {}.", "itap of the {}."} < set(prompts.TEMPLATES)
+    assert len(promptsrc.TEMPLATES) == 60
+    assert {"a photo of a {}.", "itap of the {}."} < set(promptsrc.TEMPLATES)
 
 
 # ---------------------------------------------------------------------------------------------------------------- 2SFS
@@ -630,7 +632,7 @@ def test_promptsrc_templates():
 def test_two_stage(clip, photos):
     """Two steps on the norms and two on the classifier, by hand with open_clip's own forward pass."""
     given = task("2sfs", clip, photos, steps=4, first_stage=0.5, batch_size=9, lr=0.01)
-    head = METHODS["2sfs"].fit(given)
+    head = fit_head("2sfs", given)
 
     plain, x, y, ids = copy.deepcopy(clip.clip), pixels(given.train), given.train.labels, sentences(clip)
     names = [n for n, _ in plain.named_parameters() if any(part.startswith("ln_") for part in n.split("."))]
@@ -676,7 +678,7 @@ def test_two_stage_shares_out_its_steps(clip, photos):
     with pytest.raises(ZooError, match=r"first_stage must be at most 1, not 1\.5"):
         recipe.updated({"first_stage": 1.5})
     given = task("2sfs", clip, photos, steps=2, first_stage=1.0)
-    model = METHODS["2sfs"].fit(given)
+    model = fit_head("2sfs", given)
     texts = F.normalize(model.encoder.clip.encode_text(sentences(clip)), dim=-1)
     assert close(model.weight, model.encoder.scaled(texts)[0].detach())
 
@@ -684,7 +686,7 @@ def test_two_stage_shares_out_its_steps(clip, photos):
 def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatch):
     given = with_flips(task("2sfs", clip, photos, steps=6, first_stage=0.0))
     embedded = Count(monkeypatch, OpenClipViT, "embed")
-    METHODS["2sfs"].fit(given)
+    fit_head("2sfs", given)
     assert embedded.calls == 2  # once for each view
     assert given.train._features is None
 
@@ -695,7 +697,7 @@ def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatc
 @pytest.mark.parametrize("method", [m for m in STRONG if m not in CHOOSING])
 def test_methods_without_selection_ignore_the_validation_images(method, clip, photos):
     given = task(method, clip, photos)
-    with_val, without = (METHODS[method].fit(replace(given, val=val)) for val in (given.val, None))
+    with_val, without = (fit_head(method, replace(given, val=val)) for val in (given.val, None))
     assert torch.equal(logits_of(with_val, given.val), logits_of(without, given.val))
     assert with_val.info == {}
 
@@ -710,7 +712,7 @@ def test_one_shot_and_two_classes(method, clip, photos):
         train=image_source(clip, photos[:2]),
         val=image_source(clip, photos[3:4]) if method in CHOOSING else None,
     )
-    logits = logits_of(METHODS[method].fit(given), image_source(clip, photos))
+    logits = logits_of(fit_head(method, given), image_source(clip, photos))
     assert logits.shape == (12, 2)
     assert logits.isfinite().all()
 
@@ -720,13 +722,13 @@ def test_missing_training_images(method, clip, photos):
     given = task(method, clip, photos)
     given.train = image_source(clip, [item for item in photos if item.label != 1])
     with pytest.raises(ZooError, match="No training image has label 1"):
-        METHODS[method].fit(given)
+        fit_head(method, given)
 
 
 @pytest.mark.parametrize("method", ["clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"])
 def test_training_in_half_precision(method, clip, photos):
     given = task(method, clip, photos)
-    heads = [METHODS[method].fit(replace(given, precision=p)) for p in ("float32", "bfloat16")]
+    heads = [fit_head(method, replace(given, precision=p)) for p in ("float32", "bfloat16")]
     fitted = [logits_of(head, given.val) for head in heads]
     assert close(fitted[1], fitted[0], 0.2)  # bfloat16 keeps 8 bits: the runs drift apart
     assert fitted[1].dtype == torch.float32
@@ -736,7 +738,7 @@ def test_training_in_half_precision(method, clip, photos):
 def test_training_on_random_crops(method, clip, photos):
     given = task(method, clip, photos, augment="crop-flip", **({"augment_epochs": 2} if method == "clap" else {}))
     given.train = image_source(clip, photos[:9], "crop-flip")
-    assert logits_of(METHODS[method].fit(given), given.val).shape == (3, 3)
+    assert logits_of(fit_head(method, given), given.val).shape == (3, 3)
     assert given.train._features is None
 
 
@@ -744,7 +746,7 @@ def test_training_on_random_crops(method, clip, photos):
 def test_divergence_is_reported(method, clip, photos):
     changes = {"lr": 1e30} | ({"warmup_lr": 1e30} if method in ("clap", "promptsrc") else {})
     with pytest.raises(ZooError, match=r"Training diverged: the loss of step \d+ is (nan|inf).*--set lr="):
-        METHODS[method].fit(task(method, clip, photos, **changes))
+        fit_head(method, task(method, clip, photos, **changes))
 
 
 def test_no_augmentation_means_the_first_view_alone(clip, photos):
@@ -818,4 +820,4 @@ def test_cosine():
 
 def test_step_sizes_of_lp_plus_plus():
     x, text = torch.eye(2), torch.tensor([[0.6, 0.8]])
-    assert probes.step_sizes(x, text) == pytest.approx((8.0, 0.5))
+    assert lp_plus_plus.step_sizes(x, text) == pytest.approx((8.0, 0.5))

@@ -27,7 +27,7 @@ from dcp_zoo.model.text_probe.candidates import STRENGTHS, Candidates
 from dcp_zoo.model.text_probe.estimates import class_means, half_whitening, shared_precision
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
 from dcp_zoo.training.evaluation import measure
-from dcp_zoo.training.fit_probe import fit_probe
+from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
 from dcp_zoo.zoo.factory import create_model, create_transform
 

@@ -21,7 +21,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Maps
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import build_open_clip
 
@@ -233,6 +233,6 @@ def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})
     task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", source, None, recipe)
-    logits = predict(METHODS[method].fit(task), source, 3)
+    logits = predict(fit_head(method, task), source, 3)
     assert logits.shape == (3, 2)
     assert logits.isfinite().all()

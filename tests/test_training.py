@@ -22,10 +22,9 @@ from dcp_zoo.model.towers.open_clip import VisionTower
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, objective, train
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.prompts import round_and_store_stats
-from dcp_zoo.training.methods.published import RECIPES
+from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, load_for_training, plan, train_and_refit, train_head
@@ -132,7 +131,7 @@ def test_the_fast_recipe_is_late_coupling_for_half_the_steps():
 
 def test_the_classifier_is_an_option_of_every_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text("augment: none")
-    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", RECIPES["gda"](augment="none")):
+    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", METHODS["gda"].config(augment="none")):
         chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "text-probe")
         assert (chosen.augment, chosen.classifier) == ("flip" if given is None else "none", "text-probe")
     assert chosen_recipe("coop", "dcp_mini", "folder", 4).classifier == "none"
@@ -305,13 +304,13 @@ def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
     task = a_task(sources, "flip", classifier="none")
     encoder = Mock(side_effect=task.clip.encode_image)
     monkeypatch.setattr(task.clip, "encode_image", encoder)
-    METHODS["dcp"].fit(task)
+    fit_head("dcp", task)
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
 
 
 def test_of_many_images_the_loss_has_the_mirror_images_and_the_probe_has_not(sources, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.training.fit_probe.MANY", 4)
-    head = METHODS["dcp"].fit(a_task(sources, "flip", clip_reg=1.0, classifier="text-probe"))
+    monkeypatch.setattr("dcp_zoo.training.methods.text_probe.MANY", 4)
+    head = fit_head("dcp", a_task(sources, "flip", clip_reg=1.0, classifier="text-probe"))
     assert len(head.reads) == 2
 
 
@@ -321,11 +320,11 @@ def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, aug
     blocks = Mock(side_effect=VisionTower.block)
     monkeypatch.setattr(VisionTower, "block", lambda *args, **kwargs: blocks(*args, **kwargs))
     task = a_task(sources, augment, prompted_blocks=2, classifier="none")
-    found = METHODS["dcp"].fit(task)
+    found = fit_head("dcp", task)
     early = [call for call in blocks.call_args_list if call.args[1] < 4]
     assert len(early) == 4 * (1 + (augment == "flip")), "one batch of each view"
-    monkeypatch.setattr("dcp_zoo.training.methods.prompts.total_memory", lambda device: 0)
-    expected = METHODS["dcp"].fit(task)
+    monkeypatch.setattr("dcp_zoo.training.methods.dcp.total_memory", lambda device: 0)
+    expected = fit_head("dcp", task)
     assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
     assert close(*(predict(head, task.train, 8) for head in (found, expected)), 2e-2)
 
@@ -335,7 +334,7 @@ def test_training_says_how_long_it_takes_and_what_is_faster(sources):
         said: list[str] = []
         task = a_task(sources, "flip", classifier="none", **changes)
         task.training = {"log": said.append}
-        METHODS["dcp"].fit(task)
+        fit_head("dcp", task)
         assert said[0].startswith("6 steps of at most 4 images; ")
         assert re.search(r"s per step, \d\.\d GB of memory: about \d+ s left\.", said[1])
         assert faster in said[1]
@@ -364,7 +363,7 @@ def test_every_image_is_trained_on_in_every_epoch(sources):
 
 def test_training_images_that_are_not_learnt_are_warned_about(sources):
     with pytest.warns(UserWarning, match=r"Training has not converged: .* where guessing gives 0.69.*epochs=3"):
-        METHODS["dcp"].fit(a_task(sources, "none", epochs=1))
+        fit_head("dcp", a_task(sources, "none", epochs=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_not_learnt(0.27, 2, "epochs", 2)
@@ -457,12 +456,14 @@ def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, m
     run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
     texts, other = (text and {name: [text] for name in run.split.classnames} for text in (texts, other))
     run, reading = (replace(run, descriptions=descriptions) for descriptions in (texts, other))
-    train_head(run, tmp_path / "measured")
+    head, _ = train_head(run, tmp_path / "measured")
     others = reading, replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
     trained = []
-    monkeypatch.setattr(
-        "dcp_zoo.training.run.train_head", lambda run, output, *options: (None, trained.append(output.name))
-    )
+
+    def seen(run, output, *args, **options):
+        return head, trained.append(output.name)
+
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", seen)
     for each in (run, *others):
         trained.clear()
         shutil.copytree(tmp_path / "measured", tmp_path / "out" / BEFORE_REFIT)

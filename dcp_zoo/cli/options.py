@@ -17,10 +17,11 @@ from dcp_zoo.data import find_spec
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.specs import SHARD_SCHEME
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import option as option  # for the commands
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.texts import split_list
+from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
@@ -170,13 +171,22 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def recipe_help() -> str:
-    """DCP's recipe for a help text: each field with its default, help and choices."""
-    text = "Fields of the recipe and their defaults; dcp-zoo info MODEL shows a model's values:\n"
-    for part in fields(Recipe):
-        choices = f"; one of {', '.join(part.metadata['choices'])}" if "choices" in part.metadata else ""
-        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata['help']}{choices}"
+def recipe_help(method: str = "") -> str:
+    """The recipe of a method, by default DCP's, for a help text: each field with its default, help and limits."""
+    if method:
+        check_choice("method", method, tuple(METHODS))
+    kind, values = (METHODS[method].config, "") if method else (Recipe, "; dcp-zoo info MODEL shows a model's values")
+    text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
+    for part in fields(kind):
+        limits = _limits(**part.metadata)
+        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata.get('help', '')}{limits}"
     return text
+
+
+def _limits(choices: Sequence[str] = (), min: float | None = None, max: float | None = None, **_: object) -> str:
+    found = f"; one of {', '.join(choices)}" if choices else ""
+    found += "" if min is None else f"; at least {min}"
+    return found if max is None else f"{found}; at most {max}"
 
 
 class _Flags:
@@ -195,14 +205,18 @@ class Group(_Flags, TyperGroup):
 
 
 class Command(_Flags, TyperCommand):
-    """A command that, if it has --set, answers --epochs 50 with a hint to --set epochs=50."""
+    """A command that, if it has --set, answers --epochs 50 with a hint to --set epochs=50, and whose help lists the
+    recipe of a --method."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        declared = {opt for parameter in self.params for opt in parameter.opts}
+        declared, method = {opt for parameter in self.params for opt in parameter.opts}, ""
         for arg, following in zip(args, [*args[1:], "--"], strict=False) if "--set" in declared else ():
             name, _, value = arg.partition("=")
+            method = (value or following) if name == "--method" else method
             part = name.removeprefix("--").replace("-", "_")
             if name not in declared and name.startswith("--") and part in Recipe.__dataclass_fields__:
                 value = value or ("VALUE" if following.startswith("--") else following)
                 raise ZooError(f"There is no option {name}. It is a field of the recipe: use --set {part}={value}")
+        if "--help" in args and {"--method", "--set"} <= declared:
+            self.epilog = recipe_help(method)
         return super().parse_args(ctx, args)

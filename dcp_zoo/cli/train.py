@@ -35,7 +35,8 @@ REFIT = "After the accuracy is measured, the head is refitted on all images and 
 DATASET_SHOTS = 16  # training images per class of a dataset
 METHOD = (
     f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus text "
-    f"probe; takes longer), or another: {', '.join(METHODS)}."
+    f"probe; takes longer), or another: {', '.join(METHODS)}. "
+    "With --help: the fields of its recipe."
 )
 RECIPE = (
     "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "

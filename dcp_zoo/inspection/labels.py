@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.model.text_probe.estimates import half_whitening, means_of_some, minimum
 from dcp_zoo.model.text_probe.fit import FOLDS, to_nearest_mean, within_class
-from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
+from dcp_zoo.training.methods.gda import gaussian_discriminant
 
 SURE, PER_CLASS = 20, 3
 IQR = 1.349  # standard deviations between the quartiles of a normal distribution

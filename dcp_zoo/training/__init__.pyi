@@ -2,12 +2,13 @@ from .accuracy import Accuracy as Accuracy
 from .callbacks import Epoch as Epoch
 from .evaluation import Evaluation as Evaluation
 from .evaluation import measure as measure
+from .methods.base import Method as Method
 from .methods.base import Task as Task
 from .methods.table import METHODS as METHODS
-from .methods.table import Method as Method
 from .recipes import BaseRecipe as BaseRecipe
 from .recipes import Recipe as Recipe
 from .recipes import default_recipe as default_recipe
+from .recipes import option as option
 from .run import RunOptions as RunOptions
 from .run import plan as plan
 from .run import train_head as train_head

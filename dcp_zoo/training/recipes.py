@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Checked, check, count, option, problems
+from dcp_zoo.fields import Checked, changed, check, count, option, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
@@ -40,13 +40,10 @@ LATE: dict[str, Any] = FITTED_SCHEDULE | {
     "share_of_steps": 0.5,
     "flat_epochs": 3,
 }
+TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
+IMAGENET_EPOCHS = 5  # of DCP's schedule of 20, which its script of tests on other datasets loads
 R = TypeVar("R", bound="BaseRecipe")
 T = TypeVar("T", bound="TrainingRecipe")
-
-
-def augment_option(default: str) -> Any:
-    what = "augmentation of training images: random crops and flips, only flips, or none"
-    return option(default, what, choices=("crop-flip", "flip", "none"))
 
 
 def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
@@ -72,10 +69,19 @@ class BaseRecipe(Checked):
     `loop.train` trains by it: with callbacks, class weights, and a state from which it resumes."""
 
     is_trained = False
-    augment: str = augment_option("none")
+    augment: str = option(
+        "none",
+        "augmentation of training images: random crops and flips, only flips, or none",
+        choices=("crop-flip", "flip", "none"),
+    )
     classifier: str = option(
         "none", "fitted on image features after training: text-probe, or none", choices=CLASSIFIERS
     )
+
+    @classmethod
+    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
+        """The published values for a task with at least one image per class; by default those of the fields."""
+        return cls()
 
     @property
     def image_augment(self) -> str:
@@ -104,7 +110,7 @@ class TrainingRecipe(BaseRecipe):
     """How prompts are trained. The defaults are those of DCP's authors."""
 
     is_trained = True
-    augment: str = augment_option("crop-flip")
+    augment: str = changed(BaseRecipe, "augment", "crop-flip")
     optimizer: str = option("sgd", "the optimizer", choices=OPTIMIZERS)
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
@@ -156,6 +162,18 @@ class Recipe(TrainingRecipe, DCPConfig):
 
     eval_batch_size: int = count(16, "images per batch when batch statistics are evaluated")
     clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: as in PromptSRC")
+
+    @classmethod
+    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "Recipe":
+        """The default recipe; where it agrees with zero-shot CLIP, more so for classes and styles that it was not
+        trained on, and without a text probe for other styles, which it would judge by photographs. From ImageNet,
+        transfer is measured after `IMAGENET_EPOCHS`: this reads the authors' scripts, which disagree on it."""
+        default = default_recipe(model, dataset)
+        if protocol == "few-shot":
+            return default
+        classifier = "none" if protocol == "domain-shift" else default.classifier
+        stop = IMAGENET_EPOCHS if dataset == "imagenet" and default.epochs else None
+        return replace(default, clip_reg=TRANSFER * default.clip_reg, classifier=classifier, stop_epoch=stop)
 
     @property
     def config(self) -> DCPConfig:

@@ -29,11 +29,11 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
-from dcp_zoo.training.fit_probe import fit_probe
 from dcp_zoo.training.loop import open_log
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
+from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
@@ -302,9 +302,9 @@ def fit(
 ) -> tuple[Head, float]:
     """The head that a run's method makes of its task on `subset`, with `info` of how it was trained; and for how many
     seconds a stopped run trained before, if this one resumes it."""
-    options, info, method = options or RunOptions(), run.info(subset), METHODS[run.method]
+    options, info = options or RunOptions(), run.info(subset)
     if not run.recipe.is_trained:
-        head = method.fit(task)
+        head = fit_head(run.method, task)
         head.info = info | head.info
         return head, 0.0
     path = None if output is None else output / STATE_NAME
@@ -322,7 +322,7 @@ def fit(
             "grad_checkpointing": run.grad_checkpointing,
         }
         task.reload_clip = lambda: plain_clip(run.model, run.clip_pretrained).to(run.device)
-        head = method.fit(task)
+        head = fit_head(run.method, task)
     head.info = info | head.info
     return head, earlier
 

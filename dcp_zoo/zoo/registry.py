@@ -46,7 +46,8 @@ class ModelSpec:
     head_mb: float = 0  # megabytes of a head of DCP by the default recipe, without a text probe: float16
     default_tag: str = "imagenet-16shot"  # of the head that `pretrained=True` loads
     recipe: dict[str, Any] = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
-    baseline_recipes: dict[str, dict[str, Any]] = field(default_factory=dict)  # to other methods' rows, by their names
+    # changes to other methods' recipes, by their names; those under `per_shot` are multiplied by the shots
+    baseline_recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def download(self) -> str:

@@ -1,27 +1,44 @@
-"""Shared by methods: the task that one is given, how its features are read, and training with a loss of its own.
+"""What a method is, and what methods share: the task that one is given, how its features are read, and training with a
+loss of its own.
 
 Shapes: n or B images, C classes, E embedding.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dcp_zoo.fields import changed, count
 from dcp_zoo.model.classes import Texts, check_classnames
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.config import Abilities
 from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.loop import descend, train
+from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, default_recipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
+from dcp_zoo.zoo.registry import get_spec
 
 Loss = Callable[[Any, Tensor], Tensor]  # inputs and labels of a batch -> its loss
 Schedule = Callable[[int], float]  # the learning rate of each step
+# of heads: any class names; its own only; also fitted to features of its images; also no linear function of features
+ABLE, CLOSED = Abilities(), Abilities(transfers=False)
+FITTED, CACHED = replace(CLOSED, fitted=True), replace(CLOSED, fitted=True, linear=False)
+CROPS = "random crops of each training image; not used by a model whose images are only flipped"
+
+
+@dataclass(frozen=True)
+class CropsRecipe(BaseRecipe):
+    """For methods that read the features of augmented images once, without a gradient."""
+
+    augment: str = changed(BaseRecipe, "augment", "crop-flip")
+    augment_epochs: int = count(10, CROPS)
 
 
 @dataclass
@@ -50,7 +67,7 @@ class Task:
     texts: Texts
     train: ImageSource | None
     val: ImageSource | None
-    recipe: Any  # a `BaseRecipe`, of the kind that the method's `recipe` returns
+    recipe: Any  # of the method's `config`
     seed: int = 1
     precision: str = "float32"
     progress: Progress = no_progress
@@ -140,6 +157,56 @@ class Task:
     def text_head(self, text: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = "") -> LinearHead:
         """`linear_head` whose logits are exp(logit_scale) times the cosine with normalised text features (C, E)."""
         return self.linear_head(*(clip or self.clip).scaled(text), clip=clip, texts=texts)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt CLIP to a task; `dcp_zoo.training.METHODS` has them by name.
+
+    Attributes:
+        name: in results and on the command line.
+        title: in tables and figures.
+        reference: the paper.
+        fit: turns a task into a head; `fit_head` calls it.
+        config: the class of its hyperparameters, which `Task.recipe` is of. Default: it has none of its own.
+        abilities: of its heads.
+        trains: whether it uses training images, besides those of a text probe after it.
+        chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
+        features: whether it needs nothing but image features and text features of the names in one template.
+        text: whether it needs text.
+    """
+
+    name: str
+    title: str
+    reference: str
+    fit: Callable[[Task], Head]
+    config: type[BaseRecipe] = BaseRecipe
+    abilities: Abilities = ABLE
+    trains: bool = True
+    chooses: bool = False
+    features: bool = False
+    text: bool = True
+
+    def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
+        """The published hyperparameters for this task, with the model's budget if prompts are trained, and otherwise
+        its augmentation: random crops and flips, as published, unless it needs another. The model's row in the registry
+        may change values; `per_shot` are multiplied by the number of shots."""
+        spec, shots = get_spec(model), max(shots, 1)
+        recipe = self.config.for_task(model, dataset, shots, protocol)
+        if spec.recipe and not isinstance(recipe, Recipe):  # another optimizer, schedule, batch size and augmentation
+            dcps = default_recipe(model, dataset)
+            if recipe.is_trained:
+                budget = [part.name for part in fields(TrainingRecipe) if part.name != "classifier"]
+                recipe = recipe.updated({name: getattr(dcps, name) for name in budget})
+            elif recipe.augment != "none":
+                recipe = replace(recipe, augment=dcps.augment)
+        own = dict(spec.baseline_recipes.get(self.name, {}))
+        per_shot = {name: number * shots for name, number in own.pop("per_shot", {}).items()}
+        return recipe.updated(own | per_shot)
+
+    def needs_images(self, recipe: BaseRecipe) -> bool:
+        """Whether it needs training images with this recipe, for itself or for the classifier after it."""
+        return self.trains or recipe.classifier != "none"
 
 
 def most_accurate(candidates: Iterable[tuple[Any, Tensor]], labels: Tensor) -> Any:

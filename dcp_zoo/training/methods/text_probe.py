@@ -1,5 +1,11 @@
-"""Give a head a text probe, see `dcp_zoo.model.text_probe`, fitted on its features of the few-shot images."""
+"""The text probe of this project: a convex classifier on frozen features, which blends what images and texts say.
 
+`dcp_zoo.model.text_probe` has its equations, and fits it to features. It can follow any method whose heads are not
+fitted to features of the training images themselves: `fit_probe` gives it to a head. As a method of its own it follows
+zero-shot CLIP, whose head `fit` returns, because its recipe names it.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +15,22 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import changed
 from dcp_zoo.model.clip import Linear
-from dcp_zoo.model.head import Head
+from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.text_probe.fit import fit_on_features, share_above
-from dcp_zoo.training.recipes import FITTED, MANY
+from dcp_zoo.training.methods.base import Method, Task
+from dcp_zoo.training.recipes import FITTED, MANY, BaseRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
+
+
+@dataclass(frozen=True)
+class TextProbeRecipe(BaseRecipe):
+    classifier: str = changed(BaseRecipe, "classifier", "text-probe")
+
+
+def fit(task: Task) -> LinearHead:
+    return task.text_head(task.text, texts=task.texts)
 
 
 @torch.no_grad()
@@ -52,3 +69,7 @@ def probe_views(train: ImageSource) -> int:
 def on_cpu(linear: Linear) -> Linear:
     """A linear function in float32 on the CPU."""
     return linear[0].float().cpu(), linear[1].float().cpu()
+
+
+REFERENCE = "this project, see docs/baselines.md"
+TEXT_PROBE = Method("text-probe", "Text probe", REFERENCE, fit, TextProbeRecipe, trains=False, features=True)

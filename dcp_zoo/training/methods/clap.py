@@ -1,0 +1,81 @@
+"""CLAP (Silva-Rodriguez et al., CVPR 2024): a linear probe initialised with the text features and penalised, class by
+class, for leaving them.
+
+With image features f (B, E), s = exp(logit_scale), text features t_c (E,), and prototypes w (C, E), at first t:
+
+    logits_c = s f w_c^T / |w_c|                                             (B,)
+    loss     = cross-entropy + mean over c of a_c |w_c - t_c|^2
+
+a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is, the
+stronger the penalty. t is normalised, as in the paper, unless `unit=False`. Rows are twenty random crops of each image,
+or for the miniature both views, in as many batches as there are of images. The last epoch is used.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.fields import changed, count, option
+from dcp_zoo.model.classes import check_classnames
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.text_probe.estimates import class_means
+from dcp_zoo.training.loop import build_optimizer
+from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, Task, minimise
+from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
+
+
+@dataclass(frozen=True)
+class CLAPRecipe(TrainingRecipe):
+    """That of the authors' code: SGD with momentum 0.9, and a cosine after one epoch at 1e-5."""
+
+    is_trained = False
+    lr: float = changed(TrainingRecipe, "lr", 0.1)
+    weight_decay: float = changed(TrainingRecipe, "weight_decay", 0.0)
+    batch_size: int = changed(TrainingRecipe, "batch_size", 256)
+    epochs: int | None = changed(TrainingRecipe, "epochs", 300)
+    augment_epochs: int = count(20, CROPS)
+    unit: bool = option(
+        True, "start from normalised text features; false: from the text tower's raw output, as the authors' code"
+    )
+
+
+def fit(task: Task) -> LinearHead:
+    recipe: CLAPRecipe = task.recipe
+    clip, names = task.clip, check_classnames(task.classnames)
+    features = task.augmented_features(recipe.augment_epochs)  # (V, n, E)
+    rows, labels = features.flatten(0, 1), task.train_labels.repeat(len(features))
+    start = clip.encode_sentences(names, task.texts)
+    start = F.normalize(start, dim=-1) if recipe.unit else start
+    prototypes = start.clone()
+
+    def classify(features: Tensor) -> Tensor:
+        return clip.logits(features, F.normalize(prototypes, dim=-1))
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        distance = (prototypes - start).square().sum(-1)  # (C,)
+        return F.cross_entropy(classify(features), labels) + (strength * distance).mean()
+
+    probabilities = torch.cat([classify(chunk.to(start)).softmax(-1).cpu() for chunk in rows.split(1000)])
+    own = probabilities.gather(1, labels[:, None])  # (V n, 1) of each row's own class
+    strength = class_means(own, labels, len(names))[:, 0].to(start)  # (C,), the a_c
+    per_epoch = len(batch_sizes(len(task.train_images.items), recipe.batch_size, recipe.drop_last))
+    batches = random_rows(rows, labels, recipe.batch_size, per_epoch, task.seed)
+    optimizer, steps = build_optimizer(recipe, [prototypes.requires_grad_()]), recipe.num_epochs * per_epoch
+    minimise(task, loss, optimizer, batches, lambda step: recipe.lr_at(step // per_epoch), steps)
+    return task.text_head(F.normalize(prototypes.detach(), dim=-1))
+
+
+def random_rows(rows: Tensor, labels: Tensor, size: int, per_epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless stream of batches of rows and their labels, no row twice in an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        for batch in order[: size * per_epoch].split(size):
+            yield rows[batch], labels[batch]
+
+
+PAPER = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
+CLAP = Method("clap", "CLAP", PAPER, fit, CLAPRecipe, CLOSED, features=True)

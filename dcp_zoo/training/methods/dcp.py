@@ -1,0 +1,94 @@
+"""DCP (Liu et al., Findings of ACL 2023): prompts in both towers, which rewrite each other.
+
+Its equations are in docs/method.md, and the model is `dcp_zoo.model.dcp.DCP`. The configuration is `Recipe`, whose
+defaults and named variants are in `dcp_zoo.training.recipes`, because help texts need them without torch. After
+training the prompts are rounded as they will be stored, and the stored statistics measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.classes import TEMPLATE
+from dcp_zoo.model.config import Abilities
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.inputs import Inputs, Tokens
+from dcp_zoo.training.device import cast_frozen, total_memory
+from dcp_zoo.training.methods.base import Method, Task, train_prompts
+from dcp_zoo.training.methods.text_probe import probe_views
+from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.training.sources import ImageSource, Progress, encode_views
+
+
+def fit(task: Task) -> DCP:
+    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With the
+    task's `reload_clip` CLIP is stored in half precision while training in it; otherwise autocast converts it."""
+    recipe: Recipe = task.recipe
+    model, clip = new_model(task), task.clip
+    source, fixed = task.train_images, task.plain_train
+    if not source.crops:
+        source, fixed = frozen_tokens(model, source, fixed, task.progress)
+    if recipe.clip_reg:
+        shown = max(source.num_views, probe_views(fixed))
+        source.targets = fixed.targets = encode_views(fixed, clip.encode_image, shown, task.progress).float()
+    task.probe_images = fixed
+    if task.reload_clip:
+        cast_frozen(model, task.precision)
+    losses = train_prompts(task, model, source)
+    if task.reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
+        for own, loaded in zip(clip.clip.parameters(), task.reload_clip().clip.parameters(), strict=True):
+            own.data = loaded.data  # the cast weights are freed
+    round_and_store_stats(model, fixed)
+    tenth = max(1, len(losses) // 10)  # enough to tell later whether it learnt
+    model.info = {"first_loss": fmean(losses[:tenth]), "last_loss": fmean(losses[-tenth:])}
+    return model
+
+
+def frozen_tokens(
+    model: DCP, source: ImageSource, fixed: ImageSource, progress: Progress
+) -> tuple[ImageSource, ImageSource]:
+    """With late coupling: the images of both sources as the tokens that enter the first block with prompts, of every
+    view, in half precision; the images themselves if all tokens take more than a quarter of the memory."""
+    tower, first = model.encoder.vision_tower, model.first_block
+    numbers = source.num_views * len(source.items) * tower.num_tokens * tower.width
+    if first == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
+        return source, fixed
+
+    def enter(inputs: Inputs) -> Tensor:
+        return model.encoder.enter(inputs, first).x.half()
+
+    stored: Any = {
+        "views": encode_views(source, enter, source.num_views, progress),
+        "form": partial(Tokens, block=first),
+    }
+    return replace(source, **stored, flips=False), replace(fixed, **stored)
+
+
+def new_model(task: Task) -> DCP:
+    """The task's CLIP with fresh prompts."""
+    texts = task.texts if isinstance(task.texts, Mapping) else TEMPLATE
+    return DCP(task.clip, task.classnames, task.recipe.config, texts=texts)
+
+
+@torch.no_grad()
+def round_and_store_stats(model: DCP, source: ImageSource) -> None:
+    """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics
+    on the unaugmented training images. ZooError for numbers beyond float16's range: training diverged."""
+    for tensor in model._trained_state().values():
+        tensor.copy_(tensor.half())
+    model.store_stats(source.batches(64))
+    if model.stored_stats is not None:
+        model.stored_stats.copy_(model.stored_stats.half())
+    if not all(tensor.isfinite().all() for tensor in model._trained_state().values()):
+        problem = "Training diverged: the prompts became too large for float16."
+        raise ZooError(f"{problem} Lower the learning rate (--set lr=...), and start again (--overwrite).")
+
+
+PAPER = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
+DCP_METHOD = Method("dcp", "DCP", PAPER, fit, Recipe, Abilities(coupled=True))

@@ -1,0 +1,101 @@
+"""GDA (Wang et al., ICLR 2024): a closed-form classifier of Gaussian classes with a shared covariance, added to
+zero-shot CLIP.
+
+With image features f (B, E), the zero-shot classifier W (C, E), s = exp(logit_scale), and n training features with
+class means m_c (E,) and covariance S (E, E) around these means:
+
+    P = E pinv((n - 1) S + tr(S) I)                                          (E, E)
+    logits_c = s f W_c^T + alpha (f P m_c - m_c P m_c / 2)                   (B,)
+
+As in the authors' code, each augmented view of an image is a separate row: ten random crops, or for the miniature,
+which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation images,
+the smallest on a tie; without these on training images, in folds; with one per class see `gda_weight`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcp_zoo.fields import option
+from dcp_zoo.model.clip import Linear
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.text_probe.estimates import class_means, shared_precision
+from dcp_zoo.model.text_probe.fit import FOLDS, within_class
+from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate
+from dcp_zoo.training.recipes import CROSS_VALIDATION
+
+ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class GDARecipe(CropsRecipe):
+    alpha: float | None = option(None, "weight of the Gaussian part; null: chosen on the validation images")
+    text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
+
+
+@torch.no_grad()
+def fit(task: Task) -> LinearHead:
+    recipe: GDARecipe = task.recipe
+    features = task.augmented_features(recipe.augment_epochs)  # (V, n, E)
+    labels, classes, device = task.train_labels, len(task.classnames), task.clip.device
+    gaussian = gaussian_discriminant(features.flatten(0, 1), labels.repeat(len(features)), classes)
+    weight, bias = (part.to(device) for part in gaussian)
+    text = task.text if recipe.text else None
+    alpha, chosen = recipe.alpha, dict[str, str]()
+    if alpha is None:
+        alpha, chosen = (1.0, chosen) if text is None else gda_weight(task, text, features, weight, bias)
+    weight, bias = alpha * weight, alpha * bias
+    if text is not None:
+        text_weight, text_bias = task.clip.scaled(text)
+        weight, bias = text_weight + weight, text_bias + bias
+    head = task.linear_head(weight, bias)
+    head.info = {"alpha": alpha, **chosen}
+    return head
+
+
+def gda_weight(
+    task: Task, text: Tensor, features: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[float, dict[str, str]]:
+    """alpha, and what it was chosen on if not on validation images: text features (C, E), those of images (V, n, E)."""
+    labels = task.train_labels
+
+    def best(found: Tensor, gaussian: Tensor, truth: Tensor) -> float:
+        """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C), labels."""
+        zero_shot = task.clip.logits(found.to(text.device), text).cpu()
+        return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), truth)
+
+    if task.val is not None:
+        val = task.features(task.val).cpu()
+        return best(val, val @ weight.cpu().T + bias.cpu(), task.val.labels), {}
+    if torch.bincount(labels).min() > 1:
+        scores = out_of_fold(features.cpu(), labels, len(text))
+        return best(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
+    plain = features[0].to(weight)
+    spread = (plain @ weight.T + bias).std()
+    return (task.clip.logits(plain, text).std() / 2 / spread.clamp(min=1e-6)).item(), {}
+
+
+def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Gaussian scores (n, C) of training images, two or more per class, from fits without them: views (V, n, E)."""
+    scores, position = torch.zeros(len(labels), classes), within_class(labels)
+    folds = min(FOLDS, int(torch.bincount(labels).min()))
+    for fold in range(folds):
+        kept = position % folds != fold
+        weight, bias = gaussian_discriminant(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)), classes)
+        scores[~kept] = views[0, ~kept] @ weight.T + bias
+    return scores
+
+
+def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Linear:
+    """The linear classifier of equally likely Gaussian classes with a shared covariance, from features (n, E), where n
+    may be smaller than E, and labels (n,): weight (C, E), whose rows are m_c P, and bias (C,), -m_c P m_c / 2. Computed
+    in float64 on the CPU. ZooError for a class without features."""
+    rows, labels = features.detach().cpu(), labels.cpu()
+    means = class_means(rows, labels, classes)
+    weight = means @ shared_precision(rows, labels, means)
+    return weight.to(features), -(weight * means).sum(-1).to(features) / 2
+
+
+PAPER = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
+GDA = Method("gda", "GDA", PAPER, fit, GDARecipe, FITTED, chooses=True, features=True)

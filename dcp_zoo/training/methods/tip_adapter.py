@@ -1,0 +1,107 @@
+"""Tip-Adapter (Zhang et al., ECCV 2022): adds the labels of similar training images to the zero-shot logits.
+
+The equations are those of `CacheHead`: the keys are the normalised mean features of the views of each training image,
+the values its one-hot label. Tip-Adapter-F also trains the keys, by cross-entropy; text features and labels stay fixed.
+alpha and beta are chosen on the few-shot validation images, if there are any, the smallest values on a tie. The
+authors' code uses a different search range for each dataset; here all share one grid.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.fields import count, option
+from dcp_zoo.model.cache_head import CacheHead
+from dcp_zoo.model.inputs import Inputs
+from dcp_zoo.training.loop import cosine
+from dcp_zoo.training.methods.base import CACHED, CropsRecipe, Method, Task, minimise, most_accurate, shuffled
+from dcp_zoo.training.recipes import batch_sizes
+
+
+@dataclass(frozen=True)
+class TipAdapterRecipe(CropsRecipe):
+    alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
+    beta: float = option(1.0, "sharpness of the cache's similarities; used like alpha")
+    search_max: float = option(50.0, "largest alpha (of 20 from 0.1) and beta (of 40) tried on validation images")
+
+
+@dataclass(frozen=True)
+class TipAdapterFRecipe(TipAdapterRecipe):
+    lr: float = option(1e-3, "learning rate of AdamW's first step, with a cosine over all steps")
+    eps: float = option(1e-4, "epsilon of AdamW")
+    batch_size: int = count(256, "images per step")
+    epochs: int = count(20, "passes over the training images")
+
+
+def fit(task: Task) -> CacheHead:
+    return choose_strength(cache_head(task, task.recipe.alpha), task)
+
+
+def fit_f(task: Task) -> CacheHead:
+    head = cache_head(task, task.recipe.alpha)
+    train_keys(head, task)
+    return choose_strength(head, task)
+
+
+def cache_head(task: Task, alpha: float) -> CacheHead:
+    """The head before anything is chosen or trained, for a recipe with crops and beta."""
+    recipe, text = task.recipe, task.text
+    keys = F.normalize(task.augmented_features(recipe.augment_epochs).mean(0), dim=-1).to(text.device)
+    tensors = {
+        "weight": text,
+        "keys": keys,
+        "values": F.one_hot(task.train_labels, len(task.classnames)).to(keys),
+        "alpha": keys.new_tensor(alpha),
+        "beta": keys.new_tensor(recipe.beta),
+    }
+    return CacheHead(task.clip, task.classnames, tensors)
+
+
+@torch.no_grad()
+def choose_strength(head: CacheHead, task: Task) -> CacheHead:
+    """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
+    alpha, beta = task.recipe.alpha, task.recipe.beta
+    if task.val is not None:
+        features = task.features(task.val)
+        zero_shot = task.clip.logits(features, head.weight)
+        alphas, betas = (grid(task.recipe.search_max, steps) for steps in (20, 40))
+        candidates = (
+            ((alpha, beta), zero_shot + alpha * cached)
+            for beta in task.progress(betas, "alpha and beta", len(betas))
+            for cached in [head.cached(features, beta)]
+            for alpha in alphas
+        )
+        alpha, beta = most_accurate(candidates, task.val.labels)
+        head.alpha.fill_(alpha)
+        head.beta.fill_(beta)
+    head.info = {"alpha": round(alpha, 4), "beta": round(beta, 4)}
+    return head
+
+
+def grid(largest: float, steps: int) -> list[float]:
+    """`steps` values from 0.1 to `largest`, spaced geometrically."""
+    return [0.1 * (largest / 0.1) ** (i / (steps - 1)) for i in range(steps)]
+
+
+def train_keys(head: CacheHead, task: Task) -> None:
+    """Train the keys on the training images."""
+    recipe: TipAdapterFRecipe = task.recipe
+    source = task.feature_source
+    head.keys.requires_grad_()
+    optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
+    steps = recipe.epochs * len(batch_sizes(len(source.items), recipe.batch_size, drop_last=True))
+
+    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = task.clip.encode_image(inputs)
+        return F.cross_entropy(head.classify(features).float(), labels)
+
+    minimise(task, loss, optimizer, shuffled(source, recipe.batch_size, task.seed), cosine(recipe.lr, steps), steps)
+    head.keys.requires_grad_(False)
+
+
+PAPER = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
+TIP_ADAPTER = Method("tip-adapter", "Tip-Adapter", PAPER, fit, TipAdapterRecipe, CACHED, chooses=True, features=True)
+TIP_ADAPTER_F = replace(TIP_ADAPTER, name="tip-adapter-f", title="Tip-Adapter-F", fit=fit_f, config=TipAdapterFRecipe)

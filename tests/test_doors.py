@@ -1,0 +1,117 @@
+"""Every door asks the same head about the same images, and gets the same answer: of all kinds of heads, in all precisions,
+with classes that share a name, were renamed, added and removed."""
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dcp_zoo
+from dcp_zoo import FewShotClassifier
+from dcp_zoo.data import load_image
+from dcp_zoo.model.head import Head
+
+COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
+NAMES = {"red": "crane", "blue": "crane", "green": "leaf", "white": "snow"}
+QUICK = {"epochs": 1, "batch_size": 8}
+KINDS = {  # of each kind of head, its recipe
+    "text-probe": {},
+    "gda": {},
+    "tip-adapter": {},
+    "prolip": {"epochs": 2, "classifier": "text-probe"},
+    "maple": QUICK | {"depth": 2, "classifier": "text-probe"},
+    "dcp": QUICK | {"n_ctx": 2, "depth": 2},
+}
+PRECISIONS = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # and how close probabilities are
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eighteen pictures, more than are classified without fusing a head, and their labels."""
+    folder, paths, labels, rng = tmp_path_factory.mktemp("colours"), [], [], np.random.default_rng(0)
+    for i in range(18):
+        label = [*COLORS][i % 4]
+        noise = rng.normal(0, 25, (140, 150, 3)) + COLORS[label]
+        paths.append(str(folder / f"{i:02}.png"))
+        labels.append(label)
+        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(paths[-1])
+    return paths, labels
+
+
+@pytest.fixture(scope="module")
+def heads(pictures):
+    """A head of each kind, made once."""
+    made: dict[str, Head] = {}
+
+    def get(kind: str) -> Head:
+        if kind not in made:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # two classes share a name, and little is learnt
+                made[kind] = FewShotClassifier(method=kind, recipe=KINDS[kind], classnames=NAMES).fit(*pictures).model_
+        return copy.deepcopy(made[kind])
+
+    return get
+
+
+@torch.no_grad()
+def plainly(head: Head, paths: list[str]) -> np.ndarray:
+    """Probabilities by the equations alone: the transform, the head's features, and its linear function of them."""
+    transform = dcp_zoo.create_transform(head)
+    images = torch.stack([transform(load_image(path)) for path in paths]).to(head.encoder.visual.proj.dtype)
+    features = head.encode_image(images)
+    if not head.abilities.linear:
+        return head.classify(features).float().softmax(-1).numpy()
+    weight, bias = head.linear()
+    return (features.float() @ weight.float().T + bias.float()).softmax(-1).numpy()
+
+
+def in_order(rows: list, names: list[str]) -> np.ndarray:
+    """The probabilities of each row, best first; of which class each is, its name says: two may share it."""
+    assert all(sorted(name for name, _ in row) == sorted(names) for row in rows)
+    return np.array([[p for _, p in row] for row in rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("edited", [False, True])
+def test_all_doors_agree(kind, dtype, edited, pictures, heads, tmp_path, run):
+    head, (paths, labels), close = heads(kind), pictures, PRECISIONS[dtype]
+    if edited and head.text_probe is None:
+        pytest.skip("it cannot add a class")
+    if edited:
+        transform = dcp_zoo.create_transform(head)
+        head.add_class("rose", torch.stack([transform(load_image(path)) for path in paths[:4:4]]))
+        head.rename_class(0, "heron")
+        head.remove_class("leaf")
+    names, expected = head.classnames, plainly(head, paths)
+    head.to(dtype)
+    ranked = -np.sort(-expected)
+    for number in (3, 18):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = dcp_zoo.predict(head, paths[:number], top_k=len(names), precision="float32")
+        assert in_order(found, names) == pytest.approx(ranked[:number], abs=close)
+    assert plainly(head, paths) == pytest.approx(expected, abs=close)
+    if head.abilities.linear:
+        images = torch.stack([dcp_zoo.create_transform(head)(load_image(path)) for path in paths]).to(dtype)
+        with torch.no_grad():
+            assert head.fuse()(images).float().softmax(-1).numpy() == pytest.approx(expected, abs=close)
+    if len(set(names)) == len(names):
+        right = [name for name in names for _ in range(1)]
+        evaluated = dcp_zoo.evaluate(head, paths, [right[i % len(right)] for i in range(18)], precision="float32")
+        assert evaluated.logits.softmax(-1).numpy() == pytest.approx(expected, abs=close)
+    if dtype != torch.float32:
+        return
+    head.save_pretrained(tmp_path / "head")
+    loose = 2e-3 if kind == "dcp" else close  # its prompts are stored in half precision
+    loaded = dcp_zoo.create_model(str(tmp_path / "head"), True).eval()
+    assert loaded.classnames == names
+    assert plainly(loaded, paths) == pytest.approx(expected, abs=loose)
+    assert FewShotClassifier.load(tmp_path / "head").predict_proba(paths) == pytest.approx(expected, abs=loose)
+    said = json.loads(run.ok("predict", *paths[:2], "--head", tmp_path / "head", "--json"))
+    rows = [[(p["class"], p["probability"]) for p in row["predictions"]] for row in said]
+    assert in_order(rows, names) == pytest.approx(ranked[:2, :5], abs=loose)
