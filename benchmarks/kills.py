@@ -71,18 +71,18 @@ def cases(root: Path) -> dict[str, Case]:
     empty.mkdir()
     for args in (
         ["train", str(photos), "--test", "0", "--output", str(small)],
-        ["classes", "add", "zebra", str(zebras), "--head", str(small), "--output", str(big)],
+        ["classes", str(small), "--add", "zebra", str(zebras), "--output", str(big)],
     ):
         small_zoo.finish_or_kill(args, lambda: False)
     table = root / "inspection.csv"
     table.write_text("file,change\nred/0.png,blue\nred/1.png,leave out\n")
-    editing = ["--head", "{}/head", "--output", "{}/head", "--overwrite"]
+    editing = ["classes", "{}/head", "--output", "{}/head", "--overwrite"]
     return {
         "train --overwrite": Case(
             big.parent, ["train", str(photos), "--test", "0", "--output", "{}/head", "--overwrite"], head
         ),
-        "classes add": Case(small.parent, ["classes", "add", "zebra", str(zebras), *editing], head),
-        "classes remove": Case(big.parent, ["classes", "remove", "zebra", *editing], head),
+        "classes add": Case(small.parent, [*editing, "--add", "zebra", str(zebras)], head),
+        "classes remove": Case(big.parent, [*editing, "--remove", "zebra"], head),
         "inspect --fix": Case(empty, ["inspect", str(photos), "--fix", str(table), "--output", "{}/fixed"], tree),
         "export": Case(empty, ["export", "--head", str(small), "--output", "{}/head.pt2"], partial(tree, hidden=True)),
         "predict --sort-into": Case(

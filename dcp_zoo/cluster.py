@@ -85,12 +85,6 @@ def _machines(ray: ModuleType) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def enter(folder: str) -> None:
-    """Let a worker's relative paths start where the command's do. A machine without the folder needs no such paths."""
-    with suppress(OSError):
-        os.chdir(folder)
-
-
 @dataclass(frozen=True)
 class Event:
     """What has become of a task."""
@@ -110,7 +104,8 @@ def run_tasks(
     folder, losses = os.getcwd(), Counter[Any]()  # noqa: PTH109
 
     def on_worker(item: object) -> Any:
-        enter(folder)
+        with suppress(OSError):  # so that relative paths start there; a machine without the folder needs no such paths
+            os.chdir(folder)
         return work(item)
 
     with connected(address) as ray:

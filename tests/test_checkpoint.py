@@ -145,16 +145,14 @@ def test_the_weights_of_another_head_are_refused(folder):
 @pytest.mark.parametrize(
     "command",
     [
-        "classes remove ant --head HEAD",
-        "classes rename ant bee --head HEAD",
-        "classes add bee . --head HEAD",
+        "classes HEAD --remove ant",
+        "classes HEAD --rename ant bee",
+        "classes HEAD --add bee .",
         "fit-text-probe --dataset digits --head HEAD",
-        "convert x.pth --model dcp_mini --classnames names.txt",
     ],
 )
 def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, monkeypatch, command):
     monkeypatch.chdir(folder.parent)
-    Path("names.txt").write_text("ant\nbee\n")
     Image.new("RGB", (9, 9)).save("bee.png")
     command = [*command.replace("HEAD", str(folder)).split(), "--output", folder, "--overwrite"]
     monkeypatch.setattr("dcp_zoo.model.checkpoint.SAVE_SECONDS", 0.1)

@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import convert as script
 import pytest
 import torch
 from helpers import close
+from PIL import Image
 from safetensors.torch import load_file
-from shared import CFG, GOLDEN
+from shared import CFG, GOLDEN, CommandLine
 from torch import nn
 
 import dcp_zoo
@@ -209,25 +211,23 @@ def test_class_name_files(tmp_path):
         read_classnames(tmp_path / "none")
 
 
-def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, run):
-    """`dcp-zoo convert` with the small CLIP in place of a downloaded one, calibrated on a folder of images."""
-    from PIL import Image
-
-    from dcp_zoo.zoo import convert
+def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
+    """`hub/convert.py` with the small CLIP in place of a downloaded one, calibrated on a folder of images."""
+    run = CommandLine(monkeypatch, capsys, script.app)
 
     def create_model(name: str, pretrained: str, **args) -> dcp_zoo.DCP:
         assert (name, pretrained) == ("dcp_vitb16", "clip")
         return dcp_zoo.DCP(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), **args)
 
-    monkeypatch.setattr(convert, "create_model", create_model)
+    monkeypatch.setattr("dcp_zoo.zoo.convert.create_model", create_model)
     (tmp_path / "names.txt").write_text("\n".join(golden["classnames"]))
     (tmp_path / "images/ant").mkdir(parents=True)
     for i in range(3):
         Image.new("RGB", (40, 40), (80 * i, 20, 90)).save(tmp_path / f"images/ant/{i}.png")
     shutil.copy(CHECKPOINT, tmp_path / "model.pth.tar-20")
     args = ["--model", "dcp_vitb16", "--classnames", tmp_path / "names.txt", "--output", tmp_path / "head"]
-    run.ok("convert", tmp_path / "model.pth.tar-20", *args, "--images", tmp_path / "images", "--device", "cpu")
-    assert "head already holds a checkpoint" in run.refused("convert", tmp_path / "model.pth.tar-20", *args)
+    run.ok(tmp_path / "model.pth.tar-20", *args, "--images", tmp_path / "images", "--device", "cpu")
+    assert "head already holds a checkpoint" in run.refused(tmp_path / "model.pth.tar-20", *args)
     config = json.loads((tmp_path / "head/config.json").read_text())
     assert load_file(tmp_path / "head/model.safetensors")["context"].shape == (3, 16, 128)
     assert config["dcp"]["converted_from"] == "model.pth.tar-20"

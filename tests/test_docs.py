@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import build
+import convert
 import pictures
 import publish
 import pytest
@@ -38,7 +39,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml", "bibtex")
 RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
-SCRIPTS = {"hub/build.py": build.app, "hub/publish.py": publish.app, "benchmarks/submit.py": submit.app}
+SCRIPTS = {
+    "hub/build.py": build.app,
+    "hub/convert.py": convert.app,
+    "hub/publish.py": publish.app,
+    "benchmarks/submit.py": submit.app,
+}
 BLOCKS = ("fence", "code_block", "table_open", "bullet_list_open")
 GROUPS = {"dcp_zoo.methods", "dcp_zoo.__file__"}  # entry points, and what every module has
 
@@ -104,11 +110,7 @@ def run_command(line: str, run: CommandLine) -> None:
 def silent_commands() -> Any:
     """The command line, whose commands do nothing."""
     group = typer.main.get_command(app)
-    for command in (
-        *group.commands.values(),
-        *group.commands["data"].commands.values(),
-        *group.commands["classes"].commands.values(),
-    ):
+    for command in (*group.commands.values(), *group.commands["data"].commands.values()):
         command.callback = lambda **values: None
     return group
 

@@ -127,10 +127,8 @@ REASONS = [(number, f"{os.strerror(number)}. Choose another --output") for numbe
     [
         ["train", "MY_PHOTOS"],
         ["export", "--head", "my_head", "--output", "out/my.onnx"],
-        ["explain", "--head", "my_head", "--output", "out/moves.png"],
         ["benchmark", "few-shot", "--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out"],
         ["report", "out"],
-        ["convert", "x", "--model", "dcp_mini", "--classnames", "x", "--output", "out"],
     ],
     ids=lambda command: command[0] if isinstance(command, list) else None,
 )

@@ -1,14 +1,11 @@
-"""Sweeps, `predict` and `serve` on a Ray cluster: the results of one machine, and what happens when workers die, the
+"""Sweeps and `predict` on a Ray cluster: the results of one machine, and what happens when workers die, the
 cluster is too small, or a sweep is stopped."""
 
-import http.client
 import io
 import json
 import os
 import re
 import signal
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,13 +22,12 @@ from PIL import Image
 from rich.console import Console
 from shared import CommandLine
 
-pytest.importorskip("ray.serve")
+pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
 pytest.importorskip("webdataset")
 
 import pandas as pd
 import ray
-from fastapi.testclient import TestClient
 
 from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.benchmark import plan_trials, store
@@ -39,12 +35,10 @@ from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
-from dcp_zoo.cluster import LOCAL, Event, Resources, _ended, connected
+from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.on_ray import run_on_ray
-from dcp_zoo.deploy.limits import Limits
-from dcp_zoo.deploy.server import application
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -360,46 +354,3 @@ def test_predict_on_a_cluster(cluster: None, run: CommandLine, photos: Path, onn
     assert "pass --output FOLDER, and no other" in run.refused("predict", "photos", *head, "--ray", "local", "--json")
     err = run.refused("predict", "photos", *head, "--output", "s3://bucket/p.csv")
     assert "Without --ray, --output is a file, not" in err
-
-
-def test_serve_on_a_cluster(cluster: None, onnx_file: Path) -> None:
-    """The answers of the local server, its limits, and a stop that answers the request in progress."""
-    from dcp_zoo.deploy.ray_serve import deployed
-
-    limits = Limits(max_mb=0.1, timeout=10)
-    photo = png(90)
-    requests = [
-        ("GET", "/health", None),
-        ("GET", "/info", None),
-        ("GET", "/openapi.json", None),
-        ("POST", "/predict?top_k=3", photo),
-        ("POST", "/predict", b""),
-        ("POST", "/predict", b"hello"),
-        ("POST", "/predict", b"x" * 200_000),
-    ]
-    with TestClient(application(onnx_file, limits)) as client:
-        expected = [client.request(method, path, content=body) for method, path, body in requests]
-    options = {"address": LOCAL, "host": "127.0.0.1", "port": 0, "threads": 1}
-    with deployed("models/tiny.onnx", lambda: application(onnx_file, limits), limits.timeout, **options) as address:
-        place = address.removeprefix("http://")
-        for (method, path, body), answer in zip(requests, expected, strict=True):
-            connection = http.client.HTTPConnection(place, timeout=30)
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            assert (response.status, json.loads(response.read())) == (answer.status_code, answer.json())
-        host, port = place.split(":")
-        slow = socket.create_connection((host, int(port)))
-        slow.sendall(f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(photo)}\r\n\r\n".encode() + photo[:20])
-        time.sleep(0.5)
-        threading.Timer(1, slow.sendall, [photo[20:]]).start()
-    slow.settimeout(30)
-    assert slow.recv(1000).startswith(b"HTTP/1.1 200")
-    with pytest.raises(ConnectionError):
-        ask_for_ten_seconds(place)
-
-
-def ask_for_ten_seconds(place: str) -> None:
-    """The proxy closes its port a moment after the application is gone."""
-    for _ in range(100):
-        http.client.HTTPConnection(place, timeout=5).request("GET", "/health")
-        time.sleep(0.1)

@@ -1,6 +1,7 @@
 """Variants of exported ONNX files: preprocessing inside, float16, int8; and the options that make them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +16,10 @@ from dcp_zoo.answers import log_softmax  # noqa: E402
 from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
+from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.deploy import export as export_module  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
-from dcp_zoo.deploy.onnx_classifier import (  # noqa: E402
-    OnnxClassifier,
-    crop,
-    onnx_predictor,
-)
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402
 from dcp_zoo.model.config import read_config  # noqa: E402
 
@@ -68,7 +66,7 @@ def test_many_images_through_either_file(plain, inside):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(
             {p["class"]: p["probability"] for p in one["predictions"]}, abs=3e-3
         )
-    with pytest.raises(ZooError, match="has no features: export it with preprocessing outside"):
+    with pytest.raises(ZooError, match="has no image features: export it with the preprocessing outside"):
         onnx_predictor(inside.path, features=True)
 
 
@@ -148,8 +146,10 @@ def test_int8(tiny_head, plain, photos, tmp_path):
     difference = OnnxClassifier(file)(np.asarray(image)[None]) - plain.probabilities(plain.preprocess(image)[None])
     assert 0 < np.abs(difference).max() < 0.1
 
+    with pytest.raises(ZooError, match="images of the head's own classes"):
+        calibration(tiny_head, replace(split, classnames=tiny_head.classnames[::-1]))
     strict = calibration(tiny_head, split, max_drop=-101)  # no file is good enough
-    with pytest.raises(ZooError, match=r"int8 lowers top-1 from .* nothing was written.*--precision float16"):
+    with pytest.raises(ZooError, match=r"int8 lowers top-1 from .* nothing was written.*float16"):
         export(tiny_head, tmp_path / "refused.onnx", precision="int8", calibration=strict)
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
 
@@ -170,8 +170,7 @@ def test_options(run, tmp_path, tiny_head):
     for args, message in {
         ("--format", "torch-export", "--precision", "float16"): "Only ONNX files",
         ("--format", "web", "--preprocessing", "outside"): "omit --preprocessing",
-        ("--precision", "int8"): "--data-root",
-        ("--precision", "int8", "--classes", "a,b", "--dataset", "digits"): "omit --classes",
+        ("--precision", "int8"): "choose from float32, float16.",
     }.items():
         assert message in run.refused("export", "--head", head, *args, "--output", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

@@ -80,8 +80,7 @@ class Settings:
     device: str = "auto"
     precision: str = "float32"
     workers: int = 0
-    per_class: bool = False  # whether results include the accuracy of every class
-    confusion: bool = False  # whether they include the confusion matrix
+    confusion: bool = False  # whether results include the confusion matrix
     features: Path | None = None  # folder of features in place of images and CLIP, see `trial_images`
     descriptions: Path | None = None  # file with sentences of each class, in place of its name
     save_heads: str = ""  # the method whose heads are written to `output`/heads

@@ -95,8 +95,7 @@ def finished(trial: Trial, settings: Settings) -> bool:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
     if trial.method == settings.save_heads and "head_sha256" not in result:
         return False
-    requested = [name for name in ("per_class", "confusion") if getattr(settings, name)]
-    return all(name in entry for entry in result["results"] for name in requested)
+    return not settings.confusion or all("confusion" in entry for entry in result["results"])
 
 
 def _json_files(folder: Path) -> list[Path]:

@@ -100,8 +100,6 @@ def _tests(
                 for name, metric in METRICS.items():
                     entry[name] = metric(answers.logits, answers.labels)
                 entry["images"] = len(answers.labels)
-                if settings.per_class:
-                    entry["per_class"] = {row.name: round(row.percent, 2) for row in answers.per_class}
                 if settings.confusion:
                     entry["confusion"] = answers.confusion_matrix.tolist()
                 yield entry

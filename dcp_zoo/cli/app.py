@@ -11,16 +11,16 @@ from typing import Any
 from rich.markup import escape
 from typer import Exit, Option, Typer
 
-from dcp_zoo.cli import data, heads
+from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
-from dcp_zoo.cli.heads import convert, fit_text_probe
+from dcp_zoo.cli.heads import classes, fit_text_probe
 from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
-from dcp_zoo.cli.show import explain, info, list_
+from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
 
@@ -45,12 +45,11 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, inspect, search, train, evaluate, fit_text_probe, benchmark, demo, explain),
-    *(export, serve, convert, report),
+    *(list_, info, predict, inspect, search, train, evaluate, fit_text_probe, classes, benchmark, report),
+    *(demo, export, serve),
 ):
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
-app.add_typer(heads.commands, name="classes")
 app.add_typer(data.commands, name="data")
 
 

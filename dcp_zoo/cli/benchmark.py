@@ -48,8 +48,7 @@ class BenchmarkOptions:
     workers: opt.Workers = 0
     threads: opt.Threads = None
     dry_run: bool = opt.option(False, "Show the plan, its training steps and, from finished trials, its time.")
-    per_class: bool = opt.option(False, "Store the accuracy of every class.")
-    confusion: bool = opt.option(False, "Store the confusion matrix.")
+    confusion: bool = opt.option(False, "Store the confusion matrix: rows are true classes, in their order.")
 
     def trials(self) -> tuple[list[Trial], str]:
         """The planned trials, and what --features left out of the defaults."""
@@ -78,7 +77,6 @@ class ClusterOptions:
     ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
     cpus: float | None = on_cluster("Cores per trial. Default: 1.")
     gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
-    retries: int | None = on_cluster("Further attempts after a worker dies. Default: 2.", min=0)
 
     def backend(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What runs trials, in this process or on the cluster, and what displays their events."""
@@ -90,7 +88,7 @@ class ClusterOptions:
             import_ray()  # a missing extra is noticed before anything is written
             return partial(sweep_on_ray, address=address, resources=Resources(**given)), show_with_bar
         if given:
-            raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
+            raise ZooError("--cpus and --gpus apply to Ray: add --ray local, or a cluster's address.")
         return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
 
 
@@ -213,13 +211,12 @@ def report(
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.
+    """Write tables and learning curves of benchmark results to `report.md`.
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
     output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
-    for name in ("report.md", "report.html"):
-        check_output(output_dir / name, overwrite)
+    check_output(output_dir / "report.md", overwrite)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")
     for path in write_report(folders, output_dir):

@@ -2,28 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.evaluate import trained_on
-from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch
+from dcp_zoo.demo import DEFAULT_HEAD, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.threads import available_cores
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from dcp_zoo.deploy.quantize import Calibration
-    from dcp_zoo.model.dcp import DCP
 
 
 @dataclass(frozen=True)
@@ -33,11 +23,8 @@ class ExportOptions:
     format: str | None = opt.option(None, "onnx (default), torch-export, web (a page) or hub (a repo).")
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
-    precision: str | None = opt.option(None, "float32, float16 (default for web) or int8; for hub: of a second file.")
-    dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
-    data_root: opt.DataRoot = None
+    precision: str | None = opt.option(None, "float32 or float16 (default for web); for hub: of a second file.")
     overwrite: opt.Overwrite = False
-    max_drop: float = opt.option(1.0, "For int8: the largest loss of top-1, in percentage points.", min=0)
 
 
 @opt.takes_options
@@ -47,7 +34,6 @@ def export(options: ExportOptions) -> None:
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
-    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
     from dcp_zoo.deploy import export as files
     from dcp_zoo.deploy.web import export_web
@@ -60,6 +46,7 @@ def export(options: ExportOptions) -> None:
     format = "onnx" if in_folder else chosen
     precision = options.precision or ("float16" if chosen == "web" else "float32")
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
+    check_choice("precision", precision, ("float32", "float16"))
     files.check_export(format, preprocessing, precision)
     if in_folder and preprocessing == "outside":
         raise ZooError(f"The format {chosen} always has the preprocessing inside: omit --preprocessing.")
@@ -70,37 +57,18 @@ def export(options: ExportOptions) -> None:
     else:
         check_output(file, options.overwrite)
     model = create_model(name, True, classnames=names).eval()
-    data = calibration_images(model, options) if precision == "int8" else None
     if in_folder:
         if chosen == "web":
-            path = export_web(model, file, precision=precision, calibration=data, title=Path(options.head).name)
+            path = export_web(model, file, precision=precision, title=Path(options.head).name)
             next_step = f"Try it: python -m http.server -d {path}"
         else:
-            path = export_hub(model, file, precision=precision, calibration=data)
+            path = export_hub(model, file, precision=precision)
             next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}")
         return
-    path = files.export(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)
+    path = files.export(model, file, format, preprocessing=preprocessing, precision=precision)
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
-    if precision == "int8":
-        from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-
-        q = OnnxClassifier(path).info["quantization"]
-        top1 = f"{q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} %)"
-        output.print(f"int8 on {top1}, {q['same_answer']:.1f} % of predictions the same, {q['speedup']:.1f} x as fast.")
-
-
-def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
-    """The images for int8: those the head was trained on, or of another dataset with the same classes."""
-    from dcp_zoo.deploy.quantize import calibration
-
-    opt.data_source(None, options.dataset, options.data_root)
-    images = load_labelled(options.dataset or trained_on(options.head, model, options.data_root), options.data_root)
-    split = training_split(images, model.info.get("test_share"))
-    if split.classnames != model.classnames:
-        raise ZooError("int8 needs images of the head's own classes: omit --classes, or pass such a --dataset.")
-    return calibration(model, split, options.max_drop)
 
 
 def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
@@ -131,7 +99,6 @@ class ServeOptions:
     threads: opt.Threads = None
     allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
-    ray: opt.Ray = None
 
 
 @opt.takes_options
@@ -141,7 +108,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
 
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
-    [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot --ray auto --threads 2[/]
+    [dim]dcp-zoo serve --head my_head.onnx --host 0.0.0.0[/]
     """
     for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
         import_extra(module, "serve")
@@ -153,35 +120,19 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     hosts = allowed_hosts(options.host, options.allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-    find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, opt.head_name(head), names, log)
-    host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
-
-    def make() -> "FastAPI":
-        name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-        return application(find(), limits, urls, threads, name, hosts, options.device)
-
-    def announce(address: str) -> None:
-        print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
-
-    if options.ray:
-        from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
-
-        with deployed(head, make, limits.timeout, address=options.ray, host=host, port=port, threads=threads) as url:
-            announce(url)
-            wait_for_stop()
-        return
-    app, listening = make(), listen(host, port)
-    announce(f"http://{host}:{listening.getsockname()[1]}")
+    file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
+    name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
+    app = application(file, limits, urls, options.threads or available_cores(), name, hosts, options.device)
+    listening = listen(options.host, options.port)
+    address = f"http://{options.host}:{listening.getsockname()[1]}"
+    print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
     server(app, limits.timeout).run(sockets=[listening])
 
 
-@opt.takes_options
-def demo(
-    limits: VisitorLimits, port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD
-) -> None:
+def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD) -> None:
     """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
     """
-    launch(opt.head_name(head), host, port, limits)
+    launch(opt.head_name(head), host, port)

@@ -40,10 +40,8 @@ def evaluate(
     descriptions: opt.DescriptionsFile = None,
     claim: bool = Option(False, "--claim", help="Compare with the accuracies that its card or checkpoint states."),
     stats: opt.Stats = None,
-    batch_size: int | None = Option(None, min=1, help="Images per batch, with --stats batch. Default: the recipe's."),
     device: opt.Device = "auto",
     precision: opt.Precision = AUTO,
-    workers: opt.Workers = 0,
     threads: opt.Threads = None,
     report: opt.Report = None,
     overwrite: opt.Overwrite = False,
@@ -85,11 +83,11 @@ def evaluate(
         log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
     model.set_classnames(images.classnames, sentences)
     recipe = model.info.get("recipe", {})
-    batch_size = batch_size or recipe.get("eval_batch_size", 16)
+    batch_size = recipe.get("eval_batch_size", 16)
     if claim and precision == AUTO:  # as it was measured
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.plain.encoder, test, "none", workers, progress_bar, precision=precision)
+    source = image_source(model.plain.encoder, test, progress=progress_bar, precision=precision)
     if claims:
         metrics, evaluation = measure(model, source, batch_size, progress_bar)
     else:

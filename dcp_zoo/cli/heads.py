@@ -1,17 +1,17 @@
-"""`dcp-zoo fit-text-probe`, `dcp-zoo convert`, and `dcp-zoo classes add`, `rename` and `remove`."""
+"""`dcp-zoo fit-text-probe` and `dcp-zoo classes`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Context, Option, Typer
+from typer import Argument, Context, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import TEST, UNKNOWN, new_images, trained_on
 from dcp_zoo.data import Item, check_images, is_own, load_image, load_labelled, training_split
-from dcp_zoo.data.find import find_images
-from dcp_zoo.data.readers import read_classnames
+from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
@@ -22,11 +22,10 @@ from dcp_zoo.training.methods.table import METHODS
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
-commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
-Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
-Images = Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")]
-New = Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")]
+HeadToChange = Annotated[str, Argument(metavar="HEAD", help=opt.HEAD, autocompletion=opt.heads_like)]
+Images = Annotated[list[str] | None, Argument(metavar="IMAGES", help="With --add: images, files or folders.")]
 LOST = "The stored accuracy no longer applies: dcp-zoo fit-text-probe PHOTOS --head {0} --output OTHER measures it."
+KEPT = "CLIP goes on reading the old name: the predictions, the accuracy and the rejection threshold stay."
 
 
 def fit_text_probe(
@@ -39,7 +38,6 @@ def fit_text_probe(
     data_root: opt.DataRoot = None,
     shots: int | None = Option(None, min=1, help="Images per class, at most. Default: all of your own, or the head's."),
     device: opt.Device = "auto",
-    workers: opt.Workers = 0,
     threads: opt.Threads = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -73,17 +71,17 @@ def fit_text_probe(
             log(split.note)
     refit = own and split.held_out and shots is None
     shots = shots or (None if own else model.info.get("shots"))
-    run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
+    run.add_probe(model, split, shots, seed, progress_bar)
     result: dict[str, Any] = {}
     if own and (test := new_images(split.test, model.info, head)):
-        metrics, evaluation = measure(model, image_source(model.plain.encoder, test, "none", workers, progress_bar))
+        metrics, evaluation = measure(model, image_source(model.plain.encoder, test, progress=progress_bar))
         result = measurement(metrics, evaluation)
         output.print(f"[bold]{TEST}: {evaluation.accuracy}[/]")
         if not alone and not model.info.get("image_hashes") and model.info.get("split_sha256") != split.sha256:
             log(UNKNOWN.format(head))
     if refit:
         split = all_for_training(split)
-        run.add_probe(model, split, None, seed, workers=workers, progress=progress_bar)
+        run.add_probe(model, split, None, seed, progress_bar)
         model.info["test_share"] = 0.0
     if own:
         counts = Counter(item.label for item in split.train)
@@ -98,58 +96,45 @@ def fit_text_probe(
     output.print(f"Saved in {output_dir}.{hint}")
 
 
-def convert(
+def classes(
     command: Context,
+    head: HeadToChange,
     output_dir: opt.Output,
-    path: Path = Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA)."),
-    model: str = Option(help="The model whose CLIP it was trained on, such as dcp_vitb16."),
-    classnames: Path = Option(help="Class names in label order: one per line, `wnid name` lines or a JSON list."),
-    images: Path | None = Option(None, help="Folder of the training images, for the stored prompt statistics."),
-    depth: int = Option(9, help="Coupled blocks it was trained with; not stored in the file."),
-    pooling: str = Option("mean", help="Pooling it was trained with: mean, max or first."),
-    device: opt.Device = "auto",
+    images: Images = None,
+    added: str | None = Option(None, "--add", metavar="NAME", help="Add a class, or more IMAGES to one it has."),
+    renamed: tuple[str, str] | None = Option(None, "--rename", metavar="OLD NEW", help="Rename a class."),
+    removed: str | None = Option(None, "--remove", metavar="NAME", help="Remove a class."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Convert a checkpoint of the DCP authors' released code (CMPA). No code in the file is executed.
+    """Add a class by a few images, rename or remove one, without training.
 
-    [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
-    --output my_head[/]
+    Other logits and the rejection threshold stay. The stored accuracy stays with a renamed class, of which CLIP goes on
+    reading the old name; otherwise it is removed, and the command says how to measure it.
+
+    [dim]dcp-zoo classes my_head --add zebra ZEBRAS --output bigger_head[/]
+    [dim]dcp-zoo classes my_head --rename tulipe tulip --output english_head[/]
+    [dim]dcp-zoo classes my_head --remove tulip --output smaller_head[/]
     """
-    from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.methods.dcp import round_and_store_stats
-    from dcp_zoo.training.sources import image_source
-    from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
+    if sum(change is not None for change in (added, renamed, removed)) != 1:
+        raise ZooError("Pass one change: --add NAME IMAGES, --rename OLD NEW, or --remove NAME.")
+    if bool(images) != (added is not None):
+        raise ZooError("--add needs images of the class, files or folders; --rename and --remove take none.")
+    found = find_images(images) if images else []
+    model = _load(command, head, output_dir, overwrite, "cpu" if added is None else "auto")
+    if added is not None:
+        done, note = _add(model, added, found, head, output_dir), LOST
+    elif renamed is not None:
+        done, note = _rename(model, *renamed), KEPT
+    else:
+        model.remove_class(str(removed))
+        (model.info.get("class_images") or {}).pop(removed, None)
+        done, note = f"{removed} removed", LOST
+    model.save_pretrained(output_dir)
+    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True)
+    output.print(f"Saved in {output_dir}.")
 
-    _take(command, output_dir, overwrite)
-    names = read_classnames(classnames)
-    dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
-    dcp.to(pick_device(device))
-    if images is not None:
-        items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
-        round_and_store_stats(dcp, image_source(dcp.encoder, items, progress=progress_bar))
-    dcp.save_pretrained(output_dir)
-    hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
-    output.print(f"Saved in {output_dir}.{hint}")
 
-
-@commands.command(cls=opt.Command)
-def add(
-    command: Context,
-    name: Class,
-    images: Images,
-    head: opt.HeadName,
-    output_dir: opt.Output,
-    device: opt.Device = "auto",
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Add a class from a few images, or more images to a class that the head has.
-
-    Other logits and the rejection threshold stay. The stored accuracy is removed; the command says how to measure it.
-
-    [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
-    """
-    found = find_images(images)
-    model = _load(command, head, output_dir, overwrite, device)
+def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir: Path) -> str:
     import torch
 
     from dcp_zoo.zoo.factory import create_transform
@@ -163,65 +148,25 @@ def add(
     model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known)
     model.info["class_images"] = counts | {name: known + len(found)}
     note_images(model.info, [Item(image.path, image.name, 0) for image in found])
-    done = f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
-    _save(model, output_dir, done, LOST)
+    return f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
 
 
-@commands.command(cls=opt.Command)
-def rename(
-    command: Context,
-    name: Class,
-    new: New,
-    head: opt.HeadName,
-    output_dir: opt.Output,
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Rename a class. CLIP goes on reading the old name: predictions, accuracy and rejection threshold stay.
-
-    [dim]dcp-zoo classes rename tulipe tulip --head my_head --output english_head[/]
-    """
-    model = _load(command, head, output_dir, overwrite)
+def _rename(model: "Head", name: str, new: str) -> str:
     model.rename_class(name, new)
     for key in ("class_images", "labels"):  # labels: pairs, those of a FewShotClassifier
         if stored := dict(model.info.get(key) or ()):
             changed = {new if known == name else known: value for known, value in stored.items()}
             model.info[key] = changed if key == "class_images" else [list(pair) for pair in changed.items()]
-    kept = "CLIP goes on reading the old name: the predictions, the accuracy and the rejection threshold stay."
-    _save(model, output_dir, f"{name} is now {new}", kept)
+    return f"{name} is now {new}"
 
 
-@commands.command(cls=opt.Command)
-def remove(
-    command: Context, name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False
-) -> None:
-    """Remove a class. The stored accuracy is removed, too; the command says how to measure it again.
-
-    [dim]dcp-zoo classes remove tulip --head my_head --output smaller_head[/]
-    """
-    model = _load(command, head, output_dir, overwrite)
-    model.remove_class(name)
-    (model.info.get("class_images") or {}).pop(name, None)
-    _save(model, output_dir, f"{name} removed", LOST)
-
-
-def _load(command: Context, head: str, output_dir: Path, overwrite: bool, device: str = "cpu") -> "Head":
-    """The head, once it is clear that the output can be written."""
-    name = opt.head_name(head)
-    _take(command, output_dir, overwrite)
+def _load(command: Context, head: str, output_dir: Path, overwrite: bool, device: str) -> "Head":
+    """The head, once it is clear that the output can be written: until the command ends, others are kept from its
+    folder, as what the command reads there and changes is the same head."""
     from dcp_zoo.api.functions import as_model
-
-    return as_model(name, device)
-
-
-def _take(command: Context, output_dir: Path, overwrite: bool) -> None:
-    """Keep others from the output folder until the command ends: what it reads there and changes is the same head."""
     from dcp_zoo.training.run import check_free
 
+    name = opt.head_name(head)
     command.with_resource(alone_in(output_dir))
     check_free(output_dir, overwrite)
-
-
-def _save(model: "Head", output_dir: Path, done: str, note: str) -> None:
-    model.save_pretrained(output_dir)
-    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True)
-    output.print(f"Saved in {output_dir}.")
+    return as_model(name, device)

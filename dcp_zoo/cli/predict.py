@@ -71,7 +71,7 @@ class PredictOptions:
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
     threads: opt.Threads = None
-    ray: opt.Ray = None
+    ray: str | None = opt.option(None, "Run on Ray: a cluster's address, `auto` on its machines, or `local`.")
 
     @property
     def files(self) -> list[Path]:

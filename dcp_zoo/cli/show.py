@@ -1,4 +1,4 @@
-"""`dcp-zoo list`, `dcp-zoo info` and `dcp-zoo explain`."""
+"""`dcp-zoo list` and `dcp-zoo info`."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -10,12 +10,11 @@ from rich.table import Table
 from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, plain_table
-from dcp_zoo.cli.options import AsJson, HeadName, as_text, head_name
+from dcp_zoo.cli.options import AsJson, as_text, head_name
 from dcp_zoo.data import find_spec
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.splits import shorten
-from dcp_zoo.errors import ZooError, import_extra, nearest_hint
-from dcp_zoo.files import format_duration, write_file
+from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.files import format_duration
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.texts import quoted
 from dcp_zoo.threads import available_cores
@@ -128,45 +127,6 @@ def _check_found(what: str, filter: str, found: Collection[str], names: Sequence
     if not found:
         hint = nearest_hint(filter.strip("*"), names)
         raise ZooError(f"No {what} matches {filter!r}.{hint} All: dcp-zoo list, and dcp-zoo list --planned.")
-
-
-def explain(
-    head: HeadName,
-    top_k: int = Option(5, min=1, help="Words per text prompt."),
-    figure: Path | None = Option(None, "--output", help="Plot how far the prompts move.", metavar="FILE.png"),
-) -> None:
-    """Show what a DCP head has learnt: the words nearest to its text prompts, and how far coupling moves its prompts.
-
-    [dim]dcp-zoo explain --head dcp_mini.caltech101-16shot[/]
-    [dim]dcp-zoo explain --head my_head --top-k 3 --output coupling.png[/]
-    """
-    name = head_name(head)
-    if figure:
-        check_output(figure, False)
-        import_extra("matplotlib", "plots")
-    from dcp_zoo.api.explain import coupling_moves, draw, nearest_words
-    from dcp_zoo.zoo.factory import create_model
-
-    model = create_model(name, True).eval()
-    if not model.abilities.coupled:
-        raise ZooError(f"explain shows DCP's prompts, and {head} was made by {model.method}, which has none.")
-    words, moves = nearest_words(model, top_k), coupling_moves(model)
-    per_prompt = [
-        (str(i), f"{length:.2f}", ", ".join(f"{word} {cosine:.2f}" for word, cosine in row))
-        for i, (row, length) in enumerate(zip(words.nearest, words.lengths.tolist(), strict=True), 1)
-    ]
-    names = ("prompt", "length (median word: 1)", "nearest words (cosine)")
-    output.print("[bold]Text prompts[/]", plain_table(names, per_prompt))
-    output.print(f"[dim]A random vector has {words.chance:.2f} with its nearest word: such words have no meaning.[/]\n")
-    output.print("[bold]How far CMPA moves the prompts[/]: |new - old| / |old|, mean (min to max)")
-    per_block = [
-        (str(k), *(f"{row.mean():.2f} ({row.min():.2f} to {row.max():.2f})" for row in rows))
-        for k, rows in enumerate(zip(*moves.values(), strict=True), 1)
-    ]
-    output.print(plain_table(("before block", *moves), per_block))
-    if figure:
-        write_file(figure, lambda path: draw(moves, path, f"{head}: how far CMPA moves the prompts"))
-        output.print(f"Wrote {figure}.")
 
 
 def describe(name: str) -> dict[str, Any]:

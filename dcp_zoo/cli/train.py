@@ -52,7 +52,6 @@ class TrainOptions:
     head: str | None = opt.option(None, "A head of the zoo: sets method, model, dataset, shots and seed.")
     model: opt.Model = "dcp_mini"
     method: str | None = opt.option(None, METHOD)
-    classifier: str | None = opt.option(None, "Added to the method: text-probe or none. Default: the recipe's.")
     labels: opt.Labels = None
     dataset: opt.Dataset = None
     data_root: opt.DataRoot = None
@@ -67,10 +66,8 @@ class TrainOptions:
     precision: opt.Precision = "auto"
     workers: opt.Workers = 0
     threads: opt.Threads = None
-    grad_checkpointing: str = opt.option("auto", "on (less memory, more time), off, or auto, by the memory needed.")
     yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
-    save_every: float = opt.option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
     recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper|FILE")
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
@@ -94,7 +91,7 @@ class TrainOptions:
     def checked_recipe(self, dataset: str) -> BaseRecipe:
         """The recipe, for a set of unknown size: so that mistakes are said before images are read."""
         changes = opt.single_values(opt.parse_changes(self.changes))
-        chosen = chosen_recipe(str(self.method), self.model, dataset, self.shots or 1, self.recipe, self.classifier)
+        chosen = chosen_recipe(str(self.method), self.model, dataset, self.shots or 1, self.recipe)
         return chosen.updated(changes, where="--set")
 
     @property
@@ -125,8 +122,6 @@ def train(options: TrainOptions) -> None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or --dataset caltech101 --data-root DATA.")
     check_choice("method", options.method, tuple(METHODS))
     recipe = options.checked_recipe(dataset)
-    if not recipe.is_trained and (set_ := options.given("save_every", "grad_checkpointing")):
-        raise ZooError(f"{', '.join(set_)} works only with methods that train prompts, such as --method dcp: omit it.")
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
@@ -146,7 +141,7 @@ def train(options: TrainOptions) -> None:
         if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
             log(text)
         show = partial(_show, options, run)
-        settings = RunOptions(True, options.overwrite, options.save_every, progress_bar, log, stop, show)
+        settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, stop=stop, show=show)
         with kept_features(features_folder()):
             head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
         if note := rejection_note(head.info):
@@ -162,7 +157,7 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Ru
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
-    names = "seed recipe classifier device precision workers grad_checkpointing class_weight".split()
+    names = "seed recipe device precision workers class_weight".split()
     same: dict[str, Any] = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None

@@ -105,7 +105,9 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
     exported = OnnxClassifier(path, threads, device)
     info = exported.info
     if features and exported.takes_pixels:
-        raise ZooError(f"{path} has no image features: export it with the preprocessing outside, or omit --features.")
+        raise ZooError(
+            f"{path} has no image features: export it with the preprocessing outside, or omit --features, --together."
+        )
 
     def compute(pixels: np.ndarray) -> Outputs:
         if exported.takes_pixels:

@@ -37,9 +37,12 @@ class Calibration:
 
 
 def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibration:
-    """Images for int8: the head's training images and, for the check, validation or test images if there are any."""
+    """Images for int8: the head's training images and, for the check, validation or test images if there are any.
+    ZooError for images of other classes than the head's."""
     from dcp_zoo.zoo.factory import create_transform
 
+    if split.classnames != model.classnames:
+        raise ZooError("int8 needs images of the head's own classes, in its order: pass such a split.")
     info, transform = model.info, create_transform(model)
     if info.get("shots"):
         split = few_shot(split, info["shots"], info.get("seed", 1))
@@ -69,7 +72,7 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
     top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
     if top1[0] - top1[1] > data.max_drop:
         images = f"on {len(data.labels)} {data.part} images, by more than {data.max_drop:g}: nothing was written"
-        advice = "Export with --precision float16, or allow more with --max-drop."
+        advice = 'Export with precision="float16", or allow more: calibration(..., max_drop=5).'
         raise ZooError(f"int8 lowers top-1 from {top1[0]:.1f} to {top1[1]:.1f} % {images}. {advice}")
     return {
         "top1_float32": round(top1[0], 2),

@@ -363,14 +363,14 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
 
 
 def add_probe(
-    head: Head, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
+    head: Head, split: Split, shots: int | None, seed: int, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Give a head a text probe, and a DCP stored statistics if it has none, from few-shot images of its classes, which
     are put into the order of the split's. Returns how it was fitted, which the head's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
     head.set_classnames(subset.classnames)
     clip = head.plain.encoder
-    train = image_source(clip, subset.train, "flip" if clip.stem else "none", workers, progress)
+    train = image_source(clip, subset.train, "flip" if clip.stem else "none", progress=progress)
     if head.stats != "stored":
         cast(DCP, head).store_stats(train.batches(64))
     found: dict[str, Any] = fit_probe(head, train, progress)

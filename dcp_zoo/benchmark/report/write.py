@@ -1,8 +1,7 @@
-"""The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page; and a page
-on the predictions of a head: accuracy per class, confused pairs, and the mistakes as pictures."""
+"""A report, `report.md` with its figures next to it; and a page on the predictions of a head: accuracy per class,
+confused pairs, and the mistakes as pictures."""
 
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +57,6 @@ def learning_curves(results: "pd.DataFrame") -> tuple[str, str]:
         text = io.StringIO()
         figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
-    used = set(re.findall(r"#([\w-]+)", svg))  # several figures may be on one page: no other ids
-    svg = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
     return svg, f"Top-1 accuracy in percent over images per class. {' '.join(panel_texts)}"
 
 
@@ -101,8 +98,8 @@ SECTIONS = {  # protocol: (heading, tables)
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Read the results in the output folders of sweeps, and write the report. Returns the paths of `report.html`,
-    `report.md`, and the figures shown in the latter."""
+    """Read the results in the output folders of sweeps, and write the report. Returns the paths of `report.md` and
+    of its figures."""
     paths = [Path(folder) for folder in folders]
     results = store.gather(paths)
     if results.empty:
@@ -110,7 +107,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     done = {key for path in paths for key in store.done(path)}
     failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
     planned = {key for path in paths for key in store.planned(path)}
-    files = {"report.html": "", "report.md": ""}
+    files = {"report.md": ""}
     content = {
         "folders": [str(path) for path in paths],
         "accuracies": len(results),
@@ -120,8 +117,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     }
     pages = templates(__package__)
     pages.filters["cell"] = lambda text: str(text).replace("|", "\\|")
-    for name in ("report.html", "report.md"):
-        files[name] = pages.get_template(f"{name}.jinja").render(content)
+    files["report.md"] = pages.get_template("report.md.jinja").render(content)
     for name, text in files.items():
         write_file(Path(output) / name, text)
     return [Path(output) / name for name in files]

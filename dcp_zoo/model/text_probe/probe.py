@@ -99,7 +99,7 @@ class TextProbe(nn.Module):
             return ""
         return (
             f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
-            "it with its own class names (omit --classes), or add these classes by their images (dcp-zoo classes add)."
+            "it with its own class names (omit --classes), or add these by their images (dcp-zoo classes --add)."
         )
 
     def tensors(self, classes: Sequence[Class] | None = None) -> dict[str, Tensor]:
