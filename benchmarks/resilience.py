@@ -40,7 +40,7 @@ from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.bulk.on_disk import Outputs, run
+from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.loop import open_log, train
@@ -162,7 +162,7 @@ def weights(folder: Path) -> bytes:
 
 
 def predict_in(folder: Path, photos: Path, predictor: Predictor) -> None:
-    outputs = Outputs(folder / "predictions.csv", folder / "features.npz")
+    outputs = OutputFiles(folder / "predictions.csv", folder / "features.npz")
     run(find_images([str(photos)]), Job(lambda: predictor, {}, batch_size=2, workers=2), outputs, part_seconds=0.05)
 
 

@@ -30,15 +30,14 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Hierarchy, Predictor, label, read_hierarchy
-from dcp_zoo.answers import Outputs as Computed
+from dcp_zoo.answers import Hierarchy, Outputs, Predictor, label, read_hierarchy
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image, load_labelled, tables, videos
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
-from dcp_zoo.deploy.bulk.on_disk import Outputs
+from dcp_zoo.deploy.bulk.on_disk import OutputFiles
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
 from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
@@ -67,11 +66,11 @@ def photos(tmp_path, monkeypatch) -> Path:
     return Path("photos")
 
 
-def compute(pixels: np.ndarray) -> Computed:
+def compute(pixels: np.ndarray) -> Outputs:
     """Bright or dark, from the mean level; the features are the mean levels of the colours."""
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
-    return Computed(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
+    return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 
 
 FAKE = Predictor("fake", ["dark", "bright"], CFG, compute)
@@ -224,7 +223,7 @@ def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
     names = [image.name for image in images if ".mp4" in image.name and ".png" not in image.name]
     frames = [f"photos/b/00.mp4#t={t:g}" for t in np.arange(8) / 2]
     assert names == ["photos/a/00.mp4", *frames, "photos/b/00.mp4"]
-    outputs = Outputs(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
+    outputs = OutputFiles(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(35, 0, 2)
     rows = {row["image"]: row for row in map(json.loads, Path("out.jsonl").read_text().splitlines())}
     assert "Cannot read the video photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
@@ -236,7 +235,7 @@ def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
     logit = np.log((levels + 1e-9) / (1 - levels + 1e-9)).mean()
     best = rows["photos/b/00.mp4"]["predictions"][0]
     assert best == {"class": "dark", "probability": pytest.approx(1 / (1 + np.exp(logit)), abs=1e-4)}
-    sorting = Outputs(Path("o.csv"), sort_into=Path("sorted"))
+    sorting = OutputFiles(Path("o.csv"), sort_into=Path("sorted"))
     with pytest.raises(ZooError, match=r"Only files can be sorted into folders, not photos/b/00.mp4#t=0"):
         run_bulk(find_images([frames[0][:-4]], fps=1), lambda: FAKE, sorting, {})
     with pytest.warns(UserWarning, match=r"Not sorted into sorted: 2 .mp4. The table has their predictions."):
@@ -275,8 +274,8 @@ def test_a_video_whose_run_was_stopped_begins_again(photos):
     """And a part ends with the last whole video: however many short ones there are, they are kept."""
     (photos / "c.mp4").write_bytes(video(photos / "b.mp4"))
     images = find_images(["photos/a/00.jpg", "photos/b.mp4", "photos/c.mp4"], fps=1)  # of videos, 4 frames and a whole
-    assert run_bulk(images, lambda: FAKE, Outputs(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
-    outputs = Outputs(Path("out.jsonl"), Path("out.npz"))
+    assert run_bulk(images, lambda: FAKE, OutputFiles(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
+    outputs = OutputFiles(Path("out.jsonl"), Path("out.npz"))
     for size, stop, done in ((2, 2, 1), (4, 1, 1), (5, 1, 6), (2, 1, 6)):
         with pytest.raises(KeyboardInterrupt):
             run_bulk(images, partial(stopping, stop, KeyboardInterrupt()), outputs, {}, 0, batch_size=size)
@@ -321,7 +320,7 @@ def test_all_formats_hold_the_same(photos):
 
     images = find_images(["photos"])
     for suffix, features in ((".csv", ".npz"), (".jsonl", ".parquet"), (".parquet", None)):
-        outputs = Outputs(Path(f"p{suffix}"), Path(f"f{features}") if features else None)
+        outputs = OutputFiles(Path(f"p{suffix}"), Path(f"f{features}") if features else None)
         summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
         assert summary == Summary(24, 0, 1)
     rows = [row for batch in classify(images, FAKE, top_k=2) for row in batch.rows]
@@ -380,7 +379,7 @@ def test_names_of_strangers_are_no_formulas(photos):
 )
 def test_outputs_are_checked_before_the_work(photos, outputs, message):
     Path("old.csv").write_text("old")
-    before, chosen = sorted(Path.cwd().rglob("*")), Outputs(**{k: Path(v) for k, v in outputs.items()})
+    before, chosen = sorted(Path.cwd().rglob("*")), OutputFiles(**{k: Path(v) for k, v in outputs.items()})
     with pytest.raises(ZooError, match=message):
         run_bulk(find_images(["photos"]), lambda: pytest.fail("loaded"), chosen, {})
     assert sorted(Path.cwd().rglob("*")) == before
@@ -393,7 +392,7 @@ def stopping(after: int, error: BaseException) -> Predictor:
     """Raises an error when it has computed so many batches."""
     calls = iter(range(after))
 
-    def stop(pixels: np.ndarray) -> Computed:
+    def stop(pixels: np.ndarray) -> Outputs:
         if next(calls, None) is None:
             raise error
         return compute(pixels)
@@ -402,8 +401,8 @@ def stopping(after: int, error: BaseException) -> Predictor:
 
 
 def test_a_stopped_run_goes_on(photos):
-    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
-    run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
+    run_bulk(images, lambda: FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
     options = {"batch_size": 3}
     for seconds, expected in ((0, 6), (1e6, 12)):  # what waits is written when Ctrl-C stops the run
         with pytest.raises(KeyboardInterrupt):
@@ -424,7 +423,7 @@ def test_a_stopped_run_goes_on(photos):
 
 
 def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
-    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
     with monkeypatch.context() as patch:
         patch.setattr(UnfinishedRun, "remove", lambda self: None)
         run_bulk(images, lambda: FAKE, outputs, {})
@@ -437,7 +436,7 @@ def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
 def test_plain_files_need_no_extra(photos, monkeypatch):
     """Nor a name without what fsspec takes for a chain of URLs."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    images, outputs = find_images(["photos"]), Outputs(Path("p::q.csv"), Path("f.npz"))
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p::q.csv"), Path("f.npz"))
     with pytest.raises(KeyboardInterrupt):
         run_bulk(images, lambda: stopping(1, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
     with pytest.raises(ZooError, match="p::q.csv.unfinished holds the first rows of another run"):
@@ -447,7 +446,7 @@ def test_plain_files_need_no_extra(photos, monkeypatch):
 
 
 def test_two_processes_do_not_write_the_same_output(photos):
-    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
     with unfinished_run(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.unfinished"):
         run_bulk(images, lambda: FAKE, outputs, {})
     assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}).resumed == 0  # no row of another plan
@@ -459,7 +458,7 @@ def test_two_processes_do_not_write_the_same_output(photos):
     ids=["features", "rows", "first features", "first rows"],
 )
 def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, seconds, syncs, kept):
-    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
     calls = iter(range(syncs))  # of the plan, and of features and rows of each part
 
     def full(handle: int) -> None:
@@ -478,7 +477,7 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 def test_a_disk_that_is_full_for_a_moment_repeats_no_row(photos, monkeypatch):
     """Before the frames of a video, which are a part of their own."""
     video(photos / "b.mp4")
-    images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), Outputs(Path("p.csv"))
+    images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), OutputFiles(Path("p.csv"))
     calls, sync = iter(range(4)), os.fsync  # of the plan, the photo's features and row, the frames' features
 
     def full(handle: int) -> None:
@@ -501,25 +500,25 @@ from pathlib import Path
 from unicodedata import normalize
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.answers import Outputs as Computed, Predictor
+from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.bulk.on_disk import Outputs, run
+from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     time.sleep(0.05)
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
-    return Computed(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
+    return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 fake = Predictor("fake", ["dark", "bright"], {CFG}, compute)
 job = Job(lambda: fake, {{}}, batch_size=1, workers=1)
-run(find_images(["photos"]), job, Outputs(Path("p.csv"), Path("f.npz")), part_seconds=0)
+run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), part_seconds=0)
 """
 
     def finished() -> int:
         return sum(part.read_bytes().count(b"\n") for part in Path("p.csv.unfinished").glob("part-*.jsonl"))
 
     images, chance, kills = find_images(["photos"]), random.Random(0), 0
-    run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {})
+    run_bulk(images, lambda: FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {})
     while not Path("p.csv").exists():
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         start = finished()
@@ -589,7 +588,7 @@ def test_images_are_sorted_into_folders(photos):
     sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link=True)
     assert not Path("sorted/dark/00.jpg").is_symlink(), "a copy is not replaced by a link"
     with pytest.raises(ZooError, match="Only files can be sorted"):
-        Outputs(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
+        OutputFiles(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
 
 
 CLASSES = {  # and the names of their folders
@@ -653,7 +652,7 @@ def in_folders(place: Path) -> set[str]:
 
 
 def sort_again(predictor: Predictor, link: bool = False) -> None:
-    outputs = Outputs(Path("sorted/p.csv"), sort_into=Path("sorted"), link=link, overwrite=True)
+    outputs = OutputFiles(Path("sorted/p.csv"), sort_into=Path("sorted"), link=link, overwrite=True)
     run_bulk(find_images(["photos"]), lambda: predictor, outputs, {"head": id(predictor)})
 
 
@@ -836,7 +835,7 @@ def test_corrections_work_where_the_browser_keeps_nothing(photos, chromium):
 # ------------------------------------------------------------------------------------------------------------ together
 
 
-def doubtful(pixels: np.ndarray) -> Computed:
+def doubtful(pixels: np.ndarray) -> Outputs:
     """Dark and bright images look alike among themselves, and two of them are taken for the other kind; of two more
     classes there are none."""
     level = np.round(pixels.mean((1, 2, 3)) / 10)
@@ -844,7 +843,7 @@ def doubtful(pixels: np.ndarray) -> Computed:
     logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
     features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1)
     logits = np.stack([0 * logit, logit, 0 * logit - 9, 0 * logit - 9], 1).astype(np.float32)
-    return Computed(logits, np.where(level > 20, 9, 0), (features / np.linalg.norm(features, axis=1)[:, None]))
+    return Outputs(logits, np.where(level > 20, 9, 0), (features / np.linalg.norm(features, axis=1)[:, None]))
 
 
 DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, threshold=-5.0)
@@ -852,7 +851,7 @@ DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, 
 
 def test_images_of_a_folder_help_each_other(photos):
     images = find_images(["photos"])
-    outputs = Outputs(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
+    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
     done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
     rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
@@ -869,19 +868,19 @@ def test_images_of_a_folder_help_each_other(photos):
 
 def test_a_stopped_run_together_gives_the_same_answers(photos):
     images, options = find_images(["photos"]), {"batch_size": 5, "together": True}
-    run_bulk(images, lambda: DOUBTFUL, Outputs(Path("q.csv")), {}, **options)
+    run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("q.csv")), {}, **options)
     calls = iter(range(2))
 
-    def stop(pixels: np.ndarray) -> Computed:
+    def stop(pixels: np.ndarray) -> Outputs:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return doubtful(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        run_bulk(images, lambda: replace(DOUBTFUL, compute=stop), Outputs(Path("p.csv")), {}, **options)
+        run_bulk(images, lambda: replace(DOUBTFUL, compute=stop), OutputFiles(Path("p.csv")), {}, **options)
     with pytest.raises(ZooError, match="another run, which differs in together"):
-        run_bulk(images, lambda: DOUBTFUL, Outputs(Path("p.csv")), {})
-    assert run_bulk(images, lambda: DOUBTFUL, Outputs(Path("p.csv")), {}, **options).resumed == 10
+        run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("p.csv")), {})
+    assert run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("p.csv")), {}, **options).resumed == 10
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
 
 
@@ -1060,15 +1059,15 @@ def test_precision_and_other_contexts(bundled, monkeypatch):
 
 
 def test_images_of_other_things_are_rejected(photos):
-    def unsure(pixels: np.ndarray) -> Computed:
+    def unsure(pixels: np.ndarray) -> Outputs:
         level = pixels[:, 0, 0, 0] / np.float32(10)
-        return Computed(np.stack([0 * level, 9 + 0 * level], 1), -level)  # the farther, the darker
+        return Outputs(np.stack([0 * level, 9 + 0 * level], 1), -level)  # the farther, the darker
 
     images = find_images(["photos/a"])
     with pytest.raises(ZooError, match="no threshold to reject images"):
         next(classify(images, FAKE, reject=True))
     picky = Predictor("fake", FAKE.classnames, CFG, unsure, threshold=4 * 5.5 - 0.01)
-    outputs = Outputs(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
+    outputs = OutputFiles(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
     run_bulk(images, lambda: picky, outputs, {}, reject=True)
     import pandas as pd
 

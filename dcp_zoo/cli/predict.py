@@ -210,7 +210,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
         resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
         place, how = str(options.table), dict[str, Any](address=options.ray, resources=resources)
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
-    from dcp_zoo.deploy.bulk.on_disk import Outputs, run
+    from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 
     for source in sources:
         if options.sort_into:
@@ -219,7 +219,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
-    outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link, options.overwrite)
+    outputs = OutputFiles(table, options.features, options.sheet, options.sort_into, options.link, options.overwrite)
     return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
 
 

@@ -102,7 +102,7 @@ def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
 
 
-class Outputs(nn.Module):
+class ExportedHead(nn.Module):
     """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); distances (B,) if the head rejects."""
 
     def __init__(self, fused: FusedHead) -> None:
@@ -117,7 +117,7 @@ class Outputs(nn.Module):
 
 def _write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
     distance = ["distance"] if fused.rejects else []
-    program = onnx_program(Outputs(fused).eval(), images, "logits", "features", *distance)
+    program = onnx_program(ExportedHead(fused).eval(), images, "logits", "features", *distance)
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
     program.save(path)
     read = OnnxClassifier(path)

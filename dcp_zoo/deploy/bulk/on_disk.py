@@ -21,7 +21,7 @@ from dcp_zoo.texts import class_folders
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputFiles:
     table: Path  # predictions: .csv, .jsonl or .parquet
     features: Path | None = None  # image features, in the order of the table: .npz or .parquet
     sheet: Path | None = None  # an HTML contact sheet
@@ -54,7 +54,12 @@ class Outputs:
 
 
 def run(
-    images: Sequence[Found], job: Job, outputs: Outputs, *, progress: Progress = no_progress, part_seconds: float = 20
+    images: Sequence[Found],
+    job: Job,
+    outputs: OutputFiles,
+    *,
+    progress: Progress = no_progress,
+    part_seconds: float = 20,
 ) -> Summary:
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
     are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
