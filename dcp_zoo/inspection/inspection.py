@@ -275,7 +275,7 @@ def _changes(table: Path, data: Split) -> dict[str, str]:
     keys = {item.key: item for item in data.items}
     if new := [file for file, _ in rows if file not in keys]:
         raise ZooError(f"{table} lists images that are not in {data.place}: {shorten(new)}. Inspect the folder again.")
-    if not any(change for _, change in rows):
+    if suggested and not any(change for _, change in rows):
         problem = f"The column change of {table} is empty, so that nothing would change: {suggested} suggestions wait"
         raise ZooError(f"{problem}. Write there those you agree with; to take all, copy the column suggestion there.")
     for _, change in rows:

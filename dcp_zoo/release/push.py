@@ -4,7 +4,6 @@ read. They are told to scale pixels to [0, 1] alone: no two resize alike, so tha
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi
@@ -14,7 +13,6 @@ from dcp_zoo.answers import log_softmax
 from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.deploy.export import TOLERANCES, compare_probabilities, export, with_preprocessing
 from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
-from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import writing_to
 from dcp_zoo.files import check_empty, unfinished, write_file
 from dcp_zoo.hub import HUB_LIBRARY, explained, retried
@@ -24,16 +22,10 @@ from dcp_zoo.release.cards import CARD_NAME, make_card, public_name
 
 LICENSE = "apache-2.0"
 PREPROCESSOR = "preprocessor_config.json"
-ONNX_FILES = {  # by precision, as transformers.js names them
-    "float32": "onnx/model.onnx",
-    "float16": "onnx/model_fp16.onnx",
-    "int8": "onnx/model_quantized.onnx",
-}
+ONNX_FILES = {"float32": "onnx/model.onnx", "float16": "onnx/model_fp16.onnx"}  # as transformers.js names them
 
 
-def export_hub(
-    model: Head, folder: str | Path, *, precision: str = "float32", calibration: Calibration | None = None
-) -> Path:
+def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
     ZooError as of `export` and `with_preprocessing`, and for a folder that is not empty or not writable.
 
@@ -41,12 +33,12 @@ def export_hub(
         model: with stored statistics; float32, on the CPU.
         folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
             and `onnx/model.onnx`, which contains CLIP's image tower.
-        precision, calibration: of a second ONNX file, as in `export`: "float16" or "int8", and images for that.
+        precision: "float16" adds a second ONNX file.
     """
     folder = Path(folder)
     check_empty(folder)
     with writing_to(folder), unfinished(folder) as new:
-        _write_repo(model, new, "ORG/NAME", LICENSE, True, precision=precision, calibration=calibration)
+        _write_repo(model, new, "ORG/NAME", LICENSE, True, precision)
         new.replace(folder)
     return folder
 
@@ -70,13 +62,13 @@ def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: st
         return upload(folder, repo_id, private)
 
 
-def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, **variant: Any) -> None:
+def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, precision: str = "float32") -> None:
     info = dict(model.info)
     if str(info.get("dataset")).startswith(SHARD_SCHEME):  # holds a local path
         info["dataset"] = public_name(info["dataset"])
     model.save_pretrained(folder, **info)
     if onnx:
-        write_client_files(model, folder, **variant)
+        write_client_files(model, folder, precision)
     make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size, onnx).save(folder / CARD_NAME)
 
 
@@ -97,14 +89,12 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return retried(send)
 
 
-def write_client_files(
-    model: Head, folder: Path, precision: str = "float32", calibration: Calibration | None = None
-) -> None:
+def write_client_files(model: Head, folder: Path, precision: str = "float32") -> None:
     """Add to a model's checkpoint what other clients read: ONNX files in float32 and in `precision`, a
     `preprocessor_config.json`, and fields of `config.json`. ZooError as of `export` and `with_preprocessing`."""
     for kind in dict.fromkeys(("float32", precision)):
         path = folder / ONNX_FILES[kind]
-        export(model, path, precision=kind, calibration=calibration if kind == "int8" else None)
+        export(model, path, precision=kind)
         _take_any_size(path, kind)
     cfg = model.pretrained_cfg
     _, height, width = cfg["input_size"]
