@@ -3,21 +3,22 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.fields import Values
 from dcp_zoo.files import read_yaml
 from dcp_zoo.texts import NONE, NOT_SURE, is_reserved
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
-Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "probability": from 0 to 1}
+Ranked = list[Values]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image
 Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
 # and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone
-Row = dict[str, Any]
+Row = Values
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -59,7 +60,7 @@ class Predictor:
 
     architecture: str  # name of its model
     classnames: list[str]
-    preprocessing: dict[str, Any]  # timm's, see `dcp_zoo.data.pixels`
+    preprocessing: Values  # timm's, see `dcp_zoo.data.pixels`
     compute: Callable[[np.ndarray], Outputs]  # pixels, uint8 (n, 3, H, W) -> their outputs
     threshold: float | None = None  # images whose in_distribution_score is below it are of no class; None: not known
     cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
@@ -110,7 +111,7 @@ class Hierarchy:
     paths: dict[str, list[str]]  # of each class in the tree, the names from it to the top
     error_rate: float  # below 0.5
 
-    def __call__(self, probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
+    def __call__(self, probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Values]]:
         """Probabilities (n, C) of the classes -> rows of at most C entries; the first is `NOT_SURE` if no node is sure.
         ZooError for a class in the tree that is none of these, or a parent that is one."""
         for name, *parents in self.paths.values():

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.fields import Values
 
 LOCAL = "local"
 CONNECT_SECONDS, LOCAL_STARTS = 10, 3
@@ -43,7 +44,7 @@ def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _init(ray: ModuleType, address: str, options: dict[str, Any]) -> None:
+def _init(ray: ModuleType, address: str, options: Values) -> None:
     """Connect; a local start is retried, as Ray's timeout of 30 seconds is too short for a busy machine."""
     for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
         try:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, 
 from dcp_zoo.errors import ZooError
 
 NUMBERS: dict[object, Any] = {int: (Integral, 2**63), float: (Real, 1e300)}  # below which NaN is not, either
+Values = dict[str, Any]  # by their names, as in JSON or in keyword arguments
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
 
 

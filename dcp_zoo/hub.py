@@ -17,6 +17,7 @@ from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from
 from huggingface_hub.utils import get_session
 
 from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.fields import Values
 from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
@@ -142,7 +143,7 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
             check_connection(constants.ENDPOINT)
-        asks: dict[str, Any] = {"library_name": HUB_LIBRARY, "library_version": version("dcp_zoo")}
+        asks: Values = {"library_name": HUB_LIBRARY, "library_version": version("dcp_zoo")}
         path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, **asks)
     return Path(path)
 
@@ -167,7 +168,7 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
             raise  # open_clip handles a repo whose weights have another file name
 
 
-def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> Values:
     """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
     path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
     with as_zoo_error(f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({{}})."):

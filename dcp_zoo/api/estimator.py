@@ -35,6 +35,7 @@ from dcp_zoo.data.progress import bar
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.deploy.together import together as refine_together
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
 from dcp_zoo.model.config import alone_in, is_checkpoint
 from dcp_zoo.model.head import Head
@@ -126,7 +127,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
         named = ("recipe", "classifier", "class_weight", "device", "precision")
-        options: dict[str, Any] = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
+        options: Values = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         run = plan_own(data, validation, self.model, self.method, **options)
         callbacks = [*[history] * run.recipe.is_trained, *(self.callbacks or ())]
@@ -230,7 +231,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda". ZooError
         for no checkpoint, a damaged one, or one with a class whose label is not known."""
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
-        stored: dict[str, Any] = {"method": model.method, "classifier": "text-probe" if model.text_probe else None}
+        stored: Values = {"method": model.method, "classifier": "text-probe" if model.text_probe else None}
         self = cls(model.encoder.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))
@@ -253,7 +254,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         tags.no_validation = True
         return tags
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Values:
         """For pickle: a head as the files of its checkpoint, without CLIP's weights."""
         state = super().__getstate__()
         if "model_" in state:
@@ -262,7 +263,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 state = state | {"model_": {path.name: path.read_bytes() for path in Path(folder).iterdir()}}
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Values) -> None:
         if isinstance(files := state.get("model_"), dict):
             with TemporaryDirectory() as folder:
                 for name, content in files.items():

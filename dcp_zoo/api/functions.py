@@ -15,6 +15,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.fields import Values
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
@@ -80,7 +81,7 @@ def train(
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
-    chosen: dict[str, Any] = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
+    chosen: Values = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
     settings = RunOptions(**own)
     run = plan_own(data, validation, model, method, progress=settings.progress, **chosen, **options)
     return train_head(run, None if output is None else Path(output), settings)[0]

@@ -4,10 +4,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import mean
-from typing import Any
 
 from dcp_zoo.benchmark.plan import PROTOCOLS, Trial
 from dcp_zoo.data.specs import find_spec
+from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 
@@ -25,7 +25,7 @@ def steps(trial: Trial) -> int:
     return len(batch_sizes(images, recipe.batch_size, recipe.drop_last)) * recipe.fitted(images, classes).num_epochs
 
 
-def describe(trials: Sequence[Trial], results: Iterable[dict[str, Any]]) -> str:
+def describe(trials: Sequence[Trial], results: Iterable[Values]) -> str:
     """The training steps of trials as a sentence; and the time of those whose method has finished results, the content
     of result files, in proportion to the steps."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)  # seconds of a step, and of the test

@@ -14,6 +14,7 @@ from dcp_zoo.data.images import in_threads
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
@@ -65,7 +66,7 @@ class Trial:
         return self.default_recipe.updated(dict(self.options), where="--set")
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Trial":
+    def from_dict(cls, fields: Values) -> "Trial":
         """A trial from its `asdict`, after a round trip through JSON."""
         options = tuple((name, value) for name, value in fields["options"])
         return cls(**{**fields, "targets": tuple(fields["targets"]), "options": options})
@@ -88,7 +89,7 @@ class Settings:
     def texts(self, dataset: str) -> dict[str, list[str]] | str:
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
-    def conditions(self, trial: Trial) -> dict[str, Any]:
+    def conditions(self, trial: Trial) -> Values:
         """What a trial's result depends on besides its seed: it is stored with the result, and a trial counts as
         finished only under the same conditions. ZooError as of `load_split`."""
         if self.features:

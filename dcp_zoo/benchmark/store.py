@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcp_zoo.benchmark.plan import FOLDER, Settings, Trial
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import locked, read_plain, write_file
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ RESULT_COLUMNS = (
 NUMBERS = ("shots", "seed", "top1", "ece", "nll", "images", "train_seconds")
 
 
-def save_result(output: Path, result: dict[str, Any]) -> None:
+def save_result(output: Path, result: Values) -> None:
     """Write a finished trial's file and remove an earlier failure."""
     key = Trial.from_dict(result["trial"]).key
     write_json(output / "results" / f"{key}.json", result)
@@ -50,12 +51,12 @@ def save_plan(output: Path, trials: Sequence[Trial]) -> None:
     write_json(output / "plans" / f"{name}.json", {"trials": [asdict(trial) for trial in trials]})
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Values) -> None:
     text = json.dumps({"format": FILE_FORMAT} | content, indent=1) + "\n"
     write_file(path, text, "choose another --output; finished trials are kept")
 
 
-def results(output: Path) -> dict[str, dict[str, Any]]:
+def results(output: Path) -> dict[str, Values]:
     """The results of all finished trials by key."""
     return read_folder(output / "results")
 
@@ -102,12 +103,12 @@ def _json_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
+def read_folder(folder: Path) -> Values:
     """The contents of the files in a folder by their names without suffix."""
     return {path.stem: _read_json(path) for path in _json_files(folder)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Values:
     with as_zoo_error(f"{path} cannot be read ({{}}). Delete it and run the trial again."):
         content = json.loads(read_plain(path))
         if content["format"] != FILE_FORMAT:
@@ -148,7 +149,7 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     return pandas.concat([*own, *tables], ignore_index=True)
 
 
-def _shown(dataset: str, result: dict[str, Any]) -> str:
+def _shown(dataset: str, result: Values) -> str:
     """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is over several."""
     return result.get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})") if dataset == FOLDER else dataset
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
@@ -15,6 +14,7 @@ from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, shared_images
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.model.head import Head
@@ -34,7 +34,7 @@ from dcp_zoo.training.sources import Progress, no_progress
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 
 
-def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
+def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Values:
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence."""
     part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
     shared = (settings.device, settings.data_root, settings.workers, settings.precision)
@@ -80,9 +80,7 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
     }
 
 
-def _tests(
-    trial: Trial, settings: Settings, head: Head, images: TrialImages | GivenFeatures
-) -> Iterator[dict[str, Any]]:
+def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages | GivenFeatures) -> Iterator[Values]:
     """One entry per test dataset, part of its classes, and way of measuring the head."""
     batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
     for target in trial.targets or (trial.dataset,):
@@ -96,7 +94,7 @@ def _tests(
                 modes = {"": modes["stored"]}  # without its text probe it is another method
             for mode, logits in modes.items():
                 answers = Evaluation(split.classnames, split.test, logits)
-                entry: dict[str, Any] = {"target": target, "classes": part, "stats": mode}
+                entry: Values = {"target": target, "classes": part, "stats": mode}
                 for name, metric in METRICS.items():
                     entry[name] = metric(answers.logits, answers.labels)
                 entry["images"] = len(answers.labels)

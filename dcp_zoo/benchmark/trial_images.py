@@ -21,6 +21,7 @@ from dcp_zoo.data import Item, Split, few_shot, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
@@ -150,7 +151,7 @@ def _items(path: Path, name: str) -> list[Item]:
 
 
 @cache
-def _arrays(path: Path) -> dict[str, Any]:
+def _arrays(path: Path) -> Values:
     with np.load(path) as file:
         return dict(file)
 

@@ -19,6 +19,7 @@ from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.texts import split_list
 from dcp_zoo.threads import use_threads
@@ -52,7 +53,7 @@ class BenchmarkOptions:
 
     def trials(self) -> tuple[list[Trial], str]:
         """The planned trials, and what --features left out of the defaults."""
-        grid: dict[str, Any] = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
+        grid: Values = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
         grid |= {"options": opt.parse_changes(self.changes)}
         models = split_commas(self.models)
@@ -82,7 +83,7 @@ class ClusterOptions:
         """What runs trials, in this process or on the cluster, and what displays their events."""
         from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
 
-        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        given: Values = {name: value for name, value in vars(self).items() if value is not None}
         address = given.pop("ray", None)
         if address is not None:
             import_ray()  # a missing extra is noticed before anything is written

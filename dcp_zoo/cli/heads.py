@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Context, Option
 
@@ -15,6 +15,7 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model.config import alone_in
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import METHODS
@@ -72,7 +73,7 @@ def fit_text_probe(
     refit = own and split.held_out and shots is None
     shots = shots or (None if own else model.info.get("shots"))
     run.add_probe(model, split, shots, seed, progress_bar)
-    result: dict[str, Any] = {}
+    result: Values = {}
     if own and (test := new_images(split.test, model.info, head)):
         metrics, evaluation = measure(model, image_source(model.plain.encoder, test, progress=progress_bar))
         result = measurement(metrics, evaluation)
@@ -140,7 +141,7 @@ def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir
     from dcp_zoo.zoo.factory import create_transform
 
     exists = name in model.classnames
-    counts: dict[str, Any] = model.info.get("class_images") or dict.fromkeys(model.classnames, model.info.get("shots"))
+    counts: Values = model.info.get("class_images") or dict.fromkeys(model.classnames, model.info.get("shots"))
     if exists and not counts.get(name):
         instead = f"with images of all classes: dcp-zoo fit-text-probe PHOTOS --head {head} --output {output_dir}"
         raise ZooError(f"{head} does not store how many images of {name} it has seen, to add some. Instead, {instead}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from typer import Argument, Option
@@ -11,6 +10,7 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
 from dcp_zoo.threads import use_threads
 
@@ -96,7 +96,7 @@ def search(
     use_threads(threads)
     from dcp_zoo.inspection import find
 
-    options: dict[str, Any] = {"count": count, "output": output_dir, "model": model, "device": device}
+    options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:
         found = find.suggest(folder, head and head_name(head), labelled=labelled, progress=progress_bar, **options)

@@ -18,7 +18,8 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.fields import option as option  # for the commands
+from dcp_zoo.fields import Values  # for the commands
+from dcp_zoo.fields import option as option
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.texts import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
@@ -71,7 +72,7 @@ Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connect
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let Typer call a command with dataclasses as parameters: their fields, annotated or by `option`, are options."""
     taken = signature(command, eval_str=True).parameters.values()
-    groups: dict[str, Any] = {part.name: part.annotation for part in taken if is_dataclass(part.annotation)}
+    groups: Values = {part.name: part.annotation for part in taken if is_dataclass(part.annotation)}
     parameters = [part.replace(kind=Parameter.KEYWORD_ONLY) for part in taken if part.name not in groups]
     parameters += [part for kind in groups.values() for part in _parameters(kind)]
 
@@ -153,7 +154,7 @@ def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
     return changes
 
 
-def single_values(changes: dict[str, list[Any]]) -> dict[str, Any]:
+def single_values(changes: dict[str, list[Any]]) -> Values:
     for name, values in changes.items():
         if len(values) > 1:
             raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")

@@ -20,6 +20,7 @@ from dcp_zoo.data.paths import check_outside, is_url
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
@@ -162,7 +163,7 @@ def job_of(options: PredictOptions, images: int = 0) -> "Job":
     return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank, options.together)
 
 
-LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, and what the predictions depend on
+LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
@@ -182,7 +183,7 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None
-    texts: dict[str, Any] = {"classnames": options.classnames, "descriptions": sentences}
+    texts: Values = {"classnames": options.classnames, "descriptions": sentences}
 
     precision = options.precision
     if precision == AUTO:  # of rows that another machine may continue
@@ -208,7 +209,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
 
         on_cpu = options.device == "cpu" or (options.on_onnx and options.device == "auto")
         resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
-        place, how = str(options.table), dict[str, Any](address=options.ray, resources=resources)
+        place, how = str(options.table), Values(address=options.ray, resources=resources)
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
     from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +13,7 @@ from dcp_zoo.cli.options import AsJson, as_text, head_name
 from dcp_zoo.data import find_spec
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.texts import quoted
@@ -129,7 +129,7 @@ def _check_found(what: str, filter: str, found: Collection[str], names: Sequence
         raise ZooError(f"No {what} matches {filter!r}.{hint} All: dcp-zoo list, and dcp-zoo list --planned.")
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> Values:
     kind, place, tag = parse_name(name)
     if kind == "local-dir":
         return describe_checkpoint(place, Path(place))
@@ -142,7 +142,7 @@ def describe(name: str) -> dict[str, Any]:
     return describe_model(get_spec(name))
 
 
-def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
+def describe_checkpoint(name: str, folder: Path) -> Values:
     config = read_config(folder)
     block, omitted = config["dcp"], ("format_version", "clip", "head", "recipe", "image_hashes")
     facts = {key: value for key, value in block.items() if key not in omitted and value not in (None, "")}
@@ -162,7 +162,7 @@ def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def describe_model(spec: ModelSpec) -> dict[str, Any]:
+def describe_model(spec: ModelSpec) -> Values:
     clip, weights = "miniature, for trying things out", "bundled"
     size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
     if spec.clip:
@@ -185,8 +185,8 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
     return {name: value for name, value in details.items() if value != ""}
 
 
-def describe_head(head: HeadEntry) -> dict[str, Any]:
-    details: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
+def describe_head(head: HeadEntry) -> Values:
+    details: Values = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
     if head.status == "bundled":
         details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         config = read_config(head.bundled_dir)
@@ -206,7 +206,7 @@ def describe_head(head: HeadEntry) -> dict[str, Any]:
     }
 
 
-def with_intervals(details: dict[str, Any]) -> dict[str, Any]:
+def with_intervals(details: Values) -> Values:
     """The details, their accuracies as text with the 95 % interval if the number of test images is known."""
     metrics, images = details.get("metrics"), details.get("test_images")
     if not images or not isinstance(metrics, dict):

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typer import confirm
 
@@ -19,6 +19,7 @@ from dcp_zoo.data import Split, check_images, is_own
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
@@ -158,7 +159,7 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Ru
     if dataset == "folder":
         check_images(split.items)
     names = "seed recipe device precision workers class_weight".split()
-    same: dict[str, Any] = {name: getattr(options, name) for name in names}
+    same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
     shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)

@@ -1,12 +1,12 @@
 """The preprocessing of images for testing, with PIL and NumPy alone: exactly timm's, bit for bit."""
 
-from typing import Any
-
 import numpy as np
 from PIL import Image
 
+from dcp_zoo.fields import Values
 
-def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
+
+def crop(image: Image.Image, cfg: Values) -> np.ndarray:
     """An RGB image -> its pixels, uint8 (3, H, W), before they are normalised, by timm's `cfg`, of which interpolation
     ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing."""
     _, height, width = cfg["input_size"]
@@ -19,7 +19,7 @@ def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
 
-def normalise(pixels: np.ndarray, cfg: dict[str, Any]) -> np.ndarray:
+def normalise(pixels: np.ndarray, cfg: Values) -> np.ndarray:
     """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
     mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
     return (pixels / np.float32(255) - mean) / std

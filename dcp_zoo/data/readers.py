@@ -20,7 +20,7 @@ from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.videos import is_frame, is_video
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
-from dcp_zoo.fields import mismatch
+from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
 from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
 
@@ -169,7 +169,7 @@ def _by_class(split: Split) -> Split:
     names = [class_name(folder) for folder in split.classnames]
     classes = sorted(set(names))
     numbers = [classes.index(name) for name in names]
-    parts: dict[str, Any] = {
+    parts: Values = {
         part: sorted((item._replace(label=numbers[item.label]) for item in getattr(split, part)), key=itemgetter(2))
         for part in PARTS
     }

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dcp_zoo.data.images import file_sha256, in_threads, load_image, pixels_sha256
 from dcp_zoo.data.splits import Item
+from dcp_zoo.fields import Values
 
 DIGITS = 12  # of a hash: that one of 10,000 images is taken for one of 100,000 others happens in 1 of 280,000 cases
 
@@ -22,7 +23,7 @@ def image_hashes(items: Sequence[Item]) -> dict[str, str]:
     return {kind: " ".join(name[:DIGITS] for name in names) for kind, names in both.items() if names}
 
 
-def note_images(info: dict[str, Any], items: Sequence[Item]) -> None:
+def note_images(info: Values, items: Sequence[Item]) -> None:
     """Add images to those that `info` names. If it names none, others are unknown, and it goes on saying so."""
     if known := info.get("image_hashes"):
         new = image_hashes(items)

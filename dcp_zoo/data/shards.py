@@ -12,6 +12,7 @@ from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.fields import Values
 
 CLASSNAMES_FILE = "classnames.txt"
 _PATTERN = re.compile("[*{]")
@@ -28,7 +29,7 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
     samples = {shard: list(_samples(shard, names[shard])) for shard in bar(shards, "Reading shards")}
     classes = _classes(base, {label for found in samples.values() for _, _, label in found})
     numbers = {name: number for number, name in enumerate(classes)}
-    items: dict[str, Any] = {}
+    items: Values = {}
     for shard, found in samples.items():
         for path, key, label in found:
             number = numbers.get(label, int(label) if label.isdecimal() else -1)

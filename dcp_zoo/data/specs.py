@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.fields import Values
 
 HUB_SCHEME = "hf://"
 HUB_SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
@@ -56,7 +56,7 @@ class DatasetSpec:
 
 
 def _read_table() -> dict[str, DatasetSpec]:
-    rows: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "datasets.yaml").read_text("utf-8"))
+    rows: dict[str, Values] = yaml.safe_load((Path(__file__).parent / "datasets.yaml").read_text("utf-8"))
     for row in rows.values():
         row["archives"] = tuple(Archive(**archive) for archive in row.get("archives", ()))
         row |= {name: tuple(row[name]) for name in ("counts", "shifts") if name in row}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.data.specs import is_own
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.fields import Values
 
 BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
 PARTS = ("train", "val", "test")
@@ -118,7 +119,7 @@ def subsample_classes(split: Split, part: str) -> Split:
     def keep(items: list[Item]) -> list[Item]:
         return [item._replace(label=item.label - first) for item in items if first <= item.label < last]
 
-    kept: dict[str, Any] = {part: keep(getattr(split, part)) for part in PARTS}
+    kept: Values = {part: keep(getattr(split, part)) for part in PARTS}
     return replace(split, classnames=split.classnames[first:last], **kept)
 
 
@@ -203,7 +204,7 @@ def with_labels(images: Split, listed: Split) -> Split:
     classes = own | {file(item.path): listed.classnames[item.label] for item in listed.items}
     new = [item for item in listed.items if file(item.path) not in own]
     names = {name: label for label, name in enumerate(sorted(set(classes.values())))}
-    parts: dict[str, Any] = {"train": [*images.train, *new], "val": images.val, "test": images.test}
+    parts: Values = {"train": [*images.train, *new], "val": images.val, "test": images.test}
     for part, items in parts.items():
         parts[part] = [item._replace(label=names[classes[file(item.path)]]) for item in items]
     parts["train"].sort(key=lambda item: (item.label, item.key))

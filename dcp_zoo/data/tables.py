@@ -12,6 +12,7 @@ from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.specs import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import check_regular
 
 _NAME = re.compile(
@@ -89,7 +90,7 @@ def _split_images(name: str, split: str) -> Any:
     return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
 
 
-def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> tuple[dict[str, Any], list[str]]:
+def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> tuple[Values, list[str]]:
     """Items of train, val and test from each split's labels or class names; and the splits that are left out."""
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, list[Item]] = {}
@@ -111,7 +112,7 @@ def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> t
     return parts, left_out
 
 
-def _with_columns(source: HubDataset, features: dict[str, Any], label: bool = True) -> HubDataset:
+def _with_columns(source: HubDataset, features: Values, label: bool = True) -> HubDataset:
     """The dataset with the columns of its images and, for `label`, of its classes: those that it names, otherwise the
     only ones of their types. A text column must be named, unless it is one of `TEXT_LABELS`."""
     types = {name: type(feature).__name__ for name, feature in features.items()}
@@ -157,7 +158,7 @@ def _builder(repo: str, config: str | None, revision: str | None) -> Any:
 
 
 @cache
-def _splits(repo: str, config: str | None, revision: str | None) -> dict[str, Any]:
+def _splits(repo: str, config: str | None, revision: str | None) -> Values:
     """The dataset's splits by name, downloaded if they are not in the cache."""
     builder = _builder(repo, config, revision)
     with as_zoo_error(NOT_LOADED.format(repo), Exception):
@@ -218,7 +219,7 @@ def _row_group(file: str, column: str, group: int) -> Any:
         return table.read_row_group(group, columns=[column]).column(0)
 
 
-def _image_file(cell: dict[str, Any]) -> bytes:
+def _image_file(cell: Values) -> bytes:
     """The bytes in a cell {"bytes": ..., "path": ...}, or those of the file that it names."""
     if cell.get("bytes") is not None:
         return cell["bytes"]

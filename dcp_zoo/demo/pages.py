@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import chain, groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,6 +15,7 @@ from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.demo.shared import TOP, Answers, BatchEffect, Photo
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
+from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
 from dcp_zoo.texts import NONE
 
@@ -47,7 +47,7 @@ def answers(
     photos: list[Photo], head: list[Answers], clip: list[Answers] | None, rejected: list[bool] | None, title: str
 ) -> str:
     """One card per photograph with the top answers; how many are right, if that is known; and a link to a CSV file."""
-    cards: list[dict[str, Any]] = []
+    cards: list[Values] = []
     n = len(photos)
     for photo, own, plain, no in zip(photos, head, clip or [{}] * n, rejected or [False] * n, strict=True):
         tops = [*own][:CARD_CLASSES], [*plain][:1]
@@ -72,7 +72,7 @@ def predictions_csv(photos: Sequence[Photo], head: Sequence[Answers], rejected: 
         return f"data:text/csv;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.Image:
+def overlay(photo: Photo, weights: torch.Tensor, cfg: Values) -> Image.Image:
     """What the model reads of a photograph, in grey, with patches the more orange the larger their weights (h, w)."""
     grey = Image.fromarray(crop(photo.image, cfg).transpose(1, 2, 0)).convert("L").resize((MAP_SIDE, MAP_SIDE))
     alpha = (weights / weights.max() * 200).round().byte().cpu().numpy()
@@ -81,10 +81,10 @@ def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.I
 
 
 def attention(
-    photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any], first: int = 0
+    photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: Values, first: int = 0
 ) -> str:
     """An image per block, from `first`: a token's weights (blocks, L) over class token, registers, patches, prompts."""
-    blocks: list[dict[str, Any]] = []
+    blocks: list[Values] = []
     for number, row in enumerate(weights, first):
         before, patches, prompts = row.split([len(row) - m - math.prod(grid), math.prod(grid), m])
         shares = {"patches": patches.sum(), "class token": before[0], "prompts": prompts.sum()}

@@ -23,6 +23,7 @@ from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_but
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.shared import Photo, clip_answers, head_answers
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.inspection.inspection import inspect
 from dcp_zoo.model.classes import repeated_names
@@ -192,7 +193,7 @@ class Watch(History):
         self.epochs: list[Epoch] = []
         self.stopped = threading.Event()
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def on_start(self, model: nn.Module, recipe: Values) -> None:
         self._total, self._started = recipe["epochs"], time.monotonic()
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:  # type: ignore[override]

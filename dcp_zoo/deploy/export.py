@@ -16,6 +16,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, unfinished, write_file
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
@@ -98,7 +99,7 @@ Reader = Callable[[torch.Tensor], torch.Tensor]
 def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
     check_export("onnx")
-    names: dict[str, Any] = {"input_names": [INPUT], "output_names": list(outputs)}
+    names: Values = {"input_names": [INPUT], "output_names": list(outputs)}
     return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
 
 
@@ -147,7 +148,7 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
     import onnx
 
     plain = OnnxClassifier(path)
-    info: dict[str, Any] = plain.info | {"precision": precision}
+    info: Values = plain.info | {"precision": precision}
     if precision == "int8":
         if data is None:
             raise ZooError("int8 needs images: pass calibration=dcp_zoo.deploy.calibration(model, split).")
@@ -184,7 +185,7 @@ def compare_probabilities(
             raise ZooError(f"Probabilities of the file for a photograph differ from the model's {problem}")
 
 
-def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") -> Any:
+def with_preprocessing(model: Any, cfg: Values, layout: str = "pixels") -> Any:
     """An `onnx.ModelProto` images -> logits becomes RGB of any size -> logits (B, C), without features: `layout` is
     "pixels", uint8 (B, H, W, 3), or "rgb", from 0 to 1 (B, 3, H, W). ZooError for another preprocessing `cfg` than a
     bicubic resize and a centre crop."""
@@ -203,7 +204,7 @@ def with_preprocessing(model: Any, cfg: dict[str, Any], layout: str = "pixels") 
     return model
 
 
-def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int, layout: str = "pixels") -> str:
+def preprocessing_graph(cfg: Values, ir: int, opset: int, layout: str = "pixels") -> str:
     _, rows, columns = cfg["input_size"]
     scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
     offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))

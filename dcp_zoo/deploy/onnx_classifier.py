@@ -11,6 +11,7 @@ from PIL import Image
 from dcp_zoo.answers import Answering, Outputs, Predictor, log_softmax
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
+from dcp_zoo.fields import Values
 
 SMALLEST = np.finfo(np.float32).tiny
 INPUT = "pixel_values"  # of normalised images, as other programs call it
@@ -95,7 +96,7 @@ class OnnxClassifier:
         pixels = crop(image, cfg)
         return pixels.transpose(1, 2, 0) if self.takes_pixels else normalise(pixels, cfg)
 
-    def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
+    def classify(self, image: Image.Image, top_k: int = 5) -> list[Values]:
         """The `top_k` classes of one image with their probabilities, best first."""
         return Answering(top_k)(self.logits(self.preprocess(image)[None]), self.classnames)[0]["predictions"]
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.splits import Item, few_shot
 from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model.head import Head
 
 MAX_DROP = 1.0  # percentage points of top-1
@@ -59,7 +59,7 @@ def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibr
     return Calibration(images, checked, labels, part, max_drop)
 
 
-def quantize(path: str, data: Calibration) -> dict[str, Any]:
+def quantize(path: str, data: Calibration) -> Values:
     """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`; what
     that costs and saves. ZooError if top-1 falls by more than `data.max_drop`."""
     before = OnnxClassifier(path)

@@ -29,6 +29,7 @@ from dcp_zoo.data.images import count_pixels
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Budget, Full, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.requests import URL_SECONDS, Named, Take, decode_upload, fetch_images, gather, read_images
+from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Service:
             self.requests.labels(status).inc()
             self.seconds.observe(time.perf_counter() - start)
 
-    async def classify(self, images: Sequence[Named | str], top_k: int, take: Take) -> list[dict[str, Any]]:
+    async def classify(self, images: Sequence[Named | str], top_k: int, take: Take) -> list[Values]:
         """The names of a request's images with their most probable classes."""
         named = await fetch_images(images, self.client, self.limits, self.urls, take)
         run = asyncio.get_running_loop().run_in_executor
@@ -113,7 +114,7 @@ class Service:
         answer = Answering(top_k, self.classifier.info.get("threshold"))
         lanes = [self.large if size > LARGE else self.small for size in sizes]
 
-        async def one(lane: ThreadPoolExecutor, name: str, data: bytes) -> dict[str, Any]:
+        async def one(lane: ThreadPoolExecutor, name: str, data: bytes) -> Values:
             image = await run(lane, lambda: self.classifier.preprocess(decode_upload(name, data, self.limits)))
             logits, distance = await self.batcher(image)
             return {"name": name} | answer(logits[None], self.classifier.classnames, distance)[0]
@@ -184,7 +185,7 @@ def application(
         return {"status": "ok"}
 
     @app.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info() -> Values:
         """The head, its classes, the hash of its file, versions and limits."""
         return service.info
 

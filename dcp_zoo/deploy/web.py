@@ -11,13 +11,13 @@ import tarfile
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
+from dcp_zoo.fields import Values
 from dcp_zoo.files import cache_folder, check_empty, printable, sha256_of, unfinished, write_file
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
@@ -52,7 +52,7 @@ def export_web(
         shutil.copytree(PAGE, new, dirs_exist_ok=True)
         for source in runtime_files():
             shutil.copyfile(source, new / source.name)
-        how: dict[str, Any] = {"preprocessing": "inside", "precision": precision, "calibration": calibration}
+        how: Values = {"preprocessing": "inside", "precision": precision, "calibration": calibration}
         file = export(model, new / "model.onnx", **how)
         exported = OnnxClassifier(file)
         about = {

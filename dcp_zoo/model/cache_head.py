@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Class, Texts, rows_of
 from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.config import HeadConfig
@@ -77,5 +78,5 @@ class CacheHead(LinearHead):
     def _trained_state(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("weight", *CACHED)}
 
-    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "cache"}

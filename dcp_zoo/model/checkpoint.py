@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError, shorten, writing_to
-from dcp_zoo.fields import check, problems
+from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.classes import class_texts, matched, names_of, read_of, saved_texts
 from dcp_zoo.model.config import (
@@ -59,7 +59,7 @@ TIMMS = (
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
 
 
-def save(head: "Head", directory: Path, dtype: torch.dtype, info: dict[str, Any], not_measured: str) -> Path:
+def save(head: "Head", directory: Path, dtype: torch.dtype, info: Values, not_measured: str) -> Path:
     """See `Head.save_pretrained`. `not_measured`: why the metrics in the head's info no longer hold, or ""."""
     state = {n: t.to("cpu", torch.float32 if n in EXACT else dtype) for n, t in head_state(head).items()}
     return write(directory, state, head_config(head, _valid(head, info, not_measured)))
@@ -70,7 +70,7 @@ def head_state(head: "Head") -> dict[str, Tensor]:
     return head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
 
 
-def _valid(head: "Head", info: dict[str, Any], not_measured: str) -> dict[str, Any]:
+def _valid(head: "Head", info: Values, not_measured: str) -> Values:
     """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
         measured = ("thresholds", "like_accepted", "others_accepted")
@@ -81,7 +81,7 @@ def _valid(head: "Head", info: dict[str, Any], not_measured: str) -> dict[str, A
     return kept | {"not_measured": f"{not_measured} after the accuracy was measured: dcp-zoo eval measures it again"}
 
 
-def head_config(head: "Head", info: dict[str, Any]) -> dict[str, Any]:
+def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head._method_config()
     names, read = names_of(head.classes), read_of(head.classes)
@@ -144,7 +144,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
 
 
-def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
+def write(directory: Path, state: Mapping[str, Tensor], config: Values) -> Path:
     """Write both files, see `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {_file_name(name): t.contiguous() for name, t in state.items()}

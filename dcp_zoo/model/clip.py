@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model import tokens, towers
 from dcp_zoo.model.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
 from dcp_zoo.model.inputs import Features, Images, Tokens, as_inputs
@@ -38,7 +39,7 @@ class FrozenCLIP(nn.Module):
         self,
         clip: nn.Module,
         tokenizer: Tokenizer | None = None,
-        pretrained_cfg: dict[str, Any] | None = None,
+        pretrained_cfg: Values | None = None,
         architecture: str = "custom",
         source: str = "custom",
     ) -> None:

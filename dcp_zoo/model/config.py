@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Checked, check, count, option, problems
+from dcp_zoo.fields import Checked, Values, check, count, option, problems
 from dcp_zoo.files import LOCK, locked, read_plain, sha256_of
 
 COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
@@ -116,8 +116,8 @@ class HeadConfig(_Files):
     dcp: HeadInfo
     architecture: str
     label_names: list[str]
-    pretrained_cfg: dict[str, Any]  # timm's
-    model_args: dict[str, Any]  # of `DCPConfig`; empty for other methods
+    pretrained_cfg: Values  # timm's
+    model_args: Values  # of `DCPConfig`; empty for other methods
 
 
 def checkpoint_folder(place: str | Path) -> Path:
@@ -186,7 +186,7 @@ def read_config(directory: str | Path) -> HeadConfig:
     return config
 
 
-def made(config: HeadConfig) -> dict[str, Any]:
+def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
     omitted = ("format_version", "clip", "method", "head", "rest", "abilities", "texts", "read", "versions")
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
@@ -209,7 +209,7 @@ def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
 # The miniature's stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
-MINI_CFG: dict[str, Any] = {
+MINI_CFG: Values = {
     "embed_dim": 512,
     "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6, "mlp_ratio": 2},

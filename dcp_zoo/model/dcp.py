@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined
@@ -303,7 +304,7 @@ class DCP(Head):
                     prompts.append(step.new_v)
         self.stored_stats = torch.stack(pooled) if pooled else None
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics or a classifier brings it; one with prompts alone leaves nothing behind."""
         found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
         if found is not None and self.stored_stats is None:
@@ -372,7 +373,7 @@ class DCP(Head):
         stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
 
-    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[Values, Values]:
         return self.config.as_dict(), {"head": "dcp"}
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import call_linear, in_eval_mode
 from dcp_zoo.model.clip import joined
 from dcp_zoo.model.text_probe.probe import nearest
@@ -165,7 +166,7 @@ def _constants(model: Any) -> dict[str, Tensor]:
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
 
 
-def _info(model: Any) -> dict[str, Any]:
+def _info(model: Any) -> Values:
     """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")

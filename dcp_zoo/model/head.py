@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import (
@@ -72,7 +73,7 @@ class Head(TimmContract):
         self.texts: Texts = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
-        self._info: dict[str, Any] = {}
+        self._info: Values = {}
         self._metrics: dict[str, float] | None = None  # the newest in `info`
         self._measured: Sequence[Class] = ()  # the classes that these are about
         self._changed = ""  # what was changed since, such as "the class zebra was added"
@@ -89,7 +90,7 @@ class Head(TimmContract):
         """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
 
     @abstractmethod
-    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[Values, Values]:
         """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,12 +235,12 @@ class Head(TimmContract):
     # --- how it was made ---
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Values:
         """How it was made: dataset, shots, seed, recipe, metrics, ... New metrics are of the present classes."""
         return self._info
 
     @info.setter
-    def info(self, info: dict[str, Any]) -> None:
+    def info(self, info: Values) -> None:
         metrics = copy.copy(info.get("metrics"))  # `info |= ...` has changed the present dict already
         if metrics != self._metrics:
             self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
@@ -345,5 +346,5 @@ class LinearHead(Head):
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
         super()._load_trained(state, config)
 
-    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "linear"}

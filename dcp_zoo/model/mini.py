@@ -14,6 +14,7 @@ from timm.layers import Conv2dSame, create_conv2d  # pad as TensorFlow does, a s
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import MINI_CFG
 
@@ -95,7 +96,7 @@ class HybridPatchEmbed(nn.Module):
         return self.proj(self.stem(x))
 
 
-def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> nn.Module:
+def build_mini_clip(state: str | Path | None = None, cfg: Values = MINI_CFG) -> nn.Module:
     """The miniature CLIP in float32, with the weights of a safetensors file or, for None, random ones."""
     import open_clip
 

@@ -10,11 +10,11 @@ With image features f (B, E) and text features t (C, E):
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.classes import NAME, Class, Texts, check_classnames, class_texts, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
@@ -109,5 +109,5 @@ class PromptHead(Head):
     def _trained_state(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoder.")}
 
-    def _method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "prompts", "rest": self.rest}

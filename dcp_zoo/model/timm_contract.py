@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.class_editing import ClassEditing
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
@@ -107,7 +108,7 @@ class TimmContract(ClassEditing):
         return features, outputs
 
     @property
-    def feature_info(self) -> list[dict[str, Any]]:
+    def feature_info(self) -> list[Values]:
         """timm's description of each vision block's feature map: channels, reduction and module."""
         tower = self.encoder.vision_tower
         names = [f"encoder.clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
@@ -162,7 +163,7 @@ class TimmContract(ClassEditing):
             x = tower.block(i, x)
             yield Step(i), entering, x
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Values:
         """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
         return {"stem": r"^(?:prompts|encoder)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
 

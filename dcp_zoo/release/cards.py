@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.hub import HUB_LIBRARY, download_file
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.head import Head
@@ -36,7 +37,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
     options, _ = model._method_config()
-    about: dict[str, Any] = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
+    about: Values = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base),
         template_path=str(CARD_TEMPLATE),
@@ -62,7 +63,7 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> Mode
     dataset, results = public_name(model.info.get("dataset")), list[EvalResult]()
     measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
     for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
-        data: dict[str, Any] = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
+        data: Values = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
         data |= {"metric_type": "accuracy", "metric_name": MODES[mode], "metric_value": top1}
         results.append(EvalResult(task_type="image-classification", **data))
     return ModelCardData(
@@ -78,7 +79,7 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> Mode
     )
 
 
-def _seed_rows(model: Head) -> list[dict[str, Any]]:
+def _seed_rows(model: Head) -> list[Values]:
     """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
     info = model.info
     measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}

@@ -1,12 +1,13 @@
 """What happens after each epoch of training: curves, TensorBoard, Weights & Biases, early stopping."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.fields import Values
 
 VALIDATIONS = 20  # times that the validation images are classified during a run, spread evenly
 
@@ -38,7 +39,7 @@ class Callback:
     """Base class of callbacks: override what you need. They see the model while it trains, in training mode. A run that
     resumes calls `on_start` again, and `on_epoch` only for the remaining epochs."""
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def on_start(self, model: nn.Module, recipe: Values) -> None:
         """Called before the first step."""
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool | None:
@@ -57,7 +58,7 @@ class History(Callback):
     def __init__(self) -> None:
         self.epochs: list[Epoch] = []
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def on_start(self, model: nn.Module, recipe: Values) -> None:
         self.epochs = []
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
@@ -72,7 +73,7 @@ class EarlyStopping(Callback):
     def __init__(self, patience: int = 5) -> None:
         self.patience = patience
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def on_start(self, model: nn.Module, recipe: Values) -> None:
         self.best: tuple[float, float] | None = None
         self.best_epoch, self.waited = 0, 0
         self.left = -(-recipe["epochs"] // VALIDATIONS)  # epochs until the validation images are classified
@@ -104,7 +105,7 @@ class TensorBoard(Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = folder
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def on_start(self, model: nn.Module, recipe: Values) -> None:
         import_extra("tensorboard", "tracking")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -127,7 +128,7 @@ class WeightsAndBiases(Callback):
     def __init__(self, **options: object) -> None:
         self.options = options
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def on_start(self, model: nn.Module, recipe: Values) -> None:
         self._run = import_extra("wandb", "tracking").init(**{"config": recipe, **self.options})
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
+from dcp_zoo.fields import Values
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.predictor import read
@@ -151,7 +152,7 @@ def measure(
     return metrics, Evaluation(head.classnames, source.items, next(iter(logits.values())))
 
 
-def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, Any]:
+def measurement(metrics: dict[str, float], evaluation: Evaluation) -> Values:
     """What a checkpoint stores of `measure`."""
     balanced = {} if evaluation.balanced is None else {"balanced_top1": evaluation.balanced}
     return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Checked, changed, check, count, option, problems
+from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
@@ -27,14 +27,14 @@ PROBE_REFUSED = (
     "the classifier, or use the method text-probe."
 )
 # the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
-FITTED_SCHEDULE: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
+FITTED_SCHEDULE: Values = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST_STEPS, MANY, MIN_EPOCHS = 100, 2000, 5
 # of the loss of a random guess: training images with a higher loss are not learnt, and what `flat_epochs` must gain
 NOT_LEARNT, FLAT = 0.4, 0.01
 # changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's other numbers
 AUTHORS = {"release": {"ctx_init": PHRASE, "coupling": "text_to_vision"}, "paper": {"ctx_init": PHRASE}}
 FAST = "fast"  # late coupling
-LATE: dict[str, Any] = FITTED_SCHEDULE | {
+LATE: Values = FITTED_SCHEDULE | {
     "augment": "flip",
     "prompted_blocks": 3,
     "share_of_steps": 0.5,
@@ -100,7 +100,7 @@ class BaseRecipe(Checked):
         return replace(self, **changes)
 
     @property
-    def training(self) -> dict[str, Any]:
+    def training(self) -> Values:
         """What a checkpoint stores of it."""
         return self.as_dict()
 
@@ -181,7 +181,7 @@ class Recipe(TrainingRecipe, DCPConfig):
         return DCPConfig(**{part.name: getattr(self, part.name) for part in fields(DCPConfig)})
 
     @property
-    def training(self) -> dict[str, Any]:
+    def training(self) -> Values:
         """All other fields: a checkpoint stores the model's options on their own."""
         return {name: value for name, value in self.as_dict().items() if name not in DCPConfig.__dataclass_fields__}
 
@@ -189,7 +189,7 @@ class Recipe(TrainingRecipe, DCPConfig):
 def named_recipe(name: str, model: str) -> Recipe:
     """The `AUTHORS`' "release" or "paper", the same for every model; or "fast", late coupling: prompts in the last
     three blocks, two known views of each image, and half of the steps."""
-    changes: dict[str, Any] = get_spec(model).recipe | LATE if name == FAST else AUTHORS[name]
+    changes: Values = get_spec(model).recipe | LATE if name == FAST else AUTHORS[name]
     return Recipe(**changes)
 
 

@@ -19,6 +19,7 @@ from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.seen import image_hashes, note_images
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.classes import Texts, saved_texts
@@ -111,10 +112,10 @@ class Run:
         """Whether nothing but a text probe is fitted to the training images."""
         return self.recipe.classifier != "none" and not METHODS[self.method].trains
 
-    def info(self, subset: Split) -> dict[str, Any]:
+    def info(self, subset: Split) -> Values:
         """What a checkpoint stores about how it was trained, on the training images of `subset`."""
         recipe = self.recipe.fitted(len(subset.train), len(subset.classnames))
-        stored: dict[str, Any] = {
+        stored: Values = {
             "dataset": self.split.name,
             "shots": self.shots,
             "seed": self.seed,
@@ -362,9 +363,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     return head, measured.get("metrics", {})
 
 
-def add_probe(
-    head: Head, split: Split, shots: int | None, seed: int, progress: Progress = no_progress
-) -> dict[str, Any]:
+def add_probe(head: Head, split: Split, shots: int | None, seed: int, progress: Progress = no_progress) -> Values:
     """Give a head a text probe, and a DCP stored statistics if it has none, from few-shot images of its classes, which
     are put into the order of the split's. Returns how it was fitted, which the head's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
@@ -373,7 +372,7 @@ def add_probe(
     train = image_source(clip, subset.train, "flip" if clip.stem else "none", progress=progress)
     if head.stats != "stored":
         cast(DCP, head).store_stats(train.batches(64))
-    found: dict[str, Any] = fit_probe(head, train, progress)
+    found: Values = fit_probe(head, train, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
     head.info["text_probe"] = found
@@ -414,7 +413,7 @@ def _is_head_of(folder: Path, run: Run) -> bool:
     return same_model and same_texts and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 
-def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, Any]) -> Values:
     """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
     state of another run is rejected."""
     of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}

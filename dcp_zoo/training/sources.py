@@ -16,6 +16,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import FrozenCLIP, Reading, joined
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels
@@ -151,7 +152,7 @@ class ImageSource:
         batches = [batch.tolist() for batch in chunks]
         workers = self.workers if self.views is None else 0
         # without a generator DataLoader would draw from torch's global state; workers end with the epoch
-        settings: dict[str, Any] = {"generator": generator or torch.Generator(), "num_workers": workers}
+        settings: Values = {"generator": generator or torch.Generator(), "num_workers": workers}
         pinned, collate = workers > 0 and self.clip.device.type == "cuda", partial(_collated, self.form)
         return DataLoader(dataset, batch_sampler=batches[first:], pin_memory=pinned, collate_fn=collate, **settings)
 

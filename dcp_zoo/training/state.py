@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.training.recipes import AS_RELEASED
 
@@ -145,7 +146,7 @@ class TrainingState:
         write_file(self.path, checksum + b"\n" + content, otherwise="")  # `_advice` follows
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> Values | None:
         """The file's content, checked, or None if there is no file."""
         if self.path is None or not self.path.exists():
             return None
@@ -162,7 +163,7 @@ class TrainingState:
             )
         return state
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: Values) -> None:
         tensors = [*self.trained, *self.others]
         if [t.shape for t in state["trained"]] != [p.shape for p in tensors]:
             raise ZooError(f"{self.path} is the state of another model. Pass --overwrite to start the run again.")

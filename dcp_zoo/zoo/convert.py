@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import check_finite, check_fits
 from dcp_zoo.model.config import PHRASE
@@ -77,7 +78,7 @@ def convert_cmpa_checkpoint(
     tensors = renamed(read_pickle(path), path)
     # a CMPA that all blocks share is stored under every block
     queries = [tensor for name, tensor in tensors.items() if re.fullmatch(r"block\.\d+\.query\.weight", name)]
-    args: dict[str, Any] = {
+    args: Values = {
         "coupling": "text_to_vision",
         "n_ctx": len(tensors["prompts.text"]),
         "depth": depth,

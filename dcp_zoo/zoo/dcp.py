@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model.timm_contract import POOL, check_only, take_blocks
 from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
 
 __all__: list[str] = []  # timm adds the models' names
-default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
+default_cfgs: Values = {}  # filled by `register`, read by timm
 
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
@@ -31,11 +32,11 @@ def register(timm: ModuleType) -> None:
         globals()[name] = register_model(_entrypoint(name))
 
 
-def _head_cfgs() -> dict[str, Any]:
+def _head_cfgs() -> Values:
     """timm's config of every head; the tag of a model's default head ends in a star. timm lists a config as pretrained
     if it has a weight source, so planned heads have none. Default heads come last, or timm prefers trained ones."""
     defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
-    cfgs: dict[str, Any] = {}
+    cfgs: Values = {}
     for name, head in sorted(all_heads().items(), key=lambda item: item[0] in defaults):
         hidden = ("hf_hub_id", "source") if head.status == "planned" else ()
         cfg = {k: v for k, v in head.pretrained_cfg.items() if k not in hidden}
@@ -47,8 +48,8 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def entrypoint(
         pretrained: bool | str = False,
         pretrained_cfg: Any = None,  # a tag, a dictionary or timm's own class
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        pretrained_model_args: dict[str, Any] | None = None,  # since timm 1.0.31; repeated in kwargs
+        pretrained_cfg_overlay: Values | None = None,
+        pretrained_model_args: Values | None = None,  # since timm 1.0.31; repeated in kwargs
         num_classes: int | None = None,
         features_only: bool = False,
         out_indices: int | Sequence[int] | None = None,
@@ -78,7 +79,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return entrypoint
 
 
-def _full_name(name: str, cfg: Any, overlay: dict[str, Any]) -> str:
+def _full_name(name: str, cfg: Any, overlay: Values) -> str:
     """The name by which `create_model` finds the weights timm requests; removes their location from `overlay`. timm
     passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config it read there."""
     overlay.pop("num_classes", None)  # always the source's, which is in its config
@@ -95,7 +96,7 @@ def _full_name(name: str, cfg: Any, overlay: dict[str, Any]) -> str:
     return f"{name}.{values['tag']}" if values.get("tag") else name
 
 
-def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _zoo_args(name: str, kwargs: Values) -> Values:
     """The arguments for `dcp_zoo.create_model`: `kwargs` without those that timm's scripts pass and a DCP fixes."""
     size = get_spec(name).image_size
     fixed: dict[str, tuple[str, tuple[Any, ...]]] = {

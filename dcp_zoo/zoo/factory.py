@@ -15,6 +15,7 @@ from torch import nn
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.cache_head import CacheHead
@@ -31,7 +32,7 @@ from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, described, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 # by the field `head` of a checkpoint's `dcp` block
-KINDS: dict[str, Any] = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead, "dcp": DCP}
+KINDS: Values = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead, "dcp": DCP}
 
 
 def create_model(
@@ -99,7 +100,7 @@ def told_timm(head: Head, origin: Mapping[str, Any] = {}) -> None:
     head.pretrained_cfg = head.default_cfg = {**origin, **head.encoder.pretrained_cfg, **own}
 
 
-def _dcp_config(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> DCPConfig | None:
+def _dcp_config(source: Source, options: Values, clip_pretrained: str | None) -> DCPConfig | None:
     """The options of a DCP, None for the head of another method; ZooError if some contradict the checkpoint."""
     options = {name: value for name, value in options.items() if value is not None}
     if source.folder is None or source.config is None:
@@ -148,7 +149,7 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
     with skip_init(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Repeated class names")
         head: Head = KINDS[block["head"]].from_config(clip, source.config, tensor_shapes(source.folder))
-    head.method, head.abilities = block["method"], Abilities(**cast(dict[str, Any], block["abilities"]))
+    head.method, head.abilities = block["method"], Abilities(**cast(Values, block["abilities"]))
     return load_head(head, source.folder, source.config)
 
 
@@ -173,7 +174,7 @@ def load_clip(
     return FrozenCLIP(built, tokenizer, _timm_cfg(built, spec, tag), spec.name, tag)
 
 
-def _timm_cfg(clip: nn.Module, spec: ModelSpec, tag: str) -> dict[str, Any]:
+def _timm_cfg(clip: nn.Module, spec: ModelSpec, tag: str) -> Values:
     """What timm reads of a model: its preprocessing, and the names of its first convolution and of the module that
     belongs to the classes. As no head has a linear layer for them, that is the text probe, which may be None."""
     visual = clip.get_submodule("visual").named_modules(prefix="encoder.clip.visual")
@@ -210,7 +211,7 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
     return clip.eval()
 
 
-def build_open_clip(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
+def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:
     """The CLIP of one of open_clip's model configs, with random weights: what `open_clip.create_model` chooses."""
     custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
@@ -249,7 +250,7 @@ class TestTransform:
     """PIL image, in RGB -> normalised tensor (3, H, W), by timm's config."""
 
     __test__ = False  # not one of pytest's
-    cfg: dict[str, Any]
+    cfg: Values
 
     def __call__(self, image: Any) -> torch.Tensor:
         return torch.from_numpy(normalise(crop(image, self.cfg), self.cfg))

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from dcp_zoo.data.specs import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
+from dcp_zoo.fields import Values
 from dcp_zoo.model.config import MINI_CFG, WEIGHTS_NAME
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,9 +45,9 @@ class ModelSpec:
     language: str = "English"  # of class names
     head_mb: float = 0  # megabytes of a head of DCP by the default recipe, without a text probe: float16
     default_tag: str = "imagenet-16shot"  # of the head that `pretrained=True` loads
-    recipe: dict[str, Any] = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
+    recipe: Values = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
     # changes to other methods' recipes, by their names; those under `per_shot` are multiplied by the shots
-    baseline_recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baseline_recipes: dict[str, Values] = field(default_factory=dict)
 
     @property
     def download(self) -> str:
@@ -61,13 +61,13 @@ class ModelSpec:
         return LICENSES[max(known, key=len)] if known else ""
 
     @property
-    def data_cfg(self) -> dict[str, Any]:
+    def data_cfg(self) -> Values:
         """The preprocessing in timm's terms."""
         same = {name: getattr(self, name) for name in ("interpolation", "crop_mode", "mean", "std")}
         return {"input_size": (3, self.image_size, self.image_size), "fixed_input_size": True, "crop_pct": 1.0, **same}
 
 
-TABLE: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
+TABLE: dict[str, Values] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 LICENSES = TABLE[".licenses"]
 TABLE["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
 for row in TABLE.values():
@@ -85,7 +85,7 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
     return MODELS[model]
 
 
-def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
     """How open_clip describes weights, that is where they are and their preprocessing, and the sizes of the towers."""
     if clip.startswith(CLIP_REPO):
         from dcp_zoo.hub import clip_repo_config
@@ -146,7 +146,7 @@ class HeadEntry:
     revision: str | None = None  # pinned commit in that organisation; None while planned
     sha256: str | None = None  # of its model.safetensors there; None while planned
     license: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
+    metrics: Values = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
 
     @property
     def model(self) -> str:
@@ -185,7 +185,7 @@ class HeadEntry:
         return WEIGHTS / self.name
 
     @property
-    def pretrained_cfg(self) -> dict[str, Any]:
+    def pretrained_cfg(self) -> Values:
         """timm's `pretrained_cfg`: preprocessing, number of classes, licence, and where the weights are."""
         cfg = get_spec(self.model).data_cfg | {"architecture": self.model, "tag": self.tag}
         if self.status == "bundled":

@@ -5,9 +5,10 @@ import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import (
     CONFIG_NAME,
@@ -85,7 +86,7 @@ class Source:
         return self.config["dcp"]["clip"] if self.config else self.spec.clip_pretrained
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Values:
         """What the checkpoint stores about its training."""
         return made(self.config) if self.config else {}
 
@@ -145,7 +146,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         ) from error
 
 
-def get_pretrained_cfg(name: str) -> dict[str, Any]:
+def get_pretrained_cfg(name: str) -> Values:
     """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin."""
     source = resolve(name, pretrained=False)
     if source.head:

@@ -4,12 +4,13 @@ confused pairs, and the mistakes as pictures."""
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, templates, write_file
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ def learning_curves(results: "pd.DataFrame") -> tuple[str, str]:
     return svg, f"Top-1 accuracy in percent over images per class. {' '.join(panel_texts)}"
 
 
-def curve_styles(shown: "pd.DataFrame") -> dict[str, dict[str, Any]]:
+def curve_styles(shown: "pd.DataFrame") -> dict[str, Values]:
     """Colour, marker and line by label: DCP is in ink, so that it stands out; methods without training are dotted."""
-    lines: dict[str, dict[str, Any]] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
+    lines: dict[str, Values] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
     for i, label in enumerate(label for label in shown.label.unique() if label != "DCP"):
         line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
         lines[label] = line | {"linestyle": "-" if i < len(COLOURS) else "--"}
@@ -71,7 +72,7 @@ def curve_styles(shown: "pd.DataFrame") -> dict[str, dict[str, Any]]:
     return lines
 
 
-def draw(ax: "Axes", rows: "pd.DataFrame", lines: dict[str, dict[str, Any]]) -> None:
+def draw(ax: "Axes", rows: "pd.DataFrame", lines: dict[str, Values]) -> None:
     """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
     for label, group in rows.groupby("label", sort=False):
         points, line = group.groupby("shots").top1.agg(["mean", "std"]), lines[label]
@@ -123,10 +124,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     return [Path(output) / name for name in files]
 
 
-def _section(results: "pd.DataFrame", files: dict[str, str]) -> dict[str, Any]:
+def _section(results: "pd.DataFrame", files: dict[str, str]) -> Values:
     """The content for one model; its figure is added to `files`."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
-    section: dict[str, Any] = {"model": model, "weights": weights}
+    section: Values = {"model": model, "weights": weights}
     section["protocols"] = [
         (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
     ]

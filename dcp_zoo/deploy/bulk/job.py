@@ -25,6 +25,7 @@ from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.threads import available_cores
 
 Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
@@ -32,9 +33,7 @@ NAMED = 10  # of the images that cannot be read
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # fork breaks threads
 
 
-def decode_batches(
-    paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int, workers: int
-) -> Iterator[Decoded]:
+def decode_batches(paths: Sequence[str], preprocessing: Values, batch_size: int, workers: int) -> Iterator[Decoded]:
     """Batches of the images at these paths, in order, cropped by timm's input_size and crop_pct. `workers` are
     processes; with 0, threads decode each batch when it is asked for. ZooError if a worker died."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
@@ -61,7 +60,7 @@ def decode_batches(
         processes.shutdown(cancel_futures=True)
 
 
-def _decode(preprocessing: dict[str, Any], path: str) -> tuple[np.ndarray, str]:
+def _decode(preprocessing: Values, path: str) -> tuple[np.ndarray, str]:
     """The pixels (3, H, W) of an image and ""; or zeros, and why it cannot be read."""
     try:
         return crop(load_image(path), preprocessing), ""
@@ -72,7 +71,7 @@ def _decode(preprocessing: dict[str, Any], path: str) -> tuple[np.ndarray, str]:
     return np.zeros(preprocessing["input_size"], np.uint8), reason
 
 
-def _decode_batch(preprocessing: dict[str, Any], paths: Sequence[str], map: Callable[..., Any] = map) -> Decoded:
+def _decode_batch(preprocessing: Values, paths: Sequence[str], map: Callable[..., Any] = map) -> Decoded:
     pixels, reasons = zip(*map(partial(_decode, preprocessing), paths), strict=True)
     return np.stack(pixels), list(reasons)
 
@@ -121,7 +120,7 @@ class Job:
     """What a run computes, on this machine or on a cluster."""
 
     load: Callable[[], Predictor]  # called where it computes, and only if an image is left to classify
-    plan: dict[str, Any]  # plain JSON, such as the head's hash: only a run with the same plan continues this one
+    plan: Values  # plain JSON, such as the head's hash: only a run with the same plan continues this one
     top_k: int = 5  # classes per image
     batch_size: int = 32  # does not affect the predictions
     workers: int = 0  # see `decode_batches`
@@ -168,7 +167,7 @@ class Job:
             rows[i]["predictions"] = classes
         return rows, count(probabilities, classnames)
 
-    def plan_of(self, images: Iterable[str], **more: object) -> dict[str, Any]:
+    def plan_of(self, images: Iterable[str], **more: object) -> Values:
         """All that determines the results for these images."""
         digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
         own = {"top_k": self.top_k, "reject": self.reject, "together": self.together}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import quote
 
 import numpy as np
@@ -20,6 +20,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.videos import is_frame
 from dcp_zoo.errors import import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
 from dcp_zoo.texts import NONE, write_csv
 
@@ -40,7 +41,7 @@ def column_names(ranks: int, rejects: bool, together: bool = False) -> list[str]
     return [IMAGES, *(["rejected"] if rejects else []), *named, *(["alone"] if together else []), "error"]
 
 
-def _cells(row: Row) -> dict[str, Any]:
+def _cells(row: Row) -> Values:
     """The values of a row by their columns, without those that it lacks."""
     flat = dict(row)
     for rank, prediction in enumerate(flat.pop("predictions", []), 1):
@@ -110,7 +111,7 @@ def write_sheet(
         entry = (-row["predictions"][0]["probability"], -index, row)
         (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
 
-    def pictures(name: str) -> Iterator[dict[str, Any]]:
+    def pictures(name: str) -> Iterator[Values]:
         """Of one class, the least certain first."""
         entries = [(images[-index], row) for _, index, row in sorted(least[name], reverse=True)]
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from dcp_zoo.data.paths import filesystem
 from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
 
 PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
@@ -28,7 +28,7 @@ class PartFolder:
 
     place: str
 
-    def begin(self, plan: dict[str, Any]) -> set[str]:
+    def begin(self, plan: Values) -> set[str]:
         """Store the plan, or check that it is the one of the parts that exist; their names."""
         found = self.names()
         if PLAN in found:
@@ -66,7 +66,7 @@ class PartFolder:
 
 
 @contextmanager
-def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
+def unfinished_run(output: Path, plan: Values) -> Iterator["UnfinishedRun"]:
     """The finished rows of an output file, for this process alone; ZooError for rows of another plan."""
     folder = output.with_name(output.name + UNFINISHED)
     with locked(folder / LOCK) as free:  # the system releases it with the process

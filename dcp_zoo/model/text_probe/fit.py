@@ -17,7 +17,6 @@ the other shares. `like_accepted` says how many would pass if their class, and e
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear, join
 from dcp_zoo.model.config import REFUSED
@@ -91,7 +91,7 @@ def fit_on_features(
     regressions = evidence[: len(PENALTIES)].clamp(min=1e-6)
     probe.evidence.copy_(regressions / regressions.sum())
     probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
-    info: dict[str, Any] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
+    info: Values = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
     if left_out:
         info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0))
     if "thresholds" in info and len(classes) > 2:

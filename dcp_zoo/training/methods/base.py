@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts, check_classnames
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import Abilities
@@ -70,7 +71,7 @@ class Task:
     seed: int = 1
     precision: str = "float32"
     progress: Progress = no_progress
-    training: dict[str, Any] = field(default_factory=dict)
+    training: Values = field(default_factory=dict)
     reload_clip: Callable[[], FrozenCLIP] | None = None
     probe_images: ImageSource | None = None
     probe_weights: Tensor | None = None
@@ -228,7 +229,7 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
     """Train what requires gradients in a head by `loop.train`, with the task's options and these; the losses."""
-    shared: dict[str, Any] = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
+    shared: Values = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
     return train(head, source, task.recipe, validation=task.val, **shared, **task.training, **options)
 
 
