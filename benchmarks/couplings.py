@@ -21,7 +21,8 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Split
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.run import RunOptions, fit, plan
+from dcp_zoo.training.planning import plan
+from dcp_zoo.training.run import RunOptions, fit
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 

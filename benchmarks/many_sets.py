@@ -35,7 +35,8 @@ from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, 
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
-from dcp_zoo.training.run import Run, RunOptions, fit, plan
+from dcp_zoo.training.planning import Run, plan
+from dcp_zoo.training.run import RunOptions, fit
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip
 

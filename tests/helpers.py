@@ -33,8 +33,8 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.text_probe import fit_on_features
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.planning import load_for_training
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.run import load_for_training
 from dcp_zoo.zoo.factory import create_transform
 
 

@@ -21,8 +21,9 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
 from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS, promptsrc
+from dcp_zoo.training.planning import Run
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.run import train_head
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 

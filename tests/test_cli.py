@@ -401,7 +401,7 @@ def test_ctrl_c_stops_after_the_current_step(interruptible, run, monkeypatch, tm
                 raise KeyboardInterrupt
 
     planned = SimpleNamespace(split=Split("digits", []))
-    monkeypatch.setattr("dcp_zoo.training.run.plan", lambda *args, **options: planned)
+    monkeypatch.setattr("dcp_zoo.training.planning.plan", lambda *args, **options: planned)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     code, _, err = run("train", "--method", "dcp", "--dataset", "digits", "--output", tmp_path)
     assert code == 130

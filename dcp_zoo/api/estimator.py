@@ -43,7 +43,8 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.run import ClassWeights, RunOptions, train_head
+from dcp_zoo.training.planning import ClassWeights
+from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
 from dcp_zoo.zoo.registry import get_spec

@@ -21,9 +21,10 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
+from dcp_zoo.training.planning import ClassWeights, Run, plan
 from dcp_zoo.training.predictor import read, torch_predictor
 from dcp_zoo.training.recipes import AUTO
-from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
+from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import by_image, image_source
 from dcp_zoo.zoo.factory import create_model
 

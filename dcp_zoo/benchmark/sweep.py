@@ -27,8 +27,9 @@ from dcp_zoo.training.evaluation import (
     top1,
 )
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.run import RunOptions, plan, train_head
+from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import Progress, no_progress
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}

@@ -30,7 +30,7 @@ from dcp_zoo.zoo.registry import get_head, get_spec, is_model
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
-    from dcp_zoo.training.run import Run
+    from dcp_zoo.training.planning import Run
 
 REFIT = "After the accuracy is measured, the head is refitted on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
@@ -151,7 +151,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Run":
-    from dcp_zoo.training.run import load_for_training, plan
+    from dcp_zoo.training.planning import load_for_training, plan
 
     split = load_for_training(dataset, data_root, options.labels, options.test)
     if options.report and not split.test:

@@ -1,9 +1,7 @@
-"""One run of any method on few images per class, from its name to a measured checkpoint. `train`,
-`FewShotClassifier.fit`, `benchmark` and `build` all plan a `Run`, which alone makes a `Task`."""
+"""A `Run` of any method on few images per class, from its plan to a measured checkpoint."""
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,124 +12,32 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data import Split, few_shot, is_own
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.seen import image_hashes, note_images
-from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.data.splits import all_for_training, subset_sha256
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
-from dcp_zoo.model.classes import Texts, saved_texts
+from dcp_zoo.model.classes import saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, made, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.callbacks import Callback
-from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.methods.text_probe import fit_probe
-from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.planning import Reader, Run, check_supported
+from dcp_zoo.training.recipes import Recipe, TrainingRecipe
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
-ClassWeights = str | Mapping[Any, float] | None
-# of items, augmentation, and whether they are read once: `image_source`, or in a sweep what trials share
-Reader = Callable[[Sequence[Item], str, bool], ImageSource]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is trained, and on which images."""
-
-    model: str  # in the zoo, such as "dcp_vitb16"
-    split: Split  # the full dataset, from which the few-shot subset is drawn
-    shots: int | None  # training images per class; None uses all
-    seed: int  # of the subset, of initial weights and of the order of the images
-    recipe: BaseRecipe  # the method's, see `chosen_recipe`
-    device: torch.device
-    method: str = DCP_METHOD
-    precision: str = "float32"
-    clip_pretrained: str | None = None  # another open_clip tag for CLIP's weights
-    workers: int = 0  # processes that decode images
-    grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`
-    descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
-    test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
-    class_weight: tuple[float, ...] | None = None  # of the images' losses for each class. Default: all 1
-    probe_class_weight: tuple[float, ...] | None = None  # of the classes in the text probe. Default: all 1
-    sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
-
-    def subset(self) -> Split:
-        """The split with the training images that are used: drawn by shots and seed, or all."""
-        return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
-
-    def task(
-        self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress, read: Reader | None = None
-    ) -> Task:
-        """What the method is given: the images of `subset`, for a CLIP on the run's device."""
-        method = METHODS[self.method]
-
-        def images(items: Sequence[Item], augment: str, once: bool) -> ImageSource:
-            return image_source(clip, items, augment, self.workers, progress, once, self.precision)
-
-        read = read or images
-        augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
-        needed = method.needs_images(self.recipe)
-        return Task(
-            clip,
-            self.model,
-            subset.classnames,
-            self.descriptions or find_spec(self.split.name).template,
-            read(subset.train, augment, method.features) if needed else None,
-            read(subset.val, "none", method.features) if needed and subset.val else None,
-            self.recipe,
-            self.seed,
-            self.precision,
-            progress,
-            probe_weights=self._probe_weights(subset),
-        )
-
-    def _probe_weights(self, subset: Split) -> torch.Tensor | None:
-        """Weights (n,) of the training images in the text probe, whose mean over a class is the weight of the class."""
-        if self.probe_class_weight is None and self.sample_weight is None:
-            return None
-        labels = torch.tensor([item.label for item in subset.train])
-        weights = torch.tensor(self.sample_weight or [1.0] * len(labels))
-        sums, counts = torch.bincount(labels, weights), torch.bincount(labels)
-        classes = torch.tensor(self.probe_class_weight or [1.0] * len(counts))
-        return weights * (classes[: len(counts)] * counts / sums)[labels]
-
-    @property
-    def is_probe_alone(self) -> bool:
-        """Whether nothing but a text probe is fitted to the training images."""
-        return self.recipe.classifier != "none" and not METHODS[self.method].trains
-
-    def info(self, subset: Split) -> Values:
-        """What a checkpoint stores about how it was trained, on the training images of `subset`."""
-        recipe = self.recipe.fitted(len(subset.train), len(subset.classnames))
-        stored: Values = {
-            "dataset": self.split.name,
-            "shots": self.shots,
-            "seed": self.seed,
-            "split_sha256": self.split.sha256,
-            "subset_sha256": subset_sha256(subset.train),
-        }
-        if is_own(self.split.name):
-            counts = Counter(item.label for item in subset.train)
-            stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
-            stored["image_hashes"] = image_hashes(subset.train + subset.val)
-        if self.test_share is not None:
-            stored["test_share"] = self.test_share
-        stored["recipe"] = recipe.training | {"precision": self.precision}
-        if self.class_weight is not None:
-            stored["class_weight"] = [round(weight, 4) for weight in self.class_weight]
-        return stored
 
 
 @dataclass(frozen=True)
@@ -156,86 +62,6 @@ class RunOptions:
     stop: Callable[[], bool] = never
     show: Callable[[Evaluation], object] = no_log
     callbacks: Sequence[Callback] = ()
-
-
-def plan(
-    split: Split,
-    model: str,
-    method: str = DCP_METHOD,
-    *,
-    shots: int | None = None,
-    seed: int = 1,
-    recipe: RecipeLike = None,
-    classifier: str | None = None,
-    changes: Mapping[str, Any] | None = None,
-    device: str = "auto",
-    precision: str = AUTO,
-    class_weight: ClassWeights = None,
-    labels: Sequence[Any] | None = None,
-    **options: Any,
-) -> Run:
-    """A run on the images of a split, with all other inputs checked before any work starts.
-
-    Args:
-        split, model, method, shots, seed: see `Run`.
-        recipe, classifier: see `chosen_recipe`.
-        changes: to the recipe, as of `--set`.
-        device, precision: see `pick_device` and `pick_precision`.
-        class_weight: weights by label, or "balanced", see `dcp_zoo.train`.
-        labels: of the classes, if not their names.
-        options: further attributes of `Run`.
-    """
-    if not 0 <= seed < 2**32:
-        raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
-    place = pick_device(device)
-    precision = pick_precision(precision, model, place)
-    check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
-    per_class = shots or max(1, len(split.train) // len(split.classnames))
-    fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
-    fitting = fitting.updated(changes or {}, where="--set")
-    if is_own(split.name):
-        warn_of_tiny_classes(split)
-    run = Run(model, split, shots, seed, fitting, place, method, precision, **options)
-    return run if class_weight is None else _weighted(run, class_weight, labels or split.classnames)
-
-
-def load_for_training(
-    dataset: str, data_root: str | Path | None, labels: Sequence[Path] | None = None, test: float | None = None
-) -> Split:
-    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`."""
-    images = load_labelled(dataset, data_root, labels)
-    check_test_share(images, test)
-    return training_split(images, test)
-
-
-def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
-    """The run with weights of its classes, by label, of mean 1 over the images; a text probe is balanced anyway."""
-    if class_weight == "balanced" and run.recipe.classifier != "none" and not run.recipe.is_trained:
-        return run
-    images = run.split.train
-    counts = torch.bincount(torch.tensor([item.label for item in images]), minlength=len(labels)).float()
-    counts = counts.clamp(max=run.shots or len(images))
-    if isinstance(class_weight, Mapping):
-        if unknown := sorted(map(str, class_weight.keys() - set(labels))):
-            raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
-        weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
-        run = replace(run, probe_class_weight=tuple(weights.tolist()))
-        if (weights < 0).any() or not weights.any():
-            raise ZooError("class_weight must be at least 0, and not all 0.")
-    else:
-        check_choice("class_weight", class_weight, ("balanced",))
-        weights = 1 / counts
-    return replace(run, class_weight=tuple((weights * (counts.sum() / (weights * counts).sum())).tolist()))
-
-
-def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
-    """ZooError for what only methods that train by epochs have, or only the text probe."""
-    if run.sample_weight is not None and not run.is_probe_alone:
-        raise ZooError(f"{run.method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
-    if not run.recipe.is_trained and (callbacks or (run.class_weight is not None and not run.is_probe_alone)):
-        able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
-        lacks, able = ("callbacks", able) if callbacks else ("class_weight", [DEFAULT_METHOD, *able])
-        raise ZooError(f"{run.method} does not support {lacks}: choose from {', '.join(able)}.")
 
 
 def train_head(
