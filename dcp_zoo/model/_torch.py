@@ -1,5 +1,5 @@
 """What torch lacks here: fast products with frozen weights on CPUs, models that are built without random
-initialisation, and a cache of what is computed from weights."""
+initialisation, a cache of what is computed from weights, and pooling over a stream of batches."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
+
+from dcp_zoo.errors import ZooError
 
 PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output layer of torch's attention
 
@@ -132,3 +134,18 @@ class WeightCache:
     def __reduce__(self) -> Any:
         """A copy is empty."""
         return WeightCache, ()
+
+
+def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
+    """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
+    total, count = None, 0
+    for v in states:
+        if pooling == "first":
+            return v[0]
+        part = v.sum(0) if pooling == "mean" else v.amax(0)
+        join = torch.add if pooling == "mean" else torch.maximum
+        total = part if total is None else join(total, part)
+        count += len(v)
+    if total is None:
+        raise ZooError("store_stats needs at least one image.")
+    return total / count if pooling == "mean" else total

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import WeightCache, in_eval_mode
+from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool_stream
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined
 from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
@@ -397,18 +397,3 @@ class DCP(Head):
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache, self._start_cache = WeightCache(), WeightCache()
         return super()._apply(*args, **kwargs)
-
-
-def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
-    """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
-    total, count = None, 0
-    for v in states:
-        if pooling == "first":
-            return v[0]
-        part = v.sum(0) if pooling == "mean" else v.amax(0)
-        join = torch.add if pooling == "mean" else torch.maximum
-        total = part if total is None else join(total, part)
-        count += len(v)
-    if total is None:
-        raise ZooError("store_stats needs at least one image.")
-    return total / count if pooling == "mean" else total
