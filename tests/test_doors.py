@@ -87,12 +87,13 @@ def test_all_doors_agree(kind, dtype, edited, pictures, heads, tmp_path, run):
         head.add_class("rose", torch.stack([transform(load_image(path)) for path in paths[:8:4]]))
         head.rename_class(0, "heron")
         head.remove_class("leaf")
+    paths = paths[:1] if dtype == torch.float16 else paths  # in which CPUs take seconds for an image
     names, expected = head.classnames, plainly(head, paths)
     ranked = -np.sort(-expected)
     head.to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number in (3, 18):  # of more than 16 a head is fused
+        for number in {min(3, len(paths)), len(paths)}:  # of more than 16 a head is fused
             found = dcp_zoo.predict(head, paths[:number], top_k=len(names), precision="float32")
             assert in_order(found, names) == pytest.approx(ranked[:number], abs=close)
     assert plainly(head, paths) == pytest.approx(expected, abs=close)
@@ -101,7 +102,9 @@ def test_all_doors_agree(kind, dtype, edited, pictures, heads, tmp_path, run):
         with torch.no_grad():
             assert head.fuse()(images).float().softmax(-1).numpy() == pytest.approx(expected, abs=close)
     if len(set(names)) == len(names):
-        evaluated = dcp_zoo.evaluate(head, paths, [names[i % len(names)] for i in range(18)], precision="float32")
+        evaluated = dcp_zoo.evaluate(
+            head, paths, [names[i % len(names)] for i in range(len(paths))], precision="float32"
+        )
         assert evaluated.logits.softmax(-1).numpy() == pytest.approx(expected, abs=close)
     if dtype != torch.float32:
         return
