@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import photo
+from helpers import Count, photo
 
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import Split, load_labelled, subset_sha256, training_split
 from dcp_zoo.deploy.bulk.outputs import TABLES
 from dcp_zoo.texts import read_csv, write_csv
+from dcp_zoo.zoo import factory
 
 
 @pytest.fixture
@@ -122,9 +123,11 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
     assert "95 % interval" in Path("page.html").read_text()
 
 
-def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers):
-    """Unless the user says otherwise, or has chosen the training images."""
+def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, monkeypatch):
+    """Unless the user says otherwise, or has chosen the training images. CLIP is loaded once for both fits."""
+    loads = Count(monkeypatch, factory, "build_clip")
     code, out, err = run("train", "MY_PHOTOS")
+    assert loads.calls == 1
     assert (code, out.count("test top-1"), err.count("Text probe on dcp_mini")) == (0, 1, 2), err
     assert "After the accuracy is measured, the head is refitted on all images and saved" in err
     assert "Refitting on all 12 images; the first fit took" in err

@@ -147,6 +147,8 @@ def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
     assert "metrics" in json.loads((tmp_path / "config.json").read_text())["dcp"]
     loaded.info = json.loads((tmp_path / "config.json").read_text())["dcp"]
     assert loaded.rejection_threshold(0.2) == 9
+    with pytest.raises(ZooError, match="no threshold that refuses 1 of the images"):
+        loaded.rejection_threshold(1.0)  # which is True's value
     loaded.add_class("zebra", images(3))
     loaded.save_pretrained(tmp_path)
     kept = json.loads((tmp_path / "config.json").read_text())["dcp"]["text_probe"]
