@@ -22,4 +22,8 @@ def crop(image: Image.Image, cfg: Values) -> np.ndarray:
 def normalise(pixels: np.ndarray, cfg: Values) -> np.ndarray:
     """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
     mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
-    return (pixels / np.float32(255) - mean) / std
+    x = pixels.astype(np.float32, order="C")
+    x /= 255
+    x -= mean
+    x /= std
+    return x
