@@ -13,8 +13,10 @@ import torch
 from helpers import photo, png_that_claims
 from PIL import EpsImagePlugin, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from timm.data import create_transform as timm_transform
 from torchvision.transforms import v2
 
+import dcp_zoo
 from dcp_zoo.answers import read_hierarchy
 from dcp_zoo.data import Item, check_images, load_image, load_labelled, load_split
 from dcp_zoo.data.dataset import ImageDataset
@@ -27,6 +29,7 @@ from dcp_zoo.files import read_plain
 from dcp_zoo.inspection.inspection import fix
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
 from dcp_zoo.training.recipes import Recipe, read_recipe
+from dcp_zoo.zoo.registry import MODELS
 
 
 def test_load_image_of_every_mode(tmp_path):
@@ -269,3 +272,20 @@ def test_avif_is_read(flowers):
     photo(flowers / "rose" / "a.avif")
     assert len(load_split("folder", flowers).items) == 13
     assert load_image(str(flowers / "rose" / "a.avif")).size == (130, 140)
+
+
+def test_the_preprocessing_is_timms_for_every_model():
+    """Bit for bit, of photographs of odd sizes; models with the same preprocessing count once."""
+    keys, seen = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"), set()
+    rng = np.random.default_rng(0)
+    photos = [
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in ((640, 427), (225, 301), (97, 240))
+    ]
+    for name in MODELS:
+        cfg = dcp_zoo.get_pretrained_cfg(name)
+        if (kind := str([cfg[key] for key in keys])) in seen:
+            continue
+        seen.add(kind)
+        ours, theirs = dcp_zoo.create_transform(name), timm_transform(**{key: cfg[key] for key in keys})
+        assert all(torch.equal(ours(photo), theirs(photo)) for photo in photos), name
+    assert len(seen) > 3
