@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -330,7 +329,7 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
     rows = read_csv(second / "found.csv")
     files = {row["file"] for row in rows}
     assert not files & set(found)
-    assert len(files) == 17 - len(found) - 2  # without the broken and the blank one
+    assert len(files) == 17 - len(found) - 1  # without the broken one
     assert all(0 < float(row["probability"]) <= 1 and list(second.glob(f"{row['guess']}/*")) for row in rows)
     page = (second / "found.html").read_text()
     assert NAME not in page
@@ -340,13 +339,6 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
     with pytest.raises(ZooError, match="exists already"):
         dcp_zoo.suggest(folder, output=first)
     run.ok("train", first, "--test", 0, "--output", tmp_path / "head")
-
-
-def test_a_black_image_is_never_worth_a_label(tmp_path):
-    for name in ("cat", "otter"):
-        shutil.copy(next(path for path in map(Path, sample_images()) if name in path.name), tmp_path / f"{name}.jpg")
-    Image.new("RGB", (200, 200)).save(tmp_path / "black.png")
-    assert sorted(Path(row.file).stem for row in dcp_zoo.suggest(tmp_path, count=3)) == ["cat", "otter"]
 
 
 def test_suggestions_stand_for_the_others():

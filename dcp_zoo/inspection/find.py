@@ -21,7 +21,7 @@ from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.inspection.inspection import can_link, check_new, problems_of
+from dcp_zoo.inspection.inspection import can_link, check_new
 from dcp_zoo.inspection.look import look
 from dcp_zoo.model.head import Head
 from dcp_zoo.texts import class_folders, write_csv
@@ -118,8 +118,7 @@ def suggest(
     progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, even without labels: those that represent most of the
-    others, and are unlike those with a label; never a blank one. ZooError for no image left, an unknown head, or an
-    unusable output.
+    others, and are unlike those with a label. ZooError for no image left, an unknown head, or an unusable output.
 
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
@@ -138,9 +137,7 @@ def suggest(
     clip = plain_clip(model) if known is None else known.plain.encoder
     clip = clip.to(pick_device(device))
     seen = look(paths, clip, True, progress)
-    blank = [i for i, problems in problems_of(seen, 0) if "blank" in problems]  # such as a black one: there is no class
-    seen.features[blank] = np.nan
-    paths = [path for i, path in enumerate(paths) if not np.isnan(seen.features[i, 0])]
+    paths = [path for i, path in enumerate(paths) if i not in seen.errors]
     done = [] if labelled is None else [image.path for image in find_images([str(labelled)])]
     given = look(done, clip, True, progress).features if done else seen.features[:0]
     features, of_labelled = (torch.from_numpy(part[~np.isnan(part[:, 0])]) for part in (seen.features, given))
