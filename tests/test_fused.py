@@ -1,4 +1,4 @@
-"""The fused model: the with_stats model's logits, and everything a plain module must support."""
+"""The fused model: the logits of a model with stored statistics, and everything a plain module must support."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""The DCP model: its components, its plain reference, its fused form, and its checkpoints."""
+"""The DCP model: its components, its fused form, and its checkpoints."""
 
 import lazy_loader
 

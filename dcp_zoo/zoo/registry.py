@@ -1,7 +1,7 @@
 """The registry, without torch: the table of models, `models.yaml`, with a row made for any other open_clip model, the
 manifest of heads, and the functions that list them.
 
-A head is a set of trained prompts for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
+A head is what a method trained for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
 `heads.json` holds those that exist; other combinations of a CLIP model, the 11 datasets and shots are `planned`.
 """
 
