@@ -156,12 +156,8 @@ def draw_attention(session: Session, index: int | None, token: int) -> str:
     with acquire(session.source) as model:
         _check_prompts(model)
         weights = attention_weights(model, shared.to_batch(model, [photo]))[0]  # (blocks, tokens, L)
-        m, grid, cfg, first = (
-            model.config.n_ctx,
-            model.encoder.vision_tower.grid,
-            model.pretrained_cfg,
-            model.first_block,
-        )
+        m, grid = model.config.n_ctx, model.encoder.vision_tower.grid
+        cfg, first = model.pretrained_cfg, model.first_block
     weights = weights[:, [0, *range(-m, 0)]]  # class token and prompts, without the registers between them
     row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
     name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")

@@ -156,8 +156,7 @@ def clip_answers(model: Head, photos: Sequence[Photo]) -> list[Answers] | None:
     spec = DATASETS.get(str(model.info.get("dataset")))
     clip = model.encoder
     classifier = clip.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
-    with torch.inference_mode():
-        logits = clip.logits(clip.encode_image(to_batch(model, photos)), classifier).cpu().numpy()
+    logits = clip.logits(clip.encode_image(to_batch(model, photos)), classifier).cpu().numpy()
     rows = Answering(model.num_classes)(logits, model.classnames)
     return [{answer["class"]: answer["probability"] for answer in row["predictions"]} for row in rows]
 

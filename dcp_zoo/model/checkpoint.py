@@ -48,13 +48,8 @@ SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 METRIC = f"{FILE_PREFIX}metric"  # the only tensor that a file holds in another form
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
-TIMMS = (
-    "architecture",
-    "num_classes",
-    "label_names",
-    "first_conv",
-    "classifier",
-)  # what timm is told when a head loads
+# what timm is told when a head loads
+TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier")
 # of the text probe, which stay in float32, as logits depend on them
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
 

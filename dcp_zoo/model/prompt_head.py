@@ -100,8 +100,13 @@ class PromptHead(Head):
         return self.encoder.entering(list(self.vision_prompts))
 
     def _own_reading(self) -> Reading:
-        prompts = self.image_prompts if self.image_prompts() else None
+        prompts = self.image_prompts if self._prompts_images else None
         return Reading(self.encoder, self._encode_own, self._text_linear, prompts)
+
+    @property
+    def _prompts_images(self) -> bool:
+        """Whether there are prompts in the image tower, without computing them."""
+        return len(self.vision_prompts) > 0
 
     def _encode_own(self, images: Images) -> Tensor:
         return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)

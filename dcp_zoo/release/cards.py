@@ -83,12 +83,9 @@ def _seed_rows(model: Head) -> list[Values]:
     """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
     info = model.info
     measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
+    same = model.encoder.architecture, info.get("dataset"), info.get("shots")
     for head in trained_heads().values():
-        if (head.model, head.dataset, head.shots) == (
-            model.encoder.architecture,
-            info.get("dataset"),
-            info.get("shots"),
-        ):
+        if (head.model, head.dataset, head.shots) == same:
             measured.setdefault(head.seed, head.metrics)
     missing = dict.fromkeys(MODES, "not measured")
     return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]

@@ -30,10 +30,10 @@ class MaPLeRecipe(TrainingRecipe):
 
 
 class MaPLe(PromptHead):
-    """Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each of the first blocks.
-    Vision: the same at the end of the sequence, the prompts of block i being a linear map F_i of the text tower's."""
+    """See the module; while it is trained, with the maps F_i as `couplings`."""
 
     couplings: nn.ModuleList
+    _prompts_images = True  # mapped ones
 
     def image_prompts(self) -> list[Tensor]:
         return self.encoder.entering(self.mapped())

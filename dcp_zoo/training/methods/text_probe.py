@@ -2,7 +2,7 @@
 
 `dcp_zoo.model.text_probe` has its equations, and fits it to features. It can follow any method whose heads are not
 fitted to features of the training images themselves: `fit_probe` gives it to a head. As a method of its own it follows
-zero-shot CLIP, whose head `fit` returns, because its recipe names it.
+zero-shot CLIP, by whose `fit` it is made, because its recipe names it.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import Linear
-from dcp_zoo.model.head import Head, LinearHead
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe.fit import fit_on_features, share_above
-from dcp_zoo.training.methods.base import Method, Task
+from dcp_zoo.training.methods.base import Method
+from dcp_zoo.training.methods.zero_shot import fit
 from dcp_zoo.training.recipes import MANY, PROBE_REFUSED, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
@@ -26,10 +27,6 @@ from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_s
 @dataclass(frozen=True)
 class TextProbeRecipe(BaseRecipe):
     classifier: str = changed(BaseRecipe, "classifier", "text-probe")
-
-
-def fit(task: Task) -> LinearHead:
-    return task.text_head(task.text, texts=task.texts)
 
 
 @torch.no_grad()
