@@ -42,7 +42,7 @@ from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.text_probe import fit_on_features
+from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import create_transform, plain_clip
@@ -123,7 +123,7 @@ class Images:
         mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
         classes = [Class(name) for name in self.split.classnames]
-        probe, _ = fit_on_features(classes, labels[kept], [(self.train[None, kept], self.linear)])
+        probe, _ = fit_on_features(classes, labels[kept], [Read(self.train[None, kept], self.linear)])
         linear = probe.linear(self.linear, classes)
         if tested is None:
             return top1(F.linear(self.test, *linear), self.test_labels)

@@ -156,7 +156,7 @@ def answers(data_root: str) -> list[dict[str, Any]]:
     items = sorted(items, key=lambda item: item.key)[:: max(1, len(items) // IMAGES)][:IMAGES]
     labels, rows, exact = torch.tensor([item.label for item in items]), [], None
     for precision in ("float32", "bfloat16"):
-        logits = predict(model, image_source(model.plain.encoder, items, precision=precision), 32)
+        logits = predict(model, image_source(model.frozen, items, precision=precision), 32)
         exact = logits if exact is None else exact
         rows.append(
             {

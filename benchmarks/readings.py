@@ -31,11 +31,13 @@ def heads() -> dict[str, Head]:
     def dcp(readings: int, **options: object) -> Head:
         head = DCP(clip, names, **options).eval()
         head.store_stats(images)
-        head.text_probe = TextProbe(head.classes, clip.num_features, readings)
+        head.text_probe = TextProbe(
+            head.classes, [reading.widths for reading in head.readings[:readings]], clip.num_features
+        )
         return head
 
     probe = LinearHead(clip, names, *clip.scaled(clip.zero_shot_classifier(names)))
-    probe.text_probe = TextProbe(probe.classes, clip.num_features)
+    probe.text_probe = probe.probe_of(probe.classes, sum(clip.widths))
     every = len(clip.vision_tower.blocks)
     return {
         "text probe": probe,

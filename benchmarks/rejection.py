@@ -32,7 +32,7 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.model.classes import Class
-from dcp_zoo.model.text_probe.fit import fit_on_features, within_class
+from dcp_zoo.model.text_probe.fit import Read, fit_on_features, within_class
 from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
@@ -84,11 +84,11 @@ def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -
     z = F.linear(f, *probe.linear(text, probe.classes))
     logs = z.log_softmax(-1)
     entropy, distance = -(logs.exp() * logs).sum(-1), probe.distance(f, probe.classes)
-    whitening, _ = probe.measure(probe.classes)
+    unit, _ = probe.measure(probe.classes)
     found = {
         HEADS_OWN: -entropy - DISTANCE_WEIGHT * distance,
         "distance to the nearest class mean": -distance,
-        "distance to the nearest training image": -nearest(f, whitening, views[0] @ whitening),
+        "distance to the nearest training image": -nearest(f * unit, views[0] * unit),
         "cosine to the nearest training image": (f @ views[0].T).amax(-1),
         "entropy": -entropy,
         "maximum probability": logs.amax(-1),
@@ -114,7 +114,7 @@ def measured(
     rows = [row for found in of_each for row in rng.sample(found, min(images, len(found)))]
     views, labels = own.train[:, rows], torch.tensor([classes.index(int(label)) for label in own.labels[rows]])
     text = own.text[0][classes], own.text[1][classes]
-    probe, info = fit_on_features([Class(own.names[label]) for label in classes], labels, [(views, text)])
+    probe, info = fit_on_features([Class(own.names[label]) for label in classes], labels, [Read(views, text)])
     known = torch.isin(own.test_labels, torch.tensor(classes))
     others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
     parts = own.test[known], own.test[~known], others

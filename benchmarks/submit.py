@@ -73,7 +73,7 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto",
     model, name = as_model(f"local-dir:{folder}", device), str(folder)
     images = load_labelled(trained_on(name, model, data_root), data_root)
     items, _ = test_images(images, model, name, True)
-    source = image_source(model.plain.encoder, items, "none", workers, progress_bar)
+    source = image_source(model.frozen, items, "none", workers, progress_bar)
     measured = top1(predict(model, source, 1, progress_bar), source.labels)
     if not holds(submission.reported, measured):
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {measured:.2f} % was measured here.")

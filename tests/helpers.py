@@ -31,7 +31,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.text_probe import fit_on_features
+from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.planning import load_for_training
 from dcp_zoo.training.recipes import VALIDATION
@@ -72,7 +72,7 @@ def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = fit_on_features(head.classes, labels, [(views, head.readings[0].start())])[0]
+    head.text_probe = fit_on_features(head.classes, labels, [Read(views, head.own_linear())])[0]
     head.text_probe.threshold.copy_(
         in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
     )

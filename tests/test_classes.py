@@ -20,7 +20,6 @@ from dcp_zoo.model.classes import Class
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.model.text_probe.probe import PENALTIES
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
@@ -135,10 +134,9 @@ def test_new_classes_beside_imagenets(clip, photos):
     assert (len(names), len(set(names)), names[-2:]) == (1000, 998, ["corn cob", "toilet paper"])
     torch.manual_seed(0)
     head = LinearHead(clip, names, torch.randn(1000, clip.num_features), torch.zeros(1000), texts=TEMPLATE)
-    head.text_probe = TextProbe(head.classes, clip.num_features)
+    head.text_probe = head.probe_of(head.classes, sum(clip.widths))
     head.text_probe.weight.normal_()
     head.text_probe.means.normal_()
-    head.text_probe.metric.copy_(torch.eye(clip.num_features))
     head.text_probe.evidence.fill_(1 / len(PENALTIES))
     before = head(x)
     head.add_class("zebra crossing", x[:3])
@@ -214,8 +212,8 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(clip, pictures, tmp_path
 
     write_weights(folder, tensors | {"prompts.text": torch.ones(2, 5)})
     refused("of another shape: prompts.text")
-    write_weights(folder, {name: t for name, t in tensors.items() if name != "classifier.metric"})
-    refused("missing: classifier.metric")
+    write_weights(folder, {name: t for name, t in tensors.items() if name != "classifier.means"})
+    refused("missing: classifier.means")
     write_weights(folder, tensors | {"prompts.text": torch.full_like(tensors["prompts.text"], float("nan"))})
     refused("damaged")
     write_weights(folder, tensors)

@@ -18,7 +18,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import WEIGHTS_NAME, read_config
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.text_probe import fit_on_features
+from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source
@@ -156,7 +156,7 @@ def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
         assert close(head.fuse()(x), head(x), 1e-4)
         loaded = load(clip, head.save_pretrained(tmp_path, torch.float32))
         assert close(loaded(x), head(x), 1e-4)
-        assert close(loaded.plain.encode(x), clip.encode_image(x), 1e-5)
+        assert close(loaded.frozen.encode_image(x), clip.encode_image(x), 1e-5)
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def test_classes_of_a_head(clip, photos):
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
     for probe in (
         None,
-        fit_on_features(fixed.classes, labels, [(features[None], fixed.readings[0].start())])[0],
+        fit_on_features(fixed.classes, labels, [Read(features[None], fixed.own_linear())])[0],
     ):  # as fit-text-probe adds
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):

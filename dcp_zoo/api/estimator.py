@@ -276,7 +276,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 def read_by(head: Head) -> str:
     """What computes the features that a head reads, see `Transformed`."""
     plain = f"{head.encoder.architecture} ({head.encoder.source})"
-    return plain if len(head.readings) == 1 else f"{plain}, changed by {head.method}"
+    return f"{plain}, changed by {head.method}" if head.has_own_features else plain
 
 
 def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:

@@ -183,7 +183,7 @@ def outputs_of(
     """What a model computes of the items' images; features are kept by `kept_features`."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.plain.encoder, items, once=once, precision=precision)
+    source = image_source(model.frozen, items, once=once, precision=precision)
     return read(model, source, batch_size, progress, bool(reject))
 
 

@@ -91,7 +91,7 @@ def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages | G
                 head.set_classnames(split.classnames, settings.texts(target))
             source = images.read(split.test)
             modes = predict_modes(head, source, batch_size, images.progress)
-            if [*modes] == ["stored"] or len(head.readings) == 1:
+            if [*modes] == ["stored"] or not head.has_own_features:
                 modes = {"": modes["stored"]}  # without its text probe it is another method
             for mode, logits in modes.items():
                 answers = Evaluation(split.classnames, split.test, logits)

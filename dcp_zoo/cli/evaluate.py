@@ -87,7 +87,7 @@ def evaluate(
     if claim and precision == AUTO:  # as it was measured
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.plain.encoder, test, progress=progress_bar, precision=precision)
+    source = image_source(model.frozen, test, progress=progress_bar, precision=precision)
     if claims:
         metrics, evaluation = measure(model, source, batch_size, progress_bar)
     else:

@@ -75,7 +75,7 @@ def fit_text_probe(
     run.add_probe(model, split, shots, seed, progress_bar)
     result: Values = {}
     if own and (test := new_images(split.test, model.info, head)):
-        metrics, evaluation = measure(model, image_source(model.plain.encoder, test, progress=progress_bar))
+        metrics, evaluation = measure(model, image_source(model.frozen, test, progress=progress_bar))
         result = measurement(metrics, evaluation)
         output.print(f"[bold]{TEST}: {evaluation.accuracy}[/]")
         if not alone and not model.info.get("image_hashes") and model.info.get("split_sha256") != split.sha256:

@@ -151,7 +151,7 @@ def head_answers(model: Head, photos: Sequence[Photo]) -> list[Answers]:
 @torch.inference_mode()
 def clip_answers(model: Head, photos: Sequence[Photo]) -> list[Answers] | None:
     """CLIP's answers without training, with the dataset's template; None if the head changes the image tower."""
-    if model.plain.encoder is not model.encoder:
+    if model.frozen is not model.encoder:
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
     clip = model.encoder

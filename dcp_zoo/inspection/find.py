@@ -134,7 +134,7 @@ def suggest(
     paths = [image.path for image in find_images([str(images)])]
     paths = paths[:: -(-len(paths) // MOST)]
     known = None if head is None else as_model(head, device)
-    clip = plain_clip(model) if known is None else known.plain.encoder
+    clip = plain_clip(model) if known is None else known.frozen
     clip = clip.to(pick_device(device))
     seen = look(paths, clip, True, progress)
     paths = [path for i, path in enumerate(paths) if i not in seen.errors]

@@ -61,7 +61,7 @@ class CacheHead(LinearHead):
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
     def _own_reading(self) -> Reading:
-        return Reading(self.encoder, self.encoder.encode_image, self._no_linear)
+        return Reading(self.encoder, self.encoder.widths, self.encoder.read, self._no_linear)
 
     def _no_linear(self) -> Any:
         raise ZooError(

@@ -2,12 +2,11 @@
 these tensors by their hash: one head replaces another at the moment when its `config.json` does.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
-statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, E), the upper triangle of
-`.metric` (E (E + 1) / 2,), `.evidence` (K,), and the scalars `.text_scale` and `.threshold`. CLIP's are never included.
+statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,),
+`.evidence` (K,), and the scalars `.text_scale`, `.threshold` and `.spread`. CLIP's are never included.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
-SMALLEST = 1e-6  # text scale
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
-METRIC = f"{FILE_PREFIX}metric"  # the only tensor that a file holds in another form
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
 # what timm is told when a head loads
@@ -109,9 +106,8 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
     shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
     classes, probe = matched(names, head.classes), None
     if any(name.startswith(PREFIX) for name in shapes):
-        width, means = head.encoder.num_features, shapes.get(f"{PREFIX}means", torch.empty(0))
-        two = len(head.readings) == 2 and means.shape[-1] == 2 * width
-        probe = TextProbe(classes, width, 1 + two).to(head.device)
+        means = shapes.get(f"{PREFIX}means", torch.empty(0))
+        probe = head.probe_of(classes, means.shape[-1]).to(head.device)
     check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
     state = read_tensors(directory, config.get("weights_sha256"))
     given = head.texts if isinstance(head.texts, Mapping) else None
@@ -143,8 +139,6 @@ def write(directory: Path, state: Mapping[str, Tensor], config: Values) -> Path:
     """Write both files, see `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {_file_name(name): t.contiguous() for name, t in state.items()}
-    if METRIC in stored:
-        stored[METRIC] = upper_triangle(stored[METRIC])
     check_finite(stored, "Not saved")
     weights, advice = safetensors.save(stored, metadata={"format": "pt"}), "choose another directory"
     config = config | {"weights_sha256": sha256(weights).hexdigest()}
@@ -181,8 +175,8 @@ def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str
     damaged = f"{path} is damaged"
     check_finite(state, damaged)
     name = f"{FILE_PREFIX}text_scale"
-    if (scale := state.get(name)) is not None and not (scale >= SMALLEST).all():
-        raise ZooError(f"{damaged}: {name} is {scale.min():g}, but must be above 0.")
+    if (scale := state.get(name)) is not None and not (scale >= 0).all():
+        raise ZooError(f"{damaged}: {name} is {scale.min():g}, but must be at least 0.")
     return _unpacked(state)
 
 
@@ -202,23 +196,7 @@ def _model_name(name: str) -> str:
 
 def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file as the model has them."""
-    metric = {METRIC: from_upper_triangle(stored[METRIC])} if METRIC in stored else {}
-    return {_model_name(name): t for name, t in (stored | metric).items()}
-
-
-def upper_triangle(square: Tensor) -> Tensor:
-    """A symmetric matrix (E, E) as a checkpoint holds it, (E (E + 1) / 2,)."""
-    return square[tuple(torch.triu_indices(*square.shape))]
-
-
-def from_upper_triangle(values: Tensor) -> Tensor:
-    """The matrix of `upper_triangle`; anything else as it is."""
-    width = math.isqrt(8 * values.numel() + 1) // 2
-    if values.ndim != 1 or width * (width + 1) != 2 * values.numel():
-        return values
-    square, (rows, columns) = values.new_empty(width, width), torch.triu_indices(width, width)
-    square[rows, columns] = square[columns, rows] = values
-    return square
+    return {_model_name(name): t for name, t in stored.items()}
 
 
 @contextmanager

@@ -85,8 +85,7 @@ class ClassEditing(nn.Module, ABC):
         if not exists:
             self.classify_into([*self.classes, one], None)
         with torch.no_grad():
-            start = join([reading.start() for reading in self.reads])
-            probe.add(one, mean, count, self.classes, start)
+            probe.add(one, mean, count, self.classes, join(self.reads))
         self._changed = f"the class {one.name} got other images" if exists else f"the class {one.name} was added"
 
     def remove_class(self, name: str | int) -> None:

@@ -4,9 +4,9 @@ class names and sentences, and zero-shot logits are their scaled cosines. And wh
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,23 @@ from dcp_zoo.model.towers.open_clip import VisionTower, call
 from dcp_zoo.model.towers.text import Runner, TextTower, prompted_text, tokenize_names
 
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
+
+
+class Encoder(Protocol):
+    """What turns images into features, and knows where its weights are from."""
+
+    source: str
+    pretrained_cfg: Values  # timm's, which defines the preprocessing
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+
+    def read(self, images: Images) -> Tensor: ...
+
+    def fingerprint(self) -> str: ...
 
 
 class FrozenCLIP(nn.Module):
@@ -100,6 +117,12 @@ class FrozenCLIP(nn.Module):
         return projection.shape[-1] if projection is not None else width or self.text_tower.width
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Of what `read` gives: E, and V if the image tower has more to say than its embedding."""
+        tower = self.vision_tower_or_none
+        return (self.num_features, tower.backbone_width) if tower and tower.backbone_width else (self.num_features,)
+
+    @property
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
 
@@ -119,23 +142,28 @@ class FrozenCLIP(nn.Module):
             prompts: (M, Dv) beside the image's own tokens, those for each block from `first` on, see `entering`.
             run: calls each block, such as with gradient checkpointing.
         """
+        if not prompts:
+            return self.read(images)[:, : self.num_features]
+        entering = self.enter(images, first)
+        return self.vision_tower.features(self.vision_tower.run(entering.x, prompts, entering.block, run=run))
+
+    def read(self, images: Images) -> Tensor:
+        """Images, in any form -> all that the image tower says of them: CLIP's embedding, and the features of its
+        backbone, see `VisionTower.read`, both normalised (B, E + V). (B, E) of a tower without blocks, such as a
+        ResNet's, and where no more is given."""
         inputs = as_inputs(images)
         if isinstance(inputs, Features):
             return inputs.x
-        if not prompts and self.vision_tower_or_none is None:
+        if self.vision_tower_or_none is None:
             return F.normalize(self.clip.encode_image(inputs.x), dim=-1)
-        entering = self.enter(inputs, first)
-        return self.vision_tower.features(self.vision_tower.run(entering.x, prompts, entering.block, run=run))
+        return self.vision_tower.read(self.enter(inputs))
 
     def enter(self, images: Images, block: int = 0) -> Tokens:
         """Images -> the tokens (B, N, Dv) that enter a block, or a later one if they are tokens that do."""
         inputs, tower = as_inputs(images), self.vision_tower
-        if isinstance(inputs, Tokens):
-            x, start = inputs.x.to(tower.dtype), inputs.block
-        else:
-            x, start = tower.embed(inputs), 0
-        stop = max(start, block)
-        return Tokens(tower.run(x, (), start, stop), stop)
+        entering = inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs)
+        stop = max(entering.block, block)
+        return replace(entering, x=tower.run(entering.x, (), entering.block, stop), block=stop)
 
     def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
@@ -202,11 +230,12 @@ class FrozenCLIP(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """Features of an encoder, and the logits that a classifier on them starts at."""
+    """What is read of an encoder in one pass: one or more parts, and the logits that a classifier on them starts at."""
 
-    encoder: FrozenCLIP  # whose weights a method may have changed
-    encode: Callable[[Images], Tensor]  # images, in any form -> normalised features (B, E)
-    start: Callable[[], Linear]  # logits (B, C) by these features: weight (C, E) and bias (C,)
+    encoder: Encoder  # whose weights a method may have changed
+    widths: tuple[int, ...]  # of the parts
+    encode: Callable[[Images], Tensor]  # images, in any form -> the parts (B, ..), each normalised
+    start: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
     first: int = 0  # the first block that they enter
 
@@ -215,18 +244,34 @@ class Reading:
         """Whether the features depend on more than the encoder's weights."""
         return self.prompts is not None
 
+    def first_part(self) -> "Reading":
+        """The same without its further parts."""
+        width = self.widths[0]
+        if len(self.widths) == 1:
+            return self
+        return replace(self, widths=(width,), encode=lambda images: self.encode(images)[:, :width])
 
-def joined(features: Sequence[Tensor]) -> Tensor:
-    """Normalised features f_r (B, E) of R readings -> [f_1, .., f_R] / sqrt(R), which has the length 1, too."""
-    return torch.cat(list(features), -1) / math.sqrt(len(features)) if len(features) > 1 else features[0]
+
+def parts_of(readings: Sequence[Reading]) -> int:
+    """P, the number of parts of all readings."""
+    return sum(len(reading.widths) for reading in readings)
 
 
-def join(linears: Sequence[Linear]) -> Linear:
-    """The mean of linear functions of each reading's features, as one of the `joined` ones."""
-    if len(linears) == 1:
-        return linears[0]
-    weights, biases = zip(*linears, strict=True)
-    return torch.cat(weights, 1) / math.sqrt(len(weights)), torch.stack(biases).mean(0)
+def joined(features: Sequence[Tensor], parts: int) -> Tensor:
+    """Features of some readings, with P parts in all -> f = [f_1, .., f_P] / sqrt(P), which has the length 1."""
+    return torch.cat(list(features), -1) / math.sqrt(parts) if parts > 1 else features[0]
+
+
+def join(readings: Sequence[Reading]) -> Linear:
+    """The mean of the logits that readings start at, as one linear function of f, see `joined`: weight (C, F) and bias
+    (C,). Further parts, and encoders that read no text, start at nothing."""
+    starts = {i: reading.start() for i, reading in enumerate(readings) if reading.start}
+    biases = torch.stack([bias for _, bias in starts.values()])
+    scale, blocks = math.sqrt(parts_of(readings)) / len(starts), []
+    for i, reading in enumerate(readings):
+        weight = [scale * starts[i][0]] if i in starts else []
+        blocks += [*weight, biases.new_zeros(biases.shape[1], sum(reading.widths[len(weight) :]))]
+    return torch.cat(blocks, 1), biases.mean(0)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

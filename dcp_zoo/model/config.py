@@ -58,7 +58,7 @@ class Abilities(Checked):
     transfers: bool = option(True, "it can classify into classes that it was not trained on")
 
 
-FORMAT_VERSION = 3  # the only one that is read
+FORMAT_VERSION = 4  # the only one that is read
 HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.factory.KINDS`
 COUNT, PERCENT = {"min": 0}, {"min": 0, "max": 100}
 

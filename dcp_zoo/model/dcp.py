@@ -19,12 +19,11 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool_stream
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
-from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined
+from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined, parts_of
 from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images, Inputs, as_inputs
-from dcp_zoo.model.text_probe.probe import TextProbe
 from dcp_zoo.model.tokens import Tokenizer
 from dcp_zoo.model.towers.open_clip import Step, append_prompts
 from dcp_zoo.model.towers.text import Start, TextChunks
@@ -137,11 +136,14 @@ class DCP(Head):
         logits = self.encoder.logits(features, text_features)
         if self.text_probe is None:
             return logits
-        others = [(reading.encode(inputs), *reading.start()) for reading in self.reads[1:]]
+        reads = self.reads
+        others = [reading.encode(inputs) for reading in reads[1:]]
         with torch.autocast(logits.device.type, enabled=False):
-            plain = [F.linear(f.to(weight.dtype), weight, bias) for f, weight, bias in others]
-        logits, features = torch.stack([logits, *plain]).mean(0), joined([features, *(f for f, *_ in others)])
-        return self.text_probe(logits, features, self.classes)
+            for reading, f in zip(reads[1:], others, strict=True):
+                if reading.start:  # plain CLIP's
+                    weight, bias = reading.start()
+                    logits = (logits + F.linear(f[:, : reading.widths[0]].to(weight.dtype), weight, bias)) / 2
+        return self.text_probe(logits, joined([features, *others], parts_of(reads)), self.classes)
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
@@ -315,8 +317,7 @@ class DCP(Head):
             if weight is None:
                 self.text_probe = None
             elif own is None or own.weight.shape != weight.shape:
-                width = self.encoder.num_features
-                self.text_probe = TextProbe(self.classes, width, weight.shape[1] // width).to(weight.device)
+                self.text_probe = self.probe_of(self.classes, weight.shape[1]).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
@@ -335,7 +336,8 @@ class DCP(Head):
         return self.encoder.scaled(self.encode_text())
 
     def _own_reading(self) -> Reading:
-        return Reading(self.encoder, self._encode_own, self._text_linear, self.image_prompts, self.first_block)
+        width, prompts = self.encoder.widths[:1], self.image_prompts
+        return Reading(self.encoder, width, self._encode_own, self._text_linear, prompts, self.first_block)
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics. Among classes with sentences, a new one has its name."""

@@ -5,7 +5,6 @@ the keys and values of these prompts are constants. Outputs that the next block'
 """
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -13,23 +12,26 @@ from torch import Tensor, nn
 
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import call_linear, in_eval_mode
-from dcp_zoo.model.clip import joined
+from dcp_zoo.model.clip import joined, parts_of
+from dcp_zoo.model.inputs import Tokens
 from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.open_clip import OpenClipBlock, OpenClipViT, VisionTower
 
 
 class ImageTower(nn.Module):
-    """images (B, 3, H, W) -> normalised features (B, E), by an image tower without prompts whose blocks are folded."""
+    """images (B, 3, H, W) -> what is read of an image tower without prompts (B, E) or (B, E + V), see
+    `VisionTower.read`; its blocks are folded."""
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, reading: Any) -> None:
         super().__init__()
-        self.visual: Any = visual
+        self.visual: Any = _shared(reading.encoder.visual)
         self.tower: VisionTower = vision_tower(self)
+        self.parts = len(reading.widths)
         fold(self.tower)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tower.features(self.tower.run(self.tower.embed(images), ()))
+        return self.tower.read(self.tower.embed(images), parts=self.parts)
 
 
 class FusedHead(ImageTower):
@@ -40,20 +42,23 @@ class FusedHead(ImageTower):
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from `first` on
     classifier: Tensor  # (C, F)
     bias: Tensor  # (C,)
-    whitening: Tensor  # (E, E), and
-    means: Tensor  # (C, E), see `TextProbe.measure`, of a head that can reject
+    unit: Tensor  # (), and
+    means: Tensor  # (C, F'), see `TextProbe.measure`, of a head that can reject
 
     @torch.no_grad()
     def __init__(self, model: Any) -> None:
-        own, plain = model.reads[0].encoder, model.reads[-1].encoder
-        super().__init__(_shared(own.visual))
-        self.first, self.readings = model.reads[0].first, len(model.reads)
-        self.original = None if plain is own else ImageTower(_shared(plain.visual))
+        own, *others = reads = model.reads
+        super().__init__(own)
+        self.first, self.all_parts = own.first, parts_of(reads)
+        plain = others[0] if others and model.has_own_features else None  # read besides, of the same tower or another
+        other_tower = plain is not None and plain.encoder is not own.encoder
+        self.original = ImageTower(plain) if other_tower else None
+        self.plain_parts = 0 if plain is None or other_tower else len(plain.widths)
         with in_eval_mode(model):  # do not pool over a batch
             tensors = _constants(model)
             tensors["classifier"], tensors["bias"] = model.linear()
             if not model.cannot_reject:
-                tensors["whitening"], tensors["means"] = model.text_probe.measure(model.classes)
+                tensors["unit"], tensors["means"] = model.text_probe.measure(model.classes)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
         self.info = _info(model)
@@ -63,14 +68,15 @@ class FusedHead(ImageTower):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the normalised features (B, F) that the classifier reads."""
-        tower, first = self.tower, self.first
-        x = tower.run(tower.embed(images), (), stop=first)
+        tower, entering = self.tower, self.tower.embed(images)
+        entering = Tokens(tower.run(entering.x, (), stop=self.first), self.first, entering.backbone)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
-        own = tower.features(tower.run(x, [*constants, self.prompts], first))
-        if self.readings == 1:
-            return own
-        plain = tower.features(tower.run(x, (), first)) if self.original is None else self.original(images)
-        return joined([own, plain])
+        features = [tower.read(entering, [*constants, self.prompts], self.parts)]
+        if self.plain_parts:
+            features.append(tower.read(entering, (), self.plain_parts))
+        if self.original is not None:
+            features.append(self.original(images))
+        return joined(features, self.all_parts)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
@@ -95,8 +101,7 @@ class FusedHead(ImageTower):
 
     def distances(self, features: Tensor) -> Tensor:
         """Normalised features (B, F) -> `TextProbe.distance` (B,), of a head that can reject."""
-        plain = features[:, -len(self.whitening) :] * math.sqrt(self.readings)
-        return nearest(plain, self.whitening, self.means)
+        return nearest(features[:, -self.means.shape[1] :].float() * self.unit, self.means)
 
 
 class Attention(nn.Module):

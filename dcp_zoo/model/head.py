@@ -1,13 +1,15 @@
 """What every head is: encoders, what it reads of them, a classifier, and classes.
 
-Of images x, reading r gives normalised features f_r (B, E_r), and a classifier on these starts at f_r W_r^T + b_r. With
-R readings, the features and the logits are
+Of images x, reading r gives one or more normalised features f_p (B, E_p), its parts, and a classifier on the first of
+them starts at f_p W_p^T + b_p, if the encoder reads text. With P parts, of which T have text, features and logits are
 
-    f = [f_1, .., f_R] / sqrt(R)                                                            (B, F)
-    z = f W^T + b    with W = [W_1, .., W_R] / sqrt(R), b the mean of b_r                    (B, C)
+    f = [f_1, .., f_P] / sqrt(P)                                                            (B, F)
+    z = f W^T + b    with W = [W_1, .., W_P] sqrt(P) / T, 0 without text, b the mean of b_p  (B, C)
 
-followed by the text probe, if the head has one. The first reading is the method's own. If the method changed the image
-features, by prompts or by CLIP's weights, a text probe reads those of plain CLIP, too, and starts there at its text.
+followed by the text probe, if the head has one; without one only the method's own first part is read. The first reading
+is the method's own. If the method changed the image features, by prompts or by CLIP's weights, a text probe reads those
+of plain CLIP, too, and starts there at its text. Besides CLIP's embedding it reads what CLIP's image tower has before
+it, see `VisionTower.read`.
 """
 
 import copy
@@ -36,7 +38,7 @@ from dcp_zoo.model.classes import (
     rows_of,
     same_texts,
 )
-from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined
+from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.model.config import REFUSED, Abilities, HeadConfig
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.inputs import Images
@@ -121,23 +123,39 @@ class Head(TimmContract):
     @property
     def readings(self) -> list[Reading]:
         """What a classifier on it can read, the method's own features first, and plain CLIP's last."""
-        own, plain = self._own_reading(), self.plain
-        return [own, plain] if own.is_prompted or own.encoder is not plain.encoder else [own]
+        own = self._own_reading()
+        plain = Reading(self.frozen, self.frozen.widths, self.frozen.read, self.zero_shot_linear)
+        return [own.first_part(), plain] if self.has_own_features else [own]
 
     @property
-    def plain(self) -> Reading:
+    def has_own_features(self) -> bool:
+        """Whether the method changed the image features."""
+        return self._original is not None or self._own_reading().is_prompted
+
+    @property
+    def frozen(self) -> FrozenCLIP:
         """Zero-shot CLIP, before the method changed anything."""
-        clip = self._original or self.encoder
-        return Reading(clip, clip.encode_image, self._plain_linear)
+        return self._original or self.encoder
 
     @property
     def reads(self) -> list[Reading]:
         """The readings of its classifier."""
-        return self.readings[: 1 if self.text_probe is None else self.text_probe.readings]
+        if self.text_probe is None:
+            return [self.readings[0].first_part()]
+        pairs = zip(self.readings, self.text_probe.widths, strict=False)
+        return [reading if reading.widths == widths else reading.first_part() for reading, widths in pairs]
 
-    def _plain_linear(self) -> Linear:
-        """Zero-shot CLIP's logits of these classes by plain CLIP's features."""
-        clip, names, texts = self.plain.encoder, read_of(self.classes), self.texts or TEMPLATE
+    def probe_of(self, classes: Sequence[Class], columns: int) -> TextProbe:
+        """An empty text probe that reads so many columns: all parts of all readings, or each one's first alone."""
+        readings = self.readings
+        if columns != sum(sum(reading.widths) for reading in readings):
+            readings = [reading.first_part() for reading in readings]
+        own = readings[0].widths[0] if self.has_own_features else 0
+        return TextProbe(classes, [reading.widths for reading in readings], own)
+
+    def zero_shot_linear(self) -> Linear:
+        """Zero-shot CLIP's logits of these classes by its image features."""
+        clip, names, texts = self.frozen, read_of(self.classes), self.texts or TEMPLATE
         text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
         return clip.scaled(text)
 
@@ -151,7 +169,7 @@ class Head(TimmContract):
         reads = self.reads
         if len(reads) > 1 and self._original is None:  # what is the same for both is computed once
             images = self.encoder.enter(images, reads[0].first)
-        return joined([reading.encode(images) for reading in reads])
+        return joined([reading.encode(images) for reading in reads], parts_of(reads))
 
     def classify(self, features: Tensor) -> Tensor:
         """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. ZooError as of `linear`."""
@@ -162,8 +180,12 @@ class Head(TimmContract):
     def linear(self) -> Linear:
         """W (C, F) and b (C,), the text probe included. ZooError if the logits are no linear function of the features:
         of a head that keeps its training images, or if text features depend on images, see `DCP.encode_text`."""
-        start = join([reading.start() for reading in self.reads])
+        start = join(self.reads)
         return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
+
+    def own_linear(self) -> Linear:
+        """The method's own logits, without a text probe, by its own features: weight (C, E) and bias (C,)."""
+        return join([self.readings[0].first_part()])
 
     def fuse(self) -> FusedHead:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
@@ -309,7 +331,7 @@ class LinearHead(Head):
         return cls(own, names, *empty, texts=config["dcp"]["texts"], changed=changed, original=original)
 
     def _own_reading(self) -> Reading:
-        return Reading(self.encoder, self.encoder.encode_image, lambda: (self.weight, self.bias))
+        return Reading(self.encoder, self.encoder.widths, self.encoder.read, lambda: (self.weight, self.bias))
 
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """New classes are read by their names; other texts are read for all classes."""

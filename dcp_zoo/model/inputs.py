@@ -1,6 +1,6 @@
 """What a model reads of images, as far as it has been computed: a tensor alone is pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,25 +18,33 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.x)
 
+    def _each(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
+        """With all tensors changed."""
+        return replace(self, **{name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)})
+
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As `Tensor.to`."""
-        return replace(self, x=self.x.to(*args, **kwargs))
+        return self._each(lambda t: t.to(*args, **kwargs))
 
     def split(self: Self, size: int) -> Sequence[Self]:
         """As `Tensor.split`."""
-        return [replace(self, x=part) for part in self.x.split(size)]
+        starts = range(0, len(self), size)
+        return [self._each(lambda t, start=start: t[start : start + size]) for start in starts]  # type: ignore[misc]
 
     def pin_memory(self: Self, *args: Any) -> Self:
         """As `Tensor.pin_memory`: DataLoader calls it."""
-        return replace(self, x=self.x.pin_memory(*args))
+        return self._each(lambda t: t.pin_memory(*args))
 
 
 class Pixels(Inputs):
     """Images (B, 3, H, W), normalised as `create_transform` does."""
 
 
+@dataclass(frozen=True)
 class Maps(Inputs):
     """What leaves a frozen patch embedding: maps (B, Dv, h, w), without positions."""
+
+    backbone: Tensor | None = None  # (B, V), see `VisionTower.backbone_width`, where the embedding computes it
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,11 @@ class Tokens(Inputs):
     """What enters a block of a frozen image tower: tokens (B, N, Dv)."""
 
     block: int = 0
+    backbone: Tensor | None = None  # as of `Maps`
 
 
 class Features(Inputs):
-    """What leaves a frozen image tower: normalised features (B, E)."""
+    """What leaves a frozen image tower: its features (B, E), or also those of its backbone (B, E + V)."""
 
 
 Images = Tensor | Inputs

@@ -100,8 +100,9 @@ class PromptHead(Head):
         return self.encoder.entering(list(self.vision_prompts))
 
     def _own_reading(self) -> Reading:
-        prompts = self.image_prompts if self._prompts_images else None
-        return Reading(self.encoder, self._encode_own, self._text_linear, prompts)
+        if not self._prompts_images:
+            return Reading(self.encoder, self.encoder.widths, self.encoder.read, self._text_linear)
+        return Reading(self.encoder, self.encoder.widths[:1], self._encode_own, self._text_linear, self.image_prompts)
 
     @property
     def _prompts_images(self) -> bool:

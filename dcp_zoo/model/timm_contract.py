@@ -42,7 +42,7 @@ class TimmContract(ClassEditing):
     @property
     def num_features(self) -> int:
         """F, the width of the features that the classifier reads."""
-        return sum(reading.encoder.num_features for reading in self.reads)
+        return sum(sum(reading.widths) for reading in self.reads)
 
     @property
     def head_hidden_size(self) -> int:
@@ -83,7 +83,7 @@ class TimmContract(ClassEditing):
                 1, Dv).
             norm: apply CLIP's final layer norm to the outputs.
             stop_early: compute no block after the last of `indices`; the image features are then taken from that block,
-                of a head that reads two towers those of its own.
+                CLIP's embedding of a head that reads more.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
             intermediates_only: omit the image features.
         """
@@ -103,7 +103,7 @@ class TimmContract(ClassEditing):
         if intermediates_only:
             return outputs
         features = tower.features(final)
-        if not stop_early and features.shape[1] < self.num_features:  # the head reads two towers
+        if not stop_early and features.shape[1] < self.num_features:  # the head reads more
             features = self.forward_features(images)
         return features, outputs
 
@@ -155,7 +155,7 @@ class TimmContract(ClassEditing):
     def walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
         tower, reading = self.encoder.vision_tower, self.readings[0]
-        x, prompts = tower.embed(images), reading.prompts() if reading.prompts else []
+        x, prompts = tower.embed(images).x, reading.prompts() if reading.prompts else []
         n = x.shape[1]
         for i in range(len(tower.blocks)):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x

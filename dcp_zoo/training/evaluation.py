@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.fields import Values
+from dcp_zoo.model.clip import parts_of
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.predictor import read
@@ -136,8 +137,8 @@ def predict_modes(
         outputs = read(head, source, batch_size, progress)
         found[stats] = torch.from_numpy(outputs.logits)
         if outputs.features is not None and head.text_probe is not None:
-            weight, bias = (part.detach().float().cpu() for part in head.reads[0].start())
-            own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(len(head.reads))
+            weight, bias = (part.detach().float().cpu() for part in head.own_linear())
+            own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
             without[NO_CLASSIFIER] = F.linear(own, weight, bias)
     head.stats = None if default else before
     return found | without

@@ -178,7 +178,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         finished = _is_finished(first)
         if options.overwrite or not finished or not _is_head_of(first, run):
             trained, _ = train_head(run, first, replace(options, overwrite=options.overwrite or finished))
-            info, clip = trained.info, trained.plain.encoder
+            info, clip = trained.info, trained.frozen
         else:
             info, clip = made(read_config(first)), None
         measured = {name: info[name] for name in MEASURED if name in info}
@@ -194,7 +194,7 @@ def add_probe(head: Head, split: Split, shots: int | None, seed: int, progress: 
     are put into the order of the split's. Returns how it was fitted, which the head's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
     head.set_classnames(subset.classnames)
-    clip = head.plain.encoder
+    clip = head.frozen
     train = image_source(clip, subset.train, "flip" if clip.stem else "none", progress=progress)
     if head.stats != "stored":
         cast(DCP, head).store_stats(train.batches(64))

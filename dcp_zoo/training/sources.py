@@ -17,9 +17,9 @@ from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.clip import FrozenCLIP, Reading, joined
+from dcp_zoo.model.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels
+from dcp_zoo.model.inputs import Features, Inputs, Pixels
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
@@ -68,7 +68,7 @@ class ImageSource:
     once: bool = False
     precision: str = "float32"
     targets: Tensor | None = field(default=None, init=False)
-    _features: Tensor | None = field(default=None, init=False)  # see `features`
+    _read: Tensor | None = field(default=None, init=False)  # see `read`
 
     @cached_property
     def dataset(self) -> ImageDataset:
@@ -101,28 +101,33 @@ class ImageSource:
         return len({item.label for item in self.items})
 
     def features(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
-        """Normalised features (V, n, E) of all images in order by the plain CLIP, in float32 on the CPU; computed once,
-        unless each pass crops anew. `views`: 1 for view 0, 2 for its mirror image as well; by default all that
-        `batches` show. Given ones stay as they are."""
+        """CLIP's embeddings (V, n, E) of all images in order by the plain CLIP, normalised, in float32 on the CPU.
+        `views`: 1 for view 0, 2 for its mirror image as well; by default all that `batches` show."""
+        count = views or self.num_views
+        if self.targets is not None and len(self.targets) >= count:
+            return self.targets[:count]
+        return self.read(views, progress)[..., : self.clip.num_features]
+
+    def read(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
+        """All that the plain CLIP says of the images (V, n, E + V'), see `FrozenCLIP.read`; computed once, unless each
+        pass crops anew. Given features stay as they are."""
         if self.views is not None and self.has_features:
             return self.views[:views].float()
         count = views or self.num_views
         count = count if self.views is None else min(count, len(self.views))
-        if self.targets is not None and len(self.targets) >= count:
-            return self.targets[:count]
-        if self._features is not None and len(self._features) >= count:
-            return self._features[:count]
+        if self._read is not None and len(self._read) >= count:
+            return self._read[:count]
         kept = "" if self.crops else "features"
-        found = encode_views(self, self.clip.encode_image, count, progress, kept=kept).float()
+        features = encode_views(self, self.clip.read, count, progress, kept=kept).float()
         if kept:
-            self._features = found
-        return found
+            self._read = features
+        return features
 
     def read_by(self, reading: Reading, views: int | None = None, progress: Progress = no_progress) -> Tensor:
-        """`features` as a head reads them: those of the plain CLIP, unless a method changed them. ZooError if the plain
-        ones are given in place of images, and the head reads others."""
+        """The parts of a reading (V, n, ..), normalised, as of `features`. ZooError if features of the plain CLIP are
+        given in place of images, and the reading is of something else."""
         if reading.encoder is self.clip and not reading.is_prompted:
-            return self.features(views, progress)
+            return self.read(views, progress)[..., : sum(reading.widths)]
         if self.has_features:
             raise ZooError("Features do not fit: this model reads images alone, as its method changed what CLIP reads.")
         return encode_views(self, reading.encode, views or self.num_views, progress).float()
@@ -177,20 +182,20 @@ def image_source(
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
     may have features (E,) of the CLIP as their paths; ZooError for another one's."""
     if items and isinstance(items[0].path, Tensor):
-        given = torch.stack([item.path for item in items])
-        if given.shape[1] != clip.num_features:
-            reads = f"this model reads {clip.num_features} columns"
+        given, columns = torch.stack([item.path for item in items]), (clip.num_features, sum(clip.widths))
+        if given.shape[1] not in columns:
+            reads = f"this model reads {' or '.join(map(str, sorted(set(columns))))} columns"
             raise ZooError(f"Features {tuple(given.shape)} do not fit: {reads}. See `transform`.")
+        if given.shape[1] > clip.num_features:
+            given = given * math.sqrt(len(clip.widths))  # each part has the length 1
         return ImageSource(clip, items, create_transform(clip), views=given[None], form=Features)
     crops = augment == "crop-flip"
     source = ImageSource(clip, items, create_transform(clip, crops), workers=workers, crops=crops, once=once)
     stem, views = clip.stem, 2 if augment == "flip" else 1
-    map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
+    map_bytes = 4 * (math.prod(stem.grid) * stem.width + stem.backbone_width) if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
-        source.views = encode_views(
-            source, lambda inputs: stem.patch_maps(inputs.x), views, progress, "images", "patches"
-        )
-        source.form = Maps
+        source.views = encode_views(source, lambda inputs: stem.packed(inputs.x), views, progress, "images", "maps")
+        source.form = stem.unpacked
     else:
         source.flips = augment == "flip"
     source.precision = precision  # not of patch maps, which other models may read
@@ -199,7 +204,8 @@ def image_source(
 
 def features_of(head: Head, source: ImageSource, views: int | None = None, progress: Progress = no_progress) -> Tensor:
     """The normalised features (V, n, F) that a head's classifier reads of images, see `ImageSource.features`."""
-    return joined([source.read_by(reading, views, progress) for reading in head.reads])
+    reads = head.reads
+    return joined([source.read_by(reading, views, progress) for reading in reads], parts_of(reads))
 
 
 @torch.no_grad()

@@ -1,101 +1,147 @@
 """What a text probe is the mean of."""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
-from dcp_zoo.model.text_probe.estimates import half_whitening, means_of_some, minimum
+from dcp_zoo.model.text_probe.estimates import means_of_some, minimum
 from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS
 from dcp_zoo.threads import fair_threads
 
+TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
-ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `Candidates.solve`
+LARGE = 2**20  # images, with their mirror images, times classes: of more there are fewer candidates
+ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `lowest`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 
 
-class Candidates:
-    """What a text probe is the mean of, fitted on normalised features (V, n, E) of training images and their labels
-    (n,), from the scaled text logits a z as a linear function of the features; all on the CPU. `weights` (n,) multiply
-    the losses of the images, whose sum stays as it is."""
+class Candidate(NamedTuple):
+    """Logits: this much of the text logits, and a linear function of some columns of the features."""
 
-    def __init__(self, views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> None:
-        rows, self.text = views.flatten(0, 1), text
+    text: float
+    columns: slice
+    weight: Tensor  # (C, columns)
+    bias: Tensor  # (C,)
+
+
+class Candidates:
+    """The candidates, fitted on features (V, n, W) of training images, normalised parts of these widths one after the
+    other, and their labels (n,), from the scaled text logits a z as a linear function of the first part; all on the
+    CPU. `weights` (n,) multiply the losses of the images, whose sum stays as it is. If the task `is_large`, candidates
+    are fewer: they read all parts, and start at the full text."""
+
+    def __init__(
+        self,
+        views: Tensor,
+        widths: Sequence[int],
+        labels: Tensor,
+        text: Linear,
+        weights: Tensor | None = None,
+        is_large: bool = False,
+    ) -> None:
+        self.is_large = is_large
+        self.rows, self.widths, self.text = views.flatten(0, 1), widths, text
         self.labels = labels.repeat(len(views))
-        self.metric = half_whitening(rows, self.labels)
         counts = torch.bincount(labels, minlength=len(text[0]))
-        self.present, self.means = counts > 0, means_of_some(rows, self.labels, len(counts)).float()
-        self.x, self.start = rows @ self.metric, F.linear(rows, *text).masked_fill(~self.present, -math.inf)
+        self.present, self.means = counts > 0, means_of_some(self.rows, self.labels, len(counts)).float()
+        self.start = F.linear(self.rows[:, : widths[0]], *text)
         self.weights = (len(labels) / (self.present.sum() * len(views) * counts))[self.labels]
         if weights is not None:
             weighted = self.weights * weights.repeat(len(views))
             self.weights = weighted * (self.weights.sum() / weighted.sum())
 
-    def loss(self, d: Tensor, penalty: float) -> Tensor:
-        """What D (C, E) minimises."""
-        losses = F.cross_entropy(self.start + self.x @ d.T, self.labels, reduction="none")
-        return (self.weights * losses).sum() + penalty / 2 * d.square().sum()
+    @property
+    def blocks(self) -> list[tuple[slice, float]]:
+        """The columns that candidates read, and their scale to the length 1: all parts, and each but CLIP's embedding
+        alone."""
+        every = slice(0, self.rows.shape[1]), len(self.widths) ** -0.5
+        alone = [(slice(*ends), 1.0) for ends in pairwise(accumulate(self.widths))]
+        return [every] if self.is_large else [every, *alone]
 
     @cached_property
-    def axes(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (E,) and eigenvectors (E, E) of X^T X."""
-        values, vectors = torch.linalg.eigh((self.x.T @ self.x).double())
-        return values.clamp(min=0).float(), vectors.float()
+    def all(self) -> list[Candidate]:
+        """For each block and each of `TEXTS` one for each of `PENALTIES`, and one for each of `STRENGTHS`."""
+        texts = TEXTS[:1] if self.is_large else TEXTS
+        with fair_threads(1 if self.rows.numel() * len(self.present) < SMALL else None):
+            return [each for columns, scale in self.blocks for each in self._of_block(columns, scale, texts)]
 
-    def solve(self, penalty: float, start: Tensor) -> Tensor:
-        """D (C, E) for this penalty, by L-BFGS from another D. For more than `ENOUGH` images, in coordinates in which
-        the loss is about equally curved, X^T X / C + penalty, so that fewer steps come as close."""
-        if math.isinf(penalty):
-            return torch.zeros_like(start)
-        if len(self.labels) <= ENOUGH:
-            return minimum(lambda d: self.loss(d, penalty), start, max_iter=STEPS, tolerance_grad=1e-3)
-        values, vectors = self.axes
-        scale = (values / len(start) + penalty).rsqrt()
-        back = (vectors * scale).T
-        first = start @ vectors / scale
-        return minimum(lambda u: self.loss(u @ back, penalty), first, max_iter=FEWER_STEPS) @ back
+    def _of_block(self, columns: slice, scale: float, texts: Sequence[float]) -> Iterator[Candidate]:
+        x = scale * self.rows[:, columns]
+        few = len(x) < x.shape[1]  # then D is in the span of the rows, which has fewer dimensions
+        span = torch.linalg.qr(x.T)[0] if few else None
+        x = x if span is None else x @ span
+        weight, bias = self._gaussian(scale * self.rows[:, columns], scale * self.means[:, columns])
+        for text in texts:
+            for d in self._regressions(x, text):
+                yield Candidate(text, columns, scale * (d if span is None else d @ span.T), torch.zeros_like(bias))
+            for strength in STRENGTHS:
+                yield Candidate(text, columns, scale * strength * weight, strength * bias)
 
-    @cached_property
-    def regressions(self) -> Tensor:
-        """D M^T for each of `PENALTIES`, (K, C, E)."""
-        d, rows = torch.zeros(self.text[0].shape), []
-        is_small = self.x.numel() * len(d) < SMALL
-        with fair_threads(1 if is_small else None):
-            for penalty in PENALTIES:
-                d = self.solve(penalty, d)
-                rows.append(d @ self.metric.T)
-        return torch.stack(rows)
+    def _regressions(self, x: Tensor, text: float) -> Iterator[Tensor]:
+        """D (C, E') for each of `PENALTIES`, each from the one before."""
+        start = (text * self.start).masked_fill(~self.present, -math.inf)
+        d = torch.zeros(len(self.present), x.shape[1])
+        axes = eigenvectors(x.T @ x) if len(x) > ENOUGH else None
+        for penalty in PENALTIES:
 
-    @cached_property
-    def gaussian(self) -> Linear:
-        """The scores of Gaussian classes, as spread as the text logits: weight (C, E) and bias (C,)."""
-        middle = self.means[self.present].mean(0)
-        weight = (self.means - middle) @ torch.linalg.matrix_power(self.metric, 4) * self.present[:, None]
-        bias = -(weight * (self.means + middle)).sum(1) / 2
-        scores = self.x @ torch.linalg.matrix_power(self.metric, 3) @ (self.means - middle).T + bias
+            def loss(d: Tensor, penalty: float = penalty) -> Tensor:
+                losses = F.cross_entropy(start + x @ d.T, self.labels, reduction="none")
+                return (self.weights * losses).sum() + penalty / 2 * d.square().sum()
+
+            d = torch.zeros_like(d) if math.isinf(penalty) else lowest(loss, penalty, d, axes)
+            yield d
+
+    def _gaussian(self, rows: Tensor, means: Tensor) -> Linear:
+        """The scores of Gaussian classes, as spread as the text logits: weight (C, E') and bias (C,)."""
+        middle = means[self.present].mean(0)
+        weight = (means - middle) * self.present[:, None]
+        bias = -(weight * (means + middle)).sum(1) / 2
+        scores = rows @ weight.T + bias
         text, own = (z[:, self.present] - z[:, self.present].mean(1, keepdim=True) for z in (self.start, scores))
         strength = text.std() / own.std().clamp(min=1e-6)
         return strength * weight, strength * bias
 
-    @cached_property
-    def added(self) -> Linear:
-        """What each candidate adds to the text logits, as a linear function: weights (K, C, E) and biases (K, C)."""
-        weight, bias = self.gaussian
-        strengths, flat = torch.tensor(STRENGTHS), torch.zeros(len(PENALTIES), len(bias))
-        return (
-            torch.cat([self.regressions, strengths[:, None, None] * weight]),
-            torch.cat([flat, strengths[:, None] * bias]),
-        )
+    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy (sum) of each candidate (K,) on other images: features (m, W), labels (m,)."""
+        text = F.linear(features[:, : self.widths[0]], *self.text)
+        logits = (each.text * text + F.linear(features[:, each.columns], each.weight, each.bias) for each in self.all)
+        return torch.stack([F.cross_entropy(z, labels, reduction="sum") for z in logits])
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Features (m, E) -> the logits (K, m, C) of each candidate."""
-        weight, bias = self.added
-        return F.linear(features, *self.text) + features @ weight.mT + bias[:, None]
+    def mean(self, evidence: Tensor) -> tuple[float, Linear]:
+        """The mean of the candidates by weights (K,): the strength of the text, and weight (C, W) and bias (C,)."""
+        text, weight, bias = 0.0, torch.zeros_like(self.means), torch.zeros(len(self.means))
+        for share, each in zip(evidence.tolist(), self.all, strict=True):
+            text += share * each.text
+            weight[:, each.columns] += share * each.weight
+            bias += share * each.bias
+        return text, (weight, bias)
 
-    def mean(self, weights: Tensor) -> Linear:
-        """What the probe adds to the text logits, by weights (K,) of the candidates: weight (C, E) and bias (C,)."""
-        weight, bias = self.added
-        return (weights[:, None, None] * weight).sum(0), weights @ bias
+    def logits(self, features: Tensor, evidence: Tensor) -> Tensor:
+        """Features (m, W) -> the logits (m, C) of the mean of the candidates."""
+        text, added = self.mean(evidence)
+        return text * F.linear(features[:, : self.widths[0]], *self.text) + F.linear(features, *added)
+
+
+def eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (E,) and eigenvectors (E, E) of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh(square.double())
+    return values.clamp(min=0).float(), vectors.float()
+
+
+def lowest(loss: Callable[[Tensor], Tensor], penalty: float, d: Tensor, axes: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Where a loss is lowest, by L-BFGS from D (C, E). With the `eigenvectors` of X^T X, for a loss of so many images
+    that a step is expensive, in coordinates in which it is about equally curved, X^T X / C + penalty, so that fewer
+    steps come as close."""
+    if axes is None:
+        return minimum(loss, d, max_iter=STEPS, tolerance_grad=1e-3)
+    values, vectors = axes
+    scale = (values / len(d) + penalty).rsqrt()
+    back = (vectors * scale).T
+    return minimum(lambda u: loss(u @ back), d @ vectors / scale, max_iter=FEWER_STEPS) @ back

@@ -5,8 +5,9 @@ a, the scale of the text logits, minimises zero-shot CLIP's cross-entropy (sum) 
 Each candidate counts by its evidence, exp(-sum of cross-entropies) of training images that were left out, in four folds
 (of many images in one): pseudo Bayesian model averaging (Yao et al., Bayesian Analysis 2018). Where the method was
 trained on these images, zero-shot CLIP takes its place there. With one image per class nothing can be left out. Then
-the Gaussians do not count, and all penalties count the same, unless text explains the training images badly: for the
-i-th penalty, exp(10 i max(0, r - 1/4)) with r zero-shot CLIP's loss in units of a random guess's.
+neither the Gaussians nor candidates without text count, and all penalties count the same, unless text explains the
+training images badly: for the i-th penalty, exp(10 i max(0, r - 1/4)) with r zero-shot CLIP's loss in units of a random
+guess's.
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
 that were left out would exceed if their scores were normally distributed, for which 20 are enough. `REJECT_RATES` are
@@ -16,7 +17,9 @@ the other shares. `like_accepted` says how many would pass if their class, and e
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,23 +30,35 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Class
-from dcp_zoo.model.clip import Linear, join
+from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.config import REFUSED
-from dcp_zoo.model.text_probe.candidates import ENOUGH, STRENGTHS, Candidates
+from dcp_zoo.model.text_probe.candidates import ENOUGH, LARGE, STRENGTHS, Candidates
 from dcp_zoo.model.text_probe.estimates import minimum
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe, nearest
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
+GROUP = len(PENALTIES) + len(STRENGTHS)  # candidates of a block of columns and a strength of the text
 FOLDS = 4  # of more than ENOUGH training images one says as much as four
-FittedOn = tuple[Tensor, Linear]  # features (V, n, E) of the training images, and logits as a linear function of these
-LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, E) and labels (m,) that are not part of it
+LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, W) and labels (m,) that are not part of it
+
+
+class Read(NamedTuple):
+    """The training images as one reading of a head has them, in float32 on the CPU."""
+
+    features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's parts
+    start: Linear | None  # the logits by the first part that the probe starts at, if the encoder reads text
+    parts: tuple[int, ...] = ()  # their widths; empty for one part
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.parts or self.features.shape[-1:]
 
 
 def to_nearest_mean(features: Tensor, metric: Tensor, means: Tensor) -> Tensor:
-    """The distance (B,) of features (B, E) to the nearest of the class means (C, E), for M (E, E)."""
+    """The distance (B,) of features (B, E) to the nearest of the class means (C, E), in the metric M^2, M (E, E)."""
     whitening = torch.linalg.matrix_power(metric, 2)
-    return nearest(features, whitening, means @ whitening)
+    return nearest(features @ whitening, means @ whitening)
 
 
 def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
@@ -54,50 +69,62 @@ def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str
 def fit_on_features(
     classes: Sequence[Class],
     labels: Tensor,
-    readings: Sequence[FittedOn],
-    unseen: FittedOn | None = None,
+    readings: Sequence[Read],
+    unseen: Linear | None = None,
     weights: Tensor | None = None,
-) -> tuple[TextProbe, dict[str, object]]:
+) -> tuple[TextProbe, Values]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
     Args:
         classes, labels: of the head, and of the images.
-        readings: features (V, n, E) of the images and their mirror images, in float32 on the CPU, with the method's
-            logits; of two, their mean is read.
-        unseen: the same of zero-shot CLIP, which training images are left out with. Default: the only reading.
+        readings: of the head; of two with text, the first is the method's own, and the probe the mean of both.
+        unseen: zero-shot CLIP's logits by the first part of the last reading with text, with which training images are
+            left out. Default: those that the probe starts at.
         weights: (n,) of the images' losses, see `Candidates`.
     """
-    views = readings[0][0]
-    if len(classes) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
+    with_text = [reading for reading in readings if reading.start]
+    plain = with_text[-1]
+    width = plain.widths[0]
+    if len(classes) > 1 and (plain.features[0] - plain.features[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
-    frozen, zero_shot = unseen or readings[0]
-    text_logits = F.linear(frozen[0], *zero_shot)
+    others = [reading.features[..., reading.widths[0] if reading.start else 0 :] for reading in readings]
+    parts = [width, *(part for reading in readings for part in reading.widths[1 if reading.start else 0 :])]
+    views = [torch.cat([reading.features[..., :width], *others], -1) for reading in with_text]
+    zero_shot = unseen or plain.start
+    assert zero_shot is not None
+    text_logits = F.linear(views[-1][0, :, :width], *zero_shot)
     scale = text_scale(text_logits, labels)
-    text = _times(scale, zero_shot)
-    left_out = folds(frozen, labels, text, weights)
+    task = Leaving(views[-1], parts, labels, _times(scale, zero_shot), weights)
+    fitted = [
+        Candidates(x, parts, labels, _times(scale, reading.start), weights, task.is_large)
+        for x, reading in zip(views, with_text, strict=True)
+        if reading.start
+    ]
+    left_out = list(task.folds())
     if left_out:
-        logits = torch.cat([candidates.logits(features) for candidates, features, _ in left_out], 1)
-        truth = torch.cat([labels for *_, labels in left_out])
-        evidence = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
+        losses = torch.stack([candidates.losses(x, truth) for candidates, x, truth in left_out])
+        evidence = (-losses.sum(0)).softmax(0)
     else:
-        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(classes))
-    fitted = [Candidates(features, labels, _times(scale, linear), weights) for features, linear in readings]
-    probe = TextProbe(classes, views.shape[-1], len(readings))
-    weight, bias = join([each.mean(evidence) for each in fitted])
-    probe.weight.copy_(weight)
-    probe.bias.copy_(bias)
-    probe.text_scale.fill_(scale)
-    probe.metric.copy_(fitted[-1].metric)
-    regressions = evidence[: len(PENALTIES)].clamp(min=1e-6)
+        texts = torch.tensor([candidate.text for candidate in fitted[0].all])
+        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(classes), texts)
+    probe = TextProbe(classes, [reading.widths for reading in readings], width if len(fitted) > 1 else 0)
+    strengths, linears = zip(*(each.mean(evidence) for each in fitted), strict=True)
+    rows, biases = zip(*linears, strict=True)
+    number = sum(map(len, probe.widths))
+    first = torch.cat([row[:, :width] for row in rows], 1) / len(rows)
+    probe.weight.copy_(torch.cat([first, torch.stack(rows).mean(0)[:, width:]], 1) * math.sqrt(number))
+    probe.bias.copy_(torch.stack(biases).mean(0))
+    probe.text_scale.fill_(scale * strengths[0])
+    probe.means.copy_(torch.cat([each.means[:, :width] for each in fitted[:-1]] + [fitted[-1].means], 1))
+    probe.means /= math.sqrt(number)
+    regressions = evidence.unflatten(0, (-1, GROUP))[:, : len(PENALTIES)].sum(0).clamp(min=1e-6)
     probe.evidence.copy_(regressions / regressions.sum())
-    probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
-    info: Values = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
+    info: Values = {"text_scale": round(scale, 4), "text_strength": round(strengths[0], 3)}
     if left_out:
-        info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0))
+        info |= _set_threshold(probe, left_out, evidence)
     if "thresholds" in info and len(classes) > 2:
-        halves = class_halves(frozen, labels, text, weights)
-        if like := [_like_scores(probe, half, evidence) for half in halves]:
-            info["like_accepted"] = share_above(info["thresholds"], np.concatenate(like))
+        like = [_like_scores(probe, half, evidence) for half in task.class_halves()]
+        info |= {"like_accepted": share_above(info["thresholds"], np.concatenate(like))} if like else {}
     return probe, info
 
 
@@ -105,12 +132,50 @@ def _times(scale: float, linear: Linear) -> Linear:
     return scale * linear[0], scale * linear[1]
 
 
-def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) -> dict[str, object]:
-    """Set the unit of distances and the threshold by the images that were left out, of which `logits` (m, C) are,
-    unless they are too few; returns what the head's info says of it."""
-    labels = torch.cat([labels for *_, labels in left_out])
-    if len(labels) < THRESHOLD_IMAGES:
+@dataclass(frozen=True)
+class Leaving:
+    """Features (V, n, W), the parts' widths, labels (n,) and scaled text logits of training images, of which some are
+    left out; `weights` (n,) as in `Candidates`."""
+
+    views: Tensor
+    widths: Sequence[int]
+    labels: Tensor
+    text: Linear
+    weights: Tensor | None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether there are fewer candidates."""
+        return self.views.shape[0] * len(self.labels) * len(self.text[1]) > LARGE
+
+    def without(self, out: Tensor) -> LeftOut:
+        """Candidates without the images that are `out` (n,), and with these."""
+        weights = None if self.weights is None else self.weights[~out]
+        fitted = Candidates(self.views[:, ~out], self.widths, self.labels[~out], self.text, weights, self.is_large)
+        return fitted, self.views[0, out], self.labels[out]
+
+    def folds(self) -> Iterator[LeftOut]:
+        """Without each quarter of the images, or on fewer if no class has four; a class's only image is never left out.
+        Of more than `ENOUGH` images the first alone."""
+        counts, position = torch.bincount(self.labels), within_class(self.labels)
+        number = min(FOLDS, int(counts.max()))
+        for fold in range(0 if number == 1 else 1 if len(self.labels) > ENOUGH else number):
+            yield self.without((position % number == fold) & (counts[self.labels] > 1))
+
+    def class_halves(self) -> Iterator[LeftOut]:
+        """Without half of the classes; both ways, if images are few."""
+        for half in range(1 if len(self.labels) > ENOUGH else 2):
+            out = self.labels % 2 == half
+            if len(self.labels[~out].unique()) > 1 and out.any():
+                yield self.without(out)
+
+
+def _set_threshold(probe: TextProbe, left_out: list[LeftOut], evidence: Tensor) -> Values:
+    """Set the unit of distances and the threshold by the images that were left out, unless they are too few; returns
+    what the head's info says of it."""
+    if sum(len(labels) for *_, labels in left_out) < THRESHOLD_IMAGES:
         return {}
+    logits = torch.cat([candidates.logits(features, evidence) for candidates, features, _ in left_out])
     distances = torch.cat([_distances(candidates, features) for candidates, features, _ in left_out])
     if not distances.mean() > 0:
         return {}
@@ -124,22 +189,13 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) ->
 
 def _distances(candidates: Candidates, features: Tensor) -> Tensor:
     """Distances (m,) of images that were left out to the nearest class mean."""
-    return to_nearest_mean(features, candidates.metric, candidates.means[candidates.present])
-
-
-def class_halves(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> Iterator[LeftOut]:
-    """Candidates from half of the classes, with features and labels of the others; both ways, if images are few."""
-    for half in range(1 if len(labels) > ENOUGH else 2):
-        out = labels % 2 == half
-        if len(labels[~out].unique()) > 1 and out.any():
-            kept = None if weights is None else weights[~out]
-            yield Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]
+    return nearest(features, candidates.means[candidates.present]) / math.sqrt(len(candidates.widths))
 
 
 def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarray:
     """The scores (m,) of images whose classes a head would not know that was fitted to the others."""
     candidates, features, _ = half
-    logits = (evidence[:, None, None] * candidates.logits(features)).sum(0)[:, candidates.present]
+    logits = candidates.logits(features, evidence)[:, candidates.present]
     return in_distribution_score(logits.numpy(), (_distances(candidates, features) / probe.spread).numpy())
 
 
@@ -153,23 +209,13 @@ def text_scale(logits: Tensor, labels: Tensor) -> float:
     return minimum(loss, logits.new_zeros(()), max_iter=100).exp().item()
 
 
-def without_evidence(loss: Tensor, classes: int) -> Tensor:
-    """Weights of the candidates (K,) if no image can be left out, by zero-shot CLIP's loss on the training images."""
+def without_evidence(loss: Tensor, classes: int, texts: Tensor) -> Tensor:
+    """Weights of the candidates (K,), which start at so much of the text (K,), if no image can be left out, by
+    zero-shot CLIP's loss on the training images."""
     guess = math.log(max(classes, 2))
     weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss.item() / guess - 0.25)).softmax(0)
-    return F.pad(weights, (0, len(STRENGTHS)))
-
-
-def folds(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> list[LeftOut]:
-    """Candidates from three quarters of the training images, or on fewer if no class has four, each with features and
-    labels of the others; a class's only image is never left out. Of more than `ENOUGH` images the first alone."""
-    counts, position = torch.bincount(labels), within_class(labels)
-    number, found = min(FOLDS, int(counts.max())), []
-    for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):
-        out = (position % number == fold) & (counts[labels] > 1)
-        kept = None if weights is None else weights[~out]
-        found.append((Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]))
-    return found
+    weights = F.pad(weights, (0, len(STRENGTHS))).repeat(len(texts) // GROUP) * (texts > 0)
+    return weights / weights.sum()
 
 
 def within_class(labels: Tensor) -> Tensor:

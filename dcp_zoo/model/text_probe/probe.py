@@ -22,35 +22,33 @@ NO_THRESHOLD = (
 
 
 class TextProbe(nn.Module):
-    """See the module. `weight` (C, E) and `bias` (C,) are added to the scaled logits, in the order of `classes`, those
-    that it was fitted on; `text_scale` is a. New classes need the mean features `means` (C, E), `metric`, M (E,
-    E), and `evidence`, the weights of `PENALTIES`, which sum to 1.
+    """See the module. `weight` (C, F) and `bias` (C,) are added to the scaled logits, in the order of `classes`, those
+    that it was fitted on; `text_scale` multiplies these. New classes need the mean features `means` (C, F), and
+    `evidence`, the weights of `PENALTIES`, which sum to 1.
 
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
-    frozen tower's features to the nearest of the class means, in the metric M^2, in units of `spread`, the mean of
-    training images that were left out. Classes can be added and removed; other texts unset the threshold.
+    frozen features to the nearest of the class means, in units of `spread`, the mean of training images that were left
+    out. Classes can be added and removed; other texts unset the threshold.
 
     Args:
         classes: those of the head, or as many as its images have.
-        width: E of each reading.
-        readings: 2 if the features are the method's own and the frozen tower's."""
+        widths: of the parts of each reading that it reads.
+        own: how many of the first columns are features that the method changed."""
 
     weight: Tensor
     bias: Tensor
     text_scale: Tensor
     means: Tensor
-    metric: Tensor
     evidence: Tensor
     threshold: Tensor
     spread: Tensor
 
-    def __init__(self, classes: Sequence[Class], width: int, readings: int = 1) -> None:
+    def __init__(self, classes: Sequence[Class], widths: Sequence[Sequence[int]], own: int = 0) -> None:
         super().__init__()
-        self.classes, self.width, self.readings = list(classes), width, readings
+        self.classes, self.widths, self.own = list(classes), [tuple(parts) for parts in widths], own
         for name in ("weight", "means"):
-            self.register_buffer(name, torch.zeros(len(classes), width * readings))
+            self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
-        self.register_buffer("metric", torch.zeros(width, width))
         self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
         for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0}.items():
             self.register_buffer(name, torch.tensor(value))
@@ -75,15 +73,17 @@ class TextProbe(nn.Module):
         return self.text_scale * weight + own[0], self.text_scale * bias + own[1]
 
     def measure(self, classes: Sequence[Class]) -> tuple[Tensor, Tensor]:
-        """What `distance` needs: whitening (E, E), and the class means (C', E) in its space, of those with images."""
-        metric = self.metric.float()
-        whitening = metric @ metric / self.spread.float()
-        means = self._ordered(self.means, classes)[:, -self.width :].float()
-        return whitening, means[means.any(1)] @ whitening * math.sqrt(self.readings)
+        """What `distance` needs: the unit in which the frozen ones of the features are measured, and their class means
+        (C', F') in it, of classes with images."""
+        parts = sum(map(len, self.widths))
+        unit = math.sqrt(parts / (parts - 1 if self.own else parts)) / self.spread.float()
+        means = self._ordered(self.means, classes).float()
+        return unit, means[means.any(1)][:, self.own :] * unit
 
     def distance(self, features: Tensor, classes: Sequence[Class]) -> Tensor:
         """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
-        return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
+        unit, means = self.measure(classes)
+        return nearest(features[:, self.own :].float() * unit, means)
 
     @property
     def rejects(self) -> bool:
@@ -125,9 +125,9 @@ class TextProbe(nn.Module):
         self.means = torch.cat([self.means, mean.to(self.means)[None]])
         own = list(classes).index(one)
         weight, bias = (t.float().cpu() for t in self.linear(text, classes))
-        metric, means = self.metric.float().cpu(), self._ordered(self.means, classes).float().cpu()
-        x, start, labels = self._moved(means, metric), F.linear(means, weight, bias), torch.arange(len(means))
-        column = F.one_hot(torch.tensor(own), len(means)).to(x)
+        x = self._ordered(self.means, classes).float().cpu()
+        start, labels = F.linear(x, weight, bias), torch.arange(len(x))
+        column = F.one_hot(torch.tensor(own), len(x)).to(x)
         row = d = torch.zeros_like(x[0])
         for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
 
@@ -137,12 +137,8 @@ class TextProbe(nn.Module):
 
             if not math.isinf(penalty):
                 d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
-            row = row + evidence * self._moved(d[None], metric)[0]
+            row = row + evidence * d
         self.weight[-1] = row.to(self.weight)
-
-    def _moved(self, rows: Tensor, metric: Tensor) -> Tensor:
-        """Rows (n, F) times M, each reading's part."""
-        return (rows.unflatten(1, (self.readings, self.width)) @ metric).flatten(1)
 
     def remove(self, one: Class) -> None:
         """Forget a class, if it is known."""
@@ -151,8 +147,7 @@ class TextProbe(nn.Module):
         self.weight, self.bias, self.means = self.weight[keep], self.bias[keep], self.means[keep]
 
 
-def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
-    """The distance (B,) of features (B, E) to the nearest mean, see `TextProbe.measure`."""
-    x = features.float() @ whitening
+def nearest(x: Tensor, means: Tensor) -> Tensor:
+    """The distance (B,) of x (B, E) to the nearest of the means (C, E)."""
     squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
     return squared.amin(1).clamp(min=0).sqrt()

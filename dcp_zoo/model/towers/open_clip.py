@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, linear
-from dcp_zoo.model.inputs import Images, Maps, as_inputs
+from dcp_zoo.model.inputs import Images, Maps, Tokens, as_inputs
 
 KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
 
@@ -175,13 +175,15 @@ class VisionTower:
     num_prefix: int  # tokens before the patches: class token and registers
     pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
     has_stem: bool  # whether the patch embedding is more than one convolution, so that its maps are worth keeping
+    backbone_width: int  # V, of what `read` gives besides CLIP's embedding; 0 if a tower has no more than that
     norm: nn.Module  # after the last block
     patch_maps: Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions
     place: Callable[[Tensor], Tensor]  # patch maps -> tokens x (B, N, Dv) that enter block 0, with positions
     # prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position
     embed_prompts: Callable[[Tensor], Tensor]
-    # the `pooled` tokens after the last block (B, 1 or N, Dv) -> features (B, E), not normalised
-    pool: Callable[[Tensor], Tensor]
+    # the `pooled` tokens after the last block (B, 1 or N, Dv) -> what enters CLIP's projection (B, V')
+    hidden: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]  # that -> the embedding (B, E), not normalised
 
     @property
     def num_tokens(self) -> int:
@@ -204,14 +206,41 @@ class VisionTower:
             "dcp_zoo.predict(model, images)."
         )
 
-    def embed(self, images: Images) -> Tensor:
+    def maps(self, images: Tensor) -> Maps:
+        """Images (B, 3, H, W) -> `patch_maps`, and what a stem says of the whole image."""
+        return Maps(self.patch_maps(images))
+
+    def packed(self, images: Tensor) -> Tensor:
+        """`maps` as one row for each image (B, Dv h w + V), as they are stored."""
+        maps = self.maps(images)
+        return torch.cat([maps.x.flatten(1), *([] if maps.backbone is None else [maps.backbone])], 1)
+
+    def unpacked(self, rows: Tensor) -> Maps:
+        """The maps of `packed` rows."""
+        size = self.width * self.grid[0] * self.grid[1]
+        maps, backbone = rows[:, :size].unflatten(1, (self.width, *self.grid)), rows[:, size:]
+        return Maps(maps, backbone if backbone.shape[1] else None)
+
+    def embed(self, images: Images) -> Tokens:
         """Pixels, or their patch maps -> the tokens x (B, N, Dv) that enter block 0."""
         inputs = as_inputs(images)
-        return self.place(inputs.x.to(self.dtype) if isinstance(inputs, Maps) else self.patch_maps(inputs.x))
+        maps = inputs if isinstance(inputs, Maps) else self.maps(inputs.x)
+        return Tokens(self.place(maps.x.to(self.dtype)), 0, maps.backbone)
 
     def features(self, x: Tensor) -> Tensor:
-        """`pool`, normalised; further tokens of x are ignored."""
-        return F.normalize(self.pool(x[:, : self.pooled]), dim=-1)
+        """CLIP's embedding (B, E), normalised, of the tokens after the last block; further ones are ignored."""
+        return F.normalize(self.project(self.hidden(x[:, : self.pooled])), dim=-1)
+
+    def read(self, entering: Tokens, prompts: Sequence[Any] = (), parts: int = 2) -> Tensor:
+        """Tokens, with the prompts from that block on -> `features` (B, E); with more than one of the parts those of
+        the backbone, too (B, E + V), if there are any: what a stem says of the whole image, of another tower what
+        enters CLIP's projection. Each is normalised."""
+        x = self.run(entering.x, prompts, entering.block)
+        if parts == 1 or not self.backbone_width:
+            return self.features(x)
+        hidden = self.hidden(x[:, : self.pooled])
+        backbone = hidden if entering.backbone is None else entering.backbone
+        return torch.cat([F.normalize(self.project(hidden), dim=-1), F.normalize(backbone, dim=-1)], -1)
 
     def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
@@ -258,6 +287,9 @@ class OpenClipViT(VisionTower):
         self.grid, self.patch_size = tuple(visual.grid_size), tuple(visual.patch_size)
         self.token_only = visual.pool_type == "tok" and getattr(visual, "attn_pool", None) is None
         self.pooled = 1 if self.token_only else self.num_tokens
+        self.stem: Any = getattr(visual.conv1, "stem", None)  # the miniature's
+        hidden = 0 if visual.proj is None else visual.proj.shape[0]
+        self.backbone_width = visual.conv1.proj.in_channels if self.stem else hidden
 
     @staticmethod
     def missing(visual: Any) -> list[str]:
@@ -267,6 +299,12 @@ class OpenClipViT(VisionTower):
 
     def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.conv1(self.checked(images))
+
+    def maps(self, images: Tensor) -> Maps:
+        if self.stem is None:
+            return super().maps(images)
+        seen = self.stem(self.checked(images))
+        return Maps(self.visual.conv1.proj(seen), seen.mean((2, 3)))
 
     def place(self, maps: Tensor) -> Tensor:
         visual = self.visual
@@ -278,6 +316,8 @@ class OpenClipViT(VisionTower):
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))
 
-    def pool(self, x: Tensor) -> Tensor:
-        features = self.visual.ln_post(x[:, 0]) if self.token_only else self.visual._pool(x)[0]
-        return features if self.visual.proj is None else features @ self.visual.proj
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.visual.ln_post(x[:, 0]) if self.token_only else self.visual._pool(x)[0]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return hidden if self.visual.proj is None else hidden @ self.visual.proj

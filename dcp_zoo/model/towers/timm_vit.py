@@ -103,6 +103,7 @@ class TimmViT(VisionTower):
         self.grid = tuple(trunk.patch_embed.grid_size)
         self.patch_size = tuple(size // n for size, n in zip(visual.image_size, self.grid, strict=True))
         self.pooled = 1 if trunk.global_pool == "token" and trunk.attn_pool is None else self.num_tokens
+        self.backbone_width = trunk.num_features if len(visual.head) else 0
 
     @staticmethod
     def missing(visual: Any) -> list[str]:
@@ -127,6 +128,9 @@ class TimmViT(VisionTower):
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.trunk.norm_pre(prompts.to(self.dtype))
 
-    def pool(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         trunk = self.visual.trunk
-        return self.visual.head(trunk.forward_head(trunk.norm(x)))
+        return trunk.forward_head(trunk.norm(x))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.visual.head(hidden)

@@ -69,7 +69,7 @@ def inputs(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     source, tower = task.train_images, task.clip.vision_tower
 
     def encode(inputs: Inputs) -> Tensor:
-        return tower.norm(tower.run(tower.embed(inputs), ())[:, 0])
+        return tower.norm(tower.run(tower.embed(inputs).x, ())[:, 0])
 
     def one_pass() -> Tensor:
         return encode_views(source, encode, source.num_views)

@@ -17,7 +17,7 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe.fit import fit_on_features, share_above
+from dcp_zoo.model.text_probe.fit import Read, fit_on_features, share_above
 from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.zero_shot import fit
 from dcp_zoo.training.recipes import MANY, PROBE_REFUSED, BaseRecipe, changed
@@ -40,16 +40,18 @@ def fit_probe(
         raise ZooError(PROBE_REFUSED.format(head.method))
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
-    head.text_probe, count = None, probe_views(train)
-    pairs = [(reading, on_cpu(reading.start())) for reading in head.readings]
-    readings = [(train.read_by(reading, count, progress), start) for reading, start in pairs]
-    unseen = readings[-1][0], on_cpu(head.plain.start())
+    head.text_probe, count, readings = None, probe_views(train), list[Read]()
+    for reading in head.readings:
+        features = train.read_by(reading, count, progress)
+        widths = reading.widths if features.shape[-1] == sum(reading.widths) else reading.widths[:1]  # no more is given
+        readings.append(Read(features, on_cpu(reading.start()) if reading.start else None, widths))
+    unseen = on_cpu(head.zero_shot_linear())
     head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights)
     thresholds: Any = info.get("thresholds")
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
-        shown = image_source(head.plain.encoder, pictures, once=True, precision=train.precision)
+        shown = image_source(head.frozen, pictures, once=True, precision=train.precision)
         features = features_of(head, shown, 1)[0].to(head.device)
         logits, distances = head.classify(features), head.distances(features)
         scores = in_distribution_score(logits.float().cpu().numpy(), distances.float().cpu().numpy())

@@ -42,8 +42,8 @@ def fit(task: Task) -> LinearHead:
     train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
     weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts).requires_grad_()
     if source.views is not None or recipe.augment != "crop-flip":
-        plain = Reading(clip, clip.encode_image, lambda: clip.scaled(weight))
-        source = replace(source, views=source.read_by(plain), form=Features)
+        trained = Reading(clip, clip.widths[:1], clip.encode_image)
+        source = replace(source, views=source.read_by(trained), form=Features)
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         with torch.no_grad():
