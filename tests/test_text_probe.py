@@ -381,7 +381,9 @@ def test_many_images_take_fewer_steps(monkeypatch):
 
     def losses(steps: int) -> tuple[list[float], list[torch.Tensor]]:
         monkeypatch.setattr("dcp_zoo.model.text_probe.candidates.STEPS", steps)
-        rows = [each.weight for each in Candidates(views, (24,), labels, text, is_large=True).all[1 : len(PENALTIES)]]
+        rows = [
+            each.weight for each in Candidates(views, (24,), labels, text, groups=[(0, 1.0)]).all[1 : len(PENALTIES)]
+        ]
         entropies = [F.cross_entropy(start + views[0] @ d.T, labels, reduction="none") for d in rows]
         pairs = zip(entropies, rows, PENALTIES[1:], strict=True)
         return [((weights * e).sum() + p / 2 * d.square().sum()).item() for e, d, p in pairs], rows
@@ -411,7 +413,7 @@ def test_candidates_are_weighed_by_what_was_left_out(monkeypatch):
     """All of them, by hand: the logits of the probe are the mean of the candidates' by evidence."""
     views, labels, text = in_a_cone([1, 6, 3])
     views, widths = with_backbone(views, labels), (24, 10)
-    left_out = list(Leaving(views, widths, labels, text, None).folds())
+    left_out, _ = Leaving(views, widths, labels, text, None).folds()
     assert sum(len(y) for _, _, y in left_out) == 9  # all but the only image of its class
     for problem, features, y in left_out:
         kept = {tuple(row) for row in problem.rows.mul(1e4).round().tolist()}
@@ -428,36 +430,44 @@ def test_candidates_are_weighed_by_what_was_left_out(monkeypatch):
             ]
         )
 
+    monkeypatch.setattr(fitting, "HOPELESS", math.inf)
     losses = sum(
         torch.stack([F.cross_entropy(z, y, reduction="sum") for z in logits(problem, features)])
-        for problem, features, y in Leaving(views, widths, labels, scaled, None).folds()
+        for problem, features, y in Leaving(views, widths, labels, scaled, None).folds()[0]
     )
     evidence = (-losses).softmax(0)
-    of_penalties = evidence.unflatten(0, (2 * len(TEXTS), -1))[:, : len(PENALTIES)].sum(0)
+    of_penalties = evidence.unflatten(0, (-1, len(PENALTIES) + len(STRENGTHS)))[:, : len(PENALTIES)].sum(0)
     assert close(probe.evidence, of_penalties / of_penalties.sum(), 5e-3)
     wanted = torch.einsum("k,kmc->mc", evidence, logits(Candidates(views, widths, labels, scaled), views[0]))
     f = views[0] / math.sqrt(2)
     assert close(probe(F.linear(views[0, :, :24], *text), f, probe.classes), wanted, 1e-2)
     assert info["text_strength"] == pytest.approx(probe.text_scale.item() / info["text_scale"], abs=1e-3)
     monkeypatch.setattr(fitting, "ENOUGH", len(labels) - 1)
-    (problem, features, y), *others = Leaving(views, widths, labels, text, None).folds()
+    (problem, features, y), *others = Leaving(views, widths, labels, text, None).folds()[0]
     assert (len(others), sorted(y.tolist())) == (0, [1, 1, 2])  # of many images the first fold alone
 
 
-def test_of_many_images_and_classes_all_features_and_the_full_text_count(monkeypatch):
+def test_groups_of_candidates_are_left_out(monkeypatch):
+    """Those far behind after the first fold; of many images and classes, those without the full text."""
     views, labels, text = in_a_cone([6, 6, 6])
-    views = with_backbone(views, labels)
+    views, widths = with_backbone(views, labels), (24, 10)
+    right = 5 * text[0], torch.zeros(3)  # without it a candidate is lost
+    monkeypatch.setattr(fitting, "HOPELESS", 0.5)
+    left_out, losses = Leaving(views, widths, labels, right, None).folds()
+    groups = left_out[0][0].groups
+    assert 0 < len(groups) < 2 * len(TEXTS)
+    assert all(problem.groups == groups for problem, *_ in left_out)
+    assert len(losses) == len(left_out[0][0].all) == len(groups) * (len(PENALTIES) + len(STRENGTHS))
     monkeypatch.setattr(fitting, "LARGE", 10)
-    probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text, (24, 10))])
+    probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
     assert info["text_strength"] == 1
-    assert probe.weight[:, :24].any()
     assert probe.weight[:, 24:].any()
 
 
 def test_with_one_image_per_class_all_penalties_count_unless_text_explains_little():
     views, labels, (weight, _) = in_a_cone([1, 1, 1])
     zero = torch.zeros(3)
-    assert not [*Leaving(views, (24,), labels, (weight, zero), None).folds()]  # nothing can be left out
+    assert not Leaving(views, (24,), labels, (weight, zero), None).folds()[0]  # nothing can be left out
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
         probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, (text, zero))])
         assert (probe.evidence[0].item() == pytest.approx(1 / len(PENALTIES), abs=1e-6)) is equal
@@ -490,9 +500,9 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text)])
     scaled = [info["text_scale"] * t for t in text]
     task = Leaving(views, (24,), labels, scaled, None)
-    evidence = (-sum(problem.losses(x, y) for problem, x, y in task.folds())).softmax(0)
-    logits, nearest = [], []
-    for problem, features, _ in task.folds():
+    left_out, losses = task.folds()
+    evidence, logits, nearest = (-losses).softmax(0), [], []
+    for problem, features, _ in left_out:
         logits.append(problem.logits(features, evidence))
         nearest.append(torch.cdist(features, problem.means).amin(1))
     distances = torch.cat(nearest)
@@ -503,7 +513,7 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert probe.threshold.item() == pytest.approx(wanted, abs=2e-2)
     middle = labels == 1  # the first half, without classes 0 and 2, would leave a single class
     rest = labels[~middle].div(2, rounding_mode="floor")
-    fitted = Candidates(views[:, ~middle], (24,), rest, [t[[0, 2]] for t in scaled])
+    fitted = Candidates(views[:, ~middle], (24,), rest, [t[[0, 2]] for t in scaled], groups=problem.groups)
     of_middle = torch.cdist(views[0, middle], fitted.means).amin(1) / probe.spread
     scores = in_distribution_score(fitted.logits(views[0, middle], evidence).numpy(), of_middle.numpy())
     passed = scores >= probe.threshold.item()
@@ -553,8 +563,9 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert (len(plain.reads), plain.num_features) == (2, width + sum(frozen.widths))
     scaled = [[info["text_scale"] * t for t in linear] for linear in (text, zero_shot)]
     task = Leaving(views[1], frozen.widths, train.labels, scaled[1], None)
-    evidence = (-sum(problem.losses(out, y) for problem, out, y in task.folds())).softmax(0)
-    problem = Candidates(with_frozen, frozen.widths, train.labels, scaled[0])
+    left_out, losses = task.folds()
+    evidence, groups = (-losses).softmax(0), left_out[0][0].groups
+    problem = Candidates(with_frozen, frozen.widths, train.labels, scaled[0], groups=groups)
     z = [
         problem.logits(torch.cat([x_own, x_frozen[:, width:]], 1), evidence),
         expected(F.linear(x_frozen[:, :width], *zero_shot), x_frozen / math.sqrt(2), plain.classes),

@@ -61,7 +61,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     be a DataFrame with one column. Methods that need only features take those in their place, see `transform`.
 
     Args:
-        model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
+        model, classifier, recipe, classnames, class_weight, callbacks, device, precision, encoder: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the predictions.
         random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
@@ -86,6 +86,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         classnames: Sequence[str] | None = None,
         class_weight: ClassWeights = None,
         callbacks: Sequence[Callback] | None = None,
+        encoder: str | Sequence[str] | None = None,
         batch_size: int = 64,
         random_state: int | np.random.RandomState | np.random.Generator | None = 1,
         device: str = "auto",
@@ -100,6 +101,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classnames = classnames
         self.class_weight = class_weight
         self.callbacks = callbacks
+        self.encoder = encoder
         self.batch_size = batch_size
         self.random_state = random_state
         self.device = device
@@ -127,7 +129,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         data, history = labelled(images, labels, self.classnames), History()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
-        named = ("recipe", "classifier", "class_weight", "device", "precision")
+        named = ("recipe", "classifier", "class_weight", "device", "precision", "encoder")
         options: Values = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         run = plan_own(data, validation, self.model, self.method, **options)
@@ -276,6 +278,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 def read_by(head: Head) -> str:
     """What computes the features that a head reads, see `Transformed`."""
     plain = f"{head.encoder.architecture} ({head.encoder.source})"
+    plain += "".join(f" and {encoder.source}" for encoder in head.image_encoders)
     return f"{plain}, changed by {head.method}" if head.has_own_features else plain
 
 

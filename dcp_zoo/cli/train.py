@@ -63,6 +63,7 @@ class TrainOptions:
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
     refit: bool | None = opt.option(None, f"{REFIT} Default: for your own images.", "--refit/--no-refit")
     report: opt.Report = None
+    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated: list --encoders.")
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
     workers: opt.Workers = 0
@@ -158,7 +159,7 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Ru
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
-    names = "seed recipe device precision workers class_weight".split()
+    names = "seed recipe device precision workers class_weight encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None

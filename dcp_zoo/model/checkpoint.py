@@ -88,6 +88,7 @@ def head_config(head: "Head", info: Values) -> Values:
             "clip": head.encoder.source,
             "method": head.method,
             "abilities": head.abilities.as_dict(),
+            **_encoders(head),
             **info,
             **block,
             "texts": saved_texts(read, head.texts),
@@ -95,6 +96,13 @@ def head_config(head: "Head", info: Values) -> Values:
             "versions": library_versions(),
         },
     }
+
+
+def _encoders(head: "Head") -> Values:
+    """What a checkpoint says of image encoders beside CLIP, of which it holds no weights."""
+    encoders = head.image_encoders if head.text_probe is not None else []
+    said = [{"name": encoder.source, "fingerprint": encoder.fingerprint()} for encoder in encoders]
+    return {"encoders": said} if said else {}
 
 
 def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = None) -> "Head":

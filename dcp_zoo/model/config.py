@@ -88,6 +88,7 @@ class _Identity(TypedDict):
 class HeadInfo(_Identity, total=False):
     """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
 
+    encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
     read: list[str]  # the names that CLIP reads, where classes have been renamed
     dataset: str | None
@@ -188,7 +189,7 @@ def read_config(directory: str | Path) -> HeadConfig:
 
 def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = ("format_version", "clip", "method", "head", "rest", "abilities", "texts", "read", "versions")
+    omitted = ("format_version", "clip", "method", "head", "rest", "abilities", "texts", "read", "versions", "encoders")
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 

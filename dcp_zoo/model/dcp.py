@@ -137,7 +137,7 @@ class DCP(Head):
         if self.text_probe is None:
             return logits
         reads = self.reads
-        others = [reading.encode(inputs) for reading in reads[1:]]
+        others = [reading.encode(inputs if reading.start else images) for reading in reads[1:]]
         with torch.autocast(logits.device.type, enabled=False):
             for reading, f in zip(reads[1:], others, strict=True):
                 if reading.start:  # plain CLIP's

@@ -54,6 +54,8 @@ class FusedHead(ImageTower):
         other_tower = plain is not None and plain.encoder is not own.encoder
         self.original = ImageTower(plain) if other_tower else None
         self.plain_parts = 0 if plain is None or other_tower else len(plain.widths)
+        encoders = model.image_encoders if model.text_probe is not None else []
+        self.encoders = nn.ModuleList(_shared(encoder) for encoder in encoders)
         with in_eval_mode(model):  # do not pool over a batch
             tensors = _constants(model)
             tensors["classifier"], tensors["bias"] = model.linear()
@@ -76,6 +78,7 @@ class FusedHead(ImageTower):
             features.append(tower.read(entering, (), self.plain_parts))
         if self.original is not None:
             features.append(self.original(images))
+        features += [encoder(images) for encoder in self.encoders]
         return joined(features, self.all_parts)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -153,7 +156,7 @@ def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -
     return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)
 
 
-def _shared(visual: nn.Module) -> nn.Module:
+def _shared(visual: nn.Module) -> Any:
     """A copy with tensors of its own that share the memory of the original's."""
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in visual.parameters()}
     return copy.deepcopy(visual, {**frozen, **{id(t): t.detach() for t in visual.buffers()}})

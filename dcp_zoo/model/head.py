@@ -58,6 +58,7 @@ class Head(TimmContract):
 
     Attributes:
         encoder: the CLIP that the method's own features and the texts of classes come from.
+        image_encoders: `ImageEncoder`s that a text probe reads besides.
         classes: in the order of the logits.
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
@@ -67,6 +68,7 @@ class Head(TimmContract):
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
         self.encoder = clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer)
+        self.image_encoders = nn.ModuleList()
         self._original: FrozenCLIP | None
         self.register_module("_original", original)
         self.text_probe: TextProbe | None
@@ -122,10 +124,11 @@ class Head(TimmContract):
 
     @property
     def readings(self) -> list[Reading]:
-        """What a classifier on it can read, the method's own features first, and plain CLIP's last."""
+        """What a classifier on it can read: the method's own features, plain CLIP's, and those of image encoders."""
         own = self._own_reading()
         plain = Reading(self.frozen, self.frozen.widths, self.frozen.read, self.zero_shot_linear)
-        return [own.first_part(), plain] if self.has_own_features else [own]
+        of_clip = [own.first_part(), plain] if self.has_own_features else [own]
+        return [*of_clip, *(encoder.reading for encoder in self.image_encoders)]
 
     @property
     def has_own_features(self) -> bool:
@@ -166,10 +169,11 @@ class Head(TimmContract):
 
     def encode_image(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier reads."""
-        reads = self.reads
-        if len(reads) > 1 and self._original is None:  # what is the same for both is computed once
-            images = self.encoder.enter(images, reads[0].first)
-        return joined([reading.encode(images) for reading in reads], parts_of(reads))
+        reads, shared = self.reads, images
+        if self.has_own_features and len(reads) > 1 and self._original is None:  # what both need is computed once
+            shared = self.encoder.enter(images, reads[0].first)
+        features = [reading.encode(shared if reading.encoder is self.encoder else images) for reading in reads]
+        return joined(features, parts_of(reads))
 
     def classify(self, features: Tensor) -> Tensor:
         """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. ZooError as of `linear`."""

@@ -113,7 +113,11 @@ class PromptHead(Head):
         return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)
 
     def _trained_state(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoder.")}
+        return {
+            name: p.detach()
+            for name, p in self.named_parameters()
+            if name.startswith(("text_prompts.", "vision_prompts."))
+        }
 
     def _method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "prompts", "rest": self.rest}

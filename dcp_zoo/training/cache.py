@@ -24,7 +24,7 @@ from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import cache_folder
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.clip import Encoder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name
@@ -174,8 +174,8 @@ def image_key(image: str | Path | Image.Image) -> str:
     return f"{archive} {found.st_mtime_ns} {found.st_size} {inside}"
 
 
-def tower_setting(model: FrozenCLIP, what: str, precision: str = "float32") -> str:
-    """What features of a frozen image tower depend on besides the images."""
+def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:
+    """What features of a frozen encoder depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
     preprocessing = [model.pretrained_cfg.get(name) for name in PREPROCESSING]
     return f"{what} {model.fingerprint()} {model.device.type} {preprocessing} {computed_by()}"

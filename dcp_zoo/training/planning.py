@@ -24,6 +24,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.zoo.encoders import check_encoders, load_encoders
 
 ClassWeights = str | Mapping[Any, float] | None
 # of items, augmentation, and whether they are read once: `image_source`, or in a sweep what trials share
@@ -50,6 +51,7 @@ class Run:
     class_weight: tuple[float, ...] | None = None  # of the images' losses for each class. Default: all 1
     probe_class_weight: tuple[float, ...] | None = None  # of the classes in the text probe. Default: all 1
     sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
+    encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
 
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
@@ -79,6 +81,7 @@ class Run:
             self.precision,
             progress,
             probe_weights=self._probe_weights(subset),
+            encoders=load_encoders(self.encoders, clip),
         )
 
     def _probe_weights(self, subset: Split) -> torch.Tensor | None:
@@ -132,6 +135,7 @@ def plan(
     precision: str = AUTO,
     class_weight: ClassWeights = None,
     labels: Sequence[Any] | None = None,
+    encoder: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Run:
     """A run on the images of a split, with all other inputs checked before any work starts.
@@ -143,6 +147,7 @@ def plan(
         device, precision: see `pick_device` and `pick_precision`.
         class_weight: weights by label, or "balanced", see `dcp_zoo.train`.
         labels: of the classes, if not their names.
+        encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
         options: further attributes of `Run`.
     """
     if not 0 <= seed < 2**32:
@@ -155,7 +160,11 @@ def plan(
     fitting = fitting.updated(changes or {}, where="--set")
     if is_own(split.name):
         warn_of_tiny_classes(split)
-    run = Run(model, split, shots, seed, fitting, place, method, precision, **options)
+    encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())
+    if encoders and fitting.classifier == "none":
+        raise ZooError("An image encoder is read by the text probe: choose --classifier text-probe, or omit --encoder.")
+    check_encoders(encoders)
+    run = Run(model, split, shots, seed, fitting, place, method, precision, encoders=encoders, **options)
     return run if class_weight is None else _weighted(run, class_weight, labels or split.classnames)
 
 

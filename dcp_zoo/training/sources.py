@@ -17,7 +17,7 @@ from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.clip import FrozenCLIP, Reading, joined, parts_of
+from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features, Inputs, Pixels
 from dcp_zoo.training.cache import per_image, tower_setting
@@ -129,8 +129,12 @@ class ImageSource:
         if reading.encoder is self.clip and not reading.is_prompted:
             return self.read(views, progress)[..., : sum(reading.widths)]
         if self.has_features:
-            raise ZooError("Features do not fit: this model reads images alone, as its method changed what CLIP reads.")
-        return encode_views(self, reading.encode, views or self.num_views, progress).float()
+            raise ZooError("Features do not fit: this model reads images alone, not only what plain CLIP says of them.")
+        if isinstance(reading.encoder, FrozenCLIP):
+            return encode_views(self, reading.encode, views or self.num_views, progress).float()
+        pixels = replace(self, views=None, form=Pixels)  # which another encoder reads anew
+        kept = "" if self.crops else "features"
+        return encode_views(pixels, reading.encode, views or self.num_views, progress, kept=kept, of=reading.encoder)
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None = None, *, first: int = 0, drop_last: bool = True
@@ -216,10 +220,11 @@ def encode_views(
     progress: Progress = no_progress,
     description: str = "image features",
     kept: str = "",
+    of: Encoder | None = None,
 ) -> Tensor:
     """What `encode`, inputs -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
     on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed,
-    if it depends on the frozen image tower alone; `per_image` may know it already."""
+    if it depends on the frozen encoder alone, `of` CLIP by default; `per_image` may know it already."""
     device, form = source.clip.device, source.form
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
@@ -239,6 +244,6 @@ def encode_views(
     views = views if source.views is None else min(views, len(source.views))
 
     def setting() -> str:
-        return tower_setting(source.clip, kept, source.precision)
+        return tower_setting(of or source.clip, kept, source.precision)
 
     return per_image([item.path for item in source.items], setting, views, batches)

@@ -28,6 +28,7 @@ from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.zoo.encoders import load_encoders
 from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, described, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
@@ -150,6 +151,8 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
         warnings.filterwarnings("ignore", message="Repeated class names")
         head: Head = KINDS[block["head"]].from_config(clip, source.config, tensor_shapes(source.folder))
     head.method, head.abilities = block["method"], Abilities(**cast(Values, block["abilities"]))
+    stored = block.get("encoders", [])
+    head.image_encoders.extend(load_encoders([said["name"] for said in stored], clip, stored))
     return load_head(head, source.folder, source.config)
 
 

@@ -1,5 +1,6 @@
 """What a text probe is the mean of."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -17,9 +18,12 @@ from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
-LARGE = 2**20  # images, with their mirror images, times classes: of more there are fewer candidates
-ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `lowest`
+LARGE = 2**18  # images, with their mirror images, times classes: more start at the full text alone
+ENOUGH, FEWER_STEPS = 2_000, 8  # of more training images a step is expensive, see `lowest`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
+
+
+Group = tuple[int, float]  # of candidates: the number of a block of columns, and the strength of the text
 
 
 class Candidate(NamedTuple):
@@ -34,8 +38,8 @@ class Candidate(NamedTuple):
 class Candidates:
     """The candidates, fitted on features (V, n, W) of training images, normalised parts of these widths one after the
     other, and their labels (n,), from the scaled text logits a z as a linear function of the first part; all on the
-    CPU. `weights` (n,) multiply the losses of the images, whose sum stays as it is. If the task `is_large`, candidates
-    are fewer: they read all parts, and start at the full text."""
+    CPU. `weights` (n,) multiply the losses of the images, whose sum stays as it is. Only candidates of these `groups`
+    are fitted; default: `all_groups`."""
 
     def __init__(
         self,
@@ -44,9 +48,9 @@ class Candidates:
         labels: Tensor,
         text: Linear,
         weights: Tensor | None = None,
-        is_large: bool = False,
+        groups: Sequence[Group] | None = None,
     ) -> None:
-        self.is_large = is_large
+        self.groups = all_groups(widths) if groups is None else groups
         self.rows, self.widths, self.text = views.flatten(0, 1), widths, text
         self.labels = labels.repeat(len(views))
         counts = torch.bincount(labels, minlength=len(text[0]))
@@ -63,16 +67,26 @@ class Candidates:
         alone."""
         every = slice(0, self.rows.shape[1]), len(self.widths) ** -0.5
         alone = [(slice(*ends), 1.0) for ends in pairwise(accumulate(self.widths))]
-        return [every] if self.is_large else [every, *alone]
+        return [every, *alone]
 
     @cached_property
     def all(self) -> list[Candidate]:
-        """For each block and each of `TEXTS` one for each of `PENALTIES`, and one for each of `STRENGTHS`."""
-        texts = TEXTS[:1] if self.is_large else TEXTS
+        """For each group one for each of `PENALTIES`, and one for each of `STRENGTHS`."""
         with fair_threads(1 if self.rows.numel() * len(self.present) < SMALL else None):
-            return [each for columns, scale in self.blocks for each in self._of_block(columns, scale, texts)]
+            return [each for number in range(len(self.blocks)) for each in self._of_block(number)]
 
-    def _of_block(self, columns: slice, scale: float, texts: Sequence[float]) -> Iterator[Candidate]:
+    def of(self, groups: Sequence[Group]) -> "Candidates":
+        """Those of some of the groups, which have been fitted."""
+        some, size = copy.copy(self), len(PENALTIES) + len(STRENGTHS)
+        some.groups = groups
+        some.all = [c for i, c in enumerate(self.all) if self.groups[i // size] in groups]
+        return some
+
+    def _of_block(self, number: int) -> Iterator[Candidate]:
+        texts = [text for block, text in self.groups if block == number]
+        if not texts:
+            return
+        columns, scale = self.blocks[number]
         x = scale * self.rows[:, columns]
         few = len(x) < x.shape[1]  # then D is in the span of the rows, which has fewer dimensions
         span = torch.linalg.qr(x.T)[0] if few else None
@@ -127,6 +141,11 @@ class Candidates:
         """Features (m, W) -> the logits (m, C) of the mean of the candidates."""
         text, added = self.mean(evidence)
         return text * F.linear(features[:, : self.widths[0]], *self.text) + F.linear(features, *added)
+
+
+def all_groups(widths: Sequence[int]) -> list[Group]:
+    """Every block of columns at every strength of the text."""
+    return [(block, text) for block in range(len(widths)) for text in TEXTS]
 
 
 def eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:

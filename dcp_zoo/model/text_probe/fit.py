@@ -32,13 +32,14 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.config import REFUSED
-from dcp_zoo.model.text_probe.candidates import ENOUGH, LARGE, STRENGTHS, Candidates
+from dcp_zoo.model.text_probe.candidates import ENOUGH, LARGE, STRENGTHS, Candidates, Group, all_groups
 from dcp_zoo.model.text_probe.estimates import minimum
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe, nearest
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
 GROUP = len(PENALTIES) + len(STRENGTHS)  # candidates of a block of columns and a strength of the text
+HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
 FOLDS = 4  # of more than ENOUGH training images one says as much as four
 LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, W) and labels (m,) that are not part of it
 
@@ -95,18 +96,17 @@ def fit_on_features(
     text_logits = F.linear(views[-1][0, :, :width], *zero_shot)
     scale = text_scale(text_logits, labels)
     task = Leaving(views[-1], parts, labels, _times(scale, zero_shot), weights)
+    left_out, losses = task.folds()
+    groups = left_out[0][0].groups if left_out else [group for group in task.groups if group[1] > 0]
     fitted = [
-        Candidates(x, parts, labels, _times(scale, reading.start), weights, task.is_large)
+        Candidates(x, parts, labels, _times(scale, reading.start), weights, groups)
         for x, reading in zip(views, with_text, strict=True)
         if reading.start
     ]
-    left_out = list(task.folds())
     if left_out:
-        losses = torch.stack([candidates.losses(x, truth) for candidates, x, truth in left_out])
-        evidence = (-losses.sum(0)).softmax(0)
+        evidence = (-losses).softmax(0)
     else:
-        texts = torch.tensor([candidate.text for candidate in fitted[0].all])
-        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(classes), texts)
+        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(classes), len(groups))
     probe = TextProbe(classes, [reading.widths for reading in readings], width if len(fitted) > 1 else 0)
     strengths, linears = zip(*(each.mean(evidence) for each in fitted), strict=True)
     rows, biases = zip(*linears, strict=True)
@@ -123,7 +123,7 @@ def fit_on_features(
     if left_out:
         info |= _set_threshold(probe, left_out, evidence)
     if "thresholds" in info and len(classes) > 2:
-        like = [_like_scores(probe, half, evidence) for half in task.class_halves()]
+        like = [_like_scores(probe, half, evidence) for half in task.class_halves(groups)]
         info |= {"like_accepted": share_above(info["thresholds"], np.concatenate(like))} if like else {}
     return probe, info
 
@@ -144,30 +144,41 @@ class Leaving:
     weights: Tensor | None
 
     @property
-    def is_large(self) -> bool:
-        """Whether there are fewer candidates."""
-        return self.views.shape[0] * len(self.labels) * len(self.text[1]) > LARGE
+    def groups(self) -> list[Group]:
+        """Those of candidates that are worth fitting before anything is known of them."""
+        groups, rows = all_groups(self.widths), self.views.shape[0] * self.views.shape[1]
+        return groups if rows * len(self.text[1]) <= LARGE else [group for group in groups if group[1] == 1]
 
-    def without(self, out: Tensor) -> LeftOut:
+    def without(self, out: Tensor, groups: Sequence[Group]) -> LeftOut:
         """Candidates without the images that are `out` (n,), and with these."""
         weights = None if self.weights is None else self.weights[~out]
-        fitted = Candidates(self.views[:, ~out], self.widths, self.labels[~out], self.text, weights, self.is_large)
+        fitted = Candidates(self.views[:, ~out], self.widths, self.labels[~out], self.text, weights, groups)
         return fitted, self.views[0, out], self.labels[out]
 
-    def folds(self) -> Iterator[LeftOut]:
-        """Without each quarter of the images, or on fewer if no class has four; a class's only image is never left out.
-        Of more than `ENOUGH` images the first alone."""
+    def folds(self) -> tuple[list[LeftOut], Tensor]:
+        """Without each quarter of the images, or on fewer if no class has four, and the losses (K,) of what was left
+        out; a class's only image is never left out. Of more than `ENOUGH` images the first alone. Groups that are
+        `HOPELESS` after the first are not fitted again."""
         counts, position = torch.bincount(self.labels), within_class(self.labels)
-        number = min(FOLDS, int(counts.max()))
+        number, groups = min(FOLDS, int(counts.max())), self.groups
+        left_out, losses = list[LeftOut](), torch.zeros(len(groups) * GROUP)
         for fold in range(0 if number == 1 else 1 if len(self.labels) > ENOUGH else number):
-            yield self.without((position % number == fold) & (counts[self.labels] > 1))
+            fitted, features, labels = self.without((position % number == fold) & (counts[self.labels] > 1), groups)
+            losses = losses + fitted.losses(features, labels)
+            if fold == 0:
+                best = losses.unflatten(0, (-1, GROUP)).amin(1)
+                kept = best < best.min() + HOPELESS
+                groups = [group for group, is_kept in zip(groups, kept.tolist(), strict=True) if is_kept]
+                fitted, losses = fitted.of(groups), losses[kept.repeat_interleave(GROUP)]
+            left_out.append((fitted, features, labels))
+        return left_out, losses
 
-    def class_halves(self) -> Iterator[LeftOut]:
+    def class_halves(self, groups: Sequence[Group]) -> Iterator[LeftOut]:
         """Without half of the classes; both ways, if images are few."""
         for half in range(1 if len(self.labels) > ENOUGH else 2):
             out = self.labels % 2 == half
             if len(self.labels[~out].unique()) > 1 and out.any():
-                yield self.without(out)
+                yield self.without(out, groups)
 
 
 def _set_threshold(probe: TextProbe, left_out: list[LeftOut], evidence: Tensor) -> Values:
@@ -209,13 +220,12 @@ def text_scale(logits: Tensor, labels: Tensor) -> float:
     return minimum(loss, logits.new_zeros(()), max_iter=100).exp().item()
 
 
-def without_evidence(loss: Tensor, classes: int, texts: Tensor) -> Tensor:
-    """Weights of the candidates (K,), which start at so much of the text (K,), if no image can be left out, by
-    zero-shot CLIP's loss on the training images."""
+def without_evidence(loss: Tensor, classes: int, groups: int) -> Tensor:
+    """Weights of the candidates (K,) of so many groups if no image can be left out, by zero-shot CLIP's loss on the
+    training images."""
     guess = math.log(max(classes, 2))
     weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss.item() / guess - 0.25)).softmax(0)
-    weights = F.pad(weights, (0, len(STRENGTHS))).repeat(len(texts) // GROUP) * (texts > 0)
-    return weights / weights.sum()
+    return F.pad(weights, (0, len(STRENGTHS))).repeat(groups) / groups
 
 
 def within_class(labels: Tensor) -> Tensor:

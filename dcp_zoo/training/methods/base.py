@@ -18,6 +18,7 @@ from dcp_zoo.model.classes import Texts, check_classnames
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import Abilities
 from dcp_zoo.model.head import Head, LinearHead
+from dcp_zoo.model.image_encoder import ImageEncoder
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
@@ -59,6 +60,7 @@ class Task:
         probe_images: the training images without augmentation, for the text probe, if the method has them in a form
             that its head reads faster.
         probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
+        encoders: that the text probe reads beside CLIP.
     """
 
     clip: FrozenCLIP
@@ -75,6 +77,7 @@ class Task:
     reload_clip: Callable[[], FrozenCLIP] | None = None
     probe_images: ImageSource | None = None
     probe_weights: Tensor | None = None
+    encoders: Sequence[ImageEncoder] = ()
 
     @property
     def text(self) -> Tensor:

@@ -106,6 +106,7 @@ def fit_head(name: str, task: "Task") -> "Head":
     told_timm(head)
     head.to(task.clip.device).eval()
     if probed:
+        head.image_encoders.extend(task.encoders)
         images = task.probe_images or task.plain_train
         found = fit_probe(head, images, task.progress, task.probe_weights)
         head.info = head.info | {"text_probe": found}

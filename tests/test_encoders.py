@@ -1,0 +1,129 @@
+"""Image encoders of timm beside CLIP: through training, files and every deployed form."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import close
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch.nn import functional as F
+
+from dcp_zoo import FewShotClassifier, create_model, predict, train
+from dcp_zoo.data.pixels import crop
+from dcp_zoo.deploy import OnnxClassifier, export
+from dcp_zoo.errors import ZooError
+from dcp_zoo.zoo.encoders import list_encoders, load_encoders
+from dcp_zoo.zoo.factory import create_transform, plain_clip
+
+MODELS = {"convolutional": "test_resnet", "transformer": "test_vit"}  # timm's smallest
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> dict[str, str]:
+    """Folders that hold timm's models with random weights, as `timm.create_model` reads them."""
+    places = {}
+    for kind, name in MODELS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(0)
+        save_for_hf(timm.create_model(name), folder, safe_serialization=True)
+        places[kind] = f"local-dir:{folder}"
+    return places
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[list[Image.Image], list[str]]:
+    """Noise in three colours."""
+    rng, images = np.random.default_rng(0), []
+    for i in range(24):
+        noise = rng.normal(128, 50, (200, 200, 3)).clip(0, 255).astype(np.uint8)
+        noise[..., i % 3] //= 3
+        images.append(Image.fromarray(noise))
+    return images, ["red", "green", "blue"] * 8
+
+
+@pytest.fixture(scope="module")
+def head(encoders, pictures):
+    return train("dcp_mini", *pictures, encoder=list(encoders.values()))
+
+
+@torch.no_grad()
+def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
+    """Its features are those of timm's model, of the same crop in its own mean and deviation."""
+    clip = plain_clip("dcp_mini")
+    pixels = torch.from_numpy(crop(pictures[0][0], clip.pretrained_cfg))
+    pixels = pixels if len(pixels) == 3 else pixels.permute(2, 0, 1)
+    x = create_transform(clip)(pictures[0][0])[None]
+    for encoder in load_encoders(list(encoders.values()), clip):
+        cfg = encoder.model.pretrained_cfg
+        mean, std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
+        own = (pixels / 255 - mean) / std
+        wanted = encoder.model.forward_head(encoder.model.forward_features(own[None]), pre_logits=True)
+        assert encoder.size == (192, 192)
+        assert close(encoder.read(x), F.normalize(wanted, dim=-1), 1e-4)
+        with pytest.raises(ZooError, match=r"reads images, and not what CLIP makes of them \(Maps\)"):
+            encoder.read(clip.vision_tower.maps(x))
+
+
+@torch.no_grad()
+def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path):
+    images, labels = pictures
+    assert [encoder.source for encoder in head.image_encoders] == [*encoders.values()]
+    assert head.num_features == sum(head.encoder.widths) + sum(e.widths[0] for e in head.image_encoders)
+    assert head.text_probe.weight[:, sum(head.encoder.widths) :].any()
+    x = torch.stack([create_transform(head)(image) for image in images[:4]])
+    wanted = head(x)
+    assert close(head.encode_image(x).norm(dim=1), torch.ones(4))
+    assert close(head.fuse()(x), wanted, 1e-4)
+    folder = head.save_pretrained(tmp_path / "head")
+    loaded = create_model(str(folder), True).eval()
+    assert close(loaded(x), wanted, 1e-4)
+    assert not any("image_encoders" in name for name in load_file(folder / "model.safetensors"))
+    path = export(loaded, tmp_path / "head.onnx")
+    assert close(torch.from_numpy(OnnxClassifier(path)(x.numpy())), wanted, 1e-3)
+    names = [found[0].name for found in predict(head, images[:4])]
+    assert names == [head.classnames[i] for i in wanted.argmax(-1)]
+    head.add_class("bright", torch.ones(3, 3, 192, 192))
+    assert head(torch.ones(1, 3, 192, 192)).argmax() == 3
+    head.remove_class("bright")
+    assert close(head(x), wanted, 1e-4)
+
+
+def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
+    folder = head.save_pretrained(tmp_path / "head")
+    config = json.loads((folder / "config.json").read_text())
+    config["dcp"]["encoders"][0]["fingerprint"] = "0" * 16
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZooError, match="not those that the head was trained with"):
+        create_model(str(folder), True)
+
+
+def test_prompts_are_trained_beside_an_encoder(encoders, pictures):
+    images, labels = pictures
+    head = train("dcp_mini", images, labels, method="dcp", recipe={"epochs": 1}, encoder=encoders["convolutional"])
+    assert len(head.reads) == 3
+    x = torch.stack([create_transform(head)(image) for image in images[:2]])
+    with torch.no_grad():
+        assert close(head.fuse()(x), head(x), 1e-4)
+
+
+def test_errors_name_the_choices(encoders, pictures, monkeypatch):
+    with pytest.raises(ZooError, match="timm has no pretrained image model 'vit_smal'.*Nearest: .*list --encoders"):
+        FewShotClassifier(encoder="vit_smal").fit(*pictures)
+    with pytest.raises(ZooError, match="read by the text probe: choose --classifier text-probe, or omit --encoder"):
+        FewShotClassifier(encoder=encoders["transformer"], method="zero-shot").fit(*pictures)
+    with pytest.raises(ZooError, match="cannot be loaded.*downloaded once, by timm: connect to the internet"):
+        FewShotClassifier(encoder="local-dir:/nowhere").fit(*pictures)
+    classifier = FewShotClassifier(encoder=encoders["transformer"]).fit(*pictures)
+    with pytest.raises(ZooError, match="not of dcp_mini"):
+        FewShotClassifier().fit(classifier.transform(pictures[0]), pictures[1])
+
+
+def test_suggested_encoders_say_their_licence():
+    rows = {row.name: row for row in list_encoders()}
+    small = rows["vit_small_patch14_dinov2.lvd142m"]
+    assert (small.parameters, small.features, small.license) == (22.1, 384, "apache-2.0")
+    assert all(row.license for row in rows.values())
