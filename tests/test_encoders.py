@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from dcp_zoo import FewShotClassifier, create_model, predict, train
 from dcp_zoo.data.pixels import crop
-from dcp_zoo.deploy import OnnxClassifier, export
+from dcp_zoo.deploy import OnnxClassifier
+from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.zoo.encoders import list_encoders, load_encoders
 from dcp_zoo.zoo.factory import create_transform, plain_clip
@@ -70,7 +71,7 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
 
 @torch.no_grad()
 def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path):
-    images, labels = pictures
+    images = pictures[0]
     assert [encoder.source for encoder in head.image_encoders] == [*encoders.values()]
     assert head.num_features == sum(head.encoder.widths) + sum(e.widths[0] for e in head.image_encoders)
     assert head.text_probe.weight[:, sum(head.encoder.widths) :].any()

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from helpers import close, loud, write_weights
+from helpers import close, loud
 from safetensors.torch import load_file, save_file
 from shared import CFG
 from torch.nn import functional as F

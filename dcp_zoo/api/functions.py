@@ -78,8 +78,9 @@ def train(
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
             images (0: threads of this one); `encoder`, an image model of timm, or several, that the text probe
             reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of
-            `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch in which prompts are trained; `overwrite`, to replace a checkpoint in `output`; `progress`,
-            which wraps loops in a progress bar, as `rich.progress.track` does (default: tqdm's).
+            `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch in which prompts are trained;
+            `overwrite`, to replace a checkpoint in `output`; `progress`, which wraps loops in a progress bar, as
+            `rich.progress.track` does (default: tqdm's).
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
