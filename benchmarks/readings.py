@@ -1,50 +1,69 @@
-"""What reading a head both ways costs: one image through fused heads, ViT-B/16 with random weights, one thread.
+"""What it costs to read more than CLIP's embedding: one image through fused heads, random weights, one thread.
 
     python benchmarks/readings.py      writes results/readings.csv
 
-The heads are timed in turn: the median over the turns of each head's processor time in units of the text probe's on the
-frozen tower in the same turn. Each fused head is first checked against the head that it was made of.
+The heads are timed in turn: the median over the turns of each head's processor time in units of the first's, a text probe
+on the embedding alone, in the same turn. Each fused head is first checked against the head that it was made of.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import timm
 import torch
 
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head, LinearHead
+from dcp_zoo.model.image_encoder import ImageEncoder
 from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "readings.csv"
-MODEL, CLASSES, TURNS, BATCHES = "dcp_vitb16", 100, 7, (1, 4)
-SIZE = (3, 224, 224)
+WITH_PROMPTS, MODELS = "dcp_vitb16", ("dcp_mini", "dcp_vitb32", "dcp_vitb16")
+ENCODER = "vit_small_patch14_dinov2"
+CLASSES, TURNS, BATCHES = 100, 7, (1, 4)
+NAMES = [f"thing {i}" for i in range(CLASSES)]
 
 
-def heads() -> dict[str, Head]:
-    """With random prompts and an empty text probe, which costs what a fitted one does."""
-    clip, names = plain_clip(MODEL, with_weights=False), [f"thing {i}" for i in range(CLASSES)]
-    images = torch.randn(4, *SIZE)
+def probed(clip: FrozenCLIP, widths: Sequence[Sequence[int]], encoders: Sequence[ImageEncoder] = ()) -> Head:
+    """A head with an empty text probe on parts of these widths, which costs what a fitted one does."""
+    head = LinearHead(clip, NAMES, *clip.scaled(clip.zero_shot_classifier(NAMES)))
+    head.image_encoders.extend(encoders)
+    head.text_probe = TextProbe(head.classes, widths)
+    return head.eval()
 
-    def dcp(readings: int, **options: object) -> Head:
-        head = DCP(clip, names, **options).eval()
-        head.store_stats(images)
-        head.text_probe = TextProbe(
-            head.classes, [reading.widths for reading in head.readings[:readings]], clip.num_features
-        )
-        return head
 
-    probe = LinearHead(clip, names, *clip.scaled(clip.zero_shot_classifier(names)))
-    probe.text_probe = probe.probe_of(probe.classes, sum(clip.widths))
-    every = len(clip.vision_tower.blocks)
-    return {
-        "text probe": probe,
-        "DCP, last three blocks": dcp(1, prompted_blocks=3),
-        "DCP, last three blocks, both readings": dcp(2, prompted_blocks=3),
-        "DCP, all blocks": dcp(1, prompted_blocks=every),
-        "DCP, all blocks, both readings": dcp(2, prompted_blocks=every),
+def prompted(clip: FrozenCLIP, images: torch.Tensor, readings: int, blocks: int) -> Head:
+    """A DCP with random prompts in the last blocks, whose text probe reads its own features, or also plain CLIP's."""
+    head = DCP(clip, NAMES, prompted_blocks=blocks).eval()
+    head.store_stats(images)
+    widths = [reading.widths for reading in head.readings[:readings]]
+    head.text_probe = TextProbe(head.classes, widths, clip.num_features)
+    return head
+
+
+def heads(model: str) -> dict[str, Head]:
+    clip = plain_clip(model, with_weights=False)
+    size = clip.visual.image_size
+    patches = size[0] // 14 * 14, size[1] // 14 * 14
+    dino = ImageEncoder(timm.create_model(ENCODER, num_classes=0, img_size=patches), ENCODER, patches, clip)
+    found = {
+        "embedding": probed(clip, [clip.widths[:1]]),
+        "embedding and backbone": probed(clip, [clip.widths]),
+        "beside DINOv2-S": probed(clip, [clip.widths, dino.widths], [dino]),
+    }
+    if model != WITH_PROMPTS:
+        return found
+    images, every = torch.randn(4, 3, *size), len(clip.vision_tower.blocks)
+    return found | {
+        "DCP, last three blocks": prompted(clip, images, 1, 3),
+        "DCP, last three blocks, both readings": prompted(clip, images, 2, 3),
+        "DCP, all blocks": prompted(clip, images, 1, every),
+        "DCP, all blocks, both readings": prompted(clip, images, 2, every),
     }
 
 
@@ -52,17 +71,20 @@ def heads() -> dict[str, Head]:
 def main() -> None:
     """Measure and write the table."""
     torch.set_num_threads(1)
-    rows, found = [], heads()
-    fused = {name: head.fuse() for name, head in found.items()}
-    for batch in BATCHES:
-        images = torch.randn(batch, *SIZE)
-        for name, model in fused.items():
-            assert torch.allclose(model(images), found[name](images), atol=1e-3), name
-        turns = [{name: seconds(model, images) for name, model in fused.items()} for _ in range(TURNS)]
-        for name in fused:
-            ratio = statistics.median(turn[name] / turn["text probe"] for turn in turns)
-            middle = statistics.median(turn[name] for turn in turns) / batch
-            rows.append({"head": name, "batch": batch, "seconds_per_image": round(middle, 3), "ratio": round(ratio, 2)})
+    rows = []
+    for model in MODELS:
+        found = heads(model)
+        fused = {name: head.fuse() for name, head in found.items()}
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, *found["embedding"].encoder.visual.image_size)
+            for name, head in fused.items():
+                assert torch.allclose(head(images), found[name](images), atol=1e-3), name
+            turns = [{name: seconds(head, images) for name, head in fused.items()} for _ in range(TURNS)]
+            for name in fused:
+                ratio = statistics.median(turn[name] / turn["embedding"] for turn in turns)
+                middle = statistics.median(turn[name] for turn in turns) / batch
+                row = {"model": model, "head": name, "batch": batch}
+                rows.append(row | {"seconds_per_image": round(middle, 4), "ratio": round(ratio, 2)})
     pd.DataFrame(rows).to_csv(RESULTS, index=False)
     print(pd.DataFrame(rows).to_string(index=False))
 

@@ -469,7 +469,7 @@ def test_features_take_the_place_of_images(pictures, fitted):
     with pytest.raises(ZooError, match="dcp needs images, not only their features: choose from zero-shot, "):
         clone(first).set_params(method="dcp").fit(features, labels)
     for wrong, message in (
-        (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 columns"),
+        (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 or 1792 columns"),
         (lambda: fitted.predict(features), "features of dcp_mini .bundled., not of dcp_mini .bundled., changed by dcp"),
     ):
         with pytest.raises(ZooError, match=message):
@@ -683,9 +683,9 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     paths, labels = pictures
     monkeypatch.setattr("dcp_zoo.training.sources.VIEW_BATCH", 2)
     whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
-    few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_image
+    few, read = FewShotClassifier(memory=tmp_path), FrozenCLIP.read
     runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
-    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
+    monkeypatch.setattr(FrozenCLIP, "read", lambda *args: runs() and read(*args))
     with pytest.raises(KeyboardInterrupt):
         few.fit(paths, labels)
     assert runs.call_count == 6

@@ -296,5 +296,5 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     err = run.refused("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "refit", "--output", tmp_path / "x")
     assert f"other classes than {tmp_path / 'refit'}. It lacks {NAMES[0]}. New: unknown." in err
     shutil.move(tmp_path / "photos" / "unknown", tmp_path / "photos" / NAMES[0])
-    assert head.info["text_probe"]["evidence"]
+    assert head.info["text_probe"]["text_scale"]
     assert head.info["metrics"].keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}

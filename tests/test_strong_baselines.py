@@ -52,7 +52,7 @@ def with_random_features(given: Task) -> Task:
     sources = [replace(given.train), replace(given.train, items=[*given.train.items * 13, *given.train.items[:3]])]
     for source in sources:
         noise = 1.5 * torch.randn(1, len(source.items), texts.shape[1]) / texts.shape[1] ** 0.5
-        source._features = F.normalize(texts[source.labels] + noise, dim=-1)
+        source._read = F.normalize(texts[source.labels] + noise, dim=-1)
     return replace(given, train=sources[0], val=sources[1])
 
 
@@ -60,7 +60,7 @@ def relabelled(source: ImageSource, labels: torch.Tensor) -> ImageSource:
     """The first images of a source, with these labels."""
     items = [item._replace(label=int(y)) for item, y in zip(source.items, labels, strict=False)]
     other = replace(source, items=items)
-    other._features = source.features()[:, : len(labels)]
+    other._read = source.features()[:, : len(labels)]
     return other
 
 
@@ -68,7 +68,10 @@ def relabelled(source: ImageSource, labels: torch.Tensor) -> ImageSource:
 def plain_features(given: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features of training images (9, E), validation images (3, E) and class names (C, E)."""
     sources = given.train, given.val
-    train, val = (encode_image(given.clip, pixels(s)) if s._features is None else s._features[0] for s in sources)
+    train, val = (
+        encode_image(given.clip, pixels(s)) if s._read is None else s._read[0][:, : s.clip.num_features]
+        for s in sources
+    )
     return train, val, encode_text(given.clip, fill(TEMPLATE))
 
 
@@ -201,7 +204,7 @@ def test_gda_takes_random_crops(clip, photos):
     views = given.augmented_features(2)
     assert views.shape[:2] == (2, 9)
     assert not torch.allclose(views[0], views[1], atol=1e-3)
-    assert given.train._features is None
+    assert given.train._read is None
 
 
 def test_gda_chooses_alpha_on_the_validation_images(clip, photos):
@@ -688,7 +691,7 @@ def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatc
     embedded = Count(monkeypatch, OpenClipViT, "embed")
     fit_head("2sfs", given)
     assert embedded.calls == 2  # once for each view
-    assert given.train._features is None
+    assert given.train._read is None
 
 
 # -------------------------------------------------------------------------------------------- properties of all of them
@@ -739,7 +742,7 @@ def test_training_on_random_crops(method, clip, photos):
     given = task(method, clip, photos, augment="crop-flip", **({"augment_epochs": 2} if method == "clap" else {}))
     given.train = image_source(clip, photos[:9], "crop-flip")
     assert logits_of(fit_head(method, given), given.val).shape == (3, 3)
-    assert given.train._features is None
+    assert given.train._read is None
 
 
 @pytest.mark.parametrize("method", ["clap", "promptsrc", "clip-lora", "2sfs"])

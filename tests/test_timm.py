@@ -275,7 +275,7 @@ def test_forward_intermediates(model):
     assert [tuple(class_token.shape) for _, class_token in pairs] == [(2, 1, 256)] * n_blocks
     torch.testing.assert_close(pairs[2][0], model.encoder.visual.ln_post(tokens[2]))
     projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.encoder.visual.proj, dim=-1)
-    torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 2**0.5)  # the first of two readings
+    torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 3**0.5)  # the first of three parts
     with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
 
@@ -287,7 +287,7 @@ def test_intermediates_and_attention_with_late_coupling():
     features, maps = late.forward_intermediates(IMAGES)
     torch.testing.assert_close(features, late.forward_features(IMAGES))
     plain = plain_clip("dcp_mini").vision_tower
-    tokens = plain.run(plain.embed(IMAGES), (), stop=4)[:, 1:]
+    tokens = plain.run(plain.embed(IMAGES).x, (), stop=4)[:, 1:]
     torch.testing.assert_close(maps[3].flatten(2).mT, tokens)
     assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * 6
     assert attention_weights(late, IMAGES).shape == (2, 2, 17, 1 + 36 + 16), "of the two blocks with prompts"
@@ -303,8 +303,8 @@ def test_stop_early_runs_no_further_block(model):
         hook.remove()
     whole, (late,) = model.forward_intermediates(IMAGES, [1])
     assert torch.equal(early, late)
-    assert features.shape == (len(IMAGES), whole.shape[1] // 2)  # of the head's own reading alone
-    assert not torch.equal(features, whole[:, : features.shape[1]] * 2**0.5)
+    assert (features.shape[1], whole.shape[1]) == (512, 512 + 512 + 1280)  # of CLIP's embedding alone
+    assert not torch.equal(features, whole[:, :512] * 3**0.5)
 
 
 @torch.inference_mode()

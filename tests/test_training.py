@@ -190,7 +190,7 @@ def test_cached_patch_maps_give_the_same_logits_and_batches(sources):
     model = mini().eval()
     cached = sources()
     plain = replace(cached, views=None, form=Pixels)
-    assert cached.views.shape[:3] == (1, 8, 256)
+    assert cached.views.shape == (1, 8, 256 * 36 + 1280)
     assert torch.allclose(predict(model, cached, 3), predict(model, plain, 3), atol=1e-4)
     labels = torch.cat([y for _, y in cached.batches(3)])
     assert torch.equal(labels, torch.tensor([0, 1] * 4))
@@ -200,8 +200,9 @@ def test_the_second_view_is_the_mirror_image(sources):
     source = sources("flip")
     first = next(iter(replace(sources(), views=None, form=Pixels).batches(8)))[0].x
     with torch.no_grad():
-        assert torch.allclose(source.views[0], source.clip.visual.conv1(first), atol=1e-4)
-        assert torch.allclose(source.views[1], source.clip.visual.conv1(first.flip(-1)), atol=1e-4)
+        for view, x in zip(source.views, (first, first.flip(-1)), strict=True):
+            assert torch.allclose(source.form(view).x, source.clip.visual.conv1(x), atol=1e-4)
+            assert torch.allclose(source.form(view).backbone, source.clip.visual.conv1.stem(x).mean((2, 3)), atol=1e-4)
 
 
 def test_shuffled_batches_have_equal_size_and_follow_the_seed(sources):
@@ -220,9 +221,10 @@ def test_shuffled_batches_have_equal_size_and_follow_the_seed(sources):
 def test_patch_maps_replace_the_images(sources):
     model = mini().eval()
     source = sources()
-    assert source.form is Maps
     images = torch.stack([source.transform(load_image(item.path)) for item in source.items])
     maps, _ = next(iter(source.batches(len(source.items))))
+    assert type(maps) is Maps
+    torch.testing.assert_close(source.clip.read(maps), source.clip.read(images))
     torch.testing.assert_close(model(maps), model(images))
     torch.testing.assert_close(model.encode_image(maps), model.encode_image(images))
     model.store_stats(source.batches(3))

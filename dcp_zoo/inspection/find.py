@@ -76,12 +76,13 @@ def search(
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
+        features = look(paths, clip, True, progress).features
     else:
         photo = look([str(like)], clip)
         if photo.errors:
             raise ZooError(photo.errors[0])
-        wanted = photo.features[0]
-    similarity = np.nan_to_num(look(paths, clip, True, progress).features @ wanted, nan=-2)
+        wanted, features = photo.joined[0], look(paths, clip, True, progress).joined
+    similarity = np.nan_to_num(features @ wanted, nan=-2)
     best = np.argsort(-similarity, kind="stable")[:count]
     found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
     if not found:
@@ -139,8 +140,8 @@ def suggest(
     seen = look(paths, clip, True, progress)
     paths = [path for i, path in enumerate(paths) if i not in seen.errors]
     done = [] if labelled is None else [image.path for image in find_images([str(labelled)])]
-    given = look(done, clip, True, progress).features if done else seen.features[:0]
-    features, of_labelled = (torch.from_numpy(part[~np.isnan(part[:, 0])]) for part in (seen.features, given))
+    given = look(done, clip, True, progress).joined if done else seen.joined[:0]
+    features, of_labelled = (torch.from_numpy(part[~np.isnan(part[:, 0])]) for part in (seen.joined, given))
     files = [paths[i] for i in spread(features, of_labelled, count)]
     if not files:
         raise ZooError(f"No image of {images} is left to label: all have a label, or cannot be read.")

@@ -25,7 +25,8 @@ STATISTICS = 5  # of each image
 class Seen:
     """What is known of n images; those that cannot be read have NaN."""
 
-    features: np.ndarray  # normalised, float32 (n, E)
+    features: np.ndarray  # CLIP's embeddings, normalised, float32 (n, E)
+    joined: np.ndarray  # beside what its image tower has before them: (n, E + V), of the length 1, too
     grey: np.ndarray  # the images squeezed into a square, uint8 (n, 32, 32); 0 without an image
     statistics: np.ndarray  # float32 (n, 5), see `_measured`
     errors: dict[int, str]  # why an image cannot be read, by its position
@@ -39,17 +40,18 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
         return by_image(progress, _rows(images, positions, model, errors), "images", len(positions))
 
     with kept_features(features_folder()) if keep else nullcontext():
-        found = per_image(images, lambda: tower_setting(model, "seen"), 1, rows)[0].numpy()
-    grey, statistics, features = np.split(found, (GREY**2, GREY**2 + STATISTICS), axis=1)
-    return Seen(features, np.nan_to_num(grey).reshape(-1, GREY, GREY).astype(np.uint8), statistics, errors)
+        found = per_image(images, lambda: tower_setting(model, "seen and read"), 1, rows)[0].numpy()
+    grey, statistics, whole = np.split(found, (GREY**2, GREY**2 + STATISTICS), axis=1)
+    grey = np.nan_to_num(grey).reshape(-1, GREY, GREY).astype(np.uint8)
+    return Seen(whole[:, : model.num_features], whole / len(model.widths) ** 0.5, grey, statistics, errors)
 
 
 @torch.inference_mode()
 def _rows(
     images: Sequence[ImageLike], positions: Sequence[int], model: FrozenCLIP, errors: dict[int, str]
 ) -> Iterator[Tensor]:
-    """Batches (1, m, 1024 + 5 + E) of the grey copies, statistics and features of images at these positions, NaN for
-    those that cannot be read, of which `errors` then say why."""
+    """Batches (1, m, 1024 + 5 + E + V) of the grey copies, statistics and features of images at these positions, NaN
+    for those that cannot be read, of which `errors` then say why."""
     transform = create_transform(model)
 
     def read(image: ImageLike) -> tuple[Tensor, Tensor] | str:
@@ -64,10 +66,10 @@ def _rows(
         batch = dict(zip(part, in_threads(read, (images[i] for i in part)), strict=True))
         errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
         read_here = [place for place, i in enumerate(part) if i not in errors]
-        rows = torch.full((len(part), GREY**2 + STATISTICS + model.num_features), math.nan)
+        rows = torch.full((len(part), GREY**2 + STATISTICS + sum(model.widths)), math.nan)
         if read_here:
             measured, inputs = map(torch.stack, zip(*(batch[part[place]] for place in read_here), strict=True))
-            features = model.encode_image(inputs.to(model.device)).float().cpu()
+            features = model.read(inputs.to(model.device)).float().cpu()
             rows[read_here] = torch.cat([measured, features], 1)
         yield rows[None]
 

@@ -156,16 +156,14 @@ class Leaving:
         return fitted, self.views[0, out], self.labels[out]
 
     def folds(self) -> tuple[list[LeftOut], Tensor]:
-        """Without each quarter of the images, or on fewer if no class has four, and the losses (K,) of what was left
-        out; a class's only image is never left out. Of more than `ENOUGH` images the first alone. Groups that are
-        `HOPELESS` after the first are not fitted again."""
-        counts, position = torch.bincount(self.labels), within_class(self.labels)
-        number, groups = min(FOLDS, int(counts.max())), self.groups
-        left_out, losses = list[LeftOut](), torch.zeros(len(groups) * GROUP)
-        for fold in range(0 if number == 1 else 1 if len(self.labels) > ENOUGH else number):
-            fitted, features, labels = self.without((position % number == fold) & (counts[self.labels] > 1), groups)
+        """Without the images of each of `fold_masks`, and the losses (K,) of these. Groups that are `HOPELESS` after
+        the first fold are not fitted again."""
+        groups, left_out = self.groups, list[LeftOut]()
+        losses = torch.zeros(len(groups) * GROUP)
+        for out in fold_masks(self.labels):
+            fitted, features, labels = self.without(out, groups)
             losses = losses + fitted.losses(features, labels)
-            if fold == 0:
+            if not left_out:
                 best = losses.unflatten(0, (-1, GROUP)).amin(1)
                 kept = best < best.min() + HOPELESS
                 groups = [group for group, is_kept in zip(groups, kept.tolist(), strict=True) if is_kept]
@@ -226,6 +224,15 @@ def without_evidence(loss: Tensor, classes: int, groups: int) -> Tensor:
     guess = math.log(max(classes, 2))
     weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss.item() / guess - 0.25)).softmax(0)
     return F.pad(weights, (0, len(STRENGTHS))).repeat(groups) / groups
+
+
+def fold_masks(labels: Tensor) -> list[Tensor]:
+    """Which of the training images (n,) each fold leaves out: a quarter, or more if no class has four; a class's only
+    image never. Of more than `ENOUGH` images the first fold alone."""
+    counts, position = torch.bincount(labels), within_class(labels)
+    number = min(FOLDS, int(counts.max()))
+    folds = 0 if number == 1 else 1 if len(labels) > ENOUGH else number
+    return [(position % number == fold) & (counts[labels] > 1) for fold in range(folds)]
 
 
 def within_class(labels: Tensor) -> Tensor:
