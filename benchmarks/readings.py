@@ -2,7 +2,7 @@
 
     python benchmarks/readings.py      writes results/readings.csv
 
-The heads are timed in turn: the median over the turns of each head's processor time in units of the first's, a text probe
+The heads are timed in turn: the median over the turns of the processor time in units of the first head's, a text probe
 on the embedding alone, in the same turn. Each fused head is first checked against the head that it was made of.
 """
 

@@ -18,7 +18,7 @@ from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
-LARGE = 2**18  # images, with their mirror images, times classes: more start at the full text alone
+LARGE = 2**16  # images, with their mirror images, times classes: more start at the full text alone
 ENOUGH, FEWER_STEPS = 2_000, 8  # of more training images a step is expensive, see `lowest`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 

@@ -5,9 +5,9 @@ a, the scale of the text logits, minimises zero-shot CLIP's cross-entropy (sum) 
 Each candidate counts by its evidence, exp(-sum of cross-entropies) of training images that were left out, in four folds
 (of many images in one): pseudo Bayesian model averaging (Yao et al., Bayesian Analysis 2018). Where the method was
 trained on these images, zero-shot CLIP takes its place there. With one image per class nothing can be left out. Then
-neither the Gaussians nor candidates without text count, and all penalties count the same, unless text explains the
-training images badly: for the i-th penalty, exp(10 i max(0, r - 1/4)) with r zero-shot CLIP's loss in units of a random
-guess's.
+only softmax regressions count that start at the text, on all parts or CLIP's backbone alone, and all penalties count
+the same, unless text explains the training images badly: for the i-th penalty, exp(10 i max(0, r - 1/4)) with r
+zero-shot CLIP's loss in units of a random guess's.
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
 that were left out would exceed if their scores were normally distributed, for which 20 are enough. `REJECT_RATES` are
@@ -97,7 +97,7 @@ def fit_on_features(
     scale = text_scale(text_logits, labels)
     task = Leaving(views[-1], parts, labels, _times(scale, zero_shot), weights)
     left_out, losses = task.folds()
-    groups = left_out[0][0].groups if left_out else [group for group in task.groups if group[1] > 0]
+    groups = left_out[0][0].groups if left_out else task.safe_groups(len(plain.widths))
     fitted = [
         Candidates(x, parts, labels, _times(scale, reading.start), weights, groups)
         for x, reading in zip(views, with_text, strict=True)
@@ -148,6 +148,10 @@ class Leaving:
         """Those of candidates that are worth fitting before anything is known of them."""
         groups, rows = all_groups(self.widths), self.views.shape[0] * self.views.shape[1]
         return groups if rows * len(self.text[1]) <= LARGE else [group for group in groups if group[1] == 1]
+
+    def safe_groups(self, blocks: int) -> list[Group]:
+        """Those that may count without evidence: of the first blocks, which read nothing but CLIP alone, with text."""
+        return [(block, text) for block, text in self.groups if block < blocks and text > 0]
 
     def without(self, out: Tensor, groups: Sequence[Group]) -> LeftOut:
         """Candidates without the images that are `out` (n,), and with these."""
