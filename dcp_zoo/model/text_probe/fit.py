@@ -10,8 +10,10 @@ i-th penalty, exp(10 i max(0, r - 1/4)) with r zero-shot CLIP's loss in units of
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
 that were left out would exceed if their scores were normally distributed, for which 20 are enough. `REJECT_RATES` are
-the other shares. `like_accepted` says how many would pass if their class, and every second one, was unknown,
-`others_accepted` how many of everyday pictures pass. Other rules, and validation images: see `benchmarks/notes.md`.
+the other shares. Images that were added as corrections do not count where 20 others are left out: they are the hard
+ones, and would lower the threshold. `like_accepted` says how many would pass if their class, and every second one, was
+unknown, `others_accepted` how many of everyday pictures pass. Other rules, and validation images: see
+`benchmarks/notes.md`.
 """
 
 import math
@@ -57,6 +59,7 @@ def fit_on_features(
     readings: Sequence[FittedOn],
     unseen: FittedOn | None = None,
     weights: Tensor | None = None,
+    typical: Tensor | None = None,
 ) -> tuple[TextProbe, dict[str, object]]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
@@ -66,6 +69,7 @@ def fit_on_features(
             logits; of two, their mean is read.
         unseen: the same of zero-shot CLIP, which training images are left out with. Default: the only reading.
         weights: (n,) of the images' losses, see `Candidates`.
+        typical: (n,), which images set the threshold, if enough of them are left out. Default: all.
     """
     views = readings[0][0]
     if len(classes) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
@@ -93,7 +97,8 @@ def fit_on_features(
     probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
     info: Values = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in evidence.tolist()]}
     if left_out:
-        info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0))
+        chosen = None if typical is None else torch.cat([typical[out] for out in fold_masks(labels)])
+        info |= _set_threshold(probe, left_out, (evidence[:, None, None] * logits).sum(0), chosen)
     if "thresholds" in info and len(classes) > 2:
         halves = class_halves(frozen, labels, text, weights)
         if like := [_like_scores(probe, half, evidence) for half in halves]:
@@ -105,9 +110,11 @@ def _times(scale: float, linear: Linear) -> Linear:
     return scale * linear[0], scale * linear[1]
 
 
-def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) -> dict[str, object]:
+def _set_threshold(
+    probe: TextProbe, left_out: list[LeftOut], logits: Tensor, typical: Tensor | None
+) -> dict[str, object]:
     """Set the unit of distances and the threshold by the images that were left out, of which `logits` (m, C) are,
-    unless they are too few; returns what the head's info says of it."""
+    unless they are too few; the threshold by the `typical` (m,) of them. Returns what the head's info says of it."""
     labels = torch.cat([labels for *_, labels in left_out])
     if len(labels) < THRESHOLD_IMAGES:
         return {}
@@ -116,6 +123,8 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) ->
         return {}
     probe.spread.copy_(distances.mean())
     scores = torch.from_numpy(in_distribution_score(logits.numpy(), (distances / probe.spread).numpy()))
+    if typical is not None and typical.sum() >= THRESHOLD_IMAGES:
+        scores = scores[typical]
     middle, deviation = scores.mean().item(), scores.std().item()
     thresholds = {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
@@ -163,13 +172,19 @@ def without_evidence(loss: Tensor, classes: int) -> Tensor:
 def folds(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> list[LeftOut]:
     """Candidates from three quarters of the training images, or on fewer if no class has four, each with features and
     labels of the others; a class's only image is never left out. Of more than `ENOUGH` images the first alone."""
-    counts, position = torch.bincount(labels), within_class(labels)
-    number, found = min(FOLDS, int(counts.max())), []
-    for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):
-        out = (position % number == fold) & (counts[labels] > 1)
+    found = []
+    for out in fold_masks(labels):
         kept = None if weights is None else weights[~out]
         found.append((Candidates(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]))
     return found
+
+
+def fold_masks(labels: Tensor) -> list[Tensor]:
+    """Of each fold, which images (n,) it leaves out."""
+    counts, position = torch.bincount(labels), within_class(labels)
+    number = min(FOLDS, int(counts.max()))
+    rounds = 0 if number == 1 else 1 if len(labels) > ENOUGH else number
+    return [(position % number == fold) & (counts[labels] > 1) for fold in range(rounds)]
 
 
 def within_class(labels: Tensor) -> Tensor:
