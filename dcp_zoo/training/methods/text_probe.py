@@ -44,7 +44,8 @@ def fit_probe(
     pairs = [(reading, on_cpu(reading.start())) for reading in head.readings]
     readings = [(train.read_by(reading, count, progress), start) for reading, start in pairs]
     unseen = readings[-1][0], on_cpu(head.plain.start())
-    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights)
+    typical = torch.tensor([not item.added for item in train.items])
+    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical)
     thresholds: Any = info.get("thresholds")
     head.to(head.device)
     if thresholds and not train.has_features:
