@@ -337,8 +337,10 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
     table = tmp_path / "corrections.csv"
     table.write_text("file,class\n" + "".join(f"{file},none of these\n" for file in sorted(files)[1:]))
     assert run.ok("search", folder, "--to-label", "--labels", table, "--labelled", first).strip() == min(files)
-    with pytest.raises(ZooError, match="left to label: all have a label, are black, or cannot be read"):
-        dcp_zoo.suggest(folder / "cat", labelled=folder)
+    table.write_text("file,class\n" + "".join(f"{file.name},cat\n" for file in (folder / "cat").iterdir()))
+    for options in ({"labelled": folder}, {"labels": table}):
+        with pytest.raises(ZooError, match="left to label: all have a label, are black, or cannot be read"):
+            dcp_zoo.suggest(folder / "cat", **options)
     with pytest.raises(ZooError, match="exists already"):
         dcp_zoo.suggest(folder, output=first)
     run.ok("train", first, "--test", 0, "--output", tmp_path / "head")

@@ -139,13 +139,13 @@ def suggest(
         check_new(Path(output), Path(images))
     paths = [image.path for image in find_images([str(images)])]
     answers = read_answers(labels, paths, [str(images)])
-    paths = [path for path in paths if path not in answers]
-    paths = paths[:: max(1, -(-len(paths) // MOST))]
+    paths = paths[:: -(-len(paths) // MOST)]
     known = None if head is None else as_model(head, device)
     clip = plain_clip(model) if known is None else known.plain.encoder
     clip = clip.to(pick_device(device))
     seen = look(paths, clip, True, progress)
     usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
+    usable &= [path not in answers for path in paths]
     paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
     done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
     others = look(done, clip, True, progress).features if done else seen.features[:0]
