@@ -2,6 +2,7 @@
 
     python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
+    python benchmarks/rejection.py --data-root DATA --corrected  writes results/rejection_corrected.csv
     python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
 
 DATA: see `sets.py`. A text probe is trained on a few images of half of the classes of a set, another half for every
@@ -10,10 +11,15 @@ PACS's domains, which share their classes, are not far from each other). The thr
 --choose compares scores on the sets for choosing, which decided the one that heads use. --real-clip takes features of
 the real CLIP ViT-B/32, see `real_clip.py`, without its text, of which only parts are known; these sets took part in
 the choice. Of two sets that share a kind of thing neither is far from the other.
+
+--corrected fits a head to about 30 images, at least two of each class, and again to half as many more of the same
+classes: random ones, mistakes of the first head, or those that it is least certain about, with their true labels. The
+threshold is set by all images, or by the first ones. Part "choosing" decided that; nothing was chosen by "reporting".
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -22,10 +28,11 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from sets import CHOOSING, REPORTING
+from sets import CHOOSING, REPORTING, parquet
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
+from tuning import of_class
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.cli.console import progress_bar
@@ -43,6 +50,12 @@ MODEL, IMAGES, SEEDS, FAR = "dcp_mini", (1, 2, 6, 16), (1, 2), 200
 HEADS_OWN = "entropy and distance"  # the score that heads reject by
 REAL = {"Caltech-101": "caltech101", "flowers": "oxford_flowers", "actions": "ucf101", "aircraft": "fgvc"}
 RELATED = [{"Caltech-101", "flowers"}, {"Caltech-101", "aircraft"}]
+MORE = {name: partial(parquet, name) for name in ("fifteen_scenes", "hand_signs", "corn_leaves")}
+PARTS = {
+    "choosing": ("PACS, art paintings", "PACS, cartoons", "Caltech-101", "PACS, photos"),
+    "reporting": ("flowers", "EuroSAT", "groceries", "PACS, sketches", *MORE),
+}
+FIRST, DRAWS = 30, range(1, 7)  # images of the first head, and its classes and images
 Linear = tuple[Tensor, Tensor]
 
 
@@ -68,15 +81,23 @@ class RealFeatures:
 class Features:
     """Those of the miniature for one set: of its training images and their mirror images, and of its test images."""
 
-    def __init__(self, make: Callable[[Path, Path], Any], data: Path, folder: Path) -> None:
+    def __init__(self, make: Callable[[Path, Path], Any], data: Path, folder: Path, few: bool = False) -> None:
         clip, pool = plain_clip(MODEL), make(data, folder)
         self.names, train, test = pool
+        if few:
+            train, test = (self.drawn(items, *most) for items, most in ((train, (60, 1200)), (test, (40, 1000))))
         sources = [image_source(clip, items, "flip", 0, progress_bar, True) for items in (train, test)]
         self.train, self.labels = sources[0].features(2, progress_bar), sources[0].labels
         self.test, self.test_labels = sources[1].features(1, progress_bar)[0], sources[1].labels
         self.text = on_cpu(clip.scaled(clip.zero_shot_classifier(self.names)))
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
         self.everyday = image_source(clip, pictures).features(1)[0]
+
+    def drawn(self, items: Sequence[Item], each: int, most: int) -> list[Item]:
+        """So many of each class, and about `most` in all."""
+        each = max(10, min(each, most // len(self.names)))
+        of_each = (of_class(items, label) for label in range(len(self.names)))
+        return [item for own in of_each for item in random.Random(1).sample(own, min(each, len(own)))]
 
 
 def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tensor]:
@@ -135,6 +156,39 @@ def measured(
         yield row
 
 
+def corrected(name: str, sets: Mapping[str, Features], seed: int) -> Iterator[dict[str, Any]]:
+    """A row for each kind of images that are added, and for each kind that sets the threshold."""
+    own, rng = sets[name], random.Random(seed)
+    classes = sorted(rng.sample(range(len(own.names)), max(2, len(own.names) // 2)))
+    each = max(2, -(-FIRST // len(classes)))
+    of_each = [(own.labels == label).nonzero().flatten().tolist() for label in classes]
+    of_each = [rng.sample(rows, len(rows)) for rows in of_each]
+    first, pool = ([row for rows in of_each for row in rows[part]] for part in (slice(each), slice(each, None)))
+    labels = torch.tensor([classes.index(label) if label in classes else -1 for label in own.labels.tolist()])
+    text, named = (own.text[0][classes], own.text[1][classes]), [Class(own.names[label]) for label in classes]
+    known = torch.isin(own.test_labels, torch.tensor(classes))
+    others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
+
+    def fitted(rows: list[int], typical: Tensor | None = None) -> Any:
+        return fit_on_features(named, labels[rows], [Read(own.train[:, rows], text)], typical=typical)[0]
+
+    p = F.linear(own.train[0, pool], *fitted(first).linear(text, named)).softmax(1)
+    wrong = [row for row, answer in zip(pool, p.argmax(1), strict=True) if answer != labels[row]]
+    number = min(len(first) // 2, len(wrong))
+    added = {"none": [], "random images": rng.sample(pool, number), "mistakes": rng.sample(wrong, number)}
+    added["least certain"] = [pool[i] for i in p.amax(1).argsort()[:number].tolist()]
+    for what, more in added.items():
+        typical = torch.arange(len(first) + number) < len(first)
+        for threshold, by in {"all images": None, "the first images": typical[: len(first) + len(more)]}.items():
+            probe = fitted(first + more, by)
+            row = {"part": next(part for part in PARTS if name in PARTS[part]), "set": name, "seed": seed}
+            row |= {"added": what, "images": len(first) + len(more), "threshold": threshold}
+            for column, f in {"known": own.test[known], "near": own.test[~known], "far": others}.items():
+                found = scores(own.train, labels, text, probe, f)[HEADS_OWN]
+                row[column] = 100 * (found >= probe.threshold).float().mean().item()
+            yield {**row, "known": 100 - row["known"]}
+
+
 def auroc(inside: Tensor, outside: Tensor) -> float:
     labels = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
     return 100 * float(roc_auc_score(labels.numpy(), torch.cat([inside, outside]).numpy()))
@@ -144,11 +198,22 @@ def main(
     data_root: Annotated[Path | None, typer.Option(help="Folder with the sets, see sets.py.")] = None,
     real_clip: Annotated[Path | None, typer.Option(help="Folder with features of the real CLIP.")] = None,
     choose: Annotated[bool, typer.Option("--choose", help="Compare scores on the sets for choosing.")] = False,
+    corrections: Annotated[bool, typer.Option("--corrected", help="Measure thresholds after corrections.")] = False,
 ) -> None:
     """Measure all sets and write the table."""
     if real_clip:
         part, images = "_clip", (2, 4, 8)
         sets: Any = {name: RealFeatures(real_clip / f"{file}.npz") for name, file in REAL.items()}
+    elif data_root and corrections:
+        with TemporaryDirectory() as folder:
+            pools = {**CHOOSING, **REPORTING, **MORE}
+            names = [name for names in PARTS.values() for name in names]
+            sets = {name: Features(pools[name], data_root, Path(folder), few=True) for name in names}
+        table = pd.DataFrame(row for name in names for seed in DRAWS for row in corrected(name, sets, seed))
+        table = table.rename(columns={"known": "known_refused", "near": "near_passed", "far": "far_passed"}).round(1)
+        table.to_csv(RESULTS / "rejection_corrected.csv", index=False)
+        print(table.groupby(["part", "added", "threshold"], sort=False).mean(numeric_only=True).round(1).to_string())
+        return
     elif data_root:
         part, images = "_choice" * choose, IMAGES
         with TemporaryDirectory() as folder:

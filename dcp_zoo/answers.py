@@ -17,7 +17,8 @@ Ranked = list[Values]  # of one image, best first: {"class": name, "probability"
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image
 Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
-# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone
+# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone;
+# of a run with labels "labelled", whether a person said the answer: the only prediction, with a probability of None
 Row = Values
 
 
@@ -93,6 +94,16 @@ class Answering:
 def label(row: Row) -> str:
     """The class of an answer, or `NONE`."""
     return NONE if row.get("rejected") else row["predictions"][0]["class"]
+
+
+def labelled(row: Row, said: str | None) -> Row:
+    """An answer of a run with labels: as it is, or what a person said of the image, a class or `NONE`."""
+    if "error" in row:
+        return row
+    if said is None:
+        return row | {"labelled": False}
+    rejected = {"rejected": said == NONE} if "rejected" in row else {}
+    return row | rejected | {"predictions": [{"class": said, "probability": None}], "labelled": True}
 
 
 def is_changed(row: Row) -> bool:

@@ -984,6 +984,56 @@ def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
     assert Path("sheet.csv").exists()
 
 
+def test_what_a_person_said_is_the_answer(run, photos, loaded):
+    """In every output, and without a probability; paths start here or at the images, and the last table counts."""
+    Path("1.csv").write_text("file,class\nphotos/b/12.jpg,emu\nphotos/b/13.jpg,none of these\nphotos/b/14.jpg,emu\n")
+    Path("2.csv").write_text(f"file,class\nb/14.jpg,crab\n{Path('photos/b/15.jpg').absolute()},ant\nx.jpg,emu\n")
+    said = {"12": "emu", "13": "none of these", "14": "crab", "15": "ant"}
+    labels = ("--head", BUNDLED, "--labels", "1.csv", "--labels", "2.csv")
+    place = ("--sort-into", "out", "--sheet", "s.html", "--together", "--top-k", 2)
+    code, _, err = run("predict", "photos", *labels, *place)
+    assert code == 1, err
+    assert "24 images, of which 4 labelled by --labels and 1 cannot be read" in err
+    assert "Images in 1.csv, 2.csv that are not among these: 1 (x.jpg)" in err
+    rows = {Path(row["image"]).stem: row for row in read_csv("out/predictions.csv")}
+    assert {name: row["class"] for name, row in rows.items() if row["labelled"] == "True"} == said
+    assert {(rows[name]["probability"], rows[name]["class_2"]) for name in said} == {("", "")}
+    assert all(0 < float(row["probability"]) < 1 for row in rows.values() if row["labelled"] == "False")
+    assert [name for name, answer in said.items() if Path("out", answer, f"{name}.jpg").exists()] == list(said)
+    page = Path("s.html").read_text()
+    assert re.findall(r"labelled: (\d\d).jpg", page[page.index("<main>") :]) == ["15", "14", "12", "13"]
+    shown = json.loads(run.ok("predict", "photos/b", *labels, "--json"))
+    assert shown[0] == {"image": "photos/b/12.jpg", "predictions": [{"class": "emu", "probability": None}]} | {
+        "labelled": True
+    }
+    assert "none of these  labelled" in run.ok("predict", "photos/b", *labels)
+    assert "labelled" in run.ok("predict", "photos/b/12.jpg", *labels)
+    Path("3.csv").write_text("file,class\nphotos/b/12.jpg,emuu\n")
+    Path("4.csv").write_text("file,class\nelsewhere/12.jpg,emu\n")
+    Path("5.csv").write_text("file,class\nphotos/b/12.jpg,emu\nb/12.jpg,ant\n")
+    problems = {
+        "3": "The label 'emuu' is none of the head's classes",
+        "4": "4.csv names none of these images, but elsewhere/12.jpg. Pass the images",
+        "5": "5.csv, row 3: ['b/12.jpg', 'ant'] has another class than the same file above",
+    }
+    for number, problem in problems.items():
+        assert problem in run.refused("predict", "photos", "--head", BUNDLED, "--labels", f"{number}.csv")
+
+
+def test_what_a_person_said_is_not_rejected_and_lends_its_class(photos):
+    images = find_images(["photos/b"])
+    labels = {f"photos/b/{i}.jpg": name for i, name in {12: "dark", 20: "none of these", 23: "bright"}.items()}
+    job = Job(lambda: DOUBTFUL, {}, reject=True, together=True, labels=labels)
+    alone = [row for batch in job.classify(images, DOUBTFUL) for row in batch.rows]
+    rows, counts = job.collect(job.classify(images, DOUBTFUL), DOUBTFUL.classnames)
+    for found in (alone, rows):
+        answers = {row["image"]: label(row) for row in found}
+        assert answers | labels == answers
+        assert [row["rejected"] for row in found] == [i in (20, 21, 22) for i in range(12, 24)]
+        assert [row["labelled"] for row in found] == [row["image"] in labels for row in found]
+    assert sum(of.answers for of in counts) == 9
+
+
 def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))

@@ -329,16 +329,29 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
     rows = read_csv(second / "found.csv")
     files = {row["file"] for row in rows}
     assert not files & set(found)
-    assert len(files) == 17 - len(found) - 1  # without the broken one
+    assert len(files) == 17 - len(found) - 2  # without the broken and the black one
     assert all(0 < float(row["probability"]) <= 1 and list(second.glob(f"{row['guess']}/*")) for row in rows)
     page = (second / "found.html").read_text()
     assert NAME not in page
     assert page.count("<img") == len(rows)
-    with pytest.raises(ZooError, match="left to label: all have a label, or cannot be read"):
-        dcp_zoo.suggest(folder / "cat", labelled=folder)
+    table = tmp_path / "corrections.csv"
+    table.write_text("file,class\n" + "".join(f"{file},none of these\n" for file in sorted(files)[1:]))
+    assert run.ok("search", folder, "--to-label", "--labels", table, "--labelled", first).strip() == min(files)
+    table.write_text("file,class\n" + "".join(f"{file.name},cat\n" for file in (folder / "cat").iterdir()))
+    for options in ({"labelled": folder}, {"labels": table}):
+        with pytest.raises(ZooError, match="left to label: all have a label, are black, or cannot be read"):
+            dcp_zoo.suggest(folder / "cat", **options)
     with pytest.raises(ZooError, match="exists already"):
         dcp_zoo.suggest(folder, output=first)
     run.ok("train", first, "--test", 0, "--output", tmp_path / "head")
+
+
+def test_a_black_image_is_never_worth_a_label(tmp_path):
+    """As of a camera with its lens cap on, whose pixels are not all zero; one of a flat dark blue may be."""
+    noise = np.random.default_rng(0).integers(0, 6, (200, 200, 3), np.uint8)
+    for name, color in {"black": (0, 0, 0), "blue": (0, 0, 120), "red": (200, 0, 0)}.items():
+        Image.fromarray(np.uint8(noise + np.uint8(color))).save(tmp_path / f"{name}.png")
+    assert sorted(Path(row.file).stem for row in dcp_zoo.suggest(tmp_path, count=3)) == ["blue", "red"]
 
 
 def test_suggestions_stand_for_the_others():

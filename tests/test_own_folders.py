@@ -141,6 +141,7 @@ def test_corrections_are_added_to_class_folders(flowers):
     expected |= {"rose/link.jpg": "tulip", "rose/1.jpg": "tulip"}
     assert labels == expected | {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
     assert [item.label for item in found.items] == sorted(item.label for item in found.items)
+    assert {item.key for item in found.items if item.added} == {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg"}
     for text in ("1.csv: 2 images added, 2 labelled again.", "1 'none of these'", "2.csv: 0 images added, 1 labelled"):
         assert text in found.note
     Path("inside.csv").write_text("file,class\nrose/0.jpg,a\nrose/2.jpg,b\n")

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -526,18 +527,22 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert "like_accepted" not in fitting.fit_on_features(CLASSES[:2], labels[two], [of_two])[1]
 
 
-def test_about_the_promised_share_of_known_images_is_refused():
-    """Of images of the classes that it has not seen, over several draws."""
+@pytest.mark.parametrize("corrections", [0, 40])
+def test_about_the_promised_share_of_known_images_is_refused(corrections):
+    """Of images of the classes that it has not seen, over several draws; also with corrections, which are hard ones."""
     torch.manual_seed(0)
     text = F.normalize(torch.randn(10, 24) + 2, dim=-1)
     linear, labels, refused = (20 * text, torch.zeros(10)), torch.arange(10).repeat(8), []
+    both = torch.cat([labels, labels[:corrections]])
+    typical = torch.arange(len(both)) < len(labels) if corrections else None
 
-    def features() -> torch.Tensor:
-        return F.normalize(text[labels] + torch.randn(len(labels), 24) / 4, dim=-1)
+    def features(of: torch.Tensor, noise: float = 1 / 4) -> torch.Tensor:
+        return F.normalize(text[of] + noise * torch.randn(len(of), 24), dim=-1)
 
     for _ in range(6):
-        probe, _ = fitting.fit_on_features([*map(Class, "abcdefghij")], labels, [Read(features()[None], linear)])
-        f = features()
+        views = torch.cat([features(labels), features(labels[:corrections], 1 / 2)])[None]
+        probe, _ = fitting.fit_on_features([*map(Class, "abcdefghij")], both, [Read(views, linear)], typical=typical)
+        f = features(labels)
         logits = probe(F.linear(f, *linear), f, probe.classes)
         scores = in_distribution_score(logits.numpy(), probe.distance(f, probe.classes).numpy())
         refused.append(float((scores < probe.threshold.item()).mean()))
@@ -611,6 +616,14 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 def test_few_images_make_no_threshold(plain):
     assert not {"thresholds", "others_accepted"} & {*fit_probe(plain, source(plain, 12, 0))}
     assert cannot_reject(plain, "fitted on too few")
+
+
+@pytest.mark.parametrize(("first", "differs"), [(30, False), (24, True), (15, False)])
+def test_added_images_set_the_threshold_only_where_others_are_few(plain, first, differs):
+    train = source(plain, 30, 0)
+    added = replace(train, items=[item._replace(added=i >= first) for i, item in enumerate(train.items)])
+    thresholds = [fit_probe(plain, each)["thresholds"] for each in (train, added)]
+    assert (thresholds[0] != thresholds[1]) == differs
 
 
 @torch.no_grad()

@@ -75,6 +75,9 @@ def search(
     like: Path | None = Option(None, metavar="PHOTO", help="Find images that look like this one."),
     to_label: bool = Option(False, "--to-label", help="Find what to label next: images that stand for most others."),
     labelled: Path | None = Option(None, metavar="FOLDER", help="With --to-label: images that have a label, to omit."),
+    labels: list[Path] | None = Option(
+        None, metavar="FILE", help="With --to-label: corrections.csv, to omit its images."
+    ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
     output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and links to the images."),
@@ -91,15 +94,16 @@ def search(
     """
     if to_label and (text or like):
         raise ZooError("--to-label needs no text and no --like: omit them, or --to-label.")
-    if (head or labelled) and not to_label:
-        raise ZooError("--head and --labelled work only with --to-label: add it.")
+    if (head or labelled or labels) and not to_label:
+        raise ZooError("--head, --labelled and --labels work only with --to-label: add it.")
     use_threads(threads)
     from dcp_zoo.inspection import find
 
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:
-        found = find.suggest(folder, head and head_name(head), labelled=labelled, progress=progress_bar, **options)
+        options |= {"labelled": labelled, "labels": labels}
+        found = find.suggest(folder, head and head_name(head), progress=progress_bar, **options)
     else:
         found = find.search(folder, text, like=like, progress=progress_bar, **options)
     for row in found:

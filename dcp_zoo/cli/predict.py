@@ -15,6 +15,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import check_outside, is_url
 from dcp_zoo.data.readers import read_descriptions
@@ -40,6 +41,10 @@ IMAGES = (
     "Images, videos, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, wds://PATH, "
     "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
 )
+LABELS = (
+    "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
+    "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class PredictOptions:
     reject_rate: float | None = opt.option(
         None, f"As --reject, but refuse this share of the images of the head's classes, not {REFUSED}."
     )
+    labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
@@ -103,6 +109,7 @@ class PredictOptions:
             "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
             "--count is for --together without --json.": self.count and (self.as_json or not self.together),
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
+            "--labels needs all images on one machine: omit --ray.": self.ray and self.labels,
             "--together needs all predictions on one machine: omit --ray.": self.ray and self.together,
             "--ray writes a folder: pass --output FOLDER, and no other.": self.ray
             and (not self.table or self.files[1:]),
@@ -139,7 +146,9 @@ def predict(options: PredictOptions) -> None:
         failed = done.failed
         for error in done.errors:
             print_error(printable(error))
-        bad = f", of which {failed:,} cannot be read" if failed else ""
+        parts = [f"{done.labelled:,} labelled by --labels"] if done.labelled else []
+        parts += [f"{failed:,} cannot be read"] if failed else []
+        bad = f", of which {' and '.join(parts)}" if parts else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
         say_together(done.changed, done.images, done.counts, options)
     else:
@@ -148,19 +157,22 @@ def predict(options: PredictOptions) -> None:
         raise Exit(1)
 
 
-def job_of(options: PredictOptions, images: int = 0) -> "Job":
-    """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
+def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
+    """The head, run by PyTorch or ONNX Runtime. `images`: those to classify, if they are known."""
     from dcp_zoo.answers import Hierarchy, read_hierarchy, top_classes
     from dcp_zoo.deploy.bulk.job import Job
 
     rank: Callable[..., Any] = top_classes
-    load, plan = onnx_head(options) if options.on_onnx else torch_head(options, images)
-    many = images > 2 * options.batch_size
+    load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
+    many = len(images) > 2 * options.batch_size
     workers = (available_cores() if many else 0) if options.workers is None else options.workers
     if options.hierarchy:
         rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
         plan |= {"hierarchy": asdict(rank)}
-    return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank, options.together)
+    answers = read_answers(options.labels, [image.name for image in images], options.images or ())
+    return Job(
+        load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank, options.together, answers
+    )
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
@@ -221,7 +233,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
     outputs = OutputFiles(table, options.features, options.sheet, options.sort_into, options.link, options.overwrite)
-    return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
+    return run(found, job_of(options, found), outputs, progress=progress_bar), table
 
 
 def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
@@ -230,7 +242,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import is_changed, label
 
-    job = job_of(options, len(found))
+    job = job_of(options, found)
     predictor = job.load()
     batches = job.classify(found, predictor)
     if len(found) > FEW:
@@ -241,7 +253,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         print(json.dumps(rows, indent=1))
     elif len(rows) - len(failed) > FEW:
         read = (row for row in rows if "predictions" in row)
-        best = [(row["image"], label(row), f"{100 * row['predictions'][0]['probability']:5.1f} %") for row in read]
+        best = [(row["image"], label(row), certainty(row["predictions"][0])) for row in read]
         output.print(plain_table(("image", "class", "probability"), best))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
@@ -278,6 +290,11 @@ def predictions_table(row: "Row") -> Table:
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
     table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:
-        bar = "█" * round(20 * prediction["probability"])
-        table.add_row(escape(printable(prediction["class"])), f"{100 * prediction['probability']:5.1f} %  {bar}")
+        bar = "█" * round(20 * (prediction["probability"] or 0))
+        table.add_row(escape(printable(prediction["class"])), f"{certainty(prediction)}  {bar}")
     return table
+
+
+def certainty(prediction: Values) -> str:
+    """The probability of a class, or that a person said it."""
+    return "labelled" if prediction["probability"] is None else f"{100 * prediction['probability']:5.1f} %"

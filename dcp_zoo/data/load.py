@@ -18,7 +18,8 @@ from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, split_images, training_split, with_labels
 from dcp_zoo.data.tables import read_hub
-from dcp_zoo.errors import ZooError, by_reason
+from dcp_zoo.errors import ZooError, by_reason, shorten
+from dcp_zoo.texts import NONE, is_reserved
 from dcp_zoo.threads import available_cores
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
@@ -65,12 +66,47 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
 def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:
     """The images that labels files list, see `readers.read_labels`; the last one counts. They are in place of class
     folders, but if no file is in the folder and one lists images outside of it, they add to its class folders."""
-    files = [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
+    files = _files(labels)
     listed = [readers.read_labels(spec, folder, file) for file in files]
     elsewhere = all(file.resolve().parent != folder.resolve() for file in files)
     if elsewhere and any(item.key.startswith("../") for split in listed for item in split.items):
         listed = [readers.read_folder(spec, folder), *listed]
     return reduce(with_labels, listed)
+
+
+def _files(labels: LabelFiles) -> list[Path]:
+    return [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
+
+
+def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[str] = ()) -> dict[str, str]:
+    """What labels files say of images, by their names: a class, or `NONE`; the last file counts. Paths start at the
+    current folder, one of the sources or the file's folder. A warning counts other images that are listed; ZooError if
+    there are only such."""
+    if not labels:
+        return {}
+    names = {os.path.abspath(image): image for image in images}  # noqa: PTH100
+    answers, others = dict[str, str](), list[str]()
+    for file in _files(labels):
+        of_file = dict[str, str]()
+        for where, image, name, unreadable in readers.label_rows(file):
+            if unreadable or (is_reserved(name) and name != NONE):
+                continue
+            paths = (os.path.abspath(Path(place, image)) for place in ("", *sources, str(file.parent)))  # noqa: PTH100
+            key = next((names[path] for path in paths if path in names), None)
+            if key is None:
+                others.append(image)
+            elif of_file.setdefault(key, name) != name:
+                raise ZooError(f"{where} has another class than the same file above.")
+        answers |= of_file
+    files = shorten(list(map(str, _files(labels))))
+    if not answers:
+        advice = "Pass the images that have a label, or run the command where their paths start."
+        raise ZooError(f"{files} names none of these images, but {shorten(others, 3) or 'no image at all'}. {advice}")
+    if others:
+        warnings.warn(
+            f"Images in {files} that are not among these: {len(others):,} ({shorten(others, 3)}).", stacklevel=3
+        )
+    return answers
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:

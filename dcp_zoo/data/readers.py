@@ -4,12 +4,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
 from operator import itemgetter
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 from PIL import Image
@@ -176,10 +176,18 @@ def _by_class(split: Split) -> Split:
     return replace(split, classnames=classes, **parts)
 
 
-def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
-    """The images in a .csv or .xlsx file with their classes: columns `file` and `class`, or these in this order without
-    a header. Paths start at `folder` or, as in the tables of `dcp-zoo predict`, at the current folder. A `change` of
-    inspection.csv replaces the class. What has no class is left out: unreadable images, "none of these", videos."""
+class LabelRow(NamedTuple):
+    """A row of a labels file."""
+
+    where: str  # for messages
+    image: str  # its path
+    name: str  # of the class, or a reserved one
+    unreadable: bool  # of a table that says why the image cannot be read
+
+
+def label_rows(file: Path) -> Iterator[LabelRow]:
+    """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
+    without a header. A `change` of inspection.csv replaces the class, and "none of these" that of a rejected image."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
         rows = [[cell.strip() for cell in row] for row in rows]
@@ -192,19 +200,27 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         if len(header) != 2 or not paths.is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
         columns, rows, first = [0, 1, -1, -1, -1], [[], *rows], 1
-    found: dict[str, tuple[str, str]] = {}  # paths and classes
-    left_out, missing = Counter[str](), []
     for number, row in enumerate(rows[1:], first):
         image, name, change, error, rejected = ("" if i < 0 else row[i] for i in columns)
-        name = NONE if rejected.lower() == "true" else change or name
-        if error or is_reserved(name) or is_frame(image) or is_video(image):
-            left_out["that cannot be read" if error else f"{name!r}" if is_reserved(name) else "of videos"] += 1
-        elif not image or not name or len(row) > len(header) or rejected.lower() not in ("", "false"):
+        name = NONE if rejected.lower() == "true" or name.casefold() == NONE else change or name
+        wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
+        if wrong and not error:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
+        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error))
+
+
+def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
+    """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
+    predict`, in the current folder. What has no class is left out: unreadable images, "none of these", videos."""
+    found: dict[str, tuple[str, str]] = {}  # paths and classes
+    left_out, missing = Counter[str](), []
+    for where, image, name, unreadable in label_rows(file):
+        if unreadable or is_reserved(name) or is_frame(image) or is_video(image):
+            left_out["that cannot be read" if unreadable else f"{name!r}" if is_reserved(name) else "of videos"] += 1
         elif not (path := _listed(image, folder)):
             missing.append(image)
         elif found.setdefault(os.path.relpath(path, folder), (path, name))[1] != name:
-            raise ZooError(f"{file}, row {number}: {row} has another class than the same file above.")
+            raise ZooError(f"{where} has another class than the same file above.")
     if missing or not found:
         known = f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in"
         where = f"{folder} or the current folder: {shorten(missing)}"

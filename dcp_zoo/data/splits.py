@@ -24,11 +24,12 @@ PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
 class Item(NamedTuple):
     """One labelled image. `path` is opened by `load_image`, and may be an image of PIL; `key` is the path as listed in
     the split, the same on every machine, or in training the hash of an image in memory, and is hashed itself; `label`
-    indexes the split's class names."""
+    indexes the split's class names; `added`: by a further labels file, as corrections are, and thus no sample."""
 
     path: Any
     key: str
     label: int
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def with_labels(images: Split, listed: Split) -> Split:
     file = cache(os.path.realpath)
     own = {file(item.path): images.classnames[item.label] for item in images.items}
     classes = own | {file(item.path): listed.classnames[item.label] for item in listed.items}
-    new = [item for item in listed.items if file(item.path) not in own]
+    new = [item._replace(added=True) for item in listed.items if file(item.path) not in own]
     names = {name: label for label, name in enumerate(sorted(set(classes.values())))}
     parts: Values = {"train": [*images.train, *new], "val": images.val, "test": images.test}
     for part, items in parts.items():

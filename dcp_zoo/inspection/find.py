@@ -17,6 +17,7 @@ from torch import Tensor
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.load import LabelFiles, read_answers
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
@@ -31,6 +32,7 @@ from dcp_zoo.zoo.factory import plain_clip
 
 TABLE, PAGE, UNSORTED = "found.csv", "found.html", "unsorted"
 MOST, SAME = 5000, 0.999  # images that are compared with each other; similarity of an image to a copy of it
+BLACK = 0.04  # of white: an image is black if 99 of 100 pixels are darker
 
 
 class Match(NamedTuple):
@@ -112,6 +114,7 @@ def suggest(
     head: Head | str | None = None,
     *,
     labelled: str | Path | None = None,
+    labels: LabelFiles = None,
     count: int = 20,
     output: str | Path | None = None,
     model: str = "dcp_mini",
@@ -119,12 +122,15 @@ def suggest(
     progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, even without labels: those that represent most of the
-    others, and are unlike those with a label. ZooError for no image left, an unknown head, or an unusable output.
+    others, and are unlike those with a label. Never a black one, of which 99 % of the pixels are darker than 4 % of
+    white. ZooError for no image left, an unknown head or table, or an unusable output.
 
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
+        labels: tables of what was said of images, such as the corrections.csv of a contact sheet, see
+            `dcp-zoo predict --labels`: these are not suggested either.
         count: how many images.
         output: a new folder for found.csv, found.html with pictures, and links to the images, or copies, in a folder
             for each guess, to be sorted by hand.
@@ -133,22 +139,25 @@ def suggest(
     if output is not None:
         check_new(Path(output), Path(images))
     paths = [image.path for image in find_images([str(images)])]
+    answers = read_answers(labels, paths, [str(images)])
     paths = paths[:: -(-len(paths) // MOST)]
     known = None if head is None else as_model(head, device)
     clip = plain_clip(model) if known is None else known.frozen
     clip = clip.to(pick_device(device))
     seen = look(paths, clip, True, progress)
-    paths = [path for i, path in enumerate(paths) if i not in seen.errors]
-    done = [] if labelled is None else [image.path for image in find_images([str(labelled)])]
-    given = look(done, clip, True, progress).joined if done else seen.joined[:0]
-    features, of_labelled = (torch.from_numpy(part[~np.isnan(part[:, 0])]) for part in (seen.joined, given))
+    usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
+    usable &= [path not in answers for path in paths]
+    paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
+    done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
+    others = look(done, clip, True, progress).joined if done else seen.joined[:0]
+    features, of_labelled = map(torch.from_numpy, (seen.joined[usable], others[~np.isnan(others[:, 0])]))
     files = [paths[i] for i in spread(features, of_labelled, count)]
     if not files:
-        raise ZooError(f"No image of {images} is left to label: all have a label, or cannot be read.")
+        raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
     found = [Suggestion(file) for file in files]
     if known is not None:
-        answers = [row[0] for row in predict(known, files) if row]
-        found = [Suggestion(file, *answer) for file, answer in zip(files, answers, strict=True)]
+        guesses = [row[0] for row in predict(known, files) if row]
+        found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
     if output is not None:
         folders = class_folders({row.guess or UNSORTED for row in found})
         places = [folders[row.guess or UNSORTED] for row in found]

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcp_zoo.answers import Answering, Predictor, Ranking, Row, label, log_softmax, top_classes
+from dcp_zoo.answers import Answering, Predictor, Ranking, Row, label, labelled, log_softmax, top_classes
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.together import Count, count, together
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, nearest_hint, shorten
 from dcp_zoo.fields import Values
+from dcp_zoo.texts import NONE
 from dcp_zoo.threads import available_cores
 
 Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
@@ -127,11 +128,16 @@ class Job:
     reject: bool = False  # say of each image whether it belongs to none of the classes
     rank: Ranking = top_classes  # makes the predictions of probabilities; part of the plan
     together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
+    labels: Mapping[str, str] = field(default_factory=dict)  # what a person said of images, by name: a class or `NONE`
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
-        """Classify images in order, batch by batch. ZooError for `reject`, and a head without a threshold."""
+        """Classify images in order, batch by batch. ZooError for `reject`, and a head without a threshold, or a label
+        that is none of its classes."""
         if self.reject and predictor.threshold is None:
             raise ZooError(predictor.cannot_reject)
+        for name in {*self.labels.values()} - {NONE, *predictor.classnames}:
+            known = f"the head's classes ({shorten(predictor.classnames)}).{nearest_hint(name, predictor.classnames)}"
+            raise ZooError(f"The label {name!r} is none of {known} Train a head with these labels first, or change it.")
         answer = Answering(self.top_k, predictor.threshold if self.reject else None, self.rank)
         paths = [image.path for image in images]
         start, videos = 0, _Videos()
@@ -144,6 +150,8 @@ class Job:
                 features = np.concatenate([features, found.logits], 1) if self.together else features
                 features[[bool(error) for error in errors]] = np.nan
             rows = [{"error": error} if error else row for error, row in zip(errors, answers, strict=True)]
+            if self.labels:
+                rows = [labelled(row, self.labels.get(image.name)) for image, row in zip(batch, rows, strict=True)]
             yield Rows([{"image": image.name} | row for image, row in zip(batch, rows, strict=True)], features)
 
     def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> Answers:
@@ -157,20 +165,24 @@ class Job:
         self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
     ) -> Answers:
         """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
-        each image had without the others. Those that are rejected, or cannot be read, stay so and lend nothing."""
+        each image had without the others. Those of no class, or that cannot be read, stay so and lend nothing; those
+        that a person labelled stay so and lend their class."""
         rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
-        own = [i for i, row in enumerate(rows) if "error" not in row and not row.get("rejected")]
+        own = [i for i, row in enumerate(rows) if "error" not in row and label(row) != NONE]
         features, logits = kept[own, : -len(classnames)], kept[own, -len(classnames) :]
+        for z, i in zip(logits, own, strict=True):
+            if rows[i].get("labelled"):
+                z[:] = [0 if name == label(rows[i]) else -np.inf for name in classnames]
         features /= np.linalg.norm(features, axis=1, keepdims=True)  # a video's are means of its frames'
         probabilities = together(np.exp(log_softmax(logits)), features, progress)
         for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
-            rows[i]["predictions"] = classes
+            rows[i] |= {} if rows[i].get("labelled") else {"predictions": classes}
         return rows, count(probabilities, classnames)
 
     def plan_of(self, images: Iterable[str], **more: object) -> Values:
         """All that determines the results for these images."""
         digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
-        own = {"top_k": self.top_k, "reject": self.reject, "together": self.together}
+        own = {"top_k": self.top_k, "reject": self.reject, "together": self.together, "labels": dict(self.labels)}
         return self.plan | own | {**more, "images": digest}
 
 
@@ -183,4 +195,5 @@ class Summary:
     failed: int  # that cannot be read
     changed: Sequence[Row] = ()  # that other images changed, of answers together
     counts: Sequence[Count] = ()
+    labelled: int = 0  # by a person
     errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those

@@ -96,5 +96,6 @@ def run(
         rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
         failed = [row["error"] for row in answers() if "error" in row]
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
+        labelled = sum(row.get("labelled", False) for row in answers()) if job.labels else 0
     rows.remove()
-    return Summary(len(images), resumed, len(failed), changed, tuple(counts), failed[:NAMED])
+    return Summary(len(images), resumed, len(failed), changed, tuple(counts), labelled, failed[:NAMED])

@@ -30,15 +30,20 @@ IMAGES = "image"
 
 def columns(rows: Iterable[Row]) -> list[str]:
     """The columns of a table of these rows: the best class has no number."""
-    row = next((row for row in rows if "error" not in row), {"predictions": [None]})  # all others are like it
-    return column_names(len(row["predictions"]), "rejected" in row, "alone" in row)
+    names, ranks = set[str](), 1
+    for row in rows:
+        names |= row.keys()
+        ranks = max(ranks, len(row.get("predictions", ())))
+    return column_names(ranks, *(name in names for name in ("rejected", "alone", "labelled")))
 
 
-def column_names(ranks: int, rejects: bool, together: bool = False) -> list[str]:
-    """The columns of a table with so many classes per image; of rejections, and of the class of each image alone."""
+def column_names(ranks: int, rejects: bool, together: bool = False, labels: bool = False) -> list[str]:
+    """The columns of a table with so many classes per image; of rejections, of the class of each image alone, and of
+    whether a person said it."""
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
     named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
-    return [IMAGES, *(["rejected"] if rejects else []), *named, *(["alone"] if together else []), "error"]
+    first = [IMAGES, *(["rejected"] if rejects else []), *(["labelled"] if labels else [])]
+    return [*first, *named, *(["alone"] if together else []), "error"]
 
 
 def _cells(row: Row) -> Values:
@@ -60,7 +65,7 @@ def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
 
 def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str]) -> None:
     arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
-    types = {"probability": arrow.float64(), "rejected": arrow.bool_()}
+    types = {"probability": arrow.float64(), "rejected": arrow.bool_(), "labelled": arrow.bool_()}
     schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
     with parquet.ParquetWriter(path, schema) as writer:
         rows = iter(rows)
@@ -108,11 +113,11 @@ def write_sheet(
             continue
         counts[label(row)] += 1
         shown = least.setdefault(label(row), [])  # a heap of the least certain
-        entry = (-row["predictions"][0]["probability"], -index, row)
+        entry = (-2.0 if row.get("labelled") else -row["predictions"][0]["probability"], -index, row)
         (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
 
     def pictures(name: str) -> Iterator[Values]:
-        """Of one class, the least certain first."""
+        """Of one class, the least certain first, and those that a person labelled last."""
         entries = [(images[-index], row) for _, index, row in sorted(least[name], reverse=True)]
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
@@ -122,6 +127,7 @@ def write_sheet(
                 "path": image.name,
                 "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
+                "labelled": row.get("labelled"),
                 "alone": row["alone"] if is_changed(row) else None,
             }
 

@@ -11,8 +11,10 @@ zero-shot CLIP's loss in units of a random guess's.
 
 An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
 that were left out would exceed if their scores were normally distributed, for which 20 are enough. `REJECT_RATES` are
-the other shares. `like_accepted` says how many would pass if their class, and every second one, was unknown,
-`others_accepted` how many of everyday pictures pass. Other rules, and validation images: see `benchmarks/notes.md`.
+the other shares. Images that were added as corrections do not count where 20 others are left out: they are the hard
+ones, and would lower the threshold. `like_accepted` says how many would pass if their class, and every second one, was
+unknown, `others_accepted` how many of everyday pictures pass. Other rules, and validation images: see
+`benchmarks/notes.md`.
 """
 
 import math
@@ -73,6 +75,7 @@ def fit_on_features(
     readings: Sequence[Read],
     unseen: Linear | None = None,
     weights: Tensor | None = None,
+    typical: Tensor | None = None,
 ) -> tuple[TextProbe, Values]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
@@ -82,6 +85,7 @@ def fit_on_features(
         unseen: zero-shot CLIP's logits by the first part of the last reading with text, with which training images are
             left out. Default: those that the probe starts at.
         weights: (n,) of the images' losses, see `Candidates`.
+        typical: (n,), which images set the threshold, if enough of them are left out. Default: all.
     """
     with_text = [reading for reading in readings if reading.start]
     plain = with_text[-1]
@@ -121,7 +125,8 @@ def fit_on_features(
     probe.evidence.copy_(regressions / regressions.sum())
     info: Values = {"text_scale": round(scale, 4), "text_strength": round(strengths[0], 3)}
     if left_out:
-        info |= _set_threshold(probe, left_out, evidence)
+        chosen = None if typical is None else torch.cat([typical[out] for out in fold_masks(labels)])
+        info |= _set_threshold(probe, left_out, evidence, chosen)
     if "thresholds" in info and len(classes) > 2:
         like = [_like_scores(probe, half, evidence) for half in task.class_halves(groups)]
         info |= {"like_accepted": share_above(info["thresholds"], np.concatenate(like))} if like else {}
@@ -183,9 +188,11 @@ class Leaving:
                 yield self.without(out, groups)
 
 
-def _set_threshold(probe: TextProbe, left_out: list[LeftOut], evidence: Tensor) -> Values:
-    """Set the unit of distances and the threshold by the images that were left out, unless they are too few; returns
-    what the head's info says of it."""
+def _set_threshold(
+    probe: TextProbe, left_out: list[LeftOut], evidence: Tensor, typical: Tensor | None = None
+) -> Values:
+    """Set the unit of distances and the threshold by the images that were left out, unless they are too few; the
+    threshold by the `typical` (m,) of them. Returns what the head's info says of it."""
     if sum(len(labels) for *_, labels in left_out) < THRESHOLD_IMAGES:
         return {}
     logits = torch.cat([candidates.logits(features, evidence) for candidates, features, _ in left_out])
@@ -194,6 +201,8 @@ def _set_threshold(probe: TextProbe, left_out: list[LeftOut], evidence: Tensor) 
         return {}
     probe.spread.copy_(distances.mean())
     scores = torch.from_numpy(in_distribution_score(logits.numpy(), (distances / probe.spread).numpy()))
+    if typical is not None and typical.sum() >= THRESHOLD_IMAGES:
+        scores = scores[typical]
     middle, deviation = scores.mean().item(), scores.std().item()
     thresholds = {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])

@@ -46,7 +46,8 @@ def fit_probe(
         widths = reading.widths if features.shape[-1] == sum(reading.widths) else reading.widths[:1]  # no more is given
         readings.append(Read(features, on_cpu(reading.start()) if reading.start else None, widths))
     unseen = on_cpu(head.zero_shot_linear())
-    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights)
+    typical = torch.tensor([not item.added for item in train.items])
+    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical)
     thresholds: Any = info.get("thresholds")
     head.to(head.device)
     if thresholds and not train.has_features:
