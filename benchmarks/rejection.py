@@ -75,6 +75,7 @@ class RealFeatures:
         self.train, self.labels = vectors[None, first], labels[first]
         self.test, self.test_labels = vectors[~first], labels[~first]
         self.text = torch.zeros(len(self.names), vectors.shape[1]), torch.zeros(len(self.names))
+        self.widths = vectors.shape[1:]
         self.everyday = None
 
 
@@ -87,11 +88,12 @@ class Features:
         if few:
             train, test = (self.drawn(items, *most) for items, most in ((train, (60, 1200)), (test, (40, 1000))))
         sources = [image_source(clip, items, "flip", 0, progress_bar, True) for items in (train, test)]
-        self.train, self.labels = sources[0].features(2, progress_bar), sources[0].labels
-        self.test, self.test_labels = sources[1].features(1, progress_bar)[0], sources[1].labels
+        self.widths, scale = clip.widths, len(clip.widths) ** -0.5
+        self.train, self.labels = sources[0].read(2, progress_bar) * scale, sources[0].labels
+        self.test, self.test_labels = sources[1].read(1, progress_bar)[0] * scale, sources[1].labels
         self.text = on_cpu(clip.scaled(clip.zero_shot_classifier(self.names)))
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
-        self.everyday = image_source(clip, pictures).features(1)[0]
+        self.everyday = image_source(clip, pictures).read(1)[0] * scale
 
     def drawn(self, items: Sequence[Item], each: int, most: int) -> list[Item]:
         """So many of each class, and about `most` in all."""
@@ -100,8 +102,23 @@ class Features:
         return [item for own in of_each for item in random.Random(1).sample(own, min(each, len(own)))]
 
 
-def scores(views: Tensor, labels: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tensor]:
-    """What different scores say of features f (m, E): higher for images of the classes."""
+def fitted(own: Any, rows: Sequence[int], classes: Sequence[int], typical: Tensor | None = None) -> tuple[Any, Any]:
+    """A text probe for these of a set's classes on these of its training images, and how it was fitted."""
+    labels = torch.tensor([classes.index(label) for label in own.labels[rows].tolist()])
+    text = own.text[0][classes], own.text[1][classes]
+    views = own.train[:, rows] * len(own.widths) ** 0.5
+    named = [Class(own.names[label]) for label in classes]
+    return fit_on_features(named, labels, [Read(views, text, own.widths)], typical=typical)
+
+
+def whole(own: Any, classes: Sequence[int]) -> Linear:
+    """The text logits of these classes as a function of all features, of which the first part reads text."""
+    weight, bias = own.text[0][classes], own.text[1][classes]
+    return F.pad(weight * len(own.widths) ** 0.5, (0, sum(own.widths[1:]))), bias
+
+
+def scores(views: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tensor]:
+    """What different scores say of features f (m, F): higher for images of the classes."""
     z = F.linear(f, *probe.linear(text, probe.classes))
     logs = z.log_softmax(-1)
     entropy, distance = -(logs.exp() * logs).sum(-1), probe.distance(f, probe.classes)
@@ -133,13 +150,11 @@ def measured(
     classes = sorted(rng.sample(range(len(own.names)), len(own.names) // 2))
     of_each = [(own.labels == label).nonzero().flatten().tolist() for label in classes]
     rows = [row for found in of_each for row in rng.sample(found, min(images, len(found)))]
-    views, labels = own.train[:, rows], torch.tensor([classes.index(int(label)) for label in own.labels[rows]])
-    text = own.text[0][classes], own.text[1][classes]
-    probe, info = fit_on_features([Class(own.names[label]) for label in classes], labels, [Read(views, text)])
+    views, text, (probe, info) = own.train[:, rows], whole(own, classes), fitted(own, rows, classes)
     known = torch.isin(own.test_labels, torch.tensor(classes))
     others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
     parts = own.test[known], own.test[~known], others
-    found_scores = [scores(views, labels, text, probe, f) for f in parts]
+    found_scores = [scores(views, text, probe, f) for f in parts]
     for score in found_scores[0]:
         inside, near, far = (found[score] for found in found_scores)
         row = {"set": name, "images_per_class": images, "seed": seed, "score": score}
@@ -151,7 +166,7 @@ def measured(
             estimates: Any = info.get("like_accepted", {})
             row["near_passed_estimate"] = estimates.get("0.05")
             if own.everyday is not None:
-                found = scores(views, labels, text, probe, own.everyday)[score]
+                found = scores(views, text, probe, own.everyday)[score]
                 row["far_passed_estimate"] = 100 * (found >= threshold).float().mean().item()
         yield row
 
@@ -165,14 +180,12 @@ def corrected(name: str, sets: Mapping[str, Features], seed: int) -> Iterator[di
     of_each = [rng.sample(rows, len(rows)) for rows in of_each]
     first, pool = ([row for rows in of_each for row in rows[part]] for part in (slice(each), slice(each, None)))
     labels = torch.tensor([classes.index(label) if label in classes else -1 for label in own.labels.tolist()])
-    text, named = (own.text[0][classes], own.text[1][classes]), [Class(own.names[label]) for label in classes]
+    text = whole(own, classes)
     known = torch.isin(own.test_labels, torch.tensor(classes))
     others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
 
-    def fitted(rows: list[int], typical: Tensor | None = None) -> Any:
-        return fit_on_features(named, labels[rows], [Read(own.train[:, rows], text)], typical=typical)[0]
-
-    p = F.linear(own.train[0, pool], *fitted(first).linear(text, named)).softmax(1)
+    probe, _ = fitted(own, first, classes)
+    p = F.linear(own.train[0, pool], *probe.linear(text, probe.classes)).softmax(1)
     wrong = [row for row, answer in zip(pool, p.argmax(1), strict=True) if answer != labels[row]]
     number = min(len(first) // 2, len(wrong))
     added = {"none": [], "random images": rng.sample(pool, number), "mistakes": rng.sample(wrong, number)}
@@ -180,11 +193,11 @@ def corrected(name: str, sets: Mapping[str, Features], seed: int) -> Iterator[di
     for what, more in added.items():
         typical = torch.arange(len(first) + number) < len(first)
         for threshold, by in {"all images": None, "the first images": typical[: len(first) + len(more)]}.items():
-            probe = fitted(first + more, by)
+            probe, _ = fitted(own, first + more, classes, by)
             row = {"part": next(part for part in PARTS if name in PARTS[part]), "set": name, "seed": seed}
             row |= {"added": what, "images": len(first) + len(more), "threshold": threshold}
             for column, f in {"known": own.test[known], "near": own.test[~known], "far": others}.items():
-                found = scores(own.train, labels, text, probe, f)[HEADS_OWN]
+                found = scores(own.train, text, probe, f)[HEADS_OWN]
                 row[column] = 100 * (found >= probe.threshold).float().mean().item()
             yield {**row, "known": 100 - row["known"]}
 
