@@ -6,8 +6,8 @@
     python benchmarks/together.py counts CLIP FEATURES       writes results/together_counts.csv
     python benchmarks/together.py size 100000                adds to results/together_size.csv
 
-DATA: see `sets.py`. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A text probe is fitted to K images
-per class, other ones in each draw; a folder is a part of the test images.
+DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A
+text probe is fitted to K images per class, other ones in each draw; a folder is a part of the test images.
 
 How `dcp_zoo.deploy.together` was chosen. Its form, `CONFIDENT`, and what is listed below, come from the sets for
 choosing alone, four draws. The constants that came with it (`SHARES` 2) lost 1.3 points in the worst tenth of all runs
@@ -42,7 +42,7 @@ import torch
 import typer
 from real_clip import SAME, unit
 from rejection import MODEL
-from sets import CHOOSING, LAST, REPORTING
+from sets import SETS
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class
@@ -65,6 +65,9 @@ RESULTS = Path(__file__).parent / "results"
 CLIP_CHOOSING = ("ucf101", "fgvc", "imagenet, 500 classes")
 CLIP_REPORTING = ("oxford_flowers", "caltech101", "sun397_named", "food101_named", "imagenet, 250 others")
 CLIP_LAST = ("imagenet, 250 more",)
+CHOOSING = ("PACS, art paintings", "PACS, cartoons", "Tiny ImageNet, 40 classes")
+LAST = ("Tiny ImageNet, 60 even", "Tiny ImageNet, 60 odd", "scenes", "hand signs", "corn leaves")
+REPORTING = tuple(name for name in SETS if name not in CHOOSING + LAST)
 PARTS = {"choosing": (CLIP_CHOOSING, CHOOSING), "reporting": (CLIP_REPORTING, REPORTING), "last": (CLIP_LAST, LAST)}
 GRID = {"FEW": (0.5, 0.6, 0.7), "SHARES": (1.0, 1.5, 2.0), "AGREEMENT": (0.25, 0.5)}
 LOSS = 0.4  # in percentage points, allowed in the worst tenth of the runs of each set, in the mean over sets
@@ -98,7 +101,7 @@ def features(data: Path, output: Path, images: int = POOL) -> None:
     images."""
     clip = plain_clip(MODEL)
     output.mkdir(parents=True, exist_ok=True)
-    for name, make in {**CHOOSING, **REPORTING, **LAST}.items():
+    for name, make in SETS.items():
         if (file := output / f"{name}.npz").exists():
             continue
         with TemporaryDirectory() as folder:
