@@ -72,31 +72,32 @@ class ImageSet:
 
 TOGETHER = "constants of `--together`, which {} when this set is left out"
 SEEN = "that richer features help was seen here first, no constant"
-RECIPES = "recipes, the text probe, the score of rejection"
+SHIFT = "the recipe for domain shift (test images)"
+PROBE = "the text probe, how two of them are joined, the score of rejection"
 TRAINED = "the miniature was trained on other images of these classes"
 REPORTING = {
     "flowers": ImageSet(partial(parquet, "oxford_flowers"), TOGETHER.format("stay")),
     "EuroSAT": ImageSet(partial(parquet, "eurosat"), f"{TOGETHER.format('stay')}; {SEEN}"),
     "groceries": ImageSet(partial(parquet, "grocery_store"), f"{TOGETHER.format('change')}; {SEEN}"),
     "PACS, sketches": ImageSet(
-        partial(pacs, "sketch"), f"{TOGETHER.format('stay')}; how `search --to-label` suggests images; {SEEN}"
+        partial(pacs, "sketch"), f"{TOGETHER.format('stay')}; how `search --to-label` suggests images; {SHIFT}; {SEEN}"
     ),
     "scenes": ImageSet(partial(parquet, "fifteen_scenes"), SEEN),
     "hand signs": ImageSet(partial(parquet, "hand_signs"), SEEN),
     "corn leaves": ImageSet(partial(parquet, "corn_leaves"), SEEN),
 }
 CHOOSING = {
-    "PACS, art paintings": ImageSet(partial(pacs, "art_painting"), RECIPES),
-    "PACS, cartoons": ImageSet(partial(pacs, "cartoon"), RECIPES),
-    "PACS, photos": ImageSet(partial(pacs, "photo"), f"{RECIPES}, thresholds of `inspect`"),
+    "PACS, art paintings": ImageSet(partial(pacs, "art_painting"), f"{PROBE}; {SHIFT}"),
+    "PACS, cartoons": ImageSet(partial(pacs, "cartoon"), f"{PROBE}; {SHIFT}"),
+    "PACS, photos": ImageSet(partial(pacs, "photo"), "recipes, the text probe, thresholds of `inspect`"),
     "Caltech-101": ImageSet(
-        caltech, f"{RECIPES}, thresholds of `inspect`; its test images: DCP's rate, Tip-Adapter's range"
+        caltech, "recipes, the text probe, thresholds of `inspect`; DCP's rate and Tip-Adapter's range (test images)"
     ),
 }
 MINIATURES = {
-    "Tiny ImageNet, 40 classes": ImageSet(partial(tiny, 0), f"{TRAINED}; {RECIPES}"),
+    "Tiny ImageNet, 40 classes": ImageSet(partial(tiny, 0), f"{TRAINED}; {PROBE}"),
     "Tiny ImageNet, 40 others": ImageSet(partial(tiny, 1), TRAINED),
-    "Tiny ImageNet, 60 even": ImageSet(partial(tiny, 0, rest=True), f"{TRAINED}; recipes"),
+    "Tiny ImageNet, 60 even": ImageSet(partial(tiny, 0, rest=True), TRAINED),
     "Tiny ImageNet, 60 odd": ImageSet(partial(tiny, 1, rest=True), TRAINED),
 }
 SETS = {**REPORTING, **CHOOSING, **MINIATURES}
