@@ -51,7 +51,7 @@ NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers 
     "zero-shot": {},
     NEAREST: {},
     "linear-probe": {},
-    "linear-probe, C by cross-validation": {"C": None},
+    "linear-probe, C = 100": {"C": 100.0},
     "gda": {},
     f"gda{VALIDATED}": {},
     "gda, without text": {"text": False},
@@ -65,7 +65,7 @@ NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers 
     "clap": {},
     "text-probe": {},
 }
-WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C by cross-validation", "gda, without text")
+WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C = 100", "gda, without text")
 app = typer.Typer()
 
 

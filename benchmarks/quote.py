@@ -146,51 +146,52 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
 
 
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
+READINGS = {"x": "", "stem": " on the stem", "x+stem": " on CLIP and stem"}  # of `baselines.py`
 
 
 @cache
-def on_sets() -> pd.DataFrame:
+def on_sets(file: str = "many_sets") -> pd.DataFrame:
     """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
     reading it; a row for every set, number of images per class and seed."""
-    rows = results("many_sets").fillna({"reading": ""})
+    rows = results(file).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
     titles = rows.method.map(lambda method: ",".join([tables.title(method.split(",")[0]), *method.split(",")[1:]]))
-    rows["label"] = titles + rows.reading.map(PROBES)
+    rows["label"] = titles + rows.reading.map(PROBES | READINGS)
     keys = ["set", "images_per_class", "seed"]
     return rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
 
 
-def set_gaps(label: str, reference: str = "Text probe", images: int | None = None) -> pd.Series:
+def set_gaps(label: str, reference: str = "Text probe", images: int | None = None, file: str = "many_sets") -> Any:
     """Top-1 minus the reference's, paired by set, images per class and seed: the mean of each set, since only sets are
     samples of what a reader will use a method on, not their draws and numbers of images."""
-    found = on_sets()["top1"]
+    found = on_sets(file)["top1"]
     gaps = (found[label] - found[reference]).dropna()
     gaps = gaps if images is None else gaps.xs(images, level="images_per_class")
     return gaps.groupby("set", sort=False).mean()
 
 
-def set_gap(*args: Any) -> float:
+def set_gap(*args: Any, **kwargs: Any) -> float:
     """The mean of `set_gaps`."""
-    return float(set_gaps(*args).mean())
+    return float(set_gaps(*args, **kwargs).mean())
 
 
-def set_versus(*args: Any) -> str:
+def set_versus(*args: Any, **kwargs: Any) -> str:
     """Whether a method is better or worse than the reference on the sets, as far as the interval tells."""
-    return verdict(set_gaps(*args))
+    return verdict(set_gaps(*args, **kwargs))
 
 
-def set_mean(label: str, images: int | None = None, what: str = "top1") -> float:
+def set_mean(label: str, images: int | None = None, what: str = "top1", file: str = "many_sets") -> float:
     """The mean over the sets."""
-    found = on_sets()[what][label]
+    found = on_sets(file)[what][label]
     return float((found if images is None else found.xs(images, level="images_per_class")).mean())
 
 
-def many_sets(*labels: str) -> str:
+def many_sets(*labels: str, file: str = "many_sets") -> str:
     """Averages over the reporting sets, of these methods or of all but those measured at one number of images only:
     top-1 by images per class, the mean paired difference from the text probe with its interval over sets, ECE over all
     numbers of images, and CPU seconds of training at 4 images per class. "-" stands for what was not measured on all
     sets, and for an ECE over fewer numbers of images than the others'."""
-    found = on_sets()
+    found = on_sets(file)
     numbers = sorted({images for _, images, _ in found.index})
     header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
     lines = []
@@ -200,15 +201,15 @@ def many_sets(*labels: str) -> str:
             continue
         whole = found["top1"]["Text probe"].groupby("images_per_class").size()
         cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
-        gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label))
-        ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece'):.1f}"
-        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds'):.0f}"])
+        gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label, file=file))
+        ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece', file):.1f}"
+        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}"])
     return as_table(header, lines)
 
 
-def set_count() -> int:
+def set_count(file: str = "many_sets") -> int:
     """How many reporting sets the averages are over."""
-    return on_sets().index.get_level_values("set").nunique()
+    return on_sets(file).index.get_level_values("set").nunique()
 
 
 def influences() -> str:
