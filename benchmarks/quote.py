@@ -328,7 +328,7 @@ def folder(keys: str = "", last: bool = False) -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns; on
     the sets for reporting, or on the last ones."""
     rows = results("together")
-    rows = rows[rows.set.str.contains("250 more|60 even|60 odd") == last]
+    rows = rows[rows.set.str.contains("250 more|60 even|60 odd|scenes|hand signs|corn leaves") == last]
     rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"}))
     few = rows[rows.images_per_class <= 4]
     if keys:
