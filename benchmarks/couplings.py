@@ -2,8 +2,9 @@
 
     python benchmarks/couplings.py --data-root DATA         writes results/couplings.csv; resumes when repeated
 
-The sets are reporting sets of `sets.py`; images and test images are drawn as in `many_sets.py`. Every trained head is
-tested with the statistics that are stored after training, and with those of each batch of 16 test images.
+Of the sets of `sets.py`, PACS photographs chose recipes, the others report. Images and test images are drawn as in
+`many_sets.py`. Every trained head is tested with the statistics that are stored after training, and with those of each
+batch of 16 test images.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from many_sets import MODEL, RESULTS, draw
-from sets import REPORTING
+from sets import SETS
 from tuning import GrowingTable
 
 from dcp_zoo.benchmark.plan import weights_id
@@ -48,7 +49,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with the sets, see
     table, weights = GrowingTable(RESULTS / "couplings.csv", COLUMNS, COLUMNS[:5]), weights_id(MODEL)
     couplings = {"paper": "bidirectional", "release": "text_to_vision"}
     with TemporaryDirectory() as folder:
-        pools = {name: REPORTING[name](data_root, Path(folder)) for name in SHOTS}
+        pools = {name: SETS[name](data_root, Path(folder)) for name in SHOTS}
         for name, seed, (recipe, coupling) in product(SHOTS, range(1, seeds + 1), couplings.items()):
             key = weights, name, SHOTS[name], seed
             if (*key, coupling) not in table:

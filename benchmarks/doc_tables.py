@@ -17,7 +17,7 @@ import dcp_zoo
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
-from dcp_zoo.model.config import read_config
+from dcp_zoo.model.config import REFUSED, read_config
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, SHOTS, WEIGHTS, trained_heads
 
@@ -174,6 +174,25 @@ def real_clip_table(with_text: bool) -> str:
         name = f"{dataset}, named classes" if used == "named" else dataset
         lines.append([name, tables.title(method), *(found.get(k, "") for k in shots if k)])
     return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots if k)], lines)
+
+
+def real_clip_summary() -> str:
+    """Of the methods that a reader would compare, on the classes with text: 1, 4 and the most images per class."""
+    rows = pd.read_csv(RESULTS / "real_clip.csv")
+    rows = rows[rows.classes_used != "all, without text"]
+    methods, lines = ("zero-shot", "linear-probe", "lp-plus-plus", "text-probe"), []
+    for dataset in ("imagenet", "caltech101", "sun397", "food101"):
+        own = rows[rows.dataset == dataset]
+        for shots in sorted({1, 4, own.shots.max()}):
+            tested = own[own.shots == shots].images.max()  # of each draw of ImageNet there are others
+            found = own[own.shots.isin([0, shots]) & (own.images == tested)].set_index("method").top1
+            lines.append([dataset, shots, *(f"{found[m]:.1f}" if m in found else "-" for m in methods)])
+    return as_table(["dataset", "images per class", *map(tables.title, methods)], lines)
+
+
+def like_accepted(head: str) -> float:
+    """The estimated percentage of images of similar classes that a bundled head does not reject."""
+    return read_config(WEIGHTS / head)["dcp"]["text_probe"]["like_accepted"][f"{REFUSED:g}"]
 
 
 def leaderboard() -> str:

@@ -3,6 +3,10 @@
     python benchmarks/many_sets.py --data-root DATA              writes results/many_sets.csv; resumes when repeated
     python benchmarks/many_sets.py --data-root DATA --choose     writes results/many_sets_choice.csv
 
+It begins with what is left to do and what that costs. Methods of `QUICK` are trained on five draws at five numbers of
+images, those of `SLOW` on the first two draws at two numbers: compare them with the same draws of the others. Methods
+that need nothing but features are in `baselines.py`, which reads these once.
+
 DATA, and which sets choose and which only report: see `sets.py`. A method that chooses hyperparameters gets validation
 images besides, at most four per class as in the papers, as far as the set has more images than are trained on; all
 others see K images per class. Prompts and weights are trained once and their head then answers in up to three ways: by
@@ -12,12 +16,13 @@ probe on these features and one on the frozen tower's. CPU seconds of this last 
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 from sets import CHOOSING, REPORTING, Pool
@@ -26,11 +31,11 @@ from torch.nn import functional as F
 from tuning import GrowingTable, of_class
 
 from dcp_zoo.benchmark.plan import weights_id
-from dcp_zoo.cli.console import progress_bar
+from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
-from dcp_zoo.model.clip import joined
+from dcp_zoo.model.clip import joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe import fit_on_features
+from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
@@ -44,13 +49,10 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
 MODEL, TEST_IMAGES, VAL_IMAGES = "dcp_mini", 800, 4  # at most so many test images, and validation images per class
 ON_FEATURES = ("zero-shot", "linear-probe", "lp-plus-plus", "gda", "proker", "ss-text", "text-probe")
-TRAINED = {  # with their recipes; they change the image features
-    "dcp": None,
-    "dcp, fast": "fast",
-    "2sfs": None,
-    "clip-lora": None,
-    "clip-svd": None,
-}
+RECIPES = {"dcp, fast": "fast"}  # where not the method's default
+QUICK = ("zero-shot", "text-probe", "dcp", "dcp, fast")
+SLOW = ("2sfs", "prolip", "coop", "vpt-deep", "maple", "promptsrc", "clip-lora", "clip-svd")
+GRID = {**dict.fromkeys(QUICK, ("4,1,16,2,8", "1,2,3,4,5")), **dict.fromkeys(SLOW, ("4,16", "1,2"))}  # images, draws
 
 
 def draw(pool: Pool, images: int, seed: int) -> Split:
@@ -69,7 +71,7 @@ def planned(split: Split, method: str, seed: int) -> tuple[Run, Task]:
     name, classifier = method.split(",")[0], None if method in ON_FEATURES else "none"
     if not METHODS[name].chooses:
         split = Split(split.name, split.classnames, split.train, [], split.test)
-    run = plan(split, MODEL, name, seed=seed, recipe=TRAINED.get(method), classifier=classifier, device="cpu")
+    run = plan(split, MODEL, name, seed=seed, recipe=RECIPES.get(method), classifier=classifier, device="cpu")
     return run, run.task(split, plain_clip(MODEL))
 
 
@@ -92,9 +94,11 @@ def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, second
     own, plain = (test.read_by(reading, 1, progress_bar)[0] for reading in head.readings)
     yield "", *scores(head.classify(own), test.labels), round(seconds, 1)
     views, started = probe_views(train), time.process_time()
-    readings = [(train.read_by(reading, views), on_cpu(reading.start())) for reading in head.readings]
-    for name, read, x in ("own", readings[:1], own), ("both", readings, joined([own, plain])):
-        head.text_probe, _ = fit_on_features(head.classes, train.labels, read, readings[1])
+    starts = on_cpu(head.own_linear()), on_cpu(head.zero_shot_linear())
+    pairs = zip(head.readings, starts, strict=True)
+    readings = [Read(train.read_by(reading, views), start, reading.widths) for reading, start in pairs]
+    for name, read, x in ("own", readings[:1], own), ("both", readings, joined([own, plain], parts_of(head.readings))):
+        head.text_probe, _ = fit_on_features(head.classes, train.labels, read, starts[1] if len(read) > 1 else None)
         logits = head.classify(x)
         yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
 
@@ -112,25 +116,43 @@ def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:
 def main(
     data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")],
     choose: Annotated[bool, typer.Option("--choose", help="Measure on the sets for choosing.")] = False,
-    methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join([*ON_FEATURES, *TRAINED]),
-    images: Annotated[str, typer.Option(help="Images per class, in this order.")] = "4,1,16,2,8",
+    methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join(GRID),
+    images: Annotated[str, typer.Option(help="Images per class, in this order; default: see GRID.")] = "",
     sets: Annotated[str, typer.Option(help="Names of sets, between semicolons; default: all.")] = "",
-    seeds: str = "1",
+    seeds: Annotated[str, typer.Option(help="Draws; default: see GRID.")] = "",
     output: Annotated[Path | None, typer.Option(help="Another file for the rows.")] = None,
 ) -> None:
     """Measure every set, number of images, seed and method that the table does not have for the current weights yet."""
     file = output or RESULTS / f"many_sets{'_choice' * choose}.csv"
     table = GrowingTable(file, COLUMNS, COLUMNS[:2] + COLUMNS[3:6])
     weights, chosen = weights_id(MODEL), CHOOSING if choose else REPORTING
+    names, cells = [name for name in chosen if not sets or name in sets.split("; ")], []
+    for method in methods.split("; "):
+        numbers, draws = GRID.get(method, GRID["text-probe"])
+        cells += product(
+            map(int, (seeds or draws).split(",")), map(int, (images or numbers).split(",")), [method], names
+        )
+    left = [
+        cell
+        for cell in sorted(cells, key=lambda cell: cell[0])
+        if (weights, cell[3], *cell[1::-1], cell[2]) not in table
+    ]
+    log(f"{len(left)} of {len(cells)} fits are left: {cost(file, left)}.")
     with TemporaryDirectory() as folder:
-        pools = {
-            name: make(data_root, Path(folder)) for name, make in chosen.items() if not sets or name in sets.split("; ")
-        }
-        cells = product(map(int, seeds.split(",")), map(int, images.split(",")), methods.split("; "), pools.items())
-        for seed, number, method, (name, pool) in cells:
-            if (weights, name, number, seed, method) not in table:
-                head = weights, name, len(pool[0]), number, seed, method
-                table.add((*head, *row) for row in measured(draw(pool, number, seed), seed, method))
+        pools = {name: chosen[name](data_root, Path(folder)) for name in {cell[3]: None for cell in left}}
+        for seed, number, method, name in left:
+            head = weights, name, len(pools[name][0]), number, seed, method
+            table.add((*head, *row) for row in measured(draw(pools[name], number, seed), seed, method))
+
+
+def cost(file: Path, left: Sequence[tuple[int, int, str, str]]) -> str:
+    """CPU time of training for draws, images, methods and sets that are left, by the means in the file."""
+    rows = pd.read_csv(file)
+    known = rows.groupby(["method", "images_per_class"]).train_cpu_seconds.mean()
+    costs = [known.get((method, number)) for _, number, method, _ in left]
+    unknown = sorted({method for (*_, method, _), each in zip(left, costs, strict=True) if each is None})
+    hours = sum(each for each in costs if each is not None) / 3600
+    return f"about {hours:.1f} hours of CPU time" + f", without {', '.join(unknown)}" * bool(unknown)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ SHOWN = {  # in the plot of averages, with their colours
     "LP++": "#56B4E9",
     "GDA": "#009E73",
     "Text probe": "#0072B2",
-    "DCP, both text probes": "#D55E00",
+    "DCP + text probes": "#D55E00",
 }
 
 
@@ -75,7 +75,7 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
-    "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv"]),
+    "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
     "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
     "predictions.png": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]

@@ -3,8 +3,8 @@
     python benchmarks/quote.py    rewrites them from benchmarks/results and the registry; lists what has none
 
 A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the
-point stay as many as they are. "Better than", "worse than" and "on par with" are values, too: they say whether the
-confidence interval of a paired difference excludes 0.
+point stay as many as they are. "Better than", "worse than" and "not significantly different from" are values, too: they
+say whether the confidence interval of a paired difference over datasets (of one dataset: over seeds) excludes 0.
 
     DCP has 77.6<!--= top1("DCP", 16) --> % and is worse than<!--= versus("DCP", "CoOp", 16) --> CoOp.
 
@@ -30,13 +30,16 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     every_clip_table,
     heads_table,
     leaderboard,
+    like_accepted,
     methods_table,
     models_table,
     names,
+    real_clip_summary,
     real_clip_table,
     result_tables,
     train_times,
 )
+from sets import CHOOSING, MINIATURES, REPORTING
 
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.training.methods import METHODS
@@ -51,7 +54,7 @@ LONG = 1200  # words; longer pages are listed
 COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
-VERDICTS = BETTER, LEVEL, WORSE = ("better than", "on par with", "worse than")
+VERDICTS = BETTER, LEVEL, WORSE = ("better than", "not significantly different from", "worse than")
 MARK = re.compile(rf"(?P<value>\b(?:{'|'.join(VERDICTS)})|{NUMBER})(?P<mark><!--=(?P<source>.*?)-->)", re.DOTALL)
 BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<source>.*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 UNIT = r"(?:%|(?:points?|ms|s|seconds?|minutes?|h|hours?|[kMG]B|times|G?FLOPs?|x(?! ?\d))\b)"
@@ -108,11 +111,11 @@ def top1(label: str, shots: int | None = None, file: str = "few-shot", **where: 
 
 
 def differences(label: str, reference: str, shots: int | None = None, file: str = "few-shot", **where: Any) -> Any:
-    """Top-1 of a label minus that of the reference, paired by test set, shots and seed; a method without training is
-    paired with all of them."""
+    """Top-1 of a label minus that of the reference, paired by test set, shots and seed: the mean of each dataset, or of
+    each seed if there is one dataset. A method without training is paired with all of them."""
     trained = {x: select(file, label=x).shots.max() > 0 for x in (label, reference)}
     first, second = (select(file, label=x, shots=shots if trained[x] else 0, **where) for x in trained)
-    return tables.differences(first, second).difference
+    return tables.by_sample(tables.differences(first, second))
 
 
 def gap(*args: Any, **kwargs: Any) -> float:
@@ -142,50 +145,53 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     return "\n".join(lines)
 
 
-WAYS = {"": "no text probe", "own": "one text probe", "both": "both text probes"}
+PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
+READINGS = {"x": "", "stem": " on the stem", "x+stem": " on CLIP and stem"}  # of `baselines.py`
 
 
 @cache
-def on_sets() -> pd.DataFrame:
-    """Top-1, ECE and CPU seconds on the reporting sets, a column of each for every method and way of reading it; a row
-    for every set, number of images per class and seed."""
-    rows = results("many_sets").fillna({"reading": ""})
-    changed = rows.groupby("method").reading.transform("nunique") > 1
-    titles = rows.method.map(lambda method: ", ".join([tables.title(method.split(",")[0]), *method.split(",")[1:]]))
-    rows["label"] = titles.str.replace(",  ", ", ") + (", " + rows.reading.map(WAYS)).where(changed, "")
+def on_sets(file: str = "many_sets") -> pd.DataFrame:
+    """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
+    reading it; a row for every set, number of images per class and seed."""
+    rows = results(file).fillna({"reading": ""})
+    rows = rows[rows.set.isin(REPORTING)]
+    titles = rows.method.map(lambda method: ",".join([tables.title(method.split(",")[0]), *method.split(",")[1:]]))
+    rows["label"] = titles + rows.reading.map(PROBES | READINGS)
     keys = ["set", "images_per_class", "seed"]
     return rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
 
 
-def set_gaps(label: str, reference: str = "Text probe", images: int | None = None) -> pd.Series:
-    """Top-1 minus the reference's, paired by set, images per class and seed."""
-    found = on_sets()["top1"]
+def set_gaps(label: str, reference: str = "Text probe", images: int | None = None, file: str = "many_sets") -> Any:
+    """Top-1 minus the reference's, paired by set, images per class and seed: the mean of each set, since only sets are
+    samples of what a reader will use a method on, not their draws and numbers of images."""
+    found = on_sets(file)["top1"]
     gaps = (found[label] - found[reference]).dropna()
-    return gaps if images is None else gaps.xs(images, level="images_per_class")
+    gaps = gaps if images is None else gaps.xs(images, level="images_per_class")
+    return gaps.groupby("set", sort=False).mean()
 
 
-def set_gap(*args: Any) -> float:
+def set_gap(*args: Any, **kwargs: Any) -> float:
     """The mean of `set_gaps`."""
-    return float(set_gaps(*args).mean())
+    return float(set_gaps(*args, **kwargs).mean())
 
 
-def set_versus(*args: Any) -> str:
+def set_versus(*args: Any, **kwargs: Any) -> str:
     """Whether a method is better or worse than the reference on the sets, as far as the interval tells."""
-    return verdict(set_gaps(*args))
+    return verdict(set_gaps(*args, **kwargs))
 
 
-def set_mean(label: str, images: int | None = None, what: str = "top1") -> float:
+def set_mean(label: str, images: int | None = None, what: str = "top1", file: str = "many_sets") -> float:
     """The mean over the sets."""
-    found = on_sets()[what][label]
+    found = on_sets(file)[what][label]
     return float((found if images is None else found.xs(images, level="images_per_class")).mean())
 
 
-def many_sets(*labels: str) -> str:
+def many_sets(*labels: str, file: str = "many_sets") -> str:
     """Averages over the reporting sets, of these methods or of all but those measured at one number of images only:
-    top-1 by images per class, the mean paired difference from the text probe, ECE over all numbers of images, and CPU
-    seconds of training at 4 images per class. "-" stands for what was not measured on all sets, and for an ECE over
-    fewer numbers of images than the others'."""
-    found = on_sets()
+    top-1 by images per class, the mean paired difference from the text probe with its interval over sets, ECE over all
+    numbers of images, and CPU seconds of training at 4 images per class. "-" stands for what was not measured on all
+    sets, and for an ECE over fewer numbers of images than the others'."""
+    found = on_sets(file)
     numbers = sorted({images for _, images, _ in found.index})
     header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
     lines = []
@@ -195,10 +201,22 @@ def many_sets(*labels: str) -> str:
             continue
         whole = found["top1"]["Text probe"].groupby("images_per_class").size()
         cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
-        gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label))
-        ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece'):.1f}"
-        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds'):.0f}"])
+        gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label, file=file))
+        ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece', file):.1f}"
+        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}"])
     return as_table(header, lines)
+
+
+def set_count(file: str = "many_sets") -> int:
+    """How many reporting sets the averages are over."""
+    return on_sets(file).index.get_level_values("set").nunique()
+
+
+def influences() -> str:
+    """The sets of `sets.py` and what each has influenced."""
+    parts = {"report": REPORTING, "choose": CHOOSING, "the miniature's own": MINIATURES}
+    lines = [[name, part, each.influenced] for part, sets in parts.items() for name, each in sets.items()]
+    return as_table(["dataset", "used to", "what it has influenced"], lines)
 
 
 def by_set(*labels: str) -> str:
@@ -216,13 +234,14 @@ def three_readings() -> str:
     """Methods that change the image features, read in three ways: means over the sets at 4 images per class."""
     at_4 = {what: on_sets()[what].xs(4, level="images_per_class") for what in ("top1", "train_cpu_seconds")}
     lines = []
-    for method in [x.removesuffix(f", {WAYS['']}") for x in at_4["top1"] if x.endswith(WAYS[""])]:
-        own, one, both = (f"{method}, {way}" for way in WAYS.values())
+    for method in [x for x in at_4["top1"] if x + PROBES["both"] in at_4["top1"]]:
+        own, one, both = (method + probes for probes in PROBES.values())
         top1 = at_4["top1"].dropna(subset=both)
         cells = [f"{top1[label].mean():.1f}" for label in (own, one, both)]
-        gaps = [tables.difference_cell(top1[both] - top1[label]) for label in (own, "Text probe")]
+        gaps = [tables.difference_cell(set_gaps(both, label, 4)) for label in (own, "Text probe")]
         lines.append([method, *cells, *gaps, f"{at_4['train_cpu_seconds'][both].mean():.0f}"])
-    header = ["method", *(f"{way}, %" for way in WAYS.values()), "both minus none", "both minus the text probe alone"]
+    header = ["method", "no text probe, %", "one text probe, %", "both text probes, %"]
+    header += ["both minus none", "both minus the text probe alone"]
     return as_table([*header, "CPU seconds"], lines)
 
 
@@ -309,7 +328,7 @@ def folder(keys: str = "", last: bool = False) -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns; on
     the sets for reporting, or on the last ones."""
     rows = results("together")
-    rows = rows[rows.set.str.contains("250 more|60 even|60 odd") == last]
+    rows = rows[rows.set.str.contains("250 more|60 even|60 odd|scenes|hand signs|corn leaves") == last]
     rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"}))
     few = rows[rows.images_per_class <= 4]
     if keys:

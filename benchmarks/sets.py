@@ -1,13 +1,16 @@
-"""The sets of images on which methods are compared: some only to choose by, the others only to report on.
+"""The sets of images on which methods are compared, and what each has influenced.
+
+No method is chosen, and no recipe, on a set of `REPORTING`; `CHOOSING` are for that. `MINIATURES` are neither: the
+miniature was trained on other images of these classes, with their labels, so that they say nothing of new classes.
 
 DATA holds `caltech-101` in CoOp's layout, `pacs`, `tiny-imagenet-200` (parquet), and folders with an `images.parquet`
-(columns image, label, use) of `oxford_flowers`, `eurosat` and `grocery_store`. Nothing is chosen on a reporting set.
-PACS and Tiny ImageNet have no test images of their own: so many of each class, drawn once, are. Of Tiny ImageNet only
-validation images are read, as the miniature was trained on the others.
+(columns image, label, use) of the others. PACS and Tiny ImageNet have no test images of their own: so many of each
+class, drawn once, are. Of Tiny ImageNet only validation images are read.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -56,21 +59,45 @@ def parquet(name: str, data: Path, folder: Path) -> Pool:
     return names, parts["train"], parts["test"]
 
 
-CHOOSING: dict[str, Callable[[Path, Path], Pool]] = {
-    "PACS, art paintings": partial(pacs, "art_painting"),
-    "PACS, cartoons": partial(pacs, "cartoon"),
-    "Tiny ImageNet, 40 classes": partial(tiny, 0),
+@dataclass(frozen=True)
+class ImageSet:
+    """What makes a set's pool from DATA and a folder for files, and what the set has influenced, in words."""
+
+    pool: Callable[[Path, Path], Pool]
+    influenced: str
+
+    def __call__(self, data: Path, folder: Path) -> Pool:
+        return self.pool(data, folder)
+
+
+TOGETHER = "constants of `--together`, which {} when this set is left out"
+SEEN = "that richer features help was seen here first, no constant"
+SHIFT = "the recipe for domain shift (test images)"
+PROBE = "the text probe, how two of them are joined, the score of rejection"
+TRAINED = "the miniature was trained on other images of these classes"
+REPORTING = {
+    "flowers": ImageSet(partial(parquet, "oxford_flowers"), TOGETHER.format("stay")),
+    "EuroSAT": ImageSet(partial(parquet, "eurosat"), f"{TOGETHER.format('stay')}; {SEEN}"),
+    "groceries": ImageSet(partial(parquet, "grocery_store"), f"{TOGETHER.format('change')}; {SEEN}"),
+    "PACS, sketches": ImageSet(
+        partial(pacs, "sketch"), f"{TOGETHER.format('stay')}; how `search --to-label` suggests images; {SHIFT}; {SEEN}"
+    ),
+    "scenes": ImageSet(partial(parquet, "fifteen_scenes"), SEEN),
+    "hand signs": ImageSet(partial(parquet, "hand_signs"), SEEN),
+    "corn leaves": ImageSet(partial(parquet, "corn_leaves"), SEEN),
 }
-REPORTING: dict[str, Callable[[Path, Path], Pool]] = {
-    "Caltech-101": caltech,
-    "flowers": partial(parquet, "oxford_flowers"),
-    "EuroSAT": partial(parquet, "eurosat"),
-    "groceries": partial(parquet, "grocery_store"),
-    "PACS, sketches": partial(pacs, "sketch"),
-    "PACS, photos": partial(pacs, "photo"),
-    "Tiny ImageNet, 40 others": partial(tiny, 1),
+CHOOSING = {
+    "PACS, art paintings": ImageSet(partial(pacs, "art_painting"), f"{PROBE}; {SHIFT}"),
+    "PACS, cartoons": ImageSet(partial(pacs, "cartoon"), f"{PROBE}; {SHIFT}"),
+    "PACS, photos": ImageSet(partial(pacs, "photo"), "recipes, the text probe, thresholds of `inspect`"),
+    "Caltech-101": ImageSet(
+        caltech, "recipes, the text probe, thresholds of `inspect`; DCP's rate and Tip-Adapter's range (test images)"
+    ),
 }
-LAST: dict[str, Callable[[Path, Path], Pool]] = {  # they had no part in choosing the rule of `together.py`
-    "Tiny ImageNet, 60 even": partial(tiny, 0, rest=True),
-    "Tiny ImageNet, 60 odd": partial(tiny, 1, rest=True),
+MINIATURES = {
+    "Tiny ImageNet, 40 classes": ImageSet(partial(tiny, 0), f"{TRAINED}; {PROBE}"),
+    "Tiny ImageNet, 40 others": ImageSet(partial(tiny, 1), TRAINED),
+    "Tiny ImageNet, 60 even": ImageSet(partial(tiny, 0, rest=True), TRAINED),
+    "Tiny ImageNet, 60 odd": ImageSet(partial(tiny, 1, rest=True), TRAINED),
 }
+SETS = {**REPORTING, **CHOOSING, **MINIATURES}

@@ -5,9 +5,10 @@
     python benchmarks/together.py measure CLIP FEATURES      writes results/together.csv
     python benchmarks/together.py counts CLIP FEATURES       writes results/together_counts.csv
     python benchmarks/together.py size 100000                adds to results/together_size.csv
+    python benchmarks/together.py authors CHECKOUT CLIP      writes results/together_authors.csv
 
-DATA: see `sets.py`. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A text probe is fitted to K images
-per class, other ones in each draw; a folder is a part of the test images.
+DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A
+text probe is fitted to K images per class, other ones in each draw; a folder is a part of the test images.
 
 How `dcp_zoo.deploy.together` was chosen. Its form, `CONFIDENT`, and what is listed below, come from the sets for
 choosing alone, four draws. The constants that came with it (`SHARES` 2) lost 1.3 points in the worst tenth of all runs
@@ -28,8 +29,11 @@ well labelled images are named by their nearest ones in the folder (it did not f
 import math
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +46,7 @@ import torch
 import typer
 from real_clip import SAME, unit
 from rejection import MODEL
-from sets import CHOOSING, LAST, REPORTING
+from sets import SETS
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class
@@ -65,6 +69,9 @@ RESULTS = Path(__file__).parent / "results"
 CLIP_CHOOSING = ("ucf101", "fgvc", "imagenet, 500 classes")
 CLIP_REPORTING = ("oxford_flowers", "caltech101", "sun397_named", "food101_named", "imagenet, 250 others")
 CLIP_LAST = ("imagenet, 250 more",)
+CHOOSING = ("PACS, art paintings", "PACS, cartoons", "Tiny ImageNet, 40 classes")
+LAST = ("Tiny ImageNet, 60 even", "Tiny ImageNet, 60 odd", "scenes", "hand signs", "corn leaves")
+REPORTING = tuple(name for name in SETS if name not in CHOOSING + LAST)
 PARTS = {"choosing": (CLIP_CHOOSING, CHOOSING), "reporting": (CLIP_REPORTING, REPORTING), "last": (CLIP_LAST, LAST)}
 GRID = {"FEW": (0.5, 0.6, 0.7), "SHARES": (1.0, 1.5, 2.0), "AGREEMENT": (0.25, 0.5)}
 LOSS = 0.4  # in percentage points, allowed in the worst tenth of the runs of each set, in the mean over sets
@@ -72,6 +79,10 @@ IMAGES, DRAWS, POOL, SMALLEST = (1, 2, 4, 16), range(1, 11), 50, 20  # the last:
 COLUMNS = ("set", "images_per_class", "draw", "composition", "images", "rule", "top1", "change", "ece", "ece_change")
 CHOICES = ("set", *GRID, "runs", "change", "worst_tenth")
 COUNTED = (*COLUMNS[:5], "coverage", "error_plain", "error_together", "error_count")
+COMPARED_IMAGES, COMPARED = (
+    500,
+    ("set", "images_per_class", "composition", "rule", "images", "apart", "same_predictions"),
+)
 COMPOSITIONS = ("all", "long-tailed", "few classes", "one class", "10 % foreign", "Dirichlet 0.1", "Dirichlet 1")
 SIZED = ("images", "seconds", "cpu_seconds", "more_mb", "given_mb")
 MINI = "miniature: "
@@ -98,7 +109,7 @@ def features(data: Path, output: Path, images: int = POOL) -> None:
     images."""
     clip = plain_clip(MODEL)
     output.mkdir(parents=True, exist_ok=True)
-    for name, make in {**CHOOSING, **REPORTING, **LAST}.items():
+    for name, make in SETS.items():
         if (file := output / f"{name}.npz").exists():
             continue
         with TemporaryDirectory() as folder:
@@ -194,53 +205,76 @@ def neighbours(folder: Folder) -> Tensor:
     return z
 
 
-def log_normal(f: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """log N (n, C) of features (n, E) by diagonal Gaussians: means and variances (C, E)."""
-    precise = 1 / variances
-    squares = f.square() @ precise.T - 2 * f @ (means * precise).T + (means.square() * precise).sum(1)
-    return -(squares + variances.log().sum(1)) / 2
+def squared(f: Tensor, means: Tensor, variances: Tensor) -> Tensor:
+    """Distances (n, C) of features (n, E) from means (C, E), squared, in units of variances (E,) or (C, E)."""
+    precise = (1 / variances).expand_as(means)
+    return f.square() @ precise.T - 2 * f @ (means * precise).T + (means.square() * precise).sum(1)
 
 
-def stat_a(folder: Folder) -> Tensor:
-    """StatA (arXiv 2501.03729), by its equations, with the means of the labelled images as anchors."""
-    (p, f, anchors), w = folder, folder.affinities(3)
-    both, width = (w.to_dense() + w.to_dense().T).to_sparse_csr(), f.shape[1]
-    z, means, logs = p, anchors, p.clamp(min=1e-9).log()
-    first = variances = torch.full_like(anchors, 1 / width)
-    for _ in range(10):
-        z = (logs + log_normal(f, means, variances) / 50 + both @ z / 6).softmax(1)
-        share, held = (count := torch.bincount(z.argmax(1), minlength=p.shape[1])[:, None]) / (count + 1), z.sum(0)
-        mean = z.T @ f / held.clamp(min=1e-9)[:, None]
-        spread = z.T @ f.square() / held.clamp(min=1e-9)[:, None] - mean.square()
-        means = F.normalize(share * mean + (1 - share) * anchors, dim=1)
-        variances = (share * spread + (1 - share) * first).clamp(min=1e-6)
-    return z
+def gaussians(folder: Folder, is_anchored: bool) -> Tensor:
+    """What StatA (anchored) and TransCLIP share: probabilities z that agree with the head's, with those of nearest
+    images, and with Gaussian classes, whose means and variances follow z. See `authors`."""
+    p, f, anchors = folder
+    w, logs, means = folder.affinities(3), p.clamp(min=1e-30).log(), F.normalize(anchors, dim=1)
+    both, z, anchors = (w.to_dense() + w.to_dense().T).to_sparse_csr(), p, means
 
+    def spread(means: Tensor) -> Tensor:  # (C, E), summed over the images
+        return z.T @ f.square() - 2 * means * (z.T @ f) + means.square() * z.sum(0)[:, None]
 
-def trans_clip(folder: Folder) -> Tensor:
-    """TransCLIP without labelled images (Zanella et al., NeurIPS 2024), written from memory of the paper, on the head's
-    probabilities; class means begin at the eight surest images."""
-    (p, f, _), w = folder, folder.affinities(3)
-    z, logs = p, p.clamp(min=1e-9).log()
-    means = torch.stack([f[of.topk(min(8, len(f))).indices].mean(0) for of in p.T])
-    variances = torch.full((1, f.shape[1]), 1 / f.shape[1])
-    for _ in range(10):
-        z = (logs + log_normal(f, means, variances.expand_as(means)) + w @ z).softmax(1)
-        means = z.T @ f / z.sum(0).clamp(min=1e-9)[:, None]
-        spread = f.square().mean(0) - 2 * (f * (z @ means)).mean(0) + (z.mean(0)[:, None] * means.square()).sum(0)
-        variances = spread.clamp(min=1e-6)[None]
+    first = variances = spread(means).sum(0) / len(f) if is_anchored else torch.full((f.shape[1],), 1 / f.shape[1])
+    for _ in range(11):
+        wide = variances.log().sum(-1) if is_anchored else 0
+        gauss = -(squared(f, means, variances) + wide) / 2
+        for _ in range(5):
+            z = (logs + gauss / 50 + both @ z / 6).softmax(1)
+        means, held = F.normalize(z.T @ f, dim=1), z.sum(0)[:, None]
+        if is_anchored:
+            share = (count := torch.bincount(z.argmax(1), minlength=p.shape[1])[:, None]) / (count + 1)
+            means = F.normalize(share * means + (1 - share) * anchors, dim=1)
+            variances = share * spread(means) / held + (1 - share) * (first + (anchors - means).square())
+        else:
+            variances = spread(means).sum(0) / len(f)
     return z
 
 
 RULES: dict[str, Callable[[Folder], Tensor]] = {
     "--together": own,
     "neighbours alone": neighbours,
-    "StatA": stat_a,
-    "TransCLIP": trans_clip,
+    "StatA": partial(gaussians, is_anchored=True),
+    "TransCLIP": partial(gaussians, is_anchored=False),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
+
+
+@app.command()
+def authors(checkout: Path, clip: Path) -> None:
+    """Compare StatA and TransCLIP with the solvers in a checkout of github.com/MaxZanella/StatA, in which the head's
+    probabilities take the place of zero-shot CLIP's, and means of labelled images that of texts: on folders of at most
+    `COMPARED_IMAGES`, as theirs takes minutes for larger ones."""
+    sys.path.insert(0, str(checkout))
+    table = GrowingTable(RESULTS / "together_authors.csv", COMPARED, COMPARED[:4])
+    for name, images in product(CLIP_REPORTING, (1, 4)):
+        for composition, f, _, logits, means in folders(data := real_clip(name, clip), images, 1, data.test[:0]):
+            folder = Folder(logits.softmax(1), f, means)
+            for solver in ("StatA", "TransCLIP"):
+                key = name, images, composition, solver
+                if len(f) <= COMPARED_IMAGES and composition != "10 % foreign" and key not in table:
+                    theirs, ours = by_authors(solver, folder), RULES[solver](folder)
+                    same = (theirs.argmax(1) == ours.argmax(1)).float().mean()
+                    table.add([(*key, len(f), f"{(theirs - ours).abs().max():.1g}", round(100 * float(same), 2))])
+
+
+def by_authors(name: str, folder: Folder) -> Tensor:
+    """By their solver, on a CPU, which it does not know."""
+    module, prototypes = import_module(f"solvers.{name}"), F.normalize(folder.means, dim=1).T[None]
+    with (
+        patch.object(Tensor, "cuda", lambda x: x),
+        patch.object(torch.nn.Module, "cuda", lambda x: x),
+        patch.object(module, "get_zero_shot_logits", lambda *_: folder.p.log()),
+    ):
+        return getattr(module, f"{name}_solver")(folder.f, torch.zeros(len(folder.f)), prototypes)[1]
 
 
 class Head(NamedTuple):

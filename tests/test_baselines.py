@@ -3,21 +3,22 @@
 import pickle
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
 from dcp_zoo.data import Item
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Maps
+from dcp_zoo.model.inputs import Features, Maps
+from dcp_zoo.model.text_probe.fit import text_scale, within_class
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.linear_probe import search
 from dcp_zoo.training.methods.maple import new_maple
 from dcp_zoo.training.methods.tip_adapter import cache_head, train_keys
 from dcp_zoo.training.methods.zero_shot import ENSEMBLE
@@ -130,40 +131,44 @@ def test_zero_shot(method, templates, clip, photos):
 
 
 def test_linear_probe_minimises_the_penalised_loss(clip, photos):
+    """Of images and their mirror images, which weigh as much as one, up to the scale of its logits."""
     given = task("linear-probe", clip, photos, C=2.0)
     probe = fit_head("linear-probe", given)
     with torch.no_grad():
-        x = encode_image(clip, pixels(given.train))
-    weight, bias = (t.clone().requires_grad_() for t in probe.linear())
-    logits = x @ weight.T + bias
-    objective = 2.0 * F.cross_entropy(logits, given.train.labels, reduction="sum") + (weight**2).sum() / 2
+        images = pixels(given.train)
+        x = torch.cat([encode_image(clip, images), encode_image(clip, images.flip(-1))])
+    labels, scale = given.train.labels.repeat(2), probe.info["scale"]
+    weight, bias = ((t / scale).requires_grad_() for t in probe.linear())
+    objective = F.cross_entropy(x @ weight.T + bias, labels, reduction="sum") + (weight**2).sum() / 2
     for gradient in torch.autograd.grad(objective, (weight, bias)):
         assert gradient.abs().max() < 1e-2
-    torch.testing.assert_close(logits_of(probe, given.train), logits.detach(), rtol=1e-3, atol=1e-3)
+    expected = scale * (x[: len(images)] @ weight.T + bias)
+    torch.testing.assert_close(logits_of(probe, given.train), expected.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_linear_probe_of_two_classes(clip, photos):
     """For which scikit-learn fits a single row of weights."""
     given = task("linear-probe", clip, photos, C=2.0)
     given = replace(given, classnames=NAMES[:2], train=image_source(clip, [p for p in photos if p.label < 2]), val=None)
-    probe, x = fit_head("linear-probe", given), given.train_features
-    fitted = LogisticRegression(C=2.0, max_iter=1000).fit(x.numpy(), given.train.labels.numpy())
-    expected = torch.tensor(fitted.predict_proba(x.numpy())).float()
-    torch.testing.assert_close(logits_of(probe, given.train).softmax(-1), expected, rtol=1e-4, atol=1e-5)
+    probe, (x, mirrored) = fit_head("linear-probe", given), given.plain_train.features(2).numpy()
+    labels = given.train.labels.repeat(2).numpy()
+    fitted = LogisticRegression(C=1.0, max_iter=1000).fit(np.concatenate([x, mirrored]), labels)
+    second = probe.info["scale"] * torch.from_numpy(fitted.decision_function(x)).float()
+    expected = torch.stack([torch.zeros_like(second), second], 1).softmax(1)
+    torch.testing.assert_close(logits_of(probe, given.train).softmax(-1), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_linear_probe_chooses_c_on_the_validation_images(clip, photos):
-    assert search(lambda c: -abs(c - 0.13)) == pytest.approx(10**-0.875)  # the nearest of eight steps per decade
-    assert search(lambda c: 1.0) == 1e6  # ties go to the largest
+def test_linear_probe_is_scaled_by_the_loss_on_images_left_out(clip, photos):
+    """As scikit-learn leaves them out; validation images change nothing."""
     given = task("linear-probe", clip, photos)
-    probe = fit_head("linear-probe", given)
-    assert 1e-6 <= probe.info["C"] <= 1e6
-    without = fit_head("linear-probe", replace(given, val=None)).info["C"]  # by cross-validation
-    x, y = given.train_features.numpy(), given.train.labels.numpy()
-    found, other = (cross_val_score(LogisticRegression(C=c, max_iter=1000), x, y, cv=3) for c in (without, 0.316))
-    assert found.mean() >= other.mean()
-    alone = replace(given.train, items=given.train.items[:3])  # one image per class: nothing to choose by
-    assert fit_head("linear-probe", replace(given, train=alone, val=None)).info == {"C": 31.6}
+    given = replace(given, train=replace(given.train, views=given.train.features(1), form=Features))
+    probe, x, y = fit_head("linear-probe", given), given.train.views[0].numpy(), given.train.labels
+    folds = PredefinedSplit((within_class(y) % min(4, int(torch.bincount(y).max()))).numpy())
+    z = cross_val_predict(LogisticRegression(C=10, max_iter=1000), x, y, cv=folds, method="decision_function")
+    assert probe.info["scale"] == pytest.approx(text_scale(torch.tensor(z), y), rel=0.01)
+    assert fit_head("linear-probe", replace(given, val=None)).info == probe.info
+    alone = given.train.of([0, 1, 2])  # one image per class: nothing is left out
+    assert fit_head("linear-probe", replace(given, train=alone)).info == {"scale": 4.0}
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import quote
+from scipy import stats
+from sets import REPORTING
 
 FEW = 'top1("DCP", 16)'
 METHODS = {"text-probe": 70, "zero-shot": 50, "gda": 60}
@@ -25,11 +27,9 @@ def test_every_number_and_comparison_is_marked(page):
 
 def test_values_are_rewritten_as_they_are_written(monkeypatch):
     monkeypatch.setattr(quote, "top1", lambda *args: 1234.56)
-    monkeypatch.setattr(quote, "versus", lambda *args: "on par with")
-    text = f'+5.0<!--= {FEW} --> and 7<!--= -{FEW} -->; DCP is better than<!--= versus("DCP", "CoOp") --> CoOp'
-    expected = (
-        f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; DCP is on par with<!--= versus("DCP", "CoOp") --> CoOp'
-    )
+    monkeypatch.setattr(quote, "versus", lambda *args: quote.LEVEL)
+    text = f'+5.0<!--= {FEW} --> and 7<!--= -{FEW} -->; better than<!--= versus("DCP", "CoOp") --> CoOp'
+    expected = f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; {quote.LEVEL}<!--= versus("DCP", "CoOp") --> CoOp'
     assert quote.renewed(text) == expected
     block = f"<!-- begin: {FEW} -->\n{{}}<!-- end -->"
     assert quote.renewed(block.format("old\n")) == block.format("\n1234.56\n\n")
@@ -56,7 +56,9 @@ def test_what_needs_a_mark(text, found):
     assert quote.unmarked("as above", comparing=True) == ["above"]
 
 
-def test_methods_are_compared_on_the_sets(tmp_path, monkeypatch):
+def test_methods_are_compared_over_sets(tmp_path, monkeypatch):
+    """Two reporting sets of four draws each are two samples; what chose settings, and other numbers of images, are
+    none."""
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
     monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
     monkeypatch.setattr(quote, "on_sets", quote.on_sets.__wrapped__)
@@ -64,30 +66,55 @@ def test_methods_are_compared_on_the_sets(tmp_path, monkeypatch):
         {
             "set": s,
             "images_per_class": k,
-            "seed": 1,
+            "seed": seed,
             "method": m,
             "reading": r,
             "top1": x + k,
             "ece": 2,
             "train_cpu_seconds": 3,
         }
-        for s, gain in (("cats", 1), ("dogs", 3))
+        for s, gain in (("EuroSAT", 1), ("flowers", 3), ("Caltech-101", -50))
         for k in (1, 4)
+        for seed in (1, 2)
         for m, r, x in (("text-probe", "", 50), ("dcp, fast", "", 40), ("dcp, fast", "both", 50 + gain))
     ]
-    quote.pd.DataFrame(rows[:-1]).to_csv(tmp_path / "many_sets.csv", index=False)
+    frame = quote.pd.DataFrame(rows)
+    frame[~((frame.set == "flowers") & (frame.images_per_class == 4) & (frame.reading == "both"))].to_csv(
+        tmp_path / "many_sets.csv", index=False
+    )
     assert quote.many_sets().splitlines()[2:] == [
         "| Text probe | 51.0 | 54.0 |  | 2.0 | 3 |",
-        "| DCP, fast, no text probe | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
-        "| DCP, fast, both text probes | 53.0 | - | +1.7 (-1.2 to +4.5) | - | 3 |",
+        "| DCP, fast | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
+        "| DCP, fast + text probes | 53.0 | - | +2.0 (-10.7 to +14.7) | - | 3 |",
     ]
-    alone = "DCP, fast, no text probe"
-    assert (quote.set_gap(alone), quote.set_versus(alone)) == (-10, "worse than")
-    assert quote.set_versus("DCP, fast, both text probes") == "on par with"
+    assert (quote.set_count(), quote.set_gap("DCP, fast"), quote.set_versus("DCP, fast")) == (2, -10, "worse than")
+    assert quote.set_versus("DCP, fast + text probes") == "not significantly different from"
     assert quote.by_set("Text probe").splitlines()[2:] == [
-        "| cats | Text probe | 51.0 | 54.0 |",
-        "| dogs | Text probe | 51.0 | 54.0 |",
+        "| EuroSAT | Text probe | 51.0 | 54.0 |",
+        "| flowers | Text probe | 51.0 | 54.0 |",
     ]
+
+
+def test_the_words_of_readme_follow_the_interval_over_sets():
+    """Computed again from the file, without the functions that write the words."""
+    words = re.findall(
+        r"(better than|worse than|not significantly different from)<!--= set_versus\((.*?)\) -->",
+        quote.PAGES[0].read_text(),
+    )
+    assert words
+    rows = quote.pd.read_csv(quote.RESULTS / "many_sets.csv", keep_default_na=False)
+    rows = rows[rows.set.isin(REPORTING)]
+    rows = rows.set_index(["method", "reading", "set", "images_per_class", "seed"]).top1.sort_index()
+    readings = {
+        "DCP": ("dcp", ""),
+        "DCP, fast + text probes": ("dcp, fast", "both"),
+        "DCP + text probes": ("dcp", "both"),
+    }
+    for word, label in words:
+        gaps = (rows[readings[label.strip('"')]] - rows["text-probe", ""]).groupby("set").mean()
+        half = stats.t.ppf(0.975, len(gaps) - 1) * stats.sem(gaps)
+        clear = "better than" if gaps.mean() > 0 else "worse than"
+        assert word == (clear if abs(gaps.mean()) > half else "not significantly different from"), label
 
 
 def test_rejection_is_averaged_over_draws(tmp_path, monkeypatch):
@@ -105,19 +132,24 @@ def test_rejection_is_averaged_over_draws(tmp_path, monkeypatch):
 
 
 def test_comparisons_are_paired(monkeypatch):
-    """By hand: trained methods by shots and seed, zero-shot with each; a verdict needs an interval without 0."""
-    rows = [(m, k, s, 50 + 10 * (m == "coop") + k + s) for m in ("dcp", "coop") for k in (1, 2) for s in (1, 2)]
-    rows += [("zero-shot", 0, 0, 50), ("gda", 1, 1, 50), ("gda", 1, 2, 55)]
+    """By hand: trained methods by shots and seed, zero-shot with each; a verdict needs an interval over seeds without
+    0, and shots of one seed are no samples of others."""
+    rows = [(m, k, s, 50 + 10 * (m == "coop") + k + s / 9) for m in ("dcp", "coop") for k in (1, 2) for s in (1, 2)]
+    rows += [("zero-shot", 0, 0, 50), ("gda", 1, 1, 50), ("gda", 1, 2, 52)]
     frame = quote.pd.DataFrame(rows, columns=["method", "shots", "seed", "top1"])
     same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "stats": "", "selection": "none"}
     frame = frame.assign(**same, dataset="d", target="d", classes="all")
     monkeypatch.setattr(quote, "results", lambda file: quote.tables.with_labels(frame))
-    assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4
-    assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
+    assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 2
+    assert sorted(quote.differences("DCP", "Zero-shot")) == pytest.approx([1.5 + 1 / 9, 1.5 + 2 / 9])
     assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == [
         "worse than",
-        "on par with",
+        "not significantly different from",
         "better than",
     ]
-    listed = ["- **better than** Zero-shot (+3.0)", "- **on par with** GDA (+0.0)", "- **worse than** CoOp (-10.0)"]
+    listed = [
+        "- **better than** Zero-shot (+1.7)",
+        "- **not significantly different from** GDA (+0.2)",
+        "- **worse than** CoOp (-10.0)",
+    ]
     assert quote.standing(reference="DCP").splitlines()[2:] == listed

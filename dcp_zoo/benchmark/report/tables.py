@@ -31,7 +31,7 @@ class Table:
 
 def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     """The results with a column `label`, in a fixed order and without duplicates: the method with its changed options;
-    for results of a head with a text probe also that; and for results with the batch statistics of a method that
+    for results of a head with text probes also that; and for results with the batch statistics of a method that
     also has stored ones, the word "batch". If several folders have a result, the last one is used."""
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
@@ -41,7 +41,11 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     results["label"] = [
         title(method)
         + (f" ({options})" if options else "")
-        + (f" + {title(TEXT_PROBE).lower()}" if (method, options) in with_classifier and stats != NO_CLASSIFIER else "")
+        + (
+            f" + {title(TEXT_PROBE).lower()}s"
+            if (method, options) in with_classifier and stats != NO_CLASSIFIER
+            else ""
+        )
         + (", batch" if stats == "batch" and method in with_stored else "")
         for method, options, stats in zip(results.method, results.options, results.stats, strict=True)
     ]
@@ -195,11 +199,19 @@ def interval(differences: "pd.Series") -> tuple[float, float] | None:
 def differences(results: "pd.DataFrame", base: "pd.DataFrame", on: Sequence[str] | None = None) -> "pd.DataFrame":
     """Every pair of a result and one of `base` with the same dataset, shots, seed and test classes, or the same values
     `on` other columns, with a column `difference`: top-1 minus that of the base, in percentage points. A method without
-    training is paired with all shots and seeds."""
+    training is paired with all shots and seeds. Column `sample` is the dataset, or of a single dataset the seed: shots
+    and seeds of a dataset share its classes and test images, and are no samples of other datasets."""
     if on is None:
         on = [*TESTED, "shots", "seed"] if min(results.shots.max(), base.shots.max()) > 0 else TESTED
     pairs = results.merge(base, on=list(on), suffixes=("", "_base"))
-    return pairs.assign(difference=pairs.top1 - pairs.top1_base)
+    seeds = pairs.filter(["seed", "seed_base"]).max(axis=1)  # without training it is 0
+    sample = pairs.dataset if pairs.dataset.nunique() > 1 else seeds
+    return pairs.assign(difference=pairs.top1 - pairs.top1_base, sample=sample)
+
+
+def by_sample(pairs: "pd.DataFrame") -> "pd.Series":
+    """The mean difference of each sample."""
+    return pairs.groupby("sample", sort=False).difference.mean()
 
 
 def difference_cell(values: "pd.Series") -> str:
@@ -220,11 +232,12 @@ def against(results: "pd.DataFrame", reference: str = "DCP") -> list[Table]:
     shots = sorted(pairs.shots.unique())
     rows = []
     for label, group in pairs.groupby("label", sort=False):
-        by_shots = [difference_cell(group.difference[group.shots == k]) for k in shots]
-        rows.append([label, str(len(group)), *by_shots, difference_cell(group.difference)])
+        by_shots = [difference_cell(by_sample(group[group.shots == k])) for k in shots]
+        rows.append([label, str(len(group)), *by_shots, difference_cell(by_sample(group))])
+    unit = "datasets" if pairs.dataset.nunique() > 1 else "seeds"
     note = (
         f"Top-1 minus that of {reference}, in percentage points: mean over pairs with the same dataset, shots and "
-        "seed, with its 95 % confidence interval (Student's t). * the interval excludes 0: a significant difference."
+        f"seed, with its 95 % confidence interval over {unit} (Student's t). * the interval excludes 0."
     )
     header = ["method", "pairs", *(f"{k} shots" if k > 1 else "1 shot" for k in shots), "all"]
     return [Table(f"Differences from {reference}", header, rows, note)]

@@ -1,0 +1,174 @@
+"""Methods that need nothing but features, at their strongest, on any features: five draws at 1 to 16 images per class.
+
+    python benchmarks/baselines.py features DATA FEATURES      reads every set once; resumes when repeated
+    python benchmarks/baselines.py measure FEATURES            writes results/baselines.csv; resumes when repeated
+
+DATA: see `sets.py`, of which the sets for reporting and those for choosing are read; draws and test images are those of
+`many_sets.py`. FEATURES has a file for each set with several readings of its images: `x` is CLIP's vector, `stem` the
+mean over positions of the maps of the miniature's stem, scaled to the length 1. `x+stem` joins both. Where `x`
+is not the first there is no text, and only methods without text are measured.
+
+No method sees validation images, but for those named "with validation images": those of `many_sets.py`.
+"""
+
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from many_sets import COLUMNS, MODEL, RESULTS, TEST_IMAGES, draw, scores
+from sets import CHOOSING, REPORTING
+from torch import Tensor
+from torch.nn import functional as F
+from tuning import GrowingTable
+
+from dcp_zoo.benchmark.plan import weights_id
+from dcp_zoo.benchmark.trial_images import GivenCLIP, nothing_read
+from dcp_zoo.cli.console import progress_bar
+from dcp_zoo.data import Item
+from dcp_zoo.model.classes import TEMPLATE
+from dcp_zoo.model.clip import FrozenCLIP, joined
+from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.inputs import Features
+from dcp_zoo.model.text_probe.estimates import class_means
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.training.methods import METHODS, fit_head
+from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.methods.text_probe import on_cpu
+from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.zoo.factory import plain_clip
+
+NEAREST, VALIDATED = "nearest class mean", ", with validation images"
+NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers where not named
+    "zero-shot": {},
+    NEAREST: {},
+    "linear-probe": {},
+    "linear-probe, C = 100": {"C": 100.0},
+    "gda": {},
+    f"gda{VALIDATED}": {},
+    "gda, without text": {"text": False},
+    "lp-plus-plus": {},
+    f"lp-plus-plus{VALIDATED}": {},
+    "tip-adapter-f": {},
+    f"tip-adapter-f{VALIDATED}": {},
+    "proker": {},
+    f"proker{VALIDATED}": {},
+    "ss-text": {},
+    "clap": {},
+    "text-probe": {},
+}
+WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C = 100", "gda, without text")
+app = typer.Typer()
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+@app.command()
+def features(data: Path, output: Path) -> None:
+    """Read the images of every set once, and the mirror images of those to train on."""
+    clip = plain_clip(MODEL)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, make in {**REPORTING, **CHOOSING}.items():
+        if (file := output / f"{name}.npz").exists():
+            continue
+        with TemporaryDirectory() as folder:
+            names, train, test = make(data, Path(folder))
+            test = random.Random(0).sample(test, min(TEST_IMAGES, len(test)))
+            weight, _ = on_cpu(clip.scaled(clip.zero_shot_classifier(names)))
+            arrays: dict[str, Any] = {"names": names, "text_weight": weight.detach()}
+            for part, items, views in (("train", train, 2), ("test", test, 1)):
+                started = time.process_time()
+                arrays |= {f"{part}_{key}": value for key, value in read(clip, items, views).items()}
+                arrays[f"{part}_seconds"] = (time.process_time() - started) / len(items)
+                arrays[f"{part}_labels"] = [item.label for item in items]
+        np.savez(file, **arrays)
+
+
+@torch.no_grad()
+def read(clip: FrozenCLIP, items: Sequence[Item], views: int) -> dict[str, Tensor]:
+    """Each reading (V, n, E) of the images and, for two views, their mirror images."""
+    whole = image_source(clip, items, once=True).read(views, progress_bar)
+    return dict(zip(("x", "stem"), whole.split(clip.widths, -1), strict=True))
+
+
+class Known:
+    """A set's features by one reading: images to draw from, with their rows for paths, and test images."""
+
+    def __init__(self, file: Path, reading: str) -> None:
+        arrays, parts = np.load(file), reading.split("+")
+        self.names, self.cost = [str(name) for name in arrays["names"]], float(arrays["train_seconds"])
+        labels = arrays["train_labels"].tolist()
+        self.items = [Item(str(row), str(row), label) for row, label in enumerate(labels)]
+        train, test = (
+            joined([torch.from_numpy(arrays[f"{part}_{each}"]) for each in parts], len(parts))
+            for part in ("train", "test")
+        )
+        self.views, self.clip, self.has_text = train, GivenCLIP(), parts[0] == "x"
+        text = torch.from_numpy(arrays["text_weight"]) * self.has_text
+        # joined features, of length 1, hold x times 1 / sqrt(parts), and parts of which text says nothing
+        self.clip.clip.logit_scale.fill_(math.log(float(text[0].norm()) or 1.0) + math.log(len(parts)) / 2)
+        padded = F.pad(F.normalize(text, dim=-1), (0, train.shape[-1] - text.shape[-1]))
+        self.clip.given_texts = dict(zip(self.names, padded, strict=True))
+        self.clip.clip.output_dim = train.shape[-1]
+        tested = [Item("", str(i), label) for i, label in enumerate(arrays["test_labels"].tolist())]
+        self.test = ImageSource(self.clip, tested, nothing_read, views=test, form=Features)
+
+    def source(self, items: Sequence[Item]) -> ImageSource:
+        rows = [int(item.path) for item in items]
+        return ImageSource(self.clip, items, nothing_read, views=self.views[:, rows], form=Features)
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+@app.command()
+def measure(
+    kept: Annotated[Path, typer.Argument(help="The folder that `features` wrote.")],
+    readings: Annotated[str, typer.Option(help="What is read, between semicolons.")] = "x; stem; x+stem",
+    methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join(NAMES),
+    images: Annotated[str, typer.Option(help="Images per class, in this order.")] = "4,1,16,2,8",
+    seeds: str = "1,2,3,4,5",
+    sets: Annotated[str, typer.Option(help="Names of sets, between semicolons.")] = "; ".join([*REPORTING, *CHOOSING]),
+) -> None:
+    """Measure what the table does not have for the current weights yet."""
+    table, weights = GrowingTable(RESULTS / "baselines.csv", COLUMNS, [*COLUMNS[:2], *COLUMNS[3:7]]), weights_id(MODEL)
+    for reading, name in product(readings.split("; "), sets.split("; ")):
+        known = Known(kept / f"{name}.npz", reading)
+        cells = product(map(int, images.split(",")), map(int, seeds.split(",")), methods.split("; "))
+        for number, seed, method in cells:
+            key = weights, name, number, seed, method, reading
+            if key not in table and (known.has_text or method in WITHOUT_TEXT):
+                head = weights, name, len(known.names), number, seed, method, reading
+                table.add([(*head, *measured(known, number, seed, method))])
+
+
+def measured(known: Known, images: int, seed: int, method: str) -> tuple[Any, ...]:
+    """Top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, with those of the features."""
+    split, started = draw((known.names, known.items, known.test.items), images, seed), time.process_time()
+    name, train = method.split(",")[0], known.source(split.train)
+    val = known.source(split.val) if method.endswith(VALIDATED) and split.val else None
+    task = Task(known.clip, MODEL, known.names, TEMPLATE, train, val, BaseRecipe(), seed)
+    if name in METHODS:
+        task.recipe = METHODS[name].recipe(MODEL, "folder", images, "few-shot").updated(NAMES[method])
+    head = fit_head(name, task) if name in METHODS else to_nearest_mean(task)
+    seconds = time.process_time() - started + known.cost * len(split.train) * (name != "zero-shot")
+    return *scores(predict(head, known.test, EVAL_BATCH), known.test.labels), round(seconds, 1)
+
+
+def to_nearest_mean(task: Task) -> LinearHead:
+    """By the cosine with the mean of each class, as zero-shot CLIP by that with its text."""
+    means = class_means(task.train_features, task.train_labels, len(task.classnames))
+    return task.text_head(F.normalize(means, dim=-1).float())
+
+
+if __name__ == "__main__":
+    app()
