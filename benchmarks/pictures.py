@@ -59,6 +59,22 @@ def averages() -> None:
     figure.savefig(IMAGES / "averages.svg")
 
 
+def reads() -> None:
+    """What the backbone adds on each reporting set, by images per class."""
+    found = quote.reads()
+    gains = (found["embedding and backbone"] - found["embedding"]).unstack()
+    figure = Figure((5.4, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for name, row in gains.iterrows():
+        ax.plot(range(len(row)), row, marker="o", label=name)
+    ax.axhline(0, color="#444444", linewidth=0.8)
+    ax.set(xlabel="images per class", ylabel="gain in top-1, points", ylim=(min(0, gains.min().min()) - 0.5, None))
+    ax.set_xticks(range(len(gains.columns)), gains.columns.astype(str))
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(IMAGES / "reads.svg")
+
+
 def explained() -> None:
     model = dcp_zoo.create_model(HEAD, pretrained=True).eval()
     draw(coupling_moves(model), IMAGES / "explained.png", f"{HEAD}: how far CMPA moves the prompts")
@@ -76,6 +92,7 @@ class Picture(NamedTuple):
 
 PICTURES = {
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
+    "reads.svg": Picture(reads, [doc_tables.RESULTS / "reads.csv", ROOT / "benchmarks" / "sets.py"]),
     "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
     "predictions.png": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]

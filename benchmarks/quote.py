@@ -12,6 +12,7 @@ Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- 
 measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.
 """
 
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -243,6 +244,52 @@ def three_readings() -> str:
     header = ["method", "no text probe, %", "one text probe, %", "both text probes, %"]
     header += ["both minus none", "both minus the text probe alone"]
     return as_table([*header, "CPU seconds"], lines)
+
+
+def reads(what: str = "top1") -> pd.DataFrame:
+    """The text probe on the embedding alone and beside its backbone: means of each reporting set, by images."""
+    rows = results("reads")
+    rows = rows[rows.set.isin(REPORTING)]
+    return rows.pivot_table(what, ["set", "images_per_class"], "reading", sort=False)
+
+
+def reads_table() -> str:
+    """Both readings on each reporting set, and the difference of their means with its interval over sets."""
+    found, lines = reads(), []
+    numbers = sorted({images for _, images in found.index})
+    for name, rows in found.groupby(level="set", sort=False):
+        rows = rows.droplevel("set")
+        lines += [[name, label, *(f"{rows[label][k]:.1f}" for k in numbers)] for label in found.columns]
+    for what, title in {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}.items():
+        whole = reads(what)
+        gaps = whole["embedding and backbone"] - whole["embedding"]
+        cells = [tables.difference_cell(gaps.xs(k, level="images_per_class").dropna()) for k in numbers]
+        lines.append([f"**difference, {title}**", "", *cells])
+    return as_table(["dataset", "reads", *map(str, numbers)], lines)
+
+
+def reads_gain(images: int, what: str = "top1") -> float:
+    """The mean difference over the reporting sets."""
+    found = reads(what).xs(images, level="images_per_class")
+    return float((found["embedding and backbone"] - found["embedding"]).mean())
+
+
+def reading_costs() -> str:
+    """Time of one image by fused heads, in units of a text probe's that reads the embedding alone."""
+    rows = select("readings", batch=1)
+    rows = rows[~rows["head"].str.startswith("DCP")]
+    lines = [[f"`{model}`", *(f"{x:.2f}" for x in of.ratio)] for model, of in rows.groupby("model", sort=False)]
+    return as_table(["model", *rows["head"].unique()], lines)
+
+
+def pairs_table() -> str:
+    """Two real encoders, alone and joined: top-1 by images per class, means over draws."""
+    found = results("pairs").pivot_table("top1", ["set", "encoder"], "images_per_class", sort=False)
+    lines = [
+        [*name, *("" if math.isnan(x) else f"{x:.1f}" for x in row)]
+        for name, row in zip(found.index, found.values, strict=True)
+    ]
+    return as_table(["dataset", "encoder", *map(str, found.columns)], lines)
 
 
 def supports() -> str:

@@ -1,0 +1,94 @@
+"""What a second vector beside CLIP's embedding is worth: the text probe on the embedding, on both, and rejection.
+
+    python benchmarks/reads.py FEATURES      writes results/reads.csv
+
+FEATURES is what `baselines.py features` writes: the miniature's embedding and its stem's features for each set of
+`sets.py`, for choosing and for reporting. Of each class so many images are drawn at random, three times. AUROC is that
+of test images of every second class against the others', by a probe that was fitted to every second class.
+"""
+
+import random
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from many_sets import MODEL, RESULTS
+from sets import CHOOSING, REPORTING
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.benchmark.plan import weights_id
+from dcp_zoo.model.classes import Class
+from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.training.evaluation import expected_calibration_error, top1
+
+IMAGES, DRAWS = (1, 2, 4, 8, 16), (1, 2, 3)
+READINGS = {"embedding": ("x",), "embedding and backbone": ("x", "stem")}
+
+
+class Known:
+    """A set's features by one reading: parts one after the other, in which every part has the length 1."""
+
+    def __init__(self, file: Path, parts: tuple[str, ...]) -> None:
+        arrays = {name: torch.from_numpy(array) for name, array in np.load(file).items() if array.dtype.kind in "fi"}
+        self.widths = tuple(arrays[f"test_{part}"].shape[-1] for part in parts)
+        self.train, self.test = (torch.cat([arrays[f"{of}_{part}"] for part in parts], -1) for of in ("train", "test"))
+        self.labels, self.truth, self.text = arrays["train_labels"], arrays["test_labels"], arrays["text_weight"]
+
+    def answers(self, rows: list[int], classes: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits and distances of all test images, by a probe for these classes on these training images."""
+        text = self.text[classes], torch.zeros(len(classes))
+        labels = torch.tensor([classes.index(label) for label in self.labels[rows].tolist()])
+        named = [Class(str(label)) for label in classes]
+        probe, _ = fit_on_features(named, labels, [Read(self.train[:, rows], text, self.widths)])
+        f, start = self.test[0] / len(self.widths) ** 0.5, F.linear(self.test[0, :, : self.widths[0]], *text)
+        return probe(start, f, named), probe.distance(f, named)
+
+
+def drawn(labels: Tensor, images: int, seed: int) -> list[int]:
+    """Positions of so many images of each class."""
+    rng, of_each = random.Random(1000 * seed + images), ((labels == label).nonzero() for label in labels.unique())
+    return [i for rows in of_each for i in rng.sample(rows.flatten().tolist(), min(images, len(rows)))]
+
+
+def measured(own: Known, images: int, seed: int) -> dict[str, Any]:
+    rows, started = drawn(own.labels, images, seed), time.process_time()
+    logits, _ = own.answers(rows, list(range(len(own.text))))
+    found: dict[str, Any] = {"cpu_seconds": round(time.process_time() - started, 2)}
+    found |= {"top1": round(top1(logits, own.truth), 2), "nll": round(F.cross_entropy(logits, own.truth).item(), 4)}
+    found["ece"] = round(expected_calibration_error(logits, own.truth), 2)
+    if images > 1:
+        half = [i for i in rows if own.labels[i] % 2 == 0]
+        logits, distances = own.answers(half, list(range(0, len(own.text), 2)))
+        scores = in_distribution_score(logits.numpy(), distances.numpy())
+        found["auroc_near"] = round(100 * float(roc_auc_score((own.truth % 2 == 0).numpy(), scores)), 1)
+    return found
+
+
+def main(features: Annotated[Path, typer.Argument(help="Folder that baselines.py has written.")]) -> None:
+    """Measure and write the table."""
+    rows, weights = [], weights_id(MODEL)
+    for name in (*CHOOSING, *REPORTING):
+        if not (file := features / f"{name}.npz").exists():
+            continue
+        for reading, parts in READINGS.items():
+            own = Known(file, parts)
+            for images in IMAGES:
+                for seed in DRAWS:
+                    row = {"weights": weights, "set": name, "classes": len(own.text), "images_per_class": images}
+                    rows.append(row | {"seed": seed, "reading": reading} | measured(own, images, seed))
+                print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    table.to_csv(RESULTS / "reads.csv", index=False)
+    columns = ["top1", "ece", "auroc_near"]
+    print(table.groupby(["images_per_class", "reading"])[columns].mean().round(1).to_string())
+
+
+if __name__ == "__main__":
+    typer.run(main)
