@@ -17,7 +17,6 @@ from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.head import LinearHead
-from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.zoo.factory import create_model
 
@@ -173,7 +172,7 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         text = plain.encoder.zero_shot_classifier(names, same)
         model = LinearHead(plain.encoder, names, *plain.encoder.scaled(text), texts=same)
         model.method = "zero-shot"
-    model.text_probe = TextProbe(model.classes, model.num_features)
+    model.text_probe = model.probe_of(model.classes, sum(sum(reading.widths) for reading in model.readings))
     model.text_probe.threshold.fill_(1.0)
     model.text_probe.means.fill_(0.1)
     model.save_pretrained(tmp_path)

@@ -121,7 +121,7 @@ def test_any_file_of_names_is_read_or_refused(place, content):
 
 
 CONFIG = {"architecture": "dcp_mini", "label_names": ["a"], "pretrained_cfg": {}, "model_args": {}}
-BLOCK = {"format_version": 3, "clip": "x", "method": "gda", "head": "linear", "abilities": {}, "texts": "{}"}
+BLOCK = {"format_version": 4, "clip": "x", "method": "gda", "head": "linear", "abilities": {}, "texts": "{}"}
 
 
 @given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "read"]), JSON)

@@ -336,8 +336,8 @@ class DCP(Head):
         return self.encoder.scaled(self.encode_text())
 
     def _own_reading(self) -> Reading:
-        width, prompts = self.encoder.widths[:1], self.image_prompts
-        return Reading(self.encoder, width, self._encode_own, self._text_linear, prompts, self.first_block)
+        width, prompts = self.encoder.num_features, self.image_prompts
+        return Reading(self.encoder, (width,), self._encode_own, self._text_linear, prompts, self.first_block)
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics. Among classes with sentences, a new one has its name."""
