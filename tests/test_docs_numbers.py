@@ -8,6 +8,7 @@ from scipy import stats
 from sets import REPORTING
 
 FEW = 'top1("DCP", 16)'
+FILES = ("many_sets", "baselines")
 METHODS = {"text-probe": 70, "zero-shot": 50, "gda": 60}
 
 
@@ -102,16 +103,22 @@ def test_the_words_of_readme_follow_the_interval_over_sets():
         quote.PAGES[0].read_text(),
     )
     assert words
-    rows = quote.pd.read_csv(quote.RESULTS / "many_sets.csv", keep_default_na=False)
+    rows = quote.pd.concat(quote.pd.read_csv(quote.RESULTS / f"{x}.csv", keep_default_na=False) for x in FILES)
     rows = rows[rows.set.isin(REPORTING)]
     rows = rows.set_index(["method", "reading", "set", "images_per_class", "seed"]).top1.sort_index()
+    probe = ("text-probe", "")
     readings = {
-        "DCP": ("dcp", ""),
-        "DCP, fast + text probes": ("dcp, fast", "both"),
-        "DCP + text probes": ("dcp", "both"),
+        '"DCP"': (("dcp", ""), probe),
+        '"DCP, fast + text probes"': (("dcp, fast", "both"), probe),
+        '"DCP + text probes"': (("dcp", "both"), probe),
+        '"Text probe", "Linear probe, C = 100", file="baselines"': (
+            ("text-probe", "x"),
+            ("linear-probe, C = 100", "x"),
+        ),
     }
     for word, label in words:
-        gaps = (rows[readings[label.strip('"')]] - rows["text-probe", ""]).groupby("set").mean()
+        first, second = readings[label]
+        gaps = (rows[first] - rows[second]).groupby("set").mean()
         half = stats.t.ppf(0.975, len(gaps) - 1) * stats.sem(gaps)
         clear = "better than" if gaps.mean() > 0 else "worse than"
         assert word == (clear if abs(gaps.mean()) > half else "not significantly different from"), label
