@@ -24,4 +24,5 @@ from .zoo.factory import create_transform as create_transform
 from .zoo.registry import is_model as is_model
 from .zoo.registry import list_heads as list_heads
 from .zoo.registry import list_models as list_models
+from .zoo.registry import list_pretrained as list_pretrained
 from .zoo.resolve import get_pretrained_cfg as get_pretrained_cfg

@@ -226,6 +226,7 @@ class DCP(Head):
         ((step, _, x),) = deque(self.walk(inputs, last=True), 1)
         return self.encoder.vision_tower.features(x), step.text.features
 
+    @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:
         """Copies of what depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision
         blocks, and the text features (C, E); computed again when a weight changes, see `WeightCache`."""

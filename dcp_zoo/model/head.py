@@ -135,6 +135,7 @@ class Head(TimmContract):
         """The readings of its classifier."""
         return self.readings[: 1 if self.text_probe is None else self.text_probe.readings]
 
+    @torch.compiler.disable  # reads texts, and is kept
     def _plain_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by plain CLIP's features."""
         clip, names, texts = self.plain.encoder, read_of(self.classes), self.texts or TEMPLATE
