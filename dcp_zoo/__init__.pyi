@@ -4,6 +4,7 @@ from .api.functions import evaluate as evaluate
 from .api.functions import predict as predict
 from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images
+from .benchmark.compare import compare as compare
 from .data.specs import list_datasets as list_datasets
 from .deploy.export import export as export
 from .errors import ZooError as ZooError

@@ -848,6 +848,7 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
         "head.predict": lambda: head.predict(images),
         "explain": lambda: (nearest_words(head), coupling_moves(head), attention_maps(head, images)),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
+        "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], Settings(tmp_path / "sweep", features=tmp_path)),
     }
 

@@ -211,6 +211,9 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)
+    assert "was sorted by a head" not in run("train", flowers)[2]
+    (flowers / "predictions.csv").touch()
+    assert "was sorted by a head (predictions.csv): unless you corrected it" in run("train", flowers)[2]
     changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
     write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
     found = load_labelled("folder", flowers, "inspection.csv")

@@ -22,6 +22,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import rejection_note
+from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
@@ -158,6 +159,9 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Ru
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
+        if data_root and not options.labels and (data_root / SORTED_TABLE).is_file():
+            sorted_by = f"{data_root} was sorted by a head ({SORTED_TABLE})"
+            log(f"{sorted_by}: unless you corrected it, the accuracy says how well that head's answers are repeated.")
     names = "seed recipe device precision workers class_weight".split()
     same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))

@@ -181,8 +181,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     a header. Paths start at `folder` or, as in the tables of `dcp-zoo predict`, at the current folder. A `change` of
     inspection.csv replaces the class. What has no class is left out: unreadable images, "none of these", videos."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
-        rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
-        rows = [[cell.strip() for cell in row] for row in rows]
+        rows = [[cell.strip() for cell in row] for row in read_table(file)]
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
     if "suggestion" not in header:  # it is no inspection.csv
@@ -222,6 +221,11 @@ def _listed(image: str, folder: Path) -> str:
     found = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
     inside = (path for path in found if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
+
+
+def read_table(file: Path) -> list[list[str]]:
+    """The rows of a CSV file or a spreadsheet, see `read_csv`."""
+    return _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
 
 
 def _read_sheet(file: Path) -> list[list[str]]:
