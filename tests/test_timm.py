@@ -239,7 +239,7 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     with pytest.raises(ZooError, match=r"no file or checkpoint folder none\.pth"):
         dcp_zoo.create_model("dcp_mini", checkpoint_path="none.pth")
     torch.save({}, file)
-    with pytest.raises(ZooError, match=r"state\.pth has not the tensors of this dcp_mini"):
+    with pytest.raises(ZooError, match=r"state\.pth does not have the tensors of this dcp_mini"):
         dcp_zoo.create_model("dcp_mini", checkpoint_path=file)
 
 

@@ -137,11 +137,10 @@ def _load_state(model: Head, path: Path) -> None:
     """Load a state of the whole model from a file of timm's or torch's; ZooError for no such file, or another one."""
     if not path.is_file():
         raise ZooError(f"There is no file or checkpoint folder {path}: pass the path of one.")
-    wrong = (
-        f"{path} has not the tensors of this {model.encoder.architecture}: pass one that was saved with its options."
-    )
+    name = model.encoder.architecture
+    wrong = f"{path} does not have the tensors of this {name}: pass a file that was saved with its options."
     with as_zoo_error(wrong, RuntimeError, UnpicklingError, *UNREADABLE):
-        load_checkpoint(model, str(path))
+        load_checkpoint(model, str(path), weights_only=True)
 
 
 def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
