@@ -128,8 +128,9 @@ def _folds(data: Labelled, cv: int | Iterable[Fold], seed: int) -> list[Fold]:
         if not 2 <= cv <= labels.count(rarest):
             problem = f"cv={cv}: of {data.names[rarest]} there are {labels.count(rarest)} images"
             raise ZooError(f"{problem}, and every fold needs one of each class: pass 2 to {labels.count(rarest)}.")
-        cv = StratifiedKFold(cv, shuffle=True, random_state=seed).split(labels, labels)
-    folds = [(list(train), list(test)) for train, test in cv]
+        folds: list[Fold] = list(StratifiedKFold(cv, shuffle=True, random_state=seed).split(labels, labels))
+    else:
+        folds = list(cv)
     for train, _ in folds:
         if missing := set(labels) - {labels[i] for i in train}:
             raise ZooError(f"A fold has no image of {data.names[min(missing)]} for training: pass other folds.")
