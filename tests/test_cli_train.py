@@ -220,6 +220,19 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     assert [(item.key, item.label) for item in found.items] == [("rose/2.jpg", 0), ("rose/0.jpg", 1)]
 
 
+@pytest.mark.parametrize(("state", "kept"), [((), "what was computed"), (("training.state",), "What was learnt")])
+def test_ctrl_c_says_what_is_kept(run, flowers, monkeypatch, state, kept):
+    def stopped(run: object, output: Path, *_: object) -> None:
+        for name in state:
+            output.mkdir()
+            (output / name).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcp_zoo.training.run.train_and_refit", stopped)
+    err = " ".join(run("train", flowers)[2].split())
+    assert f"{kept} is kept: repeat the command to go on." in err
+
+
 def test_file_names_that_are_not_text(run, flowers, planned, monkeypatch):
     """They are of another system's encoding, and stay as they are; class names in it cannot be read by CLIP."""
     (flowers / "rose" / "0.jpg").rename(os.fsdecode(os.fsencode(flowers / "rose") + b"/\xe4.jpg"))

@@ -127,11 +127,10 @@ def train(options: TrainOptions) -> None:
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
-    from dcp_zoo.training.state import never
+    from dcp_zoo.training.state import STATE_NAME, never
 
     use_threads(options.threads)
     with stop_after_step(log) if recipe.is_trained else nullcontext(never) as stop:
-        log(model_line(get_spec(options.model)))
         check_writable(output_dir)
         if options.report:
             check_output(options.report, options.overwrite, "--report")
@@ -140,12 +139,20 @@ def train(options: TrainOptions) -> None:
         if refit is None:
             refit = is_own(dataset) and run.split.held_out and run.shots is None
         _check_classes(options, run.split)
+        log(model_line(get_spec(options.model)))  # after errors
         if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
             log(text)
         show = partial(_show, options, run)
         settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, stop=stop, show=show)
-        with kept_features(features_folder()):
-            head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
+        try:
+            with kept_features(features_folder()):
+                head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
+        except KeyboardInterrupt:
+            kept = (
+                "What was learnt" if any(output_dir.rglob(STATE_NAME)) else "No head was saved, but what was computed"
+            )
+            log(f"Stopped. {kept} is kept: repeat the command to go on.")
+            raise
         if note := rejection_note(head.info):
             output.print(f"With predict --reject, {note}", soft_wrap=True)
         output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
