@@ -102,7 +102,7 @@ def plan_own(
             able = ", ".join(name for name in METHODS if METHODS[name].features)
             raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
         if run.recipe.image_augment != "none" and len(data.items) <= MANY:
-            differs = "a fit on the images also reads their mirror images, and differs a little"
+            differs = "a fit on the images also reads their mirror images, and may answer otherwise"
             warnings.warn(f"Features are fitted as they are: {differs}.", stacklevel=3)
     if data.classes.dtype.kind in "iufb" and data.names == [str(label) for label in data.classes.tolist()]:
         advice = 'say what these numbers mean, as in classnames={0: "cat", 1: "dog"}'
