@@ -4,6 +4,7 @@ from .api.functions import evaluate as evaluate
 from .api.functions import predict as predict
 from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images
+from .benchmark.compare import compare as compare
 from .data.specs import list_datasets as list_datasets
 from .deploy.export import export as export
 from .errors import ZooError as ZooError
@@ -24,4 +25,5 @@ from .zoo.factory import create_transform as create_transform
 from .zoo.registry import is_model as is_model
 from .zoo.registry import list_heads as list_heads
 from .zoo.registry import list_models as list_models
+from .zoo.registry import list_pretrained as list_pretrained
 from .zoo.resolve import get_pretrained_cfg as get_pretrained_cfg

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from dcp_zoo.files import HIDDEN, read_plain
 
 NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
+INSPECTION_PAGE, INSPECTION_TABLE, SORTED_TABLE = "inspection.html", "inspection.csv", "predictions.csv"
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
 # an entry of a list, in quotes or with braces in it, and what ends it
 _ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')

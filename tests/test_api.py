@@ -42,6 +42,7 @@ from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.data import load_image
 from dcp_zoo.data.archives import unpacked
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
@@ -103,7 +104,11 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
     [
         (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
         (np.zeros((3, 4, 5)) - 1, "float64 from -1"),
-        (np.zeros((4, 4), int), "int64 from 0 to 0"),
+        (np.full((4, 4), 200), r"int64 from 200 to 200 is not an image: pass array.astype\(np.uint8\)"),
+        (np.full((4, 4), 200.0), "divide it by 255"),
+        (np.full((4, 4), 16.0), "divide it by 16"),
+        (np.ones((4, 4), int), "divide it by 1"),
+        (torch.full((3, 4, 4), -1.5), "if `create_transform` made it, pass the image itself"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
         (object(), "is (not|neither) an image"),
     ],
@@ -111,6 +116,39 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
 def test_what_is_no_image_is_refused(image, message):
     with pytest.raises(ZooError, match=message):
         to_image(image)
+
+
+def test_images_in_other_forms_are_taken(pictures):
+    path = Path(pictures[0][0])
+    with path.open("rb") as file, path.open("rb") as other:
+        for form in (path.read_bytes(), file, [other], [path.read_bytes()]):
+            (item,) = unlabelled(form)
+            assert np.array_equal(np.asarray(item.path), np.asarray(Image.open(path)))
+    rgba = np.dstack([np.asarray(Image.open(path)), np.full((140, 150), 9, np.uint8)])
+    for form in (rgba, [rgba], rgba / 255):
+        (item,) = unlabelled(form)
+        assert np.array_equal(load_image(item.path), load_image(Image.fromarray(rgba)))
+    with pytest.raises(ZooError, match="Cannot read the image bytes: not in a supported format"):
+        unlabelled(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (["a.png", float("nan"), None], r"no image \(None or NaN\) in row 1, 2, counted from 0"),
+        (
+            pandas.DataFrame({"path": ["a.png"] * 3, "label": list("aba")}),
+            r"columns path, label: pass one, as df\['path'",
+        ),
+        (np.full((3, 100), 0.5), r"no features of a CLIP, \(3, 100\), as their rows do not have the length 1"),
+        (pandas.DataFrame(np.eye(3, 100) * 7), r"no features of a CLIP, \(3, 100\)"),
+        (np.eye(3, 100), r"Features \(3, 100\) do not fit: this model reads 512 columns"),
+        (["https://no.invalid/a.png", *"bc"], "No image at https://.*: check the address .* pass the file"),
+    ],
+)
+def test_what_is_no_list_of_images_is_named(images, message):
+    with pytest.raises(ZooError, match=message):
+        FewShotClassifier().fit(images, list("aba"))
 
 
 def test_labels_are_checked(folder, pictures, tmp_path):
@@ -468,6 +506,15 @@ def test_features_take_the_place_of_images(pictures, fitted):
     assert piped.score(paths, labels) == 1
     with pytest.raises(ZooError, match="dcp needs images, not only their features: choose from zero-shot, "):
         clone(first).set_params(method="dcp").fit(features, labels)
+    with pytest.warns(UserWarning, match="a fit on the images also reads their mirror images"):
+        clone(first).fit(features, labels)
+    frame = clone(first).set_output(transform="pandas").fit(paths, labels).transform(paths)
+    assert (
+        frame.columns.tolist()
+        == first.get_feature_names_out().tolist()
+        == [f"fewshotclassifier{i}" for i in range(512)]
+    )
+    assert clone(first).fit(frame, labels).score(frame, labels) == 1
     for wrong, message in (
         (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 or 1792 columns"),
         (lambda: fitted.predict(features), "features of dcp_mini .bundled., not of dcp_mini .bundled., changed by dcp"),
@@ -494,9 +541,8 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     assert red(wrong, [0, *[1] * 7]) == pytest.approx(expected, abs=1e-5)  # as if it was not there
     assert red(wrong, [2] * 8) == pytest.approx(equal, abs=1e-5)
     assert red(wrong, [0.1, *[1] * 7])[0] < equal[0]
-    with pytest.warns(UserWarning, match=r"no effect, as it is the same within each class. .* class_weight"):
-        assert red(labels, [1] * 4 + [3] * 4) == pytest.approx(red(labels), abs=1e-5)
     heavy = red(wrong, class_weight={"red": 9, "blue": 3})
+    assert red(wrong, [3, *[1] * 3, *[3] * 4]) == pytest.approx(red(wrong, class_weight={"red": 3}), abs=1e-5)
     assert red(wrong, class_weight={"red": 3}) == pytest.approx(heavy, abs=5e-3)  # L-BFGS stops early
     assert (heavy > equal).all()
     for method in ("dcp", "gda"):
@@ -533,6 +579,18 @@ def test_numbers_as_class_names_are_doubted(pictures):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FewShotClassifier(method="zero-shot", classnames=NAMES).fit(pictures[0], labels)
+        named = FewShotClassifier(method="zero-shot", classnames=dict(enumerate(NAMES)))
+        assert clone(named).fit(pictures[0], labels).model_.classnames == NAMES
+        assert clone(named).fit(*pictures).model_.classnames == NAMES  # meta-estimators refit on the labels themselves
+
+
+def test_processes_say_how_to_share_features(pictures, monkeypatch, tmp_path):
+    monkeypatch.setattr("dcp_zoo.api.estimator.parent_process", lambda: "another")
+    with pytest.warns(UserWarning, match='features of its own: memory="FOLDER" shares them'):
+        FewShotClassifier().fit(*pictures)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FewShotClassifier(memory=tmp_path).fit(*pictures)
 
 
 def test_methods_are_searched_by_cross_validation(pictures):
@@ -785,11 +843,12 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
         "convert_cmpa_checkpoint": lambda: dcp_zoo.convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", **clip_case),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
-        **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models")},
+        **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).add_class("green", pictures[0][:1]).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
         "explain": lambda: (nearest_words(head), coupling_moves(head), attention_maps(head, images)),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
+        "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], Settings(tmp_path / "sweep", features=tmp_path)),
     }
 

@@ -1080,7 +1080,8 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--head", "x.onnx", "--reject-rate", "0.2"], "omit --reject-rate, or"),
         (["--head", "x.onnx", "--reject"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count is for --together without --json"),
+        (["--count"], "--count counts what the other images refine: add --together."),
+        (["--count", "--together", "--json"], "--count prints a table: omit it, or --json"),
         (["--link"], "--link works only with --sort-into"),
         (
             ["--together", "--ray", "auto", "--output", "p"],

@@ -211,10 +211,26 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)
+    assert "was sorted by a head" not in run("train", flowers)[2]
+    (flowers / "predictions.csv").touch()
+    assert "was sorted by a head (predictions.csv): unless you corrected it" in run("train", flowers)[2]
     changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
     write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
     found = load_labelled("folder", flowers, "inspection.csv")
     assert [(item.key, item.label) for item in found.items] == [("rose/2.jpg", 0), ("rose/0.jpg", 1)]
+
+
+@pytest.mark.parametrize(("state", "kept"), [((), "what was computed"), (("training.state",), "What was learnt")])
+def test_ctrl_c_says_what_is_kept(run, flowers, monkeypatch, state, kept):
+    def stopped(run: object, output: Path, *_: object) -> None:
+        for name in state:
+            output.mkdir()
+            (output / name).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcp_zoo.training.run.train_and_refit", stopped)
+    err = " ".join(run("train", flowers)[2].split())
+    assert f"{kept} is kept: repeat the command to go on." in err
 
 
 def test_file_names_that_are_not_text(run, flowers, planned, monkeypatch):

@@ -3,10 +3,13 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import openpyxl
 import pytest
 import torch
 from helpers import Count, read_csv
@@ -80,9 +83,20 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
     looked = Count(monkeypatch, look_module, "_measured")
-    assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited
+    with monkeypatch.context() as patch:  # before anything slow is imported
+        patch.setitem(sys.modules, "dcp_zoo.inspection.inspection", None)
+        assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited
     assert run.ok("inspect", folder, "--output", tmp_path / "found", "--overwrite") == out
     assert looked.calls == 0
+
+
+def test_what_was_taken_for_classes_is_said(tmp_path, run, monkeypatch):
+    for year in ("2023", "2024"):
+        (tmp_path / "photos" / year).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "photos" / year / "0.png")
+    monkeypatch.setattr("dcp_zoo.inspection.inspection.inspect", Mock(side_effect=ZooError("as far as here")))
+    err = run.refused("inspect", tmp_path / "photos", "--output", tmp_path / "found")
+    assert "They are inspected as classes. Error: as far as here" in " ".join(err.split())
 
 
 def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):
@@ -201,7 +215,13 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     before = sorted(folder.rglob("*"))
     _, table = dcp_zoo.inspect(folder).write(tmp_path)
     changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
-    assert "Images moved: 1, left out: 2." in run.ok("inspect", folder, "--fix", table, "--output", tmp_path / "fixed")
+    book = openpyxl.Workbook()
+    for row in csv.reader(table.open(newline="", encoding="utf-8-sig")):
+        book.active.append(row)
+    book.save(tmp_path / "edited.xlsx")
+    for file, copy in ((tmp_path / "edited.xlsx", "from_sheet"), (table, "fixed")):
+        out = run.ok("inspect", folder, "--fix", file, "--output", tmp_path / copy)
+        assert "Images moved: 1, left out: 2." in out
     names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
     place = folder_name(NAME)
     expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}

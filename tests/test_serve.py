@@ -146,6 +146,7 @@ def test_forms_and_urls(ask, pictures):
     status, fetched = ask(json.dumps({"urls": [f"{pictures}open/photo.jpg"]}), path="/predict?top_k=2", **JSON)
     for found, expected in zip(fetched["images"][0]["predictions"], answer["images"][1]["predictions"], strict=True):
         assert found == {"class": expected["class"], "probability": pytest.approx(expected["probability"], abs=1e-5)}
+    assert ask(NOISE, path="/predict?topk=3") == (422, {"detail": "There is no parameter topk: the only one is top_k."})
     for address in ("closed/photo.jpg", "open/../closed/photo.jpg", "open/%2e%2e/closed/photo.jpg"):
         assert ask(json.dumps({"urls": [pictures + address]}), **JSON)[0] == 403
     for address in ("none.jpg", "käse.jpg"):

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.api.explain import attention_weights
+from dcp_zoo.model.timm_contract import DROP_RATES
 from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
 from dcp_zoo.zoo.factory import plain_clip
@@ -215,14 +216,51 @@ def test_reset_classifier():
         ({"dtype": torch.int8}, "dtype=torch.int8"),
     ],
 )
-def test_unsupported_arguments_are_rejected(arguments, message):
+@pytest.mark.parametrize("create", [timm.create_model, dcp_zoo.create_model])
+def test_unsupported_arguments_are_rejected(create, arguments, message):
     with pytest.raises(ZooError, match=message):
-        timm.create_model("dcp_mini", **arguments)
+        create("dcp_mini", **arguments)
+
+
+def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
+    args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token", "drop_path_rate": 0.0}
+    overlay = {"interpolation": "bilinear"}
+    fresh = dcp_zoo.create_model("dcp_mini", device="cpu", dtype=torch.bfloat16, pretrained_cfg_overlay=overlay, **args)
+    assert (fresh.prompts["text"].dtype, fresh.pretrained_cfg["interpolation"]) == (torch.bfloat16, "bilinear")
+    maps = dcp_zoo.create_model("dcp_mini", features_only=True, out_indices=(2, 5))(IMAGES)
+    assert [x.shape[0] for x in maps] == [2, 2]
+    headless = dcp_zoo.create_model(DEFAULT, True, num_classes=0).eval()
+    assert torch.equal(headless(IMAGES), model.forward_features(IMAGES))
+    folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
+    torch.save(model.state_dict(), file)
+    for checkpoint in (folder, file):
+        again = dcp_zoo.create_model(DEFAULT, checkpoint == file, checkpoint_path=checkpoint).eval()
+        assert same(again, model)
+    with pytest.raises(ZooError, match=r"no file or checkpoint folder none\.pth"):
+        dcp_zoo.create_model("dcp_mini", checkpoint_path="none.pth")
+    torch.save({}, file)
+    with pytest.raises(ZooError, match=r"state\.pth does not have the tensors of this dcp_mini"):
+        dcp_zoo.create_model("dcp_mini", checkpoint_path=file)
+
+
+def test_lists_take_timms_filters():
+    assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_vitb16", "dcp_mini"]
+    assert dcp_zoo.list_models(exclude_filters=["dcp_[!m]*", "dcp_m[!i]*"]) == dcp_zoo.list_models("dcp_mini*")
+    assert set(dcp_zoo.list_pretrained()) == set(timm.list_pretrained("dcp*"))
+    assert DEFAULT in dcp_zoo.list_pretrained("dcp_mini")
+    assert DEFAULT not in dcp_zoo.list_pretrained(exclude_filters="*-16shot")
+
+
+def test_the_transform_takes_the_models_own_size(model):
+    for size in (SIZE, (SIZE, SIZE), (3, SIZE, SIZE)):
+        assert dcp_zoo.create_transform(model, input_size=size) == dcp_zoo.create_transform(model)
+    with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
+        dcp_zoo.create_transform(DEFAULT, input_size=224)
 
 
 def test_arguments_of_timms_scripts_are_accepted():
     args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token"}
-    args |= dict.fromkeys(timm_module.DROP_RATES, 0.0)
+    args |= dict.fromkeys(DROP_RATES, 0.0)
     assert timm.create_model("dcp_mini", scriptable=False, exportable=True, **args).num_classes == 100
     assert timm.create_model("dcp_mini", img_size=(SIZE, SIZE), num_classes=None).num_classes == 100
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from multiprocessing import parent_process
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -54,7 +55,7 @@ Weights = ArrayLike | None  # of images
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
 
 
-class FewShotClassifier(ClassifierMixin, BaseEstimator):
+class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator):
     """A classifier for images, trained on a few per class, that works wherever scikit-learn's classifiers do.
 
     Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors; paths may also
@@ -118,8 +119,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             images, labels: see `dcp_zoo.train`.
-            sample_weight: how much each image counts (n,), compared with the others of its class; of a text probe
-                alone, as by default. Images with weight 0 are left out.
+            sample_weight: what the loss of each image is multiplied with (n,), beside its `class_weight`; of a text
+                probe alone, as by default. Images with weight 0 are left out.
             validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
                 probe; other methods choose their hyperparameters on them. Not the images of a test.
         """
@@ -132,6 +133,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         named = ("recipe", "classifier", "class_weight", "device", "precision", "encoder")
         options: Values = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
+        if self.memory is None and parent_process():
+            advice = 'memory="FOLDER" shares them, and is faster from the second fit on'
+            warnings.warn(f"Each process computes image features of its own: {advice}.", stacklevel=2)
         run = plan_own(data, validation, self.model, self.method, **options)
         callbacks = [*[history] * run.recipe.is_trained, *(self.callbacks or ())]
         with self._kept_features():
@@ -161,6 +165,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         features = found.view(Transformed)
         features.of = read_by(self._head())
         return features
+
+    @property
+    def _n_features_out(self) -> int:
+        """For `get_feature_names_out`, and `set_output`."""
+        return self._head().num_features
 
     def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
         head, items = self._head(), unlabelled(images, features=True)
@@ -290,10 +299,6 @@ def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[fl
     kept = np.flatnonzero(weights)
     if len({data.items[i].label for i in kept}) < 2:
         raise ZooError("sample_weight leaves images of fewer than two classes: raise some of the weights above 0.")
-    pairs = {(data.items[i].label, weights[i]) for i in kept}
-    if len(pairs) == len({label for label, _ in pairs}) and len({weight for _, weight in pairs}) > 1:
-        advice = "It weighs the images of a class against each other; classes have class_weight"
-        warnings.warn(f"sample_weight has no effect, as it is the same within each class. {advice}.", stacklevel=3)
     return data._replace(items=[data.items[i] for i in kept]), tuple(weights[kept].tolist())
 
 

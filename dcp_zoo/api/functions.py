@@ -23,7 +23,7 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.planning import ClassWeights, Run, plan
 from dcp_zoo.training.predictor import read, torch_predictor
-from dcp_zoo.training.recipes import AUTO
+from dcp_zoo.training.recipes import AUTO, MANY
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import by_image, image_source
 from dcp_zoo.zoo.factory import create_model
@@ -99,9 +99,13 @@ def plan_own(
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
     split = Split(OWN_IMAGES, data.names, hashed(data.items), hashed(val), [])
     run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
-    if data.items and isinstance(data.items[0].path, torch.Tensor) and not METHODS[method].features:
-        able = ", ".join(name for name in METHODS if METHODS[name].features)
-        raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
+    if data.items and isinstance(data.items[0].path, torch.Tensor):
+        if not METHODS[method].features:
+            able = ", ".join(name for name in METHODS if METHODS[name].features)
+            raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
+        if run.recipe.image_augment != "none" and len(data.items) <= MANY:
+            differs = "a fit on the images also reads their mirror images, and may answer otherwise"
+            warnings.warn(f"Features are fitted as they are: {differs}.", stacklevel=3)
     if data.classes.dtype.kind in "iufb" and data.names == [str(label) for label in data.classes.tolist()]:
         advice = 'say what these numbers mean, as in classnames={0: "cat", 1: "dog"}'
         warnings.warn(f"CLIP reads the class names, which are {shorten(data.names, 3)}: {advice}.", stacklevel=3)

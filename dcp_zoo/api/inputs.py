@@ -13,12 +13,16 @@ from PIL import Image
 
 from dcp_zoo.data import Item, all_for_training, load_labelled
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import pixels_sha256
+from dcp_zoo.data.images import decode_image, pixels_sha256
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten
+from dcp_zoo.files import MAX_PIXELS
 
-FORMS = "an image is a path, PIL's, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8 or of floats 0 to 1"
+FORMS = (
+    "an image is a path, PIL's, an open file, its bytes, or an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, "
+    "W) of uint8 or of floats 0 to 1"
+)
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
@@ -73,8 +77,11 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
     images, labels, keys = _with_labels(images, labels)
-    if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
+    if any(label is None or is_nan(label) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
+    if features and getattr(images, "ndim", 0) == 2 and len(images) == len(labels) > 1 and _unit_rows(images) is None:
+        problem = f"These are no features of a CLIP, {tuple(np.shape(images))}, as their rows do not have the length 1"
+        raise ZooError(f"{problem}: pass images, or what FewShotClassifier.transform returns.")
     found, values = as_images(images, features), np.asarray(labels)
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
@@ -121,7 +128,7 @@ def _with_labels(images: Images, labels: Labels) -> tuple[Any, Any, list[str] | 
         if isinstance(images, (str, Path)) and not Path(images).exists():
             raise ZooError(f"There is no folder {images}: pass one with one folder per class.")
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
-    return images, one_column(labels), None
+    return one_column(images), one_column(labels), None
 
 
 def unlabelled(images: Images, features: bool = False) -> list[Item]:
@@ -130,9 +137,13 @@ def unlabelled(images: Images, features: bool = False) -> list[Item]:
     return [Item(image, str(i), 0) for i, image in enumerate(found)]
 
 
-def one_column(values: object) -> Any:
-    """The column of a table that has no other; anything else as it is, a DataFrame as an array."""
+def one_column(values: Any) -> Any:
+    """The column of a table that has no other; anything else as it is, a DataFrame as an array. ZooError for one with
+    several columns that are not all numbers."""
     table = np.asarray(values) if hasattr(values, "columns") else values
+    if table is not values and table.ndim == 2 and table.shape[1] > 1 and table.dtype.kind not in "fiub":
+        names = list(values.columns)
+        raise ZooError(f"This table has the columns {shorten(list(map(str, names)))}: pass one, as df[{names[0]!r}].")
     return table[:, 0] if isinstance(table, np.ndarray) and table.ndim == 2 and table.shape[1] == 1 else table
 
 
@@ -141,13 +152,19 @@ def as_images(images: Images, features: bool = False) -> list[Any]:
     images = one_column(images)
     if features and (rows := _unit_rows(images)) is not None:
         return list(rows)
-    if isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
+    if isinstance(images, (str, Path, bytes, Image.Image)) or hasattr(images, "read") or _is_array_of_one(images):
         return [to_image(images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)
     if not found:
         raise ZooError("No images: pass at least one.")
+    if missing := [str(i) for i, image in enumerate(found) if image is None or is_nan(image)]:
+        raise ZooError(f"There is no image (None or NaN) in row {shorten(missing)}, counted from 0: leave it out.")
     return [to_image(image) for image in found]
+
+
+def is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _unit_rows(table: Any) -> torch.Tensor | None:
@@ -155,7 +172,7 @@ def _unit_rows(table: Any) -> torch.Tensor | None:
     is_table = isinstance(table, torch.Tensor) or (isinstance(table, np.ndarray) and table.dtype.kind == "f")
     if not is_table or table.ndim != 2 or not len(table):
         return None
-    rows = torch.as_tensor(table).detach().float().cpu()
+    rows = (table if isinstance(table, torch.Tensor) else torch.tensor(table)).detach().float().cpu()
     return rows if (rows.norm(dim=1) - 1).abs().max() < UNIT_TOLERANCE else None
 
 
@@ -166,35 +183,49 @@ def _is_array_of_one(images: Images) -> bool:
     if images.ndim == 3 and images.shape[0] == 3:
         shape = f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W)"
         raise ZooError(f"{shape}: pass images[None] for one, list(images) for three.")
-    return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3)))
+    return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3, 4)))
 
 
-def to_image(image: object) -> str | Image.Image:
+def to_image(image: Any) -> str | Image.Image:
     """A path as text, or an image in memory as PIL's; ZooError for anything else."""
     if isinstance(image, (str, Path)):
         return str(image)
     if isinstance(image, Image.Image):
         return image
+    if isinstance(image, bytes) or hasattr(image, "read"):
+        name, data = ("bytes", image) if isinstance(image, bytes) else (getattr(image, "name", "file"), image.read())
+        return decode_image(data, str(name), MAX_PIXELS)
     with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
         array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3) or 0 in array.shape:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
         raise ZooError(f"An array of shape {tuple(array.shape)} is not an image: {FORMS}.")
-    if array.dtype != np.uint8:
-        if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
-            raise ZooError(f"An array of {array.dtype} from {array.min()} to {array.max()} is not an image: {FORMS}.")
-        array = (array * 255).round().astype(np.uint8)
-    return Image.fromarray(array)
+    return Image.fromarray(array if array.dtype == np.uint8 else _in_8_bits(array))
+
+
+def _in_8_bits(array: np.ndarray) -> np.ndarray:
+    """Floats 0 to 1 as 0 to 255; ZooError, which says what to do, for other numbers."""
+    low, high = float(array.min()), float(array.max())
+    if array.dtype.kind == "f" and low >= 0 and high <= 1:
+        return (array * 255).round().astype(np.uint8)
+    if not low >= 0:
+        advice = "if `create_transform` made it, pass the image itself, or give the tensor to the model"
+    elif array.dtype.kind != "f" and 16 < high <= 255:
+        advice = "pass array.astype(np.uint8)"
+    else:
+        advice = f"divide it by {255 if 16 < high <= 255 else max(high, 1):g}"
+    raise ZooError(f"An array of {array.dtype} from {low:g} to {high:g} is not an image: {advice}, as {FORMS}.")
 
 
 def _names(classes: np.ndarray, classnames: ClassNames) -> list[str]:
     if isinstance(classnames, Mapping):
-        if missing := [str(label) for label in classes.tolist() if label not in classnames]:
+        named = {name: name for name in classnames.values()} | dict(classnames)  # labels may be the names already
+        if missing := [str(label) for label in classes.tolist() if label not in named]:
             raise ZooError(f"classnames has no name for {', '.join(missing)}.")
-        return [classnames[label] for label in classes.tolist()]
+        return [named[label] for label in classes.tolist()]
     names = list(map(str, classes.tolist())) if classnames is None else list(classnames)
     if len(names) != len(classes):
         raise ZooError(f"{len(names)} class names for {len(classes)} classes: {', '.join(map(str, classes.tolist()))}.")

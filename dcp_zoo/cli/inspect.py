@@ -8,10 +8,13 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
+from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output
+from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
+from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model dcp_vitb32."
@@ -23,9 +26,9 @@ def inspect(
     output_dir: Path | None = Option(None, "--output", help="Folder for page and table, or the copy of --fix."),
     fix: Path | None = Option(
         None,
-        metavar="FILE.csv",
-        help="Write a copy of the images to --output with the column `change` of this inspection.csv: the name of "
-        "another class, or `leave out`. Nothing is changed in place.",
+        metavar="FILE",
+        help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
+        "name of another class, or `leave out`. Nothing is changed in place.",
     ),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
@@ -51,18 +54,20 @@ def inspect(
         output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.")
         return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
-    use_threads(threads)
-    from dcp_zoo.inspection.inspection import PAGE, TABLE, unreadable
-    from dcp_zoo.inspection.inspection import inspect as find
-
-    for name in (TABLE, PAGE):
+    for name in (INSPECTION_TABLE, INSPECTION_PAGE):
         check_output(folder / name, overwrite)
+    data = load_labelled("folder", root, labels)
+    if not labels and (doubt := unlike_classes(data.classnames, data.items)):
+        log(printable(f"{doubt} They are inspected as classes."))
+    from dcp_zoo.inspection.inspection import inspect as find
+    from dcp_zoo.inspection.inspection import unreadable
 
+    use_threads(threads)
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     output.print(
-        f"{len(found.suspects)} labels that may be wrong, {len(found.of_no_class)} images that may show none of the "
-        f"classes, {len(found.groups)} groups of duplicates, {len(found.problems)} bad images."
+        f"Labels that may be wrong: {len(found.suspects)}; images that may show none of the classes: "
+        f"{len(found.of_no_class)}; groups of duplicates: {len(found.groups)}; bad images: {len(found.problems)}."
     )
     if found.seen.errors:
         log(printable(f"{len(found.seen.errors)} images cannot be read: {unreadable(found.data, found.seen)}."))

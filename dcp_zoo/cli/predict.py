@@ -24,6 +24,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
+from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -107,7 +108,8 @@ class PredictOptions:
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
-            "--count is for --together without --json.": self.count and (self.as_json or not self.together),
+            "--count counts what the other images refine: add --together.": self.count and not self.together,
+            "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
             "--labels needs all images on one machine: omit --ray.": self.ray and self.labels,
             "--together needs all predictions on one machine: omit --ray.": self.ray and self.together,
@@ -230,7 +232,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
             check_outside(options.sort_into, source, "--sort-into")
     found = find_images(sources, options.fps)
     # without --output, the table is in the folder of sorted images, or named after the other file
-    default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
+    default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
     outputs = OutputFiles(table, options.features, options.sheet, options.sort_into, options.link, options.overwrite)
     return run(found, job_of(options, found), outputs, progress=progress_bar), table

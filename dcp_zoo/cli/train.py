@@ -22,6 +22,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import rejection_note
+from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
@@ -127,11 +128,10 @@ def train(options: TrainOptions) -> None:
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
-    from dcp_zoo.training.state import never
+    from dcp_zoo.training.state import STATE_NAME, never
 
     use_threads(options.threads)
     with stop_after_step(log) if recipe.is_trained else nullcontext(never) as stop:
-        log(model_line(get_spec(options.model)))
         check_writable(output_dir)
         if options.report:
             check_output(options.report, options.overwrite, "--report")
@@ -140,12 +140,20 @@ def train(options: TrainOptions) -> None:
         if refit is None:
             refit = is_own(dataset) and run.split.held_out and run.shots is None
         _check_classes(options, run.split)
+        log(model_line(get_spec(options.model)))  # after errors
         if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
             log(text)
         show = partial(_show, options, run)
         settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, stop=stop, show=show)
-        with kept_features(features_folder()):
-            head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
+        try:
+            with kept_features(features_folder()):
+                head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
+        except KeyboardInterrupt:
+            kept = (
+                "What was learnt" if any(output_dir.rglob(STATE_NAME)) else "No head was saved, but what was computed"
+            )
+            log(f"Stopped. {kept} is kept: repeat the command to go on.")
+            raise
         if note := rejection_note(head.info):
             output.print(f"With predict --reject, {note}", soft_wrap=True)
         output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
@@ -159,6 +167,9 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Ru
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
+        if data_root and not options.labels and (data_root / SORTED_TABLE).is_file():
+            sorted_by = f"{data_root} was sorted by a head ({SORTED_TABLE})"
+            log(f"{sorted_by}: unless you corrected it, the accuracy says how well that head's answers are repeated.")
     names = "seed recipe device precision workers class_weight encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))

@@ -139,6 +139,9 @@ def check_complete(path: ImageLike) -> None:
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
+    advice = "Replace the file, or leave it out"
+    if is_url(path):
+        advice = "Check the address and the connection, or download it yourself and pass the file"
     try:
         with _stream(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
             if image.width * image.height > max_pixels:
@@ -152,11 +155,12 @@ def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = 
             gone = next(parent for parent in (*reversed(gone.parents), gone) if not parent.exists())
             reason = f"a link to {gone}, which is gone"
             raise ZooError(f"Cannot read the image {path}: {reason}. Restore that, or copy again.") from OSError(reason)
-        raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
+        what = advice.lower() if is_url(path) else "check the path, or restore the file from its dataset"
+        raise ZooError(f"No image at {path}: {what}.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
         kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else ZooError
         reason = str(error) or type(error).__name__
-        raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
+        raise kind(f"Cannot read the image {path}: {reason}. {advice}.") from error
 
 
 def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:

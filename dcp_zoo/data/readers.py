@@ -189,8 +189,7 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
     """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
     without a header. A `change` of inspection.csv replaces the class, and "none of these" that of a rejected image."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
-        rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
-        rows = [[cell.strip() for cell in row] for row in rows]
+        rows = [[cell.strip() for cell in row] for row in read_table(file)]
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
     if "suggestion" not in header:  # it is no inspection.csv
@@ -238,6 +237,11 @@ def _listed(image: str, folder: Path) -> str:
     found = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
     inside = (path for path in found if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
+
+
+def read_table(file: Path) -> list[list[str]]:
+    """The rows of a CSV file or a spreadsheet, see `read_csv`."""
+    return _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
 
 
 def _read_sheet(file: Path) -> list[list[str]]:

@@ -175,6 +175,8 @@ def application(
     @app.post("/predict", **yaml.safe_load((Path(__file__).parent / "predict.yaml").read_text()))
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
+        if unknown := [name for name in request.query_params if name != "top_k"]:
+            raise HTTPException(422, f"There is no parameter {', '.join(unknown)}: the only one is top_k.")
         return await service.answer(request, top_k)
 
     @app.get("/health", responses={503: {"description": "the model no longer runs"}})

@@ -16,6 +16,7 @@ from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles
 from dcp_zoo.data.paths import check_outside, is_archive
 from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.readers import read_table
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, by_reason, nearest_hint
@@ -24,14 +25,13 @@ from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, 
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
-from dcp_zoo.texts import LEAVE_OUT, class_folders, read_csv, write_csv
+from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, class_folders, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.zoo.factory import plain_clip
 
-PAGE, TABLE = "inspection.html", "inspection.csv"
 SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
 DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 
@@ -90,7 +90,7 @@ class Inspection:
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Write the page and the CSV file into a folder; their paths. ZooError if it is not writable."""
-        page, table = Path(folder) / PAGE, Path(folder) / TABLE
+        page, table = Path(folder) / INSPECTION_PAGE, Path(folder) / INSPECTION_TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:], "change"]
         write_file(table, lambda temporary: write_csv(temporary, columns, ([*row, ""] for row in self.rows)))
@@ -267,8 +267,8 @@ def check_new(place: Path, images: Path) -> None:
 
 def _changes(table: Path, data: Split) -> dict[str, str]:
     """What changes, by the key of the image."""
-    with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images."):
-        header, *cells = read_csv(table)
+    with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images.", Exception):
+        header, *cells = read_table(table)
         columns = header.index("file"), header.index("change")
         suggested = sum(bool(row[header.index("suggestion")]) for row in cells) if "suggestion" in header else 0
     rows = [(row[columns[0]], row[columns[1]].strip()) for row in cells]

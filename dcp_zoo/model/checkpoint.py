@@ -51,10 +51,18 @@ TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
 
 
-def save(head: "Head", directory: Path, dtype: torch.dtype, info: Values, not_measured: str) -> Path:
+def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values, not_measured: str) -> Path:
     """See `Head.save_pretrained`. `not_measured`: why the metrics in the head's info no longer hold, or ""."""
-    state = {n: t.to("cpu", torch.float32 if n in EXACT else dtype) for n, t in head_state(head).items()}
+    state = {n: t.to("cpu", _stored(n, t, dtype)) for n, t in head_state(head).items()}
     return write(directory, state, head_config(head, _valid(head, info, not_measured)))
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """In what a tensor is stored: as asked for, or in float16 if logits then stay the same, else in float32."""
+    if name in EXACT:
+        return torch.float32
+    same = name.startswith(PREFIX) or torch.equal(tensor.half().float(), tensor.float())
+    return dtype or (torch.float16 if same else torch.float32)
 
 
 def head_state(head: "Head") -> dict[str, Tensor]:

@@ -228,6 +228,7 @@ class DCP(Head):
         ((step, _, x),) = deque(self.walk(inputs, last=True), 1)
         return self.encoder.vision_tower.features(x), step.text.features
 
+    @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:
         """Copies of what depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision
         blocks, and the text features (C, E); computed again when a weight changes, see `WeightCache`."""
@@ -385,7 +386,7 @@ class DCP(Head):
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: Any) -> Path:
         """See `Head.save_pretrained`."""
         return super().save_pretrained(directory, dtype, **info)
 

@@ -157,6 +157,7 @@ class Head(TimmContract):
         own = readings[0].widths[0] if self.has_own_features else 0
         return TextProbe(classes, [reading.widths for reading in readings], own)
 
+    @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by its image features."""
         clip, names, texts = self.frozen, read_of(self.classes), self.texts or TEMPLATE
@@ -273,14 +274,14 @@ class Head(TimmContract):
             self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
         self._info = info
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32, **info: Any) -> Path:
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = torch.float32, **info: Any) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
         ZooError if a trained tensor is not finite, or the directory is not writable or another process's.
 
         Args:
             directory: created if needed; a head that is there is replaced as a whole.
-            dtype: of the tensors; a DCP's default is float16. Those of the text probe that logits depend on stay in
-                float32.
+            dtype: of the tensors; a DCP's default is float16 for those that it holds exactly, as after training, and
+                float32 for others. Those of the text probe that logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
         """
         reason = self._changed or ("" if set(self.classes) == set(self._measured) else "the classes were changed")

@@ -90,6 +90,7 @@ class PromptHead(Head):
         tower = self.encoder.text_tower
         return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
+    @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:
         tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
         depends_on = self.name_tokens, read_of(self.classes), self.texts

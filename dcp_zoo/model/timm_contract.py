@@ -16,6 +16,8 @@ from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
+DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
+DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
 
 class TimmContract(ClassEditing):
@@ -176,6 +178,11 @@ def check_only(argument: str, value: object, reason: str, values: tuple[object, 
     """Raise ZooError unless `value` is None or one of the equivalent `values`."""
     if value not in (None, *values):
         raise ZooError(f"{argument}={value!r}: {reason}, only {values[0]!r} is supported.")
+
+
+def sizes(size: int) -> tuple[object, ...]:
+    """The ways in which timm writes the size of square images in RGB."""
+    return size, (size, size), [size, size], (3, size, size), [3, size, size]
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:

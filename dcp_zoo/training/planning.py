@@ -85,14 +85,12 @@ class Run:
         )
 
     def _probe_weights(self, subset: Split) -> torch.Tensor | None:
-        """Weights (n,) of the training images in the text probe, whose mean over a class is the weight of the class."""
+        """Weights (n,) of the training images in the text probe: those of the images times those of their classes."""
         if self.probe_class_weight is None and self.sample_weight is None:
             return None
         labels = torch.tensor([item.label for item in subset.train])
-        weights = torch.tensor(self.sample_weight or [1.0] * len(labels))
-        sums, counts = torch.bincount(labels, weights), torch.bincount(labels)
-        classes = torch.tensor(self.probe_class_weight or [1.0] * len(counts))
-        return weights * (classes[: len(counts)] * counts / sums)[labels]
+        images = torch.tensor(self.sample_weight or [1.0] * len(labels))
+        return images if self.probe_class_weight is None else images * torch.tensor(self.probe_class_weight)[labels]
 
     @property
     def is_probe_alone(self) -> bool:

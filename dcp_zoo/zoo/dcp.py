@@ -4,23 +4,17 @@
 imports timm, as open_clip does: that would be a circular import.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.timm_contract import POOL, check_only, take_blocks
-from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
+from dcp_zoo.zoo.registry import MODELS, all_heads
 
 __all__: list[str] = []  # timm adds the models' names
 default_cfgs: Values = {}  # filled by `register`, read by timm
-
-DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
-DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
 
 def register(timm: ModuleType) -> None:
@@ -50,29 +44,13 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         pretrained_cfg: Any = None,  # a tag, a dictionary or timm's own class
         pretrained_cfg_overlay: Values | None = None,
         pretrained_model_args: Values | None = None,  # since timm 1.0.31; repeated in kwargs
-        num_classes: int | None = None,
-        features_only: bool = False,
-        out_indices: int | Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> nn.Module:
         from dcp_zoo.zoo.factory import create_model
 
-        zoo_args = _zoo_args(name, kwargs)
-        if out_indices is not None and not features_only:
-            raise ZooError(f"out_indices={out_indices!r} selects feature maps: pass features_only=True as well.")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
         overlay = dict(pretrained_cfg_overlay or {})
-        model = create_model(_full_name(name, pretrained_cfg, overlay), pretrained, **zoo_args)
-        if num_classes is not None:
-            model.reset_classifier(num_classes)
-        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | overlay
-        for reading in model.readings:  # whose preprocessing images get
-            reading.encoder.pretrained_cfg |= overlay
-        model.to(device=device, dtype=dtype)
-        return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
+        full_name = _full_name(name, pretrained_cfg, overlay)
+        return create_model(full_name, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"`dcp_zoo.create_model({name!r}, ...)` for timm."
@@ -94,32 +72,3 @@ def _full_name(name: str, cfg: Any, overlay: Values) -> str:
     if values.get("source") == "hf-hub":
         return f"hf-hub:{values['hf_hub_id']}"
     return f"{name}.{values['tag']}" if values.get("tag") else name
-
-
-def _zoo_args(name: str, kwargs: Values) -> Values:
-    """The arguments for `dcp_zoo.create_model`: `kwargs` without those that timm's scripts pass and a DCP fixes."""
-    size = get_spec(name).image_size
-    fixed: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "in_chans": ("CLIP reads RGB images", (3,)),
-        "img_size": (f"{name} reads square images of one size", (size, (size, size), [size, size])),
-        "global_pool": POOL,
-        **dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,))),
-    }
-    for argument in kwargs.keys() & fixed.keys():
-        check_only(argument, kwargs[argument], *fixed[argument])
-    return {argument: value for argument, value in kwargs.items() if argument not in fixed}
-
-
-def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
-    """timm's feature extractor around a model: images (B, 3, H, W) -> a list of maps (B, Dv, h, w), by block."""
-    from timm.models import build_model_with_cfg
-
-    blocks = take_blocks(out_indices, len(model.encoder.vision_tower.blocks))
-    return build_model_with_cfg(
-        lambda **_: model,  # already built and loaded
-        model.encoder.architecture,
-        pretrained=False,
-        pretrained_cfg=model.pretrained_cfg,
-        feature_cfg={"out_indices": blocks, "feature_cls": "getter"},
-        features_only=True,
-    )

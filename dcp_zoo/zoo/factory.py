@@ -4,17 +4,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import open_clip
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, load_checkpoint
 from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
@@ -22,12 +24,13 @@ from dcp_zoo.model.cache_head import CacheHead
 from dcp_zoo.model.checkpoint import load_head, tensor_shapes
 from dcp_zoo.model.classes import TEMPLATE, Descriptions
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig
+from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig, is_checkpoint
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.zoo.encoders import load_encoders
 from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, described, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
@@ -47,6 +50,13 @@ def create_model(
     classifier: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
     cache_dir: str | Path | None = None,
+    num_classes: int | None = None,
+    checkpoint_path: str | Path = "",
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """Create a model of the zoo.
@@ -66,17 +76,29 @@ def create_model(
         classifier: "none" leaves out the text probe of a head, as in the papers. Default: with it, if it has one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
+        num_classes, checkpoint_path, features_only, out_indices, device, dtype, pretrained_cfg_overlay: as of
+            `timm.create_model`. Another number of classes than the names' is refused, but 0 is not: then logits are
+            features. A checkpoint may also be a folder of the zoo.
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
+            timm's in_chans, img_size, global_pool and drop rates, with the only values that a CLIP can have.
 
     Returns:
-        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. Of another method, another `Head`.
+        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. Of another method, another `Head`;
+        with `features_only` timm's extractor, images (B, 3, H, W) -> a list of maps (B, Dv, h, w), by block.
 
     Raises:
         ZooError: unknown names, a head that has not been trained yet, a checkpoint or options that do not fit.
     """
     if classifier is not None:
         check_choice("classifier", classifier, ("none",))
+    if out_indices is not None and not features_only:
+        raise ZooError(f"out_indices={out_indices!r} selects feature maps: pass features_only=True as well.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
+    if checkpoint_path and is_checkpoint(checkpoint_path):
+        name, pretrained, checkpoint_path = f"local-dir:{checkpoint_path}", True, ""
     source = resolve(name, pretrained, cache_dir)
+    options = _without_fixed(source.spec, options)
     config, spec = _dcp_config(source, options, clip_pretrained), source.spec
     clip = load_clip(spec, clip_pretrained or source.clip_tag, bool(pretrained), tokenizer, cache_dir)
     if source.config and pretrained not in (False, "clip"):
@@ -89,10 +111,52 @@ def create_model(
             text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
             warnings.warn(text, stacklevel=2)
     origin = source.head.pretrained_cfg if source.head and pretrained not in (False, "clip") else {}
+    for reading in model.readings:  # whose preprocessing images get
+        reading.encoder.pretrained_cfg |= pretrained_cfg_overlay or {}
     told_timm(model, origin)
     model.stats = stats
     model.text_probe = None if classifier == "none" else model.text_probe
-    return model
+    if num_classes is not None:
+        model.reset_classifier(num_classes)
+    if checkpoint_path:
+        _load_state(model, Path(checkpoint_path))
+    model.to(device=device, dtype=dtype)
+    return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
+
+
+def _without_fixed(spec: ModelSpec, options: Values) -> Values:
+    """Options without those of timm that a CLIP fixes; ZooError for other values of these."""
+    square = f"{spec.name} reads square images of one size", sizes(spec.image_size)
+    fixed = {"in_chans": ("CLIP reads RGB images", (3,)), "img_size": square, "global_pool": POOL}
+    fixed |= dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,)))
+    for argument in options.keys() & fixed.keys():
+        check_only(argument, options[argument], *fixed[argument])
+    return {argument: value for argument, value in options.items() if argument not in fixed}
+
+
+def _load_state(model: Head, path: Path) -> None:
+    """Load a state of the whole model from a file of timm's or torch's; ZooError for no such file, or another one."""
+    if not path.is_file():
+        raise ZooError(f"There is no file or checkpoint folder {path}: pass the path of one.")
+    name = model.encoder.architecture
+    wrong = f"{path} does not have the tensors of this {name}: pass a file that was saved with its options."
+    with as_zoo_error(wrong, RuntimeError, UnpicklingError, *UNREADABLE):
+        load_checkpoint(model, str(path), weights_only=True)
+
+
+def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
+    """timm's feature extractor around a model."""
+    return build_model_with_cfg(
+        lambda **_: model,  # already built and loaded
+        model.encoder.architecture,
+        pretrained=False,
+        pretrained_cfg=model.pretrained_cfg,
+        feature_cfg={
+            "out_indices": take_blocks(out_indices, len(model.encoder.vision_tower.blocks)),
+            "feature_cls": "getter",
+        },
+        features_only=True,
+    )
 
 
 def told_timm(head: Head, origin: Mapping[str, Any] = {}) -> None:
@@ -260,15 +324,19 @@ class TestTransform:
 
 
 def create_transform(
-    model_or_name: FrozenCLIP | Head | FusedHead | str, is_training: bool = False
+    model_or_name: FrozenCLIP | Head | FusedHead | str,
+    is_training: bool = False,
+    input_size: int | Sequence[int] | None = None,
 ) -> Callable[[Any], torch.Tensor]:
-    """PIL image -> normalised tensor (3, H, W).
+    """PIL image -> normalised tensor (3, H, W). ZooError for another `input_size` than the model's.
 
     Testing: the CLIP's own, timm's bit for bit: resize of the short side and centre crop or, for some, of both sides.
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
     random numbers. It also takes uint8 tensors (3, h, w): faster than PIL, and within 2 of 255 levels.
     """
     cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
+    size = cfg["input_size"][-1]
+    check_only("input_size", input_size, "the model reads square images of one size", sizes(size))
     if not is_training:
         return TestTransform(cfg)
     from torchvision.transforms import v2

@@ -9,6 +9,7 @@ import fnmatch
 import json
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -244,10 +245,27 @@ def get_head(name: str) -> HeadEntry:
     raise ZooError(f"{problem} For fresh prompts on CLIP's weights, use pretrained='clip'.")
 
 
-def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names of the zoo's models or, with `pretrained`, names `model.tag` of the heads that can be loaded now, from this
-    package or the Hub; `filter` is a wildcard such as "dcp_vitb16*" or "*-16shot"."""
-    return fnmatch.filter(trained_heads() if pretrained else MODELS, filter or "*")
+def list_models(
+    filter: str | Sequence[str] = "", pretrained: bool = False, exclude_filters: str | Sequence[str] = ""
+) -> list[str]:
+    """Names of the zoo's models or, with `pretrained`, those of `list_pretrained`; filters are wildcards such as
+    "dcp_vitb16*" or "*-16shot", or lists of them, as of `timm.list_models`."""
+    return _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
+
+
+def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:
+    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub; see `list_models`."""
+    return list_models(filter, True, exclude_filters)
+
+
+def _matching(names: Iterable[str], filter: str | Sequence[str], exclude: str | Sequence[str] = "") -> list[str]:
+    """The names that match one of the wildcards, by default all, but none of `exclude`; a model's matches its heads."""
+    chosen, omitted = ([texts] if isinstance(texts, str) else list(texts) for texts in (filter or "*", exclude or []))
+
+    def matches(name: str, patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatch(name, end) for pattern in patterns for end in (pattern, f"{pattern}.*"))
+
+    return [name for name in names if matches(name, chosen) and not matches(name, omitted)]
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:
@@ -259,7 +277,7 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
     """
     if status is not None:
         check_choice("status", status, STATUSES)
-    return fnmatch.filter((h.name for h in all_heads().values() if status in (None, h.status)), filter or "*")
+    return _matching((h.name for h in all_heads().values() if status in (None, h.status)), filter)
 
 
 def is_model(name: str) -> bool:

@@ -1,0 +1,137 @@
+"""Compare methods and models on labelled images, by cross-validation on features that are computed once."""
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import product
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from sklearn.model_selection import StratifiedKFold
+
+from dcp_zoo.api.functions import OWN_IMAGES, plan_own
+from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, hashed, labelled
+from dcp_zoo.data import Split
+from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.threads import fair_threads
+from dcp_zoo.training.cache import kept_features
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, negative_log_likelihood, predict
+from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.planning import Run, plan
+from dcp_zoo.training.recipes import AUTO
+from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.sources import image_source
+from dcp_zoo.zoo.factory import plain_clip
+
+Fold = tuple[Sequence[int], Sequence[int]]  # positions of the images for training, and for the test
+HEADER = ("encoder", "method", "accuracy", "95 % interval", "log loss", "seconds")
+
+
+class Compared(NamedTuple):
+    """How good a method is on images that it was not trained on."""
+
+    encoder: str  # the model whose features it reads
+    method: str
+    accuracy: float  # in percent, over the test images of all folds
+    low: float  # its 95 % interval
+    high: float
+    log_loss: float  # the mean of -log of the label's probability, in nats
+    seconds: float  # of one fit, without the features, which all share
+
+
+class Comparison(list[Compared]):
+    """The most accurate first; `pandas.DataFrame(comparison)` is a table, too."""
+
+    def __repr__(self) -> str:
+        rows = [
+            (
+                x.encoder,
+                x.method,
+                f"{x.accuracy:.1f} %",
+                f"{x.low:.0f} to {x.high:.0f}",
+                f"{x.log_loss:.3f}",
+                f"{x.seconds}",
+            )
+            for x in self
+        ]
+        widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (HEADER, *rows))
+
+
+@fair_threads()
+def compare(
+    images: Images,
+    labels: Labels = None,
+    *,
+    methods: Sequence[str] | None = None,
+    encoders: Sequence[str] = ("dcp_mini",),
+    cv: int | Iterable[Fold] = 5,
+    classnames: ClassNames = None,
+    seed: int = 1,
+    device: str = "auto",
+    precision: str = AUTO,
+    progress: Progress = bar,
+) -> Comparison:
+    """Which method, on the features of which model, is best for these images: each is trained on all folds but one and
+    tested on that one, with what `dcp-zoo benchmark` measures. ZooError for bad input, an unknown method or model, or a
+    fold without a class.
+
+    Args:
+        images, labels, classnames, device, precision, progress: see `dcp_zoo.train`.
+        methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.
+        encoders: models of the zoo, see `dcp_zoo.list_models`.
+        cv: the number of folds; or, as in scikit-learn, pairs of positions for training and for the test.
+        seed: of the folds and of the methods.
+    """
+    data = labelled(images, labels, classnames)
+    data = data._replace(items=hashed(data.items))
+    chosen = [name for name in METHODS if METHODS[name].features] if methods is None else list(methods)
+    options: Values = {"seed": seed, "device": device, "precision": precision}
+    cells, folds = list(product(encoders, chosen)), _folds(data, cv, seed)
+    plans = [plan_own(data, None, *cell, progress=no_progress, **options) for cell in cells]  # raises before any work
+    clips: dict[str, FrozenCLIP] = {}
+    rows = Comparison()
+    with kept_features():
+        for (encoder, method), run in progress(zip(cells, plans, strict=True), "methods", len(cells)):
+            if encoder not in clips:
+                clips = {encoder: plain_clip(encoder).to(run.device)}
+                image_source(clips[encoder], data.items, "flip", precision=run.precision).features()
+            tested, seconds = zip(*(_tested(data, fold, clips[encoder], run, options) for fold in folds), strict=True)
+            items = [item for answers in tested for item in answers.items]
+            answers = Evaluation(data.names, items, torch.cat([answers.logits for answers in tested]))
+            loss = negative_log_likelihood(answers.logits, answers.labels)
+            measured = answers.accuracy.percent, *answers.accuracy.interval, loss, round(mean(seconds), 2)
+            rows.append(Compared(encoder, method, *measured))
+    rows.sort(key=lambda row: (-row.accuracy, row.log_loss))
+    return rows
+
+
+def _tested(data: Labelled, fold: Fold, clip: FrozenCLIP, whole: Run, options: Values) -> tuple[Evaluation, float]:
+    """The predictions on a fold's test images, and the seconds of the fit."""
+    train, test = ([data.items[i] for i in rows] for rows in fold)
+    run = plan(Split(OWN_IMAGES, data.names, train), whole.model, whole.method, test_share=0.0, **options)
+    started = time.perf_counter()
+    head, _ = train_head(run, None, RunOptions(progress=no_progress), clip=clip)
+    seconds = time.perf_counter() - started
+    source = image_source(clip, test, once=True, precision=run.precision)
+    return Evaluation(data.names, test, predict(head, source, EVAL_BATCH)), seconds
+
+
+def _folds(data: Labelled, cv: int | Iterable[Fold], seed: int) -> list[Fold]:
+    """Positions of the images for training and for the test; ZooError if a class is never trained on."""
+    labels = [item.label for item in data.items]
+    if isinstance(cv, int):
+        rarest = min(labels, key=labels.count)
+        if not 2 <= cv <= labels.count(rarest):
+            problem = f"cv={cv}: of {data.names[rarest]} there are {labels.count(rarest)} images"
+            raise ZooError(f"{problem}, and every fold needs one of each class: pass 2 to {labels.count(rarest)}.")
+        folds: list[Fold] = list(StratifiedKFold(cv, shuffle=True, random_state=seed).split(labels, labels))
+    else:
+        folds = list(cv)
+    for train, _ in folds:
+        if missing := set(labels) - {labels[i] for i in train}:
+            raise ZooError(f"A fold has no image of {data.names[min(missing)]} for training: pass other folds.")
+    return folds
