@@ -88,6 +88,16 @@ def test_other_weights_bring_their_own_preprocessing():
     assert model.pretrained_cfg["architecture"] == "dcp_vitl14"
 
 
+def test_fresh_prompts_leave_room_for_names():
+    """SigLIP's SO400M reads 16 tokens: as many prompts as the others have would fill them."""
+    with mock.patch.object(factory, "build_open_clip", return_value=build_clip("siglip")[0]):
+        options = {"classnames": ["ant"], "tokenizer": word_tokenizer(False)}
+        assert (
+            create_model("dcp_siglip_so400m", **options).config.n_ctx == default_recipe("dcp_siglip_so400m").n_ctx == 4
+        )
+        assert create_model("dcp_siglip_so400m", n_ctx=2, **options).config.n_ctx == 2
+
+
 def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     """Built from open_clip's config, here cut down; saved and loaded by the same name."""
     built = []

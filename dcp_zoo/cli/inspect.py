@@ -8,13 +8,15 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
+from dcp_zoo.cli.show import model_line
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
 from dcp_zoo.threads import use_threads
+from dcp_zoo.zoo.registry import get_spec
 
-MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model dcp_vitb32."
+MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
 
 def inspect(
@@ -58,6 +60,7 @@ def inspect(
     for name in (TABLE, PAGE):
         check_output(folder / name, overwrite)
 
+    log(model_line(get_spec(model)))
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     output.print(
@@ -96,6 +99,8 @@ def search(
     use_threads(threads)
     from dcp_zoo.inspection import find
 
+    if model != "dcp_mini":
+        log(model_line(get_spec(model)))
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:

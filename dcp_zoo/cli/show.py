@@ -21,10 +21,25 @@ from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import MODELS, HeadEntry, ModelSpec, all_heads, get_head, get_spec
+from dcp_zoo.zoo.registry import (
+    MODELS,
+    OPEN_LICENSES,
+    SIZES,
+    HeadEntry,
+    ModelSpec,
+    all_heads,
+    frontier,
+    get_head,
+    get_spec,
+)
 from dcp_zoo.zoo.resolve import parse_name
 
-REAL_MODEL = "dcp_vitb16"  # the first that docs/models.md recommends
+ACCURACIES = ("10 sets", "ImageNet")
+ACCURACY_NOTE = (
+    "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
+    "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
+    f"{', '.join(f'--model {size} is {name}' for size, name in SIZES.items())}."
+)
 
 
 def list_(
@@ -53,8 +68,9 @@ def list_(
     found |= {name.split(".")[0] for name in not_trained}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
     specs = [spec for spec in MODELS.values() if spec.name in found]
-    models = [(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px") for spec in specs]
-    output.print(plain_table(("model", "CLIP", "weights", "input"), models), "")
+    models = [(s.name, f"{s.clip}/{s.clip_pretrained}" if s.clip else "miniature", *s.accuracies) for s in specs]
+    output.print(plain_table(("model", "CLIP", *ACCURACIES), models))
+    output.print(ACCURACY_NOTE, "", style="dim")
     if heads:
         order, rows = list(MODELS), []
         for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
@@ -69,12 +85,18 @@ def list_(
 
 
 def show_recommended() -> None:
-    """The models whose costs were measured, the fastest first."""
-    measured = sorted((spec for spec in MODELS.values() if spec.core_ms), key=lambda spec: spec.core_ms or 0)
-    rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
-    output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
-    text = f"Estimated from measurements on an AMD EPYC, for {available_cores()} of its cores; a GPU is faster."
-    output.print(text, "dcp-zoo train measures the accuracy on your images.", style="dim")
+    """The models that no cheaper one beats, of all licences or of open ones, by either accuracy; the cheapest first."""
+    best = {s.name for f in ("zero_shot", "imagenet") for ls in ((), OPEN_LICENSES) for s in frontier(f, ls)}
+    specs = [spec for spec in MODELS.values() if spec.core_ms and (not spec.clip or spec.name in best)]
+    specs.sort(key=lambda spec: spec.gflops or 0)
+    rows = [
+        (s.name, s.language, s.license or "see Hub", s.download or "bundled", *costs(s), *s.accuracies) for s in specs
+    ]
+    output.print(plain_table(("model", "classes", "licence", "size", "memory", "time", *ACCURACIES), rows))
+    output.print(ACCURACY_NOTE, style="dim")
+    cores = available_cores()
+    text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
+    output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
 
 
 def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
@@ -86,13 +108,15 @@ def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
 
 
 def model_line(spec: ModelSpec) -> str:
-    """What a head is trained on; of the miniature, what a real CLIP costs in its place."""
+    """What a command works with; of the miniature, what a real CLIP costs in its place."""
     if spec.clip:
-        return f"Model: {spec.name}, open_clip's {spec.clip} with the weights {spec.clip_pretrained}."
-    real = get_spec(REAL_MODEL)
+        licence = spec.license or f"see https://huggingface.co/{spec.clip_repo}"
+        weights = f"open_clip's {spec.clip} with the weights {spec.clip_pretrained}"
+        return f"Model: {spec.name}, {weights}, licence: {licence}."
+    real = get_spec("small")
     memory, time = costs(real, 200)  # each image, and its mirror image
     return (
-        f"Model: {spec.name}, a miniature for trying things out. For real use pass --model {real.name}: "
+        f"Model: {spec.name}, a miniature for trying things out. For real use pass --model small: {real.name}, "
         f"{real.download} to download once, {memory} of memory and about {time} for 100 images without a GPU. "
         "Others: dcp-zoo list --recommend."
     )
@@ -169,6 +193,8 @@ def describe_model(spec: ModelSpec) -> Values:
         clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
         size = spec.download and f"{spec.download} in float32"  # its file may be smaller
     page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
+    accuracies = zip(spec.accuracies, ("mean of ten datasets", "ImageNet"), strict=True)
+    published = ", ".join(f"{value} % ({what})" for value, what in accuracies if value)
     details = {
         "model": spec.name,
         "CLIP": clip,
@@ -178,6 +204,7 @@ def describe_model(spec: ModelSpec) -> Values:
         "input": f"{spec.image_size} x {spec.image_size} px",
         "parameters": f"{spec.parameters} million" if spec.parameters else "",
         "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
+        "zero-shot": f"{published}, published: {spec.accuracy_source}" if published else "no published figure",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
         "trained heads": ", ".join(registry.list_models(f"{spec.name}.*", pretrained=True)) or "none yet",

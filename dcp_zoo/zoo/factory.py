@@ -51,8 +51,9 @@ def create_model(
     """Create a model of the zoo.
 
     Args:
-        name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), a checkpoint folder, or "local-dir:path" if
-            it has the name of a model, "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
+        name: a model ("dcp_vitb16", or "small", "medium", "large": the best for their cost), a head
+            ("dcp_vitb16.imagenet-16shot"), a checkpoint folder, or "local-dir:path" if it has the name of a model,
+            "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
             `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" of a model of the zoo for CLIP's weights and that head, True for
@@ -104,7 +105,7 @@ def _dcp_config(source: Source, options: Values, clip_pretrained: str | None) ->
     """The options of a DCP, None for the head of another method; ZooError if some contradict the checkpoint."""
     options = {name: value for name, value in options.items() if value is not None}
     if source.folder is None or source.config is None:
-        return DCPConfig.from_options(options)
+        return DCPConfig.from_options(source.spec.dcp_options | options)
     block = source.config["dcp"]
     if block["head"] != "dcp":
         if options or clip_pretrained:

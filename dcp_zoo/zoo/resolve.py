@@ -50,6 +50,8 @@ def parse_name(name: str) -> Name:
     if registry.is_model(name) and not is_local:
         model, _, tag = name.partition(".")
         return Name("zoo", model, tag)
+    if name in registry.SIZES and not is_checkpoint(name):
+        return Name("zoo", registry.SIZES[name])
     path = place if is_local else name
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
         return Name("local-dir", str(checkpoint_folder(path)))
