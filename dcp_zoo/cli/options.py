@@ -21,7 +21,6 @@ from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values  # for the commands
 from dcp_zoo.fields import option as option
-from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.texts import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import Recipe
@@ -103,8 +102,8 @@ def _parameters(options: type) -> Iterator[Parameter]:
 
 
 def head_name(head: str) -> str:
-    """The name that `create_model` accepts for a --head; a checkpoint on disk comes before a head of the same name."""
-    return str(parse_name(f"local-dir:{head}" if is_checkpoint(head) else head))
+    """The name by which `create_model` loads the same --head from any working folder of this machine."""
+    return str(parse_name(head))
 
 
 def class_list(classes: str | None) -> list[str] | None:

@@ -1,7 +1,9 @@
 """`dcp-zoo list` and `dcp-zoo info`."""
 
+import fnmatch
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -15,7 +17,7 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
+from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, is_checkpoint, made, read_config
 from dcp_zoo.texts import quoted
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy
@@ -32,7 +34,7 @@ from dcp_zoo.zoo.registry import (
     get_head,
     get_spec,
 )
-from dcp_zoo.zoo.resolve import parse_name
+from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
 ACCURACIES = ("10 sets", "ImageNet")
 ACCURACY_NOTE = (
@@ -49,6 +51,8 @@ def list_(
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
+    Heads are bundled, published on the Hub, or local: planned ones that were trained in this folder.
+
     [dim]dcp-zoo list 'dcp_mini*'[/]
     [dim]dcp-zoo list --recommend[/]
     """
@@ -57,13 +61,14 @@ def list_(
             raise ZooError("--recommend compares models: omit FILTER and --planned.")
         show_recommended()
         return
-    not_trained = registry.list_heads(filter, "planned")
+    not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     if planned:
         _check_found("planned head", filter, not_trained, registry.list_heads(status="planned"))
         print("\n".join(not_trained))
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
     heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
+    heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
     found = {*registry.list_models(filter), *(head.model for head in heads)}
     found |= {name.split(".")[0] for name in not_trained}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
@@ -74,7 +79,8 @@ def list_(
     if heads:
         order, rows = list(MODELS), []
         for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
-            top1 = (head.metrics.get(f"top1_{stats}") for stats in ("stored", "batch"))
+            metrics = head.metrics or made(read_config(Path(head.name))).get("metrics") or {}
+            top1 = (metrics.get(f"top1_{stats}") for stats in ("stored", "batch"))
             rows.append((head.name, head.status, *("" if value is None else f"{value:5.1f} %" for value in top1)))
         output.print(plain_table(("head", "status", "top-1 (stored)", "top-1 (batch)"), rows), "")
     if not_trained:
@@ -162,7 +168,8 @@ def describe(name: str) -> Values:
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
     if kind == "zoo" and tag:
-        return describe_head(get_head(name))
+        folder = trained_here(get_head(name), name)
+        return describe_checkpoint(name, folder) if folder else describe_head(get_head(name))
     return describe_model(get_spec(name))
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import yaml
 
-from dcp_zoo.data.specs import DATASETS, list_datasets
+from dcp_zoo.data.specs import DATASETS, find_spec, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.fields import Values
+from dcp_zoo.files import format_duration
 from dcp_zoo.model.config import MINI_CFG, WEIGHTS_NAME, DCPConfig
+from dcp_zoo.threads import available_cores
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -234,6 +237,15 @@ class HeadEntry:
     def train_command(self) -> str:
         return f"dcp-zoo train --head {self.name} --data-root DIR"
 
+    @property
+    def train_time(self) -> str:
+        """What a text probe takes without a GPU, which encodes each image and its mirror image; "" if not known."""
+        ms, classes = get_spec(self.model).core_ms, find_spec(self.dataset).num_classes
+        if not (ms and classes):
+            return ""
+        time = format_duration(2 * self.shots * classes * ms / 1000 / available_cores())
+        return f" (with --method text-probe, about {time} here without a GPU; by default it is DCP, and takes longer)"
+
 
 @cache
 def _parsed(tag: str) -> tuple[str, int, int]:
@@ -275,6 +287,13 @@ def get_head(name: str) -> HeadEntry:
     close = nearest(head.tag, tags) or tags[:5]
     problem = f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'."
     raise ZooError(f"{problem} For fresh prompts on CLIP's weights, use pretrained='clip'.")
+
+
+def has_head(name: str) -> bool:
+    """Whether `get_head` accepts a name."""
+    with suppress(ZooError):
+        return bool(get_head(name))
+    return False
 
 
 def list_models(
