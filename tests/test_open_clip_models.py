@@ -161,6 +161,10 @@ def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
     assert torch.equal(model.encoder.clip.visual.proj, clip.visual.proj)
     assert model.pretrained_cfg["crop_mode"] == "squash"
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    audio = described | {"model_cfg": sizes | {"audio_cfg": {}}}  # as open_clip 4 has
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(audio))
+    with pytest.raises(ZooError, match="hf-hub:me/clip is not a CLIP of images and texts.*audio_cfg"):
+        create_model("open_clip:hf-hub:me/clip", tokenizer=word_tokenizer(True))
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(ZooError, match="damaged, or not open_clip's"):
         create_model("open_clip:hf-hub:me/clip")

@@ -204,8 +204,9 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
         f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If this names a file, delete it and try "
         "again. For other weights, pass clip_pretrained=TAG."
     )
+    other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
     with as_zoo_error(failed, RuntimeError, SafetensorError):
-        with skip_init(with_weights):
+        with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
             load_weights(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
