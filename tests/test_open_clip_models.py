@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 from unittest import mock
 
 import open_clip
@@ -20,6 +21,7 @@ from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.mini import build_mini_clip
+from dcp_zoo.model.tokens import last_tokens, start_tokens
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import factory
 from dcp_zoo.zoo.registry import MODELS, get_spec, open_clip_spec
@@ -144,6 +146,47 @@ def test_a_missing_tokenizer_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(factory, "import_extra", lambda *_: None)
     with pytest.raises(ZooError, match=r"from the Hub repo 'timm/ViT-B-16-SigLIP2': no such file.*tokenizer="):
         create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
+
+
+def write_tokenizer(folder: Path) -> object:
+    """A small tokenizer in the file format of SigLIP 2's, which is Gemma's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = {name: i for i, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>"))}
+    pairs = [("▁", "c"), ("▁c", "a"), ("▁ca", "t")]
+    pieces = [*special, *sorted(set("▁act猫")), *("".join(pair) for pair in pairs)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    made.add_special_tokens(list(special))
+    made.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": True,
+        "padding_side": "right",
+    }
+    config |= {f"{name[1:-1]}_token": name for name in special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return made
+
+
+def test_the_tokenizer_of_a_model_for_many_languages(monkeypatch, tmp_path):
+    """Its token ids, cut off or padded to 64, as its file says: without a start token, whatever the case and script."""
+    pytest.importorskip("transformers")
+    made, spec = write_tokenizer(tmp_path), MODELS["dcp_siglip2_b16"]
+    config = open_clip.get_model_config(spec.clip)
+    config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, spec.clip, config)
+    tokenizer = factory.build_tokenizer(spec)
+    rows = tokenizer(["A Cat.", "猫"])
+    assert rows.shape == (2, 64)
+    for row, text in zip(rows.tolist(), ["a cat", "猫"], strict=True):
+        ids = made.encode(text).ids
+        assert row == ids + [0] * (64 - len(ids))
+    assert start_tokens(tokenizer) == 0
+    assert last_tokens(rows).tolist() == [len(made.encode(text).ids) - 1 for text in ("a cat", "猫")]
 
 
 def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
