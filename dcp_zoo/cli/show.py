@@ -95,14 +95,13 @@ def show_recommended() -> None:
     best = {s.name for f in ("zero_shot", "imagenet") for ls in ((), OPEN_LICENSES) for s in frontier(f, ls)}
     specs = [spec for spec in MODELS.values() if spec.core_ms and (not spec.clip or spec.name in best)]
     specs.sort(key=lambda spec: spec.gflops or 0)
-    rows = [
-        (s.name, s.language, s.license or "see Hub", s.download or "bundled", *costs(s), *s.accuracies) for s in specs
-    ]
-    output.print(plain_table(("model", "classes", "licence", "size", "memory", "time", *ACCURACIES), rows))
+    rows = [(s.name, s.license or "see Hub", s.download or "bundled", *costs(s), *s.accuracies) for s in specs]
+    output.print(plain_table(("model", "licence", "size", "memory", "time", *ACCURACIES), rows))
     output.print(ACCURACY_NOTE, style="dim")
-    cores = available_cores()
+    cores, others = available_cores(), [s.name for s in MODELS.values() if s.language != "English"]
     text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
     output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
+    output.print(f"Class names are English; in many languages: {', '.join(others)}.", style="dim")
 
 
 def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
