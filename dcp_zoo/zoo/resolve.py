@@ -145,9 +145,9 @@ def local_heads() -> list[str]:
 
 def name_of(folder: Path) -> str:
     """A name by which the checkpoint in a folder is loaded."""
-    kind, _, tag = parse_name(str(folder))
-    is_zoos = kind == "zoo" and not (tag and get_head(str(folder)).status == "planned")
-    return f"local-dir:{folder}" if is_zoos else str(folder)
+    name = str(folder)
+    is_zoos = name in registry.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
+    return f"local-dir:{name}" if is_zoos else name
 
 
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
