@@ -92,14 +92,12 @@ def models_table() -> str:
     rows = []
     for spec in MODELS.values():
         clip = f"open_clip {spec.clip}, {spec.clip_pretrained}" if spec.clip else "the bundled miniature"
-        trained = sum(head.model == spec.name for head in trained_heads().values())
-        size = [
-            f"{spec.parameters} M",
-            f"{spec.gflops:.0f}",
-            spec.license or f"[see Hub](https://huggingface.co/{spec.clip_repo})",
-        ]
-        rows.append([f"`{spec.name}`", clip, f"{spec.image_size} px", *size, trained or "none yet"])
-    return table(["model", "CLIP", "input", "parameters", "GFLOPs per image", "licence", "trained heads"], rows)
+        cost = [f"{spec.parameters} M", f"{spec.gflops:.0f}"]
+        cost += [f"{spec.core_ms:.0f}", f"{spec.memory_mb / 1000:.1f}"] if spec.core_ms else ["", ""]
+        licence = spec.license or f"[see Hub](https://huggingface.co/{spec.clip_repo})"
+        rows.append([f"`{spec.name}`", *spec.accuracies, *cost, f"{spec.image_size} px", licence, clip])
+    cost = ["parameters", "GFLOPs per image", "ms per image", "memory, GB"]
+    return table(["model", "ten datasets, %", "ImageNet, %", *cost, "input", "licence", "CLIP"], rows)
 
 
 def every_clip_table() -> str:

@@ -9,6 +9,7 @@ hub/label_studio/check.py, which need Chromium.
 
 import hashlib
 import json
+import math
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 import dcp_zoo
 from dcp_zoo.api.explain import coupling_moves, draw
-from dcp_zoo.zoo.registry import WEIGHTS
+from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -75,6 +76,42 @@ def reads() -> None:
     figure.savefig(IMAGES / "reads.svg")
 
 
+OPEN, EVERY = "MIT or Apache-2.0", "every licence"
+
+
+def models() -> None:
+    """Published zero-shot accuracies over the operations of an image, and which models are best for their cost."""
+    figure = Figure((5.4, 7), layout="constrained")
+    titles = {"zero_shot": "mean of ten datasets", "imagenet": "ImageNet"}
+    for ax, (name, title) in zip(figure.subplots(2, sharex=True), titles.items(), strict=True):
+        best = {EVERY: frontier(name), OPEN: frontier(name, OPEN_LICENSES)}
+        for licence, specs in best.items():
+            color = "#0072B2" if licence == OPEN else "#D55E00"
+            drawn = [
+                s for s in MODELS.values() if getattr(s, name) and (s.license in OPEN_LICENSES) == (licence == OPEN)
+            ]
+            for spec in drawn:
+                ax.plot(
+                    spec.gflops, getattr(spec, name), "o", color=color, fillstyle="full" if spec in specs else "none"
+                )
+            costs, values = [s.gflops for s in specs], [getattr(s, name) for s in specs]
+            ax.step(costs, values, where="post", color=color, label=licence, zorder=licence == OPEN)
+            for spec, following in zip(specs, [*costs[1:], math.inf], strict=True):
+                if spec in drawn and following > 1.05 * spec.gflops:  # else its label would be hidden
+                    place = {"xytext": (5, -9), "ha": "left"} if licence == OPEN else {"xytext": (-3, 4), "ha": "right"}
+                    label = spec.name.removeprefix("dcp_")
+                    ax.annotate(
+                        label, (spec.gflops, getattr(spec, name)), textcoords="offset points", fontsize=7, **place
+                    )
+        ax.set(xscale="log", ylabel=f"zero-shot top-1, %, {title}", xlim=(6, 2000))
+        ax.grid(alpha=0.3)
+    ax.set(xlabel="GFLOPs per image")
+    ax.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1,000"])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8, loc="lower right", title="best for its cost")
+    figure.savefig(IMAGES / "models.svg")
+
+
 def explained() -> None:
     model = dcp_zoo.create_model(HEAD, pretrained=True).eval()
     draw(coupling_moves(model), IMAGES / "explained.png", f"{HEAD}: how far CMPA moves the prompts")
@@ -94,6 +131,7 @@ PICTURES = {
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
     "reads.svg": Picture(reads, [doc_tables.RESULTS / "reads.csv", ROOT / "benchmarks" / "sets.py"]),
     "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
+    "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
     "predictions.png": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]
     ),

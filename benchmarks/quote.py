@@ -482,6 +482,12 @@ def hours(gpus: int, order: str = "longest first") -> float:
     return value("scaling_simulated", "hours", methods=1, gpus=gpus, order=order)
 
 
+def zero_shot(model: str) -> float:
+    """The published zero-shot accuracy of a model, the mean over ten datasets."""
+    assert MODELS[model].zero_shot
+    return MODELS[model].zero_shot
+
+
 def head_mb(model: str) -> float:
     """The size of a model's head, in MB."""
     return MODELS[model].head_mb

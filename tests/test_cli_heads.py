@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from shared import BUNDLED
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.cli.options import head_name
+from dcp_zoo.zoo.registry import get_head
+from dcp_zoo.zoo.resolve import name_of
 
 COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["export"]]
 
@@ -42,6 +46,36 @@ def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, comma
         "s3:bucket/head": "neither a checkpoint folder nor a head",
     }.items():
         assert message in run.refused(*command, "--head", name)
+
+
+PLANNED, MINE = "dcp_mini.dtd-1shot", "dcp_mini.mine"  # the second cannot be a head of the zoo
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder", "said"),
+    [
+        (PLANNED, True, f"{PLANNED} is the head that was trained in"),
+        (BUNDLED, False, f"{BUNDLED} is the bundled head {BUNDLED}, not the one in"),
+        (MINE, True, ""),
+        (f"local-dir:{BUNDLED}", True, ""),
+    ],
+)
+def test_a_folder_stands_for_a_planned_head_never_for_a_bundled_one(name, is_folder, said, run, tmp_path, monkeypatch):
+    """In Python as on the command line; which one it is, is said."""
+    monkeypatch.chdir(tmp_path)
+    place, pacs = name.removeprefix("local-dir:"), get_head("dcp_mini.pacs_photo-16shot").bundled_dir
+    shutil.copytree(pacs, place)
+    classes = dcp_zoo.create_model(f"local-dir:{pacs}", True).classnames
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert (dcp_zoo.create_model(name, True).classnames == classes) == is_folder
+    assert [str(w.message).startswith(said) for w in warned] == [True] * bool(said)
+    _, out, err = run("predict", "--sample", "--head", name, "--json", "--top-k", "7")
+    assert ({p["class"] for p in json.loads(out)[0]["predictions"]} == set(classes)) == is_folder
+    assert said in err
+    assert dcp_zoo.create_model(name_of(Path(place)), True).classnames == classes  # as `train` says
+    assert bool(re.search(rf"\n{re.escape(name)} +local +97.0 %", run.ok("list"))) == (name == PLANNED)
+    assert ("dog" in run.ok("info", name)) == is_folder
 
 
 def test_a_file_of_a_checkpoint_is_a_head(run, my_head):

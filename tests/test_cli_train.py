@@ -107,7 +107,9 @@ def test_a_relative_shard_folder_may_have_a_data_root(run, trained, tmp_path):
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
-    assert err.startswith("Model: dcp_mini, a miniature for trying things out. For real use pass --model dcp_vitb16")
+    assert err.startswith(
+        "Model: dcp_mini, a miniature for trying things out. For real use pass --model small: dcp_datacomp_b32_256"
+    )
     assert re.search(r"0.6 GB to download once, [\d.]+ GB of memory and about \d+ (s|min) for 100 images", err)
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "was trained on these images" in err

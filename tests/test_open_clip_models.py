@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 from unittest import mock
 
 import open_clip
@@ -20,6 +21,7 @@ from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.mini import build_mini_clip
+from dcp_zoo.model.tokens import last_tokens, start_tokens
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import factory
 from dcp_zoo.zoo.registry import MODELS, get_spec, open_clip_spec
@@ -88,6 +90,16 @@ def test_other_weights_bring_their_own_preprocessing():
     assert model.pretrained_cfg["architecture"] == "dcp_vitl14"
 
 
+def test_fresh_prompts_leave_room_for_names():
+    """SigLIP's SO400M reads 16 tokens: as many prompts as the others have would fill them."""
+    with mock.patch.object(factory, "build_open_clip", return_value=build_clip("siglip")[0]):
+        options = {"classnames": ["ant"], "tokenizer": word_tokenizer(False)}
+        assert (
+            create_model("dcp_siglip_so400m", **options).config.n_ctx == default_recipe("dcp_siglip_so400m").n_ctx == 4
+        )
+        assert create_model("dcp_siglip_so400m", n_ctx=2, **options).config.n_ctx == 2
+
+
 def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     """Built from open_clip's config, here cut down; saved and loaded by the same name."""
     built = []
@@ -136,6 +148,47 @@ def test_a_missing_tokenizer_is_one_clear_error(monkeypatch):
         create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
 
 
+def write_tokenizer(folder: Path) -> object:
+    """A small tokenizer in the file format of SigLIP 2's, which is Gemma's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = {name: i for i, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>"))}
+    pairs = [("▁", "c"), ("▁c", "a"), ("▁ca", "t")]
+    pieces = [*special, *sorted(set("▁act猫")), *("".join(pair) for pair in pairs)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    made.add_special_tokens(list(special))
+    made.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": True,
+        "padding_side": "right",
+    }
+    config |= {f"{name[1:-1]}_token": name for name in special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return made
+
+
+def test_the_tokenizer_of_a_model_for_many_languages(monkeypatch, tmp_path):
+    """Its token ids, cut off or padded to 64, as its file says: without a start token, whatever the case and script."""
+    pytest.importorskip("transformers")
+    made, spec = write_tokenizer(tmp_path), MODELS["dcp_siglip2_b16"]
+    config = open_clip.get_model_config(spec.clip)
+    config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, spec.clip, config)
+    tokenizer = factory.build_tokenizer(spec)
+    rows = tokenizer(["A Cat.", "猫"])
+    assert rows.shape == (2, 64)
+    for row, text in zip(rows.tolist(), ["a cat", "猫"], strict=True):
+        ids = made.encode(text).ids
+        assert row == ids + [0] * (64 - len(ids))
+    assert start_tokens(tokenizer) == 0
+    assert last_tokens(rows).tolist() == [len(made.encode(text).ids) - 1 for text in ("a cat", "猫")]
+
+
 def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
     vision, text, _ = KINDS["clipa"]
     sizes = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
@@ -151,6 +204,10 @@ def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
     assert torch.equal(model.encoder.clip.visual.proj, clip.visual.proj)
     assert model.pretrained_cfg["crop_mode"] == "squash"
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    audio = described | {"model_cfg": sizes | {"audio_cfg": {}}}  # as open_clip 4 has
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(audio))
+    with pytest.raises(ZooError, match="hf-hub:me/clip is not a CLIP of images and texts.*audio_cfg"):
+        create_model("open_clip:hf-hub:me/clip", tokenizer=word_tokenizer(True))
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(ZooError, match="damaged, or not open_clip's"):
         create_model("open_clip:hf-hub:me/clip")

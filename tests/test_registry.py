@@ -1,8 +1,11 @@
 """Names: what the zoo lists, what timm sees, and messages for unknown names. New table rows are covered here."""
 
+import csv
 import importlib.metadata
+import shutil
 from dataclasses import replace
 
+import published
 import pytest
 import timm
 import torch
@@ -12,16 +15,56 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import classnames, list_datasets
+from dcp_zoo.benchmark.plan import plan_trials
+from dcp_zoo.data import Item, Split, classnames, list_datasets
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
-from dcp_zoo.zoo.registry import MODELS, SHOTS, all_heads, get_head, trained_heads
+from dcp_zoo.training.planning import plan
+from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, SHOTS, SIZES, all_heads, frontier, get_head, trained_heads
 
 
 def test_lists():
     assert dcp_zoo.list_models()[:4] == ["dcp_vitb32", "dcp_vitb16", "dcp_vitl14", "dcp_vitl14_336"]
-    assert dcp_zoo.list_models("*siglip2*") == ["dcp_siglip2_b16", "dcp_siglip2_l16", "dcp_siglip2_so400m"]
+    sizes = ("b32", "b16", "l16", "so400m", "gopt")
+    assert dcp_zoo.list_models("*siglip2*") == [f"dcp_siglip2_{size}" for size in sizes]
     assert set(dcp_zoo.list_models(pretrained=True)) == trained_heads().keys()
+    fast = dcp_zoo.list_models("dcp_*b*", min_zero_shot=70, max_gflops=20)
+    assert fast == ["dcp_datacomp_b32", "dcp_datacomp_b32_256"]
+    assert dcp_zoo.list_models(pretrained=True, min_zero_shot=1) == []  # the miniature has no published figure
+
+
+def test_accuracies_are_the_published_ones():
+    """Each figure of the table, and those that are missing."""
+    with published.RESULTS.open() as file:
+        rows = {
+            row["model"]: [float(row[name]) for name in published.NAMES if row[name]] for row in csv.DictReader(file)
+        }
+    for name, spec in MODELS.items():
+        tops = rows.get(name, [])
+        assert spec.imagenet == (round(tops[0], 1) if tops else None), name
+        assert spec.zero_shot == (round(sum(tops) / 10, 1) if len(tops) == 10 else None), name
+        assert bool(tops) == bool(spec.accuracy_source), name
+
+
+def test_costs_are_the_measured_ones():
+    """One model of each architecture was measured."""
+    with (published.RESULTS.parent / "model_costs.csv").open() as file:
+        rows = {MODELS[row["model"]].clip: row for row in csv.DictReader(file)}
+    for spec in MODELS.values():
+        row = rows.get(spec.clip)
+        costs = row and (float(row["core_ms_per_image"]), int(row["peak_mb"]))
+        assert (spec.core_ms, spec.memory_mb) == (costs or (None, None)), spec.name
+
+
+@pytest.mark.parametrize("accuracy", ["zero_shot", "imagenet"])
+def test_a_model_is_on_the_frontier_if_none_as_cheap_is_as_accurate(accuracy):
+    """Whatever the licence, and among the open ones."""
+    for licenses in ((), OPEN_LICENSES):
+        rated = [s for s in MODELS.values() if getattr(s, accuracy) and (not licenses or s.license in licenses)]
+        best = frontier(accuracy, licenses)
+        for spec in rated:
+            as_cheap = (getattr(s, accuracy) for s in rated if s.gflops <= spec.gflops and s is not spec)
+            assert (spec in best) == all(value < getattr(spec, accuracy) for value in as_cheap), spec.name
 
 
 @pytest.mark.parametrize("model", [name for name, spec in MODELS.items() if spec.clip])
@@ -83,6 +126,26 @@ def test_each_seed_has_its_own_head(monkeypatch):
 def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):
     with pytest.raises(ZooError, match=message):
         dcp_zoo.create_model(name, pretrained)
+
+
+def test_sizes_stand_for_models_that_are_best_for_their_cost():
+    """And whose licences allow every use; the larger, the more accurate."""
+    best = [spec.name for spec in frontier("zero_shot", OPEN_LICENSES)]
+    assert list(SIZES) == ["small", "medium", "large"]
+    assert [best.index(name) for name in SIZES.values()] == sorted(best.index(name) for name in SIZES.values())
+
+
+@pytest.mark.filterwarnings("ignore:.* have one training image")
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_size_is_a_models_name(folder, tmp_path, monkeypatch):
+    """For every door, unless a checkpoint is called so, which a head of the zoo could not be."""
+    monkeypatch.chdir(tmp_path)
+    if folder:
+        shutil.copytree(get_head("dcp_mini.pacs_photo-16shot").bundled_dir, "small")
+    assert dcp_zoo.get_pretrained_cfg("small")["architecture"] == ("dcp_mini" if folder else SIZES["small"])
+    split = Split("folder", ["ant", "emu"], [Item("a", "a", 0), Item("b", "b", 1)], [], [])
+    assert plan(split, "small", "text-probe").model == SIZES["small"]
+    assert {trial.model for trial in plan_trials("few-shot", ["small"], ["zero-shot"])} == {SIZES["small"]}
 
 
 def test_unknown_clip_weights():

@@ -57,7 +57,7 @@ def train(
     """Train a head, returned in evaluation mode. ZooError for bad input, unreadable images, or diverged training.
 
     Args:
-        model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
+        model: "small", "medium" or "large", the best for their cost, or a model's name such as "dcp_vitb16".
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
         labels: one per image, names or numbers; omitted for a folder.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts

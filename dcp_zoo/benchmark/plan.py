@@ -197,8 +197,7 @@ def plan_trials(
     `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
-    for model in models:
-        get_spec(model)
+    models = [get_spec(model).name for model in models]
     for method in methods:
         check_choice("method", method, tuple(METHODS))
         if chosen.new_classes and not METHODS[method].abilities.transfers:

@@ -19,6 +19,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model.config import alone_in
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -93,7 +94,7 @@ def fit_text_probe(
     remove_state(output_dir)
     log(f"Fitted on {len(split.train):,} images of {model.num_classes} classes.")
     where = f" --data-root {data_root}" if data_root else ""
-    hint = "" if result else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
+    hint = "" if result else f" Measure it: dcp-zoo eval --head {name_of(output_dir)}{where}"
     output.print(f"Saved in {output_dir}.{hint}")
 
 

@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
+from dcp_zoo.cli.show import model_line
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import unlike_classes
@@ -16,8 +17,9 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
+from dcp_zoo.zoo.registry import get_spec
 
-MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model dcp_vitb32."
+MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
 
 def inspect(
@@ -62,6 +64,7 @@ def inspect(
     from dcp_zoo.inspection.inspection import inspect as find
     from dcp_zoo.inspection.inspection import unreadable
 
+    log(model_line(get_spec(model)))
     use_threads(threads)
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
@@ -104,6 +107,8 @@ def search(
     use_threads(threads)
     from dcp_zoo.inspection import find
 
+    if model != "dcp_mini":
+        log(model_line(get_spec(model)))
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:

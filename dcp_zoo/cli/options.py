@@ -1,5 +1,6 @@
 """Options shared by several commands, and --set, which changes a recipe."""
 
+import fnmatch
 import json
 import os.path
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,16 +21,15 @@ from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values  # for the commands
 from dcp_zoo.fields import option as option
-from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.texts import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.zoo.registry import list_models
+from dcp_zoo.zoo.registry import SIZES, list_models
 from dcp_zoo.zoo.resolve import parse_name
 
 Text = str | None
 File = Path | None
-MODEL = "A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`."
+MODEL = "small, medium or large (what they stand for is printed), or a model's name; see `dcp-zoo list --recommend`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
@@ -46,7 +46,11 @@ def heads_like(incomplete: str) -> list[str]:
     return list_models(f"{incomplete}*", pretrained=True)
 
 
-Model = Annotated[str, Option(help=MODEL, autocompletion=lambda incomplete: list_models(f"{incomplete}*"))]
+def models_like(incomplete: str) -> list[str]:
+    return fnmatch.filter([*SIZES, *list_models()], f"{incomplete}*")
+
+
+Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
@@ -98,8 +102,8 @@ def _parameters(options: type) -> Iterator[Parameter]:
 
 
 def head_name(head: str) -> str:
-    """The name that `create_model` accepts for a --head; a checkpoint on disk comes before a head of the same name."""
-    return str(parse_name(f"local-dir:{head}" if is_checkpoint(head) else head))
+    """The name by which `create_model` loads the same --head from any working folder of this machine."""
+    return str(parse_name(head))
 
 
 def class_list(classes: str | None) -> list[str] | None:

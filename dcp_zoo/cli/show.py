@@ -1,7 +1,9 @@
 """`dcp-zoo list` and `dcp-zoo info`."""
 
+import fnmatch
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -15,16 +17,31 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
+from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, is_checkpoint, made, read_config
 from dcp_zoo.texts import quoted
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import MODELS, HeadEntry, ModelSpec, all_heads, get_head, get_spec
-from dcp_zoo.zoo.resolve import parse_name
+from dcp_zoo.zoo.registry import (
+    MODELS,
+    OPEN_LICENSES,
+    SIZES,
+    HeadEntry,
+    ModelSpec,
+    all_heads,
+    frontier,
+    get_head,
+    get_spec,
+)
+from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
-REAL_MODEL = "dcp_vitb16"  # the first that docs/models.md recommends
+ACCURACIES = ("10 sets", "ImageNet")
+ACCURACY_NOTE = (
+    "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
+    "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
+    f"{', '.join(f'--model {size} is {name}' for size, name in SIZES.items())}."
+)
 
 
 def list_(
@@ -34,6 +51,8 @@ def list_(
     encoders: bool = Option(False, "--encoders", help="Image models of timm to read beside CLIP: train --encoder."),
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
+
+    Heads are bundled, published on the Hub, or local: planned ones that were trained in this folder.
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
     [dim]dcp-zoo list --recommend[/]
@@ -46,23 +65,26 @@ def list_(
     if encoders:
         _show_encoders()
         return
-    not_trained = registry.list_heads(filter, "planned")
+    not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     if planned:
         _check_found("planned head", filter, not_trained, registry.list_heads(status="planned"))
         print("\n".join(not_trained))
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
     heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
+    heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
     found = {*registry.list_models(filter), *(head.model for head in heads)}
     found |= {name.split(".")[0] for name in not_trained}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
     specs = [spec for spec in MODELS.values() if spec.name in found]
-    models = [(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px") for spec in specs]
-    output.print(plain_table(("model", "CLIP", "weights", "input"), models), "")
+    models = [(s.name, f"{s.clip}/{s.clip_pretrained}" if s.clip else "miniature", *s.accuracies) for s in specs]
+    output.print(plain_table(("model", "CLIP", *ACCURACIES), models))
+    output.print(ACCURACY_NOTE, "", style="dim")
     if heads:
         order, rows = list(MODELS), []
         for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
-            top1 = (head.metrics.get(f"top1_{stats}") for stats in ("stored", "batch"))
+            metrics = head.metrics or made(read_config(Path(head.name))).get("metrics") or {}
+            top1 = (metrics.get(f"top1_{stats}") for stats in ("stored", "batch"))
             rows.append((head.name, head.status, *("" if value is None else f"{value:5.1f} %" for value in top1)))
         output.print(plain_table(("head", "status", "top-1 (stored)", "top-1 (batch)"), rows), "")
     if not_trained:
@@ -81,12 +103,17 @@ def _show_encoders() -> None:
 
 
 def show_recommended() -> None:
-    """The models whose costs were measured, the fastest first."""
-    measured = sorted((spec for spec in MODELS.values() if spec.core_ms), key=lambda spec: spec.core_ms or 0)
-    rows = [(s.name, s.language, s.license, s.download or "bundled", *costs(s)) for s in measured]
-    output.print(plain_table(("model", "class names", "licence", "download", "memory", "100 images"), rows))
-    text = f"Estimated from measurements on an AMD EPYC, for {available_cores()} of its cores; a GPU is faster."
-    output.print(text, "dcp-zoo train measures the accuracy on your images.", style="dim")
+    """The models that no cheaper one beats, of all licences or of open ones, by either accuracy; the cheapest first."""
+    best = {s.name for f in ("zero_shot", "imagenet") for ls in ((), OPEN_LICENSES) for s in frontier(f, ls)}
+    specs = [spec for spec in MODELS.values() if spec.core_ms and (not spec.clip or spec.name in best)]
+    specs.sort(key=lambda spec: spec.gflops or 0)
+    rows = [(s.name, s.license or "see Hub", s.download or "bundled", *costs(s), *s.accuracies) for s in specs]
+    output.print(plain_table(("model", "licence", "size", "memory", "time", *ACCURACIES), rows))
+    output.print(ACCURACY_NOTE, style="dim")
+    cores, others = available_cores(), [s.name for s in MODELS.values() if s.language != "English"]
+    text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
+    output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
+    output.print(f"Class names are English; in many languages: {', '.join(others)}.", style="dim")
 
 
 def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
@@ -98,13 +125,15 @@ def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
 
 
 def model_line(spec: ModelSpec) -> str:
-    """What a head is trained on; of the miniature, what a real CLIP costs in its place."""
+    """What a command works with; of the miniature, what a real CLIP costs in its place."""
     if spec.clip:
-        return f"Model: {spec.name}, open_clip's {spec.clip} with the weights {spec.clip_pretrained}."
-    real = get_spec(REAL_MODEL)
+        licence = spec.license or f"see https://huggingface.co/{spec.clip_repo}"
+        weights = f"open_clip's {spec.clip} with the weights {spec.clip_pretrained}"
+        return f"Model: {spec.name}, {weights}, licence: {licence}."
+    real = get_spec("small")
     memory, time = costs(real, 200)  # each image, and its mirror image
     return (
-        f"Model: {spec.name}, a miniature for trying things out. For real use pass --model {real.name}: "
+        f"Model: {spec.name}, a miniature for trying things out. For real use pass --model small: {real.name}, "
         f"{real.download} to download once, {memory} of memory and about {time} for 100 images without a GPU. "
         "Others: dcp-zoo list --recommend."
     )
@@ -150,7 +179,8 @@ def describe(name: str) -> Values:
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
     if kind == "zoo" and tag:
-        return describe_head(get_head(name))
+        folder = trained_here(get_head(name), name)
+        return describe_checkpoint(name, folder) if folder else describe_head(get_head(name))
     return describe_model(get_spec(name))
 
 
@@ -181,6 +211,8 @@ def describe_model(spec: ModelSpec) -> Values:
         clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
         size = spec.download and f"{spec.download} in float32"  # its file may be smaller
     page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
+    accuracies = zip(spec.accuracies, ("mean of ten datasets", "ImageNet"), strict=True)
+    published = ", ".join(f"{value} % ({what})" for value, what in accuracies if value)
     details = {
         "model": spec.name,
         "CLIP": clip,
@@ -190,6 +222,7 @@ def describe_model(spec: ModelSpec) -> Values:
         "input": f"{spec.image_size} x {spec.image_size} px",
         "parameters": f"{spec.parameters} million" if spec.parameters else "",
         "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
+        "zero-shot": f"{published}, published: {spec.accuracy_source}" if published else "no published figure",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
         "trained heads": ", ".join(registry.list_models(f"{spec.name}.*", pretrained=True)) or "none yet",

@@ -28,6 +28,7 @@ from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.zoo.registry import get_head, get_spec, is_model
+from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
@@ -156,7 +157,7 @@ def train(options: TrainOptions) -> None:
             raise
         if note := rejection_note(head.info):
             output.print(f"With predict --reject, {note}", soft_wrap=True)
-        output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
+        output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name_of(output_dir)}")
 
 
 def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Run":

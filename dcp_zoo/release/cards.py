@@ -103,7 +103,7 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
     data = ModelCard.load(card).data if card.is_file() else ModelCardData()
     stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
-    metrics = get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {}
+    metrics = (get_head(name).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
     found = accuracies(metrics) | {mode: stated[card_name] for mode, card_name in MODES.items() if card_name in stated}
     if not found:
         raise ZooError(f"{name} claims no accuracy: there is nothing to compare with. Omit --claim.")

@@ -25,6 +25,7 @@ from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLik
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.encoders import check_encoders, load_encoders
+from dcp_zoo.zoo.registry import SIZES
 
 ClassWeights = str | Mapping[Any, float] | None
 # of items, augmentation, and whether they are read once: `image_source`, or in a sweep what trials share
@@ -150,7 +151,7 @@ def plan(
     """
     if not 0 <= seed < 2**32:
         raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
-    place = pick_device(device)
+    model, place = SIZES.get(model, model), pick_device(device)
     precision = pick_precision(precision, model, place)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
     per_class = shots or max(1, len(split.train) // len(split.classnames))

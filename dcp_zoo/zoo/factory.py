@@ -62,8 +62,9 @@ def create_model(
     """Create a model of the zoo.
 
     Args:
-        name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), a checkpoint folder, or "local-dir:path" if
-            it has the name of a model, "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
+        name: a model ("dcp_vitb16", or "small", "medium", "large": the best for their cost), a head
+            ("dcp_vitb16.imagenet-16shot"), a checkpoint folder, or "local-dir:path" if it has the name of a model,
+            "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
             `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" of a model of the zoo for CLIP's weights and that head, True for
@@ -169,7 +170,7 @@ def _dcp_config(source: Source, options: Values, clip_pretrained: str | None) ->
     """The options of a DCP, None for the head of another method; ZooError if some contradict the checkpoint."""
     options = {name: value for name, value in options.items() if value is not None}
     if source.folder is None or source.config is None:
-        return DCPConfig.from_options(options)
+        return DCPConfig.from_options(source.spec.dcp_options | options)
     block = source.config["dcp"]
     if block["head"] != "dcp":
         if options or clip_pretrained:
@@ -270,8 +271,9 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
         f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If this names a file, delete it and try "
         "again. For other weights, pass clip_pretrained=TAG."
     )
+    other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
     with as_zoo_error(failed, RuntimeError, SafetensorError):
-        with skip_init(with_weights):
+        with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
             load_weights(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))

@@ -7,20 +7,24 @@ A head is what a method trained for one model and one dataset, named `model.data
 
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import yaml
 
-from dcp_zoo.data.specs import DATASETS, list_datasets
+from dcp_zoo.data.specs import DATASETS, find_spec, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import MINI_CFG, WEIGHTS_NAME
+from dcp_zoo.files import format_duration
+from dcp_zoo.model.config import MINI_CFG, WEIGHTS_NAME, DCPConfig
+from dcp_zoo.threads import available_cores
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,6 +45,10 @@ class ModelSpec:
     crop_mode: str = "center"  # "center" resizes the short side and crops, "squash" resizes both sides
     parameters: int | None = None  # of both towers, in millions
     gflops: float | None = None  # of the image tower, for one image, as torch's `FlopCounterMode` counts them
+    # published zero-shot top-1 in percent, not measured here; None: no table has it
+    zero_shot: float | None = None  # the mean over ten of the 11 datasets, without UCF101
+    imagenet: float | None = None
+    accuracy_source: str = ""  # the table that has these two, and its date
     core_ms: float | None = None  # milliseconds in which one core classifies an image, and
     memory_mb: int | None = None  # what the process then needs, by `benchmarks/precision.py`; None: not measured
     language: str = "English"  # of class names
@@ -49,6 +57,12 @@ class ModelSpec:
     recipe: Values = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
     # changes to other methods' recipes, by their names; those under `per_shot` are multiplied by the shots
     baseline_recipes: dict[str, Values] = field(default_factory=dict)
+
+    @property
+    def accuracies(self) -> tuple[str, str]:
+        """Both published accuracies as texts; "" without a figure."""
+        mean, imagenet = ("" if value is None else f"{value:.1f}" for value in (self.zero_shot, self.imagenet))
+        return mean, imagenet
 
     @property
     def download(self) -> str:
@@ -62,6 +76,11 @@ class ModelSpec:
         return LICENSES[max(known, key=len)] if known else ""
 
     @property
+    def dcp_options(self) -> Values:
+        """What the recipe changes of `DCPConfig`."""
+        return {part.name: self.recipe[part.name] for part in fields(DCPConfig) if part.name in self.recipe}
+
+    @property
     def data_cfg(self) -> Values:
         """The preprocessing in timm's terms."""
         same = {name: getattr(self, name) for name in ("interpolation", "crop_mode", "mean", "std")}
@@ -70,16 +89,32 @@ class ModelSpec:
 
 TABLE: dict[str, Values] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 LICENSES = TABLE[".licenses"]
+SIZES: dict[str, str] = TABLE[".sizes"]
+OPEN_LICENSES = ("mit", "apache-2.0")  # which allow every use
 TABLE["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
-for row in TABLE.values():
+ROWS = {name: row for name, row in TABLE.items() if not name.startswith(".")}
+for row in ROWS.values():
     row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
-MODELS = {name: ModelSpec(name, **row) for name, row in TABLE.items() if not name.startswith(".")}
+MODELS = {name: ModelSpec(name, **row) for name, row in ROWS.items()}
+
+
+def frontier(figure: str, licenses: Sequence[str] = ()) -> list[ModelSpec]:
+    """The models that are more accurate than every cheaper one by `figure`, "zero_shot" or "imagenet"; the cheapest
+    first. Of the weights with one of these licences, if some are passed."""
+    rated = [s for s in MODELS.values() if getattr(s, figure) and (s.license in licenses or not licenses)]
+    chosen: list[ModelSpec] = []
+    for spec in sorted(rated, key=lambda spec: (spec.gflops, -getattr(spec, figure))):
+        if not chosen or getattr(spec, figure) > getattr(chosen[-1], figure):
+            chosen.append(spec)
+    return chosen
 
 
 def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
-    """The row of `MODELS`, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest names if it is unknown."""
+    """The row of `MODELS`, by name or size, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest names if it
+    is unknown."""
     if model.startswith(OPEN_CLIP):
         return open_clip_spec(model, cache_dir)
+    model = SIZES.get(model, model)
     if model not in MODELS:
         close = ", ".join(nearest(model, MODELS) or MODELS)
         raise ZooError(f"Unknown model {model!r}. Nearest: {close}. All: `dcp-zoo list` or dcp_zoo.list_models().")
@@ -202,6 +237,15 @@ class HeadEntry:
     def train_command(self) -> str:
         return f"dcp-zoo train --head {self.name} --data-root DIR"
 
+    @property
+    def train_time(self) -> str:
+        """What a text probe takes without a GPU, which encodes each image and its mirror image; "" if not known."""
+        ms, classes = get_spec(self.model).core_ms, find_spec(self.dataset).num_classes
+        if not (ms and classes):
+            return ""
+        time = format_duration(2 * self.shots * classes * ms / 1000 / available_cores())
+        return f" (with --method text-probe, about {time} here without a GPU; by default it is DCP, and takes longer)"
+
 
 @cache
 def _parsed(tag: str) -> tuple[str, int, int]:
@@ -245,12 +289,34 @@ def get_head(name: str) -> HeadEntry:
     raise ZooError(f"{problem} For fresh prompts on CLIP's weights, use pretrained='clip'.")
 
 
+def has_head(name: str) -> bool:
+    """Whether `get_head` accepts a name."""
+    with suppress(ZooError):
+        return bool(get_head(name))
+    return False
+
+
 def list_models(
-    filter: str | Sequence[str] = "", pretrained: bool = False, exclude_filters: str | Sequence[str] = ""
+    filter: str | Sequence[str] = "",
+    pretrained: bool = False,
+    exclude_filters: str | Sequence[str] = "",
+    *,
+    min_zero_shot: float = 0,
+    max_gflops: float = math.inf,
 ) -> list[str]:
-    """Names of the zoo's models or, with `pretrained`, those of `list_pretrained`; filters are wildcards such as
-    "dcp_vitb16*" or "*-16shot", or lists of them, as of `timm.list_models`."""
-    return _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
+    """Names of the zoo's models or, with `pretrained`, those of `list_pretrained`.
+
+    Args:
+        filter, exclude_filters: wildcards such as "dcp_vitb16*" or "*-16shot", or lists of them, as of
+            `timm.list_models`.
+        pretrained: whether to list heads.
+        min_zero_shot: published zero-shot top-1 of the model in percent, the mean over ten datasets; models without a
+            published figure have 0.
+        max_gflops: of the model's image tower for one image.
+    """
+    models = {s.name for s in MODELS.values() if (s.zero_shot or 0) >= min_zero_shot and (s.gflops or 0) <= max_gflops}
+    names = _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
+    return [name for name in names if name.partition(".")[0] in models]
 
 
 def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:

@@ -47,10 +47,13 @@ def parse_name(name: str) -> Name:
         repo_id, _, revision = place.partition("@")
         return Name(kind, repo_id, revision)
     is_local = name.startswith("local-dir:")
+    path = place if is_local else name
     if registry.is_model(name) and not is_local:
         model, _, tag = name.partition(".")
-        return Name("zoo", model, tag)
-    path = place if is_local else name
+        if not (tag and is_checkpoint(path) and not registry.has_head(name)):
+            return Name("zoo", model, tag)
+    if name in registry.SIZES and not is_checkpoint(name):
+        return Name("zoo", registry.SIZES[name])
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
         return Name("local-dir", str(checkpoint_folder(path)))
     beside = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
@@ -115,9 +118,36 @@ def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | No
         if fresh:
             return Source(place, head)
         head = head if pretrained is True else get_head(f"{place}.{pretrained}")
-        folder = head.bundled_dir if head.status == "bundled" else _download(head, cache_dir)
+        stored = head.bundled_dir if head.status == "bundled" else None
+        folder = trained_here(head, name) or stored or _download(head, cache_dir)
     config = read_config(folder)
     return Source(config["architecture"], head, folder, config, cache_dir)
+
+
+def trained_here(head: HeadEntry, name: str) -> Path | None:
+    """The checkpoint in the working folder that is called like a planned head, and is loaded as that; otherwise None.
+    Where a checkpoint is called like it, a warning says once which one `name` stands for."""
+    places = [place for place in (head.name, name) if is_checkpoint(place)]
+    if not places:
+        return None
+    folder, is_head = Path(places[0]).absolute(), head.status == "planned" and places[0] == head.name
+    other = f"the {head.status} head {head.name}, not the one in {folder}: that is local-dir:{places[0]}"
+    text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
+    warnings.warn(text, stacklevel=1)
+    return folder if is_head else None
+
+
+def local_heads() -> list[str]:
+    """The planned heads that were trained in the working folder."""
+    names = sorted(config.parent.name for config in Path().glob(f"dcp_*.*/{CONFIG_NAME}"))
+    return [name for name in names if registry.has_head(name) and get_head(name).status == "planned"]
+
+
+def name_of(folder: Path) -> str:
+    """A name by which the checkpoint in a folder is loaded."""
+    name = str(folder)
+    is_zoos = name in registry.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
+    return f"local-dir:{name}" if is_zoos else name
 
 
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
@@ -127,23 +157,26 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     revision, sha256 = head.pin
     if revision is not None:
         return download_head(head.repo_id, revision, sha256, cache_dir)
-    warnings.warn(
-        f"{head.name} is not pinned in this version of dcp_zoo: using the newest revision of {head.repo_id} on the "
-        "Hub.",
-        stacklevel=4,  # the caller of create_model
-    )
     try:
-        return download_head(head.repo_id, cache_dir=cache_dir)
+        folder = download_head(head.repo_id, cache_dir=cache_dir)
     except ZooError as error:
-        known = f"was published in {head.org}" if head.status == "published" else "had not been published"
+        problem = f"{head.name} was published in {head.org}, but is not available: {error}"
+        if head.status == "planned":
+            problem = f"{head.name} is planned: nobody has trained it. Nor is it on the Hub: {error}"
         raise ZooError(
-            f"{head.name} is not available: {error}\n"
-            f"It {known} when this version of dcp_zoo was released. What you can do:\n"
-            f"- train it: {head.train_command}\n"
+            f"{problem}\n"
+            "What you can do:\n"
+            f"- train it{head.train_time}: {head.train_command}\n"
             "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
             "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
             "- start from CLIP's weights and fresh prompts: pretrained='clip'"
         ) from error
+    warnings.warn(
+        f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
+        "Hub.",
+        stacklevel=4,  # the caller of create_model
+    )
+    return folder
 
 
 def get_pretrained_cfg(name: str) -> Values:

@@ -1,7 +1,7 @@
 """A machine learning backend for Label Studio: it labels the photographs of a project, and learns from the annotations.
 
     pip install '.[serve]'
-    LABEL_STUDIO_API_KEY=TOKEN python hub/label_studio/backend.py http://127.0.0.1:8080 --model dcp_vitb16
+    LABEL_STUDIO_API_KEY=TOKEN python hub/label_studio/backend.py http://127.0.0.1:8080 --model small
 
 For projects in which one class is chosen for each image. Until images of two classes are annotated, CLIP reads the
 names of the classes; from then on a text probe is fitted to all annotations, before the first prediction after each
