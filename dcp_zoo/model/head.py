@@ -68,7 +68,7 @@ class Head(TimmContract):
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
         super().__init__()
         self.encoder = clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer)
-        self.image_encoders = nn.ModuleList()
+        self.image_encoders: Any = nn.ModuleList()
         self._original: FrozenCLIP | None
         self.register_module("_original", original)
         self.text_probe: TextProbe | None

@@ -28,7 +28,7 @@ class ImageEncoder(nn.Module):
     scale: Tensor  # (3, 1, 1), and
     shift: Tensor  # (3, 1, 1), from CLIP's normalisation to the model's
 
-    def __init__(self, model: nn.Module, name: str, size: tuple[int, int], clip: FrozenCLIP) -> None:
+    def __init__(self, model: Any, name: str, size: tuple[int, int], clip: FrozenCLIP) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False).eval()
         self.source, self.size, self.pretrained_cfg = name, size, dict(clip.pretrained_cfg)

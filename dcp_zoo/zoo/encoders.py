@@ -35,7 +35,7 @@ def list_encoders() -> list[EncoderRow]:
     rows = []
     for name in SUGGESTED:
         with torch.device("meta"):
-            model = timm.create_model(name, num_classes=0)
+            model: Any = timm.create_model(name, num_classes=0)
         millions = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
         rows.append(EncoderRow(name, millions, model.num_features, model.pretrained_cfg["license"]))
     return rows
