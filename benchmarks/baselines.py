@@ -5,8 +5,9 @@
 
 DATA: see `sets.py`, of which the sets for reporting and those for choosing are read; draws and test images are those of
 `many_sets.py`. FEATURES has a file for each set with several readings of its images: `x` is CLIP's vector, `stem` the
-mean over positions of the maps of the miniature's stem, scaled to the length 1. `x+stem` joins both. Where `x`
-is not the first there is no text, and only methods without text are measured.
+mean over positions of the maps of the miniature's stem, scaled to the length 1. `x+stem` joins both, for any method;
+`x,stem` are both as a text probe reads them. Where `x` is not the first there is no text, and only methods without text
+are measured.
 
 No method sees validation images, but for those named "with validation images": those of `many_sets.py`.
 """
@@ -34,7 +35,7 @@ from dcp_zoo.benchmark.trial_images import GivenCLIP, nothing_read
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.model.classes import TEMPLATE
-from dcp_zoo.model.clip import FrozenCLIP, joined
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.model.text_probe.estimates import class_means
@@ -104,21 +105,24 @@ class Known:
     """A set's features by one reading: images to draw from, with their rows for paths, and test images."""
 
     def __init__(self, file: Path, reading: str) -> None:
-        arrays, parts = np.load(file), reading.split("+")
+        arrays, apart = np.load(file), "," in reading
+        parts = reading.split("," if apart else "+")
         self.names, self.cost = [str(name) for name in arrays["names"]], float(arrays["train_seconds"])
         labels = arrays["train_labels"].tolist()
         self.items = [Item(str(row), str(row), label) for row, label in enumerate(labels)]
+        scale = 1 if apart else len(parts) ** -0.5  # of joined parts
         train, test = (
-            joined([torch.from_numpy(arrays[f"{part}_{each}"]) for each in parts], len(parts))
+            scale * torch.cat([torch.from_numpy(arrays[f"{part}_{each}"]) for each in parts], -1)
             for part in ("train", "test")
         )
         self.views, self.clip, self.has_text = train, GivenCLIP(), parts[0] == "x"
         text = torch.from_numpy(arrays["text_weight"]) * self.has_text
         # joined features, of length 1, hold x times 1 / sqrt(parts), and parts of which text says nothing
-        self.clip.clip.logit_scale.fill_(math.log(float(text[0].norm()) or 1.0) + math.log(len(parts)) / 2)
-        padded = F.pad(F.normalize(text, dim=-1), (0, train.shape[-1] - text.shape[-1]))
+        self.clip.clip.logit_scale.fill_(math.log((float(text[0].norm()) or 1.0) / scale))
+        more = train.shape[-1] - text.shape[-1]
+        padded = F.pad(F.normalize(text, dim=-1), (0, 0 if apart else more))
         self.clip.given_texts = dict(zip(self.names, padded, strict=True))
-        self.clip.clip.output_dim = train.shape[-1]
+        self.clip.clip.output_dim, self.clip.backbone_width = padded.shape[-1], more if apart else 0
         tested = [Item("", str(i), label) for i, label in enumerate(arrays["test_labels"].tolist())]
         self.test = ImageSource(self.clip, tested, nothing_read, views=test, form=Features)
 

@@ -147,7 +147,7 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
 
 
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
-READINGS = {"x": "", "stem": " on the stem", "x+stem": " on CLIP and stem"}  # of `baselines.py`
+READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}  # of `baselines.py`
 
 
 @cache

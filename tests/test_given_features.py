@@ -51,6 +51,18 @@ def test_every_method_that_needs_features_only(folder, run):
     assert float(rows["zero-shot"]["top1"]) == round(100 * expected.mean(), 2)
 
 
+def test_features_of_a_backbone_are_read_beside(folder, run):
+    """By the text probe alone: here they know all labels."""
+    arrays = dict(np.load(folder / "caltech101.npz"))
+    known = {name.replace("label", "backbone"): np.eye(7)[labels] for name, labels in arrays.items() if "label" in name}
+    np.savez(folder / "caltech101.npz", **arrays, **known)
+    code, _, err = sweep(run, folder, "--methods", "text-probe,zero-shot")
+    assert code == 0, err
+    rows = read_csv(folder / "sweep" / "results.csv")
+    assert {row["top1"] for row in rows if row["method"] == "text-probe"} == {"100.0"}
+    assert all(float(row["top1"]) < 100 for row in rows if row["method"] == "zero-shot")
+
+
 def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
     assert sweep(run, folder, "--methods", "zero-shot")[0] == 0
     arrays = dict(np.load(folder / "caltech101.npz"))

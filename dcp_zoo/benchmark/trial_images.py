@@ -91,7 +91,12 @@ def nothing_read(*_: object, **__: object) -> torch.Tensor:
 
 
 class GivenCLIP(FrozenCLIP):
-    """A CLIP whose "images" are their features (B, E). Attribute `given_texts`: text features (E,) by class name."""
+    """A CLIP whose "images" are their features (B, E), or (B, E + V) beside those of its backbone.
+
+    Attributes:
+        given_texts: text features (E,) by class name.
+        backbone_width: V.
+    """
 
     def __init__(self) -> None:
         clip = nn.Module()
@@ -99,6 +104,11 @@ class GivenCLIP(FrozenCLIP):
         clip.visual = nn.Module()
         super().__init__(clip, nothing_read)
         self.given_texts: dict[str, torch.Tensor] = {}
+        self.backbone_width = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.num_features, self.backbone_width) if self.backbone_width else (self.num_features,)
 
     def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
         return torch.stack([self.given_texts[name] for name in classnames])
@@ -122,6 +132,7 @@ class GivenFeatures:
         names = [str(name) for name in arrays["classnames"]]
         self.clip.clip.logit_scale.fill_(float(arrays.get("logit_scale", SCALE))).log_()
         self.clip.clip.output_dim = arrays["test_vector"].shape[1]
+        self.clip.backbone_width = arrays["test_backbone"].shape[1] if "test_backbone" in arrays else 0
         if TEXT_ARRAY in arrays:
             self.clip.given_texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
         parts = (f"train{shots}", f"val{shots}", "test")
@@ -130,7 +141,8 @@ class GivenFeatures:
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         path, name, _ = items[0].path
-        views = _vectors(_arrays(path)[f"{name}_vector"])[None]
+        kinds = ("vector", "backbone") if self.clip.backbone_width else ("vector",)
+        views = torch.cat([_vectors(_arrays(path)[f"{name}_{kind}"]) for kind in kinds], -1)[None]
         return ImageSource(self.clip, items, nothing_read, views=views, form=Features)
 
 
@@ -226,5 +238,6 @@ def lacking_array(trial: Trial, names: set[str]) -> str:
     """An array that a trial needs and does not have, or ""."""
     reads_names = METHODS[trial.method].text and getattr(trial.recipe, "text", True)
     needed = [TEXT_ARRAY] if reads_names else []
-    needed += [f"train{trial.shots}_{kind}" for kind in ("vector", "label")] if trial.shots else []
+    kinds = ["vector", "label"] + ["backbone"] * ("test_backbone" in names)
+    needed += [f"train{trial.shots}_{kind}" for kind in kinds] if trial.shots else []
     return next((name for name in needed if name not in names), "")
