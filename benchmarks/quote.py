@@ -158,6 +158,7 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
     rows = rows[rows.set.isin(REPORTING)]
     titles = rows.method.map(lambda method: ",".join([tables.title(method.split(",")[0]), *method.split(",")[1:]]))
     rows["label"] = titles + rows.reading.map(PROBES | READINGS)
+    rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
     return rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
 

@@ -142,7 +142,7 @@ def test_images_in_other_forms_are_taken(pictures):
         ),
         (np.full((3, 100), 0.5), r"no features of a CLIP, \(3, 100\), as their rows do not have the length 1"),
         (pandas.DataFrame(np.eye(3, 100) * 7), r"no features of a CLIP, \(3, 100\)"),
-        (np.eye(3, 100), r"Features \(3, 100\) do not fit: this model reads 512 columns"),
+        (np.eye(3, 100), r"Features \(3, 100\) do not fit: this model reads 512 or 1792 columns"),
         (["https://no.invalid/a.png", *"bc"], "No image at https://.*: check the address .* pass the file"),
     ],
 )
@@ -512,7 +512,7 @@ def test_features_take_the_place_of_images(pictures, fitted):
     assert (
         frame.columns.tolist()
         == first.get_feature_names_out().tolist()
-        == [f"fewshotclassifier{i}" for i in range(512)]
+        == [f"fewshotclassifier{i}" for i in range(512 + 1280)]
     )
     assert clone(first).fit(frame, labels).score(frame, labels) == 1
     for wrong, message in (

@@ -112,8 +112,12 @@ def test_the_words_of_readme_follow_the_interval_over_sets():
         '"DCP, fast + text probes"': (("dcp, fast", "both"), probe),
         '"DCP + text probes"': (("dcp", "both"), probe),
         '"Text probe", "Linear probe, C = 100", file="baselines"': (
-            ("text-probe", "x"),
+            ("text-probe", "x,stem"),
             ("linear-probe, C = 100", "x"),
+        ),
+        '"Text probe", "Linear probe, C = 100 on both", file="baselines"': (
+            ("text-probe", "x,stem"),
+            ("linear-probe, C = 100", "x+stem"),
         ),
     }
     for word, label in words:

@@ -71,8 +71,8 @@ def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
     assert rows(average)["DCP"] == ["none", "-", "47.0 ± 1.0", "122.0 ± 1.0"]  # 45 + seed, 120 + seed
     assert rows(average)["DCP, batch"][2] == "46.0 ± 1.0"
     # dtd lacks its 16 shots
-    assert rows(average)["Linear probe"] == ["few-shot validation images", "-", "43.0 ± 1.0", "-"]
-    assert rows(dtd)["Linear probe"] == ["few-shot validation images", "-", "33.0 ± 1.0", "-"]
+    assert rows(average)["Linear probe"] == ["none", "-", "43.0 ± 1.0", "-"]
+    assert rows(dtd)["Linear probe"] == ["none", "-", "33.0 ± 1.0", "-"]
     assert next(iter(rows(average))) == ZERO
 
 

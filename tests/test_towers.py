@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.model import _torch
 from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.model.text_probe.probe import TextProbe
 from dcp_zoo.model.towers.text import TextTower
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -121,7 +120,7 @@ def short(golden) -> DCP:
 @torch.no_grad()
 def test_compiled_models_read_no_texts(short, monkeypatch):
     """Texts are read once, between the graphs, as without a compiler."""
-    short.text_probe = TextProbe(short.classes, short.encoder.num_features, readings=2)
+    short.text_probe = short.probe_of(short.classes, sum(sum(reading.widths) for reading in short.readings))
     expected = short(IMAGES)
     monkeypatch.setattr(short.encoder, "tokenizer", None)
     monkeypatch.setattr(TextTower, "begin", None)

@@ -77,7 +77,7 @@ class Head(TimmContract):
         self.texts: Texts = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
-        _ = self.frozen.widths  # cached before torch.compile traces a forward, which cannot take its lock
+        _ = self.frozen.vision_tower_or_none  # cached before torch.compile traces a forward, which cannot take its lock
         self._info: Values = {}
         self._metrics: dict[str, float] | None = None  # the newest in `info`
         self._measured: Sequence[Class] = ()  # the classes that these are about

@@ -117,7 +117,7 @@ class ImageSource:
         count = count if self.views is None else min(count, len(self.views))
         if self._read is not None and len(self._read) >= count:
             return self._read[:count]
-        kept = "" if self.crops else "features"
+        kept = "" if self.crops else "all features"
         features = encode_views(self, self.clip.read, count, progress, kept=kept).float()
         if kept:
             self._read = features
