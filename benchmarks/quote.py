@@ -263,8 +263,8 @@ def reads_table() -> str:
         lines += [[name, label, *(f"{rows[label][k]:.1f}" for k in numbers)] for label in found.columns]
     for what, title in {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}.items():
         whole = reads(what)
-        gaps = whole["embedding and backbone"] - whole["embedding"]
-        cells = [tables.difference_cell(gaps.xs(k, level="images_per_class").dropna()) for k in numbers]
+        gaps = (whole["embedding and backbone"] - whole["embedding"]).unstack()
+        cells = [tables.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
         lines.append([f"**difference, {title}**", "", *cells])
     return as_table(["dataset", "reads", *map(str, numbers)], lines)
 
