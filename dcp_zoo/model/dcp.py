@@ -137,13 +137,11 @@ class DCP(Head):
         if self.text_probe is None:
             return logits
         reads = self.reads
-        others = [reading.encode(inputs if reading.start else images) for reading in reads[1:]]
+        plain, *others = (reading.encode(inputs if reading.start else images) for reading in reads[1:])
+        weight, bias = self.zero_shot_linear()
         with torch.autocast(logits.device.type, enabled=False):
-            for reading, f in zip(reads[1:], others, strict=True):
-                if reading.start:  # plain CLIP's
-                    weight, bias = reading.start()
-                    logits = (logits + F.linear(f[:, : reading.widths[0]].to(weight.dtype), weight, bias)) / 2
-        return self.text_probe(logits, joined([features, *others], parts_of(reads)), self.classes)
+            zero_shot = F.linear(plain[:, : features.shape[1]].to(weight.dtype), weight, bias)
+        return self.text_probe((logits + zero_shot) / 2, joined([features, plain, *others], parts_of(reads)), self.classes)
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
