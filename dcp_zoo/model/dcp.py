@@ -132,16 +132,16 @@ class DCP(Head):
         inputs = as_inputs(images)
         if self.stats == "per-image" and len(inputs) > 1:
             return torch.cat([self(image) for image in inputs.split(1)])
-        features, text_features = self.encode(inputs)
-        logits = self.encoder.logits(features, text_features)
+        features, text = self.encode(inputs)
         if self.text_probe is None:
-            return logits
+            return self.encoder.logits(features, text)
         reads = self.reads
         plain, *others = (reading.encode(inputs if reading.start else images) for reading in reads[1:])
         weight, bias = self.zero_shot_linear()
-        with torch.autocast(logits.device.type, enabled=False):
+        with torch.autocast(features.device.type, enabled=False):
             zero_shot = F.linear(plain[:, : features.shape[1]].to(weight.dtype), weight, bias)
-        return self.text_probe((logits + zero_shot) / 2, joined([features, plain, *others], parts_of(reads)), self.classes)
+        f = joined([features, plain, *others], parts_of(reads))
+        return self.text_probe((self.encoder.logits(features, text) + zero_shot) / 2, f, self.classes)
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
