@@ -12,7 +12,7 @@ import numpy as np
 import openpyxl
 import pytest
 import torch
-from helpers import Count, read_csv
+from helpers import Count, close, read_csv
 from PIL import Image, ImageFilter, ImageOps
 
 import dcp_zoo
@@ -23,9 +23,10 @@ from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import half_whitening, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.model.text_probe.estimates import class_means, shared_precision
 from dcp_zoo.texts import folder_name
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -387,3 +388,21 @@ def test_suggestions_stand_for_the_others():
         len(spread(features[[0, 0, 1]], features[1:2], 3)) == 1
     )  # a copy of another or of a labelled one adds nothing
     assert spread(features, features, 3) == []
+
+
+@pytest.mark.parametrize("each", [6, 12])
+def test_half_whitening(each):
+    """P^(1/4) up to scale, for fewer and for more rows than dimensions: features about their mean keep their length;
+    without spread within classes, the identity."""
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(each)
+    rows = torch.nn.functional.normalize(torch.randn(3, 24)[labels] + torch.randn(len(labels), 24) / 2, dim=-1)
+    m, centred = half_whitening(rows, labels), rows - rows.mean(0)
+    assert torch.equal(m, m.T)
+    assert (centred @ m).norm() == pytest.approx(centred.norm().item(), rel=1e-4)
+    precision = shared_precision(rows, labels, class_means(rows, labels, 3))
+    fourth = torch.linalg.matrix_power(m.double(), 4)
+    assert close(fourth / fourth.trace(), precision / precision.trace(), 1e-3)
+    means = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
+    assert close(half_whitening(means, torch.arange(3)), torch.eye(24), 1e-4)
+    assert torch.equal(half_whitening(means[:1], torch.tensor([0])), torch.eye(24))

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.model.text_probe.estimates import half_whitening, means_of_some, minimum
-from dcp_zoo.model.text_probe.fit import FOLDS, to_nearest_mean, within_class
+from dcp_zoo.model.text_probe.estimates import NO_SPREAD, class_means, means_of_some, minimum, shared_precision
+from dcp_zoo.model.text_probe.fit import FOLDS, within_class
+from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.training.methods.gda import gaussian_discriminant
 
 SURE, PER_CLASS = 20, 3
@@ -51,6 +52,37 @@ def out_of_fold(features: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor,
             distances[out] = to_nearest_mean(features[out], half_whitening(*others), means)
     u, v = fit_weights(text, scores, labels, prior(len(labels) / text.shape[1]))
     return (u * text + v * scores).log_softmax(-1), distances / distances.mean().clamp(min=1e-6)
+
+
+def to_nearest_mean(features: Tensor, metric: Tensor, means: Tensor) -> Tensor:
+    """The distance (B,) of features (B, E) to the nearest of the class means (C, E), in the metric M^2, M (E, E)."""
+    whitening = torch.linalg.matrix_power(metric, 2)
+    return nearest(features @ whitening, means @ whitening)
+
+
+def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
+    """M (E, E), symmetric to the last bit: features (n, E), labels (n,)."""
+    present, index = labels.unique(return_inverse=True)
+    means = class_means(rows, index, len(present))
+    if len(rows) < rows.shape[1]:
+        m = _of_few(rows.double() - means[index], rows.square().sum().item()).float()
+    else:
+        values, vectors = torch.linalg.eigh(shared_precision(rows, index, means))
+        m = ((vectors * values.clamp(min=0) ** 0.25) @ vectors.T).float()
+    centred = rows - rows.mean(0)
+    length = (centred @ m).norm()
+    return (m + m.T) * (centred.norm() / length / 2) if length > 0 else torch.eye(rows.shape[1])
+
+
+def _of_few(centred: Tensor, length: float) -> Tensor:
+    """P^(1/4) up to a factor, for fewer rows (n, E) than dimensions: only their span differs from the shrinkage."""
+    spread, eye = centred.square().sum(), torch.eye(centred.shape[1], dtype=centred.dtype)
+    if spread <= NO_SPREAD * length:
+        return eye
+    values, vectors = torch.linalg.eigh(centred @ centred.T)
+    kept = values > NO_SPREAD * spread
+    span = centred.T @ (vectors[:, kept] / values[kept].sqrt())
+    return eye + (span * ((1 + values[kept] * (len(centred) - 1) / spread) ** -0.25 - 1)) @ span.T
 
 
 def prior(shots: float) -> tuple[float, float]:

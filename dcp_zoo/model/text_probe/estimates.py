@@ -31,31 +31,6 @@ def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> 
     return found.detach()
 
 
-def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
-    """M (E, E), symmetric to the last bit: features (n, E), labels (n,)."""
-    present, index = labels.unique(return_inverse=True)
-    means = class_means(rows, index, len(present))
-    if len(rows) < rows.shape[1]:
-        m = _of_few(rows.double() - means[index], rows.square().sum().item()).float()
-    else:
-        values, vectors = torch.linalg.eigh(shared_precision(rows, index, means))
-        m = ((vectors * values.clamp(min=0) ** 0.25) @ vectors.T).float()
-    centred = rows - rows.mean(0)
-    length = (centred @ m).norm()
-    return (m + m.T) * (centred.norm() / length / 2) if length > 0 else torch.eye(rows.shape[1])
-
-
-def _of_few(centred: Tensor, length: float) -> Tensor:
-    """P^(1/4) up to a factor, for fewer rows (n, E) than dimensions: only their span differs from the shrinkage."""
-    spread, eye = centred.square().sum(), torch.eye(centred.shape[1], dtype=centred.dtype)
-    if spread <= NO_SPREAD * length:
-        return eye
-    values, vectors = torch.linalg.eigh(centred @ centred.T)
-    kept = values > NO_SPREAD * spread
-    span = centred.T @ (vectors[:, kept] / values[kept].sqrt())
-    return eye + (span * ((1 + values[kept] * (len(centred) - 1) / spread) ** -0.25 - 1)) @ span.T
-
-
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """features (n, E), labels (n,) -> class means (C, E) in float64; ZooError if a class has no features."""
     if missing := sorted(set(range(classes)).difference(labels.tolist())):

@@ -58,12 +58,6 @@ class Read(NamedTuple):
         return self.parts or self.features.shape[-1:]
 
 
-def to_nearest_mean(features: Tensor, metric: Tensor, means: Tensor) -> Tensor:
-    """The distance (B,) of features (B, E) to the nearest of the class means (C, E), in the metric M^2, M (E, E)."""
-    whitening = torch.linalg.matrix_power(metric, 2)
-    return nearest(features @ whitening, means @ whitening)
-
-
 def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
     """The percentage of scores (n,) that are not below each threshold."""
     return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}
