@@ -20,7 +20,6 @@ threshold is set by all images, or by the first ones. Part "choosing" decided th
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -29,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from sets import CHOOSING, REPORTING, parquet
+from sets import CHOOSING, REPORTING
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,11 +50,7 @@ MODEL, IMAGES, SEEDS, FAR = "dcp_mini", (1, 2, 6, 16), (1, 2), 200
 HEADS_OWN = "entropy and distance"  # the score that heads reject by
 REAL = {"Caltech-101": "caltech101", "flowers": "oxford_flowers", "actions": "ucf101", "aircraft": "fgvc"}
 RELATED = [{"Caltech-101", "flowers"}, {"Caltech-101", "aircraft"}]
-MORE = {name: partial(parquet, name) for name in ("fifteen_scenes", "hand_signs", "corn_leaves")}
-PARTS = {
-    "choosing": ("PACS, art paintings", "PACS, cartoons", "Caltech-101", "PACS, photos"),
-    "reporting": ("flowers", "EuroSAT", "groceries", "PACS, sketches", *MORE),
-}
+PARTS = {"choosing": CHOOSING, "reporting": REPORTING}
 FIRST, DRAWS = 30, range(1, 7)  # images of the first head, and its classes and images
 Linear = tuple[Tensor, Tensor]
 
@@ -220,10 +215,9 @@ def main(
         sets: Any = {name: RealFeatures(real_clip / f"{file}.npz") for name, file in REAL.items()}
     elif data_root and corrections:
         with TemporaryDirectory() as folder:
-            pools = {**CHOOSING, **REPORTING, **MORE}
-            names = [name for names in PARTS.values() for name in names]
-            sets = {name: Features(pools[name], data_root, Path(folder), few=True) for name in names}
-        table = pd.DataFrame(row for name in names for seed in DRAWS for row in corrected(name, sets, seed))
+            pools = {**CHOOSING, **REPORTING}
+            sets = {name: Features(make, data_root, Path(folder), few=True) for name, make in pools.items()}
+        table = pd.DataFrame(row for name in sets for seed in DRAWS for row in corrected(name, sets, seed))
         table = table.rename(columns={"known": "known_refused", "near": "near_passed", "far": "far_passed"}).round(1)
         table.to_csv(RESULTS / "rejection_corrected.csv", index=False)
         print(table.groupby(["part", "added", "threshold"], sort=False).mean(numeric_only=True).round(1).to_string())
