@@ -43,11 +43,11 @@ def encoders(tmp_path_factory) -> dict[str, str]:
 def pictures() -> tuple[list[Image.Image], list[str]]:
     """Noise in three colours."""
     rng, images = np.random.default_rng(0), []
-    for i in range(24):
+    for i in range(12):
         noise = rng.normal(128, 50, (200, 200, 3)).clip(0, 255).astype(np.uint8)
         noise[..., i % 3] //= 3
         images.append(Image.fromarray(noise))
-    return images, ["red", "green", "blue"] * 8
+    return images, ["red", "green", "blue"] * 4
 
 
 @pytest.fixture(scope="module")
