@@ -372,6 +372,20 @@ def rejection_estimates() -> str:
     return as_table([*header, "far passed, tested"], lines)
 
 
+def rejection_corrected() -> str:
+    """What thresholds refuse and let pass after corrections: means over the reporting sets, in percent, and the paired
+    difference of near images that pass from as many random images, over the means of sets."""
+    rows = results("rejection_corrected").query("part == 'reporting'")
+    keys, columns = ["added", "threshold"], ["known_refused", "near_passed", "far_passed"]
+    sets = rows.groupby([*keys, "set"], sort=False)[columns].mean()
+    random, lines = sets.near_passed["random images", "all images"], []
+    for key, means in sets.groupby(keys, sort=False):
+        gap = means.near_passed.droplevel(keys) - random
+        lines.append([*key, *map("{:.1f}".format, means.mean()), tables.difference_cell(gap) if gap.any() else ""])
+    header = ["added images", "the threshold is set by", "known refused", "near passed", "far passed"]
+    return as_table([*header, "near passed, minus random images"], lines)
+
+
 def folder(keys: str = "", last: bool = False) -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns; on
     the sets for reporting, or on the last ones."""
