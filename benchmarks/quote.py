@@ -378,7 +378,7 @@ def rejection_corrected() -> str:
     rows = results("rejection_corrected").query("part == 'reporting'")
     keys, columns = ["added", "threshold"], ["known_refused", "near_passed", "far_passed"]
     sets = rows.groupby([*keys, "set"], sort=False)[columns].mean()
-    random, lines = sets.near_passed["random images", "all images"], []
+    random, lines = sets.near_passed.xs(("random images", "all images")), []
     for key, means in sets.groupby(keys, sort=False):
         gap = means.near_passed.droplevel(keys) - random
         lines.append([*key, *map("{:.1f}".format, means.mean()), tables.difference_cell(gap) if gap.any() else ""])
