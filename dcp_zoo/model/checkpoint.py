@@ -176,7 +176,7 @@ def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
     with _weights(directory) as path, safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return _unpacked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return {_model_name(name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= 0).all():
         raise ZooError(f"{damaged}: {name} is {scale.min():g}, but must be at least 0.")
-    return _unpacked(state)
+    return {_model_name(name): t for name, t in state.items()}
 
 
 def _file_name(name: str) -> str:
@@ -208,11 +208,6 @@ def _model_name(name: str) -> str:
     if name == "context":
         return "stored_stats"
     return PREFIX + name.removeprefix(FILE_PREFIX) if name.startswith(FILE_PREFIX) else name
-
-
-def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file as the model has them."""
-    return {_model_name(name): t for name, t in stored.items()}
 
 
 @contextmanager

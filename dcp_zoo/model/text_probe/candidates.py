@@ -18,11 +18,13 @@ from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
+GROUP = len(PENALTIES) + len(STRENGTHS)  # candidates of a block of columns and a strength of the text
 LARGE = 2**16  # images, with their mirror images, times classes: more start at the full text alone
 ENOUGH, FEWER_STEPS = 2_000, 8  # of more training images a step is expensive, see `lowest`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 
 
+Axes = tuple[Tensor, Tensor] | None  # eigenvalues (E',) and eigenvectors (E', E') of X^T X, of many images
 Group = tuple[int, float]  # of candidates: the number of a block of columns, and the strength of the text
 
 
@@ -77,9 +79,9 @@ class Candidates:
 
     def of(self, groups: Sequence[Group]) -> "Candidates":
         """Those of some of the groups, which have been fitted."""
-        some, size = copy.copy(self), len(PENALTIES) + len(STRENGTHS)
+        some = copy.copy(self)
         some.groups = groups
-        some.all = [c for i, c in enumerate(self.all) if self.groups[i // size] in groups]
+        some.all = [c for i, c in enumerate(self.all) if self.groups[i // GROUP] in groups]
         return some
 
     def _of_block(self, number: int) -> Iterator[Candidate]:
@@ -87,22 +89,22 @@ class Candidates:
         if not texts:
             return
         columns, scale = self.blocks[number]
-        x = scale * self.rows[:, columns]
-        few = len(x) < x.shape[1]  # then D is in the span of the rows, which has fewer dimensions
-        span = torch.linalg.qr(x.T)[0] if few else None
-        x = x if span is None else x @ span
-        weight, bias = self._gaussian(scale * self.rows[:, columns], scale * self.means[:, columns])
+        rows = scale * self.rows[:, columns]
+        weight, bias = self._gaussian(rows, scale * self.means[:, columns])
+        few = len(rows) < rows.shape[1]  # then D is in the span of the rows, which has fewer dimensions
+        span = torch.linalg.qr(rows.T)[0] if few else None
+        x = rows if span is None else rows @ span
+        axes = eigenvectors(x.T @ x) if len(x) > ENOUGH else None
         for text in texts:
-            for d in self._regressions(x, text):
+            for d in self._regressions(x, axes, text):
                 yield Candidate(text, columns, scale * (d if span is None else d @ span.T), torch.zeros_like(bias))
             for strength in STRENGTHS:
                 yield Candidate(text, columns, scale * strength * weight, strength * bias)
 
-    def _regressions(self, x: Tensor, text: float) -> Iterator[Tensor]:
-        """D (C, E') for each of `PENALTIES`, each from the one before."""
+    def _regressions(self, x: Tensor, axes: Axes, text: float) -> Iterator[Tensor]:
+        """D (C, E') for each of `PENALTIES`, each from the one before; `axes` as of `lowest`."""
         start = (text * self.start).masked_fill(~self.present, -math.inf)
         d = torch.zeros(len(self.present), x.shape[1])
-        axes = eigenvectors(x.T @ x) if len(x) > ENOUGH else None
         for penalty in PENALTIES:
 
             def loss(d: Tensor, penalty: float = penalty) -> Tensor:
@@ -154,7 +156,7 @@ def eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0).float(), vectors.float()
 
 
-def lowest(loss: Callable[[Tensor], Tensor], penalty: float, d: Tensor, axes: tuple[Tensor, Tensor] | None) -> Tensor:
+def lowest(loss: Callable[[Tensor], Tensor], penalty: float, d: Tensor, axes: Axes) -> Tensor:
     """Where a loss is lowest, by L-BFGS from D (C, E). With the `eigenvectors` of X^T X, for a loss of so many images
     that a step is expensive, in coordinates in which it is about equally curved, X^T X / C + penalty, so that fewer
     steps come as close."""

@@ -34,13 +34,12 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.config import REFUSED
-from dcp_zoo.model.text_probe.candidates import ENOUGH, LARGE, STRENGTHS, Candidates, Group, all_groups
+from dcp_zoo.model.text_probe.candidates import ENOUGH, GROUP, LARGE, STRENGTHS, Candidates, Group, all_groups
 from dcp_zoo.model.text_probe.estimates import minimum
 from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe, nearest
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
-GROUP = len(PENALTIES) + len(STRENGTHS)  # candidates of a block of columns and a strength of the text
 HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
 FOLDS = 4  # of more than ENOUGH training images one says as much as four
 LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, W) and labels (m,) that are not part of it
@@ -106,18 +105,9 @@ def fit_on_features(
     else:
         evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(classes), len(groups))
     probe = TextProbe(classes, [reading.widths for reading in readings], width if len(fitted) > 1 else 0)
-    strengths, linears = zip(*(each.mean(evidence) for each in fitted), strict=True)
-    rows, biases = zip(*linears, strict=True)
-    number = sum(map(len, probe.widths))
-    first = torch.cat([row[:, :width] for row in rows], 1) / len(rows)
-    probe.weight.copy_(torch.cat([first, torch.stack(rows).mean(0)[:, width:]], 1) * math.sqrt(number))
-    probe.bias.copy_(torch.stack(biases).mean(0))
-    probe.text_scale.fill_(scale * strengths[0])
-    probe.means.copy_(torch.cat([each.means[:, :width] for each in fitted[:-1]] + [fitted[-1].means], 1))
-    probe.means /= math.sqrt(number)
-    regressions = evidence.unflatten(0, (-1, GROUP))[:, : len(PENALTIES)].sum(0).clamp(min=1e-6)
-    probe.evidence.copy_(regressions / regressions.sum())
-    info: Values = {"text_scale": round(scale, 4), "text_strength": round(strengths[0], 3)}
+    strength = _fill(probe, fitted, evidence)
+    probe.text_scale.fill_(scale * strength)
+    info: Values = {"text_scale": round(scale, 4), "text_strength": round(strength, 3)}
     if left_out:
         chosen = None if typical is None else torch.cat([typical[out] for out in fold_masks(labels)])
         info |= _set_threshold(probe, left_out, evidence, chosen)
@@ -125,6 +115,21 @@ def fit_on_features(
         like = [_like_scores(probe, half, evidence) for half in task.class_halves(groups)]
         info |= {"like_accepted": share_above(info["thresholds"], np.concatenate(like))} if like else {}
     return probe, info
+
+
+def _fill(probe: TextProbe, fitted: Sequence[Candidates], evidence: Tensor) -> float:
+    """Set what a probe adds to the text, the mean of candidates from each of the logits with text, and what it needs
+    for new classes; returns how much of the text it starts at."""
+    width, parts = fitted[0].widths[0], math.sqrt(sum(map(len, probe.widths)))
+    strengths, linears = zip(*(each.mean(evidence) for each in fitted), strict=True)
+    rows, biases = zip(*linears, strict=True)
+    first = torch.cat([row[:, :width] for row in rows], 1) / len(rows)
+    probe.weight.copy_(torch.cat([first, torch.stack(rows).mean(0)[:, width:]], 1) * parts)
+    probe.bias.copy_(torch.stack(biases).mean(0))
+    probe.means.copy_(torch.cat([each.means[:, :width] for each in fitted[:-1]] + [fitted[-1].means], 1) / parts)
+    regressions = evidence.unflatten(0, (-1, GROUP))[:, : len(PENALTIES)].sum(0).clamp(min=1e-6)
+    probe.evidence.copy_(regressions / regressions.sum())
+    return strengths[0]
 
 
 def _times(scale: float, linear: Linear) -> Linear:
