@@ -50,9 +50,9 @@ from dcp_zoo.zoo.registry import MODELS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
-PAGES = [ROOT / "README.md", MINIATURE, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", MINIATURE, ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONG = 1200  # words; longer pages are listed
-COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
+COMPARING = ("README.md", "results.md", "all_results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
 VERDICTS = BETTER, LEVEL, WORSE = ("better than", "not significantly different from", "worse than")
@@ -465,6 +465,12 @@ def inspected() -> str:
             counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
             lines.append([str(name), *counts, *cells])
     return as_table(header, lines)
+
+
+def inspected_share(agg: str) -> float:
+    """The smallest or largest share of flipped labels that `inspect` found on a set, the mean over draws, in percent."""
+    rows = select("inspection", name="twice as many recall")
+    return 100 * float(rows.groupby("set").value.mean().agg(agg))
 
 
 def strangers() -> str:

@@ -80,18 +80,26 @@ def prepare(case: Case, folder: Path) -> None:
 def fill_cache(cache: Path) -> None:
     """Write random weights of a ViT-B/16 and of a head for it to a cache like that of the Hub's client."""
     import torch
-    from safetensors.torch import save_file
 
     from dcp_zoo import create_model
-    from dcp_zoo.zoo.registry import get_head, get_spec
+    from dcp_zoo.zoo.registry import get_head
 
     model = create_model(CACHED_HEAD)
     model.store_stats(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-    clip = snapshot(cache, get_spec("dcp_vitb16").clip_repo)
-    save_file(
-        {n: t.contiguous() for n, t in model.encoder.clip.state_dict().items()}, clip / "open_clip_model.safetensors"
-    )
+    cache_clip(cache, "dcp_vitb16")
     model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
+
+
+def cache_clip(cache: Path, name: str) -> None:
+    """Write random weights of this CLIP model to a cache like that of the Hub's client."""
+    from safetensors.torch import save_file
+
+    from dcp_zoo import create_model
+    from dcp_zoo.zoo.registry import get_spec
+
+    weights = create_model(name).encoder.clip.state_dict()
+    file = snapshot(cache, get_spec(name).clip_repo) / "open_clip_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
 
 
 def snapshot(cache: Path, repo_id: str) -> Path:

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from speed_variants import fill_cache
+from speed_variants import cache_clip
 
 from dcp_zoo.data import load_split
 
@@ -49,8 +49,8 @@ def main(
     rows = []
     with TemporaryDirectory() as folder:
         write_folder(Path(folder, "MY_PHOTOS"), data_root)
-        if model == "dcp_vitb16":
-            fill_cache(Path(folder, "hub"))
+        if model != "dcp_mini":
+            cache_clip(Path(folder, "hub"), model)
         for method in runs.split(";"):
             seconds, memory, step = cost(Path(folder), code, model, method, threads)
             key = commit.stdout.strip(), model, method, threads

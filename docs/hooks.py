@@ -25,7 +25,7 @@ OUTSIDE = {  # pages of the site that are files of the repository, as links insi
     "../SECURITY.md": "security.md",
     "../hub/recipes/miniature/README.md": "miniature.md",
 }
-WITHOUT_CONTENTS = {"results.md"}  # room for wide tables
+WITHOUT_CONTENTS = {"results.md", "all_results.md"}  # room for wide tables
 REFERENCE = re.compile(r'<!-- begin: names\("([\w.]+)",\s*"([\w\s]+)"\) -->.*?<!-- end -->', re.DOTALL)
 
 

@@ -35,7 +35,7 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.data import Split, load_split
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml", "bibtex")
 RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
@@ -62,7 +62,7 @@ def blocks(page: Path) -> Iterator[Block]:
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             language, _, rest = token.info.partition(" ")
-            needs = above.startswith("*Needs ") or re.match(r'title="[\w/]+\.\w+"', rest)
+            needs = above.startswith(("*Needs ", "<!-- needs: ")) or re.match(r'title="[\w/]+\.\w+"', rest)
             yield Block(language, token.content, token.map[0] + 1, runs=not needs)
         above = token.content or above
 
