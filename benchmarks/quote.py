@@ -468,7 +468,7 @@ def inspected() -> str:
 
 
 def inspected_share(agg: str) -> float:
-    """The smallest or largest share of flipped labels that `inspect` found on a set, the mean over draws, in percent."""
+    """The smallest or largest share of flipped labels that `inspect` found on a set: means over draws, in percent."""
     rows = select("inspection", name="twice as many recall")
     return 100 * float(rows.groupby("set").value.mean().agg(agg))
 

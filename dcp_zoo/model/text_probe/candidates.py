@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
-from dcp_zoo.model.text_probe.estimates import means_of_some, minimum
+from dcp_zoo.model.text_probe.estimates import Slope, lowest_point, means_of_some
 from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS
 from dcp_zoo.threads import fair_threads
 
@@ -104,14 +104,17 @@ class Candidates:
     def _regressions(self, x: Tensor, axes: Axes, text: float) -> Iterator[Tensor]:
         """D (C, E') for each of `PENALTIES`, each from the one before; `axes` as of `lowest`."""
         start = (text * self.start).masked_fill(~self.present, -math.inf)
-        d = torch.zeros(len(self.present), x.shape[1])
+        d, images = torch.zeros(len(self.present), x.shape[1]), torch.arange(len(x))
         for penalty in PENALTIES:
 
-            def loss(d: Tensor, penalty: float = penalty) -> Tensor:
-                losses = F.cross_entropy(start + x @ d.T, self.labels, reduction="none")
-                return (self.weights * losses).sum() + penalty / 2 * d.square().sum()
+            def slope(d: Tensor, penalty: float = penalty) -> tuple[Tensor, Tensor]:
+                log_p = F.log_softmax(start + x @ d.T, -1)
+                value = -(self.weights * log_p[images, self.labels]).sum() + penalty / 2 * d.square().sum()
+                errors = log_p.exp()
+                errors[images, self.labels] -= 1
+                return value, (self.weights[:, None] * errors).T @ x + penalty * d
 
-            d = torch.zeros_like(d) if math.isinf(penalty) else lowest(loss, penalty, d, axes)
+            d = torch.zeros_like(d) if math.isinf(penalty) else lowest(slope, penalty, d, axes)
             yield d
 
     def _gaussian(self, rows: Tensor, means: Tensor) -> Linear:
@@ -156,13 +159,18 @@ def eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0).float(), vectors.float()
 
 
-def lowest(loss: Callable[[Tensor], Tensor], penalty: float, d: Tensor, axes: Axes) -> Tensor:
-    """Where a loss is lowest, by L-BFGS from D (C, E). With the `eigenvectors` of X^T X, for a loss of so many images
-    that a step is expensive, in coordinates in which it is about equally curved, X^T X / C + penalty, so that fewer
-    steps come as close."""
+def lowest(slope: Slope, penalty: float, d: Tensor, axes: Axes) -> Tensor:
+    """Where a loss is lowest whose value and gradient `slope` returns, by L-BFGS from D (C, E). With the `eigenvectors`
+    of X^T X, for a loss of so many images that a step is expensive, in coordinates in which it is about equally curved,
+    X^T X / C + penalty, so that fewer steps come as close."""
     if axes is None:
-        return minimum(loss, d, max_iter=STEPS, tolerance_grad=1e-3)
+        return lowest_point(slope, d, max_iter=STEPS, tolerance_grad=1e-3)
     values, vectors = axes
     scale = (values / len(d) + penalty).rsqrt()
     back = (vectors * scale).T
-    return minimum(lambda u: loss(u @ back), d @ vectors / scale, max_iter=FEWER_STEPS) @ back
+
+    def curved(u: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = slope(u @ back)
+        return value, gradient @ back.T
+
+    return lowest_point(curved, d @ vectors / scale, max_iter=FEWER_STEPS) @ back

@@ -15,19 +15,31 @@ NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length i
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 
 
+Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # of a loss: its value and gradient at a place
+
+
 def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
     """Where a convex loss is lowest, by torch's L-BFGS with these `options` and a line search from `start`."""
+
+    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            value = loss(x.requires_grad_())
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    return lowest_point(slope, start, **options)
+
+
+def lowest_point(slope: Slope, start: Tensor, **options: Any) -> Tensor:
+    """`minimum`, of a loss whose value and gradient are given."""
     found = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
 
+    @torch.no_grad()
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(found)
-        value.backward()
+        value, found.grad = slope(found.detach())
         return value
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     return found.detach()
 
 
