@@ -26,7 +26,6 @@ from helpers import Count, in_distribution
 from PIL import Image, ImageFile
 from publish import prepare
 from safetensors.torch import save
-from shared import GOLDEN
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -821,7 +820,7 @@ def state_of_the_process() -> dict[str, object]:
 
 
 @pytest.fixture
-def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
+def calls(folder, pictures, fitted, uploads, tmp_path):
     """A call of every public function, and of the methods that work."""
     head, images = fitted.model_, torch.rand(2, 3, 192, 192)
     own, trial = FewShotClassifier(random_state=7), Trial("few-shot", "dcp_mini", "zero-shot", "digits", 0, 0)
@@ -829,7 +828,6 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
     names = {"train2_label": [0, 0, 1, 1], "test_label": [0, 0, 1, 1], "classnames": ["a", "b"]}
     vectors["text_vector"] = vectors["text_vector"][::2]
     np.savez(tmp_path / "digits.npz", **vectors, **names)
-    clip_case = {"classnames": golden["classnames"], "clip": tiny_clip}
     return {
         "train": lambda: dcp_zoo.train("dcp_mini", folder, method="maple", recipe={"epochs": 1}),
         "evaluate": lambda: dcp_zoo.evaluate(head, folder),
@@ -843,7 +841,6 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
         "load_head": lambda: dcp_zoo.load_head(head, head.save_pretrained(tmp_path / "head")),
         "export": lambda: dcp_zoo.export(head, tmp_path / "file.pt2", format="torch-export"),
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
-        "convert_cmpa_checkpoint": lambda: dcp_zoo.convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", **clip_case),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
