@@ -15,7 +15,6 @@ import warnings
 import zipfile
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
@@ -34,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
 import dcp_zoo
-from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
+from dcp_zoo import EarlyStopping, FewShotClassifier, ZooError
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.api.functions import plan_own
@@ -46,7 +45,7 @@ from dcp_zoo.data.archives import unpacked
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
-from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
+from dcp_zoo.training.callbacks import VALIDATIONS, Callback
 from dcp_zoo.zoo.registry import get_head
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -267,27 +266,7 @@ def test_early_stopping_needs_validation_images(pictures):
     assert len(stop.prompts) == 1  # said at once
 
 
-def test_trackers_receive_every_epoch(monkeypatch, tmp_path):
-    lines, model = [], torch.nn.Linear(1, 1)
-    run = SimpleNamespace(log=lambda values, step: lines.append((step, values)), finish=lambda: lines.append("end"))
-    writer = SimpleNamespace(add_scalar=lambda *args: lines.append(args), close=lambda: lines.append("end"))
-    modules = {
-        "wandb": SimpleNamespace(init=lambda **options: lines.append(options) or run),
-        "tensorboard": SimpleNamespace(),
-        "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: lines.append(folder) or writer),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for tracker in (WeightsAndBiases(project="p"), TensorBoard(tmp_path)):
-        tracker.on_start(model, {"lr": 1})
-        assert not tracker.on_epoch(model, Epoch(1, 2, 0.5, 0.25))
-        tracker.close()
-    logged = {"epoch": 1, "step": 2, "lr": 0.5, "loss": 0.25}
-    assert lines[:3] == [{"config": {"lr": 1}, "project": "p"}, (2, logged), "end"]
-    assert lines[3:] == [str(tmp_path), ("lr", 0.5, 2), ("loss", 0.25, 2), "end"]
-
-
-def test_trackers_are_closed_when_a_training_stops(pictures):
+def test_callbacks_are_closed_when_a_training_stops(pictures):
     class Stopping(Callback):
         closed = 0
 
@@ -307,12 +286,6 @@ def test_seeds_that_cannot_be_drawn_from_are_refused(pictures):
     for seed in (-1, 2**32):
         with pytest.raises(ZooError, match="seed must be from 0 to 4294967295"):
             dcp_zoo.train("dcp_mini", *pictures, seed=seed)
-
-
-def test_a_missing_tracker_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ZooError, match=r"dcp_zoo\[tracking\]"):
-        WeightsAndBiases().on_start(torch.nn.Linear(1, 1), {})
 
 
 # --------------------------------------------------------------------------------------------------------- scikit-learn
