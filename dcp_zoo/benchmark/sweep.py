@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, shared_images
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
@@ -164,7 +163,7 @@ def sweep_on_ray(
 def longest_first(trials: Sequence[Trial]) -> list[Trial]:
     """Sort trials by training steps: a long one that starts last would keep all other machines waiting. Trials without
     training still come first; they reveal missing files early."""
-    return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
+    return sorted(trials, key=lambda trial: (trial.shots > 0, -trial.steps))
 
 
 def _event(task: Event, settings: Settings) -> Event:

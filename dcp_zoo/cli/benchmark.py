@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
+from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.report.tables import with_labels
 from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
@@ -48,7 +48,7 @@ class BenchmarkOptions:
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
     threads: opt.Threads = None
-    dry_run: bool = opt.option(False, "Show the plan, its training steps and, from finished trials, its time.")
+    dry_run: bool = opt.option(False, "Show the plan and its training steps.")
     confusion: bool = opt.option(False, "Store the confusion matrix: rows are true classes, in their order.")
 
     def trials(self) -> tuple[list[Trial], str]:
@@ -170,10 +170,11 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
 
 
 def show_grid(trials: list[Trial], options: BenchmarkOptions) -> None:
-    results = store.results(options.output_dir) if options.output_dir else {}
+    results = store.done(options.output_dir) if options.output_dir else set()
     todo = [trial for trial in trials if trial.key not in results]
     output.print(*grid_tables(trials, results))
-    output.print(f"{len(trials)} trials, {len(todo)} to run: {estimate.describe(todo, results.values())}")
+    steps = sum(trial.steps for trial in todo)
+    output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
 
 
 def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[Table]:
@@ -189,7 +190,7 @@ def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[T
         drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
         counts = len(group), len(group) - len(todo)
         row = [dataset, f"{method} {changes}".strip(), *(", ".join(map(str, values)) for values in drawn)]
-        steps = f"{sum(map(estimate.steps, todo)):,}" if find_spec(dataset).num_classes else "?"
+        steps = f"{sum(trial.steps for trial in todo):,}" if find_spec(dataset).num_classes else "?"
         table.add_row(*row, *map(str, counts), steps)
     return tables.values()
 
