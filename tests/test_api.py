@@ -21,6 +21,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from given_features import GivenSettings, run_given
 from helpers import Count, in_distribution
 from PIL import Image, ImageFile
 from publish import prepare
@@ -38,7 +39,7 @@ from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
-from dcp_zoo.benchmark.plan import Settings, Trial
+from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_image
 from dcp_zoo.data.archives import unpacked
@@ -822,7 +823,7 @@ def calls(folder, pictures, fitted, uploads, tmp_path):
         "explain": lambda: (nearest_words(head), coupling_moves(head), attention_maps(head, images)),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
         "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
-        "benchmark": lambda: sweep([trial], Settings(tmp_path / "sweep", features=tmp_path)),
+        "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
 
 

@@ -96,7 +96,6 @@ class Settings:
     precision: str = "float32"
     workers: int = 0
     confusion: bool = False  # whether results include the confusion matrix
-    features: Path | None = None  # folder of features in place of images and CLIP, see `trial_images`
     descriptions: Path | None = None  # file with sentences of each class, in place of its name
     save_heads: str = ""  # the method whose heads are written to `output`/heads
 
@@ -106,17 +105,14 @@ class Settings:
     def conditions(self, trial: Trial) -> Values:
         """What a trial's result depends on besides its seed: it is stored with the result, and a trial counts as
         finished only under the same conditions. ZooError as of `load_split`."""
-        if self.features:
-            images = {}  # their hash is below
-        elif trial.dataset == FOLDER:
+        if trial.dataset == FOLDER:
             images = {FOLDER: folder_label(self.data_root)}
         else:
             images = {"split_sha256": read_split(trial.dataset, self.data_root).sha256}
         return images | {
-            "weights": f"features of {trial.model}" if self.features else weights_id(trial.model),
+            "weights": weights_id(trial.model),
             "precision": self.precision,
             "descriptions": sha256_of(self.descriptions)[:16] if self.descriptions else "",
-            "features": sha256_of(self.features / f"{trial.dataset}.npz")[:16] if self.features else "",
             "recipe": trial.recipe.as_dict(),
         }
 
@@ -128,7 +124,6 @@ class Settings:
         words += [f"--set {name}={json.dumps(value)}" for name, value in trial.options]
         words += ["--data-root DIR --output DIR"]
         words += [f"--descriptions {self.descriptions}"] if self.descriptions else []
-        words += [f"--features {self.features}"] if self.features else []
         words += [f"--precision {self.precision}"] if self.precision != "float32" else []
         return " ".join(words)
 
