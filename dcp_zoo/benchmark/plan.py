@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
 from dcp_zoo.data.images import in_threads
@@ -37,7 +36,7 @@ class Trial:
     shots: int  # of the few-shot subset; like its seed, 0 for methods that do not train
     seed: int
     targets: tuple[str, ...] = ()  # the test datasets; empty: `dataset`
-    options: tuple[tuple[str, Any], ...] = ()  # changes to the method's recipe, sorted by name
+    options: tuple[tuple[str, object], ...] = ()  # changes to the method's recipe, sorted by name
 
     @property
     def changes(self) -> str:
@@ -197,7 +196,7 @@ def plan_trials(
     datasets: Sequence[str] = (),
     shots: Sequence[int] = (),
     seeds: Sequence[int] = (),
-    options: Mapping[str, Sequence[Any]] | None = None,
+    options: Mapping[str, Sequence[object]] | None = None,
 ) -> list[Trial]:
     """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
     without training come first: they are fast and reveal missing files early.
@@ -231,7 +230,7 @@ def plan_trials(
     return list(trials)
 
 
-def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
+def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:
     """The trial in canonical form: without options equal to the default, without shots and seed if the method does not
     train, and without targets whose classes the method cannot handle."""
     method, default = METHODS[trial.method], trial.default_recipe

@@ -87,7 +87,7 @@ class DCP(Head):
         tokenizer: Tokenizer | None = None,
         stats: str | None = None,
         texts: Texts = TEMPLATE,
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(clip, tokenizer)
         self.method, self.abilities = "dcp", Abilities(coupled=True)
@@ -384,7 +384,7 @@ class DCP(Head):
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: Any) -> Path:
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
         """See `Head.save_pretrained`."""
         return super().save_pretrained(directory, dtype, **info)
 

@@ -274,7 +274,7 @@ class Head(TimmContract):
             self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
         self._info = info
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = torch.float32, **info: Any) -> Path:
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = torch.float32, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
         ZooError if a trained tensor is not finite, or the directory is not writable or another process's.
 

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -58,7 +57,7 @@ def cast_frozen(model: Head, precision: str) -> None:
             p.data = p.data.to(computed_in(precision, p.device))
 
 
-def autocast(device: torch.device, precision: str) -> Any:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The autocast context of a precision; a null context for float32. ZooError for an unknown precision."""
     check_choice("precision", precision, PRECISIONS)
     dtype = computed_in(precision, device)

@@ -23,7 +23,7 @@ from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
@@ -32,8 +32,10 @@ MEASURED_STEPS = 4  # before their time is told
 
 def descend(
     state: TrainingState,  # which has begun with its optimizer and precision
-    loss_of: Callable[..., Any],  # of a batch's tensors: the loss, or the loss and another value to report in its place
-    batches: Iterable[Any],  # at least the remaining steps' tuples of tensors
+    loss_of: Callable[
+        ..., Tensor | tuple[Tensor, Tensor]
+    ],  # of a batch's tensors: the loss, or the loss and another value to report in its place
+    batches: Iterable[Batch],  # at least the remaining steps' tuples of tensors
     lr_at: Callable[[int], float],  # learning rate of a step, counted from 0
     steps: int,  # of the whole run
     progress: Progress = no_progress,
@@ -174,7 +176,7 @@ def train(
 def timed(progress: Progress, log: Log, device: torch.device, faster: str) -> Progress:
     """A progress bar; after a few steps the log says how long all of them take, and what is faster."""
 
-    def wrapped(steps: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    def wrapped(steps: Iterable[Batch], description: str, total: int) -> Iterator[Batch]:
         started = 0.0
         for n, step in enumerate(progress(steps, description, total)):
             if n == 1:  # the first step is slower
@@ -275,7 +277,7 @@ def _after_step(
     return after
 
 
-def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
+def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Batch]:
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     for epoch in range(done // per_epoch, recipe.num_epochs):
         first, generator = max(0, done - epoch * per_epoch), torch.Generator().manual_seed(_mix(seed, epoch))

@@ -4,21 +4,22 @@ Features (n, E) and labels (n,), computed on the CPU.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 
 
-def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
-    """Where a convex loss is lowest, by torch's L-BFGS with these `options` and a line search from `start`."""
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
+    """Where a convex loss is lowest, by torch's L-BFGS with a line search from `start`."""
     found = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
+    options: Values = {"max_iter": max_iter, "tolerance_grad": tolerance_grad, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([found], **options)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
