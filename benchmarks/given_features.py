@@ -181,7 +181,7 @@ def array_names(path: Path) -> set[str]:
 
 def lacking_array(trial: Trial, names: set[str]) -> str:
     """An array that a trial needs and does not have, or ""."""
-    reads_names = METHODS[trial.method].text and getattr(trial.recipe, "text", True)
+    reads_names = trial.method != "linear-probe" and getattr(trial.recipe, "text", True)
     needed = [TEXT_ARRAY] if reads_names else []
     kinds = ["vector", "label"] + ["backbone"] * ("test_backbone" in names)
     needed += [f"train{trial.shots}_{kind}" for kind in kinds] if trial.shots else []

@@ -1,7 +1,6 @@
 """What a run computes on: the device, its precision, and its memory."""
 
 import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -89,15 +88,3 @@ def total_memory(device: torch.device) -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DEFAULT_MEMORY
-
-
-def peak_memory(device: torch.device) -> int:
-    """The largest memory of this process on the device so far, in bytes; 0 where the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -20,7 +20,7 @@ from dcp_zoo.files import format_duration
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
-from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
+from dcp_zoo.training.device import autocast, needs_checkpointing
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress
@@ -157,7 +157,7 @@ def train(
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
     in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
     faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-    shown = timed(progress, log, model.device, faster)
+    shown = timed(progress, log, faster)
     with ExitStack() as closing:
         for callback in callbacks:
             callback.on_start(model, recipe.as_dict())
@@ -173,7 +173,7 @@ def train(
     return losses
 
 
-def timed(progress: Progress, log: Log, device: torch.device, faster: str) -> Progress:
+def timed(progress: Progress, log: Log, faster: str) -> Progress:
     """A progress bar; after a few steps the log says how long all of them take, and what is faster."""
 
     def wrapped(steps: Iterable[Batch], description: str, total: int) -> Iterator[Batch]:
@@ -182,9 +182,9 @@ def timed(progress: Progress, log: Log, device: torch.device, faster: str) -> Pr
             if n == 1:  # the first step is slower
                 started = perf_counter()
             elif n == MEASURED_STEPS:
-                seconds, memory = (perf_counter() - started) / (n - 1), peak_memory(device) / 2**30
+                seconds = (perf_counter() - started) / (n - 1)
                 left = format_duration(seconds * (total - n))
-                log(f"{seconds:.2g} s per step, {memory:.1f} GB of memory: about {left} left. Faster: {faster}.")
+                log(f"{seconds:.2g} s per step: about {left} left. Faster: {faster}.")
             yield step
 
     return wrapped

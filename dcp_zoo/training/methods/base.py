@@ -177,7 +177,6 @@ class Method:
         trains: whether it uses training images, besides those of a text probe after it.
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
-        text: whether it needs text.
     """
 
     name: str
@@ -189,7 +188,6 @@ class Method:
     trains: bool = True
     chooses: bool = False
     features: bool = False
-    text: bool = True
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters for this task, with the model's budget if prompts are trained, and otherwise
