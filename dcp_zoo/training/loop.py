@@ -132,14 +132,12 @@ def train(
     """
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(recipe, trained)
+    trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, max(sizes)))
     model.train()
     sums = average.begin(trained) if average else []
-    run = (state or TrainingState()).begin(optimizer, precision, sums)
-    losses, per_epoch = run.losses, len(sizes)
-    steps = recipe.num_epochs * per_epoch
+    run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
+    losses, steps = run.losses, recipe.num_epochs * per_epoch
     numbers = sum(p.numel() for p in trained)
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
     after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks, validation)
@@ -155,13 +153,11 @@ def train(
     if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
         steps = len(losses)
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
-    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-    shown = timed(progress, log, faster)
     with ExitStack() as closing:
         for callback in callbacks:
             callback.on_start(model, recipe.as_dict())
             closing.callback(callback.close)
+        shown = timed(progress, log, recipe)
         descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
         if average:
             average.finish(trained, len(losses) // per_epoch)
@@ -173,8 +169,10 @@ def train(
     return losses
 
 
-def timed(progress: Progress, log: Log, faster: str) -> Progress:
+def timed(progress: Progress, log: Log, recipe: TrainingRecipe) -> Progress:
     """A progress bar; after a few steps the log says how long all of them take, and what is faster."""
+    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
+    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
 
     def wrapped(steps: Iterable[Batch], description: str, total: int) -> Iterator[Batch]:
         started = 0.0
