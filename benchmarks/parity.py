@@ -44,8 +44,10 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.maple import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.convert import load_trained, renamed
 from dcp_zoo.zoo.factory import plain_clip
+
+sys.path.append(str(Path(__file__).parents[1] / "hub"))
+from convert import load_trained, renamed
 
 RESULTS = Path(__file__).parent / "results" / "parity.csv"
 MODEL, DATASET, SHOTS = "dcp_mini", "caltech101", 1

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from dcp_zoo.benchmark import Trial, estimate, plan_trials
+from dcp_zoo.benchmark import Trial, plan_trials
 from dcp_zoo.benchmark.trial_images import IMAGE_BYTES
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.dataset import CACHE_BYTES
@@ -94,7 +94,7 @@ def cost(trial: Trial, a: Assumptions) -> Cost:
     spec = DATASETS[trial.dataset]
     assert spec.num_classes is not None
     assert spec.counts is not None
-    steps = estimate.steps(trial) if trial.method in PROMPTS else 0
+    steps = trial.steps if trial.method in PROMPTS else 0
     step = max(a.least_step, float(np.interp(spec.num_classes, *MEASURED.step)) / a.speed)
     contexts = 2 if trial.method == "dcp" else 1
     image = float(np.interp(spec.num_classes, *MEASURED.batch)) / 16 / a.speed
@@ -183,9 +183,9 @@ def main() -> None:
     draw(rows, HERE.parent / "docs" / "images" / "scaling.svg")
     costs = sorted((cost(t, a) for t in plan_trials("few-shot", [MODEL], ["dcp"])), key=lambda c: -c.seconds)
     total = sum(c.seconds for c in costs)
-    print(f"DCP: {sum(estimate.steps(c.trial) for c in costs):,} steps")
+    print(f"DCP: {sum(c.trial.steps for c in costs):,} steps")
     for c in costs[:12:3]:
-        print(f"{c.trial.key}: {estimate.steps(c.trial):,} steps, {c.seconds / 60:.0f} min")
+        print(f"{c.trial.key}: {c.trial.steps:,} steps, {c.seconds / 60:.0f} min")
     for name in dict.fromkeys(c.trial.dataset for c in costs):
         print(f"{name}: {sum(c.seconds for c in costs if c.trial.dataset == name) / total:.0%} of the time")
     for speed in (8, 30, 100, 300):  # 8: a laptop without a GPU

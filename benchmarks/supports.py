@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from given_features import GivenFeatures
 from tuning import GrowingTable
 
-from dcp_zoo.benchmark.trial_images import GivenFeatures
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import load_split
 from dcp_zoo.model.classes import TEMPLATE

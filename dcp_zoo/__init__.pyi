@@ -17,9 +17,6 @@ from .model.dcp import DCP as DCP
 from .release.push import push_to_hub as push_to_hub
 from .training.callbacks import Callback as Callback
 from .training.callbacks import EarlyStopping as EarlyStopping
-from .training.callbacks import TensorBoard as TensorBoard
-from .training.callbacks import WeightsAndBiases as WeightsAndBiases
-from .zoo.convert import convert_cmpa_checkpoint as convert_cmpa_checkpoint
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform
 from .zoo.registry import is_model as is_model

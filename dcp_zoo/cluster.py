@@ -102,9 +102,9 @@ def run_tasks(
 ) -> Generator[Event, None, None]:
     """Run `work(item)` for every item on a cluster, in this order and in this process's folder, where that exists.
     Closing the generator cancels what runs. What a worker keeps in its modules' variables stays for the next task."""
-    folder, losses = os.getcwd(), Counter[Any]()  # noqa: PTH109
+    folder, losses = os.getcwd(), Counter[object]()  # noqa: PTH109
 
-    def on_worker(item: object) -> Any:
+    def on_worker(item: object) -> object:
         with suppress(OSError):  # so that relative paths start there; a machine without the folder needs no such paths
             os.chdir(folder)
         return work(item)
@@ -132,7 +132,7 @@ def run_tasks(
                 ray.cancel(reference, force=True)
 
 
-def _ended(ray: ModuleType, reference: object, item: object, losses: Counter[Any], retries: int) -> Event:
+def _ended(ray: ModuleType, reference: object, item: object, losses: Counter[object], retries: int) -> Event:
     """The event for a task that has ended; raises what it raised."""
     try:
         return Event(item, "done", result=ray.get(reference))

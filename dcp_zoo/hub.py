@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
@@ -33,7 +33,7 @@ T = TypeVar("T")
 NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 BY_HAND = "Or run `hf download {files}` elsewhere, and copy the folder {folder} from its Hub cache to {cache}."
-MESSAGES: dict[Any, str] = {
+MESSAGES: dict[object, str] = {
     NOT_WRITABLE: "The Hub cache is full or not writable ({error}). Set HF_HOME to another folder, or pass cache_dir.",
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
     NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
@@ -109,7 +109,7 @@ def _is_offline(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _kind(error: Exception) -> Any:
+def _kind(error: Exception) -> object:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
         return NOT_WRITABLE
     if type(error) is errors.HfHubHTTPError and error.response.status_code in (401, 403):

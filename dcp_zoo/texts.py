@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
-from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -43,7 +42,7 @@ def active(cell: str) -> str:
     return re.sub(f"^'(?={_FORMULA})", "", cell)
 
 
-def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Write a table that `read_csv` reads back, with the mark without which Excel would not take it for UTF-8."""
     with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)

@@ -15,18 +15,17 @@ import warnings
 import zipfile
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pandas
 import pytest
 import torch
+from given_features import GivenSettings, run_given
 from helpers import Count, in_distribution
 from PIL import Image, ImageFile
 from publish import prepare
 from safetensors.torch import save
-from shared import GOLDEN
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -35,19 +34,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
 import dcp_zoo
-from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
+from dcp_zoo import EarlyStopping, FewShotClassifier, ZooError
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
-from dcp_zoo.benchmark.plan import Settings, Trial
+from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_image
 from dcp_zoo.data.archives import unpacked
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
-from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
+from dcp_zoo.training.callbacks import VALIDATIONS, Callback
 from dcp_zoo.zoo.registry import get_head
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -268,27 +267,7 @@ def test_early_stopping_needs_validation_images(pictures):
     assert len(stop.prompts) == 1  # said at once
 
 
-def test_trackers_receive_every_epoch(monkeypatch, tmp_path):
-    lines, model = [], torch.nn.Linear(1, 1)
-    run = SimpleNamespace(log=lambda values, step: lines.append((step, values)), finish=lambda: lines.append("end"))
-    writer = SimpleNamespace(add_scalar=lambda *args: lines.append(args), close=lambda: lines.append("end"))
-    modules = {
-        "wandb": SimpleNamespace(init=lambda **options: lines.append(options) or run),
-        "tensorboard": SimpleNamespace(),
-        "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: lines.append(folder) or writer),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for tracker in (WeightsAndBiases(project="p"), TensorBoard(tmp_path)):
-        tracker.on_start(model, {"lr": 1})
-        assert not tracker.on_epoch(model, Epoch(1, 2, 0.5, 0.25))
-        tracker.close()
-    logged = {"epoch": 1, "step": 2, "lr": 0.5, "loss": 0.25}
-    assert lines[:3] == [{"config": {"lr": 1}, "project": "p"}, (2, logged), "end"]
-    assert lines[3:] == [str(tmp_path), ("lr", 0.5, 2), ("loss", 0.25, 2), "end"]
-
-
-def test_trackers_are_closed_when_a_training_stops(pictures):
+def test_callbacks_are_closed_when_a_training_stops(pictures):
     class Stopping(Callback):
         closed = 0
 
@@ -308,12 +287,6 @@ def test_seeds_that_cannot_be_drawn_from_are_refused(pictures):
     for seed in (-1, 2**32):
         with pytest.raises(ZooError, match="seed must be from 0 to 4294967295"):
             dcp_zoo.train("dcp_mini", *pictures, seed=seed)
-
-
-def test_a_missing_tracker_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ZooError, match=r"dcp_zoo\[tracking\]"):
-        WeightsAndBiases().on_start(torch.nn.Linear(1, 1), {})
 
 
 # --------------------------------------------------------------------------------------------------------- scikit-learn
@@ -821,7 +794,7 @@ def state_of_the_process() -> dict[str, object]:
 
 
 @pytest.fixture
-def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
+def calls(folder, pictures, fitted, uploads, tmp_path):
     """A call of every public function, and of the methods that work."""
     head, images = fitted.model_, torch.rand(2, 3, 192, 192)
     own, trial = FewShotClassifier(random_state=7), Trial("few-shot", "dcp_mini", "zero-shot", "digits", 0, 0)
@@ -829,7 +802,6 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
     names = {"train2_label": [0, 0, 1, 1], "test_label": [0, 0, 1, 1], "classnames": ["a", "b"]}
     vectors["text_vector"] = vectors["text_vector"][::2]
     np.savez(tmp_path / "digits.npz", **vectors, **names)
-    clip_case = {"classnames": golden["classnames"], "clip": tiny_clip}
     return {
         "train": lambda: dcp_zoo.train("dcp_mini", folder, method="maple", recipe={"epochs": 1}),
         "evaluate": lambda: dcp_zoo.evaluate(head, folder),
@@ -843,7 +815,6 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
         "load_head": lambda: dcp_zoo.load_head(head, head.save_pretrained(tmp_path / "head")),
         "export": lambda: dcp_zoo.export(head, tmp_path / "file.pt2", format="torch-export"),
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
-        "convert_cmpa_checkpoint": lambda: dcp_zoo.convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", **clip_case),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
@@ -852,7 +823,7 @@ def calls(folder, pictures, fitted, uploads, tiny_clip, golden, tmp_path):
         "explain": lambda: (nearest_words(head), coupling_moves(head), attention_maps(head, images)),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
         "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
-        "benchmark": lambda: sweep([trial], Settings(tmp_path / "sweep", features=tmp_path)),
+        "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
 
 

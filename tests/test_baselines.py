@@ -55,7 +55,7 @@ def logits_of(head: Head, source: ImageSource) -> torch.Tensor:
     return predict(head, source, 64)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.text])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "linear-probe"])
 def test_class_names_that_the_text_tower_would_cut_are_refused(method, clip, photos):
     """By every method with one message: two of them could become the same."""
     names = ["ant", "bee", f"{'cat ' * 80}cub"]

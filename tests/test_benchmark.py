@@ -14,7 +14,7 @@ import torch
 from helpers import made_up_result, no_images, until
 from safetensors.torch import load_file
 
-from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, plan, plan_trials, store, sweep, trial_images
+from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, plan, plan_trials, store, sweep, trial_images
 from dcp_zoo.data import Item, Split, few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError
@@ -420,18 +420,12 @@ def test_gathering_gives_one_row_per_accuracy_and_is_fast(tmp_path):
     assert len(store.gather([tmp_path / "other"] * 2)) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------ estimate
+# --------------------------------------------------------------------------------------------------------------- steps
 
 
-def test_time_is_estimated_from_training_steps():
-    done, longer = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1, 2], seeds=[1])
-    (unknown,) = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1])
-    count, more, others = map(estimate.steps, (done, longer, unknown))
-    assert count == 2 * done.default_recipe.fitted(47, 47).epochs  # batches of 24 and 23
-    assert estimate.describe([done, unknown], []) == f"{count + others:,} training steps."
-    seconds = 10 + 2 + 10 * more / count + 2
-    said = estimate.describe([done, longer, unknown], [made_up_result(done)])
-    assert f"About {format_duration(seconds)} for 2 trials in sequence" in said
+def test_training_steps():
+    (trial,) = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1], seeds=[1])
+    assert trial.steps == 2 * trial.default_recipe.fitted(47, 47).epochs  # batches of 24 and 23
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (12.3, "12 s"), (95, "2 min"), (7260, "2 h 01 min")])

@@ -14,6 +14,7 @@ from pathlib import Path
 import convert as script
 import pytest
 import torch
+from convert import convert_cmpa_checkpoint, read_pickle
 from helpers import close
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,10 +22,9 @@ from shared import CFG, GOLDEN, CommandLine
 from torch import nn
 
 import dcp_zoo
-from dcp_zoo import ZooError, convert_cmpa_checkpoint
+from dcp_zoo import ZooError
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.zoo.convert import read_pickle
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 
@@ -219,7 +219,7 @@ def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
         assert (name, pretrained) == ("dcp_vitb16", "clip")
         return dcp_zoo.DCP(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), **args)
 
-    monkeypatch.setattr("dcp_zoo.zoo.convert.create_model", create_model)
+    monkeypatch.setattr("convert.create_model", create_model)
     (tmp_path / "names.txt").write_text("\n".join(golden["classnames"]))
     (tmp_path / "images/ant").mkdir(parents=True)
     for i in range(3):

@@ -196,29 +196,6 @@ def test_zero_shot_is_plain_clip():
     torch.testing.assert_close(torch.tensor(found), expected.detach().softmax(-1), atol=1e-5, rtol=0)
 
 
-def test_the_batch_affects_a_logit_unless_statistics_are_stored():
-    model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
-    noise = shared.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
-    shown = [*SAMPLES, noise]
-    with torch.inference_mode():
-        expected = model(shared.to_batch(model, shown))[1]
-    names, rows = shared.batch_effects(model, shown[1], [shown[0], noise])
-    company = [(row.stats, row.others) for row in rows]
-    assert company == [
-        *(("batch", others) for others in ("none", "cat.jpg", "noise", "all")),
-        ("stored", "none"),
-        ("stored", "all"),
-    ]
-    for row in rows[-2:]:
-        assert row.logits == pytest.approx([expected[model.classnames.index(n)].item() for n in names], abs=6e-3)
-    assert rows[0].logits == sorted(rows[0].logits, reverse=True)
-    assert rows[0].logits != rows[2].logits
-    html = pages.batch_effect(shown[1], names, rows)
-    columns = list(zip(*(row.logits for row in rows[:4]), strict=True))
-    assert f"a logit by up to {max(max(c) - min(c) for c in columns):.2f}" in html
-    assert re.search(r"<b>stored</b> statistics,\s+the other images change nothing", html)
-
-
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
@@ -230,7 +207,6 @@ def test_names_are_escaped():
         pages.answers([photo], [row], [row], None, evil),
         pages.messages([evil]),
         pages.render("thumbnails", photos=[photo]),
-        pages.batch_effect(photo, [evil], [shared.BatchEffect("batch", evil, [1.0], evil)]),
         pages.attention(photo, torch.full((2, 8), 1 / 8), evil, (2, 3), 1, CFG),
     ]
     for html in drawn:
@@ -371,7 +347,7 @@ def controls(room, visitor):
 
 def shown(room, visitor, view, index=0, token=0):
     """The HTML of a tab."""
-    ((part, html),) = room.draw(visitor, view, index, token, index).items()
+    ((part, html),) = room.draw(visitor, view, index, token).items()
     assert part is room.views[view]
     return html
 
@@ -423,10 +399,9 @@ def test_menus_and_views(room):
     assert sorted(menus["head"]["choices"]) == sorted(list_models(pretrained=True))  # its own first
     assert menus["about"].startswith("100 classes of caltech101")
     assert menus["names"].startswith("cat\ncup of coffee")
-    assert menus["attended"]["choices"] == menus["measured"]["choices"] != []
+    assert menus["attended"]["choices"]
     for _, choice in menus["token"]["choices"][:3]:
         assert shown(room, VISITOR, "Attention", token=choice).count("<img") == 6
-    assert "other images" in shown(room, VISITOR, "Batch")
 
 
 def test_a_head_that_cannot_be_loaded_changes_nothing(room):
@@ -482,7 +457,6 @@ def test_the_example_is_trained_in_seconds_and_removed_with_the_page(rooms, tmp_
         r"Text probe names \d of 3 right", shown(room, VISITOR, "Answers")
     )  # the held-out photographs, three at most
     assert "a head of Text probe lacks" in shown(room, VISITOR, "Attention")
-    assert "a head of Text probe lacks" in shown(room, VISITOR, "Batch")
 
     assert menus["reject"]["visible"]
     session.trained.text_probe.threshold.fill_(1000.0)  # accepts nothing

@@ -1,14 +1,16 @@
-"""`benchmark --features`: methods on given image features."""
+"""`benchmarks/given_features.py`: methods on given image features."""
 
 import re
 
+import given_features
 import numpy as np
 import pytest
 import torch
+from given_features import plan_given
 from helpers import read_csv
+from shared import CommandLine
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.trial_images import plan_given
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods.gda import gaussian_discriminant
 
@@ -30,16 +32,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return CommandLine(monkeypatch, capsys, given_features.app)
+
+
 def sweep(run, folder, *options):
-    base = ("benchmark", "few-shot", "--features", folder, "--models", "dcp_vitb32")
-    return run(*base, "--output", folder / "sweep", *options)
+    return run(folder, "--model", "dcp_vitb32", "--output", folder / "sweep", *options)
 
 
 def test_every_method_that_needs_features_only(folder, run):
     """Without further options: the files have one dataset, 4 shots and one draw."""
     code, _, err = sweep(run, folder)
     assert code == 0, err
-    assert "dcp (they need images); seeds 2, 3 (the features are of one seed)." in err
     rows = {row["method"]: row for row in read_csv(folder / "sweep" / "results.csv")}
     assert set(rows) == ABLE
     assert {row["weights"] for row in rows.values()} == {"features of dcp_vitb32"}
@@ -102,7 +107,6 @@ def test_image_features_alone_are_enough_for_gda(without_text, run):
     [
         (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
         (("--shots", "2"), "allow none of these trials: .*caltech101.npz has no train2_vector"),
-        (("--seeds", "1,2"), "pass --seeds 1"),
         (("--datasets", "dtd"), "no file .*dtd.npz.*has caltech101"),
         (("--methods", "gda"), "no text_vector.*text=false"),
     ],
@@ -120,7 +124,7 @@ def test_defaults_are_what_the_files_allow(without_text):
     arrays |= {f"train1_{kind}": arrays.pop(f"train4_{kind}") for kind in ("vector", "label")}
     np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
     np.savez(without_text / "cats.npz", **arrays)
-    trials, left_out = plan_given(without_text, "few-shot", ["dcp_vitb32"])
+    trials, left_out = plan_given(without_text, "dcp_vitb32")
     assert {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"} == {
         ("caltech101", 4),
         ("dtd", 1),
@@ -131,18 +135,17 @@ def test_defaults_are_what_the_files_allow(without_text):
         "caltech101.npz has no text_vector; caltech101.npz has no train1_vector",
         "dtd.npz has no train4_vector",
         "cats.npz (not named after a dataset)",
-        "dcp (they need images); seeds 2, 3 (the features are of one seed)",
     ):
         assert part in left_out
-    chosen = {"methods": ["linear-probe"], "datasets": ["dtd"], "shots": [1], "seeds": [1]}
-    assert plan_given(without_text, "few-shot", ["dcp_vitb32"], **chosen)[1] == ""
-    trials, _ = plan_given(without_text, "few-shot", ["dcp_vitb32"], ["gda"], options={"text": [True, False]})
+    chosen = {"methods": ["linear-probe"], "datasets": ["dtd"], "shots": [1]}
+    assert plan_given(without_text, "dcp_vitb32", **chosen)[1] == ""
+    trials, _ = plan_given(without_text, "dcp_vitb32", ["gda"], options={"text": [True, False]})
     assert {(t.dataset, t.changes) for t in trials} == {
         ("caltech101", "text=False"),
         ("dtd", "text=False"),
         ("dtd", ""),
     }
-    trials, left_out = plan_given(without_text, "few-shot", ["dcp_vitb32"], ["gda"], ["caltech101", "dtd"], [1])
+    trials, left_out = plan_given(without_text, "dcp_vitb32", ["gda"], ["caltech101", "dtd"], [1])
     assert ({trial.dataset for trial in trials}, left_out.split(";")[0]) == (
         {"dtd"},
         "caltech101.npz has no text_vector",
@@ -152,14 +155,9 @@ def test_defaults_are_what_the_files_allow(without_text):
 def test_a_file_that_is_no_archive(tmp_path):
     (tmp_path / "dtd.npz").write_text("")
     with pytest.raises(ZooError, match=r"dtd.npz cannot be read"):
-        plan_given(tmp_path, "few-shot", ["dcp_vitb32"])
+        plan_given(tmp_path, "dcp_vitb32")
     np.savez(tmp_path / "dtd.npz", classnames=["a"])
     with pytest.raises(ZooError, match=r"dtd.npz has no test_vector: it has classnames"):
-        plan_given(tmp_path, "few-shot", ["dcp_vitb32"])
+        plan_given(tmp_path, "dcp_vitb32")
     with pytest.raises(ZooError, match="no file that is named after a dataset.*no .npz files"):
-        plan_given(tmp_path / "nothing", "few-shot", ["dcp_vitb32"])
-
-
-def test_the_model_must_be_named(folder, run):
-    err = run.refused("benchmark", "few-shot", "--features", folder, "--output", folder / "sweep")
-    assert "such as --models dcp_vitb32" in err
+        plan_given(tmp_path / "nothing", "dcp_vitb32")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from convert import convert_cmpa_checkpoint
 from second_device import second_device
 from shared import CFG, COLORS, GOLDEN, build_tiny_clip
 from test_baselines import logits_of
@@ -11,7 +12,7 @@ from test_method_heads import NONLINEAR, small
 from test_tower_kinds import KINDS, build_clip
 
 import dcp_zoo
-from dcp_zoo import DCP, FewShotClassifier, ZooError, convert_cmpa_checkpoint, load_head
+from dcp_zoo import DCP, FewShotClassifier, ZooError, load_head
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
 from dcp_zoo.data.images import in_threads
@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe, TrainingRecipe, batch_sizes
 from dcp_zoo.zoo.registry import SHOTS, get_spec
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
@@ -36,7 +36,7 @@ class Trial:
     shots: int  # of the few-shot subset; like its seed, 0 for methods that do not train
     seed: int
     targets: tuple[str, ...] = ()  # the test datasets; empty: `dataset`
-    options: tuple[tuple[str, Any], ...] = ()  # changes to the method's recipe, sorted by name
+    options: tuple[tuple[str, object], ...] = ()  # changes to the method's recipe, sorted by name
 
     @property
     def changes(self) -> str:
@@ -65,6 +65,19 @@ class Trial:
     def recipe(self) -> BaseRecipe:
         return self.default_recipe.updated(dict(self.options), where="--set")
 
+    @property
+    def steps(self) -> int:
+        """Training steps, from the dataset's number of classes; 0 without training or if it is unknown. An epoch of a
+        method without batches is one."""
+        recipe, classes = self.recipe, find_spec(self.dataset).num_classes
+        if not self.shots or classes is None:
+            return 0
+        if not isinstance(recipe, TrainingRecipe):
+            return getattr(recipe, "steps", getattr(recipe, "epochs", 0))
+        classes = math.ceil(classes / len(PROTOCOLS[self.protocol].parts))
+        images = classes * self.shots
+        return len(batch_sizes(images, recipe.batch_size, recipe.drop_last)) * recipe.fitted(images, classes).num_epochs
+
     @classmethod
     def from_dict(cls, fields: Values) -> "Trial":
         """A trial from its `asdict`, after a round trip through JSON."""
@@ -82,7 +95,6 @@ class Settings:
     precision: str = "float32"
     workers: int = 0
     confusion: bool = False  # whether results include the confusion matrix
-    features: Path | None = None  # folder of features in place of images and CLIP, see `trial_images`
     descriptions: Path | None = None  # file with sentences of each class, in place of its name
     save_heads: str = ""  # the method whose heads are written to `output`/heads
 
@@ -92,17 +104,14 @@ class Settings:
     def conditions(self, trial: Trial) -> Values:
         """What a trial's result depends on besides its seed: it is stored with the result, and a trial counts as
         finished only under the same conditions. ZooError as of `load_split`."""
-        if self.features:
-            images = {}  # their hash is below
-        elif trial.dataset == FOLDER:
+        if trial.dataset == FOLDER:
             images = {FOLDER: folder_label(self.data_root)}
         else:
             images = {"split_sha256": read_split(trial.dataset, self.data_root).sha256}
         return images | {
-            "weights": f"features of {trial.model}" if self.features else weights_id(trial.model),
+            "weights": weights_id(trial.model),
             "precision": self.precision,
             "descriptions": sha256_of(self.descriptions)[:16] if self.descriptions else "",
-            "features": sha256_of(self.features / f"{trial.dataset}.npz")[:16] if self.features else "",
             "recipe": trial.recipe.as_dict(),
         }
 
@@ -114,7 +123,6 @@ class Settings:
         words += [f"--set {name}={json.dumps(value)}" for name, value in trial.options]
         words += ["--data-root DIR --output DIR"]
         words += [f"--descriptions {self.descriptions}"] if self.descriptions else []
-        words += [f"--features {self.features}"] if self.features else []
         words += [f"--precision {self.precision}"] if self.precision != "float32" else []
         return " ".join(words)
 
@@ -188,7 +196,7 @@ def plan_trials(
     datasets: Sequence[str] = (),
     shots: Sequence[int] = (),
     seeds: Sequence[int] = (),
-    options: Mapping[str, Sequence[Any]] | None = None,
+    options: Mapping[str, Sequence[object]] | None = None,
 ) -> list[Trial]:
     """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
     without training come first: they are fast and reveal missing files early.
@@ -222,7 +230,7 @@ def plan_trials(
     return list(trials)
 
 
-def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
+def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:
     """The trial in canonical form: without options equal to the default, without shots and seed if the method does not
     train, and without targets whose classes the method cannot handle."""
     method, default = METHODS[trial.method], trial.default_recipe

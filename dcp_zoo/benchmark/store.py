@@ -139,7 +139,7 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
                 row | {name: entry[name] for name in ENTRY_COLUMNS} | {"target": _shown(entry["target"], result)}
             )
         untold = {f"--{name}": result[name] for name in ("descriptions", "precision")}  # no column tells them apart
-        if not result["features"]:
+        if not result.get("features"):  # of `benchmarks/given_features.py`
             untold[f"the images of {row['dataset']}"] = result["split_sha256"]
         for what, value in untold.items():
             before, other = first.setdefault(what, (value, path))

@@ -9,9 +9,8 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
-from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, shared_images
+from dcp_zoo.benchmark.trial_images import TrialImages, shared_images
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -35,11 +34,14 @@ from dcp_zoo.training.sources import Progress, no_progress
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 
 
-def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Values:
-    """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence."""
+def run_trial(
+    trial: Trial, settings: Settings, progress: Progress = no_progress, images: TrialImages | None = None
+) -> Values:
+    """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence.
+    `images`: what reads them, by default those that trials of a model share."""
     part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
     shared = (settings.device, settings.data_root, settings.workers, settings.precision)
-    images = GivenFeatures(settings.features) if settings.features else shared_images(trial.model, *shared)
+    images = images or shared_images(trial.model, *shared)
     images.progress = progress
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
     run = plan(
@@ -81,7 +83,7 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
     }
 
 
-def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages | GivenFeatures) -> Iterator[Values]:
+def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages) -> Iterator[Values]:
     """One entry per test dataset, part of its classes, and way of measuring the head."""
     batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
     for target in trial.targets or (trial.dataset,):
@@ -107,7 +109,9 @@ def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages | G
 BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
 
 
-def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Event:
+def execute(
+    trial: Trial, settings: Settings, progress: Progress = no_progress, images: TrialImages | None = None
+) -> Event:
     """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed (its error is in
     a file), or busy in another process. ZooError for an output folder that is not writable, or of other settings."""
     started = time.perf_counter()
@@ -117,7 +121,7 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
         if store.finished(trial, settings):
             return Event(trial, "done", "by another process")
         try:
-            result = run_trial(trial, settings, progress=progress)
+            result = run_trial(trial, settings, progress=progress, images=images)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings, trial, message, traceback.format_exc())
@@ -164,7 +168,7 @@ def sweep_on_ray(
 def longest_first(trials: Sequence[Trial]) -> list[Trial]:
     """Sort trials by training steps: a long one that starts last would keep all other machines waiting. Trials without
     training still come first; they reveal missing files early."""
-    return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
+    return sorted(trials, key=lambda trial: (trial.shots > 0, -trial.steps))
 
 
 def _event(task: Event, settings: Settings) -> Event:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
+from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.report.tables import with_labels
 from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
@@ -37,35 +37,26 @@ class BenchmarkOptions:
     output_dir: Path | None = opt.option(None, "Folder for results; finished trials are skipped.", "--output")
     models: list[str] = several("Models of the zoo. Default: dcp_mini.")
     methods: list[str] = several(f"{', '.join(METHODS)}. Default: all that are possible.")
-    datasets: list[str] = several("Default: the protocol's; with --features, its own.")
-    shots: list[str] = several("Images per class. Default: the protocol's; with --features, those it has.")
-    seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")
+    datasets: list[str] = several("Default: the protocol's.")
+    shots: list[str] = several("Images per class. Default: the protocol's.")
+    seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3.")
     changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
-    features: Path | None = opt.option(None, "Folder of DATASET.npz files with features, in place of images and CLIP.")
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
     threads: opt.Threads = None
-    dry_run: bool = opt.option(False, "Show the plan, its training steps and, from finished trials, its time.")
+    dry_run: bool = opt.option(False, "Show the plan and its training steps.")
     confusion: bool = opt.option(False, "Store the confusion matrix: rows are true classes, in their order.")
 
-    def trials(self) -> tuple[list[Trial], str]:
-        """The planned trials, and what --features left out of the defaults."""
+    def trials(self) -> list[Trial]:
         grid: Values = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
         grid |= {"options": opt.parse_changes(self.changes)}
-        models = split_commas(self.models)
         if self.descriptions:
             read_descriptions(self.descriptions)  # its errors come before any work
-        if self.features and self.descriptions:
-            raise ZooError("--features holds the text features already: omit --descriptions.")
-        if self.features:
-            from dcp_zoo.benchmark.trial_images import plan_given
-
-            return plan_given(self.features, self.protocol, models, **grid)
-        return plan_trials(self.protocol, models or ["dcp_mini"], **grid), ""
+        return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
     def settings(self) -> Settings:
         """What all trials share: the options of the same names."""
@@ -103,9 +94,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
     [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
-    trials, left_out = options.trials()
-    if left_out:
-        log(f"Left out: {left_out}.")
+    trials = options.trials()
     if options.dry_run:
         show_grid(trials, options)
         return
@@ -118,7 +107,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     run, show = cluster.backend()
     needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
     missing = [] if options.output_dir else ["--output DIR for the results"]
-    if needed and options.data_root is None and not options.features:
+    if needed and options.data_root is None:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
     if missing or options.output_dir is None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
@@ -170,10 +159,11 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
 
 
 def show_grid(trials: list[Trial], options: BenchmarkOptions) -> None:
-    results = store.results(options.output_dir) if options.output_dir else {}
+    results = store.done(options.output_dir) if options.output_dir else set()
     todo = [trial for trial in trials if trial.key not in results]
     output.print(*grid_tables(trials, results))
-    output.print(f"{len(trials)} trials, {len(todo)} to run: {estimate.describe(todo, results.values())}")
+    steps = sum(trial.steps for trial in todo)
+    output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
 
 
 def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[Table]:
@@ -189,7 +179,7 @@ def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[T
         drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
         counts = len(group), len(group) - len(todo)
         row = [dataset, f"{method} {changes}".strip(), *(", ".join(map(str, values)) for values in drawn)]
-        steps = f"{sum(map(estimate.steps, todo)):,}" if find_spec(dataset).num_classes else "?"
+        steps = f"{sum(trial.steps for trial in todo):,}" if find_spec(dataset).num_classes else "?"
         table.add_row(*row, *map(str, counts), steps)
     return tables.values()
 

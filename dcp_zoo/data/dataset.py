@@ -4,7 +4,6 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ CPU = torch.device("cpu")
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 
 
-class Decoded(dict[int, Any]):
+class Decoded(dict[int, Image.Image | torch.Tensor]):
     """Decoded images by position, up to so many bytes."""
 
     def __init__(self, room: int) -> None:
@@ -40,7 +39,9 @@ class ImageDataset(Dataset):
     _seeds: Sequence[int] | None = None
     _mirrored: Sequence[int] | None = None
 
-    def __init__(self, items: Sequence[Item], transform: Callable[..., Any], cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, items: Sequence[Item], transform: Callable[..., torch.Tensor], cache_bytes: int = CACHE_BYTES
+    ) -> None:
         from torchvision.transforms import v2  # slow to import
 
         self.items, self.transform = items, transform
@@ -57,10 +58,10 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
         new = [index for index in indices if index not in self._decoded]
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
@@ -73,7 +74,7 @@ class ImageDataset(Dataset):
         image = load_image(self.items[index].path)
         return pil_to_tensor(image) if self._tensors else image
 
-    def _transformed(self, image: Image.Image | torch.Tensor, index: int) -> tuple[Any, int]:
+    def _transformed(self, image: Image.Image | torch.Tensor, index: int) -> tuple[torch.Tensor, int]:
         with nullcontext() if self._seeds is None else seeded(self._seeds[index]):
             x = self.transform(image)
         return x.flip(-1) if self._mirrored and self._mirrored[index] else x, self.items[index].label

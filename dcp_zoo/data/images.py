@@ -28,6 +28,7 @@ LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 ImageLike = str | Image.Image  # a path, or an image of PIL
 SIDE = 160  # pixels of a thumbnail's longer side
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -102,7 +103,7 @@ def count_pixels(data: bytes, name: str, max_pixels: int) -> int:
         return image.width * image.height
 
 
-def in_threads(read: Callable[[Any], T], images: Iterable[Any]) -> list[T]:
+def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
     """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(read, images))

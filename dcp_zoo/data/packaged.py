@@ -6,7 +6,6 @@ import lzma
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -16,7 +15,7 @@ from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
 from dcp_zoo.errors import ZooError
 
 HERE = Path(__file__).parent
-SplitRows = Mapping[str, Sequence[Sequence[Any]]]  # by part: (path, label, class name) of each image
+SplitRows = Mapping[str, Sequence[tuple[str, int, str]]]  # by part: path, label and class name of each image
 
 
 def classnames(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from io import BytesIO
 from operator import itemgetter
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zipfile import ZipFile
 
 from PIL import Image
@@ -52,7 +52,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
     """`variants.txt`, one class name per line in label order, and `images_variant_<part>.txt`, lines `number name`."""
     names = _read_text(folder / "variants.txt", spec).splitlines()
     labels = {name.strip(): label for label, name in enumerate(names)}
-    rows: dict[str, list[Any]] = {part: [] for part in PARTS}
+    rows: dict[str, list[tuple[str, int, str]]] = {part: [] for part in PARTS}
     for part in PARTS:
         file = folder / f"images_variant_{part}.txt"
         for line in _read_text(file, spec).splitlines():

@@ -1,4 +1,4 @@
-"""The Classify room: photographs, a head and class names; answers, attention and the effect of the batch."""
+"""The Classify room: photographs, a head and class names; answers and attention."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import list_models
 
 CLASS_TOKEN, PROMPTS = 0, -1  # values in the menu of tokens; 1 .. M are the individual prompts
-ANSWERS, ATTENTION, BATCH = "Answers", "Attention", "Batch"
-BATCH_TEXT = """With the statistics of the **batch**, the plain method, the prompts are pooled over all images of a
-batch, so an image's logits depend on the images next to it. The **stored** statistics were measured once on the
-training images and take the place of the batch: logits no longer depend on other images. All other tabs use the stored
-ones."""
+ANSWERS, ATTENTION = "Answers", "Attention"
 
 
 class ClassifyRoom:
@@ -55,31 +51,26 @@ class ClassifyRoom:
             self.reject: gr.update(visible=can_reject, value=session.reject, info=passing),
             self.attended: gr.update(choices=photos, value=0 if photos else None),
             self.token: gr.update(choices=tokens, value=CLASS_TOKEN),
-            self.measured: gr.update(choices=photos, value=0 if photos else None),
         }
 
-    def draw(
-        self, request: gr.Request, shown: str, attended: int | None, token: int | None, measured: int | None
-    ) -> dict[gr.HTML, str]:
+    def draw(self, request: gr.Request, shown: str, attended: int | None, token: int | None) -> dict[gr.HTML, str]:
         session = self.sessions.of(request)
         try:
             if shown == ANSWERS:
                 drawn = draw_answers(session)
-            elif shown == ATTENTION:
-                drawn = draw_attention(session, attended, token or CLASS_TOKEN)
             else:
-                drawn = draw_batch(session, measured)
+                drawn = draw_attention(session, attended, token or CLASS_TOKEN)
         except ZooError as error:
             drawn = pages.messages([str(error)], "status")
         return {self.views[shown]: drawn}
 
     def redraw(self, event: gr.events.Dependency) -> None:
         """Draw the controls and the open tab again after an event."""
-        controls = [self.head, self.about, self.names, self.reject, self.attended, self.token, self.measured]
+        controls = [self.head, self.about, self.names, self.reject, self.attended, self.token]
         self._draw_after(on(event.then, self.update, None, controls, show_progress="hidden").then)
 
     def _draw_after(self, event: Callable) -> None:
-        on(event, self.draw, [self.shown, self.attended, self.token, self.measured], list(self.views.values()))
+        on(event, self.draw, [self.shown, self.attended, self.token], list(self.views.values()))
 
     def _change(
         self, event: Callable, change: Callable[..., list[str] | None], *inputs: gr.blocks.Block
@@ -129,15 +120,11 @@ class ClassifyRoom:
                     self.attended = gr.Dropdown([], label="Photograph", interactive=True)
                     self.token = gr.Dropdown([], label="Query token", interactive=True)
                 self.views[ATTENTION] = gr.HTML()
-            with gr.Tab(BATCH, id=BATCH) as tabs[BATCH]:
-                gr.Markdown(BATCH_TEXT)
-                self.measured = gr.Dropdown([], label="Photograph", interactive=True)
-                self.views[BATCH] = gr.HTML()
         removed = on(self.views[ANSWERS].delete, removing(self.sessions, Session.remove_photo), None, self.status)
         self.changes.append(removed)
         for name, tab in tabs.items():
             on(tab.select, lambda name=name: name, None, self.shown, show_progress="hidden")
-        for event in (self.shown.change, self.attended.input, self.token.input, self.measured.input):
+        for event in (self.shown.change, self.attended.input, self.token.input):
             self._draw_after(event)
 
 
@@ -162,14 +149,6 @@ def draw_attention(session: Session, index: int | None, token: int) -> str:
     row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
     name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
     return pages.attention(photo, row, name, grid, m, cfg, first)
-
-
-def draw_batch(session: Session, index: int | None) -> str:
-    photo, *others = _photos(session, index)
-    with acquire(session.source, session.names) as model:
-        _check_prompts(model)
-        names, rows = shared.batch_effects(model, photo, others)
-    return pages.batch_effect(photo, names, rows)
 
 
 def _photos(session: Session, first: int | None = None) -> list[Photo]:

@@ -3,7 +3,7 @@
 import base64
 import math
 from collections.abc import Sequence
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +13,7 @@ from PIL import Image
 from dcp_zoo.answers import Row
 from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.data.pixels import crop
-from dcp_zoo.demo.shared import TOP, Answers, BatchEffect, Photo
+from dcp_zoo.demo.shared import TOP, Answers, Photo
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
@@ -93,14 +93,3 @@ def attention(
         image = overlay(photo, patches.unflatten(0, grid), cfg)
         blocks.append({"number": number, "image": image, "shares": shares, "strongest": patches.max()})
     return render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
-
-
-def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]) -> str:
-    """A table of a photograph's logits in different batches, and a sentence on how much they change by statistics."""
-    effects = []
-    for stats, group in groupby(rows, key=lambda row: row.stats):
-        own = list(group)
-        change = max(max(column) - min(column) for column in zip(*(row.logits for row in own), strict=True))
-        if len(own) > 1:
-            effects.append({"stats": stats, "change": change, "tops": len({row.top for row in own})})
-    return render("batch_effect", photo=photo, names=names, rows=rows, effects=effects)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -127,15 +127,6 @@ def acquire(head: Head | str, classnames: Sequence[str] | None = None) -> Iterat
         yield model
 
 
-class BatchEffect(NamedTuple):
-    """The logits of one image for selected classes with some statistics and next to these images; its top class."""
-
-    stats: str
-    others: str
-    logits: list[float]
-    top: str
-
-
 def to_batch(model: Head, photos: Sequence[Photo]) -> torch.Tensor:
     """Photographs as images (B, 3, H, W) on the model's device."""
     transform = create_transform(model)
@@ -164,24 +155,3 @@ def clip_answers(model: Head, photos: Sequence[Photo]) -> list[Answers] | None:
 def rejected(model: Head, photos: Sequence[Photo]) -> list[bool]:
     """Whether each photograph belongs to none of the model's classes."""
     return [row is None for row in predict(model, [photo.image for photo in photos], reject=True)]
-
-
-@torch.inference_mode()
-def batch_effects(model: Head, photo: Photo, others: Sequence[Photo]) -> tuple[list[str], list[BatchEffect]]:
-    """How a photograph's logits depend on the images next to it: the names of its top classes, and the logits of these
-    alone, with each of the first three others, and with all."""
-    images = to_batch(model, [photo, *others])
-    alone, together = ("none", [0]), [("all", list(range(len(images))))] if len(others) > 1 else []
-    single = [(other.name, [0, i]) for i, other in enumerate(others[:3], 1)]
-    groups = [("batch", *group) for group in (alone, *single, *together)]
-    if model.stored_stats is not None:
-        groups += [("stored", *group) for group in (alone, *(together or single))]
-    logits = []
-    for stats, _, group in groups:
-        model.stats = stats
-        logits.append(model(images[group])[0])
-    selected = logits[0].topk(min(TOP, model.num_classes)).indices
-    return [model.classnames[i] for i in selected], [
-        BatchEffect(stats, name, [round(x, 2) for x in row[selected].tolist()], model.classnames[int(row.argmax())])
-        for (stats, name, _), row in zip(groups, logits, strict=True)
-    ]

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import gradio as gr
 import pandas as pd
@@ -61,14 +60,14 @@ class TrainRoom:
         """The photographs of class `number`, and an empty drop zone."""
         return pages.render("thumbnails", photos=self.sessions.of(request).shots.get(number, [])), None
 
-    def example(self, request: gr.Request) -> list[Any]:
+    def example(self, request: gr.Request) -> list[object]:
         """Fill the form with an example -> names of all classes, photographs, what is visible, no messages."""
         session, numbers = self.sessions.of(request), range(self.limits.max_classes)
         names = session.use_example()
         pictures = [pages.render("thumbnails", photos=session.shots.get(number, [])) for number in numbers]
         return [*names, *[""] * (len(numbers) - len(names)), *pictures, *self._visible(len(names)), ""]
 
-    def _visible(self, used: int) -> list[Any]:
+    def _visible(self, used: int) -> list[object]:
         """The number of visible classes, and an update of each class's column."""
         used = min(max(2, used), self.limits.max_classes)
         return [used, *(gr.update(visible=number < used) for number in range(self.limits.max_classes))]
@@ -208,7 +207,7 @@ class Watch(History):
         left = (time.monotonic() - self._started) / done.epoch * (self._total - done.epoch)
         return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {format_duration(left)} left"
 
-    def curve(self) -> Any:
+    def curve(self) -> object:
         """An update of the plot: the mean loss of every epoch so far."""
         points = pd.DataFrame({"epoch": [e.epoch for e in self.epochs], "loss": [e.loss for e in self.epochs]})
         return gr.update(value=points, visible=True) if self.epochs else gr.update(visible=False)

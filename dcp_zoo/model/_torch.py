@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dcp_zoo.errors import ZooError
 
+T = TypeVar("T")
 PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output layer of torch's attention
 
 
@@ -114,7 +115,7 @@ class WeightCache:
         # the tensors, what they and all else were, and the value: in one place, as threads may share a model
         self._last: tuple[list[weakref.ref[Tensor]], object, Any] = [], None, None
 
-    def __call__(self, compute: Callable[[], Any], tensors: Iterable[Tensor], *others: object) -> Any:
+    def __call__(self, compute: Callable[[], T], tensors: Iterable[Tensor], *others: object) -> T:
         """`compute()`, or its last value if `tensors` and `others` have not changed since."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
@@ -131,7 +132,7 @@ class WeightCache:
             self._last = [weakref.ref(t) for t in tensors], key, value
         return value
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copy is empty."""
         return WeightCache, ()
 

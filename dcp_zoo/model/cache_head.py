@@ -8,7 +8,7 @@ ProKeR (Bendou et al., CVPR 2025) solves for other values.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class CacheHead(LinearHead):
     def _own_reading(self) -> Reading:
         return Reading(self.encoder, self.encoder.widths, self.encoder.read, self._no_linear)
 
-    def _no_linear(self) -> Any:
+    def _no_linear(self) -> NoReturn:
         raise ZooError(
             f"A head of {self.method} keeps its training images, and its logits are no linear function of features: it "
             "cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."

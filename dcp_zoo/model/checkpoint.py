@@ -8,12 +8,12 @@ statistics, and those of its text probe, if it has one: `classifier.weight` and 
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,7 +108,7 @@ def head_config(head: "Head", info: Values) -> Values:
 
 def _encoders(head: "Head") -> Values:
     """What a checkpoint says of image encoders beside CLIP, of which it holds no weights."""
-    encoders: Iterable[Any] = head.image_encoders if head.text_probe is not None else ()
+    encoders = head.image_encoders if head.text_probe is not None else ()
     said = [{"name": encoder.source, "fingerprint": encoder.fingerprint()} for encoder in encoders]
     return {"encoders": said} if said else {}
 

@@ -5,7 +5,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +112,7 @@ def sentences_of(names: Sequence[str], descriptions: Descriptions) -> dict[str, 
     return found
 
 
-def saved_texts(names: Sequence[str], texts: Texts) -> Any:
+def saved_texts(names: Sequence[str], texts: Texts) -> object:
     """The texts of these classes as plain JSON."""
     if isinstance(texts, Mapping):
         return sentences_of(names, texts)

@@ -19,7 +19,7 @@ from dcp_zoo.model.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_te
 from dcp_zoo.model.inputs import Features, Images, Tokens, as_inputs
 from dcp_zoo.model.tokens import Tokenizer
 from dcp_zoo.model.towers.open_clip import VisionTower, call
-from dcp_zoo.model.towers.text import Runner, TextTower, prompted_text, tokenize_names
+from dcp_zoo.model.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
 
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
@@ -71,7 +71,7 @@ class FrozenCLIP(nn.Module):
         """Another CLIP of the same kind, such as a copy that a method trains."""
         return FrozenCLIP(clip, self.tokenizer, self.pretrained_cfg, self.architecture, self.source)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> "FrozenCLIP":
         """Set training mode; CLIP stays in eval mode."""
         super().train(mode)
         self.clip.eval()
@@ -186,7 +186,7 @@ class FrozenCLIP(nn.Module):
         """The embeddings (n, Dt) of a phrase's first tokens."""
         return self.text.token_embedding(self.tokenize([phrase])[0, tokens.start_tokens(self.tokenizer) :][:n]).float()
 
-    def tokenize_names(self, names: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
+    def tokenize_names(self, names: Sequence[str], n_ctx: int, texts: Texts = NAME) -> TextChunks:
         """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit."""
         return tokenize_names(names, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
 

@@ -42,7 +42,7 @@ class DCPConfig(Checked):
     )
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> "DCPConfig":
+    def from_options(cls, options: Values) -> "DCPConfig":
         """A config from keyword options; ZooError lists the valid ones if one is unknown."""
         check(cls.__name__, problems(options, cls))
         return cls(**options)

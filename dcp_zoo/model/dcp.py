@@ -6,7 +6,6 @@ Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (visio
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ class DCP(Head):
         tokenizer: Tokenizer | None = None,
         stats: str | None = None,
         texts: Texts = TEMPLATE,
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(clip, tokenizer)
         self.method, self.abilities = "dcp", Abilities(coupled=True)
@@ -383,10 +382,6 @@ class DCP(Head):
         state.pop("stored_stats", None)
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats
-
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: Any) -> Path:
-        """See `Head.save_pretrained`."""
-        return super().save_pretrained(directory, dtype, **info)
 
     def fuse(self) -> FusedHead:
         chosen, self.stats = self._stats, "stored"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import call_linear, in_eval_mode
+from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.clip import joined, parts_of
 from dcp_zoo.model.inputs import Tokens
 from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.model.towers import vision_tower
-from dcp_zoo.model.towers.open_clip import OpenClipBlock, OpenClipViT, VisionTower
+from dcp_zoo.model.towers.open_clip import OpenClipViT, VisionTower
 
 
 class ImageTower(nn.Module):
@@ -107,25 +107,6 @@ class FusedHead(ImageTower):
         return nearest(features[:, -self.means.shape[1] :].float() * self.unit, self.means)
 
 
-class Attention(nn.Module):
-    """open_clip's attention in linear layers, which torch can quantise; `gamma`, (D,) or 1, scales its output."""
-
-    def __init__(self, attn: Any, gamma: Tensor | float) -> None:
-        super().__init__()
-        d, self.num_heads = attn.out_proj.weight.shape[0], attn.num_heads
-        self.query = linear_layer(attn.in_proj_weight[:d], attn.in_proj_bias[:d])
-        self.key_value = linear_layer(attn.in_proj_weight[d:], attn.in_proj_bias[d:])
-        self.out_proj = scaled_layer(attn.out_proj, gamma)
-
-
-class FoldedBlock(OpenClipBlock):
-    """open_clip's block after `fold`."""
-
-    def project(self, normed: Tensor, parts: str) -> Tensor:
-        attn = self.module.attn
-        return call_linear(attn.query if parts == "q" else attn.key_value, normed)
-
-
 @torch.no_grad()
 def fold(tower: VisionTower) -> None:
     """Fold what multiplies a whole layer of open_clip's blocks into its weights: the layer scales, and the factors of
@@ -137,23 +118,18 @@ def fold(tower: VisionTower) -> None:
         if type(mlp.gelu).__name__ == "QuickGELU":
             mlp.gelu, quick = nn.SiLU(), 1.702
         gamma_1, gamma_2 = (getattr(layer_scale, "gamma", 1.0) for layer_scale in (block.ls_1, block.ls_2))
-        block.attn = Attention(block.attn, gamma_1)
+        block.attn.out_proj = scaled_layer(block.attn.out_proj, gamma_1)
         mlp.c_fc, mlp.c_proj = scaled_layer(mlp.c_fc, quick), scaled_layer(mlp.c_proj, gamma_2, 1 / quick)
         block.ls_1 = block.ls_2 = nn.Identity()
-    tower.blocks = [FoldedBlock(block) for block in tower.visual.transformer.resblocks]
-
-
-def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer with these tensors."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight, layer.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
-    return layer
 
 
 def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -> nn.Linear:
     """A layer whose output is multiplied by `gamma`, (D,) or 1, and its input by `factor`."""
     rows = gamma[:, None] if isinstance(gamma, Tensor) else gamma
-    return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)
+    weight, bias = layer.weight * (rows * factor), layer.bias * gamma
+    scaled = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    scaled.weight, scaled.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
+    return scaled
 
 
 def _shared(visual: nn.Module) -> Any:

@@ -274,13 +274,13 @@ class Head(TimmContract):
             self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
         self._info = info
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = torch.float32, **info: Any) -> Path:
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
         ZooError if a trained tensor is not finite, or the directory is not writable or another process's.
 
         Args:
             directory: created if needed; a head that is there is replaced as a whole.
-            dtype: of the tensors; a DCP's default is float16 for those that it holds exactly, as after training, and
+            dtype: of the tensors; by default float16 for those that it holds exactly, as a DCP's after training, and
                 float32 for others. Those of the text probe that logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
         """

@@ -40,7 +40,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("scale", std / own_std, persistent=False)
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> "ImageEncoder":
         """Set training mode; the model stays in eval mode."""
         super().train(mode)
         self.model.eval()

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
 
+Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
@@ -74,7 +74,7 @@ class TimmContract(ClassEditing):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[Tensor, list[Any]] | list[Any]:
+    ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate]:
         """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in `forward_features`,
         and a list with one entry per block, in order. ZooError for a block that does not exist, or an unknown format.
 
@@ -99,7 +99,7 @@ class TimmContract(ClassEditing):
         patches = [x[:, tower.num_prefix :] for x in intermediates]
         if output_fmt == "NCHW":
             patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
-        outputs: list[Any] = patches
+        outputs: list[Intermediate] = [*patches]
         if return_prefix_tokens:
             outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
         if intermediates_only:

@@ -12,7 +12,6 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -134,7 +133,10 @@ def kept_features(folder: str | os.PathLike[str] | None = None) -> Iterator[None
 
 
 def per_image(
-    images: Sequence[Any], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Iterable[Tensor]]
+    images: Sequence[str | Path | Image.Image],
+    setting: Callable[[], str],
+    views: int,
+    compute: Callable[[Sequence[int]], Iterable[Tensor]],
 ) -> Tensor:
     """Tensors (views, n, ...) of images for `load_image`, of which view 0 is the same with one view and with two:
     `compute` of all, or inside `kept_features` of those that are not kept. `setting` says what they depend on besides

@@ -1,12 +1,12 @@
-"""What happens after each epoch of training: curves, TensorBoard, Weights & Biases, early stopping."""
+"""What happens after each epoch of training: curves, and early stopping; a tracker such as Weights & Biases is a few
+lines, see docs/python.md."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 
 VALIDATIONS = 20  # times that the validation images are classified during a run, spread evenly
@@ -97,43 +97,3 @@ class EarlyStopping(Callback):
     def on_end(self, model: nn.Module) -> None:
         for name, weight in self.weights.items():
             model.get_parameter(name).copy_(weight)
-
-
-class TensorBoard(Callback):
-    """Writes curves for TensorBoard (`pip install 'dcp_zoo[tracking]'`). `folder` is for `tensorboard --logdir`."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = folder
-
-    def on_start(self, model: nn.Module, recipe: Values) -> None:
-        import_extra("tensorboard", "tracking")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.folder))
-
-    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
-        for name, value in epoch.values.items():
-            if name not in ("epoch", "step"):
-                self._writer.add_scalar(name, value, epoch.step)
-
-    def close(self) -> None:
-        self._writer.close()
-        del self._writer
-
-
-class WeightsAndBiases(Callback):
-    """Logs the recipe and the curves as a run of Weights & Biases (`pip install 'dcp_zoo[tracking]'`). `options` are
-    arguments of `wandb.init`, such as project="flowers"."""
-
-    def __init__(self, **options: object) -> None:
-        self.options = options
-
-    def on_start(self, model: nn.Module, recipe: Values) -> None:
-        self._run = import_extra("wandb", "tracking").init(**{"config": recipe, **self.options})
-
-    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
-        self._run.log(epoch.values, step=epoch.step)
-
-    def close(self) -> None:
-        self._run.finish()
-        del self._run

@@ -1,9 +1,7 @@
 """What a run computes on: the device, its precision, and its memory."""
 
 import os
-import sys
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -58,7 +56,7 @@ def cast_frozen(model: Head, precision: str) -> None:
             p.data = p.data.to(computed_in(precision, p.device))
 
 
-def autocast(device: torch.device, precision: str) -> Any:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The autocast context of a precision; a null context for float32. ZooError for an unknown precision."""
     check_choice("precision", precision, PRECISIONS)
     dtype = computed_in(precision, device)
@@ -90,15 +88,3 @@ def total_memory(device: torch.device) -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DEFAULT_MEMORY
-
-
-def peak_memory(device: torch.device) -> int:
-    """The largest memory of this process on the device so far, in bytes; 0 where the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

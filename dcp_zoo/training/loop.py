@@ -20,10 +20,10 @@ from dcp_zoo.files import format_duration
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
-from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
+from dcp_zoo.training.device import autocast, needs_checkpointing
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
@@ -32,8 +32,10 @@ MEASURED_STEPS = 4  # before their time is told
 
 def descend(
     state: TrainingState,  # which has begun with its optimizer and precision
-    loss_of: Callable[..., Any],  # of a batch's tensors: the loss, or the loss and another value to report in its place
-    batches: Iterable[Any],  # at least the remaining steps' tuples of tensors
+    loss_of: Callable[
+        ..., Tensor | tuple[Tensor, Tensor]
+    ],  # of a batch's tensors: the loss, or the loss and another value to report in its place
+    batches: Iterable[Batch],  # at least the remaining steps' tuples of tensors
     lr_at: Callable[[int], float],  # learning rate of a step, counted from 0
     steps: int,  # of the whole run
     progress: Progress = no_progress,
@@ -130,14 +132,12 @@ def train(
     """
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(recipe, trained)
+    trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, max(sizes)))
     model.train()
     sums = average.begin(trained) if average else []
-    run = (state or TrainingState()).begin(optimizer, precision, sums)
-    losses, per_epoch = run.losses, len(sizes)
-    steps = recipe.num_epochs * per_epoch
+    run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
+    losses, steps = run.losses, recipe.num_epochs * per_epoch
     numbers = sum(p.numel() for p in trained)
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
     after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks, validation)
@@ -153,13 +153,11 @@ def train(
     if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
         steps = len(losses)
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
-    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-    shown = timed(progress, log, model.device, faster)
     with ExitStack() as closing:
         for callback in callbacks:
             callback.on_start(model, recipe.as_dict())
             closing.callback(callback.close)
+        shown = timed(progress, log, recipe)
         descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
         if average:
             average.finish(trained, len(losses) // per_epoch)
@@ -171,18 +169,20 @@ def train(
     return losses
 
 
-def timed(progress: Progress, log: Log, device: torch.device, faster: str) -> Progress:
+def timed(progress: Progress, log: Log, recipe: TrainingRecipe) -> Progress:
     """A progress bar; after a few steps the log says how long all of them take, and what is faster."""
+    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
+    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
 
-    def wrapped(steps: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    def wrapped(steps: Iterable[Batch], description: str, total: int) -> Iterator[Batch]:
         started = 0.0
         for n, step in enumerate(progress(steps, description, total)):
             if n == 1:  # the first step is slower
                 started = perf_counter()
             elif n == MEASURED_STEPS:
-                seconds, memory = (perf_counter() - started) / (n - 1), peak_memory(device) / 2**30
+                seconds = (perf_counter() - started) / (n - 1)
                 left = format_duration(seconds * (total - n))
-                log(f"{seconds:.2g} s per step, {memory:.1f} GB of memory: about {left} left. Faster: {faster}.")
+                log(f"{seconds:.2g} s per step: about {left} left. Faster: {faster}.")
             yield step
 
     return wrapped
@@ -275,7 +275,7 @@ def _after_step(
     return after
 
 
-def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
+def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Batch]:
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     for epoch in range(done // per_epoch, recipe.num_epochs):
         first, generator = max(0, done - epoch * per_epoch), torch.Generator().manual_seed(_mix(seed, epoch))

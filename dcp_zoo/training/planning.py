@@ -129,11 +129,11 @@ def plan(
     seed: int = 1,
     recipe: RecipeLike = None,
     classifier: str | None = None,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, object] | None = None,
     device: str = "auto",
     precision: str = AUTO,
     class_weight: ClassWeights = None,
-    labels: Sequence[Any] | None = None,
+    labels: Sequence[object] | None = None,
     encoder: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Run:
@@ -176,7 +176,7 @@ def load_for_training(
     return training_split(images, test)
 
 
-def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
+def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[object]) -> Run:
     """The run with weights of its classes, by label, of mean 1 over the images; a text probe is balanced anyway."""
     if class_weight == "balanced" and run.recipe.classifier != "none" and not run.recipe.is_trained:
         return run

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.nn import functional as F
@@ -68,7 +68,7 @@ def train_head(
     run: Run,
     output: Path | None = None,
     options: RunOptions | None = None,
-    measured: Mapping[str, Any] | None = None,
+    measured: Mapping[str, object] | None = None,
     *,
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
@@ -239,7 +239,7 @@ def _is_head_of(folder: Path, run: Run) -> bool:
     return same_model and same_texts and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 
-def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, Any]) -> Values:
+def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, object]) -> Values:
     """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
     state of another run is rejected."""
     of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}

@@ -25,6 +25,7 @@ from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
+Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if there are any
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
 VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
@@ -59,7 +60,7 @@ class ImageSource:
 
     clip: FrozenCLIP
     items: Sequence[Item]
-    transform: Callable[[Any], Tensor]
+    transform: Callable[..., Tensor]
     views: Tensor | None = None
     form: Callable[[Tensor], Inputs] = Pixels
     workers: int = 0
@@ -138,7 +139,7 @@ class ImageSource:
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None = None, *, first: int = 0, drop_last: bool = True
-    ) -> Iterable[Any]:
+    ) -> Iterable[Batch]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
         `targets` then (inputs, labels, targets). Random draws depend only on the generator, for crops without one on
         torch's random state, not on the number of workers or the `first` batch read."""
@@ -166,7 +167,7 @@ class ImageSource:
         return DataLoader(dataset, batch_sampler=batches[first:], pin_memory=pinned, collate_fn=collate, **settings)
 
 
-def _collated(form: Callable[[Tensor], Inputs], samples: list[Any]) -> tuple[Any, ...]:
+def _collated(form: Callable[[Tensor], Inputs], samples: list[Any]) -> Batch:
     """Samples (x, label), or ((x, label), target) -> a batch (inputs, labels), or (inputs, labels, targets)."""
     batch = default_collate(samples)
     (x, labels), *targets = batch if isinstance(batch[0], (tuple, list)) else [batch]
@@ -230,7 +231,9 @@ def encode_views(
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
-            read: Iterable[Any] = zip(*(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True)
+            read: Iterable[tuple[Tensor, ...]] = zip(
+                *(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True
+            )
         else:
             pixels = (inputs.x for inputs, _ in part.batches(VIEW_BATCH))
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ class TrainingState:
     def __init__(
         self,
         path: Path | None = None,  # a sha256, a line end and the output of `torch.save`; None saves nothing
-        run: Mapping[str, Any] | None = None,  # plain values that identify the run
+        run: Mapping[str, object] | None = None,  # plain values that identify the run
         every: float = SAVE_EVERY,
         log: Log = no_log,
         stop: Callable[[], bool] = never,  # called after every step, True stops the training
@@ -192,7 +191,7 @@ def _reason(error: BaseException) -> str | None:
     return None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """The differences between two mappings of plain values, as "name before instead of now", nested ones included."""
     different = []
     for name in {**before, **now}:

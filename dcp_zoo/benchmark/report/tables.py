@@ -160,26 +160,6 @@ def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
     return results.assign(label=results.label + shots)
 
 
-def all_settings(results: "pd.DataFrame") -> Table:
-    """All settings, with the accuracy of each seed."""
-    seeds = sorted(set(results.seed) - {0})
-    by = ["protocol", "label", "dataset", "target", "classes", "shots"]
-    rows = []
-    for key, group in results.groupby(by, sort=False):
-        values = group.set_index("seed").top1
-        numbers = [values.get(seed) for seed in seeds] + [values.mean(), values.std()]
-        numbers += [group.ece.mean(), group.nll.mean(), group.train_seconds.mean()]
-        cells = (EMPTY if x is None or x != x else f"{x:.2f}" for x in numbers)
-        rows.append([key[1], key[0], *map(str, key[2:]), *cells])
-    header = ["method", "protocol", "trained on", "tested on", "classes", "shots"]
-    header += [*(f"seed {s}" for s in seeds), "mean", "std", "ECE", "NLL", "train s"]
-    note = (
-        "Top-1 and expected calibration error (ECE) in percent, negative log-likelihood (NLL) in nats; std over seeds; "
-        "training time in seconds, mean over seeds."
-    )
-    return Table("All settings", header, rows, note)
-
-
 TESTED = ["dataset", "target", "classes"]
 CONFIDENCE = 0.95
 

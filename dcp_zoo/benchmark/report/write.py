@@ -133,7 +133,6 @@ def _section(results: "pd.DataFrame", files: dict[str, str]) -> Values:
     ]
     section["ece"], section["nll"] = (tables.few_shot_tables(results, value) for value in ("ece", "nll"))
     section["options"] = tables.options_against_default(results)
-    section["runs"] = tables.all_settings(results)
     section["curves"], section["description"] = learning_curves(results)
     section["figure"] = name = file_name(f"learning-curves-{model}-{weights}.svg")
     if section["curves"]:

@@ -4,12 +4,12 @@ Features (n, E) and labels (n,), computed on the CPU.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
@@ -18,21 +18,22 @@ ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # of a loss: its value and gradient at a place
 
 
-def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
-    """Where a convex loss is lowest, by torch's L-BFGS with these `options` and a line search from `start`."""
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
+    """Where a convex loss is lowest, by torch's L-BFGS with a line search from `start`."""
 
     def slope(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             value = loss(x.requires_grad_())
         return value.detach(), torch.autograd.grad(value, x)[0]
 
-    return lowest_point(slope, start, **options)
+    return lowest_point(slope, start, max_iter, tolerance_grad)
 
 
-def lowest_point(slope: Slope, start: Tensor, **options: Any) -> Tensor:
+def lowest_point(slope: Slope, start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
     """`minimum`, of a loss whose value and gradient are given."""
     found = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
+    options: Values = {"max_iter": max_iter, "tolerance_grad": tolerance_grad, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([found], **options)
 
     @torch.no_grad()
     def closure() -> Tensor:

@@ -239,12 +239,15 @@ def without_evidence(loss: Tensor, classes: int, groups: int) -> Tensor:
 
 
 def fold_masks(labels: Tensor) -> list[Tensor]:
-    """Which of the training images (n,) each fold leaves out: a quarter, or more if no class has four; a class's only
-    image never. Of more than `ENOUGH` images the first fold alone."""
+    """Which of the training images (n,) each of the `all_folds` leaves out; of more than `ENOUGH` the first alone."""
+    return all_folds(labels)[: 1 if len(labels) > ENOUGH else FOLDS]
+
+
+def all_folds(labels: Tensor) -> list[Tensor]:
+    """Masks (n,) of images to leave out: a quarter, or more if no class has four; a class's only image never."""
     counts, position = torch.bincount(labels), within_class(labels)
     number = min(FOLDS, int(counts.max()))
-    folds = 0 if number == 1 else 1 if len(labels) > ENOUGH else number
-    return [(position % number == fold) & (counts[labels] > 1) for fold in range(folds)]
+    return [(position % number == fold) & (counts[labels] > 1) for fold in range(number if number > 1 else 0)]
 
 
 def within_class(labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from dcp_zoo.model.image_encoder import ImageEncoder
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.training.sources import Batch, ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.registry import get_spec
 
+T = TypeVar("T")
 Loss = Callable[[Any, Tensor], Tensor]  # inputs and labels of a batch -> its loss
 Schedule = Callable[[int], float]  # the learning rate of each step
 # of heads: any class names; its own only; also fitted to features of its images; also no linear function of features
@@ -176,7 +177,6 @@ class Method:
         trains: whether it uses training images, besides those of a text probe after it.
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
-        text: whether it needs text.
     """
 
     name: str
@@ -188,7 +188,6 @@ class Method:
     trains: bool = True
     chooses: bool = False
     features: bool = False
-    text: bool = True
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters for this task, with the model's budget if prompts are trained, and otherwise
@@ -212,7 +211,7 @@ class Method:
         return self.trains or recipe.classifier != "none"
 
 
-def most_accurate(candidates: Iterable[tuple[Any, Tensor]], labels: Tensor) -> Any:
+def most_accurate(candidates: Iterable[tuple[T, Tensor]], labels: Tensor) -> T:
     """The value of the pair (value, logits (n, C)) that classifies the most images correctly, the first on a tie."""
     hits = [(int((logits.argmax(-1).cpu() == labels).sum()), value) for value, logits in candidates]
     return max(hits, key=lambda pair: pair[0])[1]
@@ -223,7 +222,7 @@ def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     return clip.with_clip(copy.deepcopy(clip.clip))
 
 
-def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
+def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Batch]:
     """An endless stream of (inputs, labels) batches, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -237,7 +236,7 @@ def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -
 
 
 def minimise(
-    task: Task, loss: Loss, optimizer: torch.optim.Optimizer, batches: Iterable[Any], lr_at: Schedule, steps: int
+    task: Task, loss: Loss, optimizer: torch.optim.Optimizer, batches: Iterable[Batch], lr_at: Schedule, steps: int
 ) -> list[float]:
     """`descend` without a state that is saved; returns the loss of every step."""
     state = TrainingState().begin(optimizer, task.precision)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +62,8 @@ def frozen_tokens(
     def enter(inputs: Inputs) -> Tensor:
         return model.encoder.enter(inputs, first).x.half()
 
-    stored: Any = {
-        "views": encode_views(source, enter, source.num_views, progress),
-        "form": partial(Tokens, block=first),
-    }
-    return replace(source, **stored, flips=False), replace(fixed, **stored)
+    views, form = encode_views(source, enter, source.num_views, progress), partial(Tokens, block=first)
+    return replace(source, views=views, form=form, flips=False), replace(fixed, views=views, form=form)
 
 
 def new_model(task: Task) -> DCP:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import LinearHead
-from dcp_zoo.model.text_probe.fit import FOLDS, text_scale, within_class
+from dcp_zoo.model.text_probe.fit import all_folds, text_scale
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 from dcp_zoo.training.methods.text_probe import probe_views
 from dcp_zoo.training.recipes import BaseRecipe, count, option
@@ -42,15 +42,10 @@ def fit(task: Task) -> LinearHead:
 def scale_of(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> float:
     """The scale of the logits with the least loss on images that were left out, of classes with several: features
     (V, n, E), labels (n,)."""
-    counts, position = torch.bincount(labels), within_class(labels)
-    folds, several = min(FOLDS, int(counts.max())), counts[labels] > 1
-    if not several.any():
+    if not (folds := all_folds(labels)):
         return ALONE
-    logits = torch.zeros(len(labels), len(counts))
-    for fold in range(folds):
-        out = (position % folds == fold) & several
-        logits[out] = F.linear(views[0, out], *regression(views[:, ~out], labels[~out], recipe))
-    return text_scale(logits[several], labels[several])
+    rows = [F.linear(views[0, out], *regression(views[:, ~out], labels[~out], recipe)) for out in folds]
+    return text_scale(torch.cat(rows), torch.cat([labels[out] for out in folds]))
 
 
 def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Linear:
@@ -68,4 +63,4 @@ def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Line
 
 
 PAPER = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
-LINEAR_PROBE = Method("linear-probe", "Linear probe", PAPER, fit, LinearProbeRecipe, FITTED, features=True, text=False)
+LINEAR_PROBE = Method("linear-probe", "Linear probe", PAPER, fit, LinearProbeRecipe, FITTED, features=True)

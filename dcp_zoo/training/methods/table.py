@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.training.recipes import AUTHORS, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe, read_recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: as accurate on the miniature in a fraction of the time, see docs/results.md
-RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
+RecipeLike = BaseRecipe | Mapping[str, object] | str | Path | None
 GROUP = "dcp_zoo.methods"
 OWN = {  # module and object in this package, in the order of tables
     "zero-shot": "zero_shot:ZERO_SHOT",

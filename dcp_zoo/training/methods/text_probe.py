@@ -6,7 +6,6 @@ zero-shot CLIP, by whose `fit` it is made, because its recipe names it.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ def fit_probe(
     unseen = on_cpu(head.zero_shot_linear())
     typical = torch.tensor([not item.added for item in train.items])
     head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical)
-    thresholds: Any = info.get("thresholds")
+    thresholds = info.get("thresholds")
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]

@@ -36,8 +36,8 @@ def main(
 ) -> None:
     """Compare the bundled miniature with CLIP ViT-B/32 on Caltech-101's test images: their image features, and
     zero-shot accuracy on the classes whose name has one of CLIP's text vectors, and that of the miniature's teacher on
-    all classes. Few-shot methods then run on the features of these classes with `dcp-zoo benchmark few-shot --features
-    FEATURES --models dcp_mini --datasets caltech101 --seeds 1`, as `benchmarks/real_clip.py` has them run on CLIP's.
+    all classes. Few-shot methods then run on the features of these classes with `benchmarks/given_features.py
+    FEATURES --model dcp_mini --datasets caltech101`, as `benchmarks/real_clip.py` has them run on CLIP's.
     """
     real, text = (dict(np.load(clip_folder / name)) for name in ("caltech101.npz", "text_vitb32.npz"))
     clip = plain_clip("dcp_mini")
