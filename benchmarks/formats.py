@@ -13,7 +13,6 @@ few-shot draw.
 import argparse
 import csv
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,9 +24,7 @@ from dcp_zoo import create_model, create_transform
 from dcp_zoo.data import few_shot, load_image, load_split
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-
-sys.path.append(str(Path(__file__).parents[1] / "hub"))
-from int8 import calibration, export_int8
+from dcp_zoo.deploy.quantize import calibration
 
 HEAD = "dcp_mini.caltech101-16shot"
 IMAGES, BATCH, REPEATS = 40, 8, 7
@@ -52,10 +49,8 @@ def main() -> None:
         for precision, where in VARIANTS:
             file = (args.files or Path(temporary)) / f"{precision}-{where}.onnx"
             if not file.exists():
-                if precision == "int8":
-                    export_int8(model, file, calibration(model, split))
-                else:
-                    export(model, file, preprocessing=where, precision=precision)
+                data = calibration(model, split) if precision == "int8" else None
+                export(model, file, preprocessing=where, precision=precision, calibration=data)
             exported = OnnxClassifier(file, threads=1)
             if where == "inside":
                 found = np.concatenate([exported(np.asarray(image)[None]) for image in photographs])

@@ -95,16 +95,12 @@ def export_file(name: str, precision: str, folder: Path) -> None:
 
     from dcp_zoo.deploy.export import export
     from dcp_zoo.deploy.onnx_classifier import normalise
+    from dcp_zoo.deploy.quantize import Calibration
 
-    model, file = random_model(name), folder / f"{precision}.onnx"
-    if precision != "int8":
-        export(model, file, precision=precision)
-        return
-    sys.path.append(str(Path(__file__).parents[1] / "hub"))
-    from int8 import Calibration, export_int8
-
+    model = random_model(name)
     images = normalise(pixels(name), model.pretrained_cfg)
-    export_int8(model, file, Calibration(images, images, np.zeros(BATCH, int), "random", max_drop=100))
+    data = Calibration(images, images, np.zeros(BATCH, int), "random", max_drop=100)
+    export(model, folder / f"{precision}.onnx", precision=precision, calibration=data if precision == "int8" else None)
 
 
 def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:

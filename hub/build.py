@@ -19,7 +19,7 @@ from publish import Release
 from rich.markup import escape
 from typer import Typer
 
-from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
+from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
 from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
@@ -207,13 +207,14 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
 
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     folder = options.output or Path(os.devnull)
-    heads, done = states(folder, trials), store.done(folder)
-    output.print(*grid_tables(trials, done))
+    heads, results = states(folder, trials), store.results(folder)
+    output.print(*grid_tables(trials, results))
     show_states(heads)
-    steps = sum(trial.steps for trial in trials if trial.key not in done)
-    work = f"{steps:,} training steps."
+    todo = [trial for trial in trials if trial.key not in results]
+    work = estimate.describe(todo, results.values())
     if (given := options.step_seconds) is not None:
-        work += f" If a step takes {given:g} s: {format_duration(given * steps)} of training in sequence."
+        seconds = given * sum(map(estimate.steps, todo))
+        work += f" If a step takes {given:g} s: {format_duration(seconds)} of training in sequence."
     size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
     needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
     output.print(

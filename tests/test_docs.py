@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import build
 import convert
-import int8
 import pictures
 import publish
 import pytest
@@ -43,7 +42,6 @@ NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 SCRIPTS = {
     "hub/build.py": build.app,
     "hub/convert.py": convert.app,
-    "hub/int8.py": int8.app,
     "hub/publish.py": publish.app,
     "benchmarks/submit.py": submit.app,
 }

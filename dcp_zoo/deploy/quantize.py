@@ -1,10 +1,6 @@
-"""A head as an ONNX file in int8: weights and activations are quantised, by their ranges on 128 training images, and
-top-1 is compared on labelled ones. See `python hub/int8.py --help`; in Python by `export_int8`.
-"""
+"""Static int8 quantisation of an exported ONNX file, calibrated on training images and checked on labelled ones."""
 
-import json
 import logging
-import shutil
 import statistics
 import tempfile
 import timeit
@@ -12,26 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from typer import Argument, Option, Typer
 
-from dcp_zoo import create_model, create_transform
-from dcp_zoo.cli import main
-from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import output
-from dcp_zoo.data import Split, load_split
+from dcp_zoo.data import Split
 from dcp_zoo.data.dataset import ImageDataset
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.splits import Item, few_shot
-from dcp_zoo.deploy.export import export
-from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
+from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.head import Head
 
-app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 MAX_DROP = 1.0  # percentage points of top-1
 CALIBRATING, CHECKING = 128, 1000  # at most so many images for either
 RUN_IMAGES = 8  # at once
@@ -52,6 +39,8 @@ class Calibration:
 def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibration:
     """Images for int8: the head's training images and, for the check, validation or test images if there are any.
     ZooError for images of other classes than the head's."""
+    from dcp_zoo.zoo.factory import create_transform
+
     if split.classnames != model.classnames:
         raise ZooError("int8 needs images of the head's own classes, in its order: pass such a split.")
     info, transform = model.info, create_transform(model)
@@ -70,20 +59,6 @@ def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibr
     return Calibration(images, checked, labels, part, max_drop)
 
 
-def export_int8(model: Head, path: Path, data: Calibration) -> Path:
-    """`dcp_zoo.export` to ONNX, in int8; the metadata say what that costs, see `quantize`. ZooError as of both."""
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(export(model, Path(folder) / "model.onnx"))
-        info = OnnxClassifier(file).info | {"precision": "int8", "quantization": quantize(file, data)}
-        quantised = onnx.load(file)
-        onnx.helper.set_model_props(quantised, {METADATA_KEY: json.dumps(info)})
-        onnx.save(quantised, file)
-        shutil.move(file, path)
-    return path
-
-
 def quantize(path: str, data: Calibration) -> Values:
     """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`; what
     that costs and saves. ZooError if top-1 falls by more than `data.max_drop`."""
@@ -97,7 +72,7 @@ def quantize(path: str, data: Calibration) -> Values:
     top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
     if top1[0] - top1[1] > data.max_drop:
         images = f"on {len(data.labels)} {data.part} images, by more than {data.max_drop:g}: nothing was written"
-        advice = "Export with --precision float16, or allow more: --max-drop 5."
+        advice = 'Export with precision="float16", or allow more: calibration(..., max_drop=5).'
         raise ZooError(f"int8 lowers top-1 from {top1[0]:.1f} to {top1[1]:.1f} % {images}. {advice}")
     return {
         "top1_float32": round(top1[0], 2),
@@ -150,27 +125,3 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
 
 def _in_runs(images: np.ndarray) -> list[np.ndarray]:
     return [images[i : i + RUN_IMAGES] for i in range(0, len(images), RUN_IMAGES)]
-
-
-@app.command(cls=opt.Command)
-def int8(
-    head: Annotated[str, Argument(metavar="HEAD", help=opt.HEAD)],
-    file: Annotated[Path, Option("--output", help="The ONNX file.")],
-    dataset: Annotated[str, Option(help="The dataset it was trained on, or `folder`.")],
-    data_root: opt.DataRoot = None,
-    max_drop: Annotated[float, Option(help="Percentage points of top-1 that it may lose.")] = MAX_DROP,
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Export a head to ONNX in int8, unless that costs too much accuracy.
-
-    [dim]python hub/int8.py dcp_mini.caltech101-16shot --dataset caltech101 --data-root DATA --output int8.onnx[/]
-    """
-    check_output(file, overwrite)
-    model = create_model(opt.head_name(head), True).eval()
-    export_int8(model, file, calibration(model, load_split(dataset, data_root), max_drop))
-    costs = OnnxClassifier(file).info["quantization"]
-    output.print(f"Wrote {file}: top-1 {costs['top1_float32']} % in float32, {costs['top1_int8']} % in int8.")
-
-
-if __name__ == "__main__":
-    main(app)
