@@ -13,8 +13,6 @@ from dcp_zoo.fields import Values
 
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
-
-
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # of a loss: its value and gradient at a place
 
 
