@@ -19,7 +19,7 @@ from publish import Release
 from rich.markup import escape
 from typer import Typer
 
-from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
+from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
@@ -211,9 +211,10 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
     output.print(*grid_tables(trials, results))
     show_states(heads)
     todo = [trial for trial in trials if trial.key not in results]
-    work = estimate.describe(todo, results.values())
+    steps = sum(trial.steps for trial in todo)
+    work = f"{steps:,} training steps."
     if (given := options.step_seconds) is not None:
-        seconds = given * sum(map(estimate.steps, todo))
+        seconds = given * steps
         work += f" If a step takes {given:g} s: {format_duration(seconds)} of training in sequence."
     size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
     needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
