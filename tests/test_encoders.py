@@ -1,8 +1,10 @@
 """Image encoders of timm beside CLIP: through training, files and every deployed form."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -136,6 +138,22 @@ def test_errors_name_the_choices(encoders, pictures, monkeypatch):
     classifier = FewShotClassifier(encoder=encoders["transformer"]).fit(*pictures)
     with pytest.raises(ZooError, match="not of dcp_mini"):
         FewShotClassifier().fit(classifier.transform(pictures[0]), pictures[1])
+
+
+def test_a_benchmark_measures_methods_with_and_without_an_encoder(encoders, pictures, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    for i, (image, label) in enumerate(zip(*pictures, strict=True)):
+        Path("PHOTOS", label).mkdir(parents=True, exist_ok=True)
+        image.save(f"PHOTOS/{label}/{i}.png")
+    options = "--methods text-probe,gda --datasets folder --shots 1 --seeds 1 --output SWEEP --encoders".split()
+    grid = ["benchmark", "few-shot", "--data-root", "PHOTOS", *options]
+    assert "timm has no pretrained image model 'resnet999'" in run.refused(*grid, "resnet999")
+    run.ok(*grid, encoders["transformer"])
+    rows = pd.read_csv("SWEEP/results.csv").fillna("")
+    beside = f"encoder={encoders['transformer']}"
+    assert {*zip(rows.method, rows.options, strict=True)} == {("gda", ""), ("text-probe", ""), ("text-probe", beside)}
+    nll = rows.set_index(["method", "options"]).nll
+    assert nll["text-probe", beside] != nll["text-probe", ""]
 
 
 def test_suggested_encoders_say_their_licence():

@@ -37,11 +37,13 @@ class Trial:
     seed: int
     targets: tuple[str, ...] = ()  # the test datasets; empty: `dataset`
     options: tuple[tuple[str, object], ...] = ()  # changes to the method's recipe, sorted by name
+    encoder: str = ""  # an image model of timm that the text probe reads beside CLIP
 
     @property
     def changes(self) -> str:
-        """The options as text: "coupling=text_to_vision,depth=3"."""
-        return ",".join(f"{name}={value}" for name, value in self.options)
+        """What differs from the method alone, as text: "coupling=text_to_vision,depth=3"."""
+        encoder = [("encoder", self.encoder)] * bool(self.encoder)
+        return ",".join(f"{name}={value}" for name, value in [*self.options, *encoder])
 
     @property
     def key(self) -> str:
@@ -121,6 +123,7 @@ class Settings:
         words += [f"--datasets {trial.dataset}"]
         words += [f"--shots {trial.shots} --seeds {trial.seed}"] if trial.shots else []
         words += [f"--set {name}={json.dumps(value)}" for name, value in trial.options]
+        words += [f"--encoders {trial.encoder}"] if trial.encoder else []
         words += ["--data-root DIR --output DIR"]
         words += [f"--descriptions {self.descriptions}"] if self.descriptions else []
         words += [f"--precision {self.precision}"] if self.precision != "float32" else []
@@ -197,12 +200,14 @@ def plan_trials(
     shots: Sequence[int] = (),
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[object]] | None = None,
+    encoders: Sequence[str] = (),
 ) -> list[Trial]:
     """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
     without training come first: they are fast and reveal missing files early.
 
     By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
-    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field."""
+    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field.
+    Methods with a text probe are also run with each of the image `encoders`, see `dcp_zoo.zoo.encoders`."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     models = [get_spec(model).name for model in models]
@@ -220,7 +225,9 @@ def plan_trials(
     for model, dataset in product(models, datasets or chosen.datasets):
         targets, found = chosen.targets(dataset), []
         for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
-            found.append(_trial(Trial(protocol, model, method, dataset, k, seed, targets), changes))
+            plain = _trial(Trial(protocol, model, method, dataset, k, seed, targets), changes)
+            has_probe = plain.recipe.classifier != "none"
+            found += [plain, *(replace(plain, encoder=encoder) for encoder in encoders if has_probe)]
         trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
     recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
     for name in options or ():

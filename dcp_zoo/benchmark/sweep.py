@@ -54,6 +54,7 @@ def run_trial(
         device=settings.device,
         precision=settings.precision,
         descriptions=settings.texts(trial.dataset),
+        encoder=trial.encoder or None,
     )
     started, options = time.perf_counter(), RunOptions(test=False, progress=progress)
     head, _ = train_head(run, None, options, clip=images.clip, subset=subset, read=images.read)

@@ -41,6 +41,9 @@ class BenchmarkOptions:
     shots: list[str] = several("Images per class. Default: the protocol's.")
     seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3.")
     changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
+    encoders: list[str] = several(
+        "Image models of timm, read beside CLIP by methods with a text probe in further rows."
+    )
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     device: opt.Device = "auto"
@@ -53,9 +56,13 @@ class BenchmarkOptions:
     def trials(self) -> list[Trial]:
         grid: Values = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
-        grid |= {"options": opt.parse_changes(self.changes)}
+        grid |= {"options": opt.parse_changes(self.changes), "encoders": split_commas(self.encoders)}
         if self.descriptions:
             read_descriptions(self.descriptions)  # its errors come before any work
+        if self.encoders:
+            from dcp_zoo.zoo.encoders import check_encoders
+
+            check_encoders(split_commas(self.encoders))
         return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
     def settings(self) -> Settings:
