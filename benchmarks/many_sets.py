@@ -17,6 +17,7 @@ probe on these features and one on the frozen tower's. CPU seconds of this last 
 import random
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +34,7 @@ from tuning import GrowingTable, of_class
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
-from dcp_zoo.model.clip import joined, parts_of
+from dcp_zoo.model.clip import FrozenCLIP, joined, parts_of
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
@@ -72,7 +73,18 @@ def planned(split: Split, method: str, seed: int) -> tuple[Run, Task]:
     if not METHODS[name].chooses:
         split = Split(split.name, split.classnames, split.train, [], split.test)
     run = plan(split, MODEL, name, seed=seed, recipe=RECIPES.get(method), classifier=classifier, device="cpu")
-    return run, run.task(split, plain_clip(MODEL))
+    return run, run.task(split, frozen_clip())
+
+
+@cache
+def frozen_clip() -> FrozenCLIP:
+    return plain_clip(MODEL)
+
+
+@cache
+def test_images(items: tuple[Item, ...]) -> ImageSource:
+    """Read once for all fits of a set, which have the same test images."""
+    return image_source(frozen_clip(), items, progress=progress_bar)
 
 
 def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
@@ -81,7 +93,7 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
     run, task = planned(split, method, seed)
     head, _ = fit(run, task, split, options=RunOptions(test=False, progress=progress_bar))
     trained = time.process_time() - started
-    test = image_source(task.clip, split.test, progress=progress_bar)
+    test = test_images(tuple(split.test))
     if method in ON_FEATURES:
         yield "", *scores(predict(head, test, EVAL_BATCH), test.labels), round(trained, 1)
         return
