@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, fields
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -25,10 +23,10 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import console, main, show
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.benchmark import split_commas
-from dcp_zoo.cli.console import progress_bar, stop_after_step
+from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.options import class_list, parse_changes, single_values, takes_options
-from dcp_zoo.data import Item, Split
+from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Evaluation
@@ -164,13 +162,16 @@ def test_info(run):
     assert "Nearest: dcp_vitb1" in run.refused("info", "dcp_vitb17")
 
 
-def test_info_shows_accuracies_with_their_interval(head, run):
+def test_info_says_how_good_of_what_and_when(head, run):
     stored = json.loads((head / "config.json").read_text())["dcp"]
     percent, images = stored["metrics"]["top1_stored"], stored["test_images"]
     low, high = Accuracy("", round(percent * images / 100), images).interval
-    assert f"top1_stored: {percent} (95 % interval {low:.0f} to {high:.0f})" in run("info", head)[1]
+    out = run.ok("info", head)
+    for text in (f"{percent:.1f} % (", f"of {images}; 95 % interval {low:.0f} to {high:.0f})", f"{date.today()}"):
+        assert text in out
+    assert "sha256" not in out
     assert json.loads(run("info", head, "--json")[1])["metrics"] == stored["metrics"]
-    assert "90.14 (95 % interval 89 to 91)" in run("info", "dcp_mini.caltech101-16shot")[1]
+    assert "90.1 % (2222 of 2465; 95 % interval 89 to 91)" in run("info", "dcp_mini.caltech101-16shot")[1]
 
 
 def test_train_with_every_kind_of_flag(head, animals, run):
@@ -218,7 +219,8 @@ def test_data_check(run, tmp_path):
     assert "nothing" in run.refused("data", "check", "--data-root", tmp_path / "nothing")
 
 
-def test_predict_json_and_table(head, animals, run):
+def test_predict_json_and_table(head, animals, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path))
     path = animals / "cat" / "0.jpg"
     (answer,) = json.loads(run.ok("predict", path, "--head", head, "--json"))
     assert answer["image"] == str(path)
@@ -228,6 +230,7 @@ def test_predict_json_and_table(head, animals, run):
     assert code == 0
     assert "0.jpg" in out
     assert "miniature" in err
+    assert "miniature" not in run("predict", path, "--head", head)[2], "said once"
 
 
 def test_repeated_class_names_get_a_note(head, run):
@@ -374,69 +377,12 @@ def test_a_log_says_now_and_then_how_far_a_run_is(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("dcp_zoo.cli.console.QUIET", 0)
     list(progress_bar(range(3), "steps", 3, transient=True))
-    assert re.findall(r"steps: (\d) of 3 in 0 s, about 0 s left\n", capsys.readouterr().err) == ["1", "2"]
+    assert re.findall(r"steps: (\d) of 3 in 0 s\n", capsys.readouterr().err) == ["1", "2"], "too early to say more"
+    monkeypatch.setattr("dcp_zoo.cli.console.AT_ONCE", 0)
+    list(progress_bar(range(3), "steps", 3, transient=True))
+    assert capsys.readouterr().err.count(" of 3 in 0 s, about 0 s left\n") == 2
     list(progress_bar(range(3), "steps", 3))
     assert capsys.readouterr().err.endswith("steps: 3 of 3 in 0 s\n")
-
-
-# -------------------------------------------------------------------------------------------------------------- Ctrl-C
-
-STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
-
-
-@pytest.fixture
-def interruptible():
-    """Handles Ctrl-C as in a terminal: a test run in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_stops_after_the_current_step(interruptible, run, monkeypatch, tmp_path):
-    done = []
-
-    def train_head(run, output, options):
-        for step in range(10):
-            if step == 2:
-                signal.raise_signal(signal.SIGINT)
-            done.append(step)
-            if options.stop():
-                raise KeyboardInterrupt
-
-    planned = SimpleNamespace(split=Split("digits", []))
-    monkeypatch.setattr("dcp_zoo.training.planning.plan", lambda *args, **options: planned)
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
-    code, _, err = run("train", "--method", "dcp", "--dataset", "digits", "--output", tmp_path)
-    assert code == 130
-    assert done == [0, 1, 2]
-    assert STOPPING in err
-
-
-def test_ctrl_c_again_stops_at_once(interruptible):
-    messages: list[str] = []
-    with stop_after_step(messages.append) as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGINT)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert messages == [STOPPING]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_other_handlers_of_ctrl_c_and_other_threads_are_left_alone(interruptible):
-    def work():
-        with stop_after_step(print) as stop:
-            seen.append((signal.getsignal(signal.SIGINT), stop()))
-
-    seen, other = [], lambda *args: None
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    signal.signal(signal.SIGINT, other)
-    work()
-    assert seen == [(signal.default_int_handler, False), (other, False)]
-    assert signal.getsignal(signal.SIGINT) is other
 
 
 # --------------------------------------------------------------------------------------------------------------- speed

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,13 +105,19 @@ def test_a_relative_shard_folder_may_have_a_data_root(run, trained, tmp_path):
     assert trained["data_root"] == tmp_path
 
 
-def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
+def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypatch):
+    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
-    assert err.startswith(
-        "Model: dcp_mini, a miniature for trying things out. For real use pass --model small: dcp_datacomp_b32_256"
+    assert err.startswith("MY_PHOTOS has no test part"), "paths are as seen from here"
+    advice = "dcp_mini, a miniature for trying things out. For real use pass --model small: dcp_datacomp_b32_256"
+    assert re.search(rf"{advice}, 0.6 GB to download once, [\d.]+ GB of memory and about \d+ (s|min) for 100", err)
+    photo(Path("MY_PHOTOS/rose/6.jpg"), 6)
+    code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--output", "again")
+    assert (code, "miniature" in err, "image features: 13 of 13" in err) == (0, False, True), (
+        "said once, cached, counted"
     )
-    assert re.search(r"0.6 GB to download once, [\d.]+ GB of memory and about \d+ (s|min) for 100 images", err)
+    Path("MY_PHOTOS/rose/6.jpg").unlink()
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "was trained on these images" in err
     shutil.copytree("MY_PHOTOS", "OTHERS", ignore=shutil.ignore_patterns("5.jpg"))
@@ -210,29 +217,41 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     for place in ([], [flowers]):
         err = run("train", *place, "--labels", "SORTED/predictions.csv")[2]
         assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read, 1 of videos." in err
+        assert "SORTED/predictions.csv has the answers of a head: unless you corrected" in err
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)
-    assert "was sorted by a head" not in run("train", flowers)[2]
+    assert "answers of a head" not in run("train", flowers)[2]
     (flowers / "predictions.csv").touch()
-    assert "was sorted by a head (predictions.csv): unless you corrected it" in run("train", flowers)[2]
+    assert "MY_PHOTOS/predictions.csv has the answers of a head: unless you corrected" in run("train", flowers)[2]
     changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
     write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
     found = load_labelled("folder", flowers, "inspection.csv")
     assert [(item.key, item.label) for item in found.items] == [("rose/2.jpg", 0), ("rose/0.jpg", 1)]
 
 
+@pytest.fixture
+def interruptible():
+    """Handles Ctrl-C as in a terminal: a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("state", "kept"), [((), "what was computed"), (("training.state",), "What was learnt")])
-def test_ctrl_c_says_what_is_kept(run, flowers, monkeypatch, state, kept):
+def test_ctrl_c_stops_at_once_and_says_what_is_kept(run, flowers, monkeypatch, interruptible, state, kept):
+    """In any part of a training: a step that is stopped is taken again."""
+
     def stopped(run: object, output: Path, *_: object) -> None:
         for name in state:
             output.mkdir()
             (output / name).touch()
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
 
     monkeypatch.setattr("dcp_zoo.training.run.train_and_refit", stopped)
-    err = " ".join(run("train", flowers)[2].split())
-    assert f"{kept} is kept: repeat the command to go on." in err
+    code, _, err = run("train", flowers, "--method", "dcp")
+    assert (code, f"{kept} is kept: repeat the command to go on." in " ".join(err.split())) == (130, True)
 
 
 def test_file_names_that_are_not_text(run, flowers, planned, monkeypatch):

@@ -66,7 +66,7 @@ def cache(tmp_path_factory) -> Iterator[None]:
 
 def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch):
     _, out, err = run("inspect", folder, "--output", tmp_path / "found")
-    assert "1 images cannot be read: flower/broken.jpg (not in a supported format" in " ".join(err.split())
+    assert "Images that cannot be read: flower/broken.jpg (not in a supported format" in " ".join(err.split())
     rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
     assert len(rows) == 17
     wrong = rows["cat/wrong.png"]
@@ -100,6 +100,24 @@ def test_what_was_taken_for_classes_is_said(tmp_path, run, monkeypatch):
     err = " ".join(err.split())
     assert "They are inspected as classes." in err
     assert err.endswith("Error: as far as here")
+
+
+def test_an_unsorted_folder(folder, cache, tmp_path, run):
+    """Without class folders: only duplicates and bad images, on the page, too."""
+    assert "inspect --no-labels" in run.refused("inspect", folder / "cat", "--output", tmp_path / "found")
+    out = run.ok("inspect", folder / "cat", "--no-labels", "--output", tmp_path / "found")
+    assert out.startswith("Groups of duplicates: 1; bad images: 0.")
+    rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
+    assert len(rows) == 6
+    assert {(row["class"], row["label_probability"]) for row in rows.values()} == {("", "")}
+    assert {(row["same_as"], row["suggestion"]) for row in rows.values() if row["problems"]} == {
+        ("twin.png", ""),
+        ("0.jpg", "leave out"),
+    }
+    page = (tmp_path / "found" / "inspection.html").read_text()
+    assert 'id="twice"' in page
+    assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect", "typical"))
+    assert "omit --labels and --fix" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
 
 
 def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):

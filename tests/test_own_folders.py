@@ -126,7 +126,7 @@ def test_labels_in_a_table(flowers, text):
         load_labelled("folder", flowers, "broken.xlsx")
 
 
-def test_corrections_are_added_to_class_folders(flowers):
+def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     """Those of a sheet of other images; a link is its file, and the last class counts."""
     for i in range(4):
         photo(Path(f"UNSORTED/{i}.jpg"), 20 + i)
@@ -150,6 +150,11 @@ def test_corrections_are_added_to_class_folders(flowers):
     in_place = load_labelled("folder", flowers, [flowers / "1.csv", "2.csv"])
     assert (len(in_place.items), in_place.classnames) == (4, ["daisy", "tulip"])
     Path("outside.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\n")
+    Path("Downloads").mkdir()
+    shutil.copy("outside.csv", "Downloads/corrections.csv")  # from elsewhere, its paths start with the folder's name
+    monkeypatch.chdir("Downloads")
+    assert [item.key for item in load_labelled("folder", flowers, "corrections.csv").items] == ["rose/0.jpg"]
+    monkeypatch.chdir("..")
     with pytest.raises(ZooError, match="UNSORTED has no class folders"):
         load_labelled("folder", "UNSORTED", "outside.csv")
 

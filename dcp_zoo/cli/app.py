@@ -13,7 +13,7 @@ from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark, report
-from dcp_zoo.cli.console import errors, print_error
+from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import classes, fit_text_probe
@@ -55,7 +55,9 @@ app.add_typer(data.commands, name="data")
 
 def main(program: Typer = app) -> None:
     """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
-    warnings.showwarning = lambda text, *_, **__: errors.print(f"[yellow]Note:[/] {escape(str(text))}", soft_wrap=True)
+    warnings.showwarning = lambda text, *_, **__: errors.print(
+        f"[yellow]Note:[/] {escape(from_here(str(text)))}", soft_wrap=True
+    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command

@@ -1,10 +1,11 @@
-"""The terminal: tables and results on stdout; progress, notes and errors on stderr; Ctrl-C."""
+"""The terminal: tables and results on stdout; progress, notes, advice and errors on stderr."""
 
-import signal
-import threading
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -13,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from dcp_zoo.files import format_duration, printable, printable_lines
+from dcp_zoo.files import cache_folder, file_name, format_duration, printable, printable_lines
 
 QUIET = 30.0  # seconds between the lines of a log that show where a run is
+AT_ONCE = 0.1  # seconds
 
 
 class SafeConsole(Console):
@@ -56,6 +58,8 @@ def progress_bar(
             for item in iterable:
                 yield item
                 count += size(item)
+                if time.monotonic() - started < AT_ONCE:
+                    done = count  # cached: they say nothing about the time of others
                 # rich's own speed is wrong for items that come in batches
                 speed = (count - done) / max(time.monotonic() - started, 1e-9)
                 bar.update(task, completed=count, rate=f"{speed:.3g}/s" if speed else "")
@@ -76,31 +80,25 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def print_error(text: str) -> None:
-    errors.print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
+    errors.print(f"[bold red]Error:[/] {escape(from_here(text))}", soft_wrap=True)
 
 
 def log(text: str) -> None:
     """Print a message next to progress bars, verbatim: brackets are not markup."""
-    errors.print(text, markup=False)
+    errors.print(from_here(text), markup=False)
 
 
-@contextmanager
-def stop_after_step(log: Callable[[str], object]) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C makes the yielded function return True, the second interrupts. An existing handler is kept."""
-    stop = threading.Event()
+def from_here(text: str) -> str:
+    """A text whose paths in the working folder start there."""
+    here = str(Path.cwd())
+    return text if here == os.sep else re.sub(rf"(?<![^\s('\"]){re.escape(here + os.sep)}", "", text)
 
-    def interrupt(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        log("Stopping after this step; press Ctrl-C again to stop at once.")
 
-    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not default or threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield stop.is_set
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def advise(text: str) -> None:
+    """Print advice, each only once: a file in the user's cache remembers it."""
+    mark = cache_folder() / "advice" / file_name(text)[:30]
+    if not mark.exists():
+        log(text)
+        with suppress(OSError):  # said again, then
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()

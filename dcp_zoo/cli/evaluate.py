@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typer import Exit, Option
 
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, plain_table, progress_bar
+from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
@@ -175,10 +174,8 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
     shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
     accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
     confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
-    here = f"{Path.cwd()}{os.sep}"  # paths are shown as seen from the working folder
     mistakes = [
-        (x.path.removeprefix(here), x.name, x.predicted, f"{100 * x.probability:.0f} %")
-        for x in evaluation.mistakes[:MOST]
+        (from_here(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in evaluation.mistakes[:MOST]
     ]
     tables = [
         plain_table((worst, "correct", "of", "95 % interval"), accuracies),

@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.markup import escape
 from typer import Argument, Option
 
-from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
-from dcp_zoo.cli.show import model_line
+from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import unlike_classes
@@ -17,7 +17,6 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
-from dcp_zoo.zoo.registry import get_spec
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
@@ -32,6 +31,7 @@ def inspect(
         help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
         "name of another class, or `leave out`. Nothing is changed in place.",
     ),
+    no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
@@ -47,6 +47,8 @@ def inspect(
     _, root = data_source(photos, None, None, labels)
     if root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
+    if no_labels and (labels or fix):
+        raise ZooError("--no-labels is for a folder without classes: omit --labels and --fix, or --no-labels.")
     if fix is not None:
         if output_dir is None:
             raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
@@ -58,23 +60,29 @@ def inspect(
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     for name in (INSPECTION_TABLE, INSPECTION_PAGE):
         check_output(folder / name, overwrite)
-    data = load_labelled("folder", root, labels)
-    if not labels and (doubt := unlike_classes(data.classnames, data.items)):
-        log(printable(f"{doubt} They are inspected as classes."))
+    if not no_labels:
+        data = load_labelled("folder", root, labels)
+        if not labels and (doubt := unlike_classes(data.classnames, data.items)):
+            log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
     from dcp_zoo.inspection.inspection import unreadable
 
-    log(model_line(get_spec(model)))
+    say_model(model)
     use_threads(threads)
-    found = find(root, labels, model=model, device=device, progress=progress_bar)
+    found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
-    output.print(
-        f"Labels that may be wrong: {len(found.suspects)}; images that may show none of the classes: "
-        f"{len(found.of_no_class)}; groups of duplicates: {len(found.groups)}; bad images: {len(found.problems)}."
-    )
+    counts = {
+        "labels that may be wrong": len(found.suspects),
+        "images that may show none of the classes": len(found.of_no_class),
+        "groups of duplicates": len(found.groups),
+        "bad images": len(found.problems),
+    }
+    text = "; ".join(f"{what}: {count}" for what, count in list(counts.items())[2 * no_labels :])
+    output.print(f"{text[0].upper()}{text[1:]}.")
     if found.seen.errors:
-        log(printable(f"{len(found.seen.errors)} images cannot be read: {unreadable(found.data, found.seen)}."))
-    output.print(f"Look at {page}; to change labels, edit {table}.")
+        log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
+    output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels, edit {table}.")
+    advise_larger(model)
 
 
 def search(
@@ -107,8 +115,7 @@ def search(
     use_threads(threads)
     from dcp_zoo.inspection import find
 
-    if model != "dcp_mini":
-        log(model_line(get_spec(model)))
+    say_model(model)
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:
@@ -119,6 +126,6 @@ def search(
     for row in found:
         output.print(escape(f"{row.note}  {row[0]}".lstrip()), soft_wrap=True)
     if text and model == "dcp_mini":
-        log(MINIATURE)
+        advise(MINIATURE)
     if to_label and output_dir is not None:
         log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")

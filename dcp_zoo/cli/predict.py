@@ -12,7 +12,7 @@ from rich.table import Table
 from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
+from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
@@ -266,7 +266,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
     say_together([row for row in rows if is_changed(row)], len(rows), counts, options)
     if predictor.architecture == "dcp_mini" and not options.as_json:
-        errors.print(MINIATURE_NOTE, style="dim")
+        advise(MINIATURE_NOTE)
     return len(failed)
 
 

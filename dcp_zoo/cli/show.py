@@ -10,14 +10,22 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from dcp_zoo.cli.console import log, output, plain_table
+from dcp_zoo.cli.console import advise, log, output, plain_table
 from dcp_zoo.cli.options import AsJson, as_text, head_name
 from dcp_zoo.data import find_spec
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, is_checkpoint, made, read_config
+from dcp_zoo.model.config import (
+    CONFIG_NAME,
+    MINI_WEIGHTS,
+    WEIGHTS_NAME,
+    is_checkpoint,
+    made,
+    read_config,
+    rejection_note,
+)
 from dcp_zoo.texts import quoted
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy
@@ -36,6 +44,11 @@ from dcp_zoo.zoo.registry import (
 )
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
+PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what and when
+    *("head", "status", "method", "model", "CLIP", "weights", "CLIP weights", "classes", "accuracy", "dataset"),
+    *("images", "trained", "rejection", "licence", "size", "input", "parameters", "image tower", "zero-shot"),
+    *("default head", "trained heads", "Hub repo", "train it"),
+)
 ACCURACIES = ("10 sets", "ImageNet")
 ACCURACY_NOTE = (
     "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
@@ -124,19 +137,25 @@ def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
     return f"{spec.memory_mb / 1000:.1f} GB", format_duration(seconds)
 
 
-def model_line(spec: ModelSpec) -> str:
-    """What a command works with; of the miniature, what a real CLIP costs in its place."""
+def say_model(model: str) -> None:
+    """Say which CLIP a command works with, unless it is the miniature."""
+    spec = get_spec(model)
     if spec.clip:
         licence = spec.license or f"see https://huggingface.co/{spec.clip_repo}"
         weights = f"open_clip's {spec.clip} with the weights {spec.clip_pretrained}"
-        return f"Model: {spec.name}, {weights}, licence: {licence}."
-    real = get_spec("small")
-    memory, time = costs(real, 200)  # each image, and its mirror image
-    return (
-        f"Model: {spec.name}, a miniature for trying things out. For real use pass --model small: {real.name}, "
-        f"{real.download} to download once, {memory} of memory and about {time} for 100 images without a GPU. "
-        "Others: dcp-zoo list --recommend."
-    )
+        log(f"Model: {spec.name}, {weights}, licence: {licence}.")
+
+
+def advise_larger(model: str) -> None:
+    """Say what a real CLIP costs in place of the miniature."""
+    if not get_spec(model).clip:
+        real = get_spec("small")
+        memory, time = costs(real, 200)  # each image, and its mirror image
+        advise(
+            f"This was {model}, a miniature for trying things out. For real use pass --model small: {real.name}, "
+            f"{real.download} to download once, {memory} of memory and about {time} for 100 images without a GPU. "
+            "Others: dcp-zoo list --recommend."
+        )
 
 
 def info(
@@ -153,15 +172,13 @@ def info(
         print(json.dumps(details, indent=1))
         return
     table = Table(show_header=False, title=name)
-    for key, value in with_intervals(details).items():
-        if key == "class_images":  # of many classes, perhaps
-            value = [f"{count} of {name}" for name, count in value.items()]
-        nested = value.items() if isinstance(value, dict) else ()
+    for key, value in for_people(details).items():
         text = str(value)
         if isinstance(value, list):
             text = f"{len(value)}: {shorten([quoted(as_text(part)) for part in value])}"
-        table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
+        table.add_row(key, escape(text))
     output.print(table)
+    output.print(f"The recipe and all else: dcp-zoo info {name} --json", style="dim", markup=False, soft_wrap=True)
 
 
 def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:
@@ -251,11 +268,16 @@ def describe_head(head: HeadEntry) -> Values:
     }
 
 
-def with_intervals(details: Values) -> Values:
-    """The details, their accuracies as text with the 95 % interval if the number of test images is known."""
-    metrics, images = details.get("metrics"), details.get("test_images")
-    if not images or not isinstance(metrics, dict):
-        return details
-    found = {name: Accuracy("", round(top1 * images / 100), images).interval for name, top1 in metrics.items()}
-    texts = {name: f"{metrics[name]} (95 % interval {low:.0f} to {high:.0f})" for name, (low, high) in found.items()}
-    return details | {"metrics": texts}
+def for_people(details: Values) -> Values:
+    """The details by names in `PEOPLE`, in its order."""
+    images, metrics, per_class = (details.get(name) for name in ("test_images", "metrics", "class_images"))
+    shown = details | {"accuracy": metrics, "rejection": rejection_note(details)}
+    if isinstance(metrics, dict):
+        top1 = metrics.get("top1_stored", next(iter(metrics.values())))
+        shown["accuracy"] = Accuracy("", round(top1 * images / 100), images) if images else f"{top1:.1f} %"
+    if per_class:
+        counts = shorten([f"{count} of {quoted(name)}" for name, count in per_class.items()])
+        shown |= {"images": counts, "dataset": "your own images"}
+    elif "shots" in details:
+        shown["images"] = f"{details['shots']} per class"
+    return {name: shown[name] for name in PEOPLE if shown.get(name)}

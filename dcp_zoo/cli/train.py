@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,12 @@ from typer import confirm
 
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
+from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import show_evaluation
-from dcp_zoo.cli.show import model_line
+from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.data.readers import read_descriptions, unlike_classes
+from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
@@ -26,8 +25,7 @@ from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
-from dcp_zoo.training.recipes import BaseRecipe
-from dcp_zoo.zoo.registry import get_head, get_spec, is_model
+from dcp_zoo.zoo.registry import get_head, is_model
 from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
@@ -92,11 +90,11 @@ class TrainOptions:
         named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
         return replace(self, method=self.method or DCP_METHOD, **named)
 
-    def checked_recipe(self, dataset: str) -> BaseRecipe:
-        """The recipe, for a set of unknown size: so that mistakes are said before images are read."""
+    def check_recipe(self, dataset: str) -> None:
+        """Raise ZooError for a mistake in the recipe, which `plan` would say after images were read."""
         changes = opt.single_values(opt.parse_changes(self.changes))
         chosen = chosen_recipe(str(self.method), self.model, dataset, self.shots or 1, self.recipe)
-        return chosen.updated(changes, where="--set")
+        chosen.updated(changes, where="--set")
 
     @property
     def folder(self) -> Path:
@@ -125,39 +123,38 @@ def train(options: TrainOptions) -> None:
     if dataset is None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or --dataset caltech101 --data-root DATA.")
     check_choice("method", options.method, tuple(METHODS))
-    recipe = options.checked_recipe(dataset)
+    options.check_recipe(dataset)
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
-    from dcp_zoo.training.state import STATE_NAME, never
+    from dcp_zoo.training.state import STATE_NAME
 
     use_threads(options.threads)
-    with stop_after_step(log) if recipe.is_trained else nullcontext(never) as stop:
-        check_writable(output_dir)
-        if options.report:
-            check_output(options.report, options.overwrite, "--report")
-        run = _planned(options, dataset, data_root)
-        refit = options.refit
-        if refit is None:
-            refit = is_own(dataset) and run.split.held_out and run.shots is None
-        _check_classes(options, run.split)
-        log(model_line(get_spec(options.model)))  # after errors
-        if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
-            log(text)
-        show = partial(_show, options, run)
-        settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, stop=stop, show=show)
-        try:
-            with kept_features(features_folder()):
-                head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
-        except KeyboardInterrupt:
-            kept = (
-                "What was learnt" if any(output_dir.rglob(STATE_NAME)) else "No head was saved, but what was computed"
-            )
-            log(f"Stopped. {kept} is kept: repeat the command to go on.")
-            raise
-        if note := rejection_note(head.info):
-            output.print(f"With predict --reject, {note}", soft_wrap=True)
-        output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name_of(output_dir)}")
+    check_writable(output_dir)
+    if options.report:
+        check_output(options.report, options.overwrite, "--report")
+    run = _planned(options, dataset, data_root)
+    refit = options.refit
+    if refit is None:
+        refit = is_own(dataset) and run.split.held_out and run.shots is None
+    _check_classes(options, run.split)
+    say_model(options.model)  # after errors
+    if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
+        log(text)
+    show = partial(_show, options, run)
+    settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, show=show)
+    try:
+        with kept_features(features_folder()):
+            head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
+    except KeyboardInterrupt:
+        learnt = any(output_dir.rglob(STATE_NAME))
+        kept = "What was learnt" if learnt else "No head was saved, but what was computed"
+        log(f"Stopped. {kept} is kept: repeat the command to go on.")
+        raise
+    if note := rejection_note(head.info):
+        output.print(f"With predict --reject, {note}", soft_wrap=True)
+    output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name_of(output_dir)}")
+    advise_larger(options.model)
 
 
 def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Run":
@@ -169,8 +166,7 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Ru
     if dataset == "folder":
         check_images(split.items)
         if data_root and not options.labels and (data_root / SORTED_TABLE).is_file():
-            sorted_by = f"{data_root} was sorted by a head ({SORTED_TABLE})"
-            log(f"{sorted_by}: unless you corrected it, the accuracy says how well that head's answers are repeated.")
+            log(f"{data_root / SORTED_TABLE} has {ANSWERS}.")
     names = "seed recipe device precision workers class_weight encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))

@@ -26,8 +26,10 @@ from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
-LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",))  # the last three are of the package's tables
+# the last four are of the package's tables
+LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",))
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
+ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
 
@@ -183,6 +185,7 @@ class LabelRow(NamedTuple):
     image: str  # its path
     name: str  # of the class, or a reserved one
     unreadable: bool  # of a table that says why the image cannot be read
+    is_answer: bool  # of a head, with its probability
 
 
 def label_rows(file: Path) -> Iterator[LabelRow]:
@@ -198,22 +201,23 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
     if -1 in columns[:2]:
         if len(header) != 2 or not paths.is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
-        columns, rows, first = [0, 1, -1, -1, -1], [[], *rows], 1
+        columns, rows, first = [0, 1, -1, -1, -1, -1], [[], *rows], 1
     for number, row in enumerate(rows[1:], first):
-        image, name, change, error, rejected = ("" if i < 0 else row[i] for i in columns)
+        image, name, change, error, rejected, probability = ("" if i < 0 else row[i] for i in columns)
         name = NONE if rejected.lower() == "true" or name.casefold() == NONE else change or name
         wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
         if wrong and not error:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error))
+        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), bool(probability))
 
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
     predict`, in the current folder. What has no class is left out: unreadable images, "none of these", videos."""
     found: dict[str, tuple[str, str]] = {}  # paths and classes
-    left_out, missing = Counter[str](), []
-    for where, image, name, unreadable in label_rows(file):
+    left_out, missing, answers = Counter[str](), [], 0
+    for where, image, name, unreadable, is_answer in label_rows(file):
+        answers += is_answer
         if unreadable or is_reserved(name) or is_frame(image) or is_video(image):
             left_out["that cannot be read" if unreadable else f"{name!r}" if is_reserved(name) else "of videos"] += 1
         elif not (path := _listed(image, folder)):
@@ -227,14 +231,16 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     classes = sorted({name for _, name in found.values()})
     items = [Item(path, key.replace(os.sep, "/"), classes.index(name)) for key, (path, name) in sorted(found.items())]
     items.sort(key=lambda item: item.label)
-    note = ", ".join(f"{count} {what}" for what, count in left_out.items())
-    return Split(spec.name, classes, items, note=f"Left out of {file}: {note}." * bool(note), place=str(file))
+    without = ", ".join(f"{count} {what}" for what, count in left_out.items())
+    notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
+    return Split(spec.name, classes, items, note=" ".join(filter(None, notes)), place=str(file))
 
 
 def _listed(image: str, folder: Path) -> str:
-    """The path of an image that a labels file lists, or "" if it is neither in the folder nor in the current one."""
+    """The path of an image that a labels file lists, or "" if it is neither in the folder, also by the name of this
+    folder, nor in the current one."""
     places = [Path(os.path.abspath(place)) for place in (folder, "")]  # noqa: PTH100  without .., so that each file ...
-    found = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
+    found = (os.path.abspath(place / image) for place in (*places, places[0].parent))  # noqa: PTH100  ... has one path
     inside = (path for path in found if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
 
@@ -321,7 +327,8 @@ def _class_folders(folder: Path) -> list[str]:
         raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
     names = [name for name in _folders(folder) if not is_reserved(name)]
     if not names:
-        raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class.")
+        instead = "For unsorted images there are search --to-label and inspect --no-labels."
+        raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class. {instead}")
     return names
 
 

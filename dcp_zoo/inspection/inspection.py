@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles
 from dcp_zoo.data.paths import check_outside, is_archive
@@ -32,6 +33,7 @@ from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.zoo.factory import plain_clip
 
+UNLABELLED = [""]  # the class of images without labels
 SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
 DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 
@@ -68,7 +70,7 @@ class Inspection:
         """One for each image, those with a suggestion first."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         readable = [i for i in range(len(items)) if i not in self.seen.errors]
-        answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
+        answers = dict(zip(readable, self.answers.logits.exp(), strict=True)) if names != UNLABELLED else {}
         suspects, of_no_class = set(self.suspects), set(self.of_no_class)
         twins = {i: group for group in self.groups for i in group}
         rows = []
@@ -122,6 +124,7 @@ class Inspection:
             shown=SHOWN,
             typical=typical,
             weakest=weakest,
+            labelled=names != UNLABELLED,
         )
 
     def typical(self) -> dict[str, list[int]]:
@@ -148,24 +151,31 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
 def inspect(
     images: Images, labels: Labels = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
 ) -> Inspection:
-    """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
-    accuracy to expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
+    """Inspect images before training: wrong labels, duplicates, bad images, classes that look alike, and the accuracy
+    to expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
 
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
-        labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
+        labels: one per image; for a folder omitted, or a CSV file with the columns file and class. False for an
+            unsorted folder, of which only duplicates and bad images are found.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
     """
-    data = _read(images, labels)
-    check_classnames(data.classnames)
+    data = _unsorted(images) if labels is False else _read(images, labels)
+    if labels is not False:
+        check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
     keep = isinstance(images, (str, Path)) and not is_archive(images)
     seen = look([item.path for item in data.items], clip, keep, progress)
     readable = [i for i in range(len(data.items)) if i not in seen.errors]
     items = [data.items[i] for i in readable]
+    groups = same_pictures(seen.features, seen.grey)
+    problems = dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1]))
+    if labels is False:
+        answers = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
+        return Inspection(data, seen, answers, [], [], groups, problems, [], None)
     features, target = torch.from_numpy(seen.features[readable]), torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
@@ -173,7 +183,6 @@ def inspect(
     weight, bias = (part.cpu() for part in clip.scaled(clip.zero_shot_classifier(data.classnames)))
     text = features @ weight.T + bias
     answers, distances = out_of_fold(features, text, target)
-    groups = same_pictures(seen.features, seen.grey)
     test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
     copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(
@@ -183,7 +192,7 @@ def inspect(
         [readable[i] for i in suspected(answers, target)],
         [readable[i] for i in of_no_class(answers, distances, target)],
         groups,
-        dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1])),
+        problems,
         learning_curve(features, text, target),
         _tested(features, text, target, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
     )
@@ -201,6 +210,12 @@ def _read(images: Images, labels: Labels) -> Split:
         return load_labelled("folder", images, labels)
     given = labelled(images, labels, features=False)
     return Split("images", given.names, given.items, place=f"{len(given.items)} images")
+
+
+def _unsorted(folder: Images) -> Split:
+    found = find_images([str(folder)])
+    items = [Item(image.path, os.path.relpath(image.name, folder), 0) for image in found]
+    return Split("unsorted", UNLABELLED, items, place=str(folder))
 
 
 def parts_of(data: Split) -> list[str]:

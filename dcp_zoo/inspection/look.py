@@ -37,7 +37,8 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
     errors: dict[int, str] = {}
 
     def rows(positions: Sequence[int]) -> Iterable[Tensor]:
-        return by_image(progress, _rows(images, positions, model, errors), "images", len(positions))
+        batches, total = _rows(images, positions, model, errors), len(images)
+        return by_image(progress, batches, "images", total, total - len(positions))
 
     with kept_features(features_folder()) if keep else nullcontext():
         found = per_image(images, lambda: tower_setting(model, "seen and read"), 1, rows)[0].numpy()

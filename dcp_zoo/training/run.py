@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import cast
@@ -115,7 +116,7 @@ def train_head(
                 head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress
             )
             found = measurement(metrics, evaluation)
-        head.info = head.info | {"train_seconds": seconds} | found
+        head.info = head.info | {"trained": f"{date.today()}", "train_seconds": seconds} | found
         if output:
             head.save_pretrained(output)
             remove_state(output)

@@ -30,10 +30,12 @@ PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this s
 VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 
-def by_image(progress: Progress, batches: Iterable[Any], description: str, images: int) -> Iterator[Any]:
-    """The batches (inputs, ...) of this many images, which the progress bar counts."""
+def by_image(
+    progress: Progress, batches: Iterable[Any], description: str, images: int, cached: int = 0
+) -> Iterator[Any]:
+    """The batches (inputs, ...) of the images that are not cached; the progress bar counts all `images`."""
     counted = iter(progress(range(images), description, images))
-    next(counted, None)  # starts the bar at 0
+    deque(islice(counted, 1 + cached), 0)  # the first starts the bar at 0
     for batch in batches:
         yield batch
         deque(islice(counted, len(batch[0])), 0)
@@ -237,7 +239,7 @@ def encode_views(
         else:
             pixels = (inputs.x for inputs, _ in part.batches(VIEW_BATCH))
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)
-        for shown in by_image(progress, read, description, len(rows)):
+        for shown in by_image(progress, read, description, len(source.items), len(source.items) - len(rows)):
             with autocast(device, source.precision):
                 found = [encode(form(x.to(device))).cpu() for x in shown]
             yield torch.stack(found)
