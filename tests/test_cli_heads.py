@@ -108,7 +108,7 @@ def test_info_on_a_head_saved_from_python(run, flowers, labels):
     )
     classifier.fit(paths, [labels[name] for name in names]).save("python_head")
     details = json.loads(run.ok("info", "python_head", "--json"))
-    assert details["class_weight"] == pytest.approx([4 / 3, 2 / 3])
+    assert details["class_weight"] == pytest.approx([4 / 3, 2 / 3], abs=1e-3)
     assert details.get("labels", {"rose": "rose", "tulip": "tulip"}) == labels
 
 
@@ -167,7 +167,7 @@ def test_classes_are_changed_on_the_command_line(run, flowers):
     assert "already holds a checkpoint" in run(*command)[2]
     assert config("renamed")["class_images"] == {"wild rose": 6, "tulip": 6}
     assert config("renamed")["metrics"]
-    assert "2: 6 of wild rose, 6 of tulip" in " ".join(run("info", "renamed")[1].split())
+    assert "6 of wild rose, 6 of tulip" in " ".join(run("info", "renamed")[1].split())
     renamed = dcp_zoo.FewShotClassifier.load("renamed")
     assert [name.replace("wild ", "") for name in renamed.predict(paths)] == classifier.predict(paths).tolist()
     code, out, err = run("classes", "head", "--add", "daisy", flowers / "daisy", "--output", "bigger")

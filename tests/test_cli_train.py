@@ -208,12 +208,14 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     """Answers that are no class are left out, with a count, and corrections are read."""
     pairs = (("rose", "-20C"), ("tulip", "a, b"))
     named = [(f"MY_PHOTOS/{folder}/{i}.jpg", name) for folder, name in pairs for i in range(6)]
-    rows = [{"image": file, "rejected": False, "predictions": [{"class": name}]} for file, name in named]
+    rows = [
+        {"image": file, "rejected": False, "predictions": [{"class": name, "probability": 0.9}]} for file, name in named
+    ]
     rows += [{"image": "x.jpg", "error": "damaged"}, {"image": "y.mp4#t=1", "predictions": [{"class": "a, b"}]}]
     rows[0]["rejected"] = True
     rows[1]["predictions"] = [{"class": "not sure"}]
     Path("SORTED").mkdir()
-    TABLES[".csv"]("SORTED/predictions.csv", rows, ["image", "rejected", "class", "error"])
+    TABLES[".csv"]("SORTED/predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
     for place in ([], [flowers]):
         err = run("train", *place, "--labels", "SORTED/predictions.csv")[2]
         assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read, 1 of videos." in err

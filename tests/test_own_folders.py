@@ -151,9 +151,11 @@ def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     assert (len(in_place.items), in_place.classnames) == (4, ["daisy", "tulip"])
     Path("outside.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\n")
     Path("Downloads").mkdir()
-    shutil.copy("outside.csv", "Downloads/corrections.csv")  # from elsewhere, its paths start with the folder's name
-    monkeypatch.chdir("Downloads")
-    assert [item.key for item in load_labelled("folder", flowers, "corrections.csv").items] == ["rose/0.jpg"]
+    listed = "".join(f"MY_PHOTOS/rose/{i}.jpg,{name}\n" for i, name in enumerate("ab"))
+    Path("Downloads/corrections.csv").write_text(f"file,class\n{listed}")
+    monkeypatch.chdir("Downloads")  # the paths start with the folder's name
+    items = load_labelled("folder", flowers, "corrections.csv").items
+    assert [item.key for item in items] == ["rose/0.jpg", "rose/1.jpg"]
     monkeypatch.chdir("..")
     with pytest.raises(ZooError, match="UNSORTED has no class folders"):
         load_labelled("folder", "UNSORTED", "outside.csv")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from statistics import mean
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from dcp_zoo.training.planning import Run, plan
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import image_source
+from dcp_zoo.zoo.encoders import check_encoders
 from dcp_zoo.zoo.factory import plain_clip
 
 Fold = tuple[Sequence[int], Sequence[int]]  # positions of the images for training, and for the test
@@ -82,7 +84,8 @@ def compare(
     Args:
         images, labels, classnames, device, precision, progress: see `dcp_zoo.train`.
         methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.
-        encoders: models of the zoo, see `dcp_zoo.list_models`.
+        encoders: models of the zoo, see `dcp_zoo.list_models`; or one with image models of timm that are read beside it,
+            as "dcp_vitb16+vit_small_patch14_dinov2.lvd142m", by methods with a text probe alone.
         cv: the number of folds; or, as in scikit-learn, pairs of positions for training and for the test.
         seed: of the folds and of the methods.
     """
@@ -90,16 +93,21 @@ def compare(
     data = data._replace(items=hashed(data.items))
     chosen = [name for name in METHODS if METHODS[name].features] if methods is None else list(methods)
     options: Values = {"seed": seed, "device": device, "precision": precision}
-    cells, folds = list(product(encoders, chosen)), _folds(data, cv, seed)
-    plans = [plan_own(data, None, *cell, progress=no_progress, **options) for cell in cells]  # raises before any work
+    folds, plans = _folds(data, cv, seed), dict[tuple[str, str], Run]()
+    for encoder, method in product(encoders, chosen):
+        model, *beside = encoder.split("+")
+        run = plan_own(data, None, model, method, progress=no_progress, **options)  # raises before any work
+        check_encoders(beside)
+        if not beside or run.recipe.classifier != "none":
+            plans[encoder, method] = replace(run, encoders=tuple(beside))
     clips: dict[str, FrozenCLIP] = {}
     rows = Comparison()
     with kept_features():
-        for (encoder, method), run in progress(zip(cells, plans, strict=True), "methods", len(cells)):
-            if encoder not in clips:
-                clips = {encoder: plain_clip(encoder).to(run.device)}
-                image_source(clips[encoder], data.items, "flip", precision=run.precision).features()
-            tested, seconds = zip(*(_tested(data, fold, clips[encoder], run, options) for fold in folds), strict=True)
+        for (encoder, method), run in progress(plans.items(), "methods", len(plans)):
+            if run.model not in clips:
+                clips = {run.model: plain_clip(run.model).to(run.device)}
+                image_source(clips[run.model], data.items, "flip", precision=run.precision).features()
+            tested, seconds = zip(*(_tested(data, fold, clips[run.model], run) for fold in folds), strict=True)
             items = [item for answers in tested for item in answers.items]
             answers = Evaluation(data.names, items, torch.cat([answers.logits for answers in tested]))
             loss = negative_log_likelihood(answers.logits, answers.labels)
@@ -109,10 +117,12 @@ def compare(
     return rows
 
 
-def _tested(data: Labelled, fold: Fold, clip: FrozenCLIP, whole: Run, options: Values) -> tuple[Evaluation, float]:
+def _tested(data: Labelled, fold: Fold, clip: FrozenCLIP, whole: Run) -> tuple[Evaluation, float]:
     """The predictions on a fold's test images, and the seconds of the fit."""
     train, test = ([data.items[i] for i in rows] for rows in fold)
-    run = plan(Split(OWN_IMAGES, data.names, train), whole.model, whole.method, test_share=0.0, **options)
+    options: Values = {"seed": whole.seed, "device": str(whole.device), "precision": whole.precision}
+    split = Split(OWN_IMAGES, data.names, train)
+    run = plan(split, whole.model, whole.method, test_share=0.0, encoder=whole.encoders, **options)
     started = time.perf_counter()
     head, _ = train_head(run, None, RunOptions(progress=no_progress), clip=clip)
     seconds = time.perf_counter() - started
