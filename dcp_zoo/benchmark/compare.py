@@ -84,8 +84,8 @@ def compare(
     Args:
         images, labels, classnames, device, precision, progress: see `dcp_zoo.train`.
         methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.
-        encoders: models of the zoo, see `dcp_zoo.list_models`; or one with image models of timm that are read beside it,
-            as "dcp_vitb16+vit_small_patch14_dinov2.lvd142m", by methods with a text probe alone.
+        encoders: models of the zoo, see `dcp_zoo.list_models`, also with image models of timm that methods with a text
+            probe read beside them: "dcp_vitb16+vit_small_patch14_dinov2.lvd142m".
         cv: the number of folds; or, as in scikit-learn, pairs of positions for training and for the test.
         seed: of the folds and of the methods.
     """
