@@ -180,7 +180,9 @@ def recipe_help(method: str = "") -> str:
     """The recipe of a method, by default DCP's, for a help text: each field with its default, help and limits."""
     if method:
         check_choice("method", method, tuple(METHODS))
-    kind, values = (METHODS[method].config, "") if method else (Recipe, "; dcp-zoo info MODEL shows a model's values")
+    kind, values = (
+        (METHODS[method].config, "") if method else (Recipe, "; dcp-zoo info MODEL --json shows a model's values")
+    )
     text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
     for part in fields(kind):
         limits = _limits(**part.metadata)

@@ -162,7 +162,7 @@ def info(
     name: str = Argument(metavar="NAME", help="A model, head, checkpoint, hf-hub:ORG/REPO or open_clip:ARCH/TAG."),
     as_json: AsJson = False,
 ) -> None:
-    """Show the details of a model or a head: status, size, licence, metrics, recipe, training command.
+    """Show what a model or a head is, how good, of what and when. All details, such as the recipe: --json.
 
     [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
     [dim]dcp-zoo info my_head[/]
