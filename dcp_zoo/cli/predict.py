@@ -192,10 +192,10 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
+    name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     from dcp_zoo.training.device import pick_device, pick_precision
     from dcp_zoo.training.predictor import torch_predictor
 
-    name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None
     texts: Values = {"classnames": options.classnames, "descriptions": sentences}
 

@@ -174,8 +174,8 @@ def inspect(
     groups = same_pictures(seen.features, seen.grey)
     problems = dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1]))
     if labels is False:
-        answers = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
-        return Inspection(data, seen, answers, [], [], groups, problems, [], None)
+        nothing = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
+        return Inspection(data, seen, nothing, [], [], groups, problems, [], None)
     features, target = torch.from_numpy(seen.features[readable]), torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
