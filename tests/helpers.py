@@ -25,7 +25,7 @@ from torch import nn
 
 from dcp_zoo.answers import Predictor, in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial, plan
-from dcp_zoo.data import Split, load_image
+from dcp_zoo.data import Split, load_for_training, load_image
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Rows
@@ -33,7 +33,6 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.planning import load_for_training
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.zoo.factory import create_transform
 

@@ -247,5 +247,5 @@ def no_work(monkeypatch) -> None:
     def work(*args, **options):
         pytest.fail("the error should have come first")
 
-    for name in ("zoo.factory.create_model", "training.planning.load_labelled", "benchmark.sweep.sweep"):
+    for name in ("zoo.factory.create_model", "data.load.load_labelled", "benchmark.sweep.sweep"):
         monkeypatch.setattr(f"dcp_zoo.{name}", work)

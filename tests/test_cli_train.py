@@ -35,7 +35,7 @@ def trained(monkeypatch) -> dict:
         calls["output"] = output
         return SimpleNamespace(info={}), {}
 
-    monkeypatch.setattr("dcp_zoo.training.planning.load_for_training", load_for_training)
+    monkeypatch.setattr("dcp_zoo.cli.train.load_for_training", load_for_training)
     monkeypatch.setattr("dcp_zoo.training.planning.plan", plan)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     return calls

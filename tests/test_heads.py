@@ -68,7 +68,7 @@ def trained(monkeypatch) -> dict:
         seen["output"] = str(output)
         return SimpleNamespace(info={}), {}
 
-    monkeypatch.setattr("dcp_zoo.training.planning.load_for_training", load)
+    monkeypatch.setattr("dcp_zoo.cli.train.load_for_training", load)
     monkeypatch.setattr("dcp_zoo.training.planning.plan", plan)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     return seen

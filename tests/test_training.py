@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.data import Item, all_for_training, few_shot, load_for_training, load_image, subset_sha256
 from dcp_zoo.model.inputs import Maps, Pixels
 from dcp_zoo.model.towers.open_clip import VisionTower
 from dcp_zoo.training.device import pick_device
@@ -26,7 +26,7 @@ from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.methods.table import chosen_recipe
-from dcp_zoo.training.planning import load_for_training, plan
+from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, encode_views, image_source

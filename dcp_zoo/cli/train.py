@@ -14,7 +14,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
-from dcp_zoo.data import Split, check_images, is_own
+from dcp_zoo.data import Split, check_images, is_own, load_for_training
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
@@ -25,7 +25,7 @@ from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
-from dcp_zoo.zoo.registry import get_head, is_model
+from dcp_zoo.zoo.registry import get_head, get_spec, is_model
 from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
@@ -123,23 +123,25 @@ def train(options: TrainOptions) -> None:
     if dataset is None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or --dataset caltech101 --data-root DATA.")
     check_choice("method", options.method, tuple(METHODS))
-    options.check_recipe(dataset)
+    get_spec(options.model)  # ZooError if it is unknown
+    if options.recipe or options.changes:
+        options.check_recipe(dataset)
     output_dir = options.folder
+    check_writable(output_dir)
+    if options.report:
+        check_output(options.report, options.overwrite, "--report")
+    split = _split(options, dataset, data_root)
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
     from dcp_zoo.training.state import STATE_NAME
 
     use_threads(options.threads)
-    check_writable(output_dir)
-    if options.report:
-        check_output(options.report, options.overwrite, "--report")
-    run = _planned(options, dataset, data_root)
+    run = _planned(options, split)
     refit = options.refit
     if refit is None:
-        refit = is_own(dataset) and run.split.held_out and run.shots is None
-    _check_classes(options, run.split)
+        refit = is_own(dataset) and split.held_out and run.shots is None
     say_model(options.model)  # after errors
-    if text := " ".join(filter(None, (run.split.note, REFIT if refit and run.split.test else ""))):
+    if text := " ".join(filter(None, (split.note, REFIT if refit and split.test else ""))):
         log(text)
     show = partial(_show, options, run)
     settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, show=show)
@@ -157,28 +159,34 @@ def train(options: TrainOptions) -> None:
     advise_larger(options.model)
 
 
-def _planned(options: TrainOptions, dataset: str, data_root: Path | None) -> "Run":
-    from dcp_zoo.training.planning import load_for_training, plan
-
+def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split:
+    """The images, checked before PyTorch is imported."""
     split = load_for_training(dataset, data_root, options.labels, options.test)
     if options.report and not split.test:
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
         check_images(split.items)
+        _check_classes(options, split)
         if data_root and not options.labels and (data_root / SORTED_TABLE).is_file():
             log(f"{data_root / SORTED_TABLE} has {ANSWERS}.")
+    return split
+
+
+def _planned(options: TrainOptions, split: Split) -> "Run":
+    from dcp_zoo.training.planning import plan
+
     names = "seed recipe device precision workers class_weight encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
-    shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)
+    shots = options.shots or (None if is_own(split.name) else DATASET_SHOTS)
     method, share = str(options.method), options.test
     return plan(split, options.model, method, shots=shots, test_share=share, **same)
 
 
 def _check_classes(options: TrainOptions, split: Split) -> None:
     """Ask about class folders that look like something else; ZooError if nobody can answer, or the answer is no."""
-    if split.name != "folder" or options.labels or options.yes:
+    if options.labels or options.yes:
         return
     doubt = unlike_classes(split.classnames, split.items)
     if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):

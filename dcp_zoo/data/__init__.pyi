@@ -3,6 +3,7 @@ from .images import load_image as load_image
 from .load import CheckRow as CheckRow
 from .load import check as check
 from .load import check_images as check_images
+from .load import load_for_training as load_for_training
 from .load import load_labelled as load_labelled
 from .load import load_split as load_split
 from .packaged import classnames as classnames

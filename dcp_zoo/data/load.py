@@ -16,7 +16,7 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.data.splits import Item, Split, split_images, training_split, with_labels
+from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.texts import NONE, is_reserved
@@ -61,6 +61,15 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
         first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
         warnings.warn(f"{name}: label {first} in the zoo's class names, which its heads use.", stacklevel=2)
     return images
+
+
+def load_for_training(
+    dataset: str, data_root: str | os.PathLike | None, labels: LabelFiles = None, test: float | None = None
+) -> Split:
+    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`."""
+    images = load_labelled(dataset, data_root, labels)
+    check_test_share(images, test)
+    return training_split(images, test)
 
 
 def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:

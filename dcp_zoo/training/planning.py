@@ -4,15 +4,14 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.seen import image_hashes
-from dcp_zoo.data.splits import check_test_share, subset_sha256, warn_of_tiny_classes
+from dcp_zoo.data.splits import subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts
@@ -165,15 +164,6 @@ def plan(
     check_encoders(encoders)
     run = Run(model, split, shots, seed, fitting, place, method, precision, encoders=encoders, **options)
     return run if class_weight is None else _weighted(run, class_weight, labels or split.classnames)
-
-
-def load_for_training(
-    dataset: str, data_root: str | Path | None, labels: Sequence[Path] | None = None, test: float | None = None
-) -> Split:
-    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`."""
-    images = load_labelled(dataset, data_root, labels)
-    check_test_share(images, test)
-    return training_split(images, test)
 
 
 def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[object]) -> Run:
