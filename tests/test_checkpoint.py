@@ -160,7 +160,7 @@ def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, 
     command = [*command.replace("HEAD", str(folder)).split(), "--output", folder, "--overwrite"]
     monkeypatch.setattr("dcp_zoo.model.checkpoint.SAVE_SECONDS", 0.1)
     with locked(folder / LOCK):
-        assert f"Another process trains or saves a head in {folder}: wait" in run.refused(*command)
+        assert f"Another process trains or saves a head in {folder.name}: wait" in run.refused(*command)
         with pytest.raises(ZooError, match="Another process trains or saves a head"):
             mini.save_pretrained(folder)
     mini.save_pretrained(folder)
