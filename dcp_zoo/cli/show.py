@@ -45,7 +45,19 @@ from dcp_zoo.zoo.registry import (
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
 PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what and when
-    *("head", "status", "method", "model", "CLIP", "weights", "CLIP weights", "classes", "accuracy", "dataset"),
+    *(
+        "head",
+        "status",
+        "method",
+        "model",
+        "CLIP",
+        "weights",
+        "CLIP weights",
+        "classes",
+        "texts",
+        "accuracy",
+        "dataset",
+    ),
     *("images", "trained", "rejection", "licence", "size", "input", "parameters", "image tower", "zero-shot"),
     *("default head", "trained heads", "Hub repo", "train it"),
 )
