@@ -2,9 +2,11 @@
 
 import fnmatch
 import json
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,7 +14,8 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, plain_table
 from dcp_zoo.cli.options import AsJson, as_text, head_name
-from dcp_zoo.data import find_spec
+from dcp_zoo.data import find_spec, load_image
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
@@ -25,6 +28,7 @@ from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import (
     MODELS,
+    OPEN_CLIP,
     OPEN_LICENSES,
     SIZES,
     HeadEntry,
@@ -37,6 +41,8 @@ from dcp_zoo.zoo.registry import (
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
 ACCURACIES = ("10 sets", "ImageNet")
+ENOUGH = 4  # of the six sample photographs: guesses among their twelve names are as many once in 1,600 times
+TRAINING = 100  # photographs, for which a time is estimated
 ACCURACY_NOTE = (
     "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
     "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
@@ -141,14 +147,21 @@ def model_line(spec: ModelSpec) -> str:
 
 def info(
     name: str = Argument(metavar="NAME", help="A model, head, checkpoint, hf-hub:ORG/REPO or open_clip:ARCH/TAG."),
+    check: bool = Option(False, "--check", help="Download a model, test it on six photographs, time it here."),
     as_json: AsJson = False,
 ) -> None:
     """Show the details of a model or a head: status, size, licence, metrics, recipe, training command.
 
     [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
     [dim]dcp-zoo info my_head[/]
+    [dim]dcp-zoo info small --check[/]
     """
     details = describe(head_name(name))
+    if check:
+        kind, model, tag = parse_name(name)
+        if kind not in ("zoo", "open_clip") or tag:
+            raise ZooError(f"--check tests a model: for a head use dcp-zoo predict --sample --head {name}.")
+        details |= check_model(f"{OPEN_CLIP}{model}" if kind == "open_clip" else model)
     if as_json:
         print(json.dumps(details, indent=1))
         return
@@ -162,6 +175,41 @@ def info(
             text = f"{len(value)}: {shorten([quoted(as_text(part)) for part in value])}"
         table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
     output.print(table)
+
+
+def check_model(name: str) -> Values:
+    """What a model makes of the sample photographs without training, and costs here; it is downloaded if needed.
+    ZooError if it recognises so few that it cannot be the model it is called."""
+    import torch
+
+    from dcp_zoo.training.device import peak_memory, pick_device
+    from dcp_zoo.zoo.factory import create_transform, plain_clip
+
+    started = time.perf_counter()
+    clip = plain_clip(name).to(pick_device())
+    loading, transform = time.perf_counter() - started, create_transform(clip)
+    images = torch.stack([transform(load_image(path)) for path in sample_images()]).to(clip.device)
+    with torch.inference_mode():
+        classifier = clip.zero_shot_classifier(SAMPLE_CLASSES)
+        clip.encode_image(images)  # warms up
+        started = time.perf_counter()
+        answers = clip.logits(clip.encode_image(images), classifier).argmax(1).tolist()
+    seconds = (time.perf_counter() - started) / len(images)
+    right = sum(answer == label for label, answer in enumerate(answers))
+    if right < ENOUGH:
+        given = ", ".join(f"{SAMPLE_CLASSES[label]}: {SAMPLE_CLASSES[answer]}" for label, answer in enumerate(answers))
+        problem = f"{name} recognises {right} of {len(images)} sample photographs ({given})"
+        again = f"dcp-zoo cache remove {name}, and try again"
+        raise ZooError(f"{problem}: its weights, tokenizer or preprocessing are not what they should be. {again}.")
+    peak = peak_memory(clip.device)
+    return {
+        "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, without training",
+        "loaded in": format_duration(loading),
+        "time here": f"{1000 * seconds:.0f} ms per image on {clip.device.type} with {available_cores()} cores",
+        "memory here": f"{peak / 1e9:.1f} GB" if peak else "not reported by this system",
+        "training here": f"about {format_duration(2 * TRAINING * seconds)} to read {TRAINING} photographs and their "
+        "mirror images; a text probe then fits in seconds",
+    }
 
 
 def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:

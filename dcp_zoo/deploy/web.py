@@ -24,6 +24,7 @@ from dcp_zoo.model.head import Head
 
 PAGE = Path(__file__).parent / "page"
 ORT_VERSION = "1.30.0"
+RUNTIME_FOLDER = f"onnxruntime-web-{ORT_VERSION}"  # in the user's cache
 # as npm has it
 ORT_INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 ORT_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
@@ -71,7 +72,7 @@ def export_web(
 
 def runtime_files() -> list[Path]:
     """The files of onnxruntime-web: in the cache, or else from npm's registry."""
-    folder = cache_folder() / f"onnxruntime-web-{ORT_VERSION}"
+    folder = cache_folder(RUNTIME_FOLDER)
     files = [folder / name for name in ORT_FILES]
     if all(file.is_file() for file in files):
         return files
