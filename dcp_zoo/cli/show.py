@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -203,7 +202,7 @@ def check_model(name: str) -> Values:
         raise ZooError(f"{problem}: its weights, tokenizer or preprocessing are not what they should be. {again}.")
     peak = peak_memory(clip.device)
     return {
-        "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, without training",
+        "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, untrained",
         "loaded in": format_duration(loading),
         "time here": f"{1000 * seconds:.0f} ms per image on {clip.device.type} with {available_cores()} cores",
         "memory here": f"{peak / 1e9:.1f} GB" if peak else "not reported by this system",
