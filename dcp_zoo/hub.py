@@ -178,9 +178,13 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
     raise problems[0]
 
 
-def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> Values:
-    """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
-    path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
-    with as_zoo_error(f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({{}})."):
+def clip_config(clip: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
+    """How "hf-hub:ORG/REPO" or "local-dir:FOLDER" describes its CLIP in open_clip's format: where the weights are and
+    their preprocessing, and the sizes of the towers."""
+    kind, _, place = clip.partition(":")
+    name, on_hub = "open_clip_config.json", kind == "hf-hub"
+    path = download_file(place, name, None, cache_dir) if on_hub else Path(place) / name
+    with as_zoo_error(f"{path} of {clip} is missing, damaged, or not open_clip's description of a CLIP ({{}})."):
         config = json.loads(read_plain(path))
-        return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}
+        weights = {"hf_hub": f"{place}/"} if on_hub else {"file": str(path.with_name(CLIP_WEIGHTS_NAME))}
+        return {**config.get("preprocess_cfg", {}), **weights}, dict(config["model_cfg"])

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
@@ -14,14 +15,14 @@ import pytest
 import torch
 from first_contact import MODELS, write_repo
 from helpers import offline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_open_clip_models import write_tokenizer
 from test_tower_kinds import small_timm
 from upload_hub import Repo
 
-from dcp_zoo import hub
+from dcp_zoo import create_model, hub
 from dcp_zoo.files import sha256_of
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.factory import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
 
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
@@ -48,7 +49,7 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
     with small_timm(SMALL_TIMM):
         files = write_repo(tmp_path / "repo", spec, write_tokenizer)
         uploads.repos[spec.clip_repo] = Repo(private=False)
-        uploads.repos[spec.clip_repo].commit({name: path.read_bytes() for name, path in files.items()})
+        uploads.repos[spec.clip_repo].commit(files)
         yield spec
 
 
@@ -74,7 +75,107 @@ def test_a_model_from_the_hub(model, flowers, run):
     assert later == online
     assert exported["predictions"][0]["class"] == online["predictions"][0]["class"]
     assert f"{model.name} recognises" in error  # random weights do not
-    assert f"dcp-zoo cache remove {model.name}" in error
+    assert f"dcp-zoo cache remove {model.clip_repo}" in error
+
+
+# --- CLIPs of a field: the configurations of their repos --------------------------------------------------------------
+
+OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+BIOCLIP = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+}
+BIOMED = {
+    "embed_dim": 512,
+    "vision_cfg": {
+        "timm_model_name": "vit_base_patch16_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": 256,
+    },
+}
+SIGLIP = open_clip.get_model_config("ViT-B-16-SigLIP")
+SQUASH = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+FIELDS = {
+    "imageomics/bioclip": (BIOCLIP, OPENAI, "center"),
+    "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224": (BIOMED, OPENAI, "center"),
+    "Marqo/marqo-fashionSigLIP": (SIGLIP, SQUASH, "squash"),
+}
+
+
+def write_bert(folder: Path) -> dict[str, bytes]:
+    """The files of a small BERT without weights."""
+    from transformers import BertConfig, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a photo of rose tulip .".split()]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(vocab_size=len(words), **sizes).save_pretrained(folder / "bert")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    return {path.name: path.read_bytes() for path in (folder / "bert").iterdir()}
+
+
+@pytest.mark.parametrize("repo", FIELDS)
+def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
+    """By its repo alone, with small towers: preprocessing and tokenizer are the repo's; classes have a taxonomy."""
+    config, preprocess, crop_mode = FIELDS[repo]
+    config, transformers = small(config), "hf_tokenizer_name" in config["text_cfg"]
+    if transformers:
+        pytest.importorskip("transformers")
+    (tmp_path / "repo").mkdir()
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"] = FIELDS[repo][0]["text_cfg"]
+        files = {config["text_cfg"]["hf_model_name"]: write_bert(tmp_path)}
+    elif transformers:
+        write_tokenizer(tmp_path / "repo")
+        tokenizer = {path.name: path.read_bytes() for path in (tmp_path / "repo").iterdir()}
+        files = {config["text_cfg"]["hf_tokenizer_name"]: tokenizer}
+    else:
+        files = {}
+    for name, content in files.items():
+        uploads.repos[name] = Repo(private=False)
+        uploads.repos[name].commit(content)
+    with small_timm(SMALL_TIMM):
+        clip = build_open_clip(config, False)
+        torch.save(clip.state_dict(), tmp_path / "weights")
+        described = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}).encode()
+        uploads.repos[repo] = Repo(private=False)
+        weights = (tmp_path / "weights").read_bytes()
+        uploads.repos[repo].commit({"open_clip_config.json": described, "open_clip_pytorch_model.bin": weights})
+        run.ok("train", flowers, "--model", f"open_clip:hf-hub:{repo}", "--output", "head")
+        cfg = create_model("local-dir:head", True).pretrained_cfg
+        assert (list(cfg["mean"]), list(cfg["std"]), cfg["crop_mode"]) == (
+            preprocess["mean"],
+            preprocess["std"],
+            crop_mode,
+        )
+        (tmp_path / "tree.json").write_text('{"plants": ["rose", "tulip"]}')
+        out = run.ok(
+            "predict", flowers / "rose/1.jpg", "--head", "head", "--hierarchy", tmp_path / "tree.json", "--json"
+        )
+        assert "plants" in out
+
+
+def test_a_clip_in_a_folder(flowers, run, tmp_path, monkeypatch):
+    """As docs/any_clip.md makes one of RemoteCLIP's weights; a head of it loads from any working folder."""
+    name, config = "open_clip:local-dir:remoteclip", small(open_clip.get_model_config("ViT-B-32"))
+    assert "remoteclip/open_clip_config.json" in run.refused("train", flowers, "--model", name)
+    (tmp_path / "remoteclip").mkdir()
+    (tmp_path / "remoteclip/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    assert "No such file" in run.refused("train", flowers, "--model", name)
+    save_file(build_open_clip(config, False).state_dict(), tmp_path / "remoteclip/open_clip_model.safetensors")
+    run.ok("train", flowers, "--model", name, "--output", "head")
+    monkeypatch.chdir(tmp_path / "MY_PHOTOS")
+    run.ok("predict", flowers / "rose/1.jpg", "--head", tmp_path / "head")
 
 
 # --- what goes wrong on the way ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -122,7 +122,8 @@ class Answers(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if fault == 206 else data)
+            with suppress(ConnectionError):  # of a client that was killed
+                self.wfile.write(data[: len(data) // 2] if fault == 206 else data)
             self.close_connection = self.close_connection or fault == 206
 
     do_GET = do_HEAD = do_POST = do_PUT = answer

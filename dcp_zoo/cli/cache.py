@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from typer import Argument, Typer
@@ -22,10 +23,10 @@ FOLDERS = {"features": "features of images", "onnx": "heads for demo and serve",
 
 class Entry(NamedTuple):
     name: str
-    what: str
     size: int  # bytes
-    used: float  # seconds since 1970
     remove: Callable[[], object]
+    what: str = ""
+    used: float = 0  # seconds since 1970
 
 
 @commands.command("list", cls=Command)
@@ -68,12 +69,12 @@ def prune() -> None:
     old = [entry for entry in own_entries() if entry.name not in (FOLDER, RUNTIME_FOLDER, "features")]
     info, pinned = scan(), {head.revision for head in trained_heads().values()}
     for file in getattr(info, "incomplete_files", ()):
-        old.append(Entry(file.file_path.name, "", file.size_on_disk, 0, partial(file.file_path.unlink, True)))
+        old.append(Entry(file.file_path.name, file.size_on_disk, partial(file.file_path.unlink, True)))
     for repo in our_repos(info):
         loose = {revision.commit_hash for revision in repo.revisions if not revision.refs} - pinned
         if loose and repo.refs:
             strategy = info.delete_revisions(*loose)
-            old.append(Entry(repo.repo_id, "", strategy.expected_freed_size, 0, strategy.execute))
+            old.append(Entry(repo.repo_id, strategy.expected_freed_size, strategy.execute))
     _remove(old)
 
 
@@ -84,20 +85,17 @@ def _remove(entries: list[Entry]) -> None:
     output.print(f"{sum(entry.size for entry in entries) / 1e9:.2f} GB are free again.")
 
 
-def hub_cache() -> str:
+def hub_cache() -> Path:
     from huggingface_hub import constants
 
-    return constants.HF_HUB_CACHE
+    return Path(constants.HF_HUB_CACHE)
 
 
 def scan() -> Any:
     """What the Hub's client says about its cache; None if there is none."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import scan_cache_dir
 
-    try:
-        return scan_cache_dir(hub_cache())
-    except CacheNotFound:
-        return None
+    return scan_cache_dir(hub_cache()) if hub_cache().is_dir() else None
 
 
 def our_repos(info: Any) -> Iterator[Any]:
@@ -117,7 +115,7 @@ def hub_entries() -> Iterator[Entry]:
         users = ", ".join(spec.name for spec in MODELS.values() if spec.clip_repo == repo.repo_id)
         hashes = [revision.commit_hash for revision in repo.revisions]
         remove = info.delete_revisions(*hashes).execute
-        yield Entry(repo.repo_id, users, repo.size_on_disk, repo.last_accessed, remove)
+        yield Entry(repo.repo_id, repo.size_on_disk, remove, users, repo.last_accessed)
 
 
 def own_entries() -> Iterator[Entry]:
@@ -126,4 +124,4 @@ def own_entries() -> Iterator[Entry]:
         files = [path.stat() for path in folder.rglob("*") if path.is_file()]
         what = FOLDERS.get(folder.name.rpartition("-")[0] or folder.name, "")
         used = max(file.st_mtime for file in files)
-        yield Entry(folder.name, what, sum(file.st_size for file in files), used, partial(shutil.rmtree, folder))
+        yield Entry(folder.name, sum(file.st_size for file in files), partial(shutil.rmtree, folder), what, used)

@@ -197,9 +197,11 @@ def check_model(name: str) -> Values:
     right = sum(answer == label for label, answer in enumerate(answers))
     if right < ENOUGH:
         given = ", ".join(f"{SAMPLE_CLASSES[label]}: {SAMPLE_CLASSES[answer]}" for label, answer in enumerate(answers))
-        problem = f"{name} recognises {right} of {len(images)} sample photographs ({given})"
-        again = f"dcp-zoo cache remove {name}, and try again"
-        raise ZooError(f"{problem}: its weights, tokenizer or preprocessing are not what they should be. {again}.")
+        again = f"dcp-zoo cache remove {get_spec(name).clip_repo or name}, and try again"
+        raise ZooError(
+            f"{name} recognises {right} of {len(images)} sample photographs ({given}). Unless it is a CLIP of another "
+            f"field, its weights, tokenizer or preprocessing are not what they should be: {again}."
+        )
     peak = peak_memory(clip.device)
     return {
         "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, untrained",
@@ -255,7 +257,7 @@ def describe_model(spec: ModelSpec) -> Values:
     clip, weights = "miniature, for trying things out", "bundled"
     size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
     if spec.clip:
-        clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
+        clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo or spec.clip})"
         size = spec.download and f"{spec.download} in float32"  # its file may be smaller
     page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
     accuracies = zip(spec.accuracies, ("mean of ten datasets", "ImageNet"), strict=True)
