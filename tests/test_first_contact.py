@@ -165,17 +165,24 @@ def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
         assert "plants" in out
 
 
-def test_a_clip_in_a_folder(flowers, run, tmp_path, monkeypatch):
-    """As docs/any_clip.md makes one of RemoteCLIP's weights; a head of it loads from any working folder."""
-    name, config = "open_clip:local-dir:remoteclip", small(open_clip.get_model_config("ViT-B-32"))
-    assert "remoteclip/open_clip_config.json" in run.refused("train", flowers, "--model", name)
-    (tmp_path / "remoteclip").mkdir()
-    (tmp_path / "remoteclip/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    assert "No such file" in run.refused("train", flowers, "--model", name)
-    save_file(build_open_clip(config, False).state_dict(), tmp_path / "remoteclip/open_clip_model.safetensors")
-    run.ok("train", flowers, "--model", name, "--output", "head")
-    monkeypatch.chdir(tmp_path / "MY_PHOTOS")
-    run.ok("predict", flowers / "rose/1.jpg", "--head", tmp_path / "head")
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-B-16-SigLIP2"])
+def test_a_clip_in_a_folder(architecture, flowers, run, tmp_path, monkeypatch):
+    """As docs/any_clip.md makes one of RemoteCLIP's weights, or a clone of a repo, with its tokenizer; a head of it
+    loads from any working folder."""
+    name, folder = "open_clip:local-dir:clip", tmp_path / "clip"
+    config = small(open_clip.get_model_config(architecture))
+    assert "clip/open_clip_config.json of local-dir:" in run.refused("train", flowers, "--model", name)
+    folder.mkdir()
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        pytest.importorskip("transformers")
+        write_tokenizer(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with small_timm(SMALL_TIMM if "timm_model_name" in config["vision_cfg"] else {}):
+        assert "No such file" in run.refused("train", flowers, "--model", name)
+        save_file(build_open_clip(config, False).state_dict(), folder / hub.CLIP_WEIGHTS_NAME)
+        run.ok("train", flowers, "--model", name, "--output", "head")
+        monkeypatch.chdir(flowers)
+        run.ok("predict", flowers / "rose/1.jpg", "--head", tmp_path / "head")
 
 
 # --- what goes wrong on the way ---------------------------------------------------------------------------------------
