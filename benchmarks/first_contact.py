@@ -10,6 +10,7 @@ random weights recognise nothing. Needs the extra `all`.
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,9 +71,7 @@ def main() -> None:
             hub.repos[str(spec.clip_repo)].commit(write_repo(folder / "repo", spec, write_tokenizer))
             for number in range(12):
                 photo(folder / "photos" / ("rose", "tulip")[number % 2] / f"{number}.jpg", number)
-            for row in rehearse(name, folder, hub.url):
-                rows.append(row)
-                print(row, flush=True)
+            rows += rehearse(name, folder, hub.url)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -102,22 +101,23 @@ def rehearse(name: str, folder: Path, endpoint: str) -> list[dict[str, Any]]:
         size = sum(path.stat().st_size for path in (folder / "hf").rglob("*") if not path.is_symlink())
         row = {"model": name, "step": step, "seconds": round(seconds, 1), "peak_mb": round(memory)}
         rows.append(row | {"hub_cache_mb": round(size / 1e6)})
+        print(rows[-1], flush=True)
     return rows
 
 
 def timed(args: list[str], env: Values, folder: Path, kill_at: int | None) -> tuple[float, float, int, str]:
     """Run `dcp-zoo ARGS`; kill it once so many bytes have arrived. Seconds, peak in MB, exit code, and what it said."""
-    started = time.monotonic()
+    started, peak = time.monotonic(), 0
     with (folder / "said").open("w") as out:
         command = [sys.executable, "-m", "dcp_zoo", *args]
         process = subprocess.Popen(command, env={**os.environ, **env}, stdout=out, stderr=out)
-        while kill_at and not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if any(path.stat().st_size > kill_at for path in (folder / "hf").rglob("*.incomplete")):
+        while process.poll() is None:
+            found = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, int(found[1]) if found else 0)  # rusage's would include this process's, which holds a Hub
+            if kill_at and any(path.stat().st_size > kill_at for path in (folder / "hf").rglob("*.incomplete")):
                 process.kill()
-            time.sleep(0.01)
-        _, status, usage = os.wait4(process.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return time.monotonic() - started, usage.ru_maxrss / 1024, code, (folder / "said").read_text()
+            time.sleep(0.02)
+    return time.monotonic() - started, peak / 1024, process.returncode, (folder / "said").read_text()
 
 
 if __name__ == "__main__":

@@ -208,9 +208,13 @@ def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
     assert [int(wanted[6:-1]) > 2**20 for wanted in uploads.ranges] == [True]
 
 
-def test_a_renamed_repo_is_followed(uploads, large):
+def test_a_renamed_repo_is_followed(uploads, large, run):
+    """Its weights are none, which is said with what removes them."""
     uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
-    hub.fetch_clip(f"{CLIP}/")
+    assert f"dcp-zoo cache remove {CLIP}, and try again" in run.refused("info", "small", "--check")
+    assert "Removed" in run.ok("cache", "remove", CLIP)
+    uploads.renamed = {}
+    assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")
 
 
 def test_what_stops_a_download_is_said(uploads, large, run, monkeypatch):
