@@ -63,10 +63,9 @@ def explained(
         if not isinstance(error, CLIENT_ERRORS):
             raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
-        # the repo of a CLIP has its weights in other formats, too
-        # what is refused before the client is asked, such as a certificate
         fields["why"] = f" ({error.__cause__})" if isinstance(error.__cause__, HTTP_ERRORS) else ""
         fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
+        # the repo of a CLIP has its weights in other formats, too
         fields |= {"files": f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id}
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
@@ -124,7 +123,8 @@ def _kind(error: Exception) -> object:
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
 
 
-CLIP_WEIGHTS_NAMES = CLIP_WEIGHTS_NAME, _ = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
+CLIP_WEIGHTS_NAMES = (CLIP_WEIGHTS_NAME, "open_clip_pytorch_model.bin")
 HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in requests, which it counts
 
 

@@ -44,12 +44,16 @@ def caches(tmp_path, monkeypatch) -> tuple[Path, Path]:
     for commit, ref in ((OLD, ""), (NEW, "main")):
         clip = add(hub, CLIP, commit, ref, open_clip_model__safetensors=(tmp_path / "clip").read_bytes())
     (clip / "blobs" / "x.incomplete").write_bytes(bytes(300_000))
+    killed = hub / f"models--{MODELS['dcp_vitb16'].clip_repo.replace('/', '--')}" / "blobs"  # in its first download
+    killed.mkdir(parents=True)
+    (killed / "y.incomplete").write_bytes(bytes(200_000))
     bundled = registry.WEIGHTS / "dcp_mini.caltech101-16shot"
     add(hub, HEAD, PINNED, config__json=(bundled / CONFIG_NAME).read_bytes())
     add(hub, HEAD, NEW[:-1] + "d", "main", config__json=(bundled / CONFIG_NAME).read_bytes())
     entry = registry.HeadEntry("dcp_mini.caltech101-16shot", "published", "me", PINNED)
     monkeypatch.setattr("dcp_zoo.cli.cache.trained_heads", lambda: {entry.name: entry})
-    add(hub, "bert/bert", OLD[:-1] + "e", "main", config__json=json.dumps({"model_type": "bert"}).encode())
+    bert = add(hub, "bert/bert", OLD[:-1] + "e", "main", config__json=json.dumps({"model_type": "bert"}).encode())
+    (bert / "blobs" / "z.incomplete").write_bytes(b"another program's")
     for name in ("features", FOLDER, "onnx-0.0.1"):
         (cache_folder(name) / "file").write_bytes(bytes(200_000))
     (own / "onnx-mine").mkdir()
@@ -74,7 +78,7 @@ def test_only_what_is_named_is_removed(caches, run):
     assert "0.00 GB are free again" in run.ok("cache", "remove", "small", "features", "features")
     assert not (hub / f"models--{CLIP.replace('/', '--')}").exists()
     assert not (own / "features").exists()
-    assert len(list(hub.glob("models--*"))) == 2
+    assert len(list(hub.glob("models--*"))) == 3
     assert (own / FOLDER / "file").exists()
     message = f"do not have {FOLDER}x. Nearest: {FOLDER}, onnx-0.0.1. All: dcp-zoo cache list"
     assert message in run.refused("cache", "remove", f"{FOLDER}x", FOLDER)
@@ -85,8 +89,9 @@ def test_only_what_is_named_is_removed(caches, run):
 def test_pruning_leaves_what_is_used(caches, run):
     hub, own = caches
     out = run.ok("cache", "prune")
-    assert out.count("Removed") == 3
+    assert out.count("Removed") == 4
     assert "Removed x.incomplete: 0.3 MB" in out
+    assert [path.name for path in hub.rglob("*.incomplete")] == ["z.incomplete"]
     left = {path.name for path in hub.glob("*/snapshots/*")}
     assert left == {NEW, PINNED, NEW[:-1] + "d", OLD[:-1] + "e"}
     assert {path.name for path in own.iterdir()} == {"features", FOLDER, "onnx-mine"}

@@ -58,8 +58,8 @@ def remove(names: list[str] = Argument(metavar="NAME...", help="As in `list`, or
 
 @commands.command(cls=Command)
 def prune() -> None:
-    """Remove what is no longer used: unfinished downloads, revisions that a newer one replaces, and exports of other
-    versions. Do not run it while something is being downloaded.
+    """Remove what is no longer used: unfinished downloads of CLIPs, revisions that a newer one replaces, and exports of
+    other versions. Do not run it while something is being downloaded.
 
     [dim]dcp-zoo cache prune[/]
     """
@@ -68,9 +68,12 @@ def prune() -> None:
 
     old = [entry for entry in own_entries() if entry.name not in (FOLDER, RUNTIME_FOLDER, "features")]
     info, pinned = scan(), {head.revision for head in trained_heads().values()}
+    ours = {repo.repo_id: repo for repo in our_repos(info)}
+    folders = {f"models--{repo.replace('/', '--')}" for repo in (*ours, *(str(s.clip_repo) for s in MODELS.values()))}
     for file in getattr(info, "incomplete_files", ()):
-        old.append(Entry(file.file_path.name, file.size_on_disk, partial(file.file_path.unlink, True)))
-    for repo in our_repos(info):
+        if folders & set(file.file_path.parts):
+            old.append(Entry(file.file_path.name, file.size_on_disk, partial(file.file_path.unlink, True)))
+    for repo in ours.values():
         loose = {revision.commit_hash for revision in repo.revisions if not revision.refs} - pinned
         if loose and repo.refs:
             strategy = info.delete_revisions(*loose)

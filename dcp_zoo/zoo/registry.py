@@ -133,8 +133,7 @@ def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple
 
 
 def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
-    """A row for "open_clip:ARCH/TAG", from open_clip's own configs, "open_clip:hf-hub:ORG/REPO", or
-    "open_clip:local-dir:FOLDER", whose row has the whole path."""
+    """A row for "open_clip:ARCH/TAG", "open_clip:hf-hub:ORG/REPO", or "open_clip:local-dir:FOLDER", made absolute."""
     place = name.removeprefix(OPEN_CLIP)
     clip, _, tag = place.partition("/")
     if place.startswith(CLIP_FOLDER):
