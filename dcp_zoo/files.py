@@ -19,6 +19,8 @@ import yaml
 from dcp_zoo.errors import ZooError, writing_to
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
+CACHE_TAG = "CACHEDIR.TAG"  # with this text, see bford.info/cachedir
+CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of dcp_zoo: `dcp-zoo cache`.\n"
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.deploy.limits`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_FRAME_PIXELS = 40_000_000  # of a video's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
@@ -208,9 +210,20 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def cache_folder() -> Path:
+def cache_root() -> Path:
     """DCP_ZOO_CACHE, or `dcp_zoo` in the system's folder for caches."""
     if own := os.environ.get("DCP_ZOO_CACHE"):
         return Path(own)
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache, made with the file that tells backups to leave it out; if that is not possible, the
+    error is that of whoever writes there."""
+    folder = cache_root() / name
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / CACHE_TAG).exists():
+            (folder / CACHE_TAG).write_text(CACHE_TAG_TEXT)
+    return folder

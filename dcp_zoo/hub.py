@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
+from urllib.request import getproxies
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
@@ -41,8 +42,9 @@ MESSAGES: dict[object, str] = {
     errors.GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
     errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
-    errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {hub} cannot be reached, or "
-    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT. {BY_HAND} A head on disk is local-dir:PATH.",
+    errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {hub} cannot be reached{why}, or "
+    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT{{proxy}}. {BY_HAND} A head on disk is "
+    "local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
@@ -61,6 +63,8 @@ def explained(
         if not isinstance(error, CLIENT_ERRORS):
             raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
+        fields["why"] = f" ({error.__cause__})" if isinstance(error.__cause__, HTTP_ERRORS) else ""
+        fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
         # the repo of a CLIP has its weights in other formats, too
         fields |= {"files": f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id}
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
@@ -120,6 +124,7 @@ def _kind(error: Exception) -> object:
 
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
+CLIP_WEIGHTS_NAMES = (CLIP_WEIGHTS_NAME, "open_clip_pytorch_model.bin")
 HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in requests, which it counts
 
 
@@ -158,19 +163,28 @@ def check_connection(endpoint: str) -> None:
 
 
 def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
-    """Download CLIP's weights at "org/repo/" or "org/repo/file" for open_clip, which hides reasons of failures."""
+    """Download CLIP's weights for open_clip, which hides reasons of failures: at "org/repo/file", or at "org/repo/" as
+    safetensors or else pickled."""
     repo_id, _, filename = place.rpartition("/")
-    try:
-        download_file(repo_id, filename or CLIP_WEIGHTS_NAME, None, cache_dir)
-    except ZooError as error:
-        cause = error.__cause__
-        if isinstance(cause, errors.LocalEntryNotFoundError) or not isinstance(cause, errors.EntryNotFoundError):
-            raise  # open_clip handles a repo whose weights have another file name
+    problems = []
+    for name in [filename] if filename else CLIP_WEIGHTS_NAMES:
+        try:
+            download_file(repo_id, name, None, cache_dir)
+            return
+        except ZooError as error:
+            if not isinstance(error.__cause__, errors.EntryNotFoundError):
+                raise
+            problems.append(error)
+    raise problems[0]
 
 
-def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> Values:
-    """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
-    path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
-    with as_zoo_error(f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({{}})."):
+def clip_config(clip: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
+    """How "hf-hub:ORG/REPO" or "local-dir:FOLDER" describes its CLIP in open_clip's format: where the weights are and
+    their preprocessing, and the sizes of the towers."""
+    kind, _, place = clip.partition(":")
+    name, on_hub = "open_clip_config.json", kind == "hf-hub"
+    path = download_file(place, name, None, cache_dir) if on_hub else Path(place) / name
+    with as_zoo_error(f"{path} of {clip} is missing, damaged, or not open_clip's description of a CLIP ({{}})."):
         config = json.loads(read_plain(path))
-        return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}
+        weights = {"hf_hub": f"{place}/"} if on_hub else {"file": str(path.with_name(CLIP_WEIGHTS_NAME))}
+        return {**config.get("preprocess_cfg", {}), **weights}, dict(config["model_cfg"])

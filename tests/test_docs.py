@@ -110,8 +110,9 @@ def run_command(line: str, run: CommandLine) -> None:
 def silent_commands() -> Any:
     """The command line, whose commands do nothing."""
     group = typer.main.get_command(app)
-    for command in (*group.commands.values(), *group.commands["data"].commands.values()):
-        command.callback = lambda **values: None
+    for outer in group.commands.values():
+        for command in (outer, *getattr(outer, "commands", {}).values()):
+            command.callback = lambda **values: None
     return group
 
 

@@ -11,7 +11,7 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from helpers import http_server
 
 TOKEN = "hf_of_the_tests"
-LFS = (".safetensors", ".parquet")
+LFS = (".safetensors", ".bin", ".parquet")
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -56,7 +56,10 @@ class UploadHub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.gated: set[str] = set()  # nobody has access to these
-        self.faults: list[tuple[str, int]] = []  # pattern and status; 0 cuts the connection after the work is done
+        self.renamed: dict[str, str] = {}  # old name: new name
+        # pattern and status; 0 cuts the connection after the work is done, 206 in the middle of a file
+        self.faults: list[tuple[str, int]] = []
+        self.ranges: list[str] = []  # that were asked for
         self.requests: list[str] = []
         self.lock = threading.RLock()
 
@@ -99,7 +102,7 @@ class Answers(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{self.command} {path}")
             fault = self.hub.take_fault(self.command, path)
             try:
-                if fault:
+                if fault not in (None, 0, 206):
                     raise Refusal(fault, "fault of the tests")
                 content, status = self.dispatch(path), 200
             except Refusal as refusal:
@@ -109,12 +112,19 @@ class Answers(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if (wanted := self.headers.get("Range")) and status == 200:
+            self.hub.ranges.append(wanted)
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            self.extra["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data, status = data[start:], 206
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | self.extra).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # of a client that was killed
+                self.wfile.write(data[: len(data) // 2] if fault == 206 else data)
+            self.close_connection = self.close_connection or fault == 206
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -203,6 +213,9 @@ class Answers(BaseHTTPRequestHandler):
         return {"id": repo_id, "modelId": repo_id, "sha": oid, "private": private, "siblings": siblings, "tags": []}
 
     def resolve(self, repo_id: str, revision: str, name: str) -> Any:
+        if repo_id in self.hub.renamed:
+            self.extra["Location"] = f"/{self.hub.renamed[repo_id]}/resolve/{revision}/{name}"
+            raise Refusal(307)
         oid, files = self.revision(repo_id, revision)
         self.extra["X-Repo-Commit"] = oid
         if repo_id in self.hub.gated:

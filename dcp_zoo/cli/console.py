@@ -96,7 +96,7 @@ def from_here(text: str) -> str:
 
 def advise(text: str) -> None:
     """Print advice, each only once: a file in the user's cache remembers it."""
-    mark = cache_folder() / "advice" / file_name(text)[:30]
+    mark = cache_folder("advice") / file_name(text)[:30]
     if not mark.exists():
         log(text)
         with suppress(OSError):  # said again, then

@@ -2,7 +2,10 @@
 
 import fnmatch
 import json
+import sys
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import advise, log, output, plain_table
 from dcp_zoo.cli.options import AsJson, as_text, head_name
-from dcp_zoo.data import find_spec
+from dcp_zoo.data import find_spec, load_image
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
@@ -62,6 +66,7 @@ PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what 
     *("default head", "trained heads", "Hub repo", "train it"),
 )
 ACCURACIES = ("10 sets", "ImageNet")
+ENOUGH = 4  # of the six sample photographs: guesses among their twelve names are as many once in 1,600 times
 ACCURACY_NOTE = (
     "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
     "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
@@ -172,14 +177,21 @@ def advise_larger(model: str) -> None:
 
 def info(
     name: str = Argument(metavar="NAME", help="A model, head, checkpoint, hf-hub:ORG/REPO or open_clip:ARCH/TAG."),
+    check: bool = Option(False, "--check", help="Download a model, test it on six photographs, time it here."),
     as_json: AsJson = False,
 ) -> None:
     """Show what a model or a head is, how good, of what and when. All details, such as the recipe: --json.
 
     [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
     [dim]dcp-zoo info my_head[/]
+    [dim]dcp-zoo info small --check[/]
     """
     details = describe(head_name(name))
+    if check:
+        kind, _, tag = parse_name(name)
+        if kind not in ("zoo", "open_clip") or tag:
+            raise ZooError(f"--check tests a model: for a head use dcp-zoo predict --sample --head {name}.")
+        details |= check_model(name)
     if as_json:
         print(json.dumps(details, indent=1))
         return
@@ -191,6 +203,47 @@ def info(
         table.add_row(key, escape(text))
     output.print(table)
     output.print(f"The recipe and all else: dcp-zoo info {name} --json", style="dim", markup=False, soft_wrap=True)
+
+
+def check_model(name: str) -> Values:
+    """What a model makes of the sample photographs without training, and costs here; it is downloaded if needed.
+    ZooError if it recognises so few that it cannot be the model it is called."""
+    import torch
+
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.zoo.factory import create_transform, plain_clip
+
+    started = time.perf_counter()
+    clip = plain_clip(name).to(pick_device())
+    loading, transform = time.perf_counter() - started, create_transform(clip)
+    images = torch.stack([transform(load_image(path)) for path in sample_images()]).to(clip.device)
+    with torch.inference_mode():
+        classifier = clip.zero_shot_classifier(SAMPLE_CLASSES)
+        clip.encode_image(images)  # warms up
+        started = time.perf_counter()
+        answers = clip.logits(clip.encode_image(images), classifier).argmax(1).tolist()
+    seconds = (time.perf_counter() - started) / len(images)
+    right = sum(answer == label for label, answer in enumerate(answers))
+    if right < ENOUGH:
+        given = ", ".join(f"{SAMPLE_CLASSES[label]}: {SAMPLE_CLASSES[answer]}" for label, answer in enumerate(answers))
+        again = f"dcp-zoo cache remove {get_spec(name).clip_repo or name}, and try again"
+        raise ZooError(
+            f"{name} recognises {right} of {len(images)} sample photographs ({given}). Unless it is a CLIP of another "
+            f"field, its weights, tokenizer or preprocessing are not what they should be: {again}."
+        )
+    measured = {
+        "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, untrained",
+        "loaded in": format_duration(loading),
+        "time here": f"{1000 * seconds:.0f} ms per image on {clip.device.type} with {available_cores()} cores",
+        "training here": f"about {format_duration(200 * seconds)} to read 100 photographs and their mirror images; a "
+        "text probe then fits in seconds",
+    }
+    with suppress(ImportError):  # Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        measured["memory here"] = f"{peak / 1e9:.1f} GB, without a GPU's"
+    return measured
 
 
 def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:
@@ -237,7 +290,7 @@ def describe_model(spec: ModelSpec) -> Values:
     clip, weights = "miniature, for trying things out", "bundled"
     size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
     if spec.clip:
-        clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
+        clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo or spec.clip})"
         size = spec.download and f"{spec.download} in float32"  # its file may be smaller
     page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
     accuracies = zip(spec.accuracies, ("mean of ten datasets", "ImageNet"), strict=True)

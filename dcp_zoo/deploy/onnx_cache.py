@@ -11,6 +11,8 @@ from dcp_zoo.files import cache_folder, check_writable, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
+FOLDER = f"onnx-{__version__}"  # in the user's cache
+
 
 def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = print) -> Path:
     """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache; exported if it is
@@ -20,8 +22,8 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
     hashes = [head_sha256(folder)]
     if read_config(folder)["dcp"]["clip"] == "bundled":
         hashes.append(sha256_of(MINI_WEIGHTS))
-    depends_on = json.dumps([__version__, *hashes, list(classnames or [])])
-    path = cache_folder() / "onnx" / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
+    depends_on = json.dumps([*hashes, list(classnames or [])])
+    path = cache_folder(FOLDER) / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
         check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --head")
         from dcp_zoo.deploy.export import check_export, export

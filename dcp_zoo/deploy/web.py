@@ -18,12 +18,13 @@ from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import cache_folder, check_empty, printable, sha256_of, unfinished, write_file
+from dcp_zoo.files import cache_folder, cache_root, check_empty, printable, sha256_of, unfinished, write_file
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 
 PAGE = Path(__file__).parent / "page"
 ORT_VERSION = "1.30.0"
+RUNTIME_FOLDER = f"onnxruntime-web-{ORT_VERSION}"  # in the user's cache
 # as npm has it
 ORT_INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 ORT_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
@@ -71,7 +72,7 @@ def export_web(
 
 def runtime_files() -> list[Path]:
     """The files of onnxruntime-web: in the cache, or else from npm's registry."""
-    folder = cache_folder() / f"onnxruntime-web-{ORT_VERSION}"
+    folder = cache_root() / RUNTIME_FOLDER
     files = [folder / name for name in ORT_FILES]
     if all(file.is_file() for file in files):
         return files
@@ -87,6 +88,7 @@ def runtime_files() -> list[Path]:
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()
     if digest != ORT_INTEGRITY:
         raise ZooError(f"{address} is not the file that was pinned ({digest}): check the registry.")
+    cache_folder(RUNTIME_FOLDER)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for file in files:
             member = tar.extractfile(f"package/dist/{file.name}")

@@ -119,7 +119,7 @@ _memory = FeatureCache()
 
 def features_folder() -> Path | None:
     """Where commands keep features of the user's images; None if that is switched off."""
-    return None if os.environ.get(OFF) else cache_folder() / "features"
+    return None if os.environ.get(OFF) else cache_folder("features")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.zoo.encoders import load_encoders
-from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, described, weights_spec
+from dcp_zoo.zoo.registry import CLIP_FOLDER, CLIP_REPO, ModelSpec, described, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 # by the field `head` of a checkpoint's `dcp` block
@@ -253,7 +253,7 @@ def _timm_cfg(clip: nn.Module, spec: ModelSpec, tag: str) -> Values:
 
 def check_tag(spec: ModelSpec, tag: str) -> str:
     """Return `tag` if it names CLIP weights for this model; otherwise ZooError lists open_clip's tags for it."""
-    own = spec.clip is None or spec.clip.startswith(CLIP_REPO)
+    own = spec.clip is None or spec.clip.startswith((CLIP_REPO, CLIP_FOLDER))
     valid = [spec.clip_pretrained] if own else open_clip.list_pretrained_tags_by_model(spec.clip)
     if tag not in valid:
         raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(valid)}.")
@@ -267,12 +267,14 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
     source, config = described(spec.clip, clip_tag, cache_dir)
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
+    repo = source.get("hf_hub", "").rpartition("/")[0]
     failed = (
-        f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If this names a file, delete it and try "
-        "again. For other weights, pass clip_pretrained=TAG."
+        f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If they are damaged, "
+        f"{f'dcp-zoo cache remove {repo}' if repo else 'replace them'}, and try again. For other weights, pass "
+        "clip_pretrained=TAG."
     )
     other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
-    with as_zoo_error(failed, RuntimeError, SafetensorError):
+    with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError):
         with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
@@ -283,6 +285,8 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:
     """The CLIP of one of open_clip's model configs, with random weights: what `open_clip.create_model` chooses."""
     custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    if "hf_model_name" in config["text_cfg"]:  # its weights come with CLIP's
+        config = config | {"text_cfg": config["text_cfg"] | {"hf_model_pretrained": False}}
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     sizes = {name: value for name, value in config.items() if name not in ("custom_text", "quick_gelu")}
     return kind(**sizes, quick_gelu=quick_gelu)

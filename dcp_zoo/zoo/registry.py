@@ -28,8 +28,8 @@ from dcp_zoo.threads import available_cores
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-OPEN_CLIP = "open_clip:"  # before the name of an open_clip model: "ARCH/TAG" or "hf-hub:ORG/REPO"
-CLIP_REPO = "hf-hub:"  # before the Hub repo that describes an architecture
+OPEN_CLIP = "open_clip:"  # before the name of an open_clip model: "ARCH/TAG", or one of the next with a place
+CLIP_REPO, CLIP_FOLDER = "hf-hub:", "local-dir:"  # before the Hub repo or folder that describes an architecture
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,23 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
 
 def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
     """How open_clip describes weights, that is where they are and their preprocessing, and the sizes of the towers."""
-    if clip.startswith(CLIP_REPO):
-        from dcp_zoo.hub import clip_repo_config
+    if clip.startswith((CLIP_REPO, CLIP_FOLDER)):
+        from dcp_zoo.hub import clip_config
 
-        repo = clip.removeprefix(CLIP_REPO)
-        config = clip_repo_config(repo, cache_dir)
-        return config["preprocess_cfg"] | {"hf_hub": f"{repo}/"}, config["model_cfg"]
+        return clip_config(clip, cache_dir)
     import open_clip
 
     return open_clip.get_pretrained_cfg(clip, tag), open_clip.get_model_config(clip)
 
 
 def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
-    """A row for "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO", from open_clip's own configs."""
+    """A row for "open_clip:ARCH/TAG", "open_clip:hf-hub:ORG/REPO", or "open_clip:local-dir:FOLDER", made absolute."""
     place = name.removeprefix(OPEN_CLIP)
     clip, _, tag = place.partition("/")
-    if place.startswith(CLIP_REPO):
+    if place.startswith(CLIP_FOLDER):
+        clip, tag = f"{CLIP_FOLDER}{Path(place.removeprefix(CLIP_FOLDER)).absolute()}", "local"
+        name = f"{OPEN_CLIP}{clip}"
+    elif place.startswith(CLIP_REPO):
         clip, tag = place, "hub"
     else:
         import open_clip
@@ -148,7 +149,7 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
             close = nearest(place, pairs) or ["ViT-B-16/openai"]
             raise ZooError(
                 f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); "
-                f"names are {OPEN_CLIP}ARCH/TAG, or {OPEN_CLIP}{CLIP_REPO}ORG/REPO for a repo on the Hub."
+                f"names are {OPEN_CLIP}ARCH/TAG, {OPEN_CLIP}{CLIP_REPO}ORG/REPO, or {OPEN_CLIP}{CLIP_FOLDER}FOLDER."
             )
     preprocess, model = described(clip, tag, cache_dir)
     repo = preprocess.get("hf_hub", "").rstrip("/") or None

@@ -1,0 +1,236 @@
+"""The first contact with real weights, rehearsed: Hub repos with the file names, keys and types of the real ones, but
+small towers with random values. `benchmarks/first_contact.py` does the same at full size."""
+
+import errno
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from first_contact import MODELS, write_repo
+from helpers import offline
+from safetensors.torch import load_file, save_file
+from test_open_clip_models import write_tokenizer
+from test_tower_kinds import small_timm
+from upload_hub import Repo
+
+from dcp_zoo import create_model, hub
+from dcp_zoo.files import sha256_of
+from dcp_zoo.zoo.factory import build_open_clip, plain_clip
+from dcp_zoo.zoo.registry import ModelSpec, get_spec
+
+SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
+
+
+def small(config: dict) -> dict:
+    """open_clip's config with narrow towers of few blocks."""
+    vision, text = dict(config["vision_cfg"]), config["text_cfg"] | {"width": 64, "heads": 2, "layers": 3}
+    if "timm_model_name" not in vision:
+        vision |= {"width": 64, "head_width": 32, "layers": 3}
+    if "hf_tokenizer_name" in text:
+        text["vocab_size"] = 100
+    return config | {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
+
+
+@pytest.fixture(params=MODELS)
+def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
+    """A model whose repo is on the Hub, and whose towers are small here."""
+    spec = get_spec(request.param)
+    config = open_clip.get_model_config(spec.clip)
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        pytest.importorskip("transformers")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, spec.clip, small(config))
+    with small_timm(SMALL_TIMM):
+        files = write_repo(tmp_path / "repo", spec, write_tokenizer)
+        uploads.repos[spec.clip_repo] = Repo(private=False)
+        uploads.repos[spec.clip_repo].commit(files)
+        yield spec
+
+
+def test_a_model_from_the_hub(model, flowers, run):
+    """Downloaded, trained on, exported, and all of it again without a network."""
+    photo, weights = flowers / "rose" / "1.jpg", flowers.parent / "repo"
+    assert model.clip_repo not in run.ok("cache", "list")
+    assert "Saved in head" in run.ok("train", flowers, "--model", model.name, "--output", "head")
+    assert model.clip_repo in run.ok("cache", "list")
+    (file,) = (flowers.parent / "cache").glob("*/snapshots/*/open_clip_[mp]*")
+    assert sha256_of(file) == file.resolve().name == sha256_of(weights / file.name)
+    clip = plain_clip(model.name).clip
+    stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    assert clip.state_dict().keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in clip.state_dict().items())
+
+    (online,) = json.loads(run.ok("predict", photo, "--head", "head", "--json"))
+    run.ok("export", "--head", "head", "--output", "head.onnx")
+    with offline():
+        (later,) = json.loads(run.ok("predict", photo, "--head", "head", "--json"))
+        (exported,) = json.loads(run.ok("predict", photo, "--head", "head.onnx", "--json"))
+        error = run.refused("info", model.name, "--check")
+    assert later == online
+    assert exported["predictions"][0]["class"] == online["predictions"][0]["class"]
+    assert f"{model.name} recognises" in error  # random weights do not
+    assert f"dcp-zoo cache remove {model.clip_repo}" in error
+
+
+# --- CLIPs of a field: the configurations of their repos --------------------------------------------------------------
+
+OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+BIOCLIP = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+}
+BIOMED = {
+    "embed_dim": 512,
+    "vision_cfg": {
+        "timm_model_name": "vit_base_patch16_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": 256,
+    },
+}
+SIGLIP = open_clip.get_model_config("ViT-B-16-SigLIP")
+SQUASH = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+FIELDS = {
+    "imageomics/bioclip": (BIOCLIP, OPENAI, "center"),
+    "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224": (BIOMED, OPENAI, "center"),
+    "Marqo/marqo-fashionSigLIP": (SIGLIP, SQUASH, "squash"),
+}
+
+
+def write_bert(folder: Path) -> dict[str, bytes]:
+    """The files of a small BERT without weights."""
+    from transformers import BertConfig, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a photo of rose tulip .".split()]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(vocab_size=len(words), **sizes).save_pretrained(folder / "bert")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    return {path.name: path.read_bytes() for path in (folder / "bert").iterdir()}
+
+
+@pytest.mark.parametrize("repo", FIELDS)
+def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
+    """By its repo alone, with small towers: preprocessing and tokenizer are the repo's; classes have a taxonomy."""
+    config, preprocess, crop_mode = FIELDS[repo]
+    config, transformers = small(config), "hf_tokenizer_name" in config["text_cfg"]
+    if transformers:
+        pytest.importorskip("transformers")
+    (tmp_path / "repo").mkdir()
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"] = FIELDS[repo][0]["text_cfg"]
+        files = {config["text_cfg"]["hf_model_name"]: write_bert(tmp_path)}
+    elif transformers:
+        write_tokenizer(tmp_path / "repo")
+        tokenizer = {path.name: path.read_bytes() for path in (tmp_path / "repo").iterdir()}
+        files = {config["text_cfg"]["hf_tokenizer_name"]: tokenizer}
+    else:
+        files = {}
+    for name, content in files.items():
+        uploads.repos[name] = Repo(private=False)
+        uploads.repos[name].commit(content)
+    with small_timm(SMALL_TIMM):
+        clip = build_open_clip(config, False)
+        torch.save(clip.state_dict(), tmp_path / "weights")
+        described = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}).encode()
+        uploads.repos[repo] = Repo(private=False)
+        weights = (tmp_path / "weights").read_bytes()
+        uploads.repos[repo].commit({"open_clip_config.json": described, "open_clip_pytorch_model.bin": weights})
+        run.ok("train", flowers, "--model", f"open_clip:hf-hub:{repo}", "--output", "head")
+        cfg = create_model("local-dir:head", True).pretrained_cfg
+        assert (list(cfg["mean"]), list(cfg["std"]), cfg["crop_mode"]) == (
+            preprocess["mean"],
+            preprocess["std"],
+            crop_mode,
+        )
+        (tmp_path / "tree.json").write_text('{"plants": ["rose", "tulip"]}')
+        out = run.ok(
+            "predict", flowers / "rose/1.jpg", "--head", "head", "--hierarchy", tmp_path / "tree.json", "--json"
+        )
+        assert "plants" in out
+
+
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-B-16-SigLIP2"])
+def test_a_clip_in_a_folder(architecture, flowers, run, tmp_path, monkeypatch):
+    """As docs/any_clip.md makes one of RemoteCLIP's weights, or a clone of a repo, with its tokenizer; a head of it
+    loads from any working folder."""
+    name, folder = "open_clip:local-dir:clip", tmp_path / "clip"
+    config = small(open_clip.get_model_config(architecture))
+    assert "clip/open_clip_config.json of local-dir:" in run.refused("train", flowers, "--model", name)
+    folder.mkdir()
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        pytest.importorskip("transformers")
+        write_tokenizer(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with small_timm(SMALL_TIMM if "timm_model_name" in config["vision_cfg"] else {}):
+        assert "No such file" in run.refused("train", flowers, "--model", name)
+        save_file(build_open_clip(config, False).state_dict(), folder / hub.CLIP_WEIGHTS_NAME)
+        run.ok("train", flowers, "--model", name, "--output", "head")
+        monkeypatch.chdir(flowers)
+        run.ok("predict", flowers / "rose/1.jpg", "--head", tmp_path / "head")
+
+
+# --- what goes wrong on the way ---------------------------------------------------------------------------------------
+
+CLIP = get_spec("small").clip_repo
+
+
+@pytest.fixture
+def large(uploads) -> bytes:
+    """What the repo of `--model small` holds here in place of weights, larger than the client's buffer."""
+    content = random.Random(0).randbytes(2**25)
+    uploads.repos[CLIP] = Repo(private=False)
+    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content})
+    return content
+
+
+def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
+    """Within a process. After a kill the client begins again, see `test_a_killed_download_is_no_checkpoint`."""
+    uploads.faults = [(f"GET .*{hub.CLIP_WEIGHTS_NAME}", 206)]
+    hub.fetch_clip(f"{CLIP}/")
+    (file,) = tmp_path.glob(f"cache/*/snapshots/*/{hub.CLIP_WEIGHTS_NAME}")
+    assert file.read_bytes() == large
+    assert [int(wanted[6:-1]) > 2**20 for wanted in uploads.ranges] == [True]
+
+
+def test_a_renamed_repo_is_followed(uploads, large, run):
+    """Its weights are none, which is said with what removes them."""
+    uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
+    assert f"dcp-zoo cache remove {CLIP}, and try again" in run.refused("info", "small", "--check")
+    assert "Removed" in run.ok("cache", "remove", CLIP)
+    uploads.renamed = {}
+    assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")
+
+
+def test_what_stops_a_download_is_said(uploads, large, run, monkeypatch):
+    """The repo is gated; the disk is full, as the client sees before it writes; a proxy does not answer."""
+    uploads.gated = {CLIP}
+    error = run.refused("info", "small", "--check")
+    assert f"{CLIP} is gated: request access at {uploads.url}/{CLIP}" in error
+    assert "hf auth login" in error
+    uploads.gated = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.file_download, "http_get", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        assert "cache is full or not writable" in run.refused("info", "small", "--check")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    huggingface_hub.close_session()
+    hub.check_connection.cache_clear()
+    error = run.refused("info", "small", "--check")
+    assert re.search(r"refused\), or HF_HUB_OFFLINE .* the network, or HF_ENDPOINT, or the proxy\.", error)
+    huggingface_hub.close_session()
