@@ -101,14 +101,17 @@ def models_table() -> str:
 
 
 def every_clip_table() -> str:
-    """What works on each architecture of open_clip, and with how many of its weights."""
+    """The architectures of open_clip with which something does not work, by what that is, and how many weights work."""
     with (RESULTS / "every_clip.csv").open() as file:
         rows = list(csv.DictReader(file))
     pairs = [len(row["tags"].split()) for row in rows]
     dcp, features = (sum(n for row, n in zip(rows, pairs, strict=True) if row[k] == "yes") for k in ("dcp", "features"))
-    lines = [[f"`{row['architecture']}`", n, row["dcp"], row["features"]] for row, n in zip(rows, pairs, strict=True)]
+    limited: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        limited.setdefault((row["dcp"], row["features"]), []).append(f"`{row['architecture']}`")
+    lines = [[", ".join(names), *what] for what, names in limited.items() if what != ("yes", "yes")]
     total = f"Of {sum(pairs)} pairs of architecture and weights, {dcp} work with DCP and {features} with features."
-    return f"{total}\n\n{table(['architecture', 'weights', 'DCP', 'features'], lines)}"
+    return f"{total} All but these:\n\n{table(['architectures', 'DCP', 'features'], lines)}"
 
 
 def heads_table() -> str:

@@ -100,5 +100,4 @@ def advise(text: str) -> None:
     if not mark.exists():
         log(text)
         with suppress(OSError):  # said again, then
-            mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
