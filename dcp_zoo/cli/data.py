@@ -18,7 +18,7 @@ commands = Typer(help="Download datasets, and check those on disk.", no_args_is_
 @commands.command("check", cls=Command)
 def check_(
     data_root: Path | None = Option(None, exists=True, file_okay=False, help="Folder with the datasets."),
-    dataset: list[str] = Option((), help="Only this one, or several; also folder, hf://datasets/... or wds://PATH."),
+    dataset: list[str] = Option((), help="Only this one, or several; also folder or hf://datasets/..."),
     verify_images: bool = Option(False, "--verify-images", help="Decode every image, not only its header and end."),
 ) -> None:
     """Check which datasets are present and complete, and show where to get the others.
