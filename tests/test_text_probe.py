@@ -590,8 +590,8 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     loaded = load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval()
     assert len(loaded.reads) == 2
     assert close(loaded(x), plain(x), 1e-5)
-    loaded.stats = "per-image"
-    assert not close(loaded(x), plain(x), 1e-3)
+    loaded.stats = "batch"
+    assert not close(loaded(x[:1]), plain(x[:1]), 1e-3)
     plain.add_class("zebra", x)
     assert plain(x).argmax(-1).tolist().count(3) > 3
     assert close(plain.fuse()(x), plain(x), 1e-5)
