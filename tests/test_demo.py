@@ -3,7 +3,6 @@
 import re
 import socket
 from collections.abc import Hashable
-from html import unescape
 from types import SimpleNamespace
 
 import numpy as np
@@ -403,19 +402,6 @@ def test_a_head_that_cannot_be_loaded_changes_nothing(room):
     before = controls(room, VISITOR)
     assert "has no head" in changing(room.sessions, Session.choose_head)(VISITOR, "dcp_mini.nothing-16shot")
     assert controls(room, VISITOR) == before
-
-
-def test_the_forms_photographs_are_inspected(rooms):
-    session, names = rooms.sessions.of(VISITOR), ["<b>cats", "flowers", None]
-    assert "at least two classes" in rooms.train.inspect(VISITOR, None, None, None)
-    photos = SAMPLES
-    session.shots = {i: [photo] * 2 for i, photo in enumerate(photos)}
-    page = unescape(rooms.train.inspect(VISITOR, *names))
-    assert "4 images of 2 classes" in page
-    assert "Groups of duplicates: 2" in page
-    assert f"flowers, 2: {photos[1].name}" in page
-    assert "--fix" not in page
-    assert "<b>cats" not in page
 
 
 def test_a_form_is_filled_photograph_by_photograph(rooms, tmp_path):
