@@ -155,7 +155,7 @@ def measured(
         inside, near, far = (found[score] for found in found_scores)
         row = {"set": name, "images_per_class": images, "seed": seed, "score": score}
         row |= {"auroc_near": auroc(inside, near), "auroc_far": auroc(inside, far)}
-        if score == HEADS_OWN and probe.rejects:
+        if score == HEADS_OWN and not probe.cannot_reject(probe.classes):
             threshold = probe.threshold
             accepted, *passed = (100 * (x >= threshold).float().mean().item() for x in (inside, near, far))
             row |= {"known_refused": 100 - accepted, "near_passed": passed[0], "far_passed": passed[1]}

@@ -254,7 +254,7 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
     [
         (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
-        (["predict", "--sample", "--head", "HEAD", "--stats", "average"], "batch, stored, per-image"),
+        (["predict", "--sample", "--head", "HEAD", "--stats", "average"], "batch, stored"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
         ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),
@@ -512,7 +512,6 @@ def test_predict_and_export_read_the_file(run, my_head, exported_names):
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
         (["train", "--dataset", "hf://datasets/a/b", "--output", "out"], "datasets", "data"),
-        (["train", "--dataset", "wds://flowers", "--output", "out"], "webdataset", "data"),
     ],
 )
 def test_a_missing_extra_is_named_before_the_work(run, my_head, monkeypatch, command, module, extra):

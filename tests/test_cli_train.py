@@ -78,7 +78,6 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         (["--data-root", "MY_PHOTOS"], "or --dataset caltech101 --data-root DATA"),
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
-        (["--dataset", "wds:///flowers", "--data-root", "MY_PHOTOS"], "wds:///flowers needs no --data-root"),
         (["MY_PHOTOS", "--dataset", "folder"], "either the images MY_PHOTOS or a dataset: omit --dataset"),
         (["MY_PHOTOS", "--data-root", "."], "either the images MY_PHOTOS or a dataset"),
         (["digits"], "There is no folder digits. .* --dataset NAME"),
@@ -98,11 +97,6 @@ def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, m
 
 def test_train_alone_is_explained(run):
     assert "There is nothing to train on" in run.refused("train")
-
-
-def test_a_relative_shard_folder_may_have_a_data_root(run, trained, tmp_path):
-    run.ok("train", "--dataset", "wds://flowers", "--data-root", tmp_path, "--output", tmp_path / "out")
-    assert trained["data_root"] == tmp_path
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypatch):

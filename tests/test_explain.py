@@ -131,7 +131,6 @@ def test_weights_equal_torchs_for_the_models_tokens(coupled, stats, monkeypatch)
     tokens = 1 + 16 + 3
     assert weights.shape == (2, 4, 4, tokens)
     queries = [0, *range(tokens - 3, tokens)]
-    inputs = [torch.cat(inputs[i::4]) for i in range(4)]  # with "per-image" each image runs alone
     for i, (block, x) in enumerate(zip(vision_blocks(model), inputs, strict=True)):
         normed = block.ln_1(x)
         expected = block.attn(normed, normed, normed, need_weights=True)[1]

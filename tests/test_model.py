@@ -97,15 +97,6 @@ def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, pooling
 
 
 @torch.no_grad()
-def test_sample_context_is_each_image_alone(model):
-    model.stats = "per-image"
-    alone = torch.cat([model(image[None]) for image in IMAGES])
-    assert close(model(IMAGES), alone)
-    model.stats = "batch"
-    assert close(torch.cat([model(image[None]) for image in IMAGES]), alone)
-
-
-@torch.no_grad()
 def test_encoders_give_the_logits(model):
     model.store_stats(IMAGES)
     image, text = model.encode_image(IMAGES), model.encode_text()
@@ -167,7 +158,7 @@ def test_autocast(model, precision):
     [
         ({"coupling": "both"}, "bidirectional or text_to_vision"),
         ({"pooling": "median"}, "mean or max or first"),
-        ({"stats": "global"}, "batch, stored, per-image"),
+        ({"stats": "global"}, "batch, stored"),
         ({"stats": "stored"}, "store_stats"),
         ({"n_ctx": 0}, "n_ctx must be at least 1, not 0"),
         ({"depth": 0}, "depth must be at least 1"),

@@ -91,7 +91,7 @@ def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
     assert (len(attention_maps(model, images)), len(nearest_words(model).nearest)) == (4, 3)
     assert coupling_moves(model)["text"].shape == (2, 3)
     torch_predictor(model, features=True).compute(torch.randint(256, IMAGES.shape).to(torch.uint8).numpy())
-    for stats in ("batch", "per-image", "stored"):
+    for stats in ("batch", "stored"):
         model.stats = stats
         model.predict(IMAGES)
     model.save_pretrained(tmp_path)

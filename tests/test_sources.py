@@ -1,7 +1,6 @@
-"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards; and the images
+"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, shards; and the images
 that a model reads."""
 
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from helpers import encoded, offline, tar, use_endpoint
+from helpers import offline, use_endpoint
 from hub_server import Hub, serve
 from PIL import Image
 
@@ -167,113 +166,24 @@ def test_hub_out_of_reach(hub, monkeypatch):
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def write_shard(file: Path, samples: dict[str, tuple[int, str]]) -> None:
-    """A shard of PNGs: key: (grey level, label)."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for key, (level, label) in samples.items():
-        files |= {f"{key}.png": encoded(grey(level)), f"{key}.cls": label.encode(), f"{key}.json": b"{}"}
-    file.write_bytes(tar(files, "w"))
-
-
-def samples(start: int, labels: str) -> dict[str, tuple[int, str]]:
-    return {f"{start + i:04d}": (start + i, label) for i, label in enumerate(labels.split())}
-
-
-def write_shards(root: Path) -> Path:
-    folder = root / "pets"
-    write_shard(folder / "train/0.tar", samples(0, "1 0"))
-    write_shard(folder / "train/1.tar", samples(2, "0 1 0"))
-    write_shard(folder / "test/0.tar", samples(20, "1 0"))
-    (folder / "classnames.txt").write_text("cat\ndog\n")
-    return folder
-
-
-def test_shards(tmp_path):
+def test_shards_that_cannot_be_read(tmp_path):
     pytest.importorskip("webdataset")
-    folder = write_shards(tmp_path)
-    split = load_split("wds://pets", tmp_path)
-    assert split.classnames == NAMES
-    assert [(item.key, item.label, level_of(item.path)) for item in split.train] == [
-        ("train/0.tar/0000", 1, 0),
-        ("train/0.tar/0001", 0, 1),
-        ("train/1.tar/0002", 0, 2),
-        ("train/1.tar/0003", 1, 3),
-        ("train/1.tar/0004", 0, 4),
-    ]
-    assert levels(split.test) == [20, 21]
-    assert split.note == "Read from 3 shards."
-    names = (f"wds://{folder}", f"wds://{folder}/{{train,test}}/*.tar", f"wds://{folder}/{{train/{{0..1}},test/0}}.tar")
-    assert {load_split(name).sha256 for name in names} == {split.sha256}
-
-
-def test_shards_with_names_for_labels(tmp_path):
-    pytest.importorskip("webdataset")
-    write_shard(tmp_path / "a.tar", samples(0, "dog cat " * 5))
-    split = load_split("wds://a.tar", tmp_path)
-    assert (split.classnames, len(split.train), len(split.val), len(split.test)) == (NAMES, 6, 2, 2)
-    assert "no test part: split 50/20/30" in split.note
-
-
-def append(shard: Path, name: str) -> None:
-    with tarfile.open(shard, "a") as archive:
-        archive.addfile(tarfile.TarInfo(name))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda folder, shard: [file.unlink() for file in folder.rglob("*.tar")],
-            r"no .tar file at .*pets. Use wds://FOLDER",
-        ),
-        (
-            lambda folder, shard: shard.write_bytes(shard.read_bytes()[:600]),
-            "Cannot read the shard .*1.tar: unexpected end of data",
-        ),
-        (lambda folder, shard: shard.write_text("hello " * 1000), "Cannot read the shard .*1.tar: "),
-        (lambda folder, shard: (folder / "classnames.txt").unlink(), "are numbers: create .*classnames.txt"),
-        (
-            lambda folder, shard: write_shard(shard, samples(2, "0 7")),
-            "the sample train/1.tar/0003 has the label '7'",
-        ),
-        (
-            lambda folder, shard: write_shard(shard, samples(2, "0 bird")),
-            "the sample train/1.tar/0003 has the label 'bird'",
-        ),
-        (lambda folder, shard: append(shard, "0004.png"), "Cannot read the shard .*1.tar: .*duplicate"),
-        (lambda folder, shard: append(shard, "0009.cls"), "the sample 0009 has 0 images and a .cls"),
-        (
-            lambda folder, shard: write_shard(folder / "more.tar", samples(9, "0")),
-            "more.tar names no part: it must contain one of train",
-        ),
-    ],
-    ids=["gone", "truncated", "not tar", "no names", "label", "word", "twice", "no image", "part"],
-)
-def test_broken_shards(tmp_path, change, message):
-    pytest.importorskip("webdataset")
-    folder = write_shards(tmp_path)
-    change(folder, folder / "train/1.tar")
-    with pytest.raises(ZooError, match=message):
-        load_split("wds://pets", tmp_path)
-
-
-def test_compressed_shards_are_rejected(tmp_path):
-    pytest.importorskip("webdataset")
-    (write_shards(tmp_path) / "val.tar.gz").touch()
-    with pytest.raises(ZooError, match=r"val.tar.gz is not a .tar file.*not compressed"):
-        load_split("wds://pets/*.gz", tmp_path)
+    (tmp_path / "broken.tar").write_text("hello " * 1000)
+    (tmp_path / "packed.tar.gz").touch()
+    for pattern, message in (("*.tar", "Cannot read the shard .*broken.tar: "), ("*.gz", "gz is not a .tar file.*not")):
+        with pytest.raises(ZooError, match=message):
+            find_images([f"wds://{tmp_path}/{pattern}"])
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "module"), [("hf://datasets/zoo/pets", "datasets"), ("wds://pets", "webdataset")])
-def test_missing_extra_is_named(tmp_path, monkeypatch, name, module):
+def test_missing_extra_is_named(monkeypatch, name, module):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     _builder.cache_clear()
     with offline(), pytest.raises(ZooError, match=rf"This needs {module} .*pip install 'dcp_zoo\[data\]'"):
-        load_split(name, tmp_path)
+        find_images([name])
 
 
 # --- image sources ---------------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_stop_early_runs_no_further_block(model):
 def test_intermediates_in_every_statistics():
     model = timm.create_model(DEFAULT, pretrained=True).eval()
     alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
-    for stats, independent in (("stored", True), ("per-image", True), ("batch", False)):
+    for stats, independent in (("stored", True), ("batch", False)):
         model.stats = stats
         features, maps = model.forward_intermediates(IMAGES)
         torch.testing.assert_close(features, model.forward_features(IMAGES))

@@ -102,8 +102,6 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     if tower.num_prefix == 0:
         raise ZooError("The image tower of this CLIP has no class token, whose attention could be shown.")
     with in_eval_mode(model):
-        if model.stats == "per-image" and len(images) > 1:
-            return torch.cat([attention_weights(model, image) for image in images.split(1)])
         weights = []
         for step, x, _ in model.walk(images):
             if model.first_block <= step.block < len(tower.blocks):

@@ -18,7 +18,7 @@ commands = Typer(help="Download datasets, and check those on disk.", no_args_is_
 @commands.command("check", cls=Command)
 def check_(
     data_root: Path | None = Option(None, exists=True, file_okay=False, help="Folder with the datasets."),
-    dataset: list[str] = Option((), help="Only this one, or several; also folder, hf://datasets/... or wds://PATH."),
+    dataset: list[str] = Option((), help="Only this one, or several; also folder or hf://datasets/..."),
     verify_images: bool = Option(False, "--verify-images", help="Decode every image, not only its header and end."),
 ) -> None:
     """Check which datasets are present and complete, and show where to get the others.
@@ -70,14 +70,10 @@ def download(
 
 def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool, imagenet_from: str | None) -> list[str]:
     """Download datasets, once their terms are agreed to; the names of those that could not be."""
-    known = downloads.agreed(data_root)
-    new = [spec for spec in specs if known.get(spec.name) != spec.terms]
-    for spec in new:
+    for spec in specs:
         output.print(f"[bold]{spec.name}[/]: {escape(spec.terms)}\n  {escape(spec.source)}", soft_wrap=True)
-    if new and not agree and not confirm("Do you agree to these terms?"):
+    if specs and not agree and not confirm("Do you agree to these terms?"):
         raise ZooError("Nothing was downloaded: read the terms on the pages above, and agree to them.")
-    if new:
-        downloads.agree(new, data_root)
     failed = []
     for spec in specs:
         try:

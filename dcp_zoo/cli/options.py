@@ -17,7 +17,6 @@ from typer.core import TyperCommand, TyperGroup
 from dcp_zoo.data import find_spec
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
-from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values  # for the commands
 from dcp_zoo.fields import option as option
@@ -54,13 +53,13 @@ Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
-Dataset = Annotated[Text, Option(help="A dataset, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")]
+Dataset = Annotated[Text, Option(help="A dataset, `folder`, `digits` or hf://datasets/ORG/NAME.")]
 DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, Option(help=PRECISION)]
 Workers = Annotated[int, Option(min=0, help="Processes that decode images in every epoch; 0: once, on all cores.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of threads. Default: the cores this process may use.")]
-Stats = Annotated[Text, Option(help="Prompt statistics: stored (the default), batch (the paper's) or per-image.")]
+Stats = Annotated[Text, Option(help="Prompt statistics: stored (the default) or batch (the paper's).")]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
 DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences for the class names, as in CuPL.")]
@@ -137,9 +136,7 @@ def data_source(
 
 
 def uses_data_root(dataset: str) -> bool:
-    """Whether a dataset is looked up in the data root: those with a folder, and shards at a relative path."""
-    if dataset.startswith(SHARD_SCHEME):
-        return not Path(dataset.removeprefix(SHARD_SCHEME)).is_absolute()
+    """Whether a dataset is looked up in the data root: those with a folder."""
     return find_spec(dataset).folder is not None
 
 

@@ -1,4 +1,4 @@
-"""Datasets in CoOp's layout, your own folders of images, datasets of the Hub, webdataset shards; few-shot subsets."""
+"""Datasets in CoOp's layout, your own folders of images, datasets of the Hub; few-shot subsets."""
 
 import lazy_loader
 

@@ -1,6 +1,5 @@
 """Download datasets into CoOp's layout; arrange ImageNet from its official archives or its gated Hub dataset."""
 
-import json
 import re
 import shutil
 import tempfile
@@ -13,9 +12,8 @@ from dcp_zoo.data.archives import fetch_archive, unpack
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, writing_to
-from dcp_zoo.files import write_file
 
-ARCHIVES = ".downloads"  # under the data root: archives while they are needed, and the terms agreed to
+ARCHIVES = ".downloads"  # under the data root: archives while they are needed
 
 
 def downloadable() -> list[str]:
@@ -46,18 +44,6 @@ def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | 
     for archive in spec.archives:
         (root / ARCHIVES / archive.filename).unlink(missing_ok=True)
     return row
-
-
-def agreed(root: Path) -> dict[str, str]:
-    """The terms that were agreed to, by dataset."""
-    file = root / ARCHIVES / "agreed.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def agree(specs: Sequence[DatasetSpec], root: Path) -> None:
-    """Remember that the terms of these datasets were agreed to."""
-    text = json.dumps(agreed(root) | {spec.name: spec.terms for spec in specs}, indent=1)
-    write_file(root / ARCHIVES / "agreed.json", text, "choose another --data-root")
 
 
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")

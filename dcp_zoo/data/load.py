@@ -14,7 +14,6 @@ from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.tables import read_hub
@@ -31,7 +30,6 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
     "style": readers.read_style,
     "digits": readers.read_digits,
     "hub": read_hub,
-    "shards": read_shards,
 }
 
 
@@ -46,7 +44,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
     its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
-    images that these CSV files list; `digits`, `hf://datasets/ORG/NAME` and `wds:///PATH` need no root. ZooError for an
+    images that these CSV files list; `digits` and `hf://datasets/ORG/NAME` need no root. ZooError for an
     unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)

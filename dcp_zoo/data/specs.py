@@ -1,6 +1,6 @@
 """The table of datasets, `datasets.yaml`: their names, layouts, prompts, sizes, terms and archives."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -65,10 +65,6 @@ def _read_table() -> dict[str, DatasetSpec]:
 
 DATASETS = _read_table()
 VARIANTS = list(DATASETS["imagenet"].shifts)
-LOCATED = [  # datasets named by their location; `name` is the prefix of their names
-    DatasetSpec(name=HUB_SCHEME, folder=None, source=HUB_SYNTAX, layout="hub"),
-    DatasetSpec(name=SHARD_SCHEME, folder=None, source="wds://FOLDER or wds://PATTERN.tar", layout="shards"),
-]
 
 
 def list_datasets() -> list[str]:
@@ -80,13 +76,12 @@ def find_spec(name: str) -> DatasetSpec:
     """The table's entry for `name`; ZooError with the nearest names if it is unknown."""
     if name in DATASETS:
         return DATASETS[name]
-    for spec in LOCATED:
-        if name.startswith(spec.name):
-            return replace(spec, name=name)
+    if name.startswith(HUB_SCHEME):
+        return DatasetSpec(name=name, folder=None, source=HUB_SYNTAX, layout="hub")
     valid = nearest_hint(name, DATASETS) or f" Choose one of: {', '.join(DATASETS)}."
-    raise ZooError(f"Unknown dataset {name!r}.{valid} Other sources: {', '.join(spec.source for spec in LOCATED)}.")
+    raise ZooError(f"Unknown dataset {name!r}.{valid} Another source: {HUB_SYNTAX}.")
 
 
 def is_own(name: str) -> bool:
-    """Whether a name stands for images of the user's choice: a folder, a Hub dataset or shards."""
+    """Whether a name stands for images of the user's choice: a folder or a Hub dataset."""
     return find_spec(name).num_classes is None

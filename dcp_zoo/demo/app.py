@@ -164,9 +164,6 @@ def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
                 room = ClassifyRoom(sessions, limits, head)
             with gr.Tab("Train"):
                 training = TrainRoom(sessions, limits, models, get_upload_folder())
-            with gr.Tab("Inspect") as inspect:
-                gr.Markdown("Wrong labels, duplicates and bad images among the photographs in *Train*.")
-                on(inspect.select, training.inspect, training.names, gr.HTML())
         for event in (*room.changes, training.trained, on(page.load, lambda: None)):
             room.redraw(event)
         opened = (gr.update(selected=CLASSIFY), gr.update(selected=ANSWERS), ANSWERS)

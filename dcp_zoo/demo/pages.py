@@ -1,20 +1,15 @@
 """The HTML of the page: images are data URIs, and names are escaped."""
 
-import base64
 import math
 from collections.abc import Sequence
-from itertools import chain, islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from itertools import chain
 
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import Row
 from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.data.pixels import crop
-from dcp_zoo.demo.shared import TOP, Answers, Photo
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns
+from dcp_zoo.demo.shared import Answers, Photo
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
 from dcp_zoo.texts import NONE
@@ -46,7 +41,7 @@ def messages(texts: Sequence[str], kind: str = "alert") -> str:
 def answers(
     photos: list[Photo], head: list[Answers], clip: list[Answers] | None, rejected: list[bool] | None, title: str
 ) -> str:
-    """One card per photograph with the top answers; how many are right, if that is known; and a link to a CSV file."""
+    """One card per photograph with the top answers; how many are right, if that is known."""
     cards: list[Values] = []
     n = len(photos)
     for photo, own, plain, no in zip(photos, head, clip or [{}] * n, rejected or [False] * n, strict=True):
@@ -56,20 +51,7 @@ def answers(
     right = None
     if all(card["photo"].truth in card["head"] for card in cards):
         right = [sum(card[top] == card["photo"].truth for card in cards) for top in ("top", "clip_top")]
-    csv = predictions_csv(photos, head, rejected)
-    return render("answers", cards=cards, right=right, title=title, compared=clip is not None, csv=csv)
-
-
-def predictions_csv(photos: Sequence[Photo], head: Sequence[Answers], rejected: Sequence[bool] | None) -> str:
-    """A head's answers as a data URI of a CSV file, with the columns of `dcp-zoo predict --output`."""
-    rows: list[Row] = []
-    for i, (photo, own) in enumerate(zip(photos, head, strict=True)):
-        predictions = [{"class": name, "probability": p} for name, p in islice(own.items(), TOP)]
-        rows.append({"image": photo.name, "predictions": predictions} | ({"rejected": rejected[i]} if rejected else {}))
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "predictions.csv"
-        TABLES[path.suffix](str(path), rows, columns(rows))
-        return f"data:text/csv;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return render("answers", cards=cards, right=right, title=title, compared=clip is not None)
 
 
 def overlay(photo: Photo, weights: torch.Tensor, cfg: Values) -> Image.Image:

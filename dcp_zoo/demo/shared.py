@@ -29,7 +29,6 @@ MAX_PHOTO = 50_000_000  # pixels
 KEPT_SIDE = 448  # pixels to which a larger short side is resized: more than the input of the largest model
 KEPT_PIXELS = 4 * KEPT_SIDE**2  # to which longer images are resized
 Uploads = list[str] | str | None  # paths; of the webcam, one
-TOP = 5
 Answers = dict[str, float]  # of one image: the probabilities of all classes, the most probable first
 _lock = threading.Lock()
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import OWN_IMAGES
-from dcp_zoo.data import Item, Split
+from dcp_zoo.data import Item
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
@@ -24,7 +24,6 @@ from dcp_zoo.demo.shared import Photo, clip_answers, head_answers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.inspection.inspection import inspect
 from dcp_zoo.model.classes import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Epoch, History
@@ -72,24 +71,6 @@ class TrainRoom:
         used = min(max(2, used), self.limits.max_classes)
         return [used, *(gr.update(visible=number < used) for number in range(self.limits.max_classes))]
 
-    def inspect(self, request: gr.Request, *names: str | None) -> str:
-        """What `dcp-zoo inspect` finds among the form's photographs, as a page in the page."""
-        try:
-            classes = self._classes(request, names)
-            items = [
-                Item(photo.image, f"{name}, {i}: {photo.name}", label)
-                for label, (name, photos) in enumerate(classes.items())
-                for i, photo in enumerate(photos, 1)
-            ]
-            found = inspect(Split("photographs", list(classes), items, place="your photographs"))
-        except ZooError as error:
-            return pages.messages([str(error)], "status")
-        return pages.render("inspection", page=found.page())
-
-    def _classes(self, request: gr.Request, names: Sequence[str | None]) -> dict[str, list[Photo]]:
-        shots = self.sessions.of(request).shots
-        return named_classes([(name, shots.get(i, [])) for i, name in enumerate(names)])
-
     def stop(self, request: gr.Request) -> None:
         if stop := self.sessions.of(request).stop:
             stop.set()
@@ -98,7 +79,7 @@ class TrainRoom:
         """Train; yields while it runs: messages, loss curve, result, stop, download, button to the Classify room."""
         session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
         try:
-            classes = self._classes(request, names)
+            classes = named_classes([(name, session.shots.get(i, [])) for i, name in enumerate(names)])
             watch = Watch()
             session.stop = watch.stopped
             stop = shown if trains_prompts(model, method) else hidden

@@ -1,12 +1,9 @@
 """Static int8 quantisation of an exported ONNX file, calibrated on training images and checked on labelled ones."""
 
 import logging
-import statistics
 import tempfile
-import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +58,10 @@ def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibr
 
 def quantize(path: str, data: Calibration) -> Values:
     """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`; what
-    that costs and saves. ZooError if top-1 falls by more than `data.max_drop`."""
+    that costs. ZooError if top-1 falls by more than `data.max_drop`."""
     before = OnnxClassifier(path)
     _quantize_file(path, data.images)
     after = OnnxClassifier(path)
-    calls = [partial(model, data.checked[:RUN_IMAGES]) for model in (before, after)]
-    pairs = [[timeit.timeit(call, number=1) for call in calls] for _ in range(6)]
-    slow, fast = map(statistics.median, zip(*pairs[1:], strict=True))  # the first calls warm up
     answers = [np.concatenate([model(x).argmax(1) for x in _in_runs(data.checked)]) for model in (before, after)]
     top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
     if top1[0] - top1[1] > data.max_drop:
@@ -80,7 +74,6 @@ def quantize(path: str, data: Calibration) -> Values:
         "same_answer": round(100 * float((answers[0] == answers[1]).mean()), 2),
         "images": len(data.labels),
         "part": data.part,
-        "speedup": round(slow / fast, 2),
     }
 
 

@@ -16,7 +16,7 @@ from dcp_zoo.files import LOCK, locked, read_plain, sha256_of
 COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
 PHRASE = "a photo of a"  # the authors' `ctx_init`
 POOLINGS = ("mean", "max", "first")
-STATS = ("batch", "stored", "per-image")
+STATS = ("batch", "stored")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
 NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
 REFUSED = 0.05  # of the images of known classes, by a head's threshold

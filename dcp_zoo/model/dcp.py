@@ -129,8 +129,6 @@ class DCP(Head):
         if self.num_classes == 0 or self.stats == "stored":
             return super().forward(images)
         inputs = as_inputs(images)
-        if self.stats == "per-image" and len(inputs) > 1:
-            return torch.cat([self(image) for image in inputs.split(1)])
         features, text = self.encode(inputs)
         if self.text_probe is None:
             return self.encoder.logits(features, text)
@@ -244,8 +242,7 @@ class DCP(Head):
     @property
     def stats(self) -> str:
         """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
-        image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default).
-        "per-image" makes each image its own batch."""
+        image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default)."""
         if self.training:
             return "batch"
         if self._stats in (None, "stored"):
@@ -353,10 +350,7 @@ class DCP(Head):
         return self._constants()[0]
 
     def _encode_own(self, images: Images) -> Tensor:
-        inputs = as_inputs(images)
-        if self.stats == "per-image" and len(inputs) > 1:
-            return torch.cat([self._encode_own(image) for image in inputs.split(1)])
-        return self._encode(inputs)[0]
+        return self._encode(as_inputs(images))[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:

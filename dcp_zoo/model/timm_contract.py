@@ -24,7 +24,6 @@ class TimmContract(ClassEditing):
     """timm's contract for all heads, whose classifier reads features of width F. It asks a head for these:"""
 
     encoder: FrozenCLIP
-    stats: str
     classify: Callable[[Tensor], Tensor]
     linear: Callable[[], Linear]
 
@@ -197,9 +196,6 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
 
 def tokens_after(model: TimmContract, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
     """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
-    if model.stats == "per-image" and len(images) > 1:
-        runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]
-        return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]
     outputs = []
     for step, _, x in model.walk(images):
         x = x[:, : model.encoder.vision_tower.num_tokens]

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.specs import HUB_SCHEME
 from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -53,10 +53,8 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
 
 
 def public_name(dataset: str | None) -> str | None:
-    """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
-    if dataset and dataset.startswith(HUB_SCHEME):
-        return HubDataset.parse(dataset).repo
-    return "webdataset shards" if dataset and dataset.startswith(SHARD_SCHEME) else dataset
+    """A dataset's name in cards: a Hub dataset by its repo."""
+    return HubDataset.parse(dataset).repo if dataset and dataset.startswith(HUB_SCHEME) else dataset
 
 
 def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:

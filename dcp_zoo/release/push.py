@@ -10,7 +10,6 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from dcp_zoo.answers import log_softmax
-from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.deploy.export import TOLERANCES, compare_probabilities, export, with_preprocessing
 from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.errors import writing_to
@@ -18,7 +17,7 @@ from dcp_zoo.files import check_empty, unfinished, write_file
 from dcp_zoo.hub import HUB_LIBRARY, explained, retried
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.head import Head
-from dcp_zoo.release.cards import CARD_NAME, make_card, public_name
+from dcp_zoo.release.cards import CARD_NAME, make_card
 
 LICENSE = "apache-2.0"
 PREPROCESSOR = "preprocessor_config.json"
@@ -63,10 +62,7 @@ def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: st
 
 
 def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, precision: str = "float32") -> None:
-    info = dict(model.info)
-    if str(info.get("dataset")).startswith(SHARD_SCHEME):  # holds a local path
-        info["dataset"] = public_name(info["dataset"])
-    model.save_pretrained(folder, **info)
+    model.save_pretrained(folder)
     if onnx:
         write_client_files(model, folder, precision)
     make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size, onnx).save(folder / CARD_NAME)

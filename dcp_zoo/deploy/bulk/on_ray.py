@@ -78,7 +78,7 @@ def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
     parts: list[str | tuple[Found, ...]] = []
     for shards, group in groupby(sources, lambda source: source.startswith(SHARD_SCHEME)):
         if shards:
-            parts += [f"{SHARD_SCHEME}{file}" for source in group for file in find_shards(source)[1]]
+            parts += [f"{SHARD_SCHEME}{file}" for source in group for file in find_shards(source)]
         else:
             images = tuple(find_images(list(group)))
             parts += [images[at : at + size] for at in range(0, len(images), size)]

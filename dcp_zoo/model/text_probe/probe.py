@@ -85,14 +85,9 @@ class TextProbe(nn.Module):
         unit, means = self.measure(classes)
         return nearest(features[:, self.own :].float() * unit, means)
 
-    @property
-    def rejects(self) -> bool:
-        """Whether there is a threshold."""
-        return self.threshold.item() > NEVER
-
     def cannot_reject(self, classes: Sequence[Class]) -> str:
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
-        if not self.rejects:
+        if self.threshold.item() <= NEVER:
             return NO_THRESHOLD
         seen = self._ordered(self.means, classes).any(1).tolist()
         if not (new := names_of(each for each, known in zip(classes, seen, strict=True) if not known)):

@@ -51,8 +51,7 @@ def new_maple(task: Task) -> MaPLe:
     prompts = random_prompts(depth, recipe.n_ctx, text.width)
     couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
     prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
-    clip, names = task.clip, task.classnames
-    head = MaPLe(clip, names, prompts, texts=task.texts, rest=rest)
+    head = MaPLe(task.clip, task.classnames, prompts, texts=task.texts, rest=rest)
     head.couplings = couplings
     return head
 

@@ -27,5 +27,4 @@ def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[li
 
 def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
     """The task's CLIP with these prompts."""
-    clip, names = task.clip, task.classnames
-    return PromptHead(clip, names, text, vision, texts=task.texts, rest=rest)
+    return PromptHead(task.clip, task.classnames, text, vision, texts=task.texts, rest=rest)
