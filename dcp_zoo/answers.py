@@ -143,6 +143,11 @@ class Hierarchy:
             rows.append([{"class": name, "probability": round(float(p[best]), 6)}, *others][: len(ranked)])
         return rows
 
+    def path_to(self, name: str) -> list[str]:
+        """The names from the top of the tree to a node."""
+        path = next((path for path in self.paths.values() if name in path), [name])
+        return [*reversed(path[path.index(name) :])]
+
 
 def read_hierarchy(file: Path) -> dict[str, list[str]]:
     """The `paths` in a file; ZooError for anything else than `FORM`, a name that is there twice, or an answer's."""

@@ -238,9 +238,10 @@ def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
     sorting = OutputFiles(Path("o.csv"), sort_into=Path("sorted"))
     with pytest.raises(ZooError, match=r"Only files can be sorted into folders, not photos/b/00.mp4#t=0"):
         run_bulk(find_images([frames[0][:-4]], fps=1), lambda: FAKE, sorting, {})
-    with pytest.warns(UserWarning, match=r"Not sorted into sorted: 2 .mp4. The table has their predictions."):
+    with pytest.warns(UserWarning, match=r"Not sorted into sorted: 1 .mp4. The table has their predictions."):
         run_bulk(images, lambda: FAKE, sorting, {})
-    assert len(in_folders(Path("sorted"))) == 24
+    assert len(in_folders(Path("sorted"))) == 25
+    assert Path("sorted/dark/00.mp4").read_bytes() == (photos / "a" / "00.mp4").read_bytes(), "goes with its photograph"
     assert "photos/b/00.mp4" in {row["image"] for row in read_csv("o.csv")}
 
 

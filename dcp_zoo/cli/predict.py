@@ -1,4 +1,4 @@
-"""`dcp-zoo predict`."""
+"""`dcp-zoo predict`, and `dcp-zoo undo` for what it changed."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import check_outside, is_url
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, import_extra, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
-from dcp_zoo.texts import SORTED_TABLE
+from dcp_zoo.texts import NONE, SORTED_TABLE
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -64,7 +64,9 @@ class PredictOptions:
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
-    error_rate: float = opt.option(0.1, "With --hierarchy: the share of wrong answers.", min=0.001, max=0.49)
+    error_rate: float = opt.option(
+        0.1, "With --hierarchy or --xmp: the share of wrong answers or keywords.", min=0.001, max=0.49
+    )
     fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
@@ -73,6 +75,11 @@ class PredictOptions:
     sheet: Path | None = to_file("Write an HTML contact sheet, on which predictions are corrected by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
+    move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
+    xmp: bool = opt.option(
+        False, "Write the class as keyword into XMP sidecars; dcp-zoo undo.", rich_help_panel="Files"
+    )
+    xmp_embed: bool = opt.option(False, "As --xmp, but into JPEGs themselves.", rich_help_panel="Files")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
     workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
@@ -92,6 +99,11 @@ class PredictOptions:
         return self.reject_rate or self.reject
 
     @property
+    def keywords(self) -> float | None:
+        """The share of wrong keywords, if they are to be written."""
+        return self.error_rate if self.xmp or self.xmp_embed else None
+
+    @property
     def on_onnx(self) -> bool:
         return self.head.endswith(".onnx")
 
@@ -108,13 +120,21 @@ class PredictOptions:
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
+            "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
+            "--link leaves the images where they are: omit it, or --move, --xmp and --xmp-embed.": self.link
+            and (self.move or self.keywords),
+            "--xmp-embed changes the images, not copies: add --move, or omit --sort-into.": self.xmp_embed
+            and self.sort_into
+            and not self.move,
+            "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER.": self.keywords
+            and not (self.table or self.sort_into),
             "--count counts what the other images refine: add --together.": self.count and not self.together,
             "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
             "--labels needs all images on one machine: omit --ray.": self.ray and self.labels,
             "--together needs all predictions on one machine: omit --ray.": self.ray and self.together,
             "--ray writes a folder: pass --output FOLDER, and no other.": self.ray
-            and (not self.table or self.files[1:]),
+            and (not self.table or self.files[1:] or self.keywords),
             f"Without --ray, --output is a file, not {self.table}.": not self.ray and self.table and is_url(self.table),
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
@@ -123,6 +143,8 @@ class PredictOptions:
             raise ZooError(found[0])
         if self.ray:
             import_ray()
+        if self.keywords:
+            import_extra("exiv2", "photos")
 
 
 @opt.takes_options
@@ -135,6 +157,7 @@ def predict(options: PredictOptions) -> None:
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
+    [dim]dcp-zoo predict PHOTOS --head my_head --reject --sort-into SORTED --move --xmp[/]
     [dim]dcp-zoo predict s3://bucket/photos --output s3://bucket/predictions --ray auto[/]
     """
     options.check()
@@ -152,6 +175,13 @@ def predict(options: PredictOptions) -> None:
         parts += [f"{failed:,} cannot be read"] if failed else []
         bad = f", of which {' and '.join(parts)}" if parts else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
+        if done.classes and (options.sort_into or options.keywords):
+            counts = sorted(done.classes.items(), key=lambda pair: (pair[0] == NONE, -pair[1]))
+            log(printable(shorten([f"{name} {images:,}" for name, images in counts], 20)))
+        if options.keywords:
+            log(f"Keywords were written into {done.keywords:,} files.")
+        if done.undo and done.undo.exists():
+            log(f"To take back what was changed: dcp-zoo undo {done.undo}")
         say_together(done.changed, done.images, done.counts, options)
     else:
         failed = show_on_screen(find_images(sources, options.fps), options)
@@ -234,7 +264,8 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
-    outputs = OutputFiles(table, options.features, options.sheet, options.sort_into, options.link, options.overwrite)
+    names = "features sheet sort_into link move keywords overwrite".split()
+    outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
     return run(found, job_of(options, found), outputs, progress=progress_bar), table
 
 
@@ -300,3 +331,22 @@ def predictions_table(row: "Row") -> Table:
 def certainty(prediction: Values) -> str:
     """The probability of a class, or that a person said it."""
     return "labelled" if prediction["probability"] is None else f"{100 * prediction['probability']:5.1f} %"
+
+
+def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:
+    """Take back what a run of predict with --move, --xmp or --xmp-embed did.
+
+    Images and what belongs to them go where they were; sidecars and JPEGs are as they were. What was changed since
+    stays, and the exit code is 1.
+
+    [dim]dcp-zoo undo SORTED/predictions.undo.jsonl[/]
+    """
+    from dcp_zoo.deploy.bulk.journal import undo as take_back
+
+    done, stay = take_back(file)
+    for problem in stay:
+        print_error(printable(problem))
+    log(f"Taken back: {done:,} changes of files.")
+    if stay:
+        log(f"Not taken back: {len(stay):,}. Repeat the command when what is in their way is gone.")
+        raise Exit(1)

@@ -32,10 +32,13 @@ def find_images(sources: Sequence[str], fps: float | None = None) -> list[Found]
     Args:
         sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
             (`'photos/**/*.jpg'`), a text file with one path per line (relative ones start at its folder), `wds://PATH`,
-            `hf://datasets/ORG/NAME` or a Parquet file. Except for lists, they may be URLs that fsspec opens (s3://).
+            `hf://datasets/ORG/NAME` or a Parquet file. Except for lists, they may be URLs that fsspec opens (s3://). A
+            RAW file and an image of the same name are one image.
         fps: also read videos, at this many frames per second: each frame is an image, followed by the whole video.
     """
     found = [Found(*image) for source in sources for image in _images_of(source, fps is not None)]
+    photos = set(paths.one_per_photo(image.name for image in found))
+    found = [image for image in found if image.name in photos]
     return found if fps is None else [image for each in found for image in _frames(each, fps)]
 
 

@@ -312,7 +312,7 @@ def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str
         key = f"{part}/{name}" if part else name
         inside = f"{base / key}{os.sep}"
         found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
-        files = sorted(filter(paths.is_image, found))
+        files = sorted(paths.one_per_photo(filter(paths.is_image, found)))
         if not files:
             raise ZooError(f"The class folder {base / key} has no image ({paths.KNOWN}). Add one or remove it.")
         if others is not None:

@@ -1,19 +1,25 @@
 """From many images to files on this machine, by way of parts in the folder OUTPUT.unfinished: see `UnfinishedRun`."""
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
-from dcp_zoo.answers import is_changed, label
+from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.paths import check_output
+from dcp_zoo.data.keywords import keyword_files, with_keywords
+from dcp_zoo.data.paths import check_output, companions
 from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Summary
+from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
-from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, is_file, sort_into
+from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, is_file, move_into, sort_into
 from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import UNFINISHED, check_writable
@@ -27,12 +33,22 @@ class OutputFiles:
     sheet: Path | None = None  # an HTML contact sheet
     sort_into: Path | None = None  # a folder that gets a folder of images per class
     link: bool = False  # symbolic links instead of copies there
+    move: bool = False  # the images themselves instead of copies
+    keywords: float | None = None  # write the classes as keywords, up to this share of wrong ones
+    embed: bool = False  # in JPEGs themselves, not beside them
     overwrite: bool = False  # replace files that exist
 
     def check(self, images: Sequence[Found]) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
         if self.sort_into:
             check_sortable(images, self.sort_into)
+        for image in images if self.move or (self.keywords and not self.sort_into) else ():
+            if (image.path != image.name and not is_frame(image.path)) or os.path.islink(image.path):  # noqa: PTH114
+                where = f"{image.name} is a link, or in an archive"
+                raise ZooError(f"{where}: only files themselves can be moved or get keywords. Pass these.")
+        if self.move and self.undo_file.exists():
+            advice = f"dcp-zoo undo {self.undo_file}, and then repeat the command"
+            raise ZooError(f"A run was stopped while it moved these images: {advice}.")
         formats = {"--output": writers.TABLES, "--features": writers.FEATURES}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         files = {option: file for option, file in given.items() if file}
@@ -46,6 +62,12 @@ class OutputFiles:
             check_output(file, self.overwrite or self._has_begun(file), option)
         if self.sort_into:
             check_writable(self.sort_into)
+
+    @property
+    def undo_file(self) -> Path:
+        """Of the run that this one resumes, or a new one."""
+        files = (self.table.with_suffix(f".undo{f'-{number}' * (number > 1)}.jsonl") for number in count(1))
+        return next(file for file in files if not file.exists() or self._has_begun(file))
 
     def _has_begun(self, file: Path) -> bool:
         """Whether an earlier run, which this one resumes, has written a file."""
@@ -77,6 +99,15 @@ def run(
         if predictor and job.together and kept is not None:
             refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
+        journal = Journal(outputs.undo_file) if outputs.move or outputs.keywords else None
+        places = _sorted(images, answers(), outputs, journal)
+        if outputs.move:
+            images = [Found(str(to), str(to)) if to else image for image, to in zip(images, places, strict=True)]
+            answers = partial(_renamed, answers, images)
+        written = 0
+        if outputs.keywords and journal:
+            classes = (job.keywords(row, outputs.keywords) for row in answers())
+            written = _write_keywords(places, classes, outputs.embed, journal)
         if outputs.features:
             names = [writers.as_unicode(image.name) for image in images]
             write = writers.FEATURES[outputs.features.suffix]
@@ -84,18 +115,56 @@ def run(
         if outputs.sheet and predictor:
             about = outputs.sheet, images, predictor.classnames, answers()
             rows.write(outputs.sheet, partial(writers.write_sheet, *about))
-        if outputs.sort_into:
-            folders = class_folders({label(row) for row in answers() if "error" not in row})
-            places = (
-                folders[label(row)] if "error" not in row and is_file(image) else None
-                for image, row in zip(images, answers(), strict=True)
-            )
-            names = [os.path.abspath(image.name) for image in images]  # noqa: PTH100
-            sort_into([image.path for image in images], places, outputs.sort_into, outputs.link, names)
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
         rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
         failed = [row["error"] for row in answers() if "error" in row]
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
         labelled = sum(row.get("labelled", False) for row in answers()) if job.labels else 0
+        classes_of = Counter(label(row) for row in answers() if "error" not in row)
     rows.remove()
-    return Summary(len(images), resumed, len(failed), changed, tuple(counts), labelled, failed[:NAMED])
+    numbers = len(images), resumed, len(failed), changed, tuple(counts), labelled
+    return Summary(*numbers, classes_of, written, journal.file if journal else None, failed[:NAMED])
+
+
+def _sorted(
+    images: Sequence[Found], answers: Iterable[Row], outputs: OutputFiles, journal: Journal | None
+) -> Sequence[Path | None]:
+    """Where each image is, of those that are files, after they are sorted into folders if they are to be."""
+    if outputs.sort_into is None:
+        return [Path(image.path) if is_file(image) else None for image in images]
+    classes = [None if "error" in row else label(row) for row in answers]
+    folders = class_folders({name for name in classes if name is not None})
+    named = [folders.get(name or "") if is_file(image) else None for image, name in zip(images, classes, strict=True)]
+    paths = [image.path for image in images]
+    if journal and outputs.move:
+        return move_into(paths, named, outputs.sort_into, journal)
+    names = [os.path.abspath(image.name) for image in images]  # noqa: PTH100
+    return sort_into(paths, named, outputs.sort_into, outputs.link, names)
+
+
+def _renamed(answers: Callable[[], Iterator[Row]], images: Sequence[Found]) -> Iterator[Row]:
+    for row, image in zip(answers(), images, strict=True):
+        yield row | {"image": image.name}
+
+
+def _write_keywords(
+    places: Iterable[Path | None], classes: Iterable[list[str] | None], embed: bool, journal: Journal
+) -> int:
+    """Write the class of each image into its files of keywords; returns into how many. A warning counts those that
+    cannot be read."""
+    belonging, written, problems = cache(companions), 0, list[str]()
+    for image, path in zip(places, classes, strict=True):
+        if image is None or path is None:
+            continue
+        for file in keyword_files(image, belonging(image.parent).get(image.name, ()), embed):
+            try:
+                content = with_keywords(file, path, image)
+            except ZooError as error:
+                problems.append(str(error))
+                continue
+            if content is not None:
+                journal.write(file, content)
+                written += 1
+    if problems:
+        warnings.warn(f"Files without the new keywords: {len(problems):,}. {problems[0]}", stacklevel=3)
+    return written

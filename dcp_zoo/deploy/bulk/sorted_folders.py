@@ -1,4 +1,5 @@
-"""Folders of sorted images: copies or links in a folder per class, which later runs move to where they belong then."""
+"""Folders of sorted images: copies or links in a folder per class, which later runs move to where they belong then, or
+the images themselves. What belongs to an image, see `companions`, goes where it goes."""
 
 import filecmp
 import json
@@ -8,13 +9,14 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.paths import counted, is_image, kind_of, visible_files
+from dcp_zoo.data.paths import companions, counted, is_image, kind_of, one_per_photo, visible_files
 from dcp_zoo.data.videos import is_frame
+from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
 
@@ -31,7 +33,9 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
     """Raise ZooError for images that are not files, and for a folder among the images, which would be found again; warn
     of videos, which are left out."""
     others = [image for image in images if not is_file(image)]
-    videos = Counter(kind_of(image.name) for image in others if image.path.endswith("#t="))
+    photos = {os.path.splitext(image.path)[0] for image in images if is_file(image)}  # noqa: PTH122
+    whole = [image.name for image in others if image.path.endswith("#t=")]
+    videos = Counter(kind_of(name) for name in whole if os.path.splitext(name)[0] not in photos)  # noqa: PTH122
     if others and (len(others) == len(images) or not all(is_frame(image.path) for image in others)):
         raise ZooError(f"Only files can be sorted into folders, not {others[0].name}: omit --sort-into.")
     if videos:
@@ -44,23 +48,27 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
 
 def sort_into(
     files: Sequence[str], folders: Iterable[str | None], place: Path, link: bool = False, names: Sequence[str] = ()
-) -> None:
+) -> list[Path | None]:
     """Copy each image to `place/FOLDER/NAME`, or make a symbolic link there. If the name is taken, it gets a number:
-    nothing is replaced. Images without a folder, and those that an earlier call has copied, are left out.
+    nothing is replaced. Images without a folder, and those that an earlier call has copied, are left out. Returns where
+    each image is now, if it is known.
 
     With `names`, by which a later call knows the images, a record is kept in `place`, and copies that it has are moved
     to where they belong now. What a person put, changed or moved there stays, and is counted in a warning."""
     advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
     images = list(zip(map(Path, files), folders, names or [""] * len(files), strict=True))
     first: Counter[str] = Counter()  # numbers of a name that are all taken
+    targets, belonging = list[Path | None](), cache(companions)
     check_writable(place, advice)
     with unfinished(place / ".copies") as temporary:
         with writing_to(place, advice):
             own, moved = _earlier(place, {name: source for source, folder, name in images if folder is not None})
         taken = {str(path).casefold() for path in own.values()}  # some file systems ignore the case
         for source, folder, name in images:
+            targets.append(None)
             if folder is None or name in moved:
                 continue
+            others = belonging(source.parent).get(source.name, ())
             target = unnumbered = place / folder / source.name
             key, old = str(unnumbered).casefold(), own.pop(name, None)
             with writing_to(unnumbered, advice):
@@ -70,7 +78,7 @@ def sort_into(
                 else:
                     for number in count(first[key] + 1):
                         target = unnumbered.with_name(_numbered(source, number))
-                        free = not os.path.lexists(target) or _is_same(source, target)
+                        free = not _taken(target, source, others) or _is_same(source, target)
                         if free and str(target).casefold() not in taken:
                             break
                     taken.add(str(target).casefold())
@@ -80,6 +88,8 @@ def sort_into(
                     with (place / RECORD).open("a") as record:
                         record.write(f"\n{line}")  # a kill may have left half a line
                 if old and old != target:
+                    for other in belonging(old.parent).get(old.name, ()):
+                        _rename(old.with_name(other), _beside(target, old, other))
                     old.unlink() if os.path.lexists(target) else old.rename(target)
                     with suppress(OSError):  # other files are there
                         old.parent.rmdir()
@@ -88,6 +98,49 @@ def sort_into(
                     write_file(target, partial(shutil.copy2, source), advice, temporary)
                 elif link and not os.path.lexists(target):
                     target.symlink_to(source.absolute())
+                for other in others:
+                    path, copy = source.with_name(other), _beside(target, source, other)
+                    if os.path.lexists(copy):  # perhaps a person changed it since
+                        continue
+                    if link:
+                        copy.symlink_to(path.absolute())
+                    else:
+                        write_file(copy, partial(shutil.copy2, path), advice, temporary)
+                targets[-1] = target
+    return targets
+
+
+def move_into(files: Sequence[str], folders: Iterable[str | None], place: Path, journal: Journal) -> list[Path | None]:
+    """Move each image to `place/FOLDER/NAME`, with a number if that or what belongs there is taken; those without a
+    folder stay. Returns where each image is that was moved."""
+    targets, belonging = list[Path | None](), cache(companions)
+    for source, folder in zip(map(Path, files), folders, strict=True):
+        targets.append(None)
+        if folder is None or not source.exists():  # it was given twice
+            continue
+        others = belonging(source.parent).get(source.name, ())
+        named = (place / folder / _numbered(source, number) for number in count(1))
+        targets[-1] = target = next(path for path in named if not _taken(path, source, others))
+        with writing_to(target, "choose another --sort-into"):
+            for other in others:
+                journal.move(source.with_name(other), _beside(target, source, other))
+            journal.move(source, target)
+    return targets
+
+
+def _beside(target: Path, source: Path, other: str) -> Path:
+    """Where what belongs to an image goes with it: `a.xmp` of `a.jpg` to `a-2.xmp` for `a-2.jpg`."""
+    return target.with_name(target.stem + other.removeprefix(source.stem))
+
+
+def _taken(target: Path, source: Path, others: Iterable[str]) -> bool:
+    """Whether one of the places for an image and what belongs to it is taken."""
+    return any(map(os.path.lexists, [target, *(_beside(target, source, other) for other in others)]))
+
+
+def _rename(old: Path, new: Path) -> None:
+    if os.path.lexists(old) and not os.path.lexists(new):
+        old.rename(new)
 
 
 def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path], set[str]]:
@@ -110,7 +163,7 @@ def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path],
     if not own and not lost:
         return {}, set()
     others, known = defaultdict[int, list[Path]](list), {*own.values()}  # by size
-    for path in map(Path, visible_files(place)):
+    for path in map(Path, one_per_photo(visible_files(place))):
         if is_image(path.name) and path not in known and path.exists():
             others[path.stat().st_size].append(path)
     lost = {name: size for name, size in lost.items() if name not in own}
