@@ -260,7 +260,7 @@ def test_training_on_keywords(card, run):
     run.ok("inspect", card, "--labels", "xmp:lake,007", "--output", "inspection")
     err = run.refused("train", card, "--labels", "xmp")
     assert "Say which keywords are classes: --labels xmp:cat,dog. Those in " in err
-    assert "/CARD: 007 (1), Müritz (1), boat (1), lake (1), trip, 2024 (1)." in err
+    assert "CARD: 007 (1), Müritz (1), boat (1), lake (1), trip, 2024 (1)." in err
     assert "has the keyword 'lak'. Nearest: lake." in run.refused("train", card, "--labels", "xmp:lak,007")
     data = load_labelled("folder", card, 'xmp:lake,boat,007,"trip, 2024"')
     assert data.classnames == ["boat", "lake"]
@@ -384,7 +384,7 @@ def test_undo_replaces_nothing(tmp_path, monkeypatch, run):
     code, _, err = run("undo", "t.undo.jsonl")
     assert code == 1
     assert "Taken back: 3 changes" in err
-    for problem in ("/a exists again: ", "/to/b is not there any more", "/d was changed since: it stays"):
+    for problem in ("a exists again: ", "to/b is not there any more", "d was changed since: it stays"):
         assert problem in err
     assert names(tmp_path) == {"t.undo.jsonl"}
     assert {name: Path(name).read_text() for name in ("a", "to/a", "c", "d", "e")} == {
