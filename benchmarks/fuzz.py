@@ -178,9 +178,9 @@ def fuzz_checkpoint(corpus: list[Any], chance: random.Random, folder: Path) -> C
 
     def read() -> None:
         from dcp_zoo import FewShotClassifier, create_model, predict
-        from dcp_zoo.cli.show import describe_checkpoint, with_intervals
+        from dcp_zoo.cli.show import describe_checkpoint, for_people
 
-        with_intervals(describe_checkpoint("head", folder))
+        for_people(describe_checkpoint("head", folder))
         model = create_model(f"local-dir:{folder}", True).eval()
         answers = predict(model, sample_images()[:1])
         assert answers[0][0].probability >= 0, "the probability is NaN"
