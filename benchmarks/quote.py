@@ -232,15 +232,15 @@ def by_set(*labels: str) -> str:
     return as_table(["dataset", "method", *map(str, numbers)], lines)
 
 
-def three_readings() -> str:
+def three_readings(file: str) -> str:
     """Methods that change the image features, read in three ways: means over the sets at 4 images per class."""
-    at_4 = {what: on_sets()[what].xs(4, level="images_per_class") for what in ("top1", "train_cpu_seconds")}
+    at_4 = {what: on_sets(file)[what].xs(4, level="images_per_class") for what in ("top1", "train_cpu_seconds")}
     lines = []
     for method in [x for x in at_4["top1"] if x + PROBES["both"] in at_4["top1"]]:
         own, one, both = (method + probes for probes in PROBES.values())
         top1 = at_4["top1"].dropna(subset=both)
         cells = [f"{top1[label].mean():.1f}" for label in (own, one, both)]
-        gaps = [tables.difference_cell(set_gaps(both, label, 4)) for label in (own, "Text probe")]
+        gaps = [tables.difference_cell(set_gaps(both, label, 4, file)) for label in (own, "Text probe")]
         lines.append([method, *cells, *gaps, f"{at_4['train_cpu_seconds'][both].mean():.0f}"])
     header = ["method", "no text probe, %", "one text probe, %", "both text probes, %"]
     header += ["both minus none", "both minus the text probe alone"]
