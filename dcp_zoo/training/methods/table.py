@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dcp_zoo.training.methods.base import Method, Task
 
 DCP_METHOD = "dcp"  # that of the zoo's heads
-DEFAULT_METHOD = "text-probe"  # of `train`: as accurate on the miniature in a fraction of the time, see docs/results.md
+DEFAULT_METHOD = "text-probe"  # of `train`: on the miniature no head with prompts is more accurate, see docs/results.md
 RecipeLike = BaseRecipe | Mapping[str, object] | str | Path | None
 GROUP = "dcp_zoo.methods"
 OWN = {  # module and object in this package, in the order of tables
