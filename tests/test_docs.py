@@ -2,8 +2,9 @@
 checked without running.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
-below a line in italics that begins with "Needs" (CLIP's weights, a network, a server, minutes), or whose title
-is the name of a file, is not run: its Python is compiled, and its lines of `dcp-zoo` and of scripts like it are parsed.
+below a comment `<!-- needs: CLIP's weights -->`, or a line in italics that begins with "Needs" where readers must know
+it, or whose title is the name of a file, is not run: its Python is compiled, and its lines of `dcp-zoo` and of scripts
+like it are parsed.
 """
 
 import json
