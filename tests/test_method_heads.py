@@ -15,14 +15,14 @@ from dcp_zoo.data import load_labelled
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
-from dcp_zoo.model.config import WEIGHTS_NAME, read_config
+from dcp_zoo.model.config import STATE_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.training.state import STATE_NAME, TrainingState
+from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import create_model, trained_head
 from dcp_zoo.zoo.resolve import Source
 

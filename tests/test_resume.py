@@ -17,13 +17,14 @@ from timm.data import create_transform
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.files import LOCK, locked
+from dcp_zoo.model.config import STATE_NAME
 from dcp_zoo.training.loop import _mix, train
 from dcp_zoo.training.methods.dcp import frozen_tokens
 from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
-from dcp_zoo.training.state import STATE_NAME, TrainingState
+from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import plain_clip
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps per epoch

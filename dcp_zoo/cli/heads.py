@@ -16,7 +16,7 @@ from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.splits import all_for_training, check_same_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import alone_in
+from dcp_zoo.model.config import alone_in, check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.zoo.resolve import name_of
@@ -166,7 +166,6 @@ def _load(command: Context, head: str, output_dir: Path, overwrite: bool, device
     """The head, once it is clear that the output can be written: until the command ends, others are kept from its
     folder, as what the command reads there and changes is the same head."""
     from dcp_zoo.api.functions import as_model
-    from dcp_zoo.training.run import check_free
 
     name = opt.head_name(head)
     command.with_resource(alone_in(output_dir))

@@ -52,7 +52,7 @@ def inspect(
     if fix is not None:
         if output_dir is None:
             raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
-        from dcp_zoo.inspection.inspection import fix as write_copy
+        from dcp_zoo.inspection.fixed import fix as write_copy
 
         moved, left_out = write_copy(root, fix, output_dir, labels)
         output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.")

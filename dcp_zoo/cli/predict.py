@@ -266,6 +266,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     table = Path(options.table) if options.table else default
     names = "features sheet sort_into link move keywords overwrite".split()
     outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
+    outputs.check(found)  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table
 
 

@@ -20,7 +20,7 @@ from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
-from dcp_zoo.model.config import rejection_note
+from dcp_zoo.model.config import STATE_NAME, check_free, rejection_note
 from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
@@ -128,12 +128,12 @@ def train(options: TrainOptions) -> None:
         options.check_recipe(dataset)
     output_dir = options.folder
     check_writable(output_dir)
+    check_free(output_dir, options.overwrite, resumes=True)
     if options.report:
         check_output(options.report, options.overwrite, "--report")
     split = _split(options, dataset, data_root)
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
-    from dcp_zoo.training.state import STATE_NAME
 
     use_threads(options.threads)
     run = _planned(options, split)

@@ -22,7 +22,7 @@ from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.inspection.inspection import can_link, check_new
+from dcp_zoo.inspection.fixed import can_link, check_new
 from dcp_zoo.inspection.look import look
 from dcp_zoo.model.head import Head
 from dcp_zoo.texts import class_folders, write_csv

@@ -14,19 +14,17 @@ from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.load import LabelFiles
-from dcp_zoo.data.paths import check_outside, is_archive
+from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.data.readers import read_table
-from dcp_zoo.data.splits import PARTS, shorten
-from dcp_zoo.deploy.bulk.sorted_folders import sort_into
-from dcp_zoo.errors import ZooError, as_zoo_error, by_reason, nearest_hint
-from dcp_zoo.files import check_empty, check_writable, templates, unfinished, write_file
+from dcp_zoo.data.splits import shorten
+from dcp_zoo.errors import ZooError, by_reason
+from dcp_zoo.files import templates, write_file
+from dcp_zoo.inspection.fixed import parts_of
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
-from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, class_folders, write_csv
+from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
@@ -219,11 +217,6 @@ def _unsorted(folder: Images) -> Split:
     return Split("unsorted", UNLABELLED, items, place=str(folder))
 
 
-def parts_of(data: Split) -> list[str]:
-    """The part of each of `data.items`."""
-    return [part for part in PARTS for _ in getattr(data, part)]
-
-
 def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
     """Images with problems for a model whose input has this side in pixels: their positions, and which problems."""
     for i, (width, height, low, high, detail) in enumerate(seen.statistics):
@@ -248,55 +241,3 @@ def _tested(
         return None
     right, new = hits(features, text, labels, ~test, test, int((~test).sum()) / text.shape[1]), ~copy[test]
     return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))
-
-
-def fix(folder: str | Path, table: str | Path, output: str | Path, labels: LabelFiles = None) -> tuple[int, int]:
-    """Write a copy of the images, as links where the system has them, with the column `change` of the CSV file: another
-    class, "leave out", or nothing. Returns how many were moved to another class, and how many left out."""
-    place = Path(output)
-    check_new(place, Path(folder))
-    data = load_labelled("folder", folder, labels)
-    changes, folders = _changes(Path(table), data), class_folders(data.classnames)
-    left_out = sum(change == LEAVE_OUT for change in changes.values())
-    if left_out == len(data.items):
-        raise ZooError(f"{table} leaves out every image of {folder}: nothing is left to write.")
-    with unfinished(place) as new:
-        for part in dict.fromkeys(parts_of(data)):
-            items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
-            named = [folders[changes.get(item.key, data.classnames[item.label])] for item in items]
-            sort_into([item.path for item in items], named, new / part if data.has_parts else new, can_link(folder))
-        new.replace(place)
-    return len(changes) - left_out, left_out
-
-
-def can_link(images: str | Path) -> bool:
-    """Whether copies may be links: not of an archive, as what it was unpacked to goes when the process ends."""
-    return os.name != "nt" and not is_archive(images)
-
-
-def check_new(place: Path, images: Path) -> None:
-    """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
-    check_empty(place)
-    check_writable(place)
-    check_outside(place, images, "--output")
-
-
-def _changes(table: Path, data: Split) -> dict[str, str]:
-    """What changes, by the key of the image."""
-    with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images.", Exception):
-        header, *cells = read_table(table)
-        columns = header.index("file"), header.index("change")
-        suggested = sum(bool(row[header.index("suggestion")]) for row in cells) if "suggestion" in header else 0
-    rows = [(row[columns[0]], row[columns[1]].strip()) for row in cells]
-    keys = {item.key: item for item in data.items}
-    if new := [file for file, _ in rows if file not in keys]:
-        raise ZooError(f"{table} lists images that are not in {data.place}: {shorten(new)}. Inspect the folder again.")
-    if suggested and not any(change for _, change in rows):
-        problem = f"The column change of {table} is empty, so that nothing would change: {suggested} suggestions wait"
-        raise ZooError(f"{problem}. Write there those you agree with; to take all, copy the column suggestion there.")
-    for _, change in rows:
-        if change and change != LEAVE_OUT and change not in data.classnames:
-            hint = nearest_hint(change, data.classnames)
-            raise ZooError(f"{table}: {change!r} in the column change is neither a class nor {LEAVE_OUT!r}.{hint}")
-    found = {keys[file].key: (change, keys[file]) for file, change in rows if change}
-    return {key: change for key, (change, item) in found.items() if change != data.classnames[item.label]}

@@ -18,6 +18,7 @@ PHRASE = "a photo of a"  # the authors' `ctx_init`
 POOLINGS = ("mean", "max", "first")
 STATS = ("batch", "stored")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
+STATE_NAME = "training.state"  # of a training that was stopped
 NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
@@ -219,3 +220,19 @@ MINI_CFG: Values = {
     "mean": (127 / 255,) * 3,
     "std": (128 / 255,) * 3,
 }
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint whose training is over."""
+    any_file = (folder / WEIGHTS_NAME).exists() or (folder / CONFIG_NAME).exists()
+    return any_file and not (folder / STATE_NAME).exists()
+
+
+def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
+    """ZooError if the folder holds a finished checkpoint, or, unless the caller `resumes` it, a stopped training."""
+    if overwrite:
+        return
+    if is_finished(output):
+        raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+    if not resumes and (output / STATE_NAME).exists():
+        raise ZooError(f"{output} holds a stopped training, which can resume: choose another --output, or --overwrite.")

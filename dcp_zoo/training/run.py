@@ -17,13 +17,12 @@ from dcp_zoo.data import Split, few_shot, is_own
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.seen import image_hashes, note_images
 from dcp_zoo.data.splits import all_for_training, subset_sha256
-from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.classes import saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, alone_in, made, read_config
+from dcp_zoo.model.config import STATE_NAME, alone_in, check_free, is_finished, made, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.callbacks import Callback
@@ -35,7 +34,7 @@ from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.planning import Reader, Run, check_supported
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
@@ -176,7 +175,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         return train_head(final, output, options)
     with alone_in(output):
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        finished = _is_finished(first)
+        finished = is_finished(first)
         if options.overwrite or not finished or not _is_head_of(first, run):
             trained, _ = train_head(run, first, replace(options, overwrite=options.overwrite or finished))
             info, clip = trained.info, trained.frozen
@@ -208,21 +207,6 @@ def add_probe(head: Head, split: Split, shots: int | None, seed: int, progress: 
     else:
         note_images(head.info, subset.train)
     return found
-
-
-def _is_finished(folder: Path) -> bool:
-    any_file = (folder / WEIGHTS_NAME).exists() or (folder / CONFIG_NAME).exists()
-    return any_file and not (folder / STATE_NAME).exists()
-
-
-def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
-    """ZooError if the folder holds a finished checkpoint, or, unless the caller `resumes` it, a stopped training."""
-    if overwrite:
-        return
-    if _is_finished(output):
-        raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
-    if not resumes and (output / STATE_NAME).exists():
-        raise ZooError(f"{output} holds a stopped training, which can resume: choose another --output, or --overwrite.")
 
 
 def _is_head_of(folder: Path, run: Run) -> bool:
