@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.columns import Columns
 from typer import Exit, Option
@@ -18,6 +18,7 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
@@ -143,7 +144,7 @@ def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[l
     return items, title
 
 
-def new_images(items: list[Item], info: Mapping[str, Any], head: str) -> list[Item]:
+def new_images(items: list[Item], info: Values, head: str) -> list[Item]:
     """The images that a head was not trained on, as far as it says on which it was; a message if some are left out."""
     new = unseen(items, info)
     if 0 < len(new) < len(items):

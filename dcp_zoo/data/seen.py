@@ -1,7 +1,6 @@
 """Which images a head was trained on, in its `info`: by their content, as names say little about it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -30,7 +29,7 @@ def note_images(info: Values, items: Sequence[Item]) -> None:
         info["image_hashes"] = {kind: f"{known.get(kind, '')} {new.get(kind, '')}".strip() for kind in known | new}
 
 
-def unseen(items: Sequence[Item], info: Mapping[str, Any]) -> list[Item]:
+def unseen(items: Sequence[Item], info: Values) -> list[Item]:
     """The images that are not among those that `info` names."""
     known = info.get("image_hashes") or {}
     files, pixels = (set(known.get(kind, "").split()) for kind in ("files", "pixels"))

@@ -1,8 +1,6 @@
 """What a head's model card says."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -27,7 +25,7 @@ MODES = {  # of an accuracy, and their names in a card
 }
 
 
-def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
+def accuracies(metrics: Values) -> dict[str, float]:
     """Top-1 accuracy in percent by mode, of the metrics in a config.json or the manifest."""
     return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
 
