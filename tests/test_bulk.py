@@ -1059,7 +1059,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
     folder.mkdir(exist_ok=True)
     shutil.copy("photos/a/01.jpg", folder / f"{HOSTILE}.jpg")
     (folder / f"{HOSTILE}no.jpg").write_bytes(b"")
-    monkeypatch.setattr(console.output, "width", 250)
+    monkeypatch.setattr(console.output, "_width", 250)
     code, out, _ = run("predict", folder, "--head", BUNDLED)
     assert (code, "Error[red]: x" in out) == (1, True)
     assert "\\x1b]0;title\\x07\\u202egpj\\x9b2J\\u2028\\nError" in out
