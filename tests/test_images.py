@@ -26,7 +26,7 @@ from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import read_plain
-from dcp_zoo.inspection.inspection import fix
+from dcp_zoo.inspection.fixed import fix
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
 from dcp_zoo.training.recipes import Recipe, read_recipe
 from dcp_zoo.zoo.registry import MODELS
