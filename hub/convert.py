@@ -25,11 +25,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import check_finite, check_fits
-from dcp_zoo.model.config import PHRASE
+from dcp_zoo.model.config import PHRASE, check_free
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.methods.dcp import round_and_store_stats
-from dcp_zoo.training.run import check_free
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_model
 

@@ -9,6 +9,7 @@ import pytest
 gc.disable()  # until the tests begin: it would look through all that is imported, again and again
 # containers set it: every process that a test starts would compile torch again, which takes longer than the test
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.pop("COLUMNS", None)  # which xdist gives its processes: rich would take it for the width of all tables
 # tests run on all cores already: threads and processes that they start would each compute with as many threads again
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
