@@ -295,7 +295,7 @@ def test_a_raw_file_and_an_image_are_one_photo(tmp_path, monkeypatch):
 
 def test_without_rawpy_raw_files_are_ignored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paths, "suffixes", lambda: paths.IMAGE_SUFFIXES)
+    monkeypatch.setattr(paths, "image_suffixes", lambda: paths.IMAGE_SUFFIXES)
     Path("1.jpg").write_bytes(picture(1))
     Path("2.cr2").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"1 .cr2. RAW files are read after pip install 'dcp_zoo\[photos\]'"):

@@ -49,22 +49,9 @@ from dcp_zoo.zoo.registry import (
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
 PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what and when
-    *(
-        "head",
-        "status",
-        "method",
-        "model",
-        "CLIP",
-        "weights",
-        "CLIP weights",
-        "classes",
-        "texts",
-        "accuracy",
-        "dataset",
-    ),
-    *("images", "trained", "rejection", "licence", "size", "input", "parameters", "image tower", "zero-shot"),
-    *("default head", "trained heads", "Hub repo", "train it"),
-)
+    "head,status,method,model,CLIP,weights,CLIP weights,classes,texts,accuracy,dataset,images,trained,rejection,"
+    "licence,size,input,parameters,image tower,zero-shot,default head,trained heads,Hub repo,train it"
+).split(",")
 ACCURACIES = ("10 sets", "ImageNet")
 ENOUGH = 4  # of the six sample photographs: guesses among their twelve names are as many once in 1,600 times
 ACCURACY_NOTE = (

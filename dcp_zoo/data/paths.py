@@ -22,16 +22,7 @@ RAW_SUFFIXES = tuple(
     ".3fr .arw .cr2 .cr3 .crw .dng .erf .kdc .mef .nef .nrw .orf .pef .raf .rw2 .rwl .srw .x3f".split()
 )
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
-COMPANIONS = (
-    *RAW_SUFFIXES,
-    *VIDEO_SUFFIXES,
-    ".xmp",
-    ".aae",
-    ".dop",
-    ".pp3",
-    ".thm",
-    ".wav",
-)  # of an image of their name
+COMPANIONS = (*RAW_SUFFIXES, *VIDEO_SUFFIXES, *".xmp .aae .dop .pp3 .thm .wav".split())  # of an image of their name
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 
@@ -54,7 +45,7 @@ def is_heif(start: bytes) -> bool:
 
 
 @cache
-def suffixes() -> tuple[str, ...]:
+def image_suffixes() -> tuple[str, ...]:
     """Those of the images that are read: of RAW files, if rawpy is there."""
     return IMAGE_SUFFIXES + (RAW_SUFFIXES if find_spec("rawpy") else ())
 
@@ -66,7 +57,7 @@ def is_raw(file: str) -> bool:
 
 def is_image(file: str) -> bool:
     """Whether a file is an image of the user's own, by its name."""
-    return file.lower().endswith(suffixes()) and is_visible(file)
+    return file.lower().endswith(image_suffixes()) and is_visible(file)
 
 
 def one_per_photo(files: Iterable[str]) -> list[str]:
@@ -104,8 +95,8 @@ def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        suffixes = *IMAGE_SUFFIXES, *RAW_SUFFIXES, *VIDEO_SUFFIXES, *ARCHIVE_SUFFIXES
-        precious = os.path.realpath(file).lower().endswith(suffixes)
+        valued = *IMAGE_SUFFIXES, *RAW_SUFFIXES, *VIDEO_SUFFIXES, *ARCHIVE_SUFFIXES
+        precious = os.path.realpath(file).lower().endswith(valued)
         if precious or not overwrite:
             raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
     check_writable(file.parent, advice)

@@ -32,9 +32,8 @@ MEASURED_STEPS = 4  # before their time is told
 
 def descend(
     state: TrainingState,  # which has begun with its optimizer and precision
-    loss_of: Callable[
-        ..., Tensor | tuple[Tensor, Tensor]
-    ],  # of a batch's tensors: the loss, or the loss and another value to report in its place
+    # of a batch's tensors: the loss, or the loss and another value to report in its place
+    loss_of: Callable[..., Tensor | tuple[Tensor, Tensor]],
     batches: Iterable[Batch],  # at least the remaining steps' tuples of tensors
     lr_at: Callable[[int], float],  # learning rate of a step, counted from 0
     steps: int,  # of the whole run
