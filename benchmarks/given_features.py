@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from typer import Argument, Option, Typer
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials
+from dcp_zoo.benchmark.cluster import Event
 from dcp_zoo.benchmark.sweep import execute, sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import numbers, show_events, show_results, split_commas
 from dcp_zoo.cli.console import log
-from dcp_zoo.cluster import Event
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error

@@ -201,7 +201,7 @@ def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
 def kill_a_worker() -> int:
     """Kill a process that runs a task, found in Linux's /proc; returns the number of killed processes."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if re.match(rb"ray::.*on_worker", path.read_bytes()):  # the function of `cluster.run_tasks`
+        if re.match(rb"ray::.*on_worker", path.read_bytes()):  # the function of `run_tasks`
             os.kill(int(path.parent.name), signal.SIGKILL)
             return 1
     return 0

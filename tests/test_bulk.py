@@ -1084,10 +1084,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--count"], "--count counts what the other images refine: add --together."),
         (["--count", "--together", "--json"], "--count prints a table: omit it, or --json"),
         (["--link"], "--link works only with --sort-into"),
-        (
-            ["--together", "--ray", "auto", "--output", "p"],
-            "--together needs all predictions on one machine: omit --ray",
-        ),
+        (["--output", "s3://bucket/p.csv"], "--output is a file on this machine, not s3://bucket/p.csv"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )

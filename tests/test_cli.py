@@ -359,8 +359,8 @@ def test_help_of_train_lists_every_field_of_the_recipe(run, method):
 
 def test_names_and_defaults_in_help_texts_match_the_code(run):
     """Help texts do not import these: their modules import torch."""
+    from dcp_zoo.benchmark.cluster import Resources
     from dcp_zoo.benchmark.plan import PROTOCOLS
-    from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.export import EXPORT_SUFFIXES
 
     helps = {name: run(name, "--help")[1] for name in ("benchmark", "train", "export")}

@@ -410,7 +410,6 @@ def test_undo_replaces_nothing(tmp_path, monkeypatch, run):
         (["--sort-into", "x", "--link", "--move"], "--link leaves the images where they are: omit it, or --move"),
         (["--xmp"], "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER."),
         (["--xmp-embed", "--sort-into", "x"], "--xmp-embed changes the images, not copies: add --move"),
-        (["--xmp", "--ray", "auto", "--output", "x"], "--ray writes a folder: pass --output FOLDER, and no other."),
         (
             ["--xmp", "--output", "x.csv"],
             "is a link, or in an archive: only files themselves can be moved or get keywords.",

@@ -36,7 +36,6 @@ def test_a_run_on_many_images_says_in_which_precision_it_computes(multiplies, mo
     monkeypatch.setattr("dcp_zoo.cli.predict.read_config", lambda folder: {"architecture": "dcp_vitb16"})
     head = "dcp_mini.caltech101-16shot"
     assert torch_head(PredictOptions(head=head))[1]["precision"] == ("bfloat16" if multiplies else "float32")
-    assert torch_head(PredictOptions(head=head, ray="local"))[1]["precision"] == "float32"
 
 
 def test_features_are_kept_by_their_precision(clip, photos):

@@ -1,8 +1,7 @@
-"""Sweeps and `predict` on a Ray cluster: the results of one machine, and what happens when workers die, the
-cluster is too small, or a sweep is stopped."""
+"""Sweeps on a Ray cluster: the results of one machine, and what happens when workers die, the cluster is too small, or
+a sweep is stopped."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -15,9 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers import classify, encoded, tar, until
+from helpers import until
 from PIL import Image
 from rich.console import Console
 from shared import CommandLine
@@ -26,19 +24,14 @@ pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
 pytest.importorskip("webdataset")
 
-import pandas as pd
 import ray
 
-from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.benchmark import plan_trials, store
+from dcp_zoo.benchmark.cluster import Event, Resources, _ended, connected
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
-from dcp_zoo.cluster import Event, Resources, _ended, connected
-from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.job import Job, Summary
-from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -237,120 +230,3 @@ def test_finished_trials_are_shown_and_counted(monkeypatch: pytest.MonkeyPatch) 
 
 def test_options_for_ray_need_ray(run: CommandLine, tmp_path: Path) -> None:
     assert "add --ray local" in run.refused("benchmark", "few-shot", "--output", tmp_path, "--cpus", 2)
-
-
-# ---------------------------------------------------------------------------------------------------- predict and serve
-CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
-
-
-def png(level: int) -> bytes:
-    return encoded(Image.new("RGB", (12, 10), (level,) * 3))
-
-
-@pytest.fixture
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with 22 images of different levels, the fifth of which is damaged, and a shard of three."""
-    monkeypatch.chdir(tmp_path)
-    Path("photos").mkdir()
-    for i in range(22):
-        Path(f"photos/{i:02}.png").write_bytes(b"" if i == 4 else png(10 * i))
-    Path("shard.tar").write_bytes(tar({f"{i}.png": png(80 * i) for i in range(3)}, "w"))
-    return tmp_path
-
-
-def fake(folder: Path, level: int = -1, deaths: int = 0) -> Callable[[], Predictor]:
-    """Loads a classifier into dark and bright that kills its process when it meets a level, so many times. A line in
-    `loaded` for every load. Workers get it by value: they cannot import this module."""
-    cfg, sigkill = CFG, signal.SIGKILL
-
-    def load() -> Predictor:
-        with (folder / "loaded").open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        return Predictor("fake", ["dark", "bright"], cfg, compute)
-
-    def compute(pixels: np.ndarray) -> Outputs:
-        killed = len(list(folder.glob("killed*")))
-        if killed < deaths and (pixels[:, 0, 0, 0] == level).any():
-            (folder / f"killed{killed}").touch()
-            os.kill(os.getpid(), sigkill)
-        bright = pixels.mean((1, 2, 3), dtype=np.float32) / 255
-        return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9))
-
-    return load
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder of parts, as `classify` gives them."""
-    rows = []
-    for row in pd.read_parquet(folder).to_dict("records"):
-        best = [{"class": row[f"class{n}"], "probability": row[f"probability{n}"]} for n in ("", "_2")]
-        failed = isinstance(row["error"], str)
-        rows.append({"image": row["image"]} | ({"error": row["error"]} if failed else {"predictions": best}))
-    return rows
-
-
-def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(cluster: None, photos: Path) -> None:
-    sources, options = ["photos", "wds://shard.tar"], {"part_images": 4}
-    images, local = find_images(sources), fake(photos / "photos")()
-    expected = [row for batch in classify(images, local, top_k=2) for row in batch.rows]
-    summary = run_on_ray(sources, Job(fake(photos, 100, 1), {"head": "x"}), "out", **options)
-    assert summary == Summary(25, 0, 1)
-    assert (photos / "killed0").exists()
-    assert rows_of(Path("out")) == expected
-    loads = Path("loaded").read_text().split()
-    assert len(loads) == len(set(loads)) <= 3  # once per actor, and once more for the killed one
-
-    written = {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}
-    assert len(written) == 8  # six parts of images, one of the shard, the plan
-    for lost in ("part-00001.parquet", "part-00006.parquet"):
-        Path("out", lost).unlink()
-        del written[lost]
-    assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **options) == Summary(25, 18, 1)
-    assert written.items() <= {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}.items()
-    assert rows_of(Path("out")) == expected
-    nowhere = options | {"address": "127.0.0.1:9"}  # nothing is left to compute
-    assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **nowhere) == Summary(25, 25, 1)
-    with pytest.raises(ZooError, match="out holds the first rows of another run, which differs in head, images"):
-        run_on_ray(sources[:1], Job(fake(photos), {"head": "y"}), "out", **options)
-    with pytest.raises(ZooError, match="photos holds other files: choose a new folder"):
-        run_on_ray(sources[:1], Job(fake(photos), {"head": "y"}), "photos", **options)
-
-
-def test_a_part_that_kills_every_worker_ends_the_run_with_a_message(cluster: None, photos: Path) -> None:
-    with pytest.raises(
-        ZooError, match=r"No worker could finish the images from photos/11.png on \(Ray lost it \(\w+\), 2 .* kept"
-    ):
-        run_on_ray(["photos"], Job(fake(photos, 210, 99), {}), "out", part_images=11, resources=Resources(retries=1))
-    assert len(list(photos.glob("killed*"))) == 2
-    assert Path("out", "part-00000.parquet").exists()
-
-
-def test_problems_of_workers_are_told(cluster: None, photos: Path) -> None:
-    def broken() -> Predictor:
-        raise ZooError("There is no such head.")
-
-    with pytest.raises(ZooError, match=r"^There is no such head.$"):
-        run_on_ray(["photos"], Job(broken, {}), "a")
-    Path("list.txt").write_text("photos/none.png\nphotos/neither.png")
-    with pytest.raises(ZooError, match=r"cannot find any of 2 images, such as photos/none.png: they must be at URLs"):
-        run_on_ray(["list.txt"], Job(fake(photos), {}), "b")
-    with pytest.raises(ZooError, match=r"No machine .* has 9 cores .*--threads"):
-        run_on_ray(["photos"], Job(fake(photos), {}), "c", resources=Resources(9))
-
-
-def test_predict_on_a_cluster(cluster: None, run: CommandLine, photos: Path, onnx_file: Path) -> None:
-    """From URLs to a URL, with the command line's own head."""
-    head = ["--head", onnx_file, "--top-k", 2]
-    assert run("predict", "photos", *head, "--output", "p.jsonl", "--workers", 0)[0] == 1
-    url = f"file://{photos}"
-    code, _, err = run("predict", f"{url}/photos", *head, "--output", f"{url}/out", "--ray", "local")
-    assert (code, f"22 images, of which 1 cannot be read: {url}/out" in err) == (1, True), err
-    rows, expected = rows_of(Path("out")), [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
-    assert [row["image"] for row in rows] == [f"{url}/{row['image']}" for row in expected]
-    assert [i for i, row in enumerate(rows) if "error" in row] == [4]
-    for row, other in zip(rows, expected, strict=True):
-        for found, best in zip(row.get("predictions", []), other.get("predictions", []), strict=True):
-            assert found == {"class": best["class"], "probability": pytest.approx(best["probability"], abs=1e-5)}
-    assert "pass --output FOLDER, and no other" in run.refused("predict", "photos", *head, "--ray", "local", "--json")
-    err = run.refused("predict", "photos", *head, "--output", "s3://bucket/p.csv")
-    assert "Without --ray, --output is a file, not" in err

@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.benchmark.trial_images import TrialImages, shared_images
-from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
@@ -159,9 +159,9 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
 def sweep_on_ray(
     trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
 ) -> Iterator[Event]:
-    """Run trials on a cluster, see `dcp_zoo.cluster.run_tasks`, and yield their events. Closing it cancels them."""
-    work, place = partial(execute, settings=settings), {"options": "--cpus and --gpus", "address": address}
-    with closing(run_tasks(work, longest_first(trials), resources, task="one trial", **place)) as tasks:
+    """Run trials on a cluster, see `run_tasks`, and yield their events. Closing it cancels them."""
+    work = partial(execute, settings=settings)
+    with closing(run_tasks(work, longest_first(trials), resources, address)) as tasks:
         for task in tasks:
             yield _event(task, settings)
 

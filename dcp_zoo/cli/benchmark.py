@@ -10,11 +10,11 @@ from rich.table import Table
 from typer import Argument, Option
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
+from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
 from dcp_zoo.benchmark.report.tables import with_labels
 from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
-from dcp_zoo.cluster import Event, Resources, import_ray
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec

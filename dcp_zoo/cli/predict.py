@@ -13,7 +13,6 @@ from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar
-from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
@@ -70,7 +69,7 @@ class PredictOptions:
     fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
-    table: str | None = to_file("Write a .csv, .jsonl or .parquet file, or with --ray a folder.", "--output")
+    table: str | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
     sheet: Path | None = to_file("Write an HTML contact sheet, on which predictions are corrected by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
@@ -86,7 +85,6 @@ class PredictOptions:
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
     threads: opt.Threads = None
-    ray: str | None = opt.option(None, "Run on Ray: a cluster's address, `auto` on its machines, or `local`.")
 
     @property
     def files(self) -> list[Path]:
@@ -131,18 +129,12 @@ class PredictOptions:
             "--count counts what the other images refine: add --together.": self.count and not self.together,
             "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
-            "--labels needs all images on one machine: omit --ray.": self.ray and self.labels,
-            "--together needs all predictions on one machine: omit --ray.": self.ray and self.together,
-            "--ray writes a folder: pass --output FOLDER, and no other.": self.ray
-            and (not self.table or self.files[1:] or self.keywords),
-            f"Without --ray, --output is a file, not {self.table}.": not self.ray and self.table and is_url(self.table),
+            f"--output is a file on this machine, not {self.table}.": self.table and is_url(self.table),
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
         }
         if found := [problem for problem, holds in problems.items() if holds]:
             raise ZooError(found[0])
-        if self.ray:
-            import_ray()
         if self.keywords:
             import_extra("exiv2", "photos")
 
@@ -158,7 +150,6 @@ def predict(options: PredictOptions) -> None:
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --reject --sort-into SORTED --move --xmp[/]
-    [dim]dcp-zoo predict s3://bucket/photos --output s3://bucket/predictions --ray auto[/]
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
@@ -216,13 +207,13 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     file, features = Path(options.head), options.together or options.features is not None
     if not file.is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    threads = options.threads or (1 if options.ray else available_cores())
+    threads = options.threads or available_cores()
     plan = {"runtime": "onnx", "file": sha256_of(file)}
     return lambda: onnx_predictor(file, threads, features, options.device), plan
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
-    name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
+    name = opt.head_name(options.head)
     from dcp_zoo.training.device import pick_device, pick_precision
     from dcp_zoo.training.predictor import torch_predictor
 
@@ -232,12 +223,12 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     precision = options.precision
     if precision == AUTO:  # of rows that another machine may continue
         architecture = read_config(head_folder(name))["architecture"]
-        precision = "float32" if options.ray else pick_precision(AUTO, architecture, pick_device(options.device))
+        precision = pick_precision(AUTO, architecture, pick_device(options.device))
 
     def load() -> "Predictor":
         from dcp_zoo.zoo.factory import create_model
 
-        use_threads(threads)
+        use_threads(options.threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
         features = options.together or options.features is not None
         return torch_predictor(model, features, precision, options.rejects, images or None)
@@ -246,15 +237,8 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     return load, plan | {"stats": options.stats, "precision": precision, "reject_rate": options.rejects}
 
 
-def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path | str]":
-    """The counts, and the place of the table: on this machine a file, on a cluster a folder."""
-    if options.ray:
-        from dcp_zoo.deploy.bulk.on_ray import run_on_ray
-
-        on_cpu = options.device == "cpu" or (options.on_onnx and options.device == "auto")
-        resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
-        place, how = str(options.table), Values(address=options.ray, resources=resources)
-        return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
+def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
+    """The counts, and the table's file."""
     from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 
     for source in sources:

@@ -1,5 +1,5 @@
-"""What a run on many images computes, on this machine or on a cluster: images in; class names and probabilities out.
-Images are decoded in parallel processes without torch, whose import takes longer than decoding some hundred images."""
+"""What a run on many images computes: images in; class names and probabilities out. Images are
+decoded in parallel processes without torch, whose import takes longer than decoding some hundred images."""
 
 import multiprocessing
 import os
@@ -119,9 +119,9 @@ class _Videos:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run computes, on this machine or on a cluster."""
+    """What a run computes."""
 
-    load: Callable[[], Predictor]  # called where it computes, and only if an image is left to classify
+    load: Callable[[], Predictor]  # called only if an image is left to classify
     plan: Values  # plain JSON, such as the head's hash: only a run with the same plan continues this one
     top_k: int = 5  # classes per image
     batch_size: int = 32  # does not affect the predictions

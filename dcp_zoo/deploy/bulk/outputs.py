@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO
 from urllib.parse import quote
 
 import numpy as np
@@ -34,16 +33,15 @@ def columns(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         names |= row.keys()
         ranks = max(ranks, len(row.get("predictions", ())))
-    return column_names(ranks, *(name in names for name in ("rejected", "alone", "labelled")))
-
-
-def column_names(ranks: int, rejects: bool, together: bool = False, labels: bool = False) -> list[str]:
-    """The columns of a table with so many classes per image; of rejections, of the class of each image alone, and of
-    whether a person said it."""
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
-    named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
-    first = [IMAGES, *(["rejected"] if rejects else []), *(["labelled"] if labels else [])]
-    return [*first, *named, *(["alone"] if together else []), "error"]
+    first, last = [name for name in ("rejected", "labelled") if name in names], ["alone"] if "alone" in names else []
+    return [
+        IMAGES,
+        *first,
+        *(name + suffix for suffix in suffixes for name in ("class", "probability")),
+        *last,
+        "error",
+    ]
 
 
 def _cells(row: Row) -> Values:
@@ -63,7 +61,7 @@ def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str]) -> None:
+def _write_parquet(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
     types = {"probability": arrow.float64(), "rejected": arrow.bool_(), "labelled": arrow.bool_()}
     schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])

@@ -6,63 +6,18 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dcp_zoo.answers import Row
-from dcp_zoo.data.paths import filesystem
 from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
 
-PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
-
-
-@dataclass(frozen=True)
-class PartFolder:
-    """A folder on a disk, or a URL."""
-
-    place: str
-
-    def begin(self, plan: Values) -> set[str]:
-        """Store the plan, or check that it is the one of the parts that exist; their names."""
-        found = self.names()
-        if PLAN in found:
-            system, folder = filesystem(self.place)
-            other = json.loads(system.cat_file(f"{folder}/{PLAN}"))
-            if differ := [name.replace("_", " ") for name in plan if other.get(name) != plan[name]]:
-                problem = f"{self.place} holds the first rows of another run, which differs in {', '.join(differ)}."
-                raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this folder.")
-        elif found:
-            raise ZooError(f"{self.place} holds other files: choose a new folder for --output.")
-        else:
-            self.write(PLAN, json.dumps(plan, indent=1).encode())
-        return found
-
-    def names(self) -> set[str]:
-        """The names in it, without the hidden ones, which a kill may leave."""
-        system, folder = filesystem(self.place)
-        system.invalidate_cache()
-        try:
-            names = {path.rpartition("/")[2] for path in system.ls(folder, detail=False)}
-        except FileNotFoundError:
-            return set()
-        except Exception as error:  # every file system has exceptions of its own
-            raise ZooError(f"Cannot list {self.place}: {error}.") from error
-        return {name for name in names if name and not name.startswith(".")}
-
-    def write(self, file: str, content: bytes) -> None:
-        """Write a file, so that others see all of it or nothing."""
-        system, folder = filesystem(self.place)
-        if "file" in system.protocol:
-            write_file(Path(folder, file), content)
-            return
-        with writing_to(f"{self.place}/{file}", kind=Exception):
-            system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
+PLAN = "_plan.json"
 
 
 @contextmanager
@@ -73,10 +28,15 @@ def unfinished_run(output: Path, plan: Values) -> Iterator["UnfinishedRun"]:
         if not free:
             raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
         run = UnfinishedRun(folder)
-        if not run.done:
+        if run.done:
+            before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            if differ := [name.replace("_", " ") for name in plan if before.get(name) != plan[name]]:
+                problem = f"{folder} holds the first rows of another run, which differs in {', '.join(differ)}."
+                raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this folder.")
+        else:
             for old in folder.glob("[!.]*"):  # nothing to continue: any plan may begin
                 old.unlink()
-        PartFolder(str(folder)).begin(plan)
+            write_file(folder / PLAN, json.dumps(plan, indent=1).encode())
         yield run
 
 

@@ -1,4 +1,4 @@
-"""A Ray cluster: connecting, what its machines have room for, and tasks that are repeated when their worker dies."""
+"""A Ray cluster: connecting, what its machines have room for, and trials that are repeated when their worker dies."""
 
 import os
 import socket
@@ -58,23 +58,23 @@ def _init(ray: ModuleType, address: str, options: Values) -> None:
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of one task."""
+    """The resources of one trial."""
 
     cpus: float = 1  # also the number of torch's threads
-    gpus: float | None = None  # 0.5 puts two tasks on a GPU; None: 1 if the cluster has GPUs, else 0
+    gpus: float | None = None  # 0.5 puts two trials on a GPU; None: 1 if the cluster has GPUs, else 0
     retries: int = 2  # after a worker died, a machine was lost, or memory was exhausted
 
-    def fitted(self, ray: ModuleType, task: str, options: str) -> "Resources":
-        """The same with a definite number of GPUs; ZooError if no machine is large enough for one `task`."""
+    def fitted(self, ray: ModuleType) -> "Resources":
+        """The same with a definite number of GPUs; ZooError if no machine is large enough for a trial."""
         fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
         if fitted.slots(ray) == 0:
             found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
-            needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for {task} (found: {found or 'none'})"
-            raise ZooError(f"No machine of the cluster has {needed}. Request less with {options}.")
+            needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for one trial (found: {found or 'none'})"
+            raise ZooError(f"No machine of the cluster has {needed}. Request less with --cpus and --gpus.")
         return fitted
 
     def slots(self, ray: ModuleType) -> int:
-        """The number of such tasks that the live machines can run at once."""
+        """The number of such trials that the live machines can run at once."""
         needs = {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
         return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
 
@@ -98,7 +98,7 @@ class Event:
 
 
 def run_tasks(
-    work: Callable[[Any], Any], items: Iterable[Any], resources: Resources, *, task: str, options: str, address: str
+    work: Callable[[Any], Any], items: Iterable[Any], resources: Resources, address: str
 ) -> Generator[Event, None, None]:
     """Run `work(item)` for every item on a cluster, in this order and in this process's folder, where that exists.
     Closing the generator cancels what runs. What a worker keeps in its modules' variables stays for the next task."""
@@ -110,7 +110,7 @@ def run_tasks(
         return work(item)
 
     with connected(address) as ray:
-        resources = resources.fitted(ray, task, options)
+        resources = resources.fitted(ray)
         remote = ray.remote(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
