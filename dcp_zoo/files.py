@@ -23,7 +23,6 @@ CACHE_TAG = "CACHEDIR.TAG"  # with this text, see bford.info/cachedir
 CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of dcp_zoo: `dcp-zoo cache`.\n"
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.deploy.limits`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
-MAX_FRAME_PIXELS = 40_000_000  # of a video's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
 MAX_CELLS = 5_000_000  # of a spreadsheet

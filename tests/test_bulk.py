@@ -13,9 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unicodedata import normalize
@@ -23,7 +21,7 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 import torch
-from helpers import Count, classify, encoded, photo, read_csv, tar
+from helpers import Count, classify, encoded, photo, read_csv
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +30,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.answers import Hierarchy, Outputs, Predictor, label, read_hierarchy
 from dcp_zoo.cli import console
-from dcp_zoo.data import load_image, load_labelled, tables, videos
+from dcp_zoo.data import load_image, load_labelled, tables
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
@@ -97,23 +95,20 @@ def test_folders_patterns_and_lists(photos):
     assert [image.name for image in find_images(["photos/a[1].jpg"])] == ["photos/a[1].jpg"]
 
 
-def test_shards_and_parquet_files_need_no_labels(photos):
+def test_parquet_files_need_no_labels(photos):
     arrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("webdataset")
     from pyarrow import parquet
 
-    Path("shard.tar").write_bytes(tar({"x/1.jpg": jpeg(3), "x/1.json": b"{}", "x/2.JPG": jpeg(5)}, "w"))
     rows = [{"bytes": jpeg(i), "path": None} for i in range(5)]
     parquet.write_table(arrow.table({"label": range(5), "image": rows}), "rows.parquet", row_group_size=2)
     parquet.write_table(arrow.table({"a": [jpeg(1)], "b": [jpeg(7)]}), "two.parquet")
-    found = find_images(["wds://.", "rows.parquet", "two.parquet?image=b"])
+    found = find_images(["rows.parquet", "two.parquet?image=b"])
     assert [image.name.rpartition("/")[2] for image in found] == [
-        *("1.jpg", "2.JPG"),
         *(f"rows.parquet#{i}" for i in range(5)),
         "two.parquet#0",
     ]
     levels = [load_image(image.path).getpixel((0, 0))[0] for image in found]
-    assert levels == [30, 50, 0, 10, 20, 30, 40, 70]
+    assert levels == [0, 10, 20, 30, 40, 70]
     with pytest.raises(
         ZooError, match=r"two.parquet: .*a \(binary\), b \(binary\). Name it: two.parquet\?image=COLUMN"
     ):
@@ -139,31 +134,28 @@ def test_threads_read_a_row_group_once(photos, monkeypatch):
 
 def test_urls_are_read_through_fsspec(photos):
     arrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("webdataset")
     import fsspec
     from pyarrow import parquet
 
     memory = fsspec.filesystem("memory")
     for name, level in (("photos/b/2.jpg", 2), ("photos/a.jpg", 3), ("photos/.hidden/x.jpg", 9), ("photos/a.md", 9)):
         memory.pipe_file(f"/bucket/{name}", jpeg(level))
-    memory.pipe_file("/bucket/shards/0.tar", tar({"1.jpg": jpeg(5)}, "w"))
     with memory.open("/bucket/rows/x.parquet", "wb") as file:
         parquet.write_table(arrow.table({"image": [jpeg(6), jpeg(7)]}), file)
     bucket = "memory://bucket"
     sources = ["photos", "photos/*.jpg", "photos/missing.jpg", "rows/x.parquet", "rows/*.parquet"]
-    found = find_images([*(f"{bucket}/{source}" for source in sources), f"wds://{bucket}/shards"])
+    found = find_images([f"{bucket}/{source}" for source in sources])
     assert [image.name.removeprefix("memory://").removeprefix("/bucket/") for image in found[:3]] == [
         "photos/a.jpg",
         "photos/b/2.jpg",
         "photos/a.jpg",
     ]
     levels = [load_image(image.path).getpixel((0, 0))[0] for image in found if "missing" not in image.name]
-    assert levels == [30, 20, 30, 60, 70, 60, 70, 50]
+    assert levels == [30, 20, 30, 60, 70, 60, 70]
     with pytest.raises(ZooError, match="No image at memory://bucket/photos/missing.jpg"):
         load_image(found[3].path)
     for source, message in (
         (f"{bucket}/empty", "No image at memory://bucket/empty"),
-        (f"wds://{bucket}/photos", "no .tar file at"),
         ("nonsense://x/y", "Cannot open nonsense://x/y: Protocol not known"),
     ):
         with pytest.raises(ZooError, match=message):
@@ -197,93 +189,6 @@ def test_a_folder_that_cannot_be_listed_is_not_skipped(photos, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(ZooError, match="Cannot list photos: Permission denied"):
         find_images(["photos"])
-
-
-# --------------------------------------------------------------------------------------------------------------- videos
-
-
-def video(path: Path, seconds: int = 4) -> bytes:
-    """A video of five frames per second that gets brighter by 60 of 255 per second."""
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
-        for i in range(5 * seconds):
-            pixels = np.full((24, 32, 3), 12 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path.read_bytes()
-
-
-def test_videos_are_classified_frame_by_frame_and_as_a_whole(photos):
-    content = video(photos / "b" / "00.mp4")
-    (photos / "a" / "00.mp4").write_bytes(content[: len(content) // 2])
-    (photos / "b" / "01.mp4#t=1.png").write_bytes(jpeg(3))  # a photograph
-    images = find_images(["photos"], fps=2)
-    names = [image.name for image in images if ".mp4" in image.name and ".png" not in image.name]
-    frames = [f"photos/b/00.mp4#t={t:g}" for t in np.arange(8) / 2]
-    assert names == ["photos/a/00.mp4", *frames, "photos/b/00.mp4"]
-    outputs = OutputFiles(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
-    assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(35, 0, 2)
-    rows = {row["image"]: row for row in map(json.loads, Path("out.jsonl").read_text().splitlines())}
-    assert "Cannot read the video photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
-    with np.load("out.npz") as kept:
-        features = dict(zip(kept["image"], kept["features"], strict=True))
-    levels = np.array([features[name].mean() for name in frames])
-    np.testing.assert_allclose(levels, np.ceil(np.arange(8) * 2.5) * 12 / 255, atol=0.03)
-    np.testing.assert_allclose(features["photos/b/00.mp4"], np.mean([features[n] for n in frames], 0), rtol=1e-6)
-    logit = np.log((levels + 1e-9) / (1 - levels + 1e-9)).mean()
-    best = rows["photos/b/00.mp4"]["predictions"][0]
-    assert best == {"class": "dark", "probability": pytest.approx(1 / (1 + np.exp(logit)), abs=1e-4)}
-    sorting = OutputFiles(Path("o.csv"), sort_into=Path("sorted"))
-    with pytest.raises(ZooError, match=r"Only files can be sorted into folders, not photos/b/00.mp4#t=0"):
-        run_bulk(find_images([frames[0][:-4]], fps=1), lambda: FAKE, sorting, {})
-    with pytest.warns(UserWarning, match=r"Not sorted into sorted: 1 .mp4. The table has their predictions."):
-        run_bulk(images, lambda: FAKE, sorting, {})
-    assert len(in_folders(Path("sorted"))) == 25
-    assert Path("sorted/dark/00.mp4").read_bytes() == (photos / "a" / "00.mp4").read_bytes(), "goes with its photograph"
-    assert "photos/b/00.mp4" in {row["image"] for row in read_csv("o.csv")}
-
-
-def test_videos_with_huge_frames_are_refused(photos, monkeypatch):
-    video(Path("a.mp4"))
-    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 700)
-    monkeypatch.setattr(videos, "LIMIT", {"max_pixels": "700"})
-    with pytest.raises(ZooError, match="Cannot read the video a.mp4: .* more than the limit of 700 pixels"):
-        load_image("a.mp4#t=0")
-
-
-def test_videos_are_closed(photos):
-    def opened() -> int:
-        return sum(link.is_file() and link.resolve().suffix == ".mp4" for link in Path("/proc/self/fd").iterdir())
-
-    video(Path("0.mp4"), 1)
-    Path("broken.mp4").write_bytes(Path("0.mp4").read_bytes()[:-300])
-    for i in range(1, 4):
-        shutil.copy("0.mp4", f"{i}.mp4")
-        load_image(f"{i}.mp4#t=0")
-        with suppress(ZooError):
-            load_image("broken.mp4#t=0")
-    assert opened() <= 1
-    load_image("0.mp4#t=")
-    assert not opened()
-    assert len(find_images(["1.mp4"], fps=2)) == 3
-    assert not opened()
-
-
-def test_a_video_whose_run_was_stopped_begins_again(photos):
-    """And a part ends with the last whole video: however many short ones there are, they are kept."""
-    (photos / "c.mp4").write_bytes(video(photos / "b.mp4"))
-    images = find_images(["photos/a/00.jpg", "photos/b.mp4", "photos/c.mp4"], fps=1)  # of videos, 4 frames and a whole
-    assert run_bulk(images, lambda: FAKE, OutputFiles(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
-    outputs = OutputFiles(Path("out.jsonl"), Path("out.npz"))
-    for size, stop, done in ((2, 2, 1), (4, 1, 1), (5, 1, 6), (2, 1, 6)):
-        with pytest.raises(KeyboardInterrupt):
-            run_bulk(images, partial(stopping, stop, KeyboardInterrupt()), outputs, {}, 0, batch_size=size)
-        assert UnfinishedRun(Path("out.jsonl.unfinished")).done == done
-    assert run_bulk(images, lambda: FAKE, outputs, {}, 0, batch_size=2) == Summary(11, 6, 0)
-    assert Path("out.jsonl").read_bytes() == Path("q.jsonl").read_bytes()
-    np.testing.assert_array_equal(np.load("out.npz")["features"], np.load("g.npz")["features"])
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -473,24 +378,6 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
             run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept
     assert len(read_csv("p.csv")) == 24
-
-
-def test_a_disk_that_is_full_for_a_moment_repeats_no_row(photos, monkeypatch):
-    """Before the frames of a video, which are a part of their own."""
-    video(photos / "b.mp4")
-    images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), OutputFiles(Path("p.csv"))
-    calls, sync = iter(range(4)), os.fsync  # of the plan, the photo's features and row, the frames' features
-
-    def full(handle: int) -> None:
-        if next(calls, None) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        with pytest.raises(ZooError, match="1 finished rows are kept"):
-            run_bulk(images, lambda: FAKE, outputs, {}, 0, batch_size=3)
-    assert run_bulk(images, lambda: FAKE, outputs, {}) == Summary(6, 1, 0)
 
 
 def test_a_run_survives_kills(photos):

@@ -470,8 +470,8 @@ def test_classes_are_names_or_a_file(tmp_path, monkeypatch):
     assert class_list("cat, dog,tea cup") == ["cat", "dog", "tea cup"]
     assert class_list(",".join(f"name {i}" for i in range(500)))[499] == "name 499"
     assert class_list('cat, "dandelion, yellow", 32""') == ["cat", "dandelion, yellow", '32""']
-    assert split_commas(["wds:///d/{train,test}-*.tar,dtd", "eurosat"]) == [
-        "wds:///d/{train,test}-*.tar",
+    assert split_commas(["/d/{train,test},dtd", "eurosat"]) == [
+        "/d/{train,test}",
         "dtd",
         "eurosat",
     ]

@@ -22,7 +22,6 @@ from shared import CommandLine
 
 pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
-pytest.importorskip("webdataset")
 
 import ray
 

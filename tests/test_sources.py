@@ -1,4 +1,4 @@
-"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, shards; and the images
+"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub; and the images
 that a model reads."""
 
 from collections import Counter
@@ -163,27 +163,11 @@ def test_hub_out_of_reach(hub, monkeypatch):
             load_split("hf://datasets/zoo/pets@v1")
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
-
-
-def test_shards_that_cannot_be_read(tmp_path):
-    pytest.importorskip("webdataset")
-    (tmp_path / "broken.tar").write_text("hello " * 1000)
-    (tmp_path / "packed.tar.gz").touch()
-    for pattern, message in (("*.tar", "Cannot read the shard .*broken.tar: "), ("*.gz", "gz is not a .tar file.*not")):
-        with pytest.raises(ZooError, match=message):
-            find_images([f"wds://{tmp_path}/{pattern}"])
-
-
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "module"), [("hf://datasets/zoo/pets", "datasets"), ("wds://pets", "webdataset")])
-def test_missing_extra_is_named(monkeypatch, name, module):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     _builder.cache_clear()
-    with offline(), pytest.raises(ZooError, match=rf"This needs {module} .*pip install 'dcp_zoo\[data\]'"):
-        find_images([name])
+    with offline(), pytest.raises(ZooError, match=r"This needs datasets .*pip install 'dcp_zoo\[data\]'"):
+        find_images(["hf://datasets/zoo/pets"])
 
 
 # --- image sources ---------------------------------------------------------------------------------------------------

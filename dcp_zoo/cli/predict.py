@@ -38,7 +38,7 @@ EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = (
-    "Images, videos, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, wds://PATH, "
+    "Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
     "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
 )
 LABELS = (
@@ -66,7 +66,6 @@ class PredictOptions:
     error_rate: float = opt.option(
         0.1, "With --hierarchy or --xmp: the share of wrong answers or keywords.", min=0.001, max=0.49
     )
-    fps: float = opt.option(1.0, "Frames per second to classify in videos.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
@@ -175,7 +174,7 @@ def predict(options: PredictOptions) -> None:
             log(f"To take back what was changed: dcp-zoo undo {done.undo}")
         say_together(done.changed, done.images, done.counts, options)
     else:
-        failed = show_on_screen(find_images(sources, options.fps), options)
+        failed = show_on_screen(find_images(sources), options)
     if failed:
         raise Exit(1)
 
@@ -244,7 +243,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     for source in sources:
         if options.sort_into:
             check_outside(options.sort_into, source, "--sort-into")
-    found = find_images(sources, options.fps)
+    found = find_images(sources)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default

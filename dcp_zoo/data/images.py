@@ -16,10 +16,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, is_url, open_file, picture_formats
-from dcp_zoo.data.shards import read_member
-from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.specs import HUB_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
-from dcp_zoo.data.videos import is_frame, read_frame
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
@@ -44,8 +42,6 @@ def load_image(path: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded."""
     if isinstance(path, Image.Image):
         return _rgb(path.copy())
-    if is_frame(path):
-        return read_frame(path)
     with _opened_image(path, max_pixels) as image:
         return _rgb(image)
 
@@ -57,9 +53,9 @@ def pixels_sha256(image: Image.Image) -> str:
 
 
 def file_sha256(path: str) -> str:
-    """A hash of the bytes of an image, which is no frame of a video; ZooError, naming it, if they cannot be read."""
+    """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset or a shard, or at a URL
+        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset, or at a URL
             return _bytes_sha256.__wrapped__(path)
         found = os.stat(path)  # noqa: PTH116
         return _bytes_sha256(path, found.st_mtime_ns, found.st_size)
@@ -200,8 +196,8 @@ def _picture(path: str) -> IO[bytes]:
 
 
 def _stream(path: str) -> IO[bytes]:
-    """The file at a path, or the bytes of an image at a URL, in a Hub dataset, a shard or Parquet."""
-    for scheme, read in ((HUB_SCHEME, read_row), (SHARD_SCHEME, read_member), (PARQUET_SCHEME, read_cell)):
+    """The file at a path, or the bytes of an image at a URL, in a Hub dataset or Parquet."""
+    for scheme, read in ((HUB_SCHEME, read_row), (PARQUET_SCHEME, read_cell)):
         if path.startswith(scheme):
             return BytesIO(read(path))
     if is_url(path):

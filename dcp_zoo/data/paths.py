@@ -142,7 +142,7 @@ def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL. Ask for the zoo's own schemes (wds://, hf://, parquet://) first."""
+    """Whether a path is a URL. Ask for the zoo's own schemes (hf://, parquet://) first."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 

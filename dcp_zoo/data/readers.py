@@ -18,7 +18,6 @@ from dcp_zoo.data import packaged, paths
 from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
-from dcp_zoo.data.videos import is_frame, is_video
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
@@ -213,13 +212,13 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
-    predict`, in the current folder. What has no class is left out: unreadable images, "none of these", videos."""
+    predict`, in the current folder. What has no class is left out: unreadable images, and "none of these"."""
     found: dict[str, tuple[str, str]] = {}  # paths and classes
     left_out, missing, answers = Counter[str](), [], 0
     for where, image, name, unreadable, is_answer in label_rows(file):
         answers += is_answer
-        if unreadable or is_reserved(name) or is_frame(image) or is_video(image):
-            left_out["that cannot be read" if unreadable else f"{name!r}" if is_reserved(name) else "of videos"] += 1
+        if unreadable or is_reserved(name):
+            left_out["that cannot be read" if unreadable else f"{name!r}"] += 1
         elif not (path := _listed(image, folder)):
             missing.append(image)
         elif found.setdefault(os.path.relpath(path, folder), (path, name))[1] != name:

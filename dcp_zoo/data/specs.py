@@ -10,7 +10,6 @@ from dcp_zoo.fields import Values
 
 HUB_SCHEME = "hf://"
 HUB_SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
-SHARD_SCHEME = "wds://"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.data.progress import Progress, no_progress
-from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError, nearest_hint, shorten
 from dcp_zoo.fields import Values
@@ -96,27 +95,6 @@ class Rows(NamedTuple):
 Answers = tuple[list[Row], list[Count]]  # of all images; how many there are of each class, of answers together
 
 
-@dataclass
-class _Videos:
-    """Frames of the current video that were read, and the sums of their logits and features."""
-
-    frames: int = 0
-    sums: tuple[Any, ...] = (0.0, 0.0)
-
-    def average(self, images: Sequence[Found], errors: list[str], outputs: Sequence[np.ndarray]) -> None:
-        """Give a video as a whole, which follows its frames, the means of their logits (n, C) and features (n, E)."""
-        for i, image in enumerate(images):
-            if is_frame(image.name) and not errors[i]:
-                self.frames += 1
-                self.sums = tuple(total + values[i] for total, values in zip(self.sums, outputs, strict=False))
-            elif isinstance(image.path, str) and image.path.endswith("#t="):
-                if self.frames:
-                    errors[i] = ""
-                    for total, values in zip(self.sums, outputs, strict=False):
-                        values[i] = total / self.frames
-                self.frames, self.sums = 0, (0.0, 0.0)
-
-
 @dataclass(frozen=True)
 class Job:
     """What a run computes."""
@@ -141,11 +119,10 @@ class Job:
             raise ZooError(f"The label {name!r} is none of {known} Train a head with these labels first, or change it.")
         answer = Answering(self.top_k, predictor.threshold if self.reject else None, self.rank)
         paths = [image.path for image in images]
-        start, videos = 0, _Videos()
+        start = 0
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
             batch, start = images[start : start + len(errors)], start + len(errors)
             found = predictor.compute(pixels)  # of damaged images too, for they are few
-            videos.average(batch, errors, [values for values in found if values is not None])
             answers, features = answer(found.logits, predictor.classnames, found.distances), found.features
             if features is not None:
                 features = np.concatenate([features, found.logits], 1) if self.together else features
@@ -174,7 +151,7 @@ class Job:
         for z, i in zip(logits, own, strict=True):
             if rows[i].get("labelled"):
                 z[:] = [0 if name == label(rows[i]) else -np.inf for name in classnames]
-        features /= np.linalg.norm(features, axis=1, keepdims=True)  # a video's are means of its frames'
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
         probabilities = together(np.exp(log_softmax(logits)), features, progress)
         for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
             rows[i] |= {} if rows[i].get("labelled") else {"predictions": classes}

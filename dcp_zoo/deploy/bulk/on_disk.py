@@ -14,7 +14,6 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.keywords import keyword_files, with_keywords
 from dcp_zoo.data.paths import check_output, companions
 from dcp_zoo.data.progress import Progress, no_progress
-from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Summary
 from dcp_zoo.deploy.bulk.journal import Journal
@@ -43,7 +42,7 @@ class OutputFiles:
         if self.sort_into:
             check_sortable(images, self.sort_into)
         for image in images if self.move or (self.keywords and not self.sort_into) else ():
-            if (image.path != image.name and not is_frame(image.path)) or os.path.islink(image.path):  # noqa: PTH114
+            if image.path != image.name or os.path.islink(image.path):  # noqa: PTH114
                 where = f"{image.name} is a link, or in an archive"
                 raise ZooError(f"{where}: only files themselves can be moved or get keywords. Pass these.")
         if self.move and self.undo_file.exists():

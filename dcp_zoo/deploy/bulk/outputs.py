@@ -17,7 +17,6 @@ import numpy as np
 from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.videos import is_frame
 from dcp_zoo.errors import import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
@@ -123,7 +122,7 @@ def write_sheet(
                 "thumbnail": thumbnail,
                 "name": os.path.basename(image.name),  # noqa: PTH119
                 "path": image.name,
-                "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, path.parent),
+                "link": None if "://" in image.path else _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
                 "labelled": row.get("labelled"),
                 "alone": row["alone"] if is_changed(row) else None,

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from dcp_zoo.answers import Row
-from dcp_zoo.data.videos import is_frame
 from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
@@ -43,7 +42,7 @@ def unfinished_run(output: Path, plan: Values) -> Iterator["UnfinishedRun"]:
 class UnfinishedRun:
     """The finished rows in a folder on this machine; `done` is their number.
 
-    part-N.jsonl    rows, from row N on; those of a video's frames with or after that of its end
+    part-N.jsonl    rows, from row N on
     part-N.float32  their image features, if they are kept, written before them
     """
 
@@ -67,22 +66,19 @@ class UnfinishedRun:
                 if time.monotonic() - written >= seconds:
                     written, ready = time.monotonic(), (rows, features)
                     rows, features = [], []  # they wait no more, even if they cannot be written
-                    kept = self.add(*ready)
-                    rows, features = ready[0][kept:], ready[1][kept:]
+                    self.add(*ready)
         finally:
             self.add(rows, features)
 
-    def add(self, rows: list[Row], features: list[np.ndarray]) -> int:
-        """Write the rows that follow the last ones, up to a last video whose end is missing: it begins again."""
-        whole = max((end for end, row in enumerate(rows, 1) if not is_frame(row["image"])), default=0)
-        if whole:
+    def add(self, rows: list[Row], features: list[np.ndarray]) -> None:
+        """Write the rows that follow the last ones."""
+        if rows:
             file = self.folder / f"part-{self.done:010}.jsonl"
             if features:
-                self.write(file.with_suffix(".float32"), np.stack(features[:whole], dtype=np.float32).tobytes())
-            self.write(file, "".join(json.dumps(row) + "\n" for row in rows[:whole]))
+                self.write(file.with_suffix(".float32"), np.stack(features, dtype=np.float32).tobytes())
+            self.write(file, "".join(json.dumps(row) + "\n" for row in rows))
             self._files.append(file)
-            self.done += whole
-        return whole
+            self.done += len(rows)
 
     def write(self, path: Path, content: Content) -> None:
         """`write_file`; temporary files that a kill leaves in the folder are removed with it."""

@@ -14,8 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.paths import companions, counted, is_image, kind_of, one_per_photo, visible_files
-from dcp_zoo.data.videos import is_frame
+from dcp_zoo.data.paths import companions, is_image, one_per_photo, visible_files
 from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
@@ -26,20 +25,13 @@ MTIME = 2  # seconds, the resolution of some file systems
 
 def is_file(image: Found) -> bool:
     """Whether an image is a file of its own, which can be copied."""
-    return "://" not in image.path and not is_frame(image.path)
+    return "://" not in image.path
 
 
 def check_sortable(images: Sequence[Found], folder: Path) -> None:
-    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again; warn
-    of videos, which are left out."""
-    others = [image for image in images if not is_file(image)]
-    photos = {os.path.splitext(image.path)[0] for image in images if is_file(image)}  # noqa: PTH122
-    whole = [image.name for image in others if image.path.endswith("#t=")]
-    videos = Counter(kind_of(name) for name in whole if os.path.splitext(name)[0] not in photos)  # noqa: PTH122
-    if others and (len(others) == len(images) or not all(is_frame(image.path) for image in others)):
-        raise ZooError(f"Only files can be sorted into folders, not {others[0].name}: omit --sort-into.")
-    if videos:
-        warnings.warn(f"Not sorted into {folder}: {counted(videos)}. The table has their predictions.", stacklevel=2)
+    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
+    if other := next((image.name for image in images if not is_file(image)), None):
+        raise ZooError(f"Only files can be sorted into folders, not {other}: omit --sort-into.")
     target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
     for image in images:
         if os.path.abspath(image.path).startswith(target):  # noqa: PTH100
