@@ -19,10 +19,6 @@ TIMEOUT = 120_000  # ms
 LIMITS = VisitorLimits(max_photos=7, max_shots=12)
 PHOTOS = f"Drop photographs or a folder (up to {LIMITS.max_photos})"
 CLASS = "Photographs or folder of class {} " + f"(up to {LIMITS.max_shots})"
-VIEWS = {
-    "Answers": ".dcp-card",
-    "Attention": ".dcp-blocks img",
-}
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +150,7 @@ def test_photographs_come_and_go_and_are_not_kept(visit, tmp_path, photograph, c
     page.get_by_role("heading", name="none of these").nth(5).wait_for()
 
 
-def test_class_names_and_views(visit, photograph):
+def test_class_names(visit, photograph):
     page, other = visit(), visit()
     choose(other, PHOTOS, photograph)
     card(other, photograph.name).wait_for()
@@ -167,18 +163,11 @@ def test_class_names_and_views(visit, photograph):
     names.fill("temple\nTemple")
     page.get_by_role("button", name="Use these names").click()
     page.get_by_role("alert").filter(has_text="cannot be told apart").wait_for()
-    tab(page, "Attention")
-    page.locator(".dcp-blocks img").nth(5).wait_for()
-    page.get_by_role("combobox", name="Query token").click()
-    page.get_by_role("option", name="prompt 2").click()
-    page.wait_for_selector("img[alt='Block 0: attention of the prompt 2 over the patches']")
-    tab(page, "Answers")
     page.get_by_role("button", name="The model's own").click()
     page.locator(".dcp-bars th", has_text="temple").first.wait_for(state="detached")
 
 
-def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST_STEPS", 3000)  # training must not end before it is stopped
+def test_a_head_is_trained_downloaded_and_removed(visit, tmp_path, cache):
     page = visit()
     tab(page, "Train")
     start = page.get_by_role("button", name="Train", exact=True)
@@ -194,14 +183,8 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
         page.get_by_role("img", name=f"{colour}3.png").wait_for()
         assert page.get_by_role("textbox", name=f"Name of class {number}").input_value() == f"very {colour}"
     assert page.get_by_role("alert").count() == 0
-    page.get_by_role("radio", name="DCP").check()
     start.click()
-    page.get_by_role("status").filter(
-        has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ (s|min) left")
-    ).wait_for()
-    page.get_by_role("button", name="Stop and keep it").click()
     page.get_by_text("Of 2 held-out images").wait_for()
-    assert page.locator(".vega-embed").locator("canvas, svg").count()  # the loss curve
     page.get_by_role("region", name="Predictions for the held-out images").wait_for()
     check_accessible(page)
     with page.expect_download() as download:
@@ -225,10 +208,7 @@ def test_accessible_in_every_light_and_on_a_phone(visit):
     names.fill("cat\ncoffee\notter\nbird\nlake\nflowers")
     page.get_by_role("button", name="Use these names").click()
     page.locator(".dcp-bars th").filter(has_text=re.compile("^flowers$")).first.wait_for()
-    for name, content in VIEWS.items():
-        tab(page, name)
-        page.locator(content).first.wait_for()
-        check_accessible(page)
+    check_accessible(page)
     tab(page, "Train")
     page.get_by_role("button", name="Try an example").click()
     page.locator(".dcp-thumbnails img").last.wait_for()
@@ -256,4 +236,4 @@ def test_usable_by_keyboard(visit):
         for _ in range(30):
             page.keyboard.press("Tab")
             reached.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText.trim()"))
-    assert {PHOTOS, "Folder ...", "Use these names", "Remove cat.jpg", CLASS.format(2), "Train"} <= reached
+    assert {PHOTOS, "Six photographs", "Use these names", "Remove cat.jpg", CLASS.format(2), "Train"} <= reached

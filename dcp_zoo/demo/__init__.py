@@ -1,4 +1,4 @@
-"""The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
+"""The demo: a web page that classifies and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
 `shared` has the models, `pages` the HTML; `classify_room` and `train_room` have layout and handlers; `app` joins them.
 """

@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.demo import VisitorLimits
-from dcp_zoo.demo.classify_room import ANSWERS, ClassifyRoom
+from dcp_zoo.demo.classify_room import ClassifyRoom
 from dcp_zoo.demo.events import on
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.shared import MAX_FILE, load
@@ -155,7 +155,7 @@ def web_application(page: gr.Blocks, host: str = "") -> FastAPI:
 
 def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
     """The page with its initial head; ZooError if that cannot be loaded."""
-    models = list(dict.fromkeys(["dcp_mini", load(head).encoder.architecture]))  # these need no download
+    clip = load(head).encoder.architecture  # which needs no download
     sessions = Sessions(lambda: Session(head, limits))
     with gr.Blocks(title="DCP demo", analytics_enabled=False, delete_cache=(60, 1800)) as page:
         gr.Markdown(INTRODUCTION)
@@ -163,10 +163,9 @@ def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
             with gr.Tab("Classify", id=CLASSIFY):
                 room = ClassifyRoom(sessions, limits, head)
             with gr.Tab("Train"):
-                training = TrainRoom(sessions, limits, models, get_upload_folder())
+                training = TrainRoom(sessions, limits, clip, get_upload_folder())
         for event in (*room.changes, training.trained, on(page.load, lambda: None)):
             room.redraw(event)
-        opened = (gr.update(selected=CLASSIFY), gr.update(selected=ANSWERS), ANSWERS)
-        on(training.go.click, lambda: opened, None, [tabs, room.tabs, room.shown])
+        on(training.go.click, lambda: gr.update(selected=CLASSIFY), None, tabs)
         page.unload(sessions.close)
     return page

@@ -50,4 +50,3 @@ def on(event: Callable, handler: Callable | None, inputs: Part = None, outputs: 
 PICTURES = ["image", *IMAGE_SUFFIXES]  # not every system knows that .heic is an image
 drop_zone = partial(gr.File, file_count="multiple", file_types=PICTURES)  # takes a folder with the help of `page.js`
 small_button = partial(gr.Button, size="sm", min_width=100)
-folder_button = partial(gr.UploadButton, "Folder ...", file_count="directory", size="sm", min_width=100)

@@ -31,7 +31,6 @@ class Session:
     names: list[str] | None = None  # edited class names; None for the head's
     reject: bool = False  # whether "none of these" is an answer
     shots: dict[int, list[Photo]] = field(default_factory=dict)  # training photographs of each class in the form
-    stop: threading.Event | None = None  # set to end the training that runs or ran last
     trained: Head | None = None  # the visitor's own
     files: TemporaryDirectory | None = None  # the folder of its checkpoint and zip
 
@@ -53,13 +52,13 @@ class Session:
         tensors = self.trained.state_dict().values() if self.trained else ()
         return self.photo_bytes + sum(tensor.nbytes for tensor in tensors)
 
-    def _read(self, files: Uploads, limit: int, folder: bool) -> tuple[list[Photo], list[str]]:
-        return read_uploads(files, limit, folder, VISITOR_BYTES - self.photo_bytes)
+    def _read(self, files: Uploads, limit: int) -> tuple[list[Photo], list[str]]:
+        return read_uploads(files, limit, VISITOR_BYTES - self.photo_bytes)
 
-    def add_photos(self, files: Uploads, folder: bool = False) -> list[str]:
+    def add_photos(self, files: Uploads) -> list[str]:
         """Add uploaded files to the photographs; the first upload replaces the samples."""
         kept = [] if self.samples else self.photos
-        photos, messages = self._read(files, self.limits.max_photos - len(kept), folder)
+        photos, messages = self._read(files, self.limits.max_photos - len(kept))
         if photos:
             self.photos, self.samples = kept + photos, False
         return messages
@@ -106,9 +105,9 @@ class Session:
     def set_reject(self, reject: bool) -> None:
         self.reject = reject
 
-    def add_shots(self, number: int, files: Uploads, folder: bool = False) -> list[str]:
+    def add_shots(self, number: int, files: Uploads) -> list[str]:
         shots = self.shots.setdefault(number, [])
-        photos, messages = self._read(files, self.limits.max_shots - len(shots), folder)
+        photos, messages = self._read(files, self.limits.max_shots - len(shots))
         shots += photos
         return messages
 
@@ -133,9 +132,7 @@ class Session:
             self.photos, self.samples = test[: self.limits.max_photos], False
 
     def close(self) -> None:
-        """Stop what runs, and remove the files."""
-        if self.stop:
-            self.stop.set()
+        """Remove the files."""
         if self.files:
             self.files.cleanup()
 

@@ -17,7 +17,6 @@ from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data import DATASETS, load_image, load_split
 from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classes import TEMPLATE, repeated_names
 from dcp_zoo.model.head import Head
@@ -55,16 +54,12 @@ def read_photo(path: str) -> Photo:
     return Photo(name, image)
 
 
-def read_uploads(
-    files: Uploads, limit: int, folder: bool = False, room: float = float("inf")
-) -> tuple[list[Photo], list[str]]:
+def read_uploads(files: Uploads, limit: int, room: float = float("inf")) -> tuple[list[Photo], list[str]]:
     """Uploaded files, which are removed -> at most `limit` photographs in `room` bytes; messages about the others."""
     paths = [files] if isinstance(files, str) else files or []
-    images = sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES) if folder else list(paths)
+    images = list(paths)
     photos: list[Photo] = []
     messages: list[str] = []
-    if folder and not images:
-        messages.append(f"No images in this folder: their names must end in {', '.join(IMAGE_SUFFIXES)}.")
     try:
         while images and len(photos) < limit and room > 0:
             try:

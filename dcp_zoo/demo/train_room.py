@@ -1,38 +1,25 @@
 """The Train room: classes with photographs; a head, its held-out accuracy and its checkpoint."""
 
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import gradio as gr
-import pandas as pd
-from torch import nn
 
 from dcp_zoo.api.estimator import FewShotClassifier
-from dcp_zoo.api.functions import OWN_IMAGES
 from dcp_zoo.data import Item
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
-from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
+from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, on, removing, small_button
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.shared import Photo, clip_answers, head_answers
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import Values
-from dcp_zoo.files import format_duration
 from dcp_zoo.model.classes import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.callbacks import Epoch, History
-from dcp_zoo.training.methods.table import chosen_recipe
 
-CHOICES = [
-    ("Text probe: a classifier on CLIP's features, takes seconds", "text-probe"),
-    ("DCP: trains prompts before it, takes a minute or more", "dcp"),
-]
 MEASURED_SHARE = 0.25  # of each class
 
 
@@ -40,12 +27,12 @@ class TrainRoom:
     """The room's layout, created in a `gr.Blocks`. Heads are kept in `cache`, the folder of files that Gradio serves;
     after the event `trained` there is a new one, and the button `go` leads to the Classify room."""
 
-    def __init__(self, sessions: Sessions, limits: VisitorLimits, models: list[str], cache: str) -> None:
-        self.sessions, self.limits, self.cache = sessions, limits, Path(cache)
+    def __init__(self, sessions: Sessions, limits: VisitorLimits, clip: str, cache: str) -> None:
+        self.sessions, self.limits, self.clip, self.cache = sessions, limits, clip, Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
         gr.Markdown(
-            "Give each class a name and some photographs: files, or a folder dropped onto its field. A quarter of each "
-            "class is held out to measure the head."
+            "Give each class a name and some photographs: files, or a folder dropped onto its field. A text probe, a "
+            "classifier on CLIP's features, learns them in seconds. A quarter of each class is held out to measure it."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -53,7 +40,7 @@ class TrainRoom:
                 self._forms()
             with gr.Column(scale=2, min_width=320):
                 self.status.render()
-                self.trained = self._training(models)
+                self.trained = self._training()
 
     def draw(self, request: gr.Request, number: int) -> tuple[str, None]:
         """The photographs of class `number`, and an empty drop zone."""
@@ -71,31 +58,20 @@ class TrainRoom:
         used = min(max(2, used), self.limits.max_classes)
         return [used, *(gr.update(visible=number < used) for number in range(self.limits.max_classes))]
 
-    def stop(self, request: gr.Request) -> None:
-        if stop := self.sessions.of(request).stop:
-            stop.set()
-
-    def train(self, request: gr.Request, model: str, method: str, *names: str | None) -> Iterator[tuple]:
-        """Train; yields while it runs: messages, loss curve, result, stop, download, button to the Classify room."""
-        session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
+    def train(self, request: gr.Request, *names: str | None) -> tuple[str, str, object, object]:
+        """Train -> messages, result, download, button to the Classify room."""
+        session = self.sessions.of(request)
         try:
             classes = named_classes([(name, session.shots.get(i, [])) for i, name in enumerate(names)])
-            watch = Watch()
-            session.stop = watch.stopped
-            stop = shown if trains_prompts(model, method) else hidden
-            with ThreadPoolExecutor(1) as thread:
-                job = thread.submit(train_on, model, method, classes, watch)
-                while wait([job], timeout=0.25).not_done:
-                    yield pages.messages([str(watch)], "status"), watch.curve(), "", stop, hidden, hidden
-                result = job.result()
-            files = TemporaryDirectory(dir=self.cache, prefix="head-")
-            folder = result.classifier.save(Path(files.name) / "my_head")
-            archive = shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
-            session.keep(result.classifier.model_, files, result.test)
-            download = gr.update(value=archive, visible=True)
-            yield "", watch.curve(), pages.render("result", result=result), hidden, download, shown
+            result = train_on(self.clip, classes)
         except ZooError as error:
-            yield pages.messages([str(error)]), hidden, "", hidden, hidden, hidden
+            return pages.messages([str(error)]), "", gr.update(visible=False), gr.update(visible=False)
+        files = TemporaryDirectory(dir=self.cache, prefix="head-")
+        folder = result.classifier.save(Path(files.name) / "my_head")
+        archive = shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
+        session.keep(result.classifier.model_, files, result.test)
+        download = gr.update(value=archive, visible=True)
+        return "", pages.render("result", result=result), download, gr.update(visible=True)
 
     def _forms(self) -> None:
         with gr.Row(elem_classes="dcp-classes"):
@@ -114,12 +90,10 @@ class TrainRoom:
             room = f"(up to {self.limits.max_shots})"
             drop = drop_zone(label=f"Photographs or folder of class {number + 1} {room}", height=130)
             pictures = gr.HTML(js_on_load=REMOVE)
-            with gr.Row():
-                folder, clear = folder_button(min_width=60), small_button("Clear", min_width=60)
-        which, add = gr.State(number), changing(self.sessions, Session.add_shots)
+            clear = small_button("Clear", min_width=60)
+        which = gr.State(number)
         for event, handler, inputs in (
-            (drop.upload, add, [drop]),
-            (folder.upload, add, [folder, gr.State(True)]),
+            (drop.upload, changing(self.sessions, Session.add_shots), [drop]),
             (pictures.delete, removing(self.sessions, Session.remove_shot), []),
             (clear.click, changing(self.sessions, Session.clear_shots), []),
         ):
@@ -129,20 +103,13 @@ class TrainRoom:
         on(name.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
         return column, name, pictures
 
-    def _training(self, models: list[str]) -> gr.events.Dependency:
-        method = gr.Radio(CHOICES, value="text-probe", label="Method")
-        model = gr.Dropdown(models, label="CLIP", interactive=True, visible=len(models) > 1)
-        with gr.Row():
-            start = gr.Button("Train", variant="primary")
-            stop = gr.Button("Stop and keep it", visible=False)
-        curve = gr.LinePlot(x="epoch", y="loss", label="Training loss", height=220, visible=False)
+    def _training(self) -> gr.events.Dependency:
+        start = gr.Button("Train", variant="primary")
         result = gr.HTML()
         with gr.Row():
             self.go = gr.Button("Classify with it", variant="primary", visible=False)
             download = gr.DownloadButton("Download the head", visible=False)
-        on(stop.click, self.stop, show_progress="hidden")
-        outputs = [self.status, curve, result, stop, download, self.go]
-        return on(start.click, self.train, [model, method, *self.names], outputs, show_progress="hidden")
+        return on(start.click, self.train, self.names, [self.status, result, download, self.go])
 
 
 def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
@@ -161,39 +128,6 @@ def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str
     return {name: photos for _, name, photos in used}
 
 
-def trains_prompts(model: str, method: str) -> bool:
-    """Whether a method trains epoch by epoch, and so can be watched and stopped."""
-    return chosen_recipe(method, model, OWN_IMAGES, 1).is_trained
-
-
-class Watch(History):
-    """How far a training is, for other threads; once `stopped` is set, it ends after the current epoch."""
-
-    def __init__(self) -> None:
-        self.epochs: list[Epoch] = []
-        self.stopped = threading.Event()
-
-    def on_start(self, model: nn.Module, recipe: Values) -> None:
-        self._total, self._started = recipe["epochs"], time.monotonic()
-
-    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:  # type: ignore[override]
-        super().on_epoch(model, epoch)
-        return self.stopped.is_set()
-
-    def __str__(self) -> str:
-        """Such as "Epoch 3 of 20, loss 0.412, about 12 s left"."""
-        if not self.epochs:
-            return "Reading the photographs ..."
-        done = self.epochs[-1]
-        left = (time.monotonic() - self._started) / done.epoch * (self._total - done.epoch)
-        return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {format_duration(left)} left"
-
-    def curve(self) -> object:
-        """An update of the plot: the mean loss of every epoch so far."""
-        points = pd.DataFrame({"epoch": [e.epoch for e in self.epochs], "loss": [e.loss for e in self.epochs]})
-        return gr.update(value=points, visible=True) if self.epochs else gr.update(visible=False)
-
-
 @dataclass(frozen=True)
 class TrainedHead:
     """A trained head, and how it does on the held-out photographs, if there are any."""
@@ -210,13 +144,12 @@ class TrainedHead:
         return Accuracy("", hits, len(self.test))
 
 
-def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
-    """Train a head on three quarters of each class's photographs, and measure it on the others."""
+def train_on(clip: str, classes: Mapping[str, list[Photo]]) -> TrainedHead:
+    """Train a text probe on three quarters of each class's photographs, and measure it on the others."""
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)
-    callbacks = [watch] if trains_prompts(model, method) else None
-    classifier = FewShotClassifier(model, method, callbacks=callbacks, memory=False)  # visitors' images are not kept
+    classifier = FewShotClassifier(clip, memory=False)  # visitors' images are not kept
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
     seconds = time.perf_counter() - started
