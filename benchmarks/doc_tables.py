@@ -37,7 +37,6 @@ FORMATS = {
     "speed": "speed",
     "difference": "difference",
     "same_answer": "same prediction",
-    "top1": "top-1",
 }
 SERVING = {
     "part": "part",
