@@ -37,6 +37,7 @@ FORMATS = {
     "speed": "speed",
     "difference": "difference",
     "same_answer": "same prediction",
+    "top1": "top-1",
 }
 SERVING = {
     "part": "part",

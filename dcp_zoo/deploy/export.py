@@ -14,6 +14,7 @@ from torch import nn
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
+from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, unfinished, write_file
@@ -34,11 +35,12 @@ def export(
     *,
     preprocessing: str = "outside",
     precision: str = "float32",
+    calibration: Calibration | None = None,
 ) -> Path:
     """Export a model with its current classes; class names and preprocessing are in the file's metadata. ZooError for
     no stored statistics, a model elsewhere than on the CPU, an unknown format, missing packages, a file that cannot be
     written, or an exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class;
-    variants by more than 1e-3 in a probability, 5e-3 for float16).
+    variants by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
@@ -48,7 +50,9 @@ def export(
             `torch.export.load`, the metadata is the extra file "dcp").
         preprocessing: of ONNX files: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
             (B, H, W, 3), uint8 RGB of any size -> probabilities).
-        precision: of ONNX files: "float32", or "float16" (of stored weights; computed in float32).
+        precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
+            quantisation; the metadata tell what it costs).
+        calibration: images for int8; see `dcp_zoo.deploy.calibration`.
     """
     check_export(format, preprocessing, precision)
     path, fused = Path(path), model.fuse()
@@ -67,7 +71,7 @@ def export(
                 problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
                 raise ZooError(f"The {format} file does not match the model {problem}")
         if format == "onnx":
-            make_variant(temporary, preprocessing, precision)
+            make_variant(temporary, preprocessing, precision, calibration)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
@@ -133,18 +137,23 @@ WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export}
 
 WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height
-TOLERANCES = {"float32": 1e-3, "float16": 5e-3}  # in probabilities
+TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "int8": 0.05}  # in probabilities; of int8, for its preprocessing alone
 SMALL = 1024  # weights with at most this many numbers stay in float32
 
 
-def make_variant(path: str, preprocessing: str, precision: str) -> None:
-    """Replace a plain float32 file; its metadata name the precision."""
+def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
+    """Replace a plain float32 file; its metadata name the precision, and what int8 costs."""
     if (preprocessing, precision) == ("outside", "float32"):
         return
     import onnx
 
     plain = OnnxClassifier(path)
     info: Values = plain.info | {"precision": precision}
+    if precision == "int8":
+        if data is None:
+            raise ZooError("int8 needs images: pass calibration=dcp_zoo.deploy.calibration(model, split).")
+        info["quantization"] = quantize(path, data)  # this compares top-1
+        plain = OnnxClassifier(path)
     model = onnx.load(path)
     if precision == "float16":
         model = with_float16_weights(model)
