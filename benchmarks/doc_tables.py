@@ -13,13 +13,11 @@ import pandas as pd
 import typer.main
 from typer.cli import get_docs_for_click
 
-import dcp_zoo
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.cli.app import app
-from dcp_zoo.data import DATASETS
 from dcp_zoo.model.config import REFUSED, read_config
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.zoo.registry import MODELS, SHOTS, WEIGHTS, trained_heads
+from dcp_zoo.zoo.registry import MODELS, WEIGHTS, trained_heads
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,14 +126,6 @@ def heads_table() -> str:
 def _percent(metrics: Mapping[str, float], stats: str) -> str:
     value = metrics.get(f"top1_{stats}")
     return "not measured" if value is None else f"{value:.1f}"
-
-
-def datasets_table() -> str:
-    rows = [
-        [f"`{name}`", DATASETS[name].num_classes, ", ".join(f"`{name}-{k}shot`" for k in SHOTS)]
-        for name in dcp_zoo.list_datasets()
-    ]
-    return table(["dataset", "classes", "tags"], rows)
 
 
 def methods_table() -> str:

@@ -27,7 +27,6 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     as_table,
     columns_table,
     commands,
-    datasets_table,
     every_clip_table,
     heads_table,
     leaderboard,

@@ -56,8 +56,8 @@ def test_features_are_computed_once(images, monkeypatch):
     found = dcp_zoo.compare(images / "test", methods=["text-probe", "gda"], cv=3)
     assert sum(calls) <= 2 * 12 + 30  # with mirror images, and the pictures of everyday things
     table = pandas.DataFrame(found)
-    assert table.columns.tolist()[:3] == ["encoder", "method", "accuracy"]
-    assert repr(found).splitlines()[0].split("  ")[0] == "encoder"
+    assert table.columns.tolist()[:3] == ["model", "method", "accuracy"]
+    assert repr(found).splitlines()[0].split("  ")[0] == "model"
     assert len(repr(found).splitlines()) == 3
 
 
@@ -67,7 +67,7 @@ def test_features_are_computed_once(images, monkeypatch):
         ({"cv": 7}, "cv=7: of blue there are 6 images.*pass 2 to 6"),
         ({"cv": [(range(6), range(6, 12))]}, "no image of red for training"),
         ({"methods": ["svm"]}, "Unknown method 'svm'"),
-        ({"encoders": ["dcp_maxi"]}, "Unknown model 'dcp_maxi'.*dcp_mini"),
+        ({"models": ["dcp_maxi"]}, "Unknown model 'dcp_maxi'.*dcp_mini"),
     ],
 )
 def test_what_cannot_be_compared_is_said(images, options, message):

@@ -60,12 +60,12 @@ def head(encoders, pictures):
 def test_methods_are_compared_with_and_without_an_encoder(encoders, pictures):
     """Those without a text probe cannot read it."""
     both = f"dcp_mini+{encoders['transformer']}"
-    found = compare(*pictures, methods=["text-probe", "gda"], encoders=["dcp_mini", both], cv=2)
+    found = compare(*pictures, methods=["text-probe", "gda"], models=["dcp_mini", both], cv=2)
     assert {row[:2] for row in found} == {("dcp_mini", "text-probe"), ("dcp_mini", "gda"), (both, "text-probe")}
     losses = [row.log_loss for row in found if row.method == "text-probe"]
     assert losses[0] != losses[1]
     with pytest.raises(ZooError, match="timm has no pretrained image model 'vit_smal'"):
-        compare(*pictures, encoders=["dcp_mini+vit_smal"], cv=2)
+        compare(*pictures, models=["dcp_mini+vit_smal"], cv=2)
 
 
 @torch.no_grad()

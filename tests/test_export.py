@@ -83,7 +83,7 @@ def test_onnx_preprocessing_is_the_transform(short, onnx_file, tmp_path):
 
 
 def test_the_documented_client(onnx_file, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "docs" / "walk_engineer.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
     monkeypatch.chdir(tmp_path)
     shutil.copy(onnx_file, "model.onnx")
     Image.effect_noise((300, 201), 90).convert("RGB").save("photo.jpg")

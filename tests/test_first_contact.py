@@ -167,7 +167,7 @@ def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-B-16-SigLIP2"])
 def test_a_clip_in_a_folder(architecture, flowers, run, tmp_path, monkeypatch):
-    """As docs/any_clip.md makes one of RemoteCLIP's weights, or a clone of a repo, with its tokenizer; a head of it
+    """As docs/models.md makes one of RemoteCLIP's weights, or a clone of a repo, with its tokenizer; a head of it
     loads from any working folder."""
     name, folder = "open_clip:local-dir:clip", tmp_path / "clip"
     config = small(open_clip.get_model_config(architecture))

@@ -1,4 +1,4 @@
-"""Methods of other packages: the example of docs/own_method.md, installed by pip."""
+"""Methods of other packages: the example of docs/baselines.md, installed by pip."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods import table
 
 TAKEN = table.METHODS["gda"]
-PAGE = Path(__file__).parents[1] / "docs" / "own_method.md"
+PAGE = Path(__file__).parents[1] / "docs" / "baselines.md"
 CODE = """
 import sys
 import dcp_zoo.cli.train

@@ -29,13 +29,11 @@ from dcp_zoo.zoo.encoders import check_encoders
 from dcp_zoo.zoo.factory import plain_clip
 
 Fold = tuple[Sequence[int], Sequence[int]]  # positions of the images for training, and for the test
-HEADER = ("encoder", "method", "accuracy", "95 % interval", "log loss", "seconds")
+HEADER = ("model", "method", "accuracy", "95 % interval", "log loss", "seconds")
 
 
 class Compared(NamedTuple):
-    """How good a method is on images that it was not trained on."""
-
-    encoder: str  # the model whose features it reads
+    """How good a method is on images that it was not trained on."""    model: str  # whose features it reads
     method: str
     accuracy: float  # in percent, over the test images of all folds
     low: float  # its 95 % interval
@@ -50,7 +48,7 @@ class Comparison(list[Compared]):
     def __repr__(self) -> str:
         rows = [
             (
-                x.encoder,
+                x.model,
                 x.method,
                 f"{x.accuracy:.1f} %",
                 f"{x.low:.0f} to {x.high:.0f}",
@@ -68,8 +66,7 @@ def compare(
     images: Images,
     labels: Labels = None,
     *,
-    methods: Sequence[str] | None = None,
-    encoders: Sequence[str] = ("dcp_mini",),
+    methods: Sequence[str] | None = None,    models: Sequence[str] = ("dcp_mini",),
     cv: int | Iterable[Fold] = 5,
     classnames: ClassNames = None,
     seed: int = 1,
@@ -83,8 +80,7 @@ def compare(
 
     Args:
         images, labels, classnames, device, precision, progress: see `dcp_zoo.train`.
-        methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.
-        encoders: models of the zoo, see `dcp_zoo.list_models`, also with image models of timm that methods with a text
+        methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.        models: of the zoo, see `dcp_zoo.list_models`, also with image models of timm that methods with a text
             probe read beside them: "dcp_vitb16+vit_small_patch14_dinov2.lvd142m".
         cv: the number of folds; or, as in scikit-learn, pairs of positions for training and for the test.
         seed: of the folds and of the methods.
@@ -94,16 +90,16 @@ def compare(
     chosen = [name for name in METHODS if METHODS[name].features] if methods is None else list(methods)
     options: Values = {"seed": seed, "device": device, "precision": precision}
     folds, plans = _folds(data, cv, seed), dict[tuple[str, str], Run]()
-    for encoder, method in product(encoders, chosen):
-        model, *beside = encoder.split("+")
+    for name, method in product(models, chosen):
+        model, *beside = name.split("+")
         run = plan_own(data, None, model, method, progress=no_progress, **options)  # raises before any work
         check_encoders(beside)
         if not beside or run.recipe.classifier != "none":
-            plans[encoder, method] = replace(run, encoders=tuple(beside))
+            plans[name, method] = replace(run, encoders=tuple(beside))
     clips: dict[str, FrozenCLIP] = {}
     rows = Comparison()
     with kept_features():
-        for (encoder, method), run in progress(plans.items(), "methods", len(plans)):
+        for (name, method), run in progress(plans.items(), "methods", len(plans)):
             if run.model not in clips:
                 clips = {run.model: plain_clip(run.model).to(run.device)}
                 image_source(clips[run.model], data.items, "flip", precision=run.precision).features()
@@ -112,7 +108,7 @@ def compare(
             answers = Evaluation(data.names, items, torch.cat([answers.logits for answers in tested]))
             loss = negative_log_likelihood(answers.logits, answers.labels)
             measured = answers.accuracy.percent, *answers.accuracy.interval, loss, round(mean(seconds), 2)
-            rows.append(Compared(encoder, method, *measured))
+            rows.append(Compared(name, method, *measured))
     rows.sort(key=lambda row: (-row.accuracy, row.log_loss))
     return rows
 

@@ -1,6 +1,6 @@
 """The table of methods: the names of all, each of which is imported on first use, as it needs torch.
 
-Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/own_method.md.
+Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/baselines.md.
 """
 
 import warnings
