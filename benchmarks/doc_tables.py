@@ -155,7 +155,7 @@ def train_times() -> str:
 
 
 def real_clip_table(with_text: bool) -> str:
-    """Accuracies on the real CLIP's features, with the calibration error if text is used: methods by shots."""
+    """Accuracies on features of OpenAI's ViT-B/32, with the calibration error if text is used: methods by shots."""
     rows = pd.read_csv(RESULTS / "real_clip.csv")
     rows = rows[(rows.classes_used != "all, without text") == with_text]
     shots, lines = sorted(rows.shots.unique()), []

@@ -338,13 +338,13 @@ def couplings() -> str:
 
 def rejection(file: str = "rejection") -> str:
     """How well the scores tell known images from others: means over sets and seeds, the worst set of the far ones, and
-    what the heads' threshold refuses and lets pass."""
+    what the heads' threshold rejects and accepts."""
     rows = results(file)
     keys, columns = ["images_per_class", "score"], ["known_refused", "near_passed", "far_passed"]
-    header = ["images per class", "score", "AUROC, near", "AUROC, far", "worst set, far"]
-    header += ["known refused", "near passed", "far passed"]
+    header = ["images per class", "score", "AUROC, near", "AUROC, far", "worst dataset, far"]
+    header += ["known rejected", "near accepted", "far accepted"]
     if "far_passed_estimate" in rows:
-        columns, header = [*columns, "far_passed_estimate"], [*header, "everyday pictures passed"]
+        columns, header = [*columns, "far_passed_estimate"], [*header, "everyday pictures accepted"]
     means = rows.groupby(keys, sort=False).mean(numeric_only=True)
     worst = rows.groupby([*keys, "set"], sort=False).auroc_far.mean().groupby(keys, sort=False).min()
     shown = means[["auroc_near", "auroc_far"]].assign(worst=worst).join(means[columns])
@@ -360,15 +360,15 @@ def rejection_estimates() -> str:
     header = [
         "images per class",
         "dataset",
-        "near passed, estimated",
-        "near passed, tested",
-        "everyday pictures passed",
+        "near accepted, estimated",
+        "near accepted, tested",
+        "everyday pictures accepted",
     ]
     lines = [
         [*map(str, index), *(f"{x:.0f}" for x in row)]
         for index, row in zip(means.index, means[columns].values, strict=True)
     ]
-    return as_table([*header, "far passed, tested"], lines)
+    return as_table([*header, "far accepted, tested"], lines)
 
 
 def rejection_corrected() -> str:
@@ -381,8 +381,8 @@ def rejection_corrected() -> str:
     for key, means in sets.groupby(keys, sort=False):
         gap = means.near_passed.droplevel(keys) - random
         lines.append([*key, *map("{:.1f}".format, means.mean()), tables.difference_cell(gap) if gap.any() else ""])
-    header = ["added images", "the threshold is set by", "known refused", "near passed", "far passed"]
-    return as_table([*header, "near passed, minus random images"], lines)
+    header = ["added images", "the threshold is set by", "known rejected", "near accepted", "far accepted"]
+    return as_table([*header, "near accepted, minus random images"], lines)
 
 
 def folder(keys: str = "", last: bool = False) -> str:
@@ -390,7 +390,7 @@ def folder(keys: str = "", last: bool = False) -> str:
     the sets for reporting, or on the last ones."""
     rows = results("together")
     rows = rows[rows.set.str.contains("250 more|60 even|60 odd|scenes|hand signs|corn leaves") == last]
-    rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "real CLIP"}))
+    rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "ViT-B/32"}))
     few = rows[rows.images_per_class <= 4]
     if keys:
         means = few.pivot_table("change", keys.split(), "rule", sort=False)
@@ -400,11 +400,11 @@ def folder(keys: str = "", last: bool = False) -> str:
     for rule, runs in rows.groupby("rule", sort=False):
         own, at_16 = few[few.rule == rule].groupby("features").change.mean(), runs[runs.images_per_class == 16]
         worst = runs.groupby("set").change.apply(lowest_tenth).min()
-        cells = [own["real CLIP"], own["miniature"], at_16.change.mean(), runs.change.quantile(0.1)]
+        cells = [own["ViT-B/32"], own["miniature"], at_16.change.mean(), runs.change.quantile(0.1)]
         lines.append([rule, *map("{:+.1f}".format, [*cells, lowest_tenth(runs.change), worst, runs.ece_change.mean()])])
     header = [
         "rule",
-        "real CLIP, 1 to 4 images",
+        "ViT-B/32, 1 to 4 images",
         "miniature, 1 to 4 images",
         "16 images",
         "a tenth of all runs is below",

@@ -17,7 +17,9 @@ from dcp_zoo.files import CACHE_TAG, cache_root
 from dcp_zoo.model.config import CONFIG_NAME, read_config
 from dcp_zoo.zoo.registry import MODELS, SIZES, get_spec, trained_heads
 
-commands = Typer(help="List and remove CLIPs and heads from the Hub, features, and exports.", no_args_is_help=True)
+commands = Typer(
+    help="List and remove CLIP models and heads from the Hub, features, and exports.", no_args_is_help=True
+)
 FOLDERS = {"features": "features of images", "onnx": "heads for demo and serve", "onnxruntime-web": "for --format web"}
 
 

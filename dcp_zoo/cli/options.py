@@ -38,7 +38,7 @@ LABELS = (
     "classes of an image, the last one counts."
 )
 PRECISION = (
-    "auto (bfloat16 for a real CLIP on devices with native bfloat16, else float32), float32 (the reference), "
+    "auto (bfloat16 for a full-size model on devices with native bfloat16, else float32), float32 (the reference), "
     "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
 )
 

@@ -57,7 +57,7 @@ class PredictOptions:
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`; see dcp-zoo fit-text-probe.")
     reject_rate: float | None = opt.option(
-        None, f"As --reject, but refuse this share of the images of the head's classes, not {REFUSED}."
+        None, f"As --reject, but reject this share of the images of the head's classes, not {REFUSED}."
     )
     labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")

@@ -14,7 +14,7 @@ from dcp_zoo.fields import Checked, count, option
 from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
-MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that a real CLIP would not make."
+MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that a full-size model would not."
 
 
 @dataclass(frozen=True)

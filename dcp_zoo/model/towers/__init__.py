@@ -40,5 +40,5 @@ def _refused(clip: nn.Module, missing: list[str]) -> ZooError:
     return ZooError(
         f"DCP cannot use this CLIP ({type(clip).__name__}): it needs {', '.join(missing)}. "
         "Any open_clip model with a ViT works, such as ViT-B-16, ViT-L-14 or ViT-B-16-SigLIP2. The methods on "
-        "features, such as tip-adapter-f and clap, work with every CLIP."
+        "features, such as tip-adapter-f and clap, work with every CLIP model."
     )
