@@ -33,7 +33,9 @@ HEADER = ("model", "method", "accuracy", "95 % interval", "log loss", "seconds")
 
 
 class Compared(NamedTuple):
-    """How good a method is on images that it was not trained on."""    model: str  # whose features it reads
+    """How good a method is on images that it was not trained on."""
+
+    model: str  # whose features it reads
     method: str
     accuracy: float  # in percent, over the test images of all folds
     low: float  # its 95 % interval
@@ -66,7 +68,8 @@ def compare(
     images: Images,
     labels: Labels = None,
     *,
-    methods: Sequence[str] | None = None,    models: Sequence[str] = ("dcp_mini",),
+    methods: Sequence[str] | None = None,
+    models: Sequence[str] = ("dcp_mini",),
     cv: int | Iterable[Fold] = 5,
     classnames: ClassNames = None,
     seed: int = 1,
@@ -80,7 +83,8 @@ def compare(
 
     Args:
         images, labels, classnames, device, precision, progress: see `dcp_zoo.train`.
-        methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.        models: of the zoo, see `dcp_zoo.list_models`, also with image models of timm that methods with a text
+        methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.
+        models: of the zoo, see `dcp_zoo.list_models`, also with image models of timm that methods with a text
             probe read beside them: "dcp_vitb16+vit_small_patch14_dinov2.lvd142m".
         cv: the number of folds; or, as in scikit-learn, pairs of positions for training and for the test.
         seed: of the folds and of the methods.
