@@ -1,5 +1,5 @@
-"""`dcp-zoo inspect` and `search --to-label` measured: swapped labels, images of none of the classes, suggested
-images, planted duplicates, and the time.
+"""`dcp-zoo inspect` and `search --to-label` measured: swapped labels, the accuracy to expect, images of none of the
+classes, suggested images, planted duplicates, and the time.
 
     python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
 
@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
@@ -37,7 +37,7 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_image, load_split
 from dcp_zoo.inspection.find import spread
-from dcp_zoo.inspection.labels import of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import Class
@@ -50,7 +50,7 @@ from dcp_zoo.zoo.factory import create_transform, plain_clip
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"
 COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
 MODEL, TEMPLATE = "dcp_mini", "a photo of a {}."
-SWAPPED, DRAWS = 0.05, range(1, 11)
+SWAPPED, DRAWS, PAIRED = 0.05, range(1, 11), range(1, 4)  # draws of each set, and of two sets
 PER_CLASS, TESTED = 8, 500  # training images of a draw; test images
 TEST_IMAGES = 800  # at most
 TINY = "tiny-imagenet-200"
@@ -81,7 +81,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
     """Measure what the file of results does not have for the current weights yet."""
     table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL)
     with TemporaryDirectory() as folder:
-        for (name, which), measure in product(SETS.items(), (labels, suggestions)):
+        for (name, which), measure in product(SETS.items(), (labels, suggestions, estimates)):
             images = None
             for seed in DRAWS:
                 head = weights_id(MODEL), measure.__name__, name, seed
@@ -90,7 +90,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
                     images = images or Images(clip, draw(drawn, data_root, Path(folder), 0))
                     table.add((*head, *row) for row in measure(images, seed))
         for name, others in product(*[REPORTING] * 2):
-            for seed in DRAWS if name != others else ():
+            for seed in PAIRED if name != others else ():
                 head = weights_id(MODEL), strangers.__name__, f"{name} with {others}", seed
                 if head not in table:
                     pair = [reporting(clip, each, data_root, Path(folder)) for each in (name, others)]
@@ -109,25 +109,32 @@ class Images:
 
     def __init__(self, clip: FrozenCLIP, split: Split) -> None:
         self.split, items = replace(split, test=split.test[:TESTED]), [*split.train, *split.test[:TESTED]]
-        features = torch.from_numpy(look([item.path for item in items], clip, progress=progress_bar).features)
+        parts = torch.from_numpy(look([item.path for item in items], clip, progress=progress_bar).parts)
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
-        self.linear = weight.detach(), bias.detach()
-        self.train, self.test = features[: len(split.train)], features[len(split.train) :]
-        self.text = F.linear(self.train, *self.linear)
+        self.text, self.widths = (weight.detach(), bias.detach()), tuple(clip.widths)
+        self.train, self.test = parts[: len(split.train)], parts[len(split.train) :]
         self.labels, self.test_labels = (
             torch.tensor([i.label for i in part]) for part in (split.train, self.split.test)
         )
+
+    def drawn(self, each: int, rng: random.Random) -> list[int]:
+        """So many training images of each class."""
+        own = [(self.labels == label).nonzero().flatten().tolist() for label in range(len(self.split.classnames))]
+        return [i for rows in own for i in rng.sample(rows, each)]
+
+    def read(self, kept: Sequence[int]) -> Read:
+        """Some of the training images."""
+        return Read(self.train[None, kept], self.text, self.widths)
 
     def top1(self, kept: list[int], labels: Tensor | None = None, tested: list[int] | None = None) -> float:
         """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
         mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
         classes = [Class(name) for name in self.split.classnames]
-        probe, _ = fit_on_features(classes, labels[kept], [Read(self.train[None, kept], self.linear)])
-        linear = probe.linear(self.linear, classes)
-        if tested is None:
-            return top1(F.linear(self.test, *linear), self.test_labels)
-        return top1(F.linear(self.train[tested], *linear), self.labels[tested])
+        probe, _ = fit_on_features(classes, labels[kept], [self.read(kept)])
+        parts, truth = (self.test, self.test_labels) if tested is None else (self.train[tested], self.labels[tested])
+        text = F.linear(parts[:, : self.widths[0]], *self.text)
+        return top1(probe(text, parts / len(self.widths) ** 0.5, classes), truth)
 
 
 def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
@@ -154,13 +161,12 @@ def _draw(items: list[Item], label: int, count: int, rng: random.Random) -> list
 def labels(images: Images, seed: int) -> Measured:
     """Suspects among images of which 5 % got another class, and the accuracy with and without them."""
     rng, classes = random.Random(seed), len(images.split.classnames)
-    own = [(images.labels == label).nonzero().flatten().tolist() for label in range(classes)]
-    rows = [i for of_class in own for i in rng.sample(of_class, PER_CLASS)]
+    rows = images.drawn(PER_CLASS, rng)
     swapped = set(rng.sample(range(len(rows)), round(SWAPPED * len(rows))))
     given = images.labels[rows].clone()
     for i in swapped:
         given[i] = rng.choice([label for label in range(classes) if label != given[i]])
-    chances, _ = out_of_fold(images.train[rows], images.text[rows], given)
+    chances = out_of_fold(images.read(rows), given).log_probabilities
     found = suspected(chances, given)
     doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
     kinds = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
@@ -186,6 +192,17 @@ def labels(images: Images, seed: int) -> Measured:
     yield "top1 without those that a person finds among twice as many", images.top1(kept, with_swaps)
 
 
+def estimates(images: Images, seed: int) -> Measured:
+    """The accuracies that `inspect` expects with 1 to 4 images per class, from eight, and those on all others."""
+    rng = random.Random(seed)
+    rows = images.drawn(PER_CLASS, rng)
+    others = sorted({*range(len(images.labels))} - {*rows})
+    for point in learning_curve(out_of_fold(images.read(rows), images.labels[rows])):
+        drawn = [i for start in range(0, len(rows), PER_CLASS) for i in rows[start : start + point.images]]
+        yield f"estimate {point.images}", round(point.accuracy, 2)
+        yield f"accuracy {point.images}", images.top1(drawn, None, others)
+
+
 # ---------------------------------------------------------------------------------------------------------- strangers
 
 
@@ -202,13 +219,12 @@ def strangers(images: Images, others: Images, seed: int) -> Measured:
     """Images of another set among the classes at random, one in twenty: how many of them, and of the set's own, are
     said to show none of the classes."""
     rng, classes = random.Random(seed), len(images.split.classnames)
-    own = [(images.labels == label).nonzero().flatten().tolist() for label in range(classes)]
-    rows = [i for of_class in own for i in rng.sample(of_class, PER_CLASS)]
+    rows = images.drawn(PER_CLASS, rng)
     planted = rng.sample(range(len(others.labels)), max(2, round(SWAPPED * len(rows))))
-    features = torch.cat([images.train[rows], others.train[planted]])
+    parts = torch.cat([images.train[rows], others.train[planted]])
     labels = torch.cat([images.labels[rows], torch.tensor([rng.randrange(classes) for _ in planted])])
-    chances, distances = out_of_fold(features, F.linear(features, *images.linear), labels)
-    found = of_no_class(chances, distances, labels)
+    judged = out_of_fold(Read(parts[None], images.text, images.widths), labels)
+    found = of_no_class(judged.log_probabilities, judged.distances, labels)
     right = sum(i >= len(rows) for i in found)
     yield "images", len(rows)
     yield "planted", len(planted)

@@ -466,6 +466,17 @@ def inspected() -> str:
     return as_table(header, lines)
 
 
+def estimates() -> str:
+    """The accuracy that `inspect` expects, by images per class, and the one on test images: means over draws."""
+    rows = results("inspection").query("measure == 'estimates'").pivot_table("value", "name", "set", sort=False)
+    numbers = sorted({int(name.split()[1]) for name in rows.index})
+    cells = {
+        name: [f"{rows[name][f'estimate {n}']:.0f} / {rows[name][f'accuracy {n}']:.0f}" for n in numbers]
+        for name in rows
+    }
+    return as_table(["dataset", *map(str, numbers)], [[name, *line] for name, line in cells.items()])
+
+
 def inspected_share(agg: str) -> float:
     """The smallest or largest share of flipped labels that `inspect` found on a set: means over draws, in percent."""
     rows = select("inspection", name="twice as many recall")

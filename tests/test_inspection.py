@@ -12,7 +12,7 @@ import numpy as np
 import openpyxl
 import pytest
 import torch
-from helpers import Count, close, read_csv
+from helpers import Count, read_csv
 from PIL import Image, ImageFilter, ImageOps
 
 import dcp_zoo
@@ -23,10 +23,10 @@ from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import half_whitening, learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
-from dcp_zoo.model.text_probe.estimates import class_means, shared_precision
+from dcp_zoo.model.text_probe import Read
 from dcp_zoo.texts import folder_name
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -166,6 +166,11 @@ def test_changed_copies_are_the_same_picture(change):
     assert same_pictures(seen.features, seen.grey) == [[i, i + 6] for i in range(6)]
 
 
+def judged(features, labels):
+    """By the others, where the text says nothing."""
+    return out_of_fold(Read(features[None], (torch.zeros(5, 16), torch.zeros(5))), labels)
+
+
 def test_swapped_labels_are_suspected():
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(5, 16)
@@ -173,16 +178,16 @@ def test_swapped_labels_are_suspected():
     features = torch.nn.functional.normalize(centres[truth] + 0.1 * torch.randn(40, 16, generator=generator), dim=1)
     labels = truth.clone()
     labels[[0, 11, 22]] = torch.tensor([3, 4, 0])
-    chances, _ = out_of_fold(features, torch.zeros(40, 5), labels)
+    chances = judged(features, labels).log_probabilities
     assert sorted(suspected(chances, labels)) == [0, 11, 22]
     assert (chances.argmax(1) == truth).all()
-    curve = learning_curve(features, torch.zeros(40, 5), truth)
+    curve = learning_curve(judged(features, truth))
     assert [point.images for point in curve] == [1, 2, 4]
     assert curve[-1].accuracy > 95
     alone = torch.tensor([0, 1, 2, 3, 4, *[0] * 5])
-    alone_chances, alone_distances = out_of_fold(features[:10], torch.zeros(10, 5), alone)
-    assert torch.isfinite(alone_chances).all()
-    assert not alone_distances[1:5].any()
+    by_text = judged(features[:10], alone)
+    assert torch.isfinite(by_text.log_probabilities).all()
+    assert not by_text.distances[1:5].any()
 
 
 def test_images_of_no_class_are_found():
@@ -192,8 +197,8 @@ def test_images_of_no_class_are_found():
     shown[[5, 26]] = 5  # a sixth thing, which is no class
     labels[[0, 11]] = torch.tensor([3, 4])
     features = torch.eye(6, 16)[shown] + 0.1 * torch.randn(40, 16, generator=generator)
-    chances, distances = out_of_fold(torch.nn.functional.normalize(features, dim=1), torch.zeros(40, 5), labels)
-    assert sorted(of_no_class(chances, distances, labels)[:2]) == [5, 26]
+    found = judged(torch.nn.functional.normalize(features, dim=1), labels)
+    assert sorted(of_no_class(found.log_probabilities, found.distances, labels)[:2]) == [5, 26]
 
 
 def test_problems_name_the_image():
@@ -406,21 +411,3 @@ def test_suggestions_stand_for_the_others():
         len(spread(features[[0, 0, 1]], features[1:2], 3)) == 1
     )  # a copy of another or of a labelled one adds nothing
     assert spread(features, features, 3) == []
-
-
-@pytest.mark.parametrize("each", [6, 12])
-def test_half_whitening(each):
-    """P^(1/4) up to scale, for fewer and for more rows than dimensions: features about their mean keep their length;
-    without spread within classes, the identity."""
-    torch.manual_seed(0)
-    labels = torch.arange(3).repeat_interleave(each)
-    rows = torch.nn.functional.normalize(torch.randn(3, 24)[labels] + torch.randn(len(labels), 24) / 2, dim=-1)
-    m, centred = half_whitening(rows, labels), rows - rows.mean(0)
-    assert torch.equal(m, m.T)
-    assert (centred @ m).norm() == pytest.approx(centred.norm().item(), rel=1e-4)
-    precision = shared_precision(rows, labels, class_means(rows, labels, 3))
-    fourth = torch.linalg.matrix_power(m.double(), 4)
-    assert close(fourth / fourth.trace(), precision / precision.trace(), 1e-3)
-    means = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
-    assert close(half_whitening(means, torch.arange(3)), torch.eye(24), 1e-4)
-    assert torch.equal(half_whitening(means[:1], torch.tensor([0])), torch.eye(24))

@@ -20,15 +20,17 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import Point, hits, learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
+from dcp_zoo.model.text_probe import Read
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.factory import plain_clip
 
 UNLABELLED = [""]  # the class of images without labels
@@ -127,7 +129,7 @@ class Inspection:
 
     def typical(self) -> dict[str, list[int]]:
         """Positions of the most and then the least typical images of each class, by the similarity to their mean."""
-        features, found = torch.from_numpy(self.seen.features), {}
+        features, found = torch.from_numpy(self.seen.joined), {}
         for label, name in enumerate(self.data.classnames):
             own = [i for i, item in enumerate(self.data.items) if item.label == label and i not in self.seen.errors]
             order = (features[own] @ features[own].mean(0)).argsort(descending=True).tolist()
@@ -175,25 +177,24 @@ def inspect(
     if labels is False:
         nothing = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
         return Inspection(data, seen, nothing, [], [], groups, problems, [], None)
-    features, target = torch.from_numpy(seen.features[readable]), torch.tensor([item.label for item in items]).long()
+    target = torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
         raise ZooError(f"{problem}. Replace them, or remove the class.")
-    weight, bias = (part.cpu() for part in clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    text = features @ weight.T + bias
-    answers, distances = out_of_fold(features, text, target)
+    start = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
+    judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), start, tuple(seen.widths)), target)
     test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
     copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(
         data,
         seen,
-        Evaluation(data.classnames, items, answers),
-        [readable[i] for i in suspected(answers, target)],
-        [readable[i] for i in of_no_class(answers, distances, target)],
+        Evaluation(data.classnames, items, judged.log_probabilities),
+        [readable[i] for i in suspected(judged.log_probabilities, target)],
+        [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
         groups,
         problems,
-        learning_curve(features, text, target),
-        _tested(features, text, target, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
+        learning_curve(judged),
+        _tested(judged, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
     )
 
 
@@ -233,11 +234,10 @@ def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
             yield i, [problem for problem, holds in found.items() if holds]
 
 
-def _tested(
-    features: Tensor, text: Tensor, labels: Tensor, test: Tensor, copy: Tensor
-) -> tuple[Accuracy, Accuracy] | None:
+def _tested(judged: OutOfFold, test: Tensor, copy: Tensor) -> tuple[Accuracy, Accuracy] | None:
     """The accuracy where `test` (n,), fitted to the other images: of all, and of those that are no `copy` (n,)."""
-    if not test.any() or len(labels[~test].unique()) < text.shape[1]:
+    labels, new = judged.task.labels, ~copy[test]
+    if not test.any() or len(labels[~test].unique()) < judged.log_probabilities.shape[1]:
         return None
-    right, new = hits(features, text, labels, ~test, test, int((~test).sum()) / text.shape[1]), ~copy[test]
+    right = judged.answers(~test, test) == labels[test]
     return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))

@@ -25,11 +25,21 @@ STATISTICS = 5  # of each image
 class Seen:
     """What is known of n images; those that cannot be read have NaN."""
 
-    features: np.ndarray  # CLIP's embeddings, normalised, float32 (n, E)
-    joined: np.ndarray  # beside what its image tower has before them: (n, E + V), of the length 1, too
+    parts: np.ndarray  # what a text probe reads: CLIP's embedding and what its image tower has before it, each
+    widths: Sequence[int]  # normalised, float32 (n, E + V), and their widths
     grey: np.ndarray  # the images squeezed into a square, uint8 (n, 32, 32); 0 without an image
     statistics: np.ndarray  # float32 (n, 5), see `_measured`
     errors: dict[int, str]  # why an image cannot be read, by its position
+
+    @property
+    def features(self) -> np.ndarray:
+        """CLIP's embeddings (n, E), of the length 1."""
+        return self.parts[:, : self.widths[0]]
+
+    @property
+    def joined(self) -> np.ndarray:
+        """All parts (n, E + V), of the length 1."""
+        return self.parts / len(self.widths) ** 0.5
 
 
 def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, progress: Progress = no_progress) -> Seen:
@@ -42,9 +52,9 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
 
     with kept_features(features_folder()) if keep else nullcontext():
         found = per_image(images, lambda: tower_setting(model, "seen and read"), 1, rows)[0].numpy()
-    grey, statistics, whole = np.split(found, (GREY**2, GREY**2 + STATISTICS), axis=1)
+    grey, statistics, parts = np.split(found, (GREY**2, GREY**2 + STATISTICS), axis=1)
     grey = np.nan_to_num(grey).reshape(-1, GREY, GREY).astype(np.uint8)
-    return Seen(whole[:, : model.num_features], whole / len(model.widths) ** 0.5, grey, statistics, errors)
+    return Seen(parts, model.widths, grey, statistics, errors)
 
 
 @torch.inference_mode()

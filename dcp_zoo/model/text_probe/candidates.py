@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.text_probe.estimates import Slope, lowest_point, means_of_some
-from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS
+from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS, nearest
 from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
@@ -132,6 +132,10 @@ class Candidates:
         text = F.linear(features[:, : self.widths[0]], *self.text)
         logits = (each.text * text + F.linear(features[:, each.columns], each.weight, each.bias) for each in self.all)
         return torch.stack([F.cross_entropy(z, labels, reduction="sum") for z in logits])
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Distances (m,) of other images (m, W) to the nearest class mean."""
+        return nearest(features, self.means[self.present]) / math.sqrt(len(self.widths))
 
     def mean(self, evidence: Tensor) -> tuple[float, Linear]:
         """The mean of the candidates by weights (K,): the strength of the text, and weight (C, W) and bias (C,)."""

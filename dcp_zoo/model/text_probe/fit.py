@@ -36,7 +36,7 @@ from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.text_probe.candidates import ENOUGH, GROUP, LARGE, STRENGTHS, Candidates, Group, all_groups
 from dcp_zoo.model.text_probe.estimates import minimum
-from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe, nearest
+from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
@@ -163,12 +163,12 @@ class Leaving:
         fitted = Candidates(self.views[:, ~out], self.widths, self.labels[~out], self.text, weights, groups)
         return fitted, self.views[0, out], self.labels[out]
 
-    def folds(self) -> tuple[list[LeftOut], Tensor]:
-        """Without the images of each of `fold_masks`, and the losses (K,) of these. Groups that are `HOPELESS` after
-        the first fold are not fitted again."""
+    def folds(self, masks: Sequence[Tensor] | None = None) -> tuple[list[LeftOut], Tensor]:
+        """Without the images of each of the masks (n,), by default `fold_masks`, and the losses (K,) of these. Groups
+        that are `HOPELESS` after the first are not fitted again."""
         groups, left_out = self.groups, list[LeftOut]()
         losses = torch.zeros(len(groups) * GROUP)
-        for out in fold_masks(self.labels):
+        for out in fold_masks(self.labels) if masks is None else masks:
             fitted, features, labels = self.without(out, groups)
             losses = losses + fitted.losses(features, labels)
             if not left_out:
@@ -195,7 +195,7 @@ def _set_threshold(
     if sum(len(labels) for *_, labels in left_out) < THRESHOLD_IMAGES:
         return {}
     logits = torch.cat([candidates.logits(features, evidence) for candidates, features, _ in left_out])
-    distances = torch.cat([_distances(candidates, features) for candidates, features, _ in left_out])
+    distances = torch.cat([candidates.distances(features) for candidates, features, _ in left_out])
     if not distances.mean() > 0:
         return {}
     probe.spread.copy_(distances.mean())
@@ -208,16 +208,18 @@ def _set_threshold(
     return {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
 
 
-def _distances(candidates: Candidates, features: Tensor) -> Tensor:
-    """Distances (m,) of images that were left out to the nearest class mean."""
-    return nearest(features, candidates.means[candidates.present]) / math.sqrt(len(candidates.widths))
-
-
 def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarray:
     """The scores (m,) of images whose classes a head would not know that was fitted to the others."""
     candidates, features, _ = half
     logits = candidates.logits(features, evidence)[:, candidates.present]
-    return in_distribution_score(logits.numpy(), (_distances(candidates, features) / probe.spread).numpy())
+    return in_distribution_score(logits.numpy(), (candidates.distances(features) / probe.spread).numpy())
+
+
+def leaving(read: Read, labels: Tensor) -> Leaving:
+    """What `fit_on_features` leaves out images with, for a head of one reading with text."""
+    assert read.start is not None
+    scale = text_scale(F.linear(read.features[0, :, : read.widths[0]], *read.start), labels)
+    return Leaving(read.features, read.widths, labels, _times(scale, read.start), None)
 
 
 def text_scale(logits: Tensor, labels: Tensor) -> float:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import LinearHead
-from dcp_zoo.model.text_probe.estimates import class_means, shared_precision
+from dcp_zoo.model.text_probe.estimates import class_means, in_float64
 from dcp_zoo.model.text_probe.fit import FOLDS, within_class
 from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION, option
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,24 @@ def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Lin
     means = class_means(rows, labels, classes)
     weight = means @ shared_precision(rows, labels, means)
     return weight.to(features), -(weight * means).sum(-1).to(features) / 2
+
+
+def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """P = E pinv((n - 1) S + tr(S) I) in float64, with the covariance S (E, E) of features (n, E) around the class
+    means, as in GDA (Wang et al., ICLR 2024). The shrinkage bounds the condition number by n. With S = 0, as with one
+    row per class, P would be 0: an isotropic covariance with the variance of the class means takes the place of S."""
+    n, width = features.shape
+    scatter, length = torch.zeros(width, width, dtype=torch.float64), 0.0  # (n - 1) S
+    for rows, of in in_float64(features, labels):
+        centred = rows - means[of]
+        scatter += centred.T @ centred
+        length += rows.square().sum().item()
+    if scatter.trace() <= NO_SPREAD * length:
+        variance = (means - means.mean(0)).square().sum() / max(len(means) - 1, 1)
+        scatter = (n - 1) * variance / width * torch.eye(width, dtype=torch.float64)
+    shrinkage = scatter.trace() / max(n - 1, 1) * torch.eye(width, dtype=torch.float64)
+    precision = width * torch.linalg.pinv(scatter + shrinkage, hermitian=True)
+    return (precision + precision.T) / 2
 
 
 PAPER = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
