@@ -50,6 +50,13 @@ def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[object]
         writer.writerows(map(inert, row) for row in rows)
 
 
+def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
+    """What `write_csv` writes."""
+    text = StringIO(newline="")
+    csv.writer(text).writerows([columns, *(map(inert, row) for row in rows)])
+    return text.getvalue().encode("utf-8-sig", "surrogateescape")
+
+
 def read_csv(file: Path) -> list[list[str]]:
     """The rows of a CSV file, but for empty ones, filled up: of `write_csv`, or as spreadsheets save them, with commas,
     semicolons or tabs. OSError or ValueError for what is no such file."""

@@ -2,24 +2,29 @@
 
 import re
 import shutil
+import socket
 import struct
 import subprocess
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from helpers import encoded, read_csv
 from PIL import Image
-from shared import BUNDLED
+from shared import BUNDLED, opened, press
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import load_image, load_labelled, paths
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.paths import companions
+from dcp_zoo.deploy.bulk import journal as journal_module
 from dcp_zoo.deploy.bulk.journal import Journal, undo
 from dcp_zoo.deploy.bulk.journal import _write as write
+from dcp_zoo.deploy.bulk.review import Review
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 
 LIGHTROOM = """<x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk="Adobe XMP Core 7.0">
@@ -393,7 +398,7 @@ def test_undo_replaces_nothing(tmp_path, monkeypatch, run):
     Path("a").unlink()
     Path("d").write_text("new d")
     Path("to/b").write_text("b")
-    assert undo(Path("t.undo.jsonl")) == (6, [])
+    assert undo(Path("t.undo.jsonl")) == (3, [])
     assert {name: Path(name).read_text() for name in "abcde"} == {name: name for name in "abcde"}
     assert names(tmp_path) == set()
     for content in ("", "[1]\n", '{"x": 1}\n'):
@@ -426,3 +431,129 @@ def test_links_are_not_moved(card, run):
     Path("links/1.jpg").symlink_to(Path("CARD/IMG_1.JPG").absolute())
     err = run.refused("predict", "links", "--head", BUNDLED, "--sort-into", "x", "--move")
     assert "links/1.jpg is a link, or in an archive: only files themselves can be moved" in err
+
+
+# -------------------------------------------------------------------------------------------------------------- review
+
+
+def corrections(file: str = "SORTED/corrections.csv") -> dict[str, str]:
+    return {Path(row["file"]).name: row["class"] for row in read_csv(file)}
+
+
+def test_a_review_saves_each_correction(card, run, review, chromium):
+    """By keyboard alone, killed and started again; both undo files then lead back."""
+    before = tree(card)
+    predict(run, "--sort-into", "SORTED", "--move", "--xmp", "--sheet", "SORTED/sheet.html")
+    predicted = tree(Path("SORTED"))
+    running, page, failed = review("SORTED/sheet.html"), chromium.new_page(), []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    opened(running, page)
+    assert press(page, *"emu", "Enter") == "emu, not ant. Saved. 1 checked."
+    assert press(page, "Enter") == "crab is right. Saved. 2 checked."
+    assert press(page, *"dusk", "Enter") == "dusk, not crab. Saved. 3 checked."
+    assert press(page, *"none", "Enter") == "none of these, not emu. Saved. 4 checked."
+    assert names(Path("SORTED")) >= {
+        *("emu/Fähre 3.jpg", "emu/Fähre 3.jpg.xmp", "dusk/phone.HEIC", "dusk/phone.HEIC.xmp"),
+        *(f"none of these/IMG_1.{end}" for end in ("JPG", "DNG", "xmp")),
+    }
+    assert keywords("SORTED/none of these/IMG_1.xmp")["dc.subject"] == ["Müritz", "trip, 2024", "007"]
+    assert keywords("SORTED/dusk/phone.HEIC.xmp")["lr.hierarchicalSubject"] == ["dusk"]
+    said = {"Fähre 3.jpg": "emu", "IMG_2.jpg": "crab", "phone.HEIC": "dusk", "IMG_1.JPG": "none of these"}
+    assert corrections() == said
+    assert press(page, "Control+z") == "Not checked. Saved. 3 checked."
+    assert Path("SORTED/emu/IMG_1.xmp").read_bytes() == predicted["SORTED/emu/IMG_1.xmp"]
+    running.kill()
+    assert press(page, "Enter").startswith(
+        "Not saved: dcp-zoo review has ended. Start it again, and open its new address"
+    )
+    running = review("SORTED/sheet.html")
+    assert "3 are there already" in running.said
+    opened(running, page)
+    assert page.get_by_role("button", name="→ dusk, corrected, SORTED/crab/phone.HEIC").count() == 1
+    assert press(page, "Delete") == "Not checked. Saved. 2 checked."
+    assert corrections() == {name: said[name] for name in ("IMG_2.jpg", "phone.HEIC")}
+    data = load_labelled("folder", "SORTED", ["SORTED/corrections.csv"])
+    assert [item.key for item in data.items] == ["crab/IMG_2.jpg", "dusk/phone.HEIC"]
+    press(page, " ")
+    large = pytest.importorskip("playwright.sync_api").expect(page.locator("#picture"))
+    large.to_have_js_property("naturalWidth", 320)  # of a HEIC file, too
+    page.close()
+    running.kill()
+    assert failed == []
+    run.ok("undo", "SORTED/corrections.undo.jsonl")
+    Path("SORTED/.sheet.html.lock").unlink()  # which a kill leaves
+    assert tree(Path("SORTED")) == predicted
+    run.ok("undo", "SORTED/predictions.undo.jsonl")
+    assert tree(card) == before
+
+
+def test_nobody_else_reaches_a_review(card, run, review):
+    predict(run, "--output", "p.csv", "--sheet", "sheet.html")
+    running = review("sheet.html")
+    said = b'["CARD/IMG_1.JPG", "crab"]'
+    origin = running.url[: running.url.index("/", 8)]
+    host = origin.removeprefix("http://")
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": f"evil.example:{host[10:]}"}):
+        assert running.ask("say", said, **headers) == (403, "Open the address that dcp-zoo review has printed.")
+        assert running.ask("", **headers)[0] == 403
+    assert running.ask("../say", said)[0] == running.ask("../aaaa/say", said)[0] == running.ask("other")[0] == 403
+    assert not Path("corrections.csv").exists()
+    with socket.socket() as other:
+        other.settimeout(1)
+        outside = next(iter({*socket.gethostbyname_ex(socket.gethostname())[2]} - {"127.0.0.1", "127.0.1.1"}), None)
+        assert outside is None or other.connect_ex((outside, int(host[10:]))) != 0
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(f"{origin}/")
+    assert running.ask("say", said, Origin=origin) == (200, "")
+    assert corrections("corrections.csv") == {"IMG_1.JPG": "crab"}
+    for wrong, why in {
+        b"[": "Expecting",
+        b'["CARD/IMG_1.JPG", "leave out"]': "is not a class",
+        b"[1]": "argument",
+    }.items():
+        status, text = running.ask("say", wrong)
+        assert status == 409
+        assert why in text
+    assert "Another process is reviewing" in run.refused("review", "sheet.html")
+
+
+def test_a_script_of_a_strangers_page_does_not_run(card, run, review, chromium):
+    predict(run, "--output", "p.csv", "--sheet", "sheet.html")
+    page = Path("sheet.html")
+    page.write_text(page.read_text().replace("<main>", "<main><script>document.title = 'evil'</script>"))
+    shown = chromium.new_page()
+    running = review("sheet.html")
+    opened(running, shown)
+    assert "Contact sheet" in shown.title()
+    shown.close()
+    running.kill()
+    page.write_text(page.read_text().replace("const about", "fetch('say'); const about"))
+    assert "was written by another version of dcp_zoo" in run.refused("review", "sheet.html")
+    page.write_text("<p>")
+    assert "sheet.html is not the sheet.html of predict --sheet" in run.refused("review", "sheet.html")
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 7, 8])
+def test_a_correction_that_was_cut_is_finished(card, run, monkeypatch, step):
+    """Killed before any of the changes to files that it makes."""
+    before = tree(card)
+    predict(run, "--sort-into", "SORTED", "--move", "--xmp", "--sheet", "SORTED/sheet.html")
+    Review(Path("SORTED/sheet.html")).say("SORTED/emu/IMG_1.JPG", "ant")
+    calls = iter(range(1, 100))
+
+    def killed(function):
+        return lambda *args: 1 / 0 if next(calls) == step else function(*args)
+
+    with monkeypatch.context() as patch:
+        for name in ("_move", "_write", "write_file"):
+            patch.setattr(f"dcp_zoo.deploy.bulk.journal.{name}", killed(getattr(journal_module, name)))
+        with pytest.raises(ZeroDivisionError):
+            Review(Path("SORTED/sheet.html")).say("SORTED/emu/IMG_1.JPG", "crab")
+    found = Review(Path("SORTED/sheet.html"))
+    assert found.marks == {"SORTED/emu/IMG_1.JPG": "crab"}
+    assert corrections() == {"IMG_1.JPG": "crab"}
+    assert {f"crab/IMG_1.{end}" for end in ("JPG", "DNG", "xmp")} <= names(Path("SORTED"))
+    assert keywords("SORTED/crab/IMG_1.xmp")["dc.subject"] == ["Müritz", "trip, 2024", "007", "crab"]
+    run.ok("undo", "SORTED/corrections.undo.jsonl")
+    run.ok("undo", "SORTED/predictions.undo.jsonl")
+    assert tree(card) == before

@@ -19,7 +19,8 @@ from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import classes, fit_text_probe
 from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
-from dcp_zoo.cli.predict import predict, undo
+from dcp_zoo.cli.predict import predict
+from dcp_zoo.cli.review import review, undo
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
@@ -45,7 +46,7 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, undo, inspect, search, train, evaluate, fit_text_probe, classes, benchmark, report),
+    *(list_, info, predict, review, undo, inspect, search, train, evaluate, fit_text_probe, classes, benchmark, report),
     *(demo, export, serve),
 ):
     epilog = recipe_help() if command is train else None

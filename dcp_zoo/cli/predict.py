@@ -70,7 +70,7 @@ class PredictOptions:
     as_json: opt.AsJson = False
     table: str | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
-    sheet: Path | None = to_file("Write an HTML contact sheet, on which predictions are corrected by keyboard.")
+    sheet: Path | None = to_file("Write an HTML contact sheet; dcp-zoo review corrects it by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
@@ -315,22 +315,3 @@ def predictions_table(row: "Row") -> Table:
 def certainty(prediction: Values) -> str:
     """The probability of a class, or that a person said it."""
     return "labelled" if prediction["probability"] is None else f"{100 * prediction['probability']:5.1f} %"
-
-
-def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:
-    """Take back what a run of predict with --move, --xmp or --xmp-embed did.
-
-    Images and what belongs to them go where they were; sidecars and JPEGs are as they were. What was changed since
-    stays, and the exit code is 1.
-
-    [dim]dcp-zoo undo SORTED/predictions.undo.jsonl[/]
-    """
-    from dcp_zoo.deploy.bulk.journal import undo as take_back
-
-    done, stay = take_back(file)
-    for problem in stay:
-        print_error(printable(problem))
-    log(f"Taken back: {done:,} changes of files.")
-    if stay:
-        log(f"Not taken back: {len(stay):,}. Repeat the command when what is in their way is gone.")
-        raise Exit(1)

@@ -17,6 +17,7 @@ from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import shorten
+from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
@@ -110,6 +111,8 @@ class Inspection:
         shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
         shown |= {i for ends in typical.values() for i in ends}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
+        key = page_key([*(item.key for item in items), *names])
+        about = {"key": key, "classes": names, "none": LEAVE_OUT, "column": "change", "run": {}, "places": {}}
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
             title=f"Inspection of {Path(self.data.place).name}",
@@ -125,6 +128,7 @@ class Inspection:
             typical=typical,
             weakest=weakest,
             labelled=names != UNLABELLED,
+            about=about if names != UNLABELLED and self.data.name == "folder" else None,
         )
 
     def typical(self) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,11 @@ class Journal:
     """The changes of a run, in a file of JSON lines."""
 
     file: Path
+    of: str = ""  # the image for which they are made, if they are taken back image by image
 
     def move(self, source: Path, target: Path) -> None:
         """Move a file to a place where there is none."""
-        self._note({"from": os.path.abspath(source), "to": os.path.abspath(target)})  # noqa: PTH100
+        self.note({"from": os.path.abspath(source), "to": os.path.abspath(target)})  # noqa: PTH100
         _move(source, target)
 
     def write(self, file: Path, content: bytes) -> None:
@@ -38,30 +40,48 @@ class Journal:
         end = _common(old[:start:-1], content[:start:-1])
         part = {"start": start, "end": end, "part": b64encode(old[start : len(old) - end]).decode()}
         hashes = {"before": _hash(old), "after": _hash(content)}
-        self._note({"file": os.path.abspath(file)} | part | hashes)  # noqa: PTH100
+        self.note({"file": os.path.abspath(file)} | part | hashes)  # noqa: PTH100
         _write(file, content)
 
-    def _note(self, entry: Values) -> None:
+    def note(self, entry: Values) -> None:
+        """Write a line, also of something else than a change."""
         with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(f"\n{json.dumps(entry)}")  # a kill may have left half a line
+            lines.write(f"\n{json.dumps(entry | {'of': self.of})}")  # a kill may have left half a line
             lines.flush()
             os.fsync(lines.fileno())
 
 
-def undo(file: Path) -> tuple[int, list[str]]:
-    """Take back the changes of a run, the last first: how many are taken back now, and why others stay. Without others
-    the file is removed; with them a later call tries again. ZooError if it is no file of a `Journal`."""
-    entries = []
+def lines_of(file: Path) -> list[Values]:
+    """The lines of a journal; ZooError for another file."""
+    lines = []
     with as_zoo_error(f"{file} is not the undo file of a run ({{}}): they are called TABLE.undo.jsonl."):
         for line in file.read_text("utf-8").split("\n"):
             with suppress(ValueError):  # half a line, whose change was not made
-                entries.append(json.loads(line))
-        if not entries or not all(isinstance(entry, dict) and entry.keys() & {"to", "part"} for entry in entries):
+                lines.append(json.loads(line))
+        if not lines or not all(isinstance(line, dict) and "of" in line for line in lines):
             raise ValueError("it has other lines")
-    found = [_move_back(entry) if "to" in entry else _write_back(entry) for entry in reversed(entries)]
-    if not any(found):
+    return lines
+
+
+def undo(file: Path, of: str = "") -> tuple[int, list[str]]:
+    """Take back the changes of a run, or those for one image, the last first: how many are taken back now, and why
+    others stay. The file keeps these, so that a later call tries again; without others it is removed. ZooError if it is
+    no file of a `Journal`."""
+    lines, stay, problems, done = lines_of(file), list[Values](), list[str](), 0
+    # what a call that was stopped has moved back
+    back = {line["to"]: line["from"] for line in lines if "to" in line and not os.path.lexists(line["to"])}
+    for line in reversed(lines):
+        problem = ""
+        if is_change := not line.keys().isdisjoint({"to", "part"}) and of in ("", line["of"]):
+            problem = _move_back(line) if "to" in line else _write_back(line, back)
+            done += not problem
+        problems += [problem] if problem else []
+        stay += [line] if problem or not is_change else []
+    if not of and not problems:
         file.unlink()
-    return found.count(""), [problem for problem in found if problem]
+    elif done:
+        write_file(file, "\n".join(map(json.dumps, reversed(stay))), ADVICE)
+    return done, problems
 
 
 def _move_back(entry: Values) -> str:
@@ -77,8 +97,8 @@ def _move_back(entry: Values) -> str:
     return ""
 
 
-def _write_back(entry: Values) -> str:
-    file = Path(entry["file"])
+def _write_back(entry: Values, back: Mapping[str, str]) -> str:
+    file = Path(back.get(entry["file"], entry["file"]))
     content = file.read_bytes() if file.exists() else b""
     old = content[: entry["start"]] + b64decode(entry["part"]) + content[len(content) - entry["end"] :]
     if _hash(content) == entry["before"]:

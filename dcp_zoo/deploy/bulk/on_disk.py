@@ -21,6 +21,7 @@ from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
 from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, is_file, move_into, sort_into
 from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.fields import Values
 from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders
 
@@ -106,14 +107,18 @@ def run(
         written = 0
         if outputs.keywords and journal:
             classes = (job.keywords(row, outputs.keywords) for row in answers())
-            written = _write_keywords(places, classes, outputs.embed, journal)
+            written = write_keywords(places, classes, outputs.embed, journal)
         if outputs.features:
             names = [writers.as_unicode(image.name) for image in images]
             write = writers.FEATURES[outputs.features.suffix]
             rows.write(outputs.features, lambda temporary: write(temporary, names, kept))
         if outputs.sheet and predictor:
             about = outputs.sheet, images, predictor.classnames, answers()
-            rows.write(outputs.sheet, partial(writers.write_sheet, *about))
+            keywords = {"embed": outputs.embed, "hierarchy": job.plan.get("hierarchy")} if outputs.keywords else None
+            folder = outputs.sort_into and writers.relative(outputs.sort_into, outputs.sheet.parent)
+            run = {"sorted": folder, "moved": outputs.move, "keywords": keywords}
+            review: Values = {"places": places, "run": run}
+            rows.write(outputs.sheet, partial(writers.write_sheet, *about, review=review))
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
         rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
         failed = [row["error"] for row in answers() if "error" in row]
@@ -146,7 +151,7 @@ def _renamed(answers: Callable[[], Iterator[Row]], images: Sequence[Found]) -> I
         yield row | {"image": image.name}
 
 
-def _write_keywords(
+def write_keywords(
     places: Iterable[Path | None], classes: Iterable[list[str] | None], embed: bool, journal: Journal
 ) -> int:
     """Write the class of each image into its files of keywords; returns into how many. A warning counts those that

@@ -100,9 +100,15 @@ SIZE = 128  # pixels of a thumbnail's longer side
 
 
 def write_sheet(
-    path: Path, images: Sequence[Found], classnames: Sequence[str], rows: Iterable[Row], temporary: str
+    path: Path,
+    images: Sequence[Found],
+    classnames: Sequence[str],
+    rows: Iterable[Row],
+    temporary: str,
+    review: Values | None = None,
 ) -> None:
-    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place."""
+    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place.
+    `review`: "places", where each image is if it is a file, and what the run did with them, for a `Review`."""
     counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):
         if "error" in row:
@@ -115,7 +121,10 @@ def write_sheet(
 
     def pictures(name: str) -> Iterator[Values]:
         """Of one class, the least certain first, and those that a person labelled last."""
-        entries = [(images[-index], row) for _, index, row in sorted(least[name], reverse=True)]
+        shown = sorted(least[name], reverse=True)
+        entries = [(images[-index], row) for _, index, row in shown]
+        files = {images[-index].name: places[-index] for _, index, _ in shown} if places else {}
+        about["places"] |= {name: relative(place, path.parent) for name, place in files.items() if place}
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
             yield {
@@ -128,24 +137,35 @@ def write_sheet(
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
-    # what a browser keeps the corrections by: those of the same images and classes
-    names = "\n".join([*(image.name for image in images), *classnames])
-    key = f"dcp_zoo {sha256(names.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    about: Values = {"key": page_key([*(image.name for image in images), *classnames]), "classes": classnames}
+    about |= {"none": NONE, "column": "class", "run": {}} | (review or {})
+    places, about["places"] = about.get("places"), {}
     content = {
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
         "classes": len(counts.keys() - {NONE}),
         "pictures": pictures,
         "errors": errors,
         "total": len(images),
-        "about": {"key": key, "classes": classnames, "none": NONE},
+        "about": about,
     }
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
 
 
+def page_key(names: Iterable[str]) -> str:
+    """By what a browser keeps the marks of a page: those of the same images and classes."""
+    return f"dcp_zoo {sha256(chr(10).join(names).encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
 def _link(path: str, folder: Path) -> str:
     """The address of an image file on a page in the folder."""
+    found = relative(path, folder)
+    return Path(found).as_uri() if os.path.isabs(found) else quote(os.fsencode(found))  # noqa: PTH117
+
+
+def relative(path: str | Path, folder: Path) -> str:
+    """A path that starts in a folder, if it is not on another drive of Windows."""
     try:
-        return quote(os.fsencode(os.path.relpath(path, folder)))
-    except ValueError:  # on another drive of Windows
-        return Path(path).absolute().as_uri()
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(Path(path).absolute())

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import count
@@ -102,9 +102,11 @@ def sort_into(
     return targets
 
 
-def move_into(files: Sequence[str], folders: Iterable[str | None], place: Path, journal: Journal) -> list[Path | None]:
-    """Move each image to `place/FOLDER/NAME`, with a number if that or what belongs there is taken; those without a
-    folder stay. Returns where each image is that was moved."""
+def move_into(
+    files: Sequence[str], folders: Iterable[str | None], place: Path, journal: Journal, reserved: Container[str] = ()
+) -> list[Path | None]:
+    """Move each image to `place/FOLDER/NAME`, with a number if that or what belongs there is taken, or the path without
+    its suffix is `reserved`; those without a folder stay. Returns where each image is that was moved."""
     targets, belonging = list[Path | None](), cache(companions)
     for source, folder in zip(map(Path, files), folders, strict=True):
         targets.append(None)
@@ -112,7 +114,8 @@ def move_into(files: Sequence[str], folders: Iterable[str | None], place: Path, 
             continue
         others = belonging(source.parent).get(source.name, ())
         named = (place / folder / _numbered(source, number) for number in count(1))
-        targets[-1] = target = next(path for path in named if not _taken(path, source, others))
+        free = (path for path in named if str(path.with_suffix("")) not in reserved)
+        targets[-1] = target = next(path for path in free if not _taken(path, source, others))
         with writing_to(target, "choose another --sort-into"):
             for other in others:
                 journal.move(source.with_name(other), _beside(target, source, other))

@@ -1,12 +1,17 @@
-// Corrects the predictions of a contact sheet. Every figure gets a button; marks, the right classes of files, are kept
-// in the browser and saved as a labels file.
+// Marks what is right on a page. Every figure gets a button; marks, of files, are kept by `dcp-zoo review` or, on a page
+// that was opened as a file, in the browser, until they are saved as a table.
 const about = JSON.parse(document.getElementById("about").textContent);
 const get = (id) => document.getElementById(id);
 const picker = get("picker"), text = get("text"), list = get("list"), status = get("status");
 const figures = new Map(); // of buttons: {file, guess, figure, link}
-let kept = true, picked = null, active = 0;
+const before = []; // [button, mark] of each change, for undo
+const table = {class: "corrections.csv", change: "changes.csv"}[about.column];
+let kept = true, picked = null, active = 0, saving = Promise.resolve();
+
+const served = location.protocol === "http:" && await fetch("marks").then((answer) => answer.ok ? answer.json() : null, () => null);
 
 function load() {
+  if (served) return new Map(served);
   try {
     return new Map(JSON.parse(localStorage.getItem(about.key) || "[]"));
   } catch {
@@ -15,15 +20,35 @@ function load() {
   }
 }
 
-function keep() {
+const marks = load(); // file -> class
+
+function keep(file, message) {
+  if (served) return saving = saving.then(() => send(file, marks.get(file) ?? null, message));
   try {
     localStorage.setItem(about.key, JSON.stringify([...marks]));
   } catch {
     kept = false;
   }
+  say(message);
 }
 
-const marks = load(); // file -> class
+const saved = new Map(marks); // what the server has
+
+async function send(file, name, message) {
+  say(`${message} Saving.`);
+  const answer = await fetch("say", {method: "POST", body: JSON.stringify([file, name])}).catch(() => null);
+  if (answer?.ok) {
+    set(saved, file, name);
+    return say(`${message} Saved.`);
+  }
+  set(marks, file, saved.get(file) ?? null);
+  showAll(file);
+  say(`Not saved: ${answer ? await answer.text() : "dcp-zoo review has ended. Start it again, and open its new address."}`);
+}
+
+function set(map, file, name) {
+  name === null ? map.delete(file) : map.set(file, name);
+}
 
 function show(button) {
   const {file, guess, figure} = figures.get(button), mark = marks.get(file);
@@ -31,6 +56,10 @@ function show(button) {
   figure.dataset.state = state;
   button.textContent = {"not checked": guess, right: `✓ ${guess}`, corrected: `→ ${mark}`}[state];
   button.setAttribute("aria-label", `${button.textContent}, ${state}, ${figure.title}`);
+}
+
+function showAll(file) { // it may be on the page twice
+  for (const [button, figure] of figures) if (figure.file === file) show(button);
 }
 
 function say(message = "") {
@@ -41,11 +70,19 @@ function say(message = "") {
 
 function mark(button, name) {
   const {file, guess} = figures.get(button);
-  name === null ? marks.delete(file) : marks.set(file, name);
-  keep();
-  show(button);
-  say(name === null ? "Not checked." : name === guess ? `${name} is right.` : `${name}, not ${guess}.`);
+  before.push([button, marks.get(file) ?? null]);
+  set(marks, file, name);
+  showAll(file);
+  keep(file, name === null ? "Not checked." : name === guess ? `${name} is right.` : `${name}, not ${guess}.`);
   if (name !== null) (neighbour(button, 1) || button).focus();
+}
+
+function undo() {
+  const [button, name] = before.pop() ?? [];
+  if (!button) return;
+  mark(button, name);
+  before.pop();
+  button.focus();
 }
 
 // ------------------------------------------------------------------------------------------------------- move and press
@@ -86,9 +123,10 @@ const keys = {
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "s" && (event.ctrlKey || event.metaKey)) {
+  const command = {s: save, z: undo}[event.key];
+  if (command && (event.ctrlKey || event.metaKey) && !picker.open) {
     event.preventDefault();
-    save();
+    command();
   }
   if (event.ctrlKey || event.metaKey || event.altKey || !figures.has(event.target)) return;
   const letter = event.key.length === 1 && event.key !== " " ? event.key : null;
@@ -106,7 +144,7 @@ function choices() { // [class, what is shown of it]: the guess first, or those 
   const place = (name) => typed ? name.toLowerCase().indexOf(lower) : name === guess ? 0 : 1;
   const found = [...known()].filter((name) => place(name) >= 0);
   found.sort((a, b) => Math.min(place(a), 1) - Math.min(place(b), 1));
-  const isNew = typed && !found.some((name) => name.toLowerCase() === lower);
+  const isNew = about.column === "class" && typed && !found.some((name) => name.toLowerCase() === lower);
   return [...found.map((name) => [name, name]), ...(isNew ? [[typed, `new class: ${typed}`]] : [])];
 }
 
@@ -135,7 +173,7 @@ function open(button, letter) {
   get("file").textContent = figure.title;
   const picture = get("picture"), small = figure.querySelector("img").src;
   picture.onerror = () => { picture.onerror = null; picture.src = small; }; // a kind that browsers do not show
-  picture.src = link || small;
+  picture.src = served ? `picture?${encodeURIComponent(JSON.stringify(figures.get(button).file))}` : link || small;
   text.value = letter;
   picker.showModal();
   text.focus();
@@ -171,27 +209,30 @@ const cell = (value) => {
 };
 
 function save() {
-  const rows = [["file", "class"], ...marks].map((row) => row.map(cell).join(",") + "\r\n");
+  if (served) return;
+  const rows = [["file", about.column], ...marks].map((row) => row.map(cell).join(",") + "\r\n");
   const parts = `\ufeff${rows.join("")}`.split(/([\udc80-\udcff])/u); // such a lone surrogate is a byte of a file name
   const bytes = parts.map((part, i) => i % 2 ? new Uint8Array([part.charCodeAt(0) - 0xdc00]) : part);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob(bytes, {type: "text/csv"}));
-  link.download = "corrections.csv";
+  link.download = table;
   link.click();
-  say("Saved corrections.csv.");
+  say(`Saved ${table}.`);
 }
 
-for (const section of document.querySelectorAll("section")) {
-  for (const figure of section.querySelectorAll("figure")) {
-    const button = document.createElement("button"), link = figure.querySelector("a");
-    button.type = "button";
-    link.after(button);
-    link.tabIndex = -1; // the picture is also in the dialogue
-    figures.set(button, {file: JSON.parse(figure.dataset.file), guess: JSON.parse(section.dataset.class), figure, link: link.href});
-    button.addEventListener("click", () => open(button, ""));
-    show(button);
-  }
+for (const figure of document.querySelectorAll("figure[data-file]")) {
+  const button = document.createElement("button"), link = figure.querySelector("a"), image = figure.querySelector("img");
+  button.type = "button";
+  (link ?? image).after(button);
+  if (link) link.tabIndex = -1; // the picture is also in the dialogue
+  if (link && served) link.removeAttribute("href");
+  const file = JSON.parse(figure.dataset.file), guess = JSON.parse(figure.closest("[data-class]").dataset.class);
+  figures.set(button, {file, guess, figure, link: link?.href});
+  button.addEventListener("click", () => open(button, ""));
+  show(button);
 }
+get("save").textContent = `Save ${table} (Ctrl+S)`;
 get("save").addEventListener("click", save);
 for (const part of document.querySelectorAll("[hidden]")) part.hidden = false;
+get("save").hidden = Boolean(served);
 say();
