@@ -94,6 +94,7 @@ def _move_back(entry: Values) -> str:
     _move(target, source)
     with suppress(OSError):  # other files are there
         target.parent.rmdir()
+        target.parent.parent.rmdir()  # of its class, if that is by date
     return ""
 
 

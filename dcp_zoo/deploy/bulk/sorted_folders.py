@@ -85,6 +85,7 @@ def sort_into(
                     old.unlink() if os.path.lexists(target) else old.rename(target)
                     with suppress(OSError):  # other files are there
                         old.parent.rmdir()
+                        old.parent.parent.rmdir()  # of its class, if that is by date
                 if not link and not _is_copy(source, target):
                     target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
                     write_file(target, partial(shutil.copy2, source), advice, temporary)
@@ -145,7 +146,8 @@ def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path],
     for line in (place / RECORD).read_text().splitlines() if sources and (place / RECORD).is_file() else ():
         with suppress(ValueError, TypeError):  # half a line, which a kill may leave
             folder, file, name, size, seconds = json.loads(line)
-            if all(part == Path(part).name and part != ".." for part in (folder, file)):  # it leads out of no folder
+            parts = (*folder.split("/"), file)
+            if all(part and part == Path(part).name != ".." for part in parts):  # it leads out of no folder
                 recorded[place / folder / file] = str(name), int(size), float(seconds)
     own, lost = dict[str, Path](), dict[str, int]()
     for path, (name, size, seconds) in recorded.items():
