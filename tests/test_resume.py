@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import three_digits, trained, until
+from helpers import close, three_digits, trained, until
 from PIL import Image
 from shared import build_tiny_clip
 from small_zoo import SERVER
@@ -66,6 +66,15 @@ def start(golden, photos, views):
         return model, ImageSource(model.encoder, photos, transform, workers=2 if kind == "workers" else 0)
 
     return make
+
+
+def test_stored_tokens_say_what_the_images_say(start, views):
+    """All parts of each reading, what the stem says of the whole image too, to half precision."""
+    model, late = start("late")
+    for reading in model.readings:
+        read = late.read_by(reading, 1)
+        assert read.shape[-1] == sum(reading.widths)
+        assert close(read, views.read_by(reading, 1), 2e-3)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -1,9 +1,11 @@
 """What a model reads of images, as far as it has been computed: a tensor alone is pixels."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Self = TypeVar("Self", bound="Inputs")
@@ -53,6 +55,17 @@ class Tokens(Inputs):
 
     block: int = 0
     backbone: Tensor | None = None  # as of `Maps`
+
+
+def packed(inputs: Maps | Tokens) -> Tensor:
+    """What is read of each image as one row (B, X + V), as it is stored."""
+    return torch.cat([inputs.x.flatten(1), *([] if inputs.backbone is None else [inputs.backbone])], 1)
+
+
+def unpacked(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """x (B, *shape) and the backbone of `packed` rows."""
+    size = math.prod(shape)
+    return rows[:, :size].unflatten(1, tuple(shape)), rows[:, size:] if rows.shape[1] > size else None
 
 
 class Features(Inputs):

@@ -19,7 +19,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Features, Inputs, Pixels
+from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
@@ -120,9 +120,10 @@ class ImageSource:
         count = count if self.views is None else min(count, len(self.views))
         if self._read is not None and len(self._read) >= count:
             return self._read[:count]
-        kept = "" if self.crops else "all features"
+        rounded = self.views is not None and self.views.dtype == torch.half
+        kept = "" if self.crops or rounded else "all features"
         features = encode_views(self, self.clip.read, count, progress, kept=kept).float()
-        if kept:
+        if not self.crops:
             self._read = features
         return features
 
@@ -201,8 +202,10 @@ def image_source(
     stem, views = clip.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * (math.prod(stem.grid) * stem.width + stem.backbone_width) if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
-        source.views = encode_views(source, lambda inputs: stem.packed(inputs.x), views, progress, "images", "maps")
-        source.form = stem.unpacked
+        source.views = encode_views(
+            source, lambda inputs: packed(stem.maps(inputs.x)), views, progress, "images", "maps"
+        )
+        source.form = lambda rows: Maps(*unpacked(rows, (stem.width, *stem.grid)))
     else:
         source.flips = augment == "flip"
     source.precision = precision  # not of patch maps, which other models may read

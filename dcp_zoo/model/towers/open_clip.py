@@ -210,17 +210,6 @@ class VisionTower:
         """Images (B, 3, H, W) -> `patch_maps`, and what a stem says of the whole image."""
         return Maps(self.patch_maps(images))
 
-    def packed(self, images: Tensor) -> Tensor:
-        """`maps` as one row for each image (B, Dv h w + V), as they are stored."""
-        maps = self.maps(images)
-        return torch.cat([maps.x.flatten(1), *([] if maps.backbone is None else [maps.backbone])], 1)
-
-    def unpacked(self, rows: Tensor) -> Maps:
-        """The maps of `packed` rows."""
-        size = self.width * self.grid[0] * self.grid[1]
-        maps, backbone = rows[:, :size].unflatten(1, (self.width, *self.grid)), rows[:, size:]
-        return Maps(maps, backbone if backbone.shape[1] else None)
-
     def embed(self, images: Images) -> Tokens:
         """Pixels, or their patch maps -> the tokens x (B, N, Dv) that enter block 0."""
         inputs = as_inputs(images)

@@ -7,7 +7,6 @@ training the prompts are rounded as they will be stored, and the stored statisti
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -17,7 +16,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.model.config import Abilities
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.inputs import Inputs, Tokens
+from dcp_zoo.model.inputs import Inputs, Tokens, packed, unpacked
 from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.text_probe import probe_views
@@ -60,9 +59,13 @@ def frozen_tokens(
         return source, fixed
 
     def enter(inputs: Inputs) -> Tensor:
-        return model.encoder.enter(inputs, first).x.half()
+        return packed(model.encoder.enter(inputs, first)).half()
 
-    views, form = encode_views(source, enter, source.num_views, progress), partial(Tokens, block=first)
+    def form(rows: Tensor) -> Tokens:
+        x, backbone = unpacked(rows, (tower.num_tokens, tower.width))
+        return Tokens(x, first, backbone)
+
+    views = encode_views(source, enter, source.num_views, progress)
     return replace(source, views=views, form=form, flips=False), replace(fixed, views=views, form=form)
 
 
