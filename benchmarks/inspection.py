@@ -81,12 +81,12 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
     """Measure what the file of results does not have for the current weights yet."""
     table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL)
     with TemporaryDirectory() as folder:
-        for (name, which), measure in product(SETS.items(), (labels, suggestions, estimates)):
+        for (name, which), measure in product(SETS.items(), (labels, estimates, suggestions)):
             images = None
             for seed in DRAWS:
                 head = weights_id(MODEL), measure.__name__, name, seed
                 if head not in table:
-                    drawn = which if measure is labels else replace(which, images=10**6)
+                    drawn = replace(which, images=10**6) if measure is suggestions else which
                     images = images or Images(clip, draw(drawn, data_root, Path(folder), 0))
                     table.add((*head, *row) for row in measure(images, seed))
         for name, others in product(*[REPORTING] * 2):

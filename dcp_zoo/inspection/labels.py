@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -44,9 +44,10 @@ class OutOfFold:
         evidence, or if there is one of each class, without."""
         groups, evidence = self.groups, self.evidence
         if shots == 1:
-            groups = self.task.safe_groups(len(self.task.widths))
-            text = text_logits(self.task)[train]
-            evidence = without_evidence(F.cross_entropy(text, self.task.labels[train]), text.shape[1], len(groups))
+            drawn = replace(self.task, views=self.task.views[:, train], labels=self.task.labels[train])
+            groups = drawn.safe_groups(len(drawn.widths))
+            text = text_logits(drawn)
+            evidence = without_evidence(F.cross_entropy(text, drawn.labels), text.shape[1], len(groups))
         fitted, _, _ = self.task.without(~train, groups)
         return fitted.logits(self.task.views[0, test], evidence).argmax(1)
 
