@@ -80,7 +80,7 @@ def inspect(
     new_names = read_names(names, data.classnames) if names else None
     how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
     found = find(root, False if no_labels else labels, **how)
-    page, table = found.write(folder)
+    page, _ = found.write(folder)
     counts = {
         "labels that may be wrong": len(found.suspects),
         "images that may show none of the classes": len(found.of_no_class),
@@ -103,7 +103,7 @@ def inspect(
             "Rename the classes where you gave the labels." if better else "The new names are not significantly better."
         )
         output.print(*map(escape, rename or [advice]), sep="\n", soft_wrap=True)
-    output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels, edit {table}.")
+    output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
     advise_larger(model)
 
 
