@@ -4,6 +4,7 @@
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
     python benchmarks/rejection.py --data-root DATA --corrected  writes results/rejection_corrected.csv
     python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
+    python benchmarks/rejection.py --real-clip CLIP_FOLDER --examples   writes results/rejection_examples.csv
 
 DATA: see `sets.py`. A text probe is trained on a few images of half of the classes of a set, another half for every
 seed. Its known test images are compared with test images of the other half ("near"), and of all other sets ("far";
@@ -13,6 +14,10 @@ and 40 classes of Tiny ImageNet.) --real-clip takes features of
 the real CLIP ViT-B/32, see `real_clip.py`, without its text, of which only parts are known; these sets took part in
 the choice. Of two sets that share a kind of thing neither is far from the other.
 
+--examples gives a head images of three look-alikes, of the classes of the other half whose training images it accepts
+most. An image is refused, too, if it is nearer to one of them, and further from the class means, than 98 % of the
+training images that were left out. No head has this rule yet.
+
 --corrected fits a head to about 30 images, at least two of each class, and again to half as many more of the same
 classes: random ones, mistakes of the first head, or those that it is least certain about, with their true labels. The
 threshold is set by all images, or by the first ones. Part "choosing" decided that; nothing was chosen by "reporting".
@@ -21,6 +26,7 @@ threshold is set by all images, or by the first ones. Part "choosing" decided th
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -51,6 +57,7 @@ HEADS_OWN = "entropy and distance"  # the score that heads reject by
 REAL = {"Caltech-101": "caltech101", "flowers": "oxford_flowers", "actions": "ucf101", "aircraft": "fgvc"}
 RELATED = [{"Caltech-101", "flowers"}, {"Caltech-101", "aircraft"}]
 PARTS = {"choosing": CHOOSING, "reporting": REPORTING}
+EXAMPLES = 6, 7  # images of each class of a head, and examples of each look-alike
 FIRST, DRAWS = 30, range(1, 7)  # images of the first head, and its classes and images
 Linear = tuple[Tensor, Tensor]
 
@@ -198,6 +205,45 @@ def corrected(name: str, sets: Mapping[str, Features], seed: int) -> Iterator[di
             yield {**row, "known": 100 - row["known"]}
 
 
+def with_examples(name: str, sets: Mapping[str, RealFeatures], seed: int) -> Iterator[dict[str, Any]]:
+    """A row for each number of examples of look-alikes: the percentages of images that are refused or accepted."""
+    own, rng = sets[name], random.Random(seed)
+    classes = sorted(rng.sample(range(len(own.names)), min(20, len(own.names) // 2)))
+    of_each = [rng.sample((own.labels == label).nonzero().flatten().tolist(), EXAMPLES[0]) for label in classes]
+    rows, text = [row for found in of_each for row in found], whole(own, classes)
+    probe, _ = fitted(own, rows, classes)
+    left_out = [(rows[part::4], [row for row in rows if row not in rows[part::4]]) for part in range(4)]
+    folds = [(fitted(own, rest, classes)[0], own.train[0, out]) for out, rest in left_out]
+
+    def below(f: Tensor) -> Tensor:
+        return scores(own.train[:, rows], text, probe, f)[HEADS_OWN] < probe.threshold
+
+    others = [label for label in range(len(own.names)) if label not in classes]
+    accepted = {label: (~below(own.train[0, own.labels == label])).float().mean().item() for label in others}
+    alike = rng.sample(sorted(others, key=accepted.__getitem__)[-max(6, len(others) // 3) :], 3)
+    pool = [rng.sample((own.labels == label).nonzero().flatten().tolist(), EXAMPLES[1]) for label in alike]
+    tested = {"known_refused": torch.isin(own.test_labels, torch.tensor(classes))}
+    tested |= {"alike_passed": torch.isin(own.test_labels, torch.tensor(alike))}
+    images = {what: own.test[which] for what, which in tested.items()}
+    images["far_passed"] = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
+    for number in (0, 5, 20):
+        examples = own.train[0, [row for each in zip(*pool, strict=True) for row in each][:number]]
+
+        def margin(fit: Any, f: Tensor, examples: Tensor = examples) -> Tensor:
+            unit, _ = fit.measure(fit.classes)
+            return fit.distance(f, fit.classes) - torch.cdist(f * unit, examples * unit).amin(1)
+
+        limit = torch.inf
+        if number:
+            margins = torch.cat([margin(*fold) for fold in folds])
+            limit = (margins.mean() + NormalDist().inv_cdf(0.98) * margins.std()).item()
+        row: dict[str, Any] = {"set": name, "seed": seed, "examples": number}
+        for what, f in images.items():
+            refused = below(f) if not number else below(f) | (margin(probe, f) > limit)
+            row[what] = 100 * (refused if what == "known_refused" else ~refused).float().mean().item()
+        yield row
+
+
 def auroc(inside: Tensor, outside: Tensor) -> float:
     labels = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
     return 100 * float(roc_auc_score(labels.numpy(), torch.cat([inside, outside]).numpy()))
@@ -207,12 +253,20 @@ def main(
     data_root: Annotated[Path | None, typer.Option(help="Folder with the sets, see sets.py.")] = None,
     real_clip: Annotated[Path | None, typer.Option(help="Folder with features of the real CLIP.")] = None,
     choose: Annotated[bool, typer.Option("--choose", help="Compare scores on the sets for choosing.")] = False,
+    examples: Annotated[bool, typer.Option("--examples", help="With --real-clip: measure examples of none.")] = False,
     corrections: Annotated[bool, typer.Option("--corrected", help="Measure thresholds after corrections.")] = False,
 ) -> None:
     """Measure all sets and write the table."""
     if real_clip:
         part, images = "_clip", (2, 4, 8)
         sets: Any = {name: RealFeatures(real_clip / f"{file}.npz") for name, file in REAL.items()}
+        if examples:
+            table = pd.DataFrame(
+                row for name in sets for seed in DRAWS for row in with_examples(name, sets, seed)
+            ).round(1)
+            table.to_csv(RESULTS / "rejection_examples.csv", index=False)
+            print(table.groupby(["set", "examples"]).mean(numeric_only=True).round(1).to_string())
+            return
     elif data_root and corrections:
         with TemporaryDirectory() as folder:
             pools = {**CHOOSING, **REPORTING}

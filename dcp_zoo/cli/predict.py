@@ -182,6 +182,8 @@ def predict(options: PredictOptions) -> None:
             log(f"Keywords were written into {done.keywords:,} files.")
         if done.undo and done.undo.exists():
             log(f"To take back what was changed: dcp-zoo undo {done.undo}")
+        if options.sheet:
+            log(f"To correct predictions: dcp-zoo review {options.sheet}")
         say_together(done.changed, done.images, done.counts, options)
     else:
         failed = show_on_screen(find_images(sources), options)

@@ -49,9 +49,9 @@ def serve_review(review: Review, port: int, say: Callable[[str], None]) -> None:
             content: str | bytes | None = "Open the address that dcp-zoo review has printed."
             status = 403
             if allowed and answer:
-                size = min(int(self.headers["Content-Length"] or 0), MOST)
-                text = unquote(query) or self.rfile.read(size).decode()
                 try:
+                    size = min(int(self.headers["Content-Length"] or 0), MOST)
+                    text = unquote(query) or self.rfile.read(size).decode()
                     with lock:
                         status, content = 200, answer(text)
                 except (ValueError, TypeError, OSError) as error:  # a ZooError is one

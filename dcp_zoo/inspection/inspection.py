@@ -1,7 +1,7 @@
 """Inspect labelled images before training: a page and a CSV file of what was found, and a copy with changes."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected, text_logits
 from dcp_zoo.inspection.look import Seen, look
+from dcp_zoo.inspection.names import Gain, gain, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import Read
@@ -65,6 +66,8 @@ class Inspection:
     problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
     tested: tuple[Accuracy, Accuracy] | None  # on the test images, and without those that are also training images
+    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `names.unknown`
+    gains: Sequence[Gain] = ()  # by the names alone, and by the text probe, if new names are to be compared
 
     @cached_property
     def rows(self) -> list[Inspected]:
@@ -153,7 +156,13 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
 @fair_threads()
 @torch.no_grad()
 def inspect(
-    images: Images, labels: Labels = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
+    images: Images,
+    labels: Labels = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    model: str = "dcp_mini",
+    device: str = "auto",
+    progress: Progress = bar,
 ) -> Inspection:
     """Inspect images before training: wrong labels, duplicates, bad images, classes that look alike, and the accuracy
     to expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
@@ -164,6 +173,7 @@ def inspect(
         labels: one per image; for a folder omitted, a CSV file with the columns file and class, or `xmp:cat,dog`, which
             keywords in its images are classes. False for an unsorted folder, of which only duplicates and bad images
             are found.
+        names: other names for some of the classes, to compare with those that they have.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
@@ -185,8 +195,19 @@ def inspect(
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
         raise ZooError(f"{problem}. Replace them, or remove the class.")
-    start = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), start, tuple(seen.widths)), target)
+
+    def judge(classnames: Sequence[str]) -> OutOfFold:
+        text = on_cpu(clip.scaled(clip.zero_shot_classifier(check_classnames(classnames))))
+        return out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
+
+    judged, gains = judge(data.classnames), list[Gain]()
+    if names:
+        other = judge([names.get(name, name) for name in data.classnames])
+        pairs = {
+            "By the names alone": (text_logits(judged.task), text_logits(other.task)),
+            "By a text probe": (judged.log_probabilities, other.log_probabilities),
+        }
+        gains = [gain(by, old.argmax(1), new.argmax(1), target) for by, (old, new) in pairs.items()]
     test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
     copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(
@@ -199,6 +220,8 @@ def inspect(
         problems,
         learning_curve(judged),
         _tested(judged, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
+        [data.classnames[label] for label in unknown(text_logits(judged.task), target)],
+        gains,
     )
 
 
