@@ -131,7 +131,7 @@ PICTURES = {
     "reads.svg": Picture(reads, [doc_tables.RESULTS / "reads.csv", ROOT / "benchmarks" / "sets.py"]),
     "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
     "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
-    "predictions.png": Picture(
+    "predictions.webp": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]
     ),
     "scaling.svg": Picture(script("benchmarks/scaling.py"), [doc_tables.RESULTS / "scaling_simulated.csv"]),

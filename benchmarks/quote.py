@@ -60,7 +60,7 @@ BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<source>.*?) -->\n).*?(?P<end><!--
 UNIT = r"(?:%|(?:points?|ms|s|seconds?|minutes?|h|hours?|[kMG]B|times|G?FLOPs?|x(?! ?\d))\b)"
 MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\b(?![.\d])")
 COMPARISON = re.compile(
-    r"\b(?:above|below|ahead|behind|level with|on par|better|worse|beats?|outperforms?|(?:more|less) accurate)\b"
+    r"\b(?:above|below|ahead|behind|level|on par|better|worse|beats?|outperforms?|trails?|(?:more|less) accurate)\b"
 )
 NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Create `docs/images/demo.png`, what the demo shows first, and `demo_train.png`, its trained example, in Chromium.
+"""Create `docs/images/demo.webp`, what the demo shows first, and `demo_train.webp`, its trained example, in Chromium.
 
 pip install '.[dev,docs]' && python hub/demo_picture.py
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+from walk_pictures import save_picture
 
 from dcp_zoo.demo import DEFAULT_HEAD, demo_server
 
@@ -29,23 +30,23 @@ def main() -> None:
         page.set_default_timeout(TIMEOUT)
         page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
         page.wait_for_selector(".dcp-card")
-        save(page, "demo.png")
+        save(page, "demo.webp")
         page.get_by_role("tab", name="Train", exact=True).click()
         page.get_by_role("button", name="Try an example").click()
         page.locator(".dcp-thumbnails img").last.wait_for()
         page.get_by_role("button", name="Train", exact=True).click()
         page.get_by_role("region", name="Predictions for the held-out images").wait_for()
-        save(page, "demo_train.png")
+        save(page, "demo_train.webp")
         browser.close()
     server.should_exit = True
     thread.join()
 
 
 def save(page: Page, name: str) -> None:
-    """Save a screenshot of the page at rest, with 128 colours."""
+    """Save a screenshot of the page at rest."""
     page.wait_for_function("!document.querySelector('.pending')")
     page.wait_for_timeout(1000)  # for the fade to end
-    Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(128).save(IMAGES / name, optimize=True)
+    save_picture(Image.open(io.BytesIO(page.screenshot())), IMAGES / name)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Create the pictures of `docs/walk_photographer.md` in Chromium: its commands run, and what they made is shown.
-`inspection.png` is of another folder, with two wrong labels and two copies.
+`inspection.webp` is of another folder, with two wrong labels and two copies.
 
 pip install '.[dev]' && python hub/walk_pictures.py
 """
 
+import html
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -23,49 +25,69 @@ from dcp_zoo.texts import NONE
 DOCS = Path(__file__).parents[1] / "docs"
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
 SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these headings to the second
-WIDTH, SHEET = 620, 580  # pixels; the second is the height of the contact sheet
+WIDTH, SHEET, SCALE = 620, 580, 2  # in CSS pixels; the second is the height of the contact sheet
+QUALITY = 80  # of WebP
+WIDE = {"COLUMNS": "84"}  # of the terminal
 CORRECTED = 5  # otters, in the picture of the contact sheet
 STYLE = """body { font: 15px system-ui; margin: 8px } h2 { font-size: 15px; margin: 10px 0 4px }
-img { width: 71px; height: 54px; object-fit: cover }"""
+img { width: 71px; height: 54px; object-fit: cover } pre { font-size: 12px }"""
+TRAIN = "dcp-zoo train LABELLED --output my_head\n"
 
 
 def main() -> None:
     """Walk, and save the screenshots."""
     with TemporaryDirectory() as temporary, sync_playwright() as driver:
         folder = Path(temporary)
-        walk(folder)
+        said = walk(folder)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        save(opened(browser, folder / "to_label" / "found.html"), "walk_suggest.png", 0, 500)
+        save(opened(browser, folder / "to_label" / "found.html"), "walk_suggest.webp", 0, 500)
+        save_whole(browser, as_page(folder / "LABELLED"), folder, "walk_label.webp")
+        save_whole(browser, f"<style>{STYLE}</style><pre>{html.escape(said)}</pre>", folder, "walk_train.png")
         view = opened(browser, folder / "SORTED" / "sheet.html")
         correct(view)
-        save(view, "walk_sheet.png", 0, SHEET)
-        (folder / "sorted.html").write_text(as_page(folder / "SORTED"))
-        view = opened(browser, folder / "sorted.html")
-        save(view, "walk_sorted.png", 0, view.evaluate("document.body.offsetHeight") + 16)
+        save(view, "walk_sheet.webp", 0, SHEET)
+        save_whole(browser, as_page(folder / "SORTED"), folder, "walk_sorted.webp")
         view = opened(browser, inspected(folder / "inspected"))
         top, bottom = (view.get_by_role("heading", name=name).evaluate("e => e.offsetTop") for name in SHOWN)
-        save(view, "inspection.png", top - 16, bottom - top)
+        save(view, "inspection.webp", top - 16, bottom - top)
         browser.close()
 
 
-def walk(folder: Path) -> None:
-    """Run the code blocks of the page in a folder."""
-    page = (DOCS / "walk_photographer.md").read_text()
+def walk(folder: Path) -> str:
+    """Run the code blocks of the page in a folder; what the first training says."""
+    page, said = (DOCS / "walk_photographer.md").read_text(), ""
     for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
-        subprocess.run(command, cwd=folder, check=True)
+        run = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | WIDE)
+        said = run.stdout if code == TRAIN else said
+    return f"$ {TRAIN}{said}"
 
 
 def opened(browser: Browser, page: Path) -> Page:
-    view = browser.new_page(viewport={"width": WIDTH, "height": 1200}, color_scheme="light")
+    view = browser.new_page(viewport={"width": WIDTH, "height": 1200}, color_scheme="light", device_scale_factor=SCALE)
     view.goto(page.as_uri())
     return view
 
 
 def save(view: Page, name: str, top: int, height: int) -> None:
-    """Save a part of the page, from `top` on, with 128 colours."""
+    """Save a part of the page, from `top` on; text without photographs as PNG."""
     shown = view.screenshot(clip={"x": 0, "y": top, "width": WIDTH, "height": height})
-    Image.open(io.BytesIO(shown)).convert("RGB").quantize(128).save(DOCS / "images" / name, optimize=True)
+    save_picture(Image.open(io.BytesIO(shown)), DOCS / "images" / name)
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """WebP for photographs, PNG with few colours for text."""
+    if file.suffix == ".webp":
+        picture.convert("RGB").save(file, quality=QUALITY, method=6)
+    else:
+        picture.convert("RGB").quantize(16).save(file, optimize=True)
+
+
+def save_whole(browser: Browser, content: str, folder: Path, name: str) -> None:
+    """Save a page of this content, from its beginning to its end."""
+    (folder / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{content}")
+    view = opened(browser, folder / "page.html")
+    save(view, name, 0, view.evaluate("document.body.offsetHeight") + 16)
 
 
 def correct(view: Page) -> None:
@@ -81,7 +103,7 @@ def correct(view: Page) -> None:
 
 def as_page(folder: Path) -> str:
     """A page with the pictures in each folder of a folder."""
-    rows = [f"<!doctype html><style>{STYLE}</style>"]
+    rows = [f"<style>{STYLE}</style>"]
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = sorted(place.iterdir())
         rows.append(f"<h2>{folder.name}/{place.name}, {len(files)} files</h2>")

@@ -96,11 +96,13 @@ def test_methods_are_compared_over_sets(tmp_path, monkeypatch):
     ]
 
 
-def test_the_words_of_readme_follow_the_interval_over_sets():
-    """Computed again from the file, without the functions that write the words."""
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/models.md"])
+def test_words_follow_the_interval_over_sets(page):
+    """Computed again from the file, without the functions that write the words: the pages have no other such words, see
+    `test_every_number_and_comparison_is_marked`."""
     words = re.findall(
         r"(better than|worse than|not significantly different from)<!--= set_versus\((.*?)\) -->",
-        quote.PAGES[0].read_text(),
+        (quote.ROOT / page).read_text(),
     )
     assert words
     rows = quote.pd.concat(quote.pd.read_csv(quote.RESULTS / f"{x}.csv", keep_default_na=False) for x in FILES)
