@@ -37,9 +37,8 @@ from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Inputs, Pixels
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.training.callbacks import Callback, Epoch
 from dcp_zoo.training.evaluation import predict
-from dcp_zoo.training.loop import train
+from dcp_zoo.training.loop import Epoch, train
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.maple import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
@@ -250,14 +249,14 @@ class TheirBatches(ImageSource):
         return next(self.epochs)
 
 
-class Early(Callback):
+class Early:
     """Keeps the parameters after the first steps."""
 
     def __init__(self, first: int) -> None:
         self.first = first
         self.state: dict[str, Tensor] = {}
 
-    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
+    def __call__(self, model: nn.Module, epoch: Epoch) -> None:
         if epoch.step == self.first:
             self.state = trained(model)
 

@@ -15,8 +15,6 @@ from .model.checkpoint import load_head as load_head
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
 from .release.push import push_to_hub as push_to_hub
-from .training.callbacks import Callback as Callback
-from .training.callbacks import EarlyStopping as EarlyStopping
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform
 from .zoo.registry import is_model as is_model

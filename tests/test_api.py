@@ -34,7 +34,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
 import dcp_zoo
-from dcp_zoo import EarlyStopping, FewShotClassifier, ZooError
+from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.api.functions import plan_own
@@ -46,7 +46,6 @@ from dcp_zoo.data.archives import unpacked
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
-from dcp_zoo.training.callbacks import VALIDATIONS, Callback
 from dcp_zoo.zoo.registry import get_head
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -220,67 +219,18 @@ def test_class_weights_reach_the_loss(pictures):
 # ------------------------------------------------------------------------------------------------------------ callbacks
 
 
-def test_validation_images_give_a_curve_and_train_nothing(pictures, fitted):
+def test_callbacks_see_every_epoch_and_can_end_a_training(pictures, fitted):
     paths, labels = pictures
+    seen = []
     recipe = QUICK | {"classifier": "none"}  # whose weights depend on the validation images
-    classifier = FewShotClassifier(method="dcp", recipe=recipe).fit(paths, labels, validation=(paths[::3], labels[::3]))
+    classifier = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: seen.append(epoch)])
+    classifier.fit(paths, labels, validation=(paths[::3], labels[::3]))
     assert [epoch.epoch for epoch in classifier.history_] == list(range(1, 7))
-    assert classifier.history_[-1].step == 12
-    assert all(epoch.val_top1 is not None for epoch in classifier.history_)  # 6 epochs are at most 20 validations
-    assert VALIDATIONS == 20
-    assert torch.equal(classifier.model_.prompts["text"], fitted.model_.prompts["text"])
-    assert all(epoch.val_top1 is None for epoch in fitted.history_)
-
-
-class Scripted(Callback):
-    """Replaces the accuracies that come after it in the list of callbacks."""
-
-    def __init__(self, inner: Callback, accuracies: list[float]) -> None:
-        self.inner, self.accuracies, self.prompts = inner, accuracies, []
-
-    def on_start(self, model, recipe):
-        self.inner.on_start(model, recipe)
-
-    def on_epoch(self, model, epoch):
-        self.prompts.append(model.prompts["text"].detach().clone())
-        return self.inner.on_epoch(model, epoch._replace(val_top1=self.accuracies[epoch.epoch - 1], val_loss=1.0))
-
-    def on_end(self, model):
-        self.inner.on_end(model)
-        self.final = model.prompts["text"].detach().clone()
-
-
-def test_early_stopping_returns_to_the_best_epoch(pictures):
-    stop = Scripted(EarlyStopping(patience=2), [50, 80, 70, 80, 90, 100])
-    classifier = FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
-    assert len(classifier.history_) == 4
-    assert stop.inner.best_epoch == 2
-    assert torch.equal(stop.final, stop.prompts[1])
-    assert not torch.equal(stop.final, stop.prompts[3])
-
-
-def test_early_stopping_needs_validation_images(pictures):
-    stop = Scripted(EarlyStopping(), [])
-    stop.on_epoch = lambda model, epoch: stop.prompts.append(0) or stop.inner.on_epoch(model, epoch)
-    with pytest.raises(ZooError, match="pass validation="):
-        FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
-    assert len(stop.prompts) == 1  # said at once
-
-
-def test_callbacks_are_closed_when_a_training_stops(pictures):
-    class Stopping(Callback):
-        closed = 0
-
-        def on_epoch(self, model, epoch):
-            raise KeyboardInterrupt
-
-        def close(self):
-            self.closed += 1
-
-    stop = Stopping()
-    with pytest.raises(KeyboardInterrupt):
-        FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
-    assert stop.closed == 1
+    assert classifier.history_ == seen
+    assert seen[-1].step == 12
+    assert torch.equal(classifier.model_.prompts["text"], fitted.model_.prompts["text"]), "nothing is learnt from those"
+    stopped = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: epoch.epoch == 4])
+    assert len(stopped.fit(paths, labels).history_) == 4
 
 
 def test_seeds_that_cannot_be_drawn_from_are_refused(pictures):

@@ -17,7 +17,6 @@ from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import candidates, probe
-from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.recipes import PRECISIONS
@@ -119,9 +118,8 @@ def test_methods(method, clip, photos, device):
     head.predict(IMAGES)
 
 
-class Stop(Callback):
-    def on_epoch(self, model, epoch):
-        raise KeyboardInterrupt
+def stop(model, epoch):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -130,7 +128,7 @@ def test_training_and_prediction(precision, photos, device, tmp_path):
     options = {"method": "dcp", "recipe": SHORT, "precision": precision, "output": tmp_path, "device": device.type}
     if precision == "float16":  # whose state is the largest
         with pytest.raises(KeyboardInterrupt):
-            dcp_zoo.train("dcp_mini", paths, labels, callbacks=[Stop()], **options)
+            dcp_zoo.train("dcp_mini", paths, labels, callbacks=[stop], **options)
     head = dcp_zoo.train("dcp_mini", paths, labels, **options)
     assert head.device == device
     if precision == "float32":

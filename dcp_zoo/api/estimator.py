@@ -42,7 +42,7 @@ from dcp_zoo.model.config import alone_in, is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
-from dcp_zoo.training.callbacks import Callback, History
+from dcp_zoo.training.loop import Callback, Epoch
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.planning import ClassWeights
 from dcp_zoo.training.run import RunOptions, train_head
@@ -121,13 +121,13 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             images, labels: see `dcp_zoo.train`.
             sample_weight: what the loss of each image is multiplied with (n,), beside its `class_weight`; of a text
                 probe alone, as by default. Images with weight 0 are left out.
-            validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
-                probe; other methods choose their hyperparameters on them. Not the images of a test.
+            validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
+                images of a test.
         """
         if isinstance(images, Transformed):
             spec = get_spec(self.model)
             check_features(images, f"{spec.name} ({spec.clip_pretrained})")
-        data, history = labelled(images, labels, self.classnames), History()
+        data, epochs = labelled(images, labels, self.classnames), list[Epoch]()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
         named = ("recipe", "classifier", "class_weight", "device", "precision", "encoder")
@@ -137,10 +137,11 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             advice = 'memory="FOLDER" shares them, and is faster from the second fit on'
             warnings.warn(f"Each process computes image features of its own: {advice}.", stacklevel=2)
         run = plan_own(data, validation, self.model, self.method, **options)
-        callbacks = [*[history] * run.recipe.is_trained, *(self.callbacks or ())]
+        kept = [lambda model, epoch: epochs.append(epoch)] if run.recipe.is_trained else []
+        callbacks = [*kept, *(self.callbacks or ())]
         with self._kept_features():
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
-        self.history_, self.classes_ = history.epochs, data.classes
+        self.history_, self.classes_ = epochs, data.classes
         return self
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:

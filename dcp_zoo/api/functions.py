@@ -67,8 +67,8 @@ def train(
         recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
             the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
-        validation: (images, labels), or a folder, which the callbacks see classified, and on which some methods choose
-            hyperparameters (see `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
+        validation: (images, labels), or a folder, on which some methods choose hyperparameters (see
+            `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
         class_weight: weight of the losses by label, or "balanced", inversely proportional to the number of images; for
             methods that train prompts and for the text probe, which is always balanced. Default: all equal.
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing

@@ -1,7 +1,7 @@
 from .accuracy import Accuracy as Accuracy
-from .callbacks import Epoch as Epoch
 from .evaluation import Evaluation as Evaluation
 from .evaluation import measure as measure
+from .loop import Epoch as Epoch
 from .methods.base import Method as Method
 from .methods.base import Task as Task
 from .methods.table import METHODS as METHODS

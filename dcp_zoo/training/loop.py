@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.data.dataset import seeded
@@ -19,15 +19,33 @@ from dcp_zoo.errors import writing_to
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Inputs
-from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast, needs_checkpointing
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
+from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 MEASURED_STEPS = 4  # before their time is told
+
+
+class Epoch(NamedTuple):
+    """One epoch of a run.
+
+    Attributes:
+        epoch, step: completed so far.
+        lr: learning rate of the epoch.
+        loss: mean training loss of the epoch.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    loss: float
+
+
+# called after every epoch, of a run that resumes only the remaining ones, with the model in training mode; True ends it
+Callback = Callable[[nn.Module, Epoch], bool | None]
 
 
 def descend(
@@ -104,7 +122,6 @@ def train(
     progress: Progress = no_progress,
     state: TrainingState | None = None,
     callbacks: Sequence[Callback] = (),
-    validation: ImageSource | None = None,
     class_weight: Tensor | None = None,
     grad_checkpointing: str = "auto",
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
@@ -123,7 +140,6 @@ def train(
         step_log: receives a CSV line for every step.
         log: receives how many steps there are, and after a few of them how long all take.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
-        validation: images that are classified now and then for the callbacks; nothing is learnt from them.
         class_weight: weights (C,) of the images' losses by class. Default: all 1.
         grad_checkpointing: see `needs_checkpointing`.
         loss_of: as `objective` returns it. Default: that of the recipe.
@@ -139,7 +155,7 @@ def train(
     losses, steps = run.losses, recipe.num_epochs * per_epoch
     numbers = sum(p.numel() for p in trained)
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
-    after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks, validation)
+    after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks)
     loss_of = loss_of or objective(model, recipe, class_weight)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,16 +168,10 @@ def train(
     if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
         steps = len(losses)
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    with ExitStack() as closing:
-        for callback in callbacks:
-            callback.on_start(model, recipe.as_dict())
-            closing.callback(callback.close)
-        shown = timed(progress, log, recipe)
-        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
-        if average:
-            average.finish(trained, len(losses) // per_epoch)
-        for callback in callbacks:
-            callback.on_end(model)
+    shown = timed(progress, log, recipe)
+    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
+    if average:
+        average.finish(trained, len(losses) // per_epoch)
     model.eval()
     model.set_grad_checkpointing(False)
     warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
@@ -241,7 +251,6 @@ def _after_step(
     per_epoch: int,
     step_log: TextIO | None,
     callbacks: Sequence[Callback],
-    validation: ImageSource | None,
 ) -> Callable[[int], bool]:
     """What `descend` calls after every step; the log gets the lines of a resumed run's earlier steps at once."""
 
@@ -258,15 +267,8 @@ def _after_step(
         if (step + 1) % per_epoch:
             return False
         flat, epoch = recipe.is_flat(run.losses, per_epoch, source.num_classes), step // per_epoch
-        if not callbacks:
-            return flat
-        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
-        left = recipe.num_epochs - reached.epoch
-        if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
-            logits, labels = predict(model, validation, EVAL_BATCH), validation.labels
-            model.train()
-            reached = reached._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
-        stops = [callback.on_epoch(model, reached) for callback in callbacks]
+        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), fmean(run.losses[-per_epoch:]))
+        stops = [callback(model, reached) for callback in callbacks]
         return flat or any(stops)
 
     for done in range(len(run.losses)):

@@ -25,9 +25,8 @@ from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free, is_finished, made, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
-from dcp_zoo.training.loop import open_log
+from dcp_zoo.training.loop import Callback, open_log
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import fit_probe
@@ -42,7 +41,7 @@ BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run writes and shows; nothing here but early stopping changes what is learnt.
+    """What a run writes and shows; nothing here but a callback changes what is learnt.
 
     Attributes:
         test: whether to measure on the split's test images, if it has any.
@@ -51,7 +50,7 @@ class RunOptions:
         progress, log: progress bars, by default in a terminal or notebook; messages, by default none.
         stop: called after every step of a training, see `TrainingState`.
         show: receives the predictions on the test images.
-        callbacks: called after every epoch, see `loop.train`; the split's validation images are classified for them.
+        callbacks: called after every epoch with the model and the `Epoch`; True ends the training.
     """
 
     test: bool = True

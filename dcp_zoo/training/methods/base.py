@@ -232,7 +232,7 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
     """Train what requires gradients in a head by `loop.train`, with the task's options and these; the losses."""
     shared: Values = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
-    return train(head, source, task.recipe, validation=task.val, **shared, **task.training, **options)
+    return train(head, source, task.recipe, **shared, **task.training, **options)
 
 
 def minimise(
