@@ -13,7 +13,7 @@ import pandas as pd
 import typer.main
 from typer.cli import get_docs_for_click
 
-from dcp_zoo.benchmark import tables
+from dcp_zoo.benchmark.report import tables
 from dcp_zoo.cli.app import app
 from dcp_zoo.model.config import REFUSED, read_config
 from dcp_zoo.training.methods import METHODS

@@ -20,7 +20,7 @@ import quote
 from matplotlib.figure import Figure
 
 import dcp_zoo
-from dcp_zoo.api.explain import coupling_moves
+from dcp_zoo.api.explain import coupling_moves, draw
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
 
 ROOT = Path(__file__).parents[1]
@@ -112,19 +112,8 @@ def models() -> None:
 
 
 def explained() -> None:
-    """How far CMPA moves each prompt before each coupled block."""
-    moves = coupling_moves(dcp_zoo.create_model(HEAD, pretrained=True).eval())
-    axes = Figure((7, 4), layout="constrained").add_subplot()
-    for (tower, rows), color in zip(moves.items(), ("tab:blue", "tab:orange"), strict=False):
-        blocks = range(1, len(rows) + 1)
-        axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
-    title = f"{HEAD}: how far CMPA moves the prompts"
-    axes.set(title=title, xlabel="before block", ylabel="|new - old| / |old|", xticks=list(blocks), yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(IMAGES / "explained.png", dpi=150, format="png")
+    model = dcp_zoo.create_model(HEAD, pretrained=True).eval()
+    draw(coupling_moves(model), IMAGES / "explained.png", f"{HEAD}: how far CMPA moves the prompts")
 
 
 def script(path: str) -> Callable[[], None]:

@@ -41,7 +41,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
 )
 from sets import CHOOSING, MINIATURES, REPORTING
 
-from dcp_zoo.benchmark import tables
+from dcp_zoo.benchmark.report import tables
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
 from dcp_zoo.zoo.registry import MODELS

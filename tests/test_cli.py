@@ -435,6 +435,7 @@ def test_commands_without_a_model_import_nothing_heavy():
         ("predict --sample --sheet FILE", "page.html"),
         ("export --head dcp_mini.eurosat-16shot --format torch-export --output FILE", "head.pt2"),
         ("inspect photos --output .", "inspection.csv"),
+        ("report . --output .", "report.md"),
     ],
 )
 def test_no_command_replaces_a_file_unasked(run, tmp_path, monkeypatch, command, file):
@@ -507,6 +508,8 @@ def test_predict_and_export_read_the_file(run, my_head, exported_names):
         (["export", "--head", "my_head"], "onnx", "export"),
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
         (["export", "--head", "my_head", "--format", "onnx"], "onnxruntime", "export"),
+        (["report", "out"], "pandas", "plots"),
+        (["report", "out"], "matplotlib", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
         (["train", "--dataset", "hf://datasets/a/b", "--output", "out"], "datasets", "data"),

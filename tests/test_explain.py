@@ -1,12 +1,14 @@
 """What a head has learnt: words near its prompts, how far the coupling moves them, and where its tokens attend to: a
 plain softmax over all keys, for the tokens that the model itself computes."""
 
+import sys
+
 import pytest
 import torch
 from helpers import vision_blocks
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.api.explain import attention_maps, attention_weights, coupling_moves, nearest_words
+from dcp_zoo.api.explain import attention_maps, attention_weights, coupling_moves, draw, nearest_words
 from dcp_zoo.model.config import COUPLINGS, STATS
 from dcp_zoo.model.towers.text import embed_prefix, prefix_block
 
@@ -85,6 +87,19 @@ def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
     model.encoder.tokenizer = lambda texts: None
     with pytest.raises(ZooError, match="no decode"):
         nearest_words(model)
+
+
+def test_a_figure(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "coupling.png"
+    draw(coupling_moves(model), figure, "title")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ZooError, match=r"dcp_zoo\[plots\]"):
+        draw({"vision": torch.ones(2, 3)}, tmp_path / "x.png", "title")
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

@@ -128,6 +128,7 @@ REASONS = [(number, f"{os.strerror(number)}. Choose another --output") for numbe
         ["train", "MY_PHOTOS"],
         ["export", "--head", "my_head", "--output", "out/my.onnx"],
         ["benchmark", "few-shot", "--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out"],
+        ["report", "out"],
     ],
     ids=lambda command: command[0] if isinstance(command, list) else None,
 )

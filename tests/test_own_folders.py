@@ -57,9 +57,11 @@ def test_a_sweep_tells_folders_of_the_same_name_apart(run, flowers, tmp_path):
     )
     assert results == {path: path.read_text() for path in Path("SWEEP/results").iterdir()}
 
-    shown = sweep(other, 2)
-    assert len(set(re.findall(named, shown))) == 2
-    assert not re.search(r"\d ± \d", shown)  # it would be of two folders
+    sweep(other, 2)
+    run.ok("report", "SWEEP")
+    report = Path("SWEEP/report/report.md").read_text()
+    assert len(set(re.findall(named, report))) == 2
+    assert not re.search(r"\d ± \d", report)  # it would be of two folders
 
 
 def test_files_that_are_not_used_are_counted(run, flowers, my_head):

@@ -1,16 +1,22 @@
-"""The tables of a benchmark, on made-up result files: no number here was measured."""
+"""The report, on made-up result files: no number here was measured."""
 
+import re
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import made_up_result as made_up
 from scipy import stats
+from shared import CommandLine
 
 pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
 
-from dcp_zoo.benchmark import store, tables
-from dcp_zoo.benchmark.plan import Trial
+from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.plan import Settings, Trial, weights_id
+from dcp_zoo.benchmark.report import tables
+from dcp_zoo.benchmark.report.write import write_report
 from dcp_zoo.errors import ZooError
 
 SHOTS, SEEDS = (1, 16), (1, 2, 3)
@@ -108,6 +114,11 @@ def test_domain_shift_averages_only_the_targets(sweep: Path) -> None:
     assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
 
 
+def test_changed_options_are_paired_with_the_unchanged_method(sweep: Path) -> None:
+    (table,) = tables.options_against_default(tables.with_labels(store.gather(sweep)))
+    assert rows(table)["DCP (depth=3)"] == ["few-shot", "1", "131.00", "130.00", "-1.00", "1.00 x"]
+
+
 def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None:
     trial = Trial("few-shot", "dcp_mini", "zero-shot", "dtd", 0, 0)
     store.save_result(tmp_path / "other", made_up(trial, ("dtd", "all", "", 33.0)))
@@ -132,9 +143,66 @@ def test_results_on_other_images_of_a_dataset_are_not_mixed(sweep: Path, tmp_pat
     assert (store.gather([sweep, tmp_path / "other"]).seed == 4).sum() == 1
 
 
-def test_a_trial_of_one_dataset_and_seed_has_a_row(tmp_path: Path) -> None:
-    trial = Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1)
-    store.save_result(tmp_path, made_up(trial, ("dtd", "all", "batch", 50.0)))
-    (table,) = tables.few_shot_tables(tables.with_labels(store.gather(tmp_path)))
-    assert rows(table) == {"DCP": ["none", "50.0"]}
-    assert store.gather(tmp_path / "nothing").empty
+def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
+    absent = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 1)
+    broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
+    store.save_plan(sweep, [trial for trial, _ in few_shot_trials()] + [absent, broken])
+    store.save_failure(Settings(sweep), broken, "<script>alert(1)</script>", "")
+    run.ok("report", sweep, "--output", tmp_path / "report")
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    figure = f"learning-curves-dcp_mini-{weights_id('dcp_mini')}.svg"
+    assert f"({figure})" in markdown
+    assert (tmp_path / "report" / figure).read_text().startswith("<svg")
+    (text,) = re.findall(r"!\[(Top-1 accuracy .*?)\]", markdown)
+    assert text.count("DCP: ") == 3  # the average and two datasets
+    assert "| DCP | none | - | 47.0 ± 1.0 | 122.0 ± 1.0 |" in markdown
+    assert "| DCP | none | - | 4.0 ± 0.0 | 4.0 ± 0.0 |" in markdown.partition("### Calibration error (ECE)")[2]
+    assert (
+        "| DCP | none | - | 0.46 ± 0.00 | 0.46 ± 0.00 |" in markdown.partition("### Negative log-likelihood (NLL)")[2]
+    )
+    assert f"missing: `{absent.key}`" in markdown
+    assert f"failed: `{broken.key}`" in markdown
+    assert "missing: `" + broken.key not in markdown
+
+
+def test_one_dataset_with_one_seed(tmp_path: Path) -> None:
+    store.save_result(
+        tmp_path, made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0))
+    )
+    write_report([tmp_path], tmp_path / "report")
+    assert "| DCP | none | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_model_of_open_clip_names_no_folder(tmp_path: Path) -> None:
+    for shots in SHOTS:
+        trial = Trial("few-shot", "open_clip:RN50/openai", "linear-probe", "dtd", shots, 1)
+        store.save_result(tmp_path, made_up(trial, ("dtd", "all", "", 50.0)))
+    write_report([tmp_path], tmp_path / "report")
+    assert (tmp_path / "report" / "learning-curves-open_clip_RN50_openai-openai.svg").is_file()
+
+
+def test_a_folder_without_results(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="No result"):
+        write_report([tmp_path], tmp_path / "report")
+
+
+def test_a_csv_file_of_results_is_reported_like_its_folder(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
+    file = store.write_results_csv(sweep).rename(tmp_path / "ours.csv")
+    run.ok("report", file)
+    assert "| DCP | none |" in (tmp_path / "report" / "report.md").read_text()
+    assert store.gather(file).equals(store.gather(sweep))
+    assert len(store.gather([file, sweep])) == 2 * len(store.gather(file))
+    table = store.gather(file).astype(object)
+    for name, value in zip(store.NUMBERS, cycle(["text", "NaN", "1e400", "", -1]), strict=False):
+        table.assign(**{name: [value, *table[name][1:]]}).to_csv(file, index=False)
+        with pytest.raises(ZooError, match=f"is not a CSV file of results .*{name}"):
+            store.gather(file)
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ZooError, match="is not a CSV file of results"):
+        store.gather(file)
+
+
+def test_a_report_that_cannot_be_written(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ZooError, match="another --output"):
+        write_report([sweep], tmp_path / "file" / "report")

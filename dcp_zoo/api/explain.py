@@ -1,11 +1,12 @@
 """What a head has learnt: words near its text prompts, how far CMPA moves its prompts, and where these attend to."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.tokens import Tokenizer
@@ -68,6 +69,20 @@ def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
 def _relative_change(old: Any, new: Any) -> torch.Tensor:
     """old and new (M, D) -> (M,)"""
     return ((new - old).norm(dim=-1) / old.norm(dim=-1)).float().cpu()
+
+
+def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
+    """Plot `coupling_moves` to a PNG file. ZooError if matplotlib is not installed."""
+    axes = import_extra("matplotlib.figure", "plots").Figure((7, 4), layout="constrained").add_subplot()
+    for (tower, rows), color in zip(moves.items(), ("tab:blue", "tab:orange"), strict=False):
+        blocks = range(1, len(rows) + 1)
+        axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
+    axes.set(title=title, xlabel="before block", ylabel="|new - old| / |old|", xticks=list(blocks), yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.figure.savefig(path, dpi=150, format="png")
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ RESULT_COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
     *(*ENTRY_COLUMNS, "train_seconds", "selection"),
 )
+NUMBERS = ("shots", "seed", "top1", "ece", "nll", "images", "train_seconds")
 
 
 def save_result(output: Path, result: Values) -> None:
@@ -120,9 +122,12 @@ def lock(output: Path, key: str) -> AbstractContextManager[bool]:
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
-    """The results of one or several folders, one row per accuracy."""
+    """The results of one or several folders or files of `write_results_csv`, one row per accuracy."""
     pandas = import_extra("pandas", "plots")
-    folders = [Path(place) / "results" for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
+    places = [Path(place) for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
+    files = [place for place in places if place.is_file()]
+    tables = [_read_csv(file) for file in files]
+    folders = [place / "results" for place in places if place not in files]
     found = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
     rows, first = [], dict[str, tuple[str, Path]]()
     for path, result in found:
@@ -140,12 +145,24 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
             before, other = first.setdefault(what, (value, path))
             if value != before:
                 raise ZooError(f"{other} and {path} differ in {what}: report them apart, from two folders.")
-    return pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))
+    own = [pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))] if rows or not tables else []
+    return pandas.concat([*own, *tables], ignore_index=True)
 
 
 def _shown(dataset: str, result: Values) -> str:
     """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is over several."""
     return result.get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})") if dataset == FOLDER else dataset
+
+
+def _read_csv(file: Path) -> "pd.DataFrame":
+    with as_zoo_error(f"{file} is not a CSV file of results ({{}}): pass a results.csv of `dcp-zoo benchmark`."):
+        pandas = import_extra("pandas", "plots")
+        table = pandas.read_csv(BytesIO(read_plain(file)), na_filter=False)[list(RESULT_COLUMNS)]
+        for name in NUMBERS:
+            table[name] = pandas.to_numeric(table[name], errors="coerce")
+            if not table[name].between(0, 1e9).all():
+                raise ValueError(f"{name} is not a number above 0 in each row")
+    return table
 
 
 def write_results_csv(output: Path) -> Path:

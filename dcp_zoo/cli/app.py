@@ -12,7 +12,7 @@ from rich.markup import escape
 from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import data
-from dcp_zoo.cli.benchmark import benchmark
+from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
@@ -46,7 +46,7 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, review, undo, inspect, search, train, evaluate, fit_text_probe, classes, benchmark),
+    *(list_, info, predict, review, undo, inspect, search, train, evaluate, fit_text_probe, classes, benchmark, report),
     *(demo, export, serve),
 ):
     epilog = recipe_help() if command is train else None

@@ -1,4 +1,4 @@
-"""`dcp-zoo benchmark`."""
+"""`dcp-zoo benchmark` and `dcp-zoo report`."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rich.table import Table
-from typer import Argument
+from typer import Argument, Option
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
-from dcp_zoo.benchmark.tables import SECTIONS, with_labels
+from dcp_zoo.benchmark.report.tables import with_labels
+from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, import_extra
@@ -151,13 +153,13 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
     if store.done(output_dir):
         for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
-            for table in SECTIONS[trials[0].protocol](group):
+            for table in SECTIONS[trials[0].protocol][1](group):
                 shown = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
                 for row in table.rows:
                     shown.add_row(*row)
                 output.print(shown)
         path = store.write_results_csv(output_dir)
-        output.print(f"All results: {path}", soft_wrap=True)
+        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")
@@ -200,3 +202,20 @@ def numbers(values: Iterable[str], option: str) -> list[int]:
         if not text.isdecimal() or int(text) < 1:
             raise ZooError(f"{option} takes positive integers, such as 1,2,4, not {text!r}.")
     return list(map(int, texts))
+
+
+def report(
+    folders: list[Path] = Argument(metavar="FOLDER", help="Folders of `dcp-zoo benchmark`, or their results.csv."),
+    output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Write tables and learning curves of benchmark results to `report.md`.
+
+    [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
+    """
+    output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
+    check_output(output_dir / "report.md", overwrite)
+    for module in ("pandas", "matplotlib"):
+        import_extra(module, "plots")
+    for path in write_report(folders, output_dir):
+        output.print(f"Wrote {path}")

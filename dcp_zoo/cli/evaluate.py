@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.columns import Columns
 from typer import Exit, Option
 
+from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
@@ -18,7 +19,6 @@ from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.inspection.mistakes import write_mistakes
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 

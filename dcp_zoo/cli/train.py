@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from typer import confirm
 
+from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import show_evaluation
@@ -19,7 +20,6 @@ from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
-from dcp_zoo.inspection.mistakes import write_mistakes
 from dcp_zoo.model.config import STATE_NAME, check_free, rejection_note
 from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads

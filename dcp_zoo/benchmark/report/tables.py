@@ -1,5 +1,5 @@
-"""The tables of a benchmark, and differences between methods, paired by what they share, with confidence intervals.
-Every function takes gathered results, one row per measured accuracy."""
+"""The tables of a report, and differences between methods, paired by what they share, with confidence intervals. Every
+function takes gathered results, one row per measured accuracy."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -223,9 +223,15 @@ def against(results: "pd.DataFrame", reference: str = "DCP") -> list[Table]:
     return [Table(f"Differences from {reference}", header, rows, note)]
 
 
-SECTIONS = {  # the tables of each protocol
-    "few-shot": lambda rows: [*few_shot_tables(rows), *against(rows)],
-    "base-to-new": base_to_new_tables,
-    "cross-dataset": lambda rows: target_tables(rows, "cross-dataset"),
-    "domain-shift": lambda rows: target_tables(rows, "domain-shift"),
-}
+def options_against_default(results: "pd.DataFrame") -> list[Table]:
+    """The effect of changed options: differences from the unchanged method, paired by seed and everything else."""
+    is_default = results.options == ""
+    pairs = differences(results[~is_default], results[is_default], [x for x in IDENTITY if x != "options"])
+    rows = []
+    for (protocol, label), group in pairs.groupby(["protocol", "label"], sort=False):
+        time = group.train_seconds.mean() / group.train_seconds_base.mean()
+        row = [label, protocol, str(len(group)), f"{group.top1_base.mean():.2f}", f"{group.top1.mean():.2f}"]
+        rows.append([*row, with_spread(group.difference, "+.2f"), EMPTY if time != time else f"{time:.2f} x"])
+    header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
+    note = "A pair shares dataset, shots, seed, target and stats. Top-1 in percent, difference in percentage points."
+    return [Table("Changed options against the unchanged method", header, rows, note)] if rows else []

@@ -1,0 +1,1 @@
+"""Reports on result files: tables, learning curves, and a page that compares runs."""
