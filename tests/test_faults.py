@@ -13,7 +13,7 @@ from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, trial_i
 from dcp_zoo.benchmark.sweep import execute, sweep
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import cache_folder, check_writable
+from dcp_zoo.files import check_writable
 
 TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1, 2, 3])
 
@@ -151,13 +151,3 @@ def test_the_check_leaves_nothing_behind(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="file/head: Not a directory. Choose another --output"):
         check_writable(tmp_path / "file" / "head")
-
-
-def test_backups_leave_the_cache_out(tmp_path, monkeypatch):
-    """https://bford.info/cachedir: the first 43 bytes; a folder that cannot be made is no error here."""
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path))
-    tag = (cache_folder("features") / "CACHEDIR.TAG").read_bytes()
-    assert tag.startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "file"))
-    assert cache_folder("features") == tmp_path / "file/features"

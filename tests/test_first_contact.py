@@ -5,7 +5,6 @@ import errno
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -57,7 +56,9 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
 def test_a_model_from_the_hub(model, flowers, run):
     """Downloaded, trained on, exported, and all of it again without a network."""
     photo, weights = flowers / "rose" / "1.jpg", flowers.parent / "repo"
+    assert model.clip_repo not in run.ok("cache", "list")
     assert "Saved in head" in run.ok("train", flowers, "--model", model.name, "--output", "head")
+    assert model.clip_repo in run.ok("cache", "list")
     (file,) = (flowers.parent / "cache").glob("*/snapshots/*/open_clip_[mp]*")
     assert sha256_of(file) == file.resolve().name == sha256_of(weights / file.name)
     clip = plain_clip(model.name).clip
@@ -74,7 +75,7 @@ def test_a_model_from_the_hub(model, flowers, run):
     assert later == online
     assert exported["predictions"][0]["class"] == online["predictions"][0]["class"]
     assert f"{model.name} recognises" in error  # random weights do not
-    assert f"hf cache rm model/{model.clip_repo}" in error
+    assert f"dcp-zoo cache remove {model.clip_repo}" in error
 
 
 # --- CLIPs of a field: the configurations of their repos --------------------------------------------------------------
@@ -207,12 +208,11 @@ def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
     assert [int(wanted[6:-1]) > 2**20 for wanted in uploads.ranges] == [True]
 
 
-def test_a_renamed_repo_is_followed(uploads, large, run, tmp_path):
+def test_a_renamed_repo_is_followed(uploads, large, run):
     """Its weights are none, which is said with what removes them."""
     uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
-    assert f"hf cache rm model/{CLIP}, and try again" in run.refused("info", "small", "--check")
-    for folder in tmp_path.glob("cache/models--*"):
-        shutil.rmtree(folder)
+    assert f"dcp-zoo cache remove {CLIP}, and try again" in run.refused("info", "small", "--check")
+    assert "Removed" in run.ok("cache", "remove", CLIP)
     uploads.renamed = {}
     assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")
 

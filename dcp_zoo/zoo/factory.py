@@ -270,7 +270,7 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
     repo = source.get("hf_hub", "").rpartition("/")[0]
     failed = (
         f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If they are damaged, "
-        f"{f'hf cache rm model/{repo}' if repo else 'replace them'}, and try again. For other weights, pass "
+        f"{f'dcp-zoo cache remove {repo}' if repo else 'replace them'}, and try again. For other weights, pass "
         "clip_pretrained=TAG."
     )
     other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
