@@ -120,7 +120,7 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert 'id="twice"' in page
     assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect", "typical"))
-    assert "omit --labels and --fix" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
+    assert "omit --labels, --fix and --names" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
 
 
 def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):
