@@ -25,12 +25,12 @@ from dcp_zoo.texts import NONE
 DOCS = Path(__file__).parents[1] / "docs"
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
 SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these headings to the second
-WIDTH, SHEET, SCALE = 620, 580, 2  # in CSS pixels; the second is the height of the contact sheet
-QUALITY = 80  # of WebP
+WIDTH, SHEET, SCALE = 620, 580, 1.5  # in CSS pixels; the second is the height of the contact sheet
+QUALITY = 70  # of WebP
 WIDE = {"COLUMNS": "84"}  # of the terminal
 CORRECTED = 5  # otters, in the picture of the contact sheet
 STYLE = """body { font: 15px system-ui; margin: 8px } h2 { font-size: 15px; margin: 10px 0 4px }
-img { width: 71px; height: 54px; object-fit: cover } pre { font-size: 12px }"""
+img { width: 71px; height: 54px; object-fit: cover } pre { white-space: pre-wrap }"""
 TRAIN = "dcp-zoo train LABELLED --output my_head\n"
 
 

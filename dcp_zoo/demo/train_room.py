@@ -31,8 +31,9 @@ class TrainRoom:
         self.sessions, self.limits, self.clip, self.cache = sessions, limits, clip, Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
         gr.Markdown(
-            "Give each class a name and some photographs: files, or a folder dropped onto its field. A text probe, a "
-            "classifier on CLIP's features, learns them in seconds. A quarter of each class is held out to measure it."
+            "Give each class a name and some photographs: files, or a folder dropped onto its field. A text probe "
+            "learns them in seconds; it reads CLIP's embedding and the features before it. A quarter of each class is "
+            "held out to measure it."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):

@@ -195,7 +195,7 @@ def made(config: HeadConfig) -> Values:
 
 
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
-    """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
+    """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
     rate = REFUSED if reject is True else reject
     like, others = (
         info.get("text_probe", {}).get(name, {}).get(f"{rate:g}") for name in ("like_accepted", "others_accepted")
@@ -203,8 +203,8 @@ def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     if like is None:
         return ""
     note = (
-        f"{100 * rate:g} % of the images of the head's classes are refused. Of things much like its classes about "
-        f"{like:.0f} % pass, as measured by leaving classes out"
+        f"{100 * rate:g} % of the images of the head's classes are rejected. Of things much like its classes it "
+        f"accepts about {like:.0f} %, as measured by leaving classes out"
     )
     return f"{note}." if others is None else f"{note}; of thirty everyday pictures {others:.0f} %."
 
