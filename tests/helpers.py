@@ -217,3 +217,18 @@ def photo(path: Path, number: int = 0) -> Path:
 def vision_blocks(model: Any) -> list[nn.Module]:
     """The modules of a head's vision blocks."""
     return [block.module for block in model.encoder.vision_tower.blocks]
+
+
+def told(run: Any, head: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
+    """The answers of the command line: of each image, the pairs (class, probability)."""
+    answers = json.loads(run.ok("predict", *paths, "--head", head, "--json"))
+    return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]
+
+
+def served(file: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
+    """The answers of a server of an exported file."""
+    client = pytest.importorskip("starlette.testclient")
+    server = pytest.importorskip("dcp_zoo.deploy.server")
+    with client.TestClient(server.application(file), base_url="http://localhost") as ask:
+        answers = [ask.post("/predict", content=Path(path).read_bytes()).json()["images"][0] for path in paths]
+    return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]

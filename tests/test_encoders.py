@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from helpers import close
+from helpers import close, served, told
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
+from dcp_zoo.data import load_image
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.deploy import OnnxClassifier
 from dcp_zoo.deploy.export import export
@@ -119,7 +121,7 @@ def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "dcp"])
-def test_heads_beside_an_encoder_are_fused_and_exported(kind, clip, tmp_path):
+def test_heads_beside_an_encoder_are_fused_exported_and_served(kind, clip, tmp_path, run):
     """With a small CLIP, of plain features and of prompted ones, whose embedding is read besides plain CLIP's."""
     size, names, x = (32, 32), ["bus", "cat"], torch.randn(3, 3, 32, 32)
     encoder = ImageEncoder(timm.create_model("test_vit", num_classes=0, img_size=size), "test_vit", size, clip)
@@ -137,6 +139,11 @@ def test_heads_beside_an_encoder_are_fused_and_exported(kind, clip, tmp_path):
     if kind == "dcp":  # which has all that the other has; an export takes seconds
         path = export(head, tmp_path / "head.onnx")
         assert close(torch.from_numpy(OnnxClassifier(path)(x.numpy())), head(x), 1e-3)
+        files = list(sample_images()[:2])
+        expected = head(torch.stack([create_transform(head)(load_image(file)) for file in files])).softmax(-1).tolist()
+        for answers in (told(run, path, files), served(path, files)):
+            for row, probabilities in zip(answers, expected, strict=True):
+                assert dict(row) == pytest.approx(dict(zip(names, probabilities, strict=True)), abs=2e-4)
 
 
 def test_errors_name_the_choices(encoders, pictures, monkeypatch):
