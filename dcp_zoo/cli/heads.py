@@ -110,8 +110,8 @@ def classes(
 ) -> None:
     """Add a class by a few images, rename or remove one, without training.
 
-    Other logits and the rejection threshold stay. The stored accuracy stays with a renamed class, of which CLIP goes on
-    reading the old name; otherwise it is removed, and the command says how to measure it.
+    Other logits and the rejection threshold stay. After --rename so does the accuracy, as CLIP goes on reading
+    the old name; otherwise it is removed, and the command says how to measure it.
 
     [dim]dcp-zoo classes my_head --add zebra ZEBRAS --output bigger_head[/]
     [dim]dcp-zoo classes my_head --rename tulipe tulip --output english_head[/]

@@ -39,7 +39,7 @@ class DCPConfig(Checked):
         None, "phrase that initialises the text prompts if n_ctx is at most 4; further words stay before the name"
     )
     prompted_blocks: int | None = option(
-        None, "late coupling: prompts enter only so many last blocks of each tower; null: all, as in the paper", min=2
+        None, "late coupling: prompts enter this many last blocks of each tower; null: all, as in the paper", min=2
     )
 
     @classmethod

@@ -122,8 +122,7 @@ class TrainingRecipe(BaseRecipe):
     share_of_steps: float = option(1.0, "with epochs null: the share of those steps that is run")
     stop_epoch: int | None = count(None, "end after this many epochs of the schedule")
     flat_epochs: int | None = count(
-        None,
-        "end when the images are learnt, and the mean loss of so many epochs is hardly below that of as many before",
+        None, "end when the images are learnt and the mean loss over this many epochs has hardly fallen"
     )
 
     def fitted(self: T, images: int, classes: int) -> T:
