@@ -213,6 +213,11 @@ def set_count(file: str = "many_sets") -> int:
     return on_sets(file).index.get_level_values("set").nunique()
 
 
+def set_draws(label: str = "DCP + text probes", file: str = "many_sets") -> int:
+    """How many samples of training images a method has on each set."""
+    return on_sets(file)["top1"][label].dropna().index.get_level_values("seed").nunique()
+
+
 def influences() -> str:
     """The sets of `sets.py` and what each has influenced."""
     parts = {"report": REPORTING, "choose": CHOOSING, "the miniature's own": MINIATURES}
