@@ -395,7 +395,9 @@ def folder(keys: str = "", last: bool = False) -> str:
     if keys:
         means = few.pivot_table("change", keys.split(), "rule", sort=False)
         lines = [[*index, *map("{:+.1f}".format, line)] for index, line in zip(means.index, means.values, strict=True)]
-        return as_table([*(key.replace("_", " ").replace("set", "dataset") for key in keys.split()), *means.columns], lines)
+        return as_table(
+            [*(key.replace("_", " ").replace("set", "dataset") for key in keys.split()), *means.columns], lines
+        )
     lines = []
     for rule, runs in rows.groupby("rule", sort=False):
         own, at_16 = few[few.rule == rule].groupby("features").change.mean(), runs[runs.images_per_class == 16]
@@ -409,7 +411,9 @@ def folder(keys: str = "", last: bool = False) -> str:
         "16 images",
         "a tenth of all runs is below",
     ]
-    return as_table([*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines)
+    return as_table(
+        [*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines
+    )
 
 
 def counts() -> str:
@@ -428,7 +432,7 @@ def rounds() -> str:
     rows = results("rounds").pivot_table("top1", ["set", "seed", "round"], "choice", sort=False)
     last = rows.index.get_level_values("round").max()
     gaps = rows.drop(columns="random").sub(rows["random"], axis=0)
-    header = ["dataset", "before", "random images, 1 round", f"{last} rounds"]
+    header = ["dataset", "before", "random images, 1 round", f"random images, {last} rounds"]
     header += [f"{name}, {when}" for name in gaps for when in ("1 round", f"{last} rounds")]
     lines, means = [], rows.groupby(["set", "round"]).mean()
     for name, of_set in [*rows.groupby(level="set", sort=False), ("mean of datasets", means)]:
