@@ -437,7 +437,7 @@ def rounds() -> str:
     rows = results("rounds").pivot_table("top1", ["set", "seed", "round"], "choice", sort=False)
     last = rows.index.get_level_values("round").max()
     gaps = rows.drop(columns="random").sub(rows["random"], axis=0)
-    header = ["dataset", "before", "random images, 1 round", f"{last} rounds"]
+    header = ["dataset", "before", "random images, 1 round", f"random images, {last} rounds"]
     header += [f"{name}, {when}" for name in gaps for when in ("1 round", f"{last} rounds")]
     lines, means = [], rows.groupby(["set", "round"]).mean()
     for name, of_set in [*rows.groupby(level="set", sort=False), ("mean of datasets", means)]:

@@ -149,7 +149,7 @@ STATEMENTS = (
         at_least=True,
     ),
     Statement(
-        "The same, with bfloat16 against plain in float32",
+        "The same, with bfloat16: faster than plain in float32",
         12,
         lambda f: f.training("plain") / f.training("ours-bfloat16"),
         at_least=True,
@@ -164,7 +164,7 @@ STATEMENTS = (
         "Training step, 1,000 classes against 10", 3, lambda f: f.training("ours", 1000) / f.training("ours", 10)
     ),
     Statement(
-        "Each additional class in a training step: plain (10 to 100) against ours (10 to 1,000)",
+        "Each additional class in a training step (ours 10 to 1,000, plain 10 to 100): faster than plain",
         10,
         lambda f: slope(f, "plain", 10, 100) / slope(f, "ours", 10, 1000),
         at_least=True,

@@ -122,6 +122,9 @@ def test_words_follow_the_interval_over_sets(page):
             ("linear-probe, C = 100", "x+stem"),
         ),
     }
+    others = {"GDA": "gda", "GDA, with validation images": "gda, with validation images"}
+    for title, name in (others | {"Linear probe, C = 100": "linear-probe, C = 100"}).items():
+        readings[f'"Text probe on the embedding", "{title}", file="baselines"'] = ("text-probe", "x"), (name, "x")
     for word, label in words:
         first, second = readings[label]
         gaps = (rows[first] - rows[second]).groupby("set").mean()
