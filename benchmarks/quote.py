@@ -395,7 +395,9 @@ def folder(keys: str = "", last: bool = False) -> str:
     if keys:
         means = few.pivot_table("change", keys.split(), "rule", sort=False)
         lines = [[*index, *map("{:+.1f}".format, line)] for index, line in zip(means.index, means.values, strict=True)]
-        return as_table([*(key.replace("_", " ").replace("set", "dataset") for key in keys.split()), *means.columns], lines)
+        return as_table(
+            [*(key.replace("_", " ").replace("set", "dataset") for key in keys.split()), *means.columns], lines
+        )
     lines = []
     for rule, runs in rows.groupby("rule", sort=False):
         own, at_16 = few[few.rule == rule].groupby("features").change.mean(), runs[runs.images_per_class == 16]
@@ -409,7 +411,9 @@ def folder(keys: str = "", last: bool = False) -> str:
         "16 images",
         "a tenth of all runs is below",
     ]
-    return as_table([*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines)
+    return as_table(
+        [*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines
+    )
 
 
 def counts() -> str:
