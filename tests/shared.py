@@ -271,6 +271,13 @@ def opened(running: Reviewing, page: Any) -> None:
 
 
 @pytest.fixture
+def quick_probe(monkeypatch) -> None:
+    """Text probes of two thirds of the candidates and half of the folds, in tests that are not about their accuracy."""
+    monkeypatch.setattr("dcp_zoo.model.text_probe.candidates.TEXTS", (1.0, 0.0))
+    monkeypatch.setattr("dcp_zoo.model.text_probe.fit.FOLDS", 2)
+
+
+@pytest.fixture
 def flowers(tmp_path, monkeypatch) -> Path:
     """The working folder, with MY_PHOTOS in it: two classes of six photographs."""
     monkeypatch.chdir(tmp_path)

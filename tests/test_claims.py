@@ -18,6 +18,8 @@ from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo import registry
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 MINI = "dcp_mini.pacs_photo-16shot"
 NAMES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
 

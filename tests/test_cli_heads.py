@@ -17,6 +17,8 @@ from dcp_zoo.cli.options import head_name
 from dcp_zoo.zoo.registry import get_head
 from dcp_zoo.zoo.resolve import name_of
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["export"]]
 
 

@@ -18,6 +18,8 @@ from dcp_zoo.deploy.bulk.outputs import TABLES
 from dcp_zoo.texts import read_csv, write_csv
 from dcp_zoo.zoo import factory
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 
 @pytest.fixture
 def trained(monkeypatch) -> dict:

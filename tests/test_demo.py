@@ -27,6 +27,8 @@ from dcp_zoo.model.head import LinearHead
 from dcp_zoo.zoo.factory import plain_clip
 from dcp_zoo.zoo.registry import list_models
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 SAMPLES = shared.sample_photos()[:2]
 
 

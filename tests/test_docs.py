@@ -80,7 +80,7 @@ def few_test_images(*args) -> Split:
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch):
+def scratch(tmp_path, monkeypatch, quick_probe):
     """The folder that blocks run in: photographs, a folder of them for each class, and an empty data root."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

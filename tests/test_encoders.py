@@ -28,6 +28,8 @@ from dcp_zoo.model.image_encoder import ImageEncoder
 from dcp_zoo.zoo.encoders import list_encoders, load_encoders
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 MODELS = {"convolutional": "test_resnet", "transformer": "test_vit"}  # timm's smallest
 
 

@@ -24,6 +24,8 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 
 @pytest.fixture
 def evaluation(tmp_path) -> Evaluation:

@@ -25,6 +25,9 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.zoo.factory import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
+EXPORTED = ("dcp_vitb16", "dcp_pe_b16")  # a tower of open_clip, and one of timm: an export takes seconds
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
 
 
@@ -67,13 +70,16 @@ def test_a_model_from_the_hub(model, flowers, run):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in clip.state_dict().items())
 
     (online,) = json.loads(run.ok("predict", photo, "--head", "head", "--json"))
-    run.ok("export", "--head", "head", "--output", "head.onnx")
+    is_exported = model.name in EXPORTED
+    if is_exported:
+        run.ok("export", "--head", "head", "--output", "head.onnx")
     with offline():
         (later,) = json.loads(run.ok("predict", photo, "--head", "head", "--json"))
-        (exported,) = json.loads(run.ok("predict", photo, "--head", "head.onnx", "--json"))
+        if is_exported:
+            (exported,) = json.loads(run.ok("predict", photo, "--head", "head.onnx", "--json"))
+            assert exported["predictions"][0]["class"] == online["predictions"][0]["class"]
         error = run.refused("info", model.name, "--check")
     assert later == online
-    assert exported["predictions"][0]["class"] == online["predictions"][0]["class"]
     assert f"{model.name} recognises" in error  # random weights do not
     assert f"dcp-zoo cache remove {model.clip_repo}" in error
 

@@ -13,6 +13,8 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_image, load_labelled, load_split, readers
 from dcp_zoo.texts import class_folders
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 
 def test_one_class_is_refused(flowers):
     shutil.rmtree(flowers / "tulip")
