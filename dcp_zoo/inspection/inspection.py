@@ -23,7 +23,7 @@ from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
 from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected, text_logits
 from dcp_zoo.inspection.look import Seen, look
-from dcp_zoo.inspection.names import Gain, gain, unknown
+from dcp_zoo.inspection.names import Gain, gains_of, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import Read
@@ -202,12 +202,7 @@ def inspect(
 
     judged, gains = judge(data.classnames), list[Gain]()
     if names:
-        other = judge([names.get(name, name) for name in data.classnames])
-        pairs = {
-            "By the names alone": (text_logits(judged.task), text_logits(other.task)),
-            "By a text probe": (judged.log_probabilities, other.log_probabilities),
-        }
-        gains = [gain(by, old.argmax(1), new.argmax(1), target) for by, (old, new) in pairs.items()]
+        gains = gains_of(judged, judge([names.get(name, name) for name in data.classnames]), target)
     test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
     copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(

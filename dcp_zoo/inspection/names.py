@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dcp_zoo.data.splits import Split
 from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.inspection.labels import OutOfFold, text_logits
 from dcp_zoo.texts import class_name, folder_name, read_csv
 from dcp_zoo.training.accuracy import Accuracy
 
@@ -42,6 +43,15 @@ def unknown(text: Tensor, labels: Tensor) -> list[int]:
         above = ranks[of_class, label].sum().item() - images * (images - 1) / 2
         found += [label] if above < KNOWN * images * others else []
     return found
+
+
+def gains_of(old: OutOfFold, new: OutOfFold, labels: Tensor) -> list[Gain]:
+    """What the new names change, for zero-shot CLIP and for text probes."""
+    pairs = {
+        "By the names alone": (text_logits(old.task), text_logits(new.task)),
+        "By a text probe": (old.log_probabilities, new.log_probabilities),
+    }
+    return [gain(by, before.argmax(1), after.argmax(1), labels) for by, (before, after) in pairs.items()]
 
 
 def gain(by: str, old: Tensor, new: Tensor, labels: Tensor) -> Gain:
