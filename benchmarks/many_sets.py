@@ -102,16 +102,19 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
 
 @torch.no_grad()
 def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, seconds: float) -> Iterator[tuple[Any, ...]]:
-    """The rows of a head that was trained for so many seconds."""
-    own, plain = (test.read_by(reading, 1, progress_bar)[0] for reading in head.readings)
-    yield "", *scores(head.classify(own), test.labels), round(seconds, 1)
+    """The rows of a head that was trained for so many seconds. Where it changed the texts alone, as CoOp does, there is
+    one text probe, which starts at its own logits: "both" stands for what heads do."""
+    features = [test.read_by(reading, 1, progress_bar)[0] for reading in head.readings]
+    embedding = features[0][:, : head.readings[0].widths[0]]
+    yield "", *scores(head.classify(embedding), test.labels), round(seconds, 1)
     views, started = probe_views(train), time.process_time()
     starts = on_cpu(head.own_linear()), on_cpu(head.zero_shot_linear())
-    pairs = zip(head.readings, starts, strict=True)
+    pairs = zip(head.readings, starts, strict=False)
     readings = [Read(train.read_by(reading, views), start, reading.widths) for reading, start in pairs]
-    for name, read, x in ("own", readings[:1], own), ("both", readings, joined([own, plain], parts_of(head.readings))):
-        head.text_probe, _ = fit_on_features(head.classes, train.labels, read, starts[1] if len(read) > 1 else None)
-        logits = head.classify(x)
+    for name, count in (("own", 1), ("both", 2)) if len(readings) > 1 else (("both", 1),):
+        read, unseen = readings[:count], starts[1] if name == "both" else None
+        head.text_probe, _ = fit_on_features(head.classes, train.labels, read, unseen)
+        logits = head.classify(joined(features[:count], parts_of(head.readings[:count])))
         yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
 
 
