@@ -246,7 +246,7 @@ def three_readings(file: str = "many_sets") -> str:
         top1 = at_4["top1"].dropna(subset=both)
         if top1.index.get_level_values("set").nunique() < set_count(file):
             continue
-        cells = [f"{top1[label].mean():.1f}" for label in (own, one, both)]
+        cells = [f"{top1[label].mean():.1f}" if label in top1 else "-" for label in (own, one, both)]
         gaps = [tables.difference_cell(set_gaps(both, label, 4, file)) for label in (own, "Text probe")]
         lines.append([method, *cells, *gaps, f"{at_4['train_cpu_seconds'][both].mean():.0f}"])
     header = ["method", "no text probe, %", "one text probe, %", "both text probes, %"]
