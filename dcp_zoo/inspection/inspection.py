@@ -21,7 +21,7 @@ from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected, text_logits
+from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.names import Gain, gains_of, unknown
 from dcp_zoo.inspection.twins import same_pictures
@@ -215,7 +215,7 @@ def inspect(
         problems,
         learning_curve(judged),
         _tested(judged, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
-        [data.classnames[label] for label in unknown(text_logits(judged.task), target)],
+        [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
         gains,
     )
 

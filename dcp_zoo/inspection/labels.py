@@ -8,11 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.model.text_probe.candidates import GROUP, Group
-from dcp_zoo.model.text_probe.fit import Leaving, Read, all_folds, leaving, within_class, without_evidence
+from dcp_zoo.model.text_probe.fit import Leaving, Read, all_folds, leaving, within_class
 
 SURE, PER_CLASS = 20, 3
 NOTHING = 0.02  # of the evidence: such candidates are not fitted again
@@ -46,8 +45,7 @@ class OutOfFold:
         if shots == 1:
             drawn = replace(self.task, views=self.task.views[:, train], labels=self.task.labels[train])
             groups = drawn.safe_groups(len(drawn.widths))
-            text = text_logits(drawn)
-            evidence = without_evidence(F.cross_entropy(text, drawn.labels), text.shape[1], len(groups))
+            evidence = drawn.without_evidence(groups)
         fitted, _, _ = self.task.without(~train, groups)
         return fitted.logits(self.task.views[0, test], evidence).argmax(1)
 
@@ -55,10 +53,12 @@ class OutOfFold:
 def out_of_fold(read: Read, labels: Tensor) -> OutOfFold:
     """What the other images say of each, in four folds, of features (1, n, ..) and labels (n,). The only image of a
     class is judged by the text, at no distance."""
-    task, folds = leaving(read, labels), all_folds(labels)
+    assert read.start is not None
+    task, _ = leaving(read.features, read.widths, labels, read.start)
+    folds = all_folds(labels)
     left_out, losses = task.folds(folds)
     evidence = (-losses).softmax(0)
-    log_probabilities, distances = text_logits(task).log_softmax(-1), torch.zeros(len(labels))
+    log_probabilities, distances = task.text_logits.log_softmax(-1), torch.zeros(len(labels))
     for out, (candidates, features, _) in zip(folds, left_out, strict=True):
         log_probabilities[out] = candidates.logits(features, evidence).log_softmax(-1)
         distances[out] = candidates.distances(features)
@@ -68,11 +68,6 @@ def out_of_fold(read: Read, labels: Tensor) -> OutOfFold:
     evidence = evidence[counts.repeat_interleave(GROUP)]
     distances /= distances.mean().clamp(min=1e-6)
     return OutOfFold(log_probabilities, distances, task, groups, evidence / evidence.sum())
-
-
-def text_logits(task: Leaving) -> Tensor:
-    """Zero-shot CLIP's scaled logits (n, C) of all images."""
-    return F.linear(task.views[0, :, : task.widths[0]], *task.text)
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:

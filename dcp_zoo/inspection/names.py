@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcp_zoo.data.splits import Split
 from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.inspection.labels import OutOfFold, text_logits
+from dcp_zoo.inspection.labels import OutOfFold
 from dcp_zoo.texts import class_name, folder_name, read_csv
 from dcp_zoo.training.accuracy import Accuracy
 
@@ -48,7 +48,7 @@ def unknown(text: Tensor, labels: Tensor) -> list[int]:
 def gains_of(old: OutOfFold, new: OutOfFold, labels: Tensor) -> list[Gain]:
     """What the new names change, for zero-shot CLIP and for text probes."""
     pairs = {
-        "By the names alone": (text_logits(old.task), text_logits(new.task)),
+        "By the names alone": (old.task.text_logits, new.task.text_logits),
         "By a text probe": (old.log_probabilities, new.log_probabilities),
     }
     return [gain(by, before.argmax(1), after.argmax(1), labels) for by, (before, after) in pairs.items()]

@@ -90,9 +90,7 @@ def fit_on_features(
     views = [torch.cat([reading.features[..., :width], *others], -1) for reading in with_text]
     zero_shot = unseen or plain.start
     assert zero_shot is not None
-    text_logits = F.linear(views[-1][0, :, :width], *zero_shot)
-    scale = text_scale(text_logits, labels)
-    task = Leaving(views[-1], parts, labels, _times(scale, zero_shot), weights)
+    task, scale = leaving(views[-1], parts, labels, zero_shot, weights)
     left_out, losses = task.folds()
     groups = left_out[0][0].groups if left_out else task.safe_groups(len(plain.widths))
     fitted = [
@@ -100,10 +98,7 @@ def fit_on_features(
         for x, reading in zip(views, with_text, strict=True)
         if reading.start
     ]
-    if left_out:
-        evidence = (-losses).softmax(0)
-    else:
-        evidence = without_evidence(F.cross_entropy(scale * text_logits, labels), len(classes), len(groups))
+    evidence = (-losses).softmax(0) if left_out else task.without_evidence(groups)
     probe = TextProbe(classes, [reading.widths for reading in readings], width if len(fitted) > 1 else 0)
     strength = _fill(probe, fitted, evidence)
     probe.text_scale.fill_(scale * strength)
@@ -152,6 +147,15 @@ class Leaving:
         """Those of candidates that are worth fitting before anything is known of them."""
         groups, rows = all_groups(self.widths), self.views.shape[0] * self.views.shape[1]
         return groups if rows * len(self.text[1]) <= LARGE else [group for group in groups if group[1] == 1]
+
+    @property
+    def text_logits(self) -> Tensor:
+        """Zero-shot CLIP's scaled logits (n, C)."""
+        return F.linear(self.views[0, :, : self.widths[0]], *self.text)
+
+    def without_evidence(self, groups: Sequence[Group]) -> Tensor:
+        """The weights of these groups' candidates (K,) if no image can be left out."""
+        return without_evidence(F.cross_entropy(self.text_logits, self.labels), len(self.text[1]), len(groups))
 
     def safe_groups(self, blocks: int) -> list[Group]:
         """Those that may count without evidence: of the first blocks, which read nothing but CLIP alone, with text."""
@@ -215,11 +219,12 @@ def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarra
     return in_distribution_score(logits.numpy(), (candidates.distances(features) / probe.spread).numpy())
 
 
-def leaving(read: Read, labels: Tensor) -> Leaving:
-    """What `fit_on_features` leaves out images with, for a head of one reading with text."""
-    assert read.start is not None
-    scale = text_scale(F.linear(read.features[0, :, : read.widths[0]], *read.start), labels)
-    return Leaving(read.features, read.widths, labels, _times(scale, read.start), None)
+def leaving(
+    views: Tensor, widths: Sequence[int], labels: Tensor, text: Linear, weights: Tensor | None = None
+) -> tuple[Leaving, float]:
+    """Training images as `Leaving` has them, from zero-shot CLIP's logits by the first part, and a, their scale."""
+    scale = text_scale(F.linear(views[0, :, : widths[0]], *text), labels)
+    return Leaving(views, widths, labels, _times(scale, text), weights), scale
 
 
 def text_scale(logits: Tensor, labels: Tensor) -> float:
