@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import companions, is_image, one_per_photo, visible_files
-from dcp_zoo.deploy.bulk.journal import Journal
+from dcp_zoo.deploy.bulk.journal import Journal, remove_emptied
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
 
@@ -83,16 +83,11 @@ def sort_into(
                     for other in belonging(old.parent).get(old.name, ()):
                         _rename(old.with_name(other), _beside(target, old, other))
                     old.unlink() if os.path.lexists(target) else old.rename(target)
-                    with suppress(OSError):  # other files are there
-                        old.parent.rmdir()
-                        old.parent.parent.rmdir()  # of its class, if that is by date
+                    remove_emptied(old.parent)
                 if not link and not _is_copy(source, target):
                     target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
-                    write_file(target, partial(shutil.copy2, source), advice, temporary)
-                elif link and not os.path.lexists(target):
-                    target.symlink_to(source.absolute())
-                for other in others:
-                    path, copy = source.with_name(other), _beside(target, source, other)
+                beside = {source.with_name(other): _beside(target, source, other) for other in others}
+                for path, copy in ({source: target} | beside).items():
                     if os.path.lexists(copy):  # perhaps a person changed it since
                         continue
                     if link:
