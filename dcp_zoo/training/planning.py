@@ -75,7 +75,7 @@ class Run:
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
             read(subset.train, augment, method.features) if needed else None,
-            read(subset.val, "none", method.features) if needed and subset.val else None,
+            read(subset.val, "none", True) if needed and subset.val else None,
             self.recipe,
             self.seed,
             self.precision,
