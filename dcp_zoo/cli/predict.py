@@ -1,4 +1,4 @@
-"""`dcp-zoo predict`, and `dcp-zoo undo` for what it changed."""
+"""`dcp-zoo predict`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -232,7 +232,7 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     texts: Values = {"classnames": options.classnames, "descriptions": sentences}
 
     precision = options.precision
-    if precision == AUTO:  # of rows that another machine may continue
+    if precision == AUTO:  # part of the plan: a run is only continued in the same one
         architecture = read_config(head_folder(name))["architecture"]
         precision = pick_precision(AUTO, architecture, pick_device(options.device))
 

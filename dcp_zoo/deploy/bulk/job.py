@@ -1,5 +1,5 @@
-"""What a run on many images computes: images in; class names and probabilities out. Images are
-decoded in parallel processes without torch, whose import takes longer than decoding some hundred images."""
+"""What a run on many images computes: images in; class names and probabilities out. Images are decoded in parallel
+processes without torch, whose import takes longer than decoding some hundred images."""
 
 import multiprocessing
 import os
