@@ -379,6 +379,25 @@ def rejection_estimates() -> str:
     return as_table([*header, "far accepted, tested"], lines)
 
 
+def rejection_examples() -> str:
+    """What heads reject and accept that were given so many examples of none of the classes: means over sets."""
+    rows = results("rejection_examples")
+    columns = ["alike_passed", "known_refused", "far_passed"]
+    sets = rows.groupby(["part", "examples", "set"], sort=False)[columns].mean()
+    lines = []
+    for (part, examples), means in sets.groupby(["part", "examples"], sort=False):
+        which = "ViT-B/32" if part == "choosing" else "the miniature"
+        lines.append([f"{len(means)}, {which}", str(examples), *map("{:.1f}".format, means.mean())])
+    header = [
+        "datasets, features of",
+        "examples",
+        "similar things accepted",
+        "known rejected",
+        "other datasets accepted",
+    ]
+    return as_table(header, lines)
+
+
 def rejection_corrected() -> str:
     """What thresholds refuse and let pass after corrections: means over the reporting sets, in percent, and the paired
     difference of near images that pass from as many random images, over the means of sets."""

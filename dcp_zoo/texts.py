@@ -29,6 +29,11 @@ def is_reserved(name: str) -> bool:
     return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
 
 
+def is_none(name: str) -> bool:
+    """Whether a name is `NONE`."""
+    return name.strip().casefold() == NONE
+
+
 def inert(cell: object) -> object:
     """A cell that a spreadsheet does not take for a formula, by the mark ', and that can be encoded."""
     if not isinstance(cell, str):

@@ -67,7 +67,8 @@ def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
-    """A copy of a head of four classes that rejects half of the package's first photographs, and which of all."""
+    """A copy of a head of four classes that rejects half of the package's first photographs and the last of the others,
+    which is an example of none of the classes; and which it rejects of all."""
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
@@ -75,7 +76,13 @@ def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
     head.text_probe.threshold.copy_(
         in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
     )
-    return head, [name is None for name in head.predict(images, True)]
+    before = [name is None for name in head.predict(images, True)]
+    last = max(i for i, is_rejected in enumerate(before) if not is_rejected)
+    head.text_probe.margin.copy_(head.distances(views[0, [last]])[0] / 2)
+    head.text_probe.examples = views[0, [last]]
+    after = [name is None for name in head.predict(images, True)]
+    assert after == [i == last or was for i, was in enumerate(before)]
+    return head, after
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """One's own images, in a folder for each class or listed in a table."""
 
+import json
 import re
 import shutil
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from helpers import photo
+from PIL import Image
 
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_image, load_labelled, load_split, readers
@@ -106,7 +108,33 @@ def test_sorted_images_are_classes_again(flowers, tmp_path):
     found = load_labelled("folder", flowers)
     assert found.classnames == ["red: white?", "rose"]
     assert [item.label for item in found.items] == [0] * 7 + [1] * 6
-    assert "Left out: the images in Not sure, none of these" in found.note
+    assert [item.key for item in found.none] == ["none of these/new.jpg"]
+    assert "Left out: the images in Not sure, as these names are reserved." in found.note
+    for part in ("train", "test"):
+        photo(tmp_path / "PARTS" / part / "none of these" / "day" / "a.jpg")
+        for name in ("rose", "tulip"):
+            photo(tmp_path / "PARTS" / part / name / "a.jpg")
+    found = load_labelled("folder", tmp_path / "PARTS")
+    assert [item.key for item in found.none] == ["train/none of these/day/a.jpg"]
+    assert "Left out: the images in test/none of these, as" in found.note
+
+
+def test_what_is_like_an_image_of_none_of_the_classes_is_rejected(flowers, run):
+    for name, hue in {"rose": 0, "tulip": 120, "none of these": 70}.items():
+        (folder := flowers / name).mkdir(exist_ok=True)
+        for i in range(14):
+            color = Image.new("RGB", (130, 140), f"hsv({hue + 3 * i}, 90%, 90%)")
+            noise = Image.effect_noise(color.size, 60 + i).convert("RGB")
+            Image.blend(color, noise, 0.6).save(folder / f"{i}.jpg")
+    (flowers / "none of these/0.jpg").rename("new.jpg")
+    heads = {"with": [], "without": ["--labels", "labels.csv"]}
+    rows = [f"{name}/{i}.jpg,{name}" for name in ("rose", "tulip") for i in range(14)]
+    Path("labels.csv").write_text("\n".join(["file,class", *rows]))
+    for head, options in heads.items():
+        out = run.ok("train", flowers, *options, "--test", 0, "--output", head)
+        assert ("It rejects what is much like its 13 examples of none of these." in out) == (head == "with")
+        (answer,) = json.loads(run.ok("predict", "new.jpg", "--head", head, "--reject", "--json"))
+        assert answer["rejected"] == (head == "with")
 
 
 @pytest.mark.parametrize("text", ["file,class\n{}", "Path;Label;note\n{}", "{}", "class\tfile\n{}"])
@@ -133,24 +161,31 @@ def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     for i in range(4):
         photo(Path(f"UNSORTED/{i}.jpg"), 20 + i)
     (flowers / "rose" / "link.jpg").symlink_to(Path("UNSORTED/0.jpg").absolute())
+    (flowers / "None of these").mkdir()
+    shutil.copy("UNSORTED/1.jpg", flowers / "None of these" / "x.jpg")
+    photo(flowers / "None of these" / "y.jpg", 30)
     answers = ("tulip", "rose", "daisy", "none of these")
     rows = "".join(f"UNSORTED/{i}.jpg,{name}\n" for i, name in enumerate(answers))
-    Path("1.csv").write_text(f"file,class\n{rows}MY_PHOTOS/rose/1.jpg,tulip\n")
+    answered = "MY_PHOTOS/rose/1.jpg,tulip\nMY_PHOTOS/rose/5.jpg,none of these\nMY_PHOTOS/None of these/x.jpg,rose\n"
+    Path("1.csv").write_text(f"file,class\n{rows}{answered}")
     Path("2.csv").write_text("file,class\nUNSORTED/1.jpg,daisy\n")
     found = load_labelled("folder", flowers, ["1.csv", "2.csv"])
     labels = {item.key: found.classnames[item.label] for item in found.items}
     expected = {f"{name}/{i}.jpg": name for name in ("rose", "tulip") for i in range(6)}
-    expected |= {"rose/link.jpg": "tulip", "rose/1.jpg": "tulip"}
+    expected |= {"rose/link.jpg": "tulip", "rose/1.jpg": "tulip", "None of these/x.jpg": "rose"}
+    del expected["rose/5.jpg"]
     assert labels == expected | {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
     assert [item.label for item in found.items] == sorted(item.label for item in found.items)
-    assert {item.key for item in found.items if item.added} == {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg"}
-    for text in ("1.csv: 2 images added, 2 labelled again.", "1 'none of these'", "2.csv: 0 images added, 1 labelled"):
+    added = {item.key for item in found.items if item.added}
+    assert added == {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg", "None of these/x.jpg"}
+    assert [item.key for item in found.none] == ["None of these/y.jpg", "../UNSORTED/3.jpg", "rose/5.jpg"]
+    for text in ("1.csv: 3 images added, 2 labelled again, 2 of none of these.", "2.csv: 0 images added, 1 labelled"):
         assert text in found.note
     Path("inside.csv").write_text("file,class\nrose/0.jpg,a\nrose/2.jpg,b\n")
     assert len(load_labelled("folder", flowers, "inside.csv").items) == 2, "in place of the class folders"
     shutil.move("1.csv", flowers)
     in_place = load_labelled("folder", flowers, [flowers / "1.csv", "2.csv"])
-    assert (len(in_place.items), in_place.classnames) == (4, ["daisy", "tulip"])
+    assert (len(in_place.items), in_place.classnames) == (5, ["daisy", "rose", "tulip"])
     Path("outside.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\n")
     Path("Downloads").mkdir()
     listed = "".join(f"MY_PHOTOS/rose/{i}.jpg,{name}\n" for i, name in enumerate("ab"))

@@ -301,7 +301,7 @@ def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, t
 def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
     x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
     if had_its_own:
-        other.text_probe = TextProbe(other.classes, model.text_probe.widths)
+        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.own)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
     other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("text_probe.")})
@@ -616,6 +616,39 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 def test_few_images_make_no_threshold(plain):
     assert not {"thresholds", "others_accepted"} & {*fit_probe(plain, source(plain, 12, 0))}
     assert cannot_reject(plain, "fitted on too few")
+
+
+@torch.no_grad()
+def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tmp_path):
+    """By more than of 98 % of the images that are left out, if that is normally distributed. The frozen features alone
+    say so: prompts have seen the images of the classes, and not these."""
+    train, none = source(plain, 30, 0), source(plain, 4, 7)
+    x = torch.cat([images(4, 7) + images(4, 8) / 10, images(8, 1)])
+    without = fit_probe(plain, train)
+    f = plain.encode_image(x)
+    distances, frozen = plain.distances(f), plain.readings[1]
+    views, examples = train.read_by(frozen, 2), none.read_by(frozen, 1)[0]
+    left_out, _ = Leaving(views, frozen.widths, train.labels, plain.zero_shot_linear(), None).folds()
+    unit = math.sqrt(2) * plain.text_probe.spread
+    margins = torch.cat([(to(each, c.means) - to(each, examples)) / unit for c, each, _ in left_out])
+    limit = margins.mean() + 2.0537 * margins.std()
+    info = fit_probe(plain, train, none=none)
+    assert info.pop("examples") == 4
+    assert info == {**without, "others_accepted": info["others_accepted"]}
+    alike = distances - to(frozen.encode(x), examples) / unit > limit
+    assert 0 < alike.sum() < len(x)
+    expected = distances.masked_fill(alike, 1e4)
+    plain.save_pretrained(tmp_path, torch.float32)
+    for head in (plain, load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval(), plain.fuse(), copy.deepcopy(plain)):
+        assert close(head.distances(head.encode_image(x)), expected, 1e-3)
+    assert plain.distances(features_of(plain, none, 1)[0]).tolist() == [1e4] * 4
+    with pytest.warns(UserWarning, match="The 4 images of none of the classes are not used: .* It needs 20 images"):
+        assert "examples" not in fit_probe(plain, source(plain, 12, 0), none=none)
+
+
+def to(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The distance of each x to the nearest of the rows."""
+    return torch.cdist(x, rows).amin(1)
 
 
 @pytest.mark.parametrize(("first", "differs"), [(30, False), (24, True), (15, False)])

@@ -11,7 +11,7 @@ from typing import Any
 
 from dcp_zoo.data.paths import companions, is_image, is_raw, one_per_photo, visible_files
 from dcp_zoo.data.specs import DatasetSpec
-from dcp_zoo.data.splits import Item, Split
+from dcp_zoo.data.splits import NO_CLASS, Item, Split, labels_of
 from dcp_zoo.errors import ZooError, import_extra, nearest_hint, shorten
 from dcp_zoo.files import read_plain
 from dcp_zoo.texts import split_list
@@ -103,15 +103,17 @@ def labelled_by_keywords(spec: DatasetSpec, folder: Path, labels: Path) -> Split
     if missing := [name for name in names if name not in counts]:
         raise ZooError(f"No image in {folder} has the keyword {missing[0]!r}.{nearest_hint(missing[0], counts)}")
     chosen = {file: of_image.intersection(names) for file, of_image in keywords.items()}
-    classes = sorted(set().union(*(found for found in chosen.values() if len(found) == 1)))
+    *classes, _ = numbers = labels_of(set().union(*(found for found in chosen.values() if len(found) == 1)))
     items = [
-        Item(file, os.path.relpath(file, folder).replace(os.sep, "/"), classes.index(next(iter(found))))
+        Item(file, os.path.relpath(file, folder).replace(os.sep, "/"), numbers[next(iter(found))])
         for file, found in chosen.items()
         if len(found) == 1
     ]
     several = sum(len(found) > 1 for found in chosen.values())
     note = f"Left out: {several:,} images with several of these keywords." if several else ""
-    return Split(spec.name, classes, sorted(items, key=lambda item: item.label), note=note, place=str(folder))
+    items.sort(key=lambda item: item.label)
+    none = [item for item in items if item.label == NO_CLASS]
+    return Split(spec.name, classes, items[len(none) :], none=none, note=note, place=str(folder))
 
 
 def with_keywords(file: Path, path: Sequence[str], image: Path) -> bytes | None:

@@ -17,11 +17,11 @@ from PIL import Image
 from dcp_zoo.data import packaged, paths
 from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.specs import DatasetSpec
-from dcp_zoo.data.splits import PARTS, Item, Split, shorten
+from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, labels_of, shorten
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
-from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
+from dcp_zoo.texts import NONE, active, class_name, is_none, is_reserved, read_csv, read_text
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
@@ -159,10 +159,13 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     images = (entry.name for entry in os.scandir(folder) if paths.is_image(entry.name))
     others.update(f"{paths.kind_of(name)} in no class folder" for name in images)
     paths.warn_of_skipped(folder, others)
-    bases = map(folder.joinpath, given or [""])
-    answers = sorted({name for base in bases for name in _folders(base) if is_reserved(name)})
-    note = f"Left out: the images in {', '.join(answers)}, as these names are reserved." if answers else ""
-    return _by_class(Split(spec.name, classes, train, val, test, note=note, place=str(folder)))
+    bases = given or [""]
+    reserved = [Path(base, name).as_posix() for base in bases for name in _folders(folder / base) if is_reserved(name)]
+    examples = [key for key in reserved if key.startswith(bases[0]) and is_none(Path(key).name)]
+    none = [item for key in examples for item in _images(folder, key, NO_CLASS)]
+    left_out = ", ".join(key for key in reserved if key not in examples)
+    note = f"Left out: the images in {left_out}, as these names are reserved." if left_out else ""
+    return _by_class(Split(spec.name, classes, train, val, test, none, note, place=str(folder)))
 
 
 def _by_class(split: Split) -> Split:
@@ -184,7 +187,7 @@ class LabelRow(NamedTuple):
     image: str  # its path
     name: str  # of the class, or a reserved one
     unreadable: bool  # of a table that says why the image cannot be read
-    is_answer: bool  # of a head, with its probability
+    is_answer: bool  # of a head, with its probability, or `NONE` by its threshold
 
 
 def label_rows(file: Path) -> Iterator[LabelRow]:
@@ -203,21 +206,24 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
         columns, rows, first = [0, 1, -1, -1, -1, -1], [[], *rows], 1
     for number, row in enumerate(rows[1:], first):
         image, name, change, error, rejected, probability = ("" if i < 0 else row[i] for i in columns)
-        name = NONE if rejected.lower() == "true" or name.casefold() == NONE else change or name
+        is_rejected = rejected.lower() == "true"
+        name = NONE if is_rejected or is_none(name) else change or name
         wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
         if wrong and not error:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), bool(probability))
+        is_answer = is_rejected if name == NONE else bool(probability)
+        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer)
 
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
-    predict`, in the current folder. What has no class is left out: unreadable images, and "none of these"."""
+    predict`, in the current folder. What has no class is left out: unreadable images, and those that a head rejected;
+    what a person called "none of these" is an example of that."""
     found: dict[str, tuple[str, str]] = {}  # paths and classes
     left_out, missing, answers = Counter[str](), [], 0
     for where, image, name, unreadable, is_answer in label_rows(file):
         answers += is_answer
-        if unreadable or is_reserved(name):
+        if unreadable or (is_reserved(name) and (is_answer or name != NONE)):
             left_out["that cannot be read" if unreadable else f"{name!r}"] += 1
         elif not (path := _listed(image, folder)):
             missing.append(image)
@@ -227,12 +233,14 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         known = f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in"
         where = f"{folder} or the current folder: {shorten(missing)}"
         raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
-    classes = sorted({name for _, name in found.values()})
-    items = [Item(path, key.replace(os.sep, "/"), classes.index(name)) for key, (path, name) in sorted(found.items())]
+    *classes, _ = labels = labels_of(name for _, name in found.values())
+    items = [Item(path, key.replace(os.sep, "/"), labels[name]) for key, (path, name) in sorted(found.items())]
     items.sort(key=lambda item: item.label)
+    none = [item for item in items if item.label == NO_CLASS]
     without = ", ".join(f"{count} {what}" for what, count in left_out.items())
     notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
-    return Split(spec.name, classes, items, note=" ".join(filter(None, notes)), place=str(file))
+    note = " ".join(filter(None, notes))
+    return Split(spec.name, classes, items[len(none) :], none=none, note=note, place=str(file))
 
 
 def _listed(image: str, folder: Path) -> str:
@@ -309,15 +317,21 @@ def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
-        inside = f"{base / key}{os.sep}"
-        found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
-        files = sorted(paths.one_per_photo(filter(paths.is_image, found)))
-        if not files:
+        images = _images(base, key, label, others)
+        if not images:
             raise ZooError(f"The class folder {base / key} has no image ({paths.KNOWN}). Add one or remove it.")
-        if others is not None:
-            others.update(paths.kind_of(file) for file in found if not paths.is_image(file))
-        items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
+        items += images
     return items
+
+
+def _images(base: Path, key: str, label: int, others: Counter[str] | None = None) -> list[Item]:
+    """Images of `base/<key>` and its subfolders, sorted; `others` counts the other files."""
+    inside = f"{base / key}{os.sep}"
+    found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
+    if others is not None:
+        others.update(paths.kind_of(file) for file in found if not paths.is_image(file))
+    files = sorted(paths.one_per_photo(filter(paths.is_image, found)))
+    return [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from dcp_zoo.data.specs import is_own
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
+from dcp_zoo.texts import NONE
 
+NO_CLASS = -1  # label of images of none of the classes
 BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
 PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # common names of the parts
@@ -41,6 +43,7 @@ class Split:
     train: list[Item] = field(default_factory=list)  # all images, if the source has no parts
     val: list[Item] = field(default_factory=list)
     test: list[Item] = field(default_factory=list)
+    none: list[Item] = field(default_factory=list)  # of none of the classes: examples of what to reject
     note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
     place: str = ""  # where the images were found, for messages
     held_out: bool = False  # whether the test images are a share of each class, chosen here
@@ -72,6 +75,11 @@ class Split:
 def subset_sha256(items: Iterable[Item]) -> str:
     """Hash of a list of images: sha256 of their keys joined by newlines."""
     return hashlib.sha256("\n".join(item.key for item in items).encode(*BYTES)).hexdigest()
+
+
+def labels_of(names: Iterable[str]) -> dict[str, int]:
+    """The labels of classes by name, in alphabetical order; that of `NONE` is `NO_CLASS`."""
+    return {name: label for label, name in enumerate(sorted({*names} - {NONE}))} | {NONE: NO_CLASS}
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
@@ -199,19 +207,26 @@ def all_for_training(split: Split) -> Split:
 
 
 def with_labels(images: Split, listed: Split) -> Split:
-    """The images of both, with the classes of `listed` where they differ; images that only it has are for training."""
+    """The images of both, with the classes of `listed` where they differ, or as images of none of the classes; images
+    that only it has are for training."""
     file = cache(os.path.realpath)
+    none = {file(item.path): item for item in (*images.none, *listed.none)}
+    for item in listed.items:
+        none.pop(file(item.path), None)
     own = {file(item.path): images.classnames[item.label] for item in images.items}
     classes = own | {file(item.path): listed.classnames[item.label] for item in listed.items}
+    classes = {path: name for path, name in classes.items() if path not in none}
     new = [item._replace(added=True) for item in listed.items if file(item.path) not in own]
     names = {name: label for label, name in enumerate(sorted(set(classes.values())))}
     parts: Values = {"train": [*images.train, *new], "val": images.val, "test": images.test}
     for part, items in parts.items():
-        parts[part] = [item._replace(label=names[classes[file(item.path)]]) for item in items]
+        named = ((item, classes.get(file(item.path))) for item in items)
+        parts[part] = [item._replace(label=names[name]) for item, name in named if name is not None]
     parts["train"].sort(key=lambda item: (item.label, item.key))
-    done = f"{listed.place}: {len(new):,} images added, {len(listed.items) - len(new):,} labelled again."
+    done = f"{listed.place}: {len(new):,} images added, {len(listed.items) - len(new):,} labelled again"
+    done += f", {len(listed.none):,} of none of these." if listed.none else "."
     note = " ".join(filter(None, (images.note, done, listed.note)))
-    return replace(images, classnames=list(names), note=note, **parts)
+    return replace(images, classnames=list(names), none=list(none.values()), note=note, **parts)
 
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:

@@ -11,7 +11,7 @@ from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
 from dcp_zoo.files import check_empty, check_writable, unfinished
-from dcp_zoo.texts import LEAVE_OUT, class_folders
+from dcp_zoo.texts import LEAVE_OUT, NONE, class_folders
 
 
 def fix(folder: str | Path, table: str | Path, output: str | Path, labels: LabelFiles = None) -> tuple[int, int]:
@@ -29,6 +29,8 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: Label
             items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
             named = [folders[changes.get(item.key, data.classnames[item.label])] for item in items]
             sort_into([item.path for item in items], named, new / part if data.has_parts else new, can_link(folder))
+        if none := [item.path for item in data.none]:
+            sort_into(none, [NONE] * len(none), new / PARTS[0] if data.has_parts else new, can_link(folder))
         new.replace(place)
     return len(changes) - left_out, left_out
 

@@ -3,7 +3,8 @@ these tensors by their hash: one head replaces another at the moment when its `c
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,),
-`.evidence` (K,), and the scalars `.text_scale`, `.threshold` and `.spread`. CLIP's are never included.
+`.evidence` (K,), the scalars `.text_scale`, `.threshold` and `.spread`, and, if it was given images of no class,
+`.examples` (M, F') of them with the scalar `.margin`. CLIP's are never included.
 """
 
 import json
@@ -48,7 +49,7 @@ ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from w
 # what timm is told when a head loads
 TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier")
 # of the text probe, which stay in float32, as logits depend on them
-EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
+EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin")}
 
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values, not_measured: str) -> Path:
@@ -122,8 +123,8 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
     shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
     classes, probe = matched(names, head.classes), None
     if any(name.startswith(PREFIX) for name in shapes):
-        means = shapes.get(f"{PREFIX}means", torch.empty(0))
-        probe = head.probe_of(classes, means.shape[-1]).to(head.device)
+        means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
+        probe = head.probe_of(classes, means.shape[-1], len(examples)).to(head.device)
     check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
     state = read_tensors(directory, config.get("weights_sha256"))
     given = head.texts if isinstance(head.texts, Mapping) else None

@@ -196,17 +196,15 @@ def made(config: HeadConfig) -> Values:
 
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
-    rate = REFUSED if reject is True else reject
-    like, others = (
-        info.get("text_probe", {}).get(name, {}).get(f"{rate:g}") for name in ("like_accepted", "others_accepted")
-    )
-    if like is None:
-        return ""
-    note = (
-        f"{100 * rate:g} % of the images of the head's classes are rejected. Of things much like its classes it "
-        f"accepts about {like:.0f} %, as measured by leaving classes out"
-    )
-    return f"{note}." if others is None else f"{note}; of thirty everyday pictures {others:.0f} %."
+    rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
+    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ("like_accepted", "others_accepted"))
+    said = []
+    if like is not None:
+        said += [f"Of things much like its classes it accepts about {like:.0f} %, as measured by leaving classes out"]
+        said[0] += "." if others is None else f"; of thirty everyday pictures {others:.0f} %."
+    if examples := fitted.get("examples"):
+        said += [f"It rejects what is much like its {examples:,} examples of none of these."]
+    return " ".join([f"{100 * rate:g} % of the images of the head's classes are rejected.", *said]) if said else ""
 
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"

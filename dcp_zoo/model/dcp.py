@@ -309,10 +309,11 @@ class DCP(Head):
         if f"{prefix}prompts.text" in state_dict:
             self.stored_stats = None if found is None else self.stored_stats
             weight, own = state_dict.get(f"{prefix}text_probe.weight"), self.text_probe
+            examples = state_dict.get(f"{prefix}text_probe.examples", ())
             if weight is None:
                 self.text_probe = None
-            elif own is None or own.weight.shape != weight.shape:
-                self.text_probe = self.probe_of(self.classes, weight.shape[1]).to(weight.device)
+            elif own is None or (own.weight.shape, len(own.examples)) != (weight.shape, len(examples)):
+                self.text_probe = self.probe_of(self.classes, weight.shape[1], len(examples)).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:

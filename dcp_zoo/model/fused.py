@@ -14,7 +14,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.clip import joined, parts_of
 from dcp_zoo.model.inputs import Tokens
-from dcp_zoo.model.text_probe.probe import nearest
+from dcp_zoo.model.text_probe.probe import Distance
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.open_clip import OpenClipViT, VisionTower
 
@@ -42,8 +42,10 @@ class FusedHead(ImageTower):
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from `first` on
     classifier: Tensor  # (C, F)
     bias: Tensor  # (C,)
-    unit: Tensor  # (), and
-    means: Tensor  # (C, F'), see `TextProbe.measure`, of a head that can reject
+    unit: Tensor  # see `Distance`; of a head that can reject
+    means: Tensor
+    examples: Tensor
+    margin: Tensor
 
     @torch.no_grad()
     def __init__(self, model: Any) -> None:
@@ -60,7 +62,7 @@ class FusedHead(ImageTower):
             tensors = _constants(model)
             tensors["classifier"], tensors["bias"] = model.linear()
             if not model.cannot_reject:
-                tensors["unit"], tensors["means"] = model.text_probe.measure(model.classes)
+                tensors |= model.text_probe.measure(model.classes)._asdict()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
         self.info = _info(model)
@@ -104,7 +106,7 @@ class FusedHead(ImageTower):
 
     def distances(self, features: Tensor) -> Tensor:
         """Normalised features (B, F) -> `TextProbe.distance` (B,), of a head that can reject."""
-        return nearest(features[:, -self.means.shape[1] :].float() * self.unit, self.means)
+        return Distance(self.unit, self.means, self.examples, self.margin)(features)
 
 
 @torch.no_grad()

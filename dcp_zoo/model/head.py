@@ -149,13 +149,13 @@ class Head(TimmContract):
         pairs = zip(self.readings, self.text_probe.widths, strict=False)
         return [reading if reading.widths == widths else reading.first_part() for reading, widths in pairs]
 
-    def probe_of(self, classes: Sequence[Class], columns: int) -> TextProbe:
+    def probe_of(self, classes: Sequence[Class], columns: int, examples: int = 0) -> TextProbe:
         """An empty text probe that reads so many columns: all parts of all readings, or each one's first alone."""
         readings = self.readings
         if columns != sum(sum(reading.widths) for reading in readings):
             readings = [reading.first_part() for reading in readings]
         own = readings[0].widths[0] if self.has_own_features else 0
-        return TextProbe(classes, [reading.widths for reading in readings], own)
+        return TextProbe(classes, [reading.widths for reading in readings], own, examples)
 
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:

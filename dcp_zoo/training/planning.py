@@ -81,6 +81,7 @@ class Run:
             self.precision,
             progress,
             probe_weights=self._probe_weights(subset),
+            none=read(subset.none, "none", True) if subset.none else None,
             encoders=load_encoders(self.encoders, clip),
         )
 
@@ -111,6 +112,8 @@ class Run:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
             stored["image_hashes"] = image_hashes(subset.train + subset.val)
+        if subset.none:
+            stored["none_sha256"] = subset_sha256(subset.none)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}

@@ -135,7 +135,11 @@ class Candidates:
 
     def distances(self, features: Tensor) -> Tensor:
         """Distances (m,) of other images (m, W) to the nearest class mean."""
-        return nearest(features, self.means[self.present]) / math.sqrt(len(self.widths))
+        return self.to_nearest(features, self.means[self.present])
+
+    def to_nearest(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Distances (m,) of images (m, W) to the nearest of these rows (k, W), of parts that are joined."""
+        return nearest(features, rows) / math.sqrt(len(self.widths))
 
     def mean(self, evidence: Tensor) -> tuple[float, Linear]:
         """The mean of the candidates by weights (K,): the strength of the text, and weight (C, W) and bias (C,)."""

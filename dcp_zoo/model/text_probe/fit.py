@@ -15,6 +15,9 @@ the other shares. Images that were added as corrections do not count where 20 ot
 ones, and would lower the threshold. `like_accepted` says how many would pass if their class, and every second one, was
 unknown, `others_accepted` how many of everyday pictures pass. Other rules, and validation images: see
 `benchmarks/notes.md`.
+
+Examples of images of no class reject what is much like them: what is nearer to one of them than to the class means, by
+a margin that `LIKE_EXAMPLES` of the images that were left out would exceed.
 """
 
 import math
@@ -40,6 +43,7 @@ from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
+LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
 HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
 FOLDS = 4  # of more than ENOUGH training images one says as much as four
 LeftOut = tuple[Candidates, Tensor, Tensor]  # with features (m, W) and labels (m,) that are not part of it
@@ -69,6 +73,7 @@ def fit_on_features(
     unseen: Linear | None = None,
     weights: Tensor | None = None,
     typical: Tensor | None = None,
+    examples: Tensor | None = None,
 ) -> tuple[TextProbe, Values]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
@@ -79,6 +84,8 @@ def fit_on_features(
             left out. Default: those that the probe starts at.
         weights: (n,) of the images' losses, see `Candidates`.
         typical: (n,), which images set the threshold, if enough of them are left out. Default: all.
+        examples: (M, F'), of images of no class, the parts of the readings that no method changed one after the other.
+            They are of use where there is a threshold. Default: none.
     """
     with_text = [reading for reading in readings if reading.start]
     plain = with_text[-1]
@@ -106,6 +113,8 @@ def fit_on_features(
     if left_out:
         chosen = None if typical is None else torch.cat([typical[out] for out in fold_masks(labels)])
         info |= _set_threshold(probe, left_out, evidence, chosen)
+    if "thresholds" in info and examples is not None:
+        info["examples"] = _set_examples(probe, left_out, examples)
     if "thresholds" in info and len(classes) > 2:
         like = [_like_scores(probe, half, evidence) for half in task.class_halves(groups)]
         info |= {"like_accepted": share_above(info["thresholds"], np.concatenate(like))} if like else {}
@@ -210,6 +219,15 @@ def _set_threshold(
     thresholds = {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
     return {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
+
+
+def _set_examples(probe: TextProbe, left_out: list[LeftOut], examples: Tensor) -> int:
+    """Set examples (M, F') of images of no class, and their margin by the images that were left out; returns M."""
+    pairs = ((each.distances(features), each.to_nearest(features, examples)) for each, features, _ in left_out)
+    margins = torch.cat([to_means - to_examples for to_means, to_examples in pairs]) / probe.spread
+    probe.margin.copy_(margins.mean() - margins.std() * NormalDist().inv_cdf(LIKE_EXAMPLES))
+    probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
+    return len(examples)
 
 
 def _like_scores(probe: TextProbe, half: LeftOut, evidence: Tensor) -> np.ndarray:

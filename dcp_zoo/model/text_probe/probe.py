@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,29 @@ PREFIX = "text_probe."  # of its tensors in a head
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
+BEYOND = 1e4  # a distance that every other threshold rejects
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
     "dcp-zoo fit-text-probe sets one, from at least two images of a class and 20 in all."
 )
+
+
+class Distance(NamedTuple):
+    """How far images are from what a head has seen: from the nearest of the class means, in one unit. What is nearer to
+    one of the examples of no class, by more than a margin, is beyond."""
+
+    unit: Tensor  # ()
+    means: Tensor  # (C, F')
+    examples: Tensor  # (M, F')
+    margin: Tensor  # ()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features (B, F), of which the last F' columns are read -> distances (B,)."""
+        x = features[:, -self.means.shape[1] :].float() * self.unit
+        distances = nearest(x, self.means)
+        if not len(self.examples):
+            return distances
+        return distances.masked_fill(distances - nearest(x, self.examples) > self.margin, BEYOND)
 
 
 class TextProbe(nn.Module):
@@ -28,12 +48,14 @@ class TextProbe(nn.Module):
 
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
     frozen features to the nearest of the class means, in units of `spread`, the mean of training images that were left
-    out. Classes can be added and removed; other texts unset the threshold.
+    out, and `BEYOND` where one of the `examples` (M, F'), images of no class, is nearer by more than the `margin`.
+    Classes can be added and removed; other texts unset the threshold.
 
     Args:
         classes: those of the head, or as many as its images have.
         widths: of the parts of each reading that it reads.
-        own: how many of the first columns are features that the method changed."""
+        own: how many of the first columns are features that the method changed.
+        examples: how many images of no class it knows."""
 
     weight: Tensor
     bias: Tensor
@@ -42,15 +64,20 @@ class TextProbe(nn.Module):
     evidence: Tensor
     threshold: Tensor
     spread: Tensor
+    examples: Tensor
+    margin: Tensor
 
-    def __init__(self, classes: Sequence[Class], widths: Sequence[Sequence[int]], own: int = 0) -> None:
+    def __init__(
+        self, classes: Sequence[Class], widths: Sequence[Sequence[int]], own: int = 0, examples: int = 0
+    ) -> None:
         super().__init__()
         self.classes, self.widths, self.own = list(classes), [tuple(parts) for parts in widths], own
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
         self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
-        for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0}.items():
+        self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - own))
+        for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
 
     def _ordered(self, rows: Tensor, classes: Sequence[Class]) -> Tensor:
@@ -72,18 +99,17 @@ class TextProbe(nn.Module):
         own = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
         return self.text_scale * weight + own[0], self.text_scale * bias + own[1]
 
-    def measure(self, classes: Sequence[Class]) -> tuple[Tensor, Tensor]:
-        """What `distance` needs: the unit in which the frozen ones of the features are measured, and their class means
-        (C', F') in it, of classes with images."""
+    def measure(self, classes: Sequence[Class]) -> Distance:
+        """How far images are from what the head has seen of these classes, by the frozen ones of the features: about 1
+        for images like these."""
         parts = sum(map(len, self.widths))
         unit = math.sqrt(parts / (parts - 1 if self.own else parts)) / self.spread.float()
         means = self._ordered(self.means, classes).float()
-        return unit, means[means.any(1)][:, self.own :] * unit
+        return Distance(unit, means[means.any(1)][:, self.own :] * unit, self.examples.float() * unit, self.margin)
 
     def distance(self, features: Tensor, classes: Sequence[Class]) -> Tensor:
-        """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
-        unit, means = self.measure(classes)
-        return nearest(features[:, self.own :].float() * unit, means)
+        """Features (B, F) -> `measure` of them (B,)."""
+        return self.measure(classes)(features)
 
     def cannot_reject(self, classes: Sequence[Class]) -> str:
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
@@ -102,6 +128,8 @@ class TextProbe(nn.Module):
         classes = self.classes if classes is None else classes
         state = self.state_dict()
         state |= {name: self._ordered(state[name], classes) for name in ("weight", "bias", "means")}
+        if not len(self.examples):
+            state = {name: tensor for name, tensor in state.items() if name not in ("examples", "margin")}
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}

@@ -61,6 +61,7 @@ class Task:
         probe_images: the training images without augmentation, for the text probe, if the method has them in a form
             that its head reads faster.
         probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
+        none: images of none of the classes, from which the text probe learns what to reject; None if there are none.
         encoders: that the text probe reads beside CLIP.
     """
 
@@ -78,6 +79,7 @@ class Task:
     reload_clip: Callable[[], FrozenCLIP] | None = None
     probe_images: ImageSource | None = None
     probe_weights: Tensor | None = None
+    none: ImageSource | None = None
     encoders: Sequence[ImageEncoder] = ()
 
     @property

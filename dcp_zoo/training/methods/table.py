@@ -108,7 +108,7 @@ def fit_head(name: str, task: "Task") -> "Head":
     if probed:
         head.image_encoders.extend(task.encoders)
         images = task.probe_images or task.plain_train
-        found = fit_probe(head, images, task.progress, task.probe_weights)
+        found = fit_probe(head, images, task.progress, task.probe_weights, task.none)
         head.info = head.info | {"text_probe": found}
     return head
 

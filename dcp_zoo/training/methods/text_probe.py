@@ -5,6 +5,7 @@ fitted to features of the training images themselves: `fit_probe` gives it to a 
 zero-shot CLIP, by whose `fit` it is made, because its recipe names it.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,11 @@ from dcp_zoo.training.methods.zero_shot import fit
 from dcp_zoo.training.recipes import MANY, PROBE_REFUSED, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
+UNUSED = (
+    "The {} images of none of the classes are not used: without a threshold nothing is rejected. It needs 20 images of "
+    "the classes, at least two of one class."
+)
+
 
 @dataclass(frozen=True)
 class TextProbeRecipe(BaseRecipe):
@@ -30,11 +36,15 @@ class TextProbeRecipe(BaseRecipe):
 
 @torch.no_grad()
 def fit_probe(
-    head: Head, train: ImageSource, progress: Progress = no_progress, weights: Tensor | None = None
+    head: Head,
+    train: ImageSource,
+    progress: Progress = no_progress,
+    weights: Tensor | None = None,
+    none: ImageSource | None = None,
 ) -> dict[str, object]:
     """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. `weights` (n,) are
-    those of the training images' losses. ZooError for a head whose logits are no linear function of its features, or
-    were fitted to features of the training images."""
+    those of the training images' losses, `none` examples of images of no class. ZooError for a head whose logits are no
+    linear function of its features, or were fitted to features of the training images."""
     if head.abilities.fitted:
         raise ZooError(PROBE_REFUSED.format(head.method))
     if head.stats != "stored":
@@ -46,8 +56,12 @@ def fit_probe(
         readings.append(Read(features, on_cpu(reading.start()) if reading.start else None, widths))
     unseen = on_cpu(head.zero_shot_linear())
     typical = torch.tensor([not item.added for item in train.items])
-    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical)
+    frozen = head.readings[head.has_own_features :]
+    examples = None if none is None else torch.cat([none.read_by(each, 1, progress)[0] for each in frozen], -1)
+    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical, examples)
     thresholds = info.get("thresholds")
+    if none is not None and not thresholds:
+        warnings.warn(UNUSED.format(len(none.items)), stacklevel=2)
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
