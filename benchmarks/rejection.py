@@ -227,6 +227,8 @@ def with_examples(part: str, name: str, sets: Mapping[str, Any], seed: int) -> I
         return 100 * (found >= probe.threshold).float().mean().item()
 
     probe, _ = fitted(own, rows, classes)
+    if probe.cannot_reject(probe.classes):  # of too few images
+        return
     others = [label for label in range(len(own.names)) if label not in classes]
     passed = {label: accepted(probe, own.train[0, own.labels == label]) for label in others}
     alike = sorted(others, key=passed.__getitem__)[-max(6, len(others) // 3) :]
