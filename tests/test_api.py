@@ -396,19 +396,6 @@ def test_a_classifier_that_keeps_its_images_removes_classes_but_cannot_reject(pi
     assert set(tip.remove_class("red").predict(pictures[0])) == {"blue"}
 
 
-def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run):
-    """The labels are those of the classes in the order in which they were added."""
-    paths, labels = pictures
-    blue = [path for path, label in zip(paths, labels, strict=True) if label == "blue"]
-    others = [Image.new("RGB", (150, 140), (30, 9 * i, 9 * i)) for i in range(4)]
-    classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=["red", "teal"])
-    classifier.fit([*paths[4:], *others], [0] * 4 + [1] * 4).add_class(2, blue, name="blue").remove_class(1)
-    classifier.save(tmp_path / "head")
-    run.ok("fit-text-probe", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
-    loaded = FewShotClassifier.load(tmp_path / "refit")
-    assert loaded.predict(paths).tolist() == [2 * (label == "blue") for label in labels]
-
-
 def test_decisions_are_logits(pictures, fitted):
     """Of two classes those of the second alone, as in scikit-learn."""
     found = fitted.decision_function(pictures[0])

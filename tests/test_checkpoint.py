@@ -151,7 +151,6 @@ def test_the_weights_of_another_head_are_refused(folder):
         "classes HEAD --remove ant",
         "classes HEAD --rename ant bee",
         "classes HEAD --add bee .",
-        "fit-text-probe --dataset digits --head HEAD",
     ],
 )
 def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, monkeypatch, command):

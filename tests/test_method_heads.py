@@ -11,7 +11,6 @@ from helpers import close
 from safetensors.torch import load_file, save_file
 from test_baselines import NAMES, logits_of, pixels, task
 
-from dcp_zoo.data import load_labelled
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
@@ -190,10 +189,7 @@ def test_classes_of_a_head(clip, photos):
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = fit_head("linear-probe", small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for probe in (
-        None,
-        fit_on_features(fixed.classes, labels, [Read(features[None], fixed.own_linear())])[0],
-    ):  # as fit-text-probe adds
+    for probe in (None, fit_on_features(fixed.classes, labels, [Read(features[None], fixed.own_linear())])[0]):
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
@@ -233,8 +229,7 @@ def test_tensors_that_do_not_fit(clip, photos, tmp_path):
             load(clip, tmp_path)
 
 
-def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path, run):
-    """`train --method`, with `--set`, and `fit-text-probe` for a DCP that has no text probe."""
+def test_the_command_line_trains_any_method(photos, tmp_path, run):
     for item in photos[:9]:  # three of each class
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +260,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
 
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
-    for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-text-probe", "--head", tmp_path / "gda")):
+    for command in (("train", tmp_path / "photos", "--method", "gda"), ("classes", tmp_path / "gda", "--remove", "x")):
         assert "holds a stopped training, which can resume" in run.refused(*command, "--output", tmp_path / "stopped")
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
@@ -280,21 +275,10 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     code, _, err = run("train", tmp_path / "photos", *short, "--output", tmp_path / "coop")
     assert (code, "not converged" in err, "--set epochs=3" in err) == (0, True, True), err
 
-    options = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
-    run.ok("train", tmp_path / "photos", *options, "--no-refit", "--output", tmp_path / "plain")
-    out = run.ok("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
-    assert "test top-1" in out
-    head = create_model(str(tmp_path / "refit"), True)
+    options = ("--method", "dcp", "--set", "epochs=1")
+    run.ok("train", tmp_path / "photos", *options, "--no-refit", "--output", tmp_path / "dcp")
+    head = create_model(str(tmp_path / "dcp"), True)
     assert head.text_probe.classes == head.classes
     assert head.classnames == sorted(NAMES)
-    trained, items = read_config(tmp_path / "plain")["dcp"], load_labelled("folder", tmp_path / "photos").items
-    assert head.info["test_images"] == len(items) - sum(trained["class_images"].values())
-    assert sum(head.info["class_images"].values()) == len(items)  # measured without the test images, then with all
-    err = run.refused("eval", tmp_path / "photos", "--head", tmp_path / "refit")
-    assert "refit shows its accuracy" in err
-    shutil.move(tmp_path / "photos" / NAMES[0], tmp_path / "photos" / "unknown")
-    err = run.refused("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "refit", "--output", tmp_path / "x")
-    assert f"other classes than {tmp_path / 'refit'}. It lacks {NAMES[0]}. New: unknown." in err
-    shutil.move(tmp_path / "photos" / "unknown", tmp_path / "photos" / NAMES[0])
     assert head.info["text_probe"]["text_scale"]
     assert head.info["metrics"].keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}

@@ -185,10 +185,10 @@ def test_classes_get_images_one_after_the_other(model, tiny_clip, tmp_path):
 
 
 def test_without_a_text_probe_a_class_is_its_name(plain):
-    with pytest.raises(ZooError, match="no text probe.*fit-text-probe.*set_classnames"):
+    with pytest.raises(ZooError, match="no text probe.*Train a head with one.*set_classnames"):
         plain.add_class("zebra", images(2))
     with pytest.raises(
-        ZooError, match="cannot reject images: it has no text probe. Add one with dcp-zoo fit-text-probe.$"
+        ZooError, match="cannot reject images: it has no text probe. Train one that has: dcp-zoo train.$"
     ):
         plain.predict(images(2), reject=True)
 
@@ -698,7 +698,7 @@ def test_prediction_names_a_class_or_none(model, plain):
         model.set_classnames([3])
     names = model.predict(x)
     assert names == [NAMES[i] for i in model(x).argmax(-1)]
-    with pytest.raises(ZooError, match="no threshold.*fit-text-probe"):
+    with pytest.raises(ZooError, match="no threshold.*dcp-zoo train sets one"):
         model.predict(x, reject=True)
 
 

@@ -16,7 +16,7 @@ from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
-from dcp_zoo.cli.heads import classes, fit_text_probe
+from dcp_zoo.cli.heads import classes
 from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
@@ -46,7 +46,7 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, review, undo, inspect, search, train, evaluate, fit_text_probe, classes, benchmark, report),
+    *(list_, info, predict, review, undo, inspect, search, train, evaluate, classes, benchmark, report),
     *(demo, export, serve),
 ):
     epilog = recipe_help() if command is train else None

@@ -125,7 +125,7 @@ def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[l
     these images measure no `claim`."""
     info, own = model.info, is_own(images.name)
     split = training_split(images, info.get("test_share"))
-    same = split.sha256 in (info.get("split_sha256"), info.get("text_probe", {}).get("split_sha256"))
+    same = split.sha256 == info.get("split_sha256")
     if claim and not same:
         hashes = f"its sha256 is {info.get('split_sha256')}, and that of the one here is {split.sha256}"
         raise ZooError(f"{head} was trained on another split of {images.name}: {hashes}.")

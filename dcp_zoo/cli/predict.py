@@ -55,7 +55,7 @@ class PredictOptions:
     descriptions: opt.DescriptionsFile = None
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
-    reject: bool = opt.option(False, "Label images of other things `none of these`; fit-text-probe prepares a head.")
+    reject: bool = opt.option(False, "Label images of other things `none of these`.")
     reject_rate: float | None = opt.option(
         None, f"As --reject, but reject this share of the images of the head's classes, not {REFUSED}."
     )

@@ -182,15 +182,6 @@ def check_test_share(images: Split, test: float | None) -> None:
         raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
 
 
-def check_same_classes(place: str, found: Iterable[str], head: str, expected: Iterable[str]) -> None:
-    """ZooError unless the images at a place have the classes of a head."""
-    missing, new = sorted(set(expected).difference(found)), sorted(set(found).difference(expected))
-    if missing or new:
-        named = {" It lacks": missing, " New:": new}
-        found = "".join(f"{verb} {shorten(names)}." for verb, names in named.items() if names)
-        raise ZooError(f"{place} has other classes than {head}.{found} Pass labelled images of the head's classes.")
-
-
 def warn_of_tiny_classes(split: Split) -> None:
     """Warn of classes with much fewer training images than others."""
     counts = Counter(item.label for item in split.train)

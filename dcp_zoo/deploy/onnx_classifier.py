@@ -116,7 +116,7 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
         images = normalise(pixels, info["preprocessing"])
         return Outputs(*exported.outputs(images, *(["features"] if features else [])))
 
-    advice = "Export a head that can (dcp-zoo fit-text-probe), with exactly the classes for which it was fitted."
+    advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
     cannot_reject = f"{path} has no threshold to reject images. {advice}"
     given = info["model"], exported.classnames, info["preprocessing"]
     return Predictor(*given, compute, info.get("threshold"), cannot_reject)

@@ -68,7 +68,7 @@ class ClassEditing(nn.Module, ABC):
         """
         if (probe := self.text_probe) is None:
             problem = "This head cannot add a class by its images: it has no text probe."
-            advice = "Add one with dcp-zoo fit-text-probe, or call model.set_classnames to classify by names"
+            advice = "Train a head with one, or call model.set_classnames to classify by names"
             raise ZooError(f"{problem} {advice}.")
         with torch.no_grad():
             features = self.encode_image(self._batch(images))

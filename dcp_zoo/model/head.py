@@ -225,7 +225,7 @@ class Head(TimmContract):
         thresholds = self.info.get("text_probe", {}).get("thresholds", {REFUSED: 0.0})
         if f"{reject:g}" not in thresholds:
             problem = f"This head has no threshold that refuses {reject:g} of the images of its classes"
-            advice = "or fit others on more images with dcp-zoo fit-text-probe"
+            advice = "or train a head on more images"
             raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
         return float(thresholds[f"{reject:g}"])
 
@@ -239,7 +239,7 @@ class Head(TimmContract):
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
         if self.text_probe is None:
-            return "This head cannot reject images: it has no text probe. Add one with dcp-zoo fit-text-probe."
+            return "This head cannot reject images: it has no text probe. Train one that has: dcp-zoo train."
         return self.text_probe.cannot_reject(self.classes)
 
     # --- classes ---

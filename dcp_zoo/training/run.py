@@ -8,28 +8,24 @@ from dataclasses import dataclass, replace
 from datetime import date
 from hashlib import sha256
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.data import Split, few_shot, is_own
-from dcp_zoo.data.progress import Progress, bar, no_progress
-from dcp_zoo.data.seen import image_hashes, note_images
-from dcp_zoo.data.splits import all_for_training, subset_sha256
+from dcp_zoo.data import Split
+from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.splits import all_for_training
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.classes import saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free, is_finished, made, read_config
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback, open_log
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.planning import Reader, Run, check_supported
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import image_source
@@ -186,26 +182,6 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         head, _ = train_head(final, output, options, measured, clip=clip)
         shutil.rmtree(first)
     return head, measured.get("metrics", {})
-
-
-def add_probe(head: Head, split: Split, shots: int | None, seed: int, progress: Progress = no_progress) -> Values:
-    """Give a head a text probe, and a DCP stored statistics if it has none, from few-shot images of its classes, which
-    are put into the order of the split's. Returns how it was fitted, which the head's info stores too."""
-    subset = split if shots is None else few_shot(split, shots, seed)
-    head.set_classnames(subset.classnames)
-    clip = head.frozen
-    train = image_source(clip, subset.train, "flip" if clip.stem else "none", progress=progress)
-    if head.stats != "stored":
-        cast(DCP, head).store_stats(train.batches(64))
-    found: Values = fit_probe(head, train, progress)
-    found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
-    head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
-    head.info["text_probe"] = found
-    if head.method in METHODS and not METHODS[head.method].trains:  # only its text probe has seen images
-        head.info["image_hashes"] = image_hashes(subset.train) if is_own(split.name) else {}
-    else:
-        note_images(head.info, subset.train)
-    return found
 
 
 def _is_head_of(folder: Path, run: Run) -> bool:

@@ -19,7 +19,7 @@ NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also
 BEYOND = 1e4  # a distance that every other threshold rejects
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
-    "dcp-zoo fit-text-probe sets one, from at least two images of a class and 20 in all."
+    "dcp-zoo train sets one, from at least two images of a class and 20 in all."
 )
 
 
