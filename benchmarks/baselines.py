@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from given_features import GivenCLIP, nothing_read
 from many_sets import COLUMNS, MODEL, RESULTS, TEST_IMAGES, draw, scores
 from sets import CHOOSING, REPORTING
 from torch import Tensor
@@ -31,7 +32,6 @@ from torch.nn import functional as F
 from tuning import GrowingTable
 
 from dcp_zoo.benchmark.plan import weights_id
-from dcp_zoo.benchmark.trial_images import GivenCLIP, nothing_read
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.model.classes import TEMPLATE

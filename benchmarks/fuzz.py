@@ -220,28 +220,22 @@ def labels() -> list[tuple[str, bytes]]:
     """Files that people write, by their names."""
     from openpyxl import Workbook
 
-    from dcp_zoo.benchmark.store import RESULT_COLUMNS
-
     rows = [("file", "class"), *((f"{i}.jpg", NAMES[i % 4]) for i in range(8))]
     book, buffer = Workbook(), BytesIO()
     for row in rows:
         book.active.append(row)
     book.create_chartsheet()
     book.save(buffer)
-    results = f"{','.join(RESULT_COLUMNS)}\nfew-shot,dcp_mini,x,dcp,,dtd,1,1,dtd,all,stored,50.5,4.1,0.9,10,2.5,none\n"
     return [
         *(("labels.csv", "\n".join(map(mark.join, rows)).encode()) for mark in ",;\t"),
         *[("labels.xlsx", buffer.getvalue())] * 3,
         ("names.txt", "\n".join(NAMES).encode()),
         ("sentences.json", json.dumps({name: [f"a {name}"] for name in NAMES}).encode()),
         ("recipe.yaml", b"epochs: 5\nlr: 0.002\nctx_init: a photo of a\n"),
-        ("results.csv", results.encode()),
     ]
 
 
 def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: Path) -> Callable[[], object]:
-    from dcp_zoo.benchmark.report.tables import few_shot_tables, with_labels
-    from dcp_zoo.benchmark.store import gather
     from dcp_zoo.data import load_labelled
     from dcp_zoo.data.readers import read_classnames, read_descriptions
     from dcp_zoo.training.recipes import Recipe, read_recipe
@@ -263,7 +257,6 @@ def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: 
         "names.txt": read_classnames,
         "sentences.json": read_descriptions,
         "recipe.yaml": lambda path: read_recipe(path, Recipe()),
-        "results.csv": lambda path: few_shot_tables(with_labels(gather(path))),
     }
     read = readers.get(name, lambda path: load_labelled("folder", folder, path))
     return lambda: read(file)

@@ -77,7 +77,7 @@ class GivenCLIP(FrozenCLIP):
 
 
 class GivenFeatures:
-    """`TrialImages` of a folder with features."""
+    """`sweep.TrialImages` of a folder with features."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.device = folder, torch.device("cpu")
@@ -198,13 +198,9 @@ class GivenSettings(Settings):
         return {
             "weights": f"features of {trial.model}",
             "precision": self.precision,
-            "descriptions": "",
             "features": sha256_of(self.features / f"{trial.dataset}.npz")[:16],
             "recipe": trial.recipe.as_dict(),
         }
-
-    def command(self, trial: Trial) -> str:
-        return f"{super().command(trial)} --features {self.features}"
 
 
 def run_given(trials: Sequence[Trial], settings: Any) -> Iterator[Event]:

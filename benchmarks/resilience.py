@@ -34,8 +34,7 @@ from PIL import Image
 
 from dcp_zoo.answers import Predictor
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
-from dcp_zoo.benchmark.sweep import sweep, sweep_on_ray
-from dcp_zoo.benchmark.trial_images import shared_images
+from dcp_zoo.benchmark.sweep import shared_images, sweep, sweep_on_ray
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dcp_zoo.benchmark import Trial, plan_trials
-from dcp_zoo.benchmark.trial_images import IMAGE_BYTES
+from dcp_zoo.benchmark.sweep import IMAGE_BYTES
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.dataset import CACHE_BYTES
 

@@ -13,7 +13,6 @@ from test_method_heads import load
 from test_tower_kinds import IMAGES, build_clip
 
 from dcp_zoo import DCP, ZooError, load_head
-from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.head import LinearHead
@@ -184,19 +183,6 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
     assert not loaded.cannot_reject
     loaded.set_classnames(names, other)
     assert "for other texts than" in loaded.cannot_reject
-
-
-def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path, monkeypatch):
-    texts, options = tmp_path / "texts.json", ("--methods", "zero-shot", "--datasets", "digits")
-    digits = load_split("digits")
-    few = replace(digits, test=digits.test[:10])
-    monkeypatch.setattr("dcp_zoo.benchmark.plan.read_split", lambda *args: few)
-    texts.write_text(json.dumps({name: [f"the digit {name}.", f"a {name} by hand."] for name in digits.classnames}))
-    command = ("benchmark", "few-shot", *options, "--output", tmp_path / "sweep")
-    run.ok(*command, "--descriptions", texts)
-    result = json.loads(next((tmp_path / "sweep" / "results").glob("*.json")).read_text())
-    assert result["command"].endswith(f"--descriptions {texts}")
-    assert "other --descriptions" in run.refused(*command)
 
 
 def test_names_and_sentences_that_are_too_long(clip):

@@ -9,8 +9,8 @@ import pytest
 from helpers import made_up_result, no_images
 from PIL import Image
 
-from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, trial_images
-from dcp_zoo.benchmark.sweep import execute, sweep
+from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store
+from dcp_zoo.benchmark.sweep import execute, shared_images, sweep
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable
@@ -20,7 +20,7 @@ TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    trial_images.shared_images.cache_clear()
+    shared_images.cache_clear()
     for name in ("black", "white"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcp_zoo.benchmark import Settings, plan, plan_trials, trial_images
+from dcp_zoo.benchmark import Settings, plan, plan_trials
 from dcp_zoo.benchmark import sweep as sweep_module
 from dcp_zoo.data import Item, Split
 from dcp_zoo.training.methods import METHODS
@@ -32,13 +32,13 @@ def fitted(clip, split, monkeypatch, tmp_path):
     """A function (method, permuted) -> the logits of the test images and `info`, of a whole few-shot trial."""
     logits: list[torch.Tensor] = []
     top1 = sweep_module.METRICS["top1"]
-    monkeypatch.setattr(trial_images, "plain_clip", lambda model: clip)
+    monkeypatch.setattr(sweep_module, "plain_clip", lambda model: clip)
     monkeypatch.setitem(sweep_module.METRICS, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
 
     def run(method, permuted):
         test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
         monkeypatch.setattr(plan, "read_split", lambda *args: replace(split, test=test))
-        trial_images.shared_images.cache_clear()
+        sweep_module.shared_images.cache_clear()
         logits.clear()
         recipe = METHODS[method].recipe("dcp_mini", "digits", 2, "few-shot").as_dict()
         options = {name: values for name, values in QUICK.items() if name in recipe}
@@ -48,7 +48,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
         return torch.stack(logits), result["info"]
 
     yield run
-    trial_images.shared_images.cache_clear()
+    sweep_module.shared_images.cache_clear()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -62,10 +62,10 @@ def test_labels_of_test_images_change_nothing(method, fitted):
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_method_that_reads_them_is_found(fitted, monkeypatch, part):
     """GDA, given the test images as its training or validation images."""
-    subset = trial_images.TrialImages.subset
+    subset = sweep_module.TrialImages.subset
 
     def leaking(self, *args):
         return replace(subset(self, *args), **{part: self.split("digits").test})
 
-    monkeypatch.setattr(trial_images.TrialImages, "subset", leaking)
+    monkeypatch.setattr(sweep_module.TrialImages, "subset", leaking)
     assert not torch.equal(fitted("gda", permuted=False)[0], fitted("gda", permuted=True)[0])

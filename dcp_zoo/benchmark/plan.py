@@ -1,7 +1,6 @@
 """The protocols, and the trials for a grid of choices: the cells of a sweep, and what they depend on. Without torch."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
 from dcp_zoo.data.images import in_threads
-from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.fields import Values
@@ -96,12 +94,7 @@ class Settings:
     device: str = "auto"
     precision: str = "float32"
     workers: int = 0
-    confusion: bool = False  # whether results include the confusion matrix
-    descriptions: Path | None = None  # file with sentences of each class, in place of its name
     save_heads: str = ""  # the method whose heads are written to `output`/heads
-
-    def texts(self, dataset: str) -> dict[str, list[str]] | str:
-        return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
     def conditions(self, trial: Trial) -> Values:
         """What a trial's result depends on besides its seed: it is stored with the result, and a trial counts as
@@ -113,21 +106,8 @@ class Settings:
         return images | {
             "weights": weights_id(trial.model),
             "precision": self.precision,
-            "descriptions": sha256_of(self.descriptions)[:16] if self.descriptions else "",
             "recipe": trial.recipe.as_dict(),
         }
-
-    def command(self, trial: Trial) -> str:
-        """The command that runs only this trial, with those of these settings that change its result."""
-        words = [f"dcp-zoo benchmark {trial.protocol} --models {trial.model} --methods {trial.method}"]
-        words += [f"--datasets {trial.dataset}"]
-        words += [f"--shots {trial.shots} --seeds {trial.seed}"] if trial.shots else []
-        words += [f"--set {name}={json.dumps(value)}" for name, value in trial.options]
-        words += [f"--encoders {trial.encoder}"] if trial.encoder else []
-        words += ["--data-root DIR --output DIR"]
-        words += [f"--descriptions {self.descriptions}"] if self.descriptions else []
-        words += [f"--precision {self.precision}"] if self.precision != "float32" else []
-        return " ".join(words)
 
 
 @cache

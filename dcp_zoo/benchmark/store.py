@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,6 @@ RESULT_COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
     *(*ENTRY_COLUMNS, "train_seconds", "selection"),
 )
-NUMBERS = ("shots", "seed", "top1", "ece", "nll", "images", "train_seconds")
 
 
 def save_result(output: Path, result: Values) -> None:
@@ -38,10 +36,10 @@ def save_result(output: Path, result: Values) -> None:
     (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
-def save_failure(settings: Settings, trial: Trial, message: str, traceback: str) -> None:
-    """Record why a trial failed, and the command that repeats it."""
-    failure = {"trial": asdict(trial), "error": message, "traceback": traceback, "command": settings.command(trial)}
-    write_json(settings.output / "failed" / f"{trial.key}.json", failure)
+def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
+    """Record why a trial failed."""
+    failure = {"trial": asdict(trial), "error": message, "traceback": traceback}
+    write_json(output / "failed" / f"{trial.key}.json", failure)
 
 
 def save_plan(output: Path, trials: Sequence[Trial]) -> None:
@@ -79,7 +77,7 @@ def planned(output: Path) -> dict[str, Trial]:
 
 
 def finished(trial: Trial, settings: Settings) -> bool:
-    """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
+    """Whether the trial has a result, and its head if that is saved.
     ZooError if its result was made under other conditions, such as other images, weights or another recipe."""
     path = settings.output / "results" / f"{trial.key}.json"
     if not path.is_file():
@@ -90,13 +88,10 @@ def finished(trial: Trial, settings: Settings) -> bool:
         if before != value and name in (FOLDER, "weights", "precision"):
             differ.append(f"{name} {before}, not {value}")
         elif before != value:
-            others = {"recipe": "another recipe", "split_sha256": f"other images of {trial.dataset}"}
-            differ.append(others.get(name, f"other --{name}"))
+            differ.append("another recipe" if name == "recipe" else f"other images of {trial.dataset}")
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
-    if trial.method == settings.save_heads and "head_sha256" not in result:
-        return False
-    return not settings.confusion or all("confusion" in entry for entry in result["results"])
+    return trial.method != settings.save_heads or "head_sha256" in result
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -122,12 +117,8 @@ def lock(output: Path, key: str) -> AbstractContextManager[bool]:
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
-    """The results of one or several folders or files of `write_results_csv`, one row per accuracy."""
-    pandas = import_extra("pandas", "plots")
-    places = [Path(place) for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
-    files = [place for place in places if place.is_file()]
-    tables = [_read_csv(file) for file in files]
-    folders = [place / "results" for place in places if place not in files]
+    """The results of one or several folders, one row per accuracy."""
+    folders = [Path(place) / "results" for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
     found = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
     rows, first = [], dict[str, tuple[str, Path]]()
     for path, result in found:
@@ -138,31 +129,19 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
             rows.append(
                 row | {name: entry[name] for name in ENTRY_COLUMNS} | {"target": _shown(entry["target"], result)}
             )
-        untold = {f"--{name}": result[name] for name in ("descriptions", "precision")}  # no column tells them apart
+        untold = {"--precision": result["precision"]}  # no column tells these apart
         if not result.get("features"):  # of `benchmarks/given_features.py`
             untold[f"the images of {row['dataset']}"] = result["split_sha256"]
         for what, value in untold.items():
             before, other = first.setdefault(what, (value, path))
             if value != before:
                 raise ZooError(f"{other} and {path} differ in {what}: report them apart, from two folders.")
-    own = [pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))] if rows or not tables else []
-    return pandas.concat([*own, *tables], ignore_index=True)
+    return import_extra("pandas", "plots").DataFrame(rows, columns=list(RESULT_COLUMNS))
 
 
 def _shown(dataset: str, result: Values) -> str:
     """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is over several."""
     return result.get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})") if dataset == FOLDER else dataset
-
-
-def _read_csv(file: Path) -> "pd.DataFrame":
-    with as_zoo_error(f"{file} is not a CSV file of results ({{}}): pass a results.csv of `dcp-zoo benchmark`."):
-        pandas = import_extra("pandas", "plots")
-        table = pandas.read_csv(BytesIO(read_plain(file)), na_filter=False)[list(RESULT_COLUMNS)]
-        for name in NUMBERS:
-            table[name] = pandas.to_numeric(table[name], errors="coerce")
-            if not table[name].between(0, 1e9).all():
-                raise ValueError(f"{name} is not a number above 0 in each row")
-    return table
 
 
 def write_results_csv(output: Path) -> Path:

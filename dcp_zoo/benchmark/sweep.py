@@ -3,20 +3,27 @@ finished ones are skipped, failures are recorded, and the others continue."""
 
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
-from dcp_zoo.benchmark import store
+import torch
+
+from dcp_zoo.benchmark import plan, store
 from dcp_zoo.benchmark.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
-from dcp_zoo.benchmark.trial_images import TrialImages, shared_images
+from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
+from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.model.head import Head
+from dcp_zoo.training import planning
+from dcp_zoo.training.device import pick_device, pick_precision, total_memory
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
     Evaluation,
@@ -26,12 +33,63 @@ from dcp_zoo.training.evaluation import (
     top1,
 )
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import RunOptions, train_head
-from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.zoo.factory import plain_clip
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
+CPU = torch.device("cpu")
+IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
+
+
+class TrialImages:
+    """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first."""
+
+    def __init__(self, model: str, device: str, data_root: Path | None, workers: int, precision: str) -> None:
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, model, self.device)
+        self.clip = plain_clip(model).to(self.device)
+        self.data_root, self.workers = data_root, workers
+        self.progress: Progress = no_progress
+        self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
+
+    def split(self, dataset: str, part: str = "all") -> Split:
+        """The dataset, or only its "base" or "new" classes."""
+        return subsample_classes(plan.read_split(dataset, self.data_root), part)
+
+    def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
+        """With few-shot images, drawn before half of the classes is selected, as in CoOp; without shots, all."""
+        whole = self.split(dataset)
+        return subsample_classes(few_shot(whole, shots, seed) if shots else whole, part)
+
+    def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
+        """The source of these images, see `training.run.Reader`; what is read is shared by trials, `once` or not."""
+        # images in memory have no hash, and as the splits keep them, no other gets their id
+        content = tuple((i.label, i.path if isinstance(i.path, str) else id(i.path)) for i in items)
+        flipped = self._sources.get((content, "flip"))
+        if augment == "none" and flipped is not None and flipped.views is not None:
+            return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
+        make = partial(image_source, self.clip, items, augment, self.workers, self.progress, precision=self.precision)
+        return self._cache((content, augment), make)
+
+    def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
+        if key not in self._sources:
+            source = self._sources[key] = make()
+            if source.views is not None:
+                source.__dict__.pop("dataset", None)  # free the decoded images, up to a gigabyte: the maps replace them
+        self._sources.move_to_end(key)
+        while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
+            self._sources.popitem(last=False)
+        return self._sources[key]
+
+
+def _bytes(source: ImageSource) -> int:
+    """Approximate memory of a source: patch maps, or decoded images."""
+    return min(CACHE_BYTES, len(source.items) * IMAGE_BYTES) if source.views is None else source.views.nbytes
+
+
+shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
 
 
 def run_trial(
@@ -44,7 +102,7 @@ def run_trial(
     images = images or shared_images(trial.model, *shared)
     images.progress = progress
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
-    run = plan(
+    run = planning.plan(
         split,
         trial.model,
         trial.method,
@@ -53,7 +111,6 @@ def run_trial(
         recipe=trial.recipe,
         device=settings.device,
         precision=settings.precision,
-        descriptions=settings.texts(trial.dataset),
         encoder=trial.encoder or None,
     )
     started, options = time.perf_counter(), RunOptions(test=False, progress=progress)
@@ -79,7 +136,6 @@ def run_trial(
         "results": results,
         "train_seconds": round(trained - started, 2),
         "test_seconds": round(time.perf_counter() - trained, 2),
-        "command": settings.command(trial),
         "versions": library_versions(),
     }
 
@@ -91,7 +147,7 @@ def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages) ->
         for part in PROTOCOLS[trial.protocol].parts:
             split = images.split(target, part)
             if split.classnames != head.classnames:
-                head.set_classnames(split.classnames, settings.texts(target))
+                head.set_classnames(split.classnames, find_spec(target).template)
             source = images.read(split.test)
             modes = predict_modes(head, source, batch_size, images.progress)
             if [*modes] == ["stored"] or not head.has_own_features:
@@ -102,8 +158,6 @@ def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages) ->
                 for name, metric in METRICS.items():
                     entry[name] = metric(answers.logits, answers.labels)
                 entry["images"] = len(answers.labels)
-                if settings.confusion:
-                    entry["confusion"] = answers.confusion_matrix.tolist()
                 yield entry
 
 
@@ -125,7 +179,7 @@ def execute(
             result = run_trial(trial, settings, progress=progress, images=images)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
-            store.save_failure(settings, trial, message, traceback.format_exc())
+            store.save_failure(settings.output, trial, message, traceback.format_exc())
             return Event(trial, "failed", message, seconds=time.perf_counter() - started)
         store.save_result(settings.output, result)
     rows = ((e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"])
@@ -175,7 +229,7 @@ def longest_first(trials: Sequence[Trial]) -> list[Trial]:
 def _event(task: Event, settings: Settings) -> Event:
     """The event of a trial's task; a trial that is lost for good has failed."""
     if task.state == "lost":
-        store.save_failure(settings, task.item, task.message, str(task.result))
+        store.save_failure(settings.output, task.item, task.message, str(task.result))
         return replace(task, state="failed")
     if task.state != "done":
         return task

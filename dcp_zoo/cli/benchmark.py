@@ -16,7 +16,6 @@ from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
@@ -45,20 +44,16 @@ class BenchmarkOptions:
         "Image models of timm, read beside CLIP by methods with a text probe in further rows."
     )
     data_root: opt.DataRoot = None
-    descriptions: opt.DescriptionsFile = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
     threads: opt.Threads = None
     dry_run: bool = opt.option(False, "Show the plan and its training steps.")
-    confusion: bool = opt.option(False, "Store the confusion matrix: rows are true classes, in their order.")
 
     def trials(self) -> list[Trial]:
         grid: Values = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
         grid |= {"options": opt.parse_changes(self.changes), "encoders": split_commas(self.encoders)}
-        if self.descriptions:
-            read_descriptions(self.descriptions)  # its errors come before any work
         if self.encoders:
             from dcp_zoo.zoo.encoders import check_encoders
 
@@ -205,7 +200,7 @@ def numbers(values: Iterable[str], option: str) -> list[int]:
 
 
 def report(
-    folders: list[Path] = Argument(metavar="FOLDER", help="Folders of `dcp-zoo benchmark`, or their results.csv."),
+    folders: list[Path] = Argument(metavar="FOLDER", help="Folders of `dcp-zoo benchmark`."),
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -213,7 +208,7 @@ def report(
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
-    output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
+    output_dir = output_dir or folders[0] / "report"
     check_output(output_dir / "report.md", overwrite)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")

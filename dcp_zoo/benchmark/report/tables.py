@@ -160,7 +160,6 @@ def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
     return results.assign(label=results.label + shots)
 
 
-TESTED = ["dataset", "target", "classes"]
 CONFIDENCE = 0.95
 
 
@@ -176,14 +175,14 @@ def interval(differences: "pd.Series") -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def differences(results: "pd.DataFrame", base: "pd.DataFrame", on: Sequence[str] | None = None) -> "pd.DataFrame":
-    """Every pair of a result and one of `base` with the same dataset, shots, seed and test classes, or the same values
-    `on` other columns, with a column `difference`: top-1 minus that of the base, in percentage points. A method without
-    training is paired with all shots and seeds. Column `sample` is the dataset, or of a single dataset the seed: shots
-    and seeds of a dataset share its classes and test images, and are no samples of other datasets."""
-    if on is None:
-        on = [*TESTED, "shots", "seed"] if min(results.shots.max(), base.shots.max()) > 0 else TESTED
-    pairs = results.merge(base, on=list(on), suffixes=("", "_base"))
+def differences(results: "pd.DataFrame", base: "pd.DataFrame") -> "pd.DataFrame":
+    """Every pair of a result and one of `base` with the same dataset, shots, seed and test classes, with a column
+    `difference`: top-1 minus that of the base, in percentage points. A method without training is paired with all shots
+    and seeds. Column `sample` is the dataset, or of a single dataset the seed: shots and seeds of a dataset share its
+    classes and test images, and are no samples of other datasets."""
+    trained = min(results.shots.max(), base.shots.max()) > 0
+    same = ["dataset", "target", "classes", *(["shots", "seed"] if trained else [])]
+    pairs = results.merge(base, on=same, suffixes=("", "_base"))
     seeds = pairs.filter(["seed", "seed_base"]).max(axis=1)  # without training it is 0
     sample = pairs.dataset if pairs.dataset.nunique() > 1 else seeds
     return pairs.assign(difference=pairs.top1 - pairs.top1_base, sample=sample)
@@ -221,17 +220,3 @@ def against(results: "pd.DataFrame", reference: str = "DCP") -> list[Table]:
     )
     header = ["method", "pairs", *(f"{k} shots" if k > 1 else "1 shot" for k in shots), "all"]
     return [Table(f"Differences from {reference}", header, rows, note)]
-
-
-def options_against_default(results: "pd.DataFrame") -> list[Table]:
-    """The effect of changed options: differences from the unchanged method, paired by seed and everything else."""
-    is_default = results.options == ""
-    pairs = differences(results[~is_default], results[is_default], [x for x in IDENTITY if x != "options"])
-    rows = []
-    for (protocol, label), group in pairs.groupby(["protocol", "label"], sort=False):
-        time = group.train_seconds.mean() / group.train_seconds_base.mean()
-        row = [label, protocol, str(len(group)), f"{group.top1_base.mean():.2f}", f"{group.top1.mean():.2f}"]
-        rows.append([*row, with_spread(group.difference, "+.2f"), EMPTY if time != time else f"{time:.2f} x"])
-    header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
-    note = "A pair shares dataset, shots, seed, target and stats. Top-1 in percent, difference in percentage points."
-    return [Table("Changed options against the unchanged method", header, rows, note)] if rows else []

@@ -132,7 +132,6 @@ def _section(results: "pd.DataFrame", files: dict[str, str]) -> Values:
         (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
     ]
     section["ece"], section["nll"] = (tables.few_shot_tables(results, value) for value in ("ece", "nll"))
-    section["options"] = tables.options_against_default(results)
     section["curves"], section["description"] = learning_curves(results)
     section["figure"] = name = file_name(f"learning-curves-{model}-{weights}.svg")
     if section["curves"]:
