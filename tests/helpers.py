@@ -34,7 +34,21 @@ from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
+from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import create_transform
+
+
+class StoppedState(TrainingState):
+    """That of a training which is stopped after a step, as by Ctrl-C."""
+
+    def __init__(self, last: int, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.last = last
+
+    def step(self, loss: float) -> None:
+        super().step(loss)
+        if len(self.losses) == self.last:
+            raise KeyboardInterrupt
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:

@@ -672,9 +672,12 @@ def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, tmp_path
     """Which in memory have no names to tell them apart."""
     images, labels = [Image.open(path) for path in pictures[0]], pictures[1]
     options = {"method": "dcp", "recipe": QUICK, "output": tmp_path}
-    stops = iter([False, True])
+
+    def stop(model, epoch):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        dcp_zoo.train("dcp_mini", images, labels, stop=lambda: next(stops), **options)
+        dcp_zoo.train("dcp_mini", images, labels, callbacks=[stop], **options)
     others = [*images[:-1], Image.new("RGB", images[-1].size)]
     with pytest.raises(ZooError, match=r"the state of another run: hash of the images \w{12} instead of \w{12}\. To"):
         dcp_zoo.train("dcp_mini", others, labels, **options)

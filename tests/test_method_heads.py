@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import close
+from helpers import StoppedState, close
 from safetensors.torch import load_file, save_file
 from test_baselines import NAMES, logits_of, pixels, task
 
@@ -107,9 +107,8 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
         return fit_head(method, replace(given, train=crops, training=options))._trained_state()
 
     whole = fit()
-    stops = iter([False] * (steps - 1) + [True])
     with pytest.raises(KeyboardInterrupt):
-        fit(state=TrainingState(tmp_path / STATE_NAME, stop=lambda: next(stops)))
+        fit(state=StoppedState(steps, tmp_path / STATE_NAME))
     state = TrainingState(tmp_path / STATE_NAME)
     assert len(state.losses) == steps
     resumed = fit(state=state)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import close, three_digits, trained, until
+from helpers import StoppedState, close, three_digits, trained, until
 from PIL import Image
 from shared import build_tiny_clip
 from small_zoo import SERVER
@@ -284,11 +284,10 @@ def test_a_full_disk_leaves_the_last_good_state(start, tmp_path, monkeypatch):
     assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
-def test_a_requested_stop_comes_after_the_current_step(start, tmp_path):
-    stop, messages = iter([False, False, True]), []
-    state = TrainingState(tmp_path / STATE_NAME, log=messages.append, stop=lambda: next(stop))
+def test_what_stops_after_a_step_is_resumed_after_it(start, tmp_path):
+    messages = []
     with pytest.raises(KeyboardInterrupt):
-        train(*start(), RECIPE, state=state)
+        train(*start(), RECIPE, state=StoppedState(3, tmp_path / STATE_NAME, log=messages.append))
     assert messages[0].startswith("Stopped. The state after step 3 is saved")
     assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from helpers import close, three_digits
 from PIL import Image
 from torch.nn import functional as F
 
+import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_for_training, load_image, subset_sha256
 from dcp_zoo.model.inputs import Maps, Pixels
@@ -30,6 +30,7 @@ from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, encode_views, image_source
+from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import plain_clip
 
 CPU = torch.device("cpu")
@@ -453,25 +454,31 @@ def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "log.csv"}
 
 
-@pytest.mark.parametrize(("texts", "other"), [(None, "a digit"), ("a digit", None)])
-def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, monkeypatch, texts, other):
-    """Unless what was measured is a head of another run."""
+def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run, tmp_path, monkeypatch):
+    """Nor another one: that would be the training of another run."""
     run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
-    texts, other = (text and {name: [text] for name in run.split.classnames} for text in (texts, other))
-    run, reading = (replace(run, descriptions=descriptions) for descriptions in (texts, other))
-    head, _ = train_head(run, tmp_path / "measured")
-    others = reading, replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
-    trained = []
-
-    def seen(run, output, *args, **options):
-        return head, trained.append(output.name)
-
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", seen)
-    for each in (run, *others):
-        trained.clear()
-        shutil.copytree(tmp_path / "measured", tmp_path / "out" / BEFORE_REFIT)
-        train_and_refit(each, tmp_path / "out")
-        assert trained == (["out"] if each is run else [BEFORE_REFIT, "out"])
+    whole, refit, step, steps = (
+        train_and_refit(run, tmp_path / "whole"),
+        training_run.train_head,
+        TrainingState.step,
+        [],
+    )
+    monkeypatch.setattr(training_run, "train_head", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_and_refit(run, tmp_path / "out")
+    monkeypatch.setattr(training_run, "train_head", refit)
+    texts = {name: ["a digit"] for name in run.split.classnames}
+    others = {"seed": 2}, {"recipe": replace(run.recipe, lr=1e-3)}, {"shots": 2}, {"descriptions": texts}
+    for other in others:
+        with pytest.raises(ZooError, match="is the state of another run"):
+            train_and_refit(replace(run, **other), tmp_path / "out")
+    monkeypatch.setattr(TrainingState, "step", lambda self, loss: steps.append(step(self, loss)))
+    head, metrics = train_and_refit(run, tmp_path / "out")
+    assert len(steps) == len((tmp_path / "out" / "log.csv").read_text().splitlines()) - 1
+    assert metrics == whole[1]
+    ours, theirs = head._trained_state(), whole[0]._trained_state()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (tmp_path / "out" / BEFORE_REFIT).exists()
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

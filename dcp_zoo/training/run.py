@@ -18,9 +18,8 @@ from dcp_zoo.data.splits import all_for_training
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
-from dcp_zoo.model.classes import saved_texts
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
-from dcp_zoo.model.config import STATE_NAME, alone_in, check_free, is_finished, made, read_config
+from dcp_zoo.model.config import STATE_NAME, alone_in, check_free
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback, open_log
@@ -29,10 +28,10 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.planning import Reader, Run, check_supported
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, never, no_log, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
-BEFORE_REFIT = "before_refit"  # folder of the head that is measured
+BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class RunOptions:
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
         save_every: seconds between two saves of the state of a training; 0 saves after every step.
         progress, log: progress bars, by default in a terminal or notebook; messages, by default none.
-        stop: called after every step of a training, see `TrainingState`.
         show: receives the predictions on the test images.
         callbacks: called after every epoch with the model and the `Epoch`; True ends the training.
     """
@@ -54,7 +52,6 @@ class RunOptions:
     save_every: float = SAVE_EVERY
     progress: Progress = bar
     log: Log = no_log
-    stop: Callable[[], bool] = never
     show: Callable[[Evaluation], object] = no_log
     callbacks: Sequence[Callback] = ()
 
@@ -90,33 +87,44 @@ def train_head(
             if options.overwrite and run.recipe.is_trained:
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        started = time.perf_counter()
-        subset = subset or run.subset()
-        clip = clip or plain_clip(run.model, run.clip_pretrained).to(run.device)
-        task = run.task(subset, clip, options.progress, read)
-        title = METHODS[run.method].title
-        options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-        head, earlier = fit(run, task, subset, output, options)
-        if options.stop():  # requested in the last step, or while statistics are stored
-            raise KeyboardInterrupt
-        _check_learnt(task, head)
-        metrics: dict[str, float] = {}
-        evaluation, found = None, dict(measured or {})
-        seconds = round(earlier + time.perf_counter() - started, 1)
-        if measured is None and options.test and run.split.test:
-            once = head.stats_modes == ("stored",)
-            test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
-            metrics, evaluation = measure(
-                head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress
-            )
-            found = measurement(metrics, evaluation)
-        head.info = head.info | {"trained": f"{date.today()}", "train_seconds": seconds} | found
+        head, metrics, evaluation = _fit_and_measure(run, output, options, measured, clip, subset, read)
         if output:
             head.save_pretrained(output)
             remove_state(output)
         if evaluation:  # last, as a report that cannot be written must not cost the head
             options.show(evaluation)
         return head, metrics
+
+
+def _fit_and_measure(
+    run: Run,
+    output: Path | None,
+    options: RunOptions,
+    measured: Mapping[str, object] | None = None,
+    clip: FrozenCLIP | None = None,
+    subset: Split | None = None,
+    read: Reader | None = None,
+) -> tuple[Head, dict[str, float], Evaluation | None]:
+    """What `train_head` saves, its accuracies, and its predictions on the test images; a training's state and log stay
+    in `output`."""
+    started = time.perf_counter()
+    subset = subset or run.subset()
+    clip = clip or plain_clip(run.model, run.clip_pretrained).to(run.device)
+    task = run.task(subset, clip, options.progress, read)
+    title = METHODS[run.method].title
+    options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+    head, earlier = fit(run, task, subset, output, options)
+    _check_learnt(task, head)
+    metrics: dict[str, float] = {}
+    evaluation, found = None, dict(measured or {})
+    seconds = round(earlier + time.perf_counter() - started, 1)
+    if measured is None and options.test and run.split.test:
+        once = head.stats_modes == ("stored",)
+        test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
+        metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
+        found = measurement(metrics, evaluation)
+    head.info = head.info | {"trained": f"{date.today()}", "train_seconds": seconds} | found
+    return head, metrics, evaluation
 
 
 def fit(
@@ -131,7 +139,7 @@ def fit(
         return head, 0.0
     path = None if output is None else output / STATE_NAME
     identity = _identity(run, task.clip, info)
-    state = TrainingState(path, identity, options.save_every, options.log, options.stop)
+    state = TrainingState(path, identity, options.save_every, options.log)
     earlier = state.seconds[-1] if state.seconds else 0.0
     weights = None if run.class_weight is None else torch.tensor(run.class_weight)
     with open_log(output) as step_log:
@@ -162,41 +170,26 @@ def _check_learnt(task: Task, head: Head) -> None:
 
 
 def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
-    """`train_head`, and then once more with the same recipe on all images of the split, the test images included: that
-    head is saved, with the accuracies of the first, if there were test images."""
+    """As `train_head`, and then once more with the same recipe on all images of the split, the test images included:
+    that head is saved, with the accuracies of the first, if there were test images."""
     options = options or RunOptions()
     first, final = output / BEFORE_REFIT, replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
     if not run.split.test:
         return train_head(final, output, options)
     with alone_in(output):
+        check_supported(run, options.callbacks)
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        finished = is_finished(first)
-        if options.overwrite or not finished or not _is_head_of(first, run):
-            trained, _ = train_head(run, first, replace(options, overwrite=options.overwrite or finished))
-            info, clip = trained.info, trained.frozen
-        else:
-            info, clip = made(read_config(first)), None
-        measured = {name: info[name] for name in MEASURED if name in info}
-        took = format_duration(info["train_seconds"])
+        if options.overwrite:
+            remove_state(first)
+        trained, metrics, evaluation = _fit_and_measure(run, first, options)  # its state stays, to be resumed
+        if evaluation:
+            options.show(evaluation)
+        took = format_duration(trained.info["train_seconds"])
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-        head, _ = train_head(final, output, options, measured, clip=clip)
-        shutil.rmtree(first)
-    return head, measured.get("metrics", {})
-
-
-def _is_head_of(folder: Path, run: Run) -> bool:
-    """Whether the finished head in a folder is the one that this run would train."""
-    config, texts = read_config(folder), None
-    model_args = run.recipe.config.as_dict() if isinstance(run.recipe, Recipe) else {}
-    same_model = (config["architecture"], config["model_args"]) == (run.model, model_args)
-    expected = run.info(run.subset()) | {"method": run.method}
-    if run.descriptions:
-        texts = saved_texts(run.split.classnames, run.descriptions)
-    stored = config["dcp"]["texts"]
-    same_texts = (stored if isinstance(stored, dict) else None) == texts
-    if run.clip_pretrained:
-        expected["clip"] = run.clip_pretrained
-    return same_model and same_texts and all(config["dcp"].get(name) == value for name, value in expected.items())
+        measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
+        head, _ = train_head(final, output, options, measured, clip=trained.frozen)
+        shutil.rmtree(first, ignore_errors=True)
+    return head, metrics
 
 
 def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, object]) -> Values:

@@ -31,10 +31,6 @@ def no_log(message: object) -> None:
     """Say nothing."""
 
 
-def never() -> bool:
-    return False
-
-
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
@@ -46,9 +42,8 @@ class TrainingState:
         run: Mapping[str, object] | None = None,  # plain values that identify the run
         every: float = SAVE_EVERY,
         log: Log = no_log,
-        stop: Callable[[], bool] = never,  # called after every step, True stops the training
     ) -> None:
-        self.path, self.run, self.every, self.log, self.stop = path, dict(run or {}), every, log, stop
+        self.path, self.run, self.every, self.log = path, dict(run or {}), every, log
         self._found = self._read()
         # of every completed step the loss, and when it was completed, in seconds since the run began
         self.losses: list[float] = self._found["losses"].tolist() if self._found else []
@@ -84,8 +79,6 @@ class TrainingState:
         self.losses.append(loss)
         self.seconds.append(time.perf_counter() - self._started)
         self._between_steps = True
-        if self.stop():
-            raise KeyboardInterrupt
         if self.path and time.perf_counter() - self._saved >= self.every:
             self._save()
 
