@@ -67,23 +67,16 @@ class Resources:
     def fitted(self, ray: ModuleType) -> "Resources":
         """The same with a definite number of GPUs; ZooError if no machine is large enough for a trial."""
         fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
-        if fitted.slots(ray) == 0:
-            found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
+        needs = {"CPU": fitted.cpus, "GPU": fitted.gpus or 0}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(machine.get(name, 0) >= n for name, n in needs.items()) for machine in machines):
+            found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in machines)
             needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for one trial (found: {found or 'none'})"
             raise ZooError(f"No machine of the cluster has {needed}. Request less with --cpus and --gpus.")
         return fitted
 
-    def slots(self, ray: ModuleType) -> int:
-        """The number of such trials that the live machines can run at once."""
-        needs = {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
-        return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
-
 
 ONE_CORE = Resources()  # and a GPU, if the cluster has any
-
-
-def _machines(ray: ModuleType) -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @dataclass(frozen=True)

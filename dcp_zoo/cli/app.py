@@ -17,10 +17,9 @@ from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import classes
-from dcp_zoo.cli.inspect import inspect, search
+from dcp_zoo.cli.inspect import inspect, review, search, undo
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
-from dcp_zoo.cli.review import review, undo
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError

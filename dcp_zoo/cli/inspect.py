@@ -1,21 +1,21 @@
-"""`dcp-zoo inspect` and `dcp-zoo search`."""
+"""`dcp-zoo inspect` and `dcp-zoo search`; `dcp-zoo review` of what predict and inspect found, and `dcp-zoo undo`."""
 
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
-from dcp_zoo.cli.console import advise, log, output, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
+from dcp_zoo.cli.console import advise, log, output, print_error, progress_bar
+from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Port, Threads, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import printable
+from dcp_zoo.files import LOCK, locked, printable
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
@@ -151,3 +151,46 @@ def search(
         advise(MINIATURE)
     if to_label and output_dir is not None:
         log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")
+
+
+def review(
+    page: Path = Argument(help="The page of predict --sheet, or the inspection.html of inspect."), port: Port = 0
+) -> None:
+    """Correct predictions, or labels, on a page in the browser that saves each correction at once. Stop with Ctrl-C.
+
+    The corrections are in corrections.csv, or of labels in changes.csv, next to the page. Images that predict sorted
+    into folders move to the folder of the right class, and keywords that it wrote are changed; dcp-zoo undo takes that
+    back. Nobody but you can open the page: its address works on this machine only, and has a secret.
+
+    [dim]dcp-zoo review SORTED/sheet.html[/]
+    [dim]dcp-zoo review MY_PHOTOS_inspection/inspection.html[/]
+    """
+    from dcp_zoo.deploy.bulk.review import Review
+    from dcp_zoo.deploy.local import serve_review
+
+    with locked(page.with_name(f".{page.name}{LOCK}")) as free:
+        if not free:
+            raise ZooError(f"Another process is reviewing {page}: use its page in the browser, or stop it.")
+        found = Review(page)
+        marked = f" {len(found.said):,} are there already." if found.said else ""
+        output.print(f"Corrections are saved in {found.table}.{marked}", soft_wrap=True)
+        serve_review(found, port, lambda url: print(f"Open {url} in the browser. Stop with Ctrl-C.", flush=True))
+
+
+def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:
+    """Take back what a run of predict with --move, --xmp or --xmp-embed did.
+
+    Images and what belongs to them go where they were; sidecars and JPEGs are as they were. What was changed since
+    stays, and the exit code is 1.
+
+    [dim]dcp-zoo undo SORTED/predictions.undo.jsonl[/]
+    """
+    from dcp_zoo.deploy.bulk.journal import undo as take_back
+
+    done, stay = take_back(file)
+    for problem in stay:
+        print_error(printable(problem))
+    log(f"Taken back: {done:,} changes of files.")
+    if stay:
+        log(f"Not taken back: {len(stay):,}. Repeat the command when what is in their way is gone.")
+        raise Exit(1)

@@ -32,11 +32,6 @@ class CLIPLoRARecipe(AdamWRecipe):
     rank: int = count(2, "r of the updates")
     alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
     dropout: float = option(0.25, "dropout of the updates' inputs")
-    steps: int = count(2000, "training steps; by default 500 per shot")
-
-    @classmethod
-    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "CLIPLoRARecipe":
-        return cls(steps=500 * shots)
 
 
 def fit(task: Task) -> LinearHead:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dcp_zoo.fields import changed, count
+from dcp_zoo.fields import changed
 from dcp_zoo.model.head import LinearHead
 from dcp_zoo.training.methods.base import Method, Task, own_clip
 from dcp_zoo.training.methods.clip_weights import AdamWRecipe, both_blocks, check_blocks, train_weights, zero_shot_of
@@ -26,11 +26,7 @@ class CLIPSVDRecipe(AdamWRecipe):
     """That of the authors' code: one setting for all datasets."""
 
     lr: float = changed(AdamWRecipe, "lr", 5e-4)
-    steps: int = count(800, "training steps; by default 200 per shot")
-
-    @classmethod
-    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "CLIPSVDRecipe":
-        return cls(steps=200 * shots)
+    steps: int = changed(AdamWRecipe, "steps", 800)
 
 
 def fit(task: Task) -> LinearHead:

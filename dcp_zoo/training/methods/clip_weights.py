@@ -32,6 +32,11 @@ class AdamWRecipe(BaseRecipe):
     lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
     weight_decay: float = option(1e-2, "decoupled weight decay")
     batch_size: int = count(32, "images per step")
+    steps: int = count(2000, "training steps, of all stages; this many for 4 images per class, in proportion to them")
+
+    @classmethod
+    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "AdamWRecipe":
+        return cls(steps=cls.steps * shots // 4)
 
 
 def both_blocks(clip: FrozenCLIP) -> list[Any]:

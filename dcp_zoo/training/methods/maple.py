@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.training.methods.base import Method, Task, train_prompts
-from dcp_zoo.training.methods.prompts import new_head, random_prompts, start_from
+from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, start_from, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, count, option
 
 

@@ -31,8 +31,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.loop import EpochAverage, cross_entropy
-from dcp_zoo.training.methods.base import Method, Task, train_prompts
-from dcp_zoo.training.methods.prompts import new_head, random_prompts, start_from
+from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, start_from, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.fields import count, option
+from dcp_zoo.fields import changed, option
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.clip import Reading
 from dcp_zoo.model.head import LinearHead
@@ -26,12 +26,8 @@ from dcp_zoo.training.methods.clip_weights import AdamWRecipe, train_steps, trai
 
 @dataclass(frozen=True)
 class TwoSFSRecipe(AdamWRecipe):
-    steps: int = count(1200, "training steps of both stages; by default 300 per shot")
+    steps: int = changed(AdamWRecipe, "steps", 1200)
     first_stage: float = option(0.6, "fraction of the steps in the first stage", min=0, max=1)
-
-    @classmethod
-    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "TwoSFSRecipe":
-        return cls(steps=300 * shots)
 
 
 def fit(task: Task) -> LinearHead:
