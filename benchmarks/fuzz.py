@@ -231,14 +231,12 @@ def labels() -> list[tuple[str, bytes]]:
         *[("labels.xlsx", buffer.getvalue())] * 3,
         ("names.txt", "\n".join(NAMES).encode()),
         ("sentences.json", json.dumps({name: [f"a {name}"] for name in NAMES}).encode()),
-        ("recipe.yaml", b"epochs: 5\nlr: 0.002\nctx_init: a photo of a\n"),
     ]
 
 
 def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: Path) -> Callable[[], object]:
     from dcp_zoo.data import load_labelled
     from dcp_zoo.data.readers import read_classnames, read_descriptions
-    from dcp_zoo.training.recipes import Recipe, read_recipe
 
     name, content = chance.choice(corpus)
     others = [content for _, content in corpus]
@@ -256,7 +254,6 @@ def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: 
     readers: dict[str, Callable[[Path], object]] = {
         "names.txt": read_classnames,
         "sentences.json": read_descriptions,
-        "recipe.yaml": lambda path: read_recipe(path, Recipe()),
     }
     read = readers.get(name, lambda path: load_labelled("folder", folder, path))
     return lambda: read(file)

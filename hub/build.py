@@ -24,7 +24,7 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, numbers, several, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
@@ -188,12 +188,12 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     assert options.data_root
     assert options.output
     check_writable(options.output)
-    run, show = cluster.backend()
+    run = cluster.backend()
     use_threads(None)
     absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]
     settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
-    build_heads(ready, settings, options.org, log=log, run=run, show=show)
+    build_heads(ready, settings, options.org, log=log, run=run, show=show_events)
     heads = states(options.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}
     if entries and publish.pin(entries):

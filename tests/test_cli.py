@@ -274,7 +274,7 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         (["train", "--share-cmpa", "--output", "OUT"], "use --set share_cmpa=VALUE"),
         (["benchmark", "few-shot", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
-        ([*DIGITS, "--recipe", "none.yaml"], "The recipe none.yaml cannot be read: No such file"),
+        ([*DIGITS, "--method", "dcp", "--recipe", "slow"], "Unknown recipe 'slow': choose from fast, release, paper"),
         (["eval", "--head", "ROOT"], "no config.json"),
         (["predict", f"{'a' * 5000}.zip"], "This path is too long for the system: 'aaaa"),
         (["train", "a" * 5000, "--output", "OUT"], "This path is too long"),

@@ -28,7 +28,6 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import read_plain
 from dcp_zoo.inspection.fixed import fix
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
-from dcp_zoo.training.recipes import Recipe, read_recipe
 from dcp_zoo.zoo.registry import MODELS
 
 
@@ -106,7 +105,7 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
     NOT_REGULAR[kind](text := tmp_path / "x.csv")
     for read in (
         *(partial(load_labelled, "folder", tmp_path), partial(fix, tmp_path / "photos", output=tmp_path / "new")),
-        *(read_classnames, read_descriptions, read_hierarchy, partial(read_recipe, base=Recipe())),
+        *(read_classnames, read_descriptions, read_hierarchy),
     ):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             read(text)

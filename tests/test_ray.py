@@ -1,7 +1,6 @@
 """Sweeps on a Ray cluster: the results of one machine, and what happens when workers die, the cluster is too small, or
 a sweep is stopped."""
 
-import io
 import os
 import re
 import signal
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 from helpers import until
 from PIL import Image
-from rich.console import Console
 from shared import CommandLine
 
 pytest.importorskip("ray")
@@ -29,8 +27,6 @@ from dcp_zoo.benchmark import plan_trials, store
 from dcp_zoo.benchmark.cluster import Event, Resources, _ended, connected
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
-from dcp_zoo.cli import benchmark as sweeps
-from dcp_zoo.cli import console
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -215,16 +211,6 @@ def test_the_longest_trials_start_first_after_those_without_training() -> None:
     order = [(t.dataset, t.shots) for t in longest_first(trials)]
     assert order[:2] == [("eurosat", 0), ("sun397", 0)]
     assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
-
-
-def test_finished_trials_are_shown_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(sweeps, "errors", terminal)
-    monkeypatch.setattr(console, "errors", terminal)
-    states = ((0, "running"), (1, "running"), (0, "done"), (1, "waiting"))
-    events = [Event(TRIALS[trial], state) for trial, state in states]
-    assert list(sweeps.show_with_bar(events, 3)) == events
-    assert "1/3" in terminal.file.getvalue()
 
 
 def test_options_for_ray_need_ray(run: CommandLine, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
+        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
             the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         validation: (images, labels), or a folder, on which some methods choose hyperparameters (see

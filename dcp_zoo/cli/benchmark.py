@@ -72,18 +72,18 @@ class ClusterOptions:
     cpus: float | None = on_cluster("Cores per trial. Default: 1.")
     gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
 
-    def backend(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What runs trials, in this process or on the cluster, and what displays their events."""
+    def backend(self) -> Callable[..., Any]:
+        """What runs trials, in this process or on the cluster."""
         from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
 
         given: Values = {name: value for name, value in vars(self).items() if value is not None}
         address = given.pop("ray", None)
         if address is not None:
             import_ray()  # a missing extra is noticed before anything is written
-            return partial(sweep_on_ray, address=address, resources=Resources(**given)), show_with_bar
+            return partial(sweep_on_ray, address=address, resources=Resources(**given))
         if given:
             raise ZooError("--cpus and --gpus apply to Ray: add --ray local, or a cluster's address.")
-        return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
+        return partial(run_in_process, progress=partial(progress_bar, transient=True))
 
 
 @opt.takes_options
@@ -106,7 +106,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     if cluster.ray and options.threads:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
     use_threads(options.threads)
-    run, show = cluster.backend()
+    run = cluster.backend()
     needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
     missing = [] if options.output_dir else ["--output DIR for the results"]
     if needed and options.data_root is None:
@@ -115,7 +115,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
     check_writable(options.output_dir)
     try:
-        failed = sweep(trials, options.settings(), run=run, show=show)
+        failed = sweep(trials, options.settings(), run=run, show=show_events)
     except KeyboardInterrupt:
         log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
@@ -136,12 +136,6 @@ def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
         if event.state in ("waiting", "busy"):
             log(f"{event.item.key}: {event.message or 'running in another sweep; waiting for its result'}")
         yield event
-
-
-def show_with_bar(events: Iterable[Event], total: int) -> Iterator[Event]:
-    """`show_events` above a bar of the trials that have finished, where several run at the same time."""
-    shown = show_events(events, total)
-    return progress_bar(shown, "trials", total, transient=True, size=lambda event: int(event.state in FINISHED))
 
 
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:

@@ -173,7 +173,7 @@ def _value(text: str) -> Any:
 
 
 def as_text(value: object) -> str:
-    """A value as accepted by --set and YAML."""
+    """A value as accepted by --set."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

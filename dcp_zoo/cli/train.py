@@ -41,7 +41,7 @@ METHOD = (
 )
 RECIPE = (
     "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
-    "code) or paper (the same with their paper's coupling). Or a YAML file with lines such as `epochs: 50`."
+    "code) or paper (the same with their paper's coupling)."
 )
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
@@ -70,7 +70,7 @@ class TrainOptions:
     threads: opt.Threads = None
     yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
-    recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper|FILE")
+    recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper")
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
     def given(self, *names: str) -> list[str]:

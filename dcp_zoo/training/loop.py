@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from time import perf_counter
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.data.dataset import seeded
 from dcp_zoo.errors import writing_to
-from dcp_zoo.files import format_duration
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.device import autocast, needs_checkpointing
@@ -26,7 +24,6 @@ from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
-MEASURED_STEPS = 4  # before their time is told
 
 
 class Epoch(NamedTuple):
@@ -138,7 +135,7 @@ def train(
         precision: "float32"; "bfloat16" or "float16" for autocast over float32 prompts and CMPA; or "release" for the
             float16 weights of DCP's authors.
         step_log: receives a CSV line for every step.
-        log: receives how many steps there are, and after a few of them how long all take.
+        log: receives how many steps there are, and what is faster.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         class_weight: weights (C,) of the images' losses by class. Default: all 1.
         grad_checkpointing: see `needs_checkpointing`.
@@ -154,7 +151,9 @@ def train(
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
     losses, steps = run.losses, recipe.num_epochs * per_epoch
     numbers = sum(p.numel() for p in trained)
-    log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters")
+    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
+    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters. Faster: {faster}.")
     after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks)
     loss_of = loss_of or objective(model, recipe, class_weight)
 
@@ -168,33 +167,13 @@ def train(
     if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
         steps = len(losses)
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    shown = timed(progress, log, recipe)
-    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
+    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
     if average:
         average.finish(trained, len(losses) // per_epoch)
     model.eval()
     model.set_grad_checkpointing(False)
     warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
-
-
-def timed(progress: Progress, log: Log, recipe: TrainingRecipe) -> Progress:
-    """A progress bar; after a few steps the log says how long all of them take, and what is faster."""
-    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
-    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-
-    def wrapped(steps: Iterable[Batch], description: str, total: int) -> Iterator[Batch]:
-        started = 0.0
-        for n, step in enumerate(progress(steps, description, total)):
-            if n == 1:  # the first step is slower
-                started = perf_counter()
-            elif n == MEASURED_STEPS:
-                seconds = (perf_counter() - started) / (n - 1)
-                left = format_duration(seconds * (total - n))
-                log(f"{seconds:.2g} s per step: about {left} left. Faster: {faster}.")
-            yield step
-
-    return wrapped
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

@@ -3,14 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
-from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
@@ -200,12 +197,3 @@ def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     if not changes and (dataset is None or find_spec(dataset).counts):
         return replace(named_recipe("paper", model), classifier=TEXT_PROBE)
     return Recipe(**(FITTED_SCHEDULE | changes))
-
-
-def read_recipe(path: str | Path, base: R) -> R:
-    """`base` with the changes of a YAML file such as `epochs: 50`; ZooError if it cannot be read or does not fit."""
-    with as_zoo_error(f"The recipe {path} cannot be read: {{}}"):
-        changes = read_yaml(path)
-    if not isinstance(changes, dict):
-        raise ZooError(f"The recipe {path} must consist of lines `name: value`, such as `epochs: 50`.")
-    return base.updated(changes, where=str(path))

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
-from dcp_zoo.training.recipes import AUTHORS, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe, read_recipe
+from dcp_zoo.training.recipes import AUTHORS, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: on the miniature no head with prompts is more accurate, see docs/results.md
-RecipeLike = BaseRecipe | Mapping[str, object] | str | Path | None
+RecipeLike = BaseRecipe | Mapping[str, object] | str | None
 GROUP = "dcp_zoo.methods"
 OWN = {  # module and object in this package, in the order of tables
     "zero-shot": "zero_shot:ZERO_SHOT",
@@ -117,18 +116,17 @@ def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
     """The recipe of a run on a dataset; ZooError for an unknown method or classifier, or a recipe that does not fit.
-    `recipe` is a name, see `named_recipe`, a YAML file, changes such as {"lr": 0.001}, or a recipe, by default the
-    method's own; `classifier` "none" or "text-probe", by default the recipe's."""
+    `recipe` is a name, see `named_recipe`, changes such as {"lr": 0.001}, or a recipe, by default the method's own;
+    `classifier` "none" or "text-probe", by default the recipe's."""
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
-    if isinstance(recipe, str) and recipe in (*AUTHORS, FAST):
+    if isinstance(recipe, str):
+        check_choice("recipe", recipe, (FAST, *AUTHORS))
         if not isinstance(base, Recipe):
             raise ZooError(f"The recipe {recipe} is for DCP: omit it, or use --method {DCP_METHOD}.")
         base = named_recipe(recipe, model)
     elif isinstance(recipe, Mapping):
         base = base.updated(recipe, where="recipe")
-    elif isinstance(recipe, (str, Path)):
-        base = read_recipe(recipe, base)
     elif isinstance(recipe, BaseRecipe):
         if type(recipe) is not type(base):
             raise ZooError(f"The recipe of {method} takes changes, such as {{'augment': 'none'}}.")
