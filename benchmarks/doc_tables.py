@@ -13,7 +13,7 @@ import pandas as pd
 import typer.main
 from typer.cli import get_docs_for_click
 
-from dcp_zoo.benchmark.report import tables
+from dcp_zoo.benchmark import report
 from dcp_zoo.cli.app import app
 from dcp_zoo.model.config import REFUSED, read_config
 from dcp_zoo.training.methods import METHODS
@@ -25,9 +25,9 @@ SUBMITTED = ROOT / "benchmarks" / "leaderboard"
 UNBROKEN = re.compile(r"(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=\d) (?=to [+-])|(?<=to) (?=[+-]\d)|(?<=\)) (?=\*)")
 NOT_MEASURED = "*Not measured yet.*"
 ACCURACIES = {
-    "few-shot": tables.few_shot_tables,
-    "base-to-new": tables.base_to_new_tables,
-    "domain-shift": lambda rows: tables.target_tables(rows, "domain-shift"),
+    "few-shot": report.few_shot_tables,
+    "base-to-new": report.base_to_new_tables,
+    "domain-shift": lambda rows: report.target_tables(rows, "domain-shift"),
 }
 FORMATS = {
     "format": "file",
@@ -68,7 +68,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def labelled(name: str) -> pd.DataFrame | None:
     """A results file, ready for the report's tables; None if there is none yet."""
     path = RESULTS / f"{name}.csv"
-    return tables.with_labels(pd.read_csv(path)) if path.is_file() else None
+    return report.with_labels(pd.read_csv(path)) if path.is_file() else None
 
 
 def result_tables(name: str, part: str) -> str:
@@ -78,9 +78,9 @@ def result_tables(name: str, part: str) -> str:
     if rows is None:
         return NOT_MEASURED
     if part == "differences":
-        made = tables.against(rows, "Text probe")
+        made = report.against(rows, "Text probe")
     elif part in ("ece", "nll"):
-        made = tables.few_shot_tables(rows, part)
+        made = report.few_shot_tables(rows, part)
     else:
         made = ACCURACIES[rows.protocol.iloc[0]](rows)
     return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
@@ -163,7 +163,7 @@ def real_clip_table(with_text: bool) -> str:
         found = {row.shots: f"{row.top1:.1f}" + f" ({row.ece:.1f})" * with_text for row in group.itertuples()}
         found |= dict.fromkeys(shots, found[0]) if 0 in found else {}
         name = f"{dataset}, named classes" if used == "named" else dataset
-        lines.append([name, tables.title(method), *(found.get(k, "") for k in shots if k)])
+        lines.append([name, report.title(method), *(found.get(k, "") for k in shots if k)])
     return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots if k)], lines)
 
 
@@ -178,7 +178,7 @@ def real_clip_summary() -> str:
             tested = own[own.shots == shots].images.max()  # of each draw of ImageNet there are others
             found = own[own.shots.isin([0, shots]) & (own.images == tested)].set_index("method").top1
             lines.append([dataset, shots, *(f"{found[m]:.1f}" if m in found else "-" for m in methods)])
-    return as_table(["dataset", "images per class", *map(tables.title, methods)], lines)
+    return as_table(["dataset", "images per class", *map(report.title, methods)], lines)
 
 
 def like_accepted(head: str) -> float:

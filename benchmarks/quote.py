@@ -41,7 +41,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
 )
 from sets import CHOOSING, MINIATURES, REPORTING
 
-from dcp_zoo.benchmark.report import tables
+from dcp_zoo.benchmark import report
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
 from dcp_zoo.zoo.registry import MODELS
@@ -87,7 +87,7 @@ ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
 def results(file: str) -> pd.DataFrame:
     """A file of benchmarks/results; one of accuracies has the report's labels, such as "DCP" and "DCP, batch"."""
     rows = pd.read_csv(RESULTS / f"{file}.csv")
-    return tables.with_labels(rows) if "protocol" in rows and "target" in rows else rows
+    return report.with_labels(rows) if "protocol" in rows and "target" in rows else rows
 
 
 def select(file: str, **where: Any) -> pd.DataFrame:
@@ -115,7 +115,7 @@ def differences(label: str, reference: str, shots: int | None = None, file: str 
     each seed if there is one dataset. A method without training is paired with all of them."""
     trained = {x: select(file, label=x).shots.max() > 0 for x in (label, reference)}
     first, second = (select(file, label=x, shots=shots if trained[x] else 0, **where) for x in trained)
-    return tables.by_sample(tables.differences(first, second))
+    return report.by_sample(report.differences(first, second))
 
 
 def gap(*args: Any, **kwargs: Any) -> float:
@@ -130,7 +130,7 @@ def versus(*args: Any, **kwargs: Any) -> str:
 
 def verdict(gaps: pd.Series) -> str:
     """What the interval of paired differences tells."""
-    low, high = tables.interval(gaps) or (0, 0)
+    low, high = report.interval(gaps) or (0, 0)
     return BETTER if low > 0 else WORSE if high < 0 else LEVEL
 
 
@@ -155,7 +155,7 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
     reading it; a row for every set, number of images per class and seed."""
     rows = results(file).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
-    titles = rows.method.map(lambda method: ",".join([tables.title(method.split(",")[0]), *method.split(",")[1:]]))
+    titles = rows.method.map(lambda method: ",".join([report.title(method.split(",")[0]), *method.split(",")[1:]]))
     rows["label"] = titles + rows.reading.map(PROBES | READINGS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
@@ -202,7 +202,7 @@ def many_sets(*labels: str, file: str = "many_sets") -> str:
             continue
         whole = found["top1"]["Text probe"].groupby("images_per_class").size()
         cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
-        gaps = "" if label == "Text probe" else tables.difference_cell(set_gaps(label, file=file))
+        gaps = "" if label == "Text probe" else report.difference_cell(set_gaps(label, file=file))
         ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece', file):.1f}"
         lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}"])
     return as_table(header, lines)
@@ -247,7 +247,7 @@ def three_readings(file: str = "many_sets") -> str:
         if top1.index.get_level_values("set").nunique() < set_count(file):
             continue
         cells = [f"{top1[label].mean():.1f}" if label in top1 else "-" for label in (own, one, both)]
-        gaps = [tables.difference_cell(set_gaps(both, label, 4, file)) for label in (own, "Text probe")]
+        gaps = [report.difference_cell(set_gaps(both, label, 4, file)) for label in (own, "Text probe")]
         lines.append([method, *cells, *gaps, f"{at_4['train_cpu_seconds'][both].mean():.0f}"])
     header = ["method", "no text probe, %", "one text probe, %", "both text probes, %"]
     header += ["both minus none", "both minus the text probe alone"]
@@ -271,7 +271,7 @@ def reads_table() -> str:
     for what, title in {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}.items():
         whole = reads(what)
         gaps = (whole["embedding and backbone"] - whole["embedding"]).unstack()
-        cells = [tables.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
+        cells = [report.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
         lines.append([f"**difference, {title}**", "", *cells])
     return as_table(["dataset", "reads", *map(str, numbers)], lines)
 
@@ -307,14 +307,14 @@ def supports() -> str:
     lines = []
     by_draw = rows.set_index(["set", "method", "draw"]).sort_index()
     for method in [name for name in METHODS if name in set(rows.method)]:
-        line = [tables.title(method)]
+        line = [report.title(method)]
         for name in sets:
             if (name, method) not in by_draw.index:
                 line.append("-")
                 continue
             own, probe = by_draw.loc[name, method], by_draw.loc[name, DEFAULT_METHOD]
             cell = f"{own.balanced.mean():.1f} ({own.ece.mean():.1f})"
-            differs = "" if method == DEFAULT_METHOD else f", {tables.difference_cell(probe.balanced - own.balanced)}"
+            differs = "" if method == DEFAULT_METHOD else f", {report.difference_cell(probe.balanced - own.balanced)}"
             line.append(cell + differs)
         lines.append(line)
     return as_table(["balanced top-1 (ECE), text probe minus this method", *sets], lines)
@@ -325,7 +325,7 @@ def parity() -> str:
     if not (RESULTS / "parity.csv").exists():
         return "*Not measured yet.*"
     rows = results("parity").sort_values(["precision", "method", "seed"], ascending=[False, True, True], kind="stable")
-    runs = rows.assign(run=rows.method.map(tables.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
+    runs = rows.assign(run=rows.method.map(report.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
     return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
@@ -340,7 +340,7 @@ def couplings() -> str:
             by_seed = same.pivot_table("top1", "seed", "coupling").dropna()
             gain = by_seed.bidirectional - by_seed.text_to_vision
             means = [f"{by_seed[coupling].mean():.1f}" for coupling in ("bidirectional", "text_to_vision")]
-            lines.append([f"{name}, {shots} per class", stats, len(gain), *means, tables.difference_cell(gain)])
+            lines.append([f"{name}, {shots} per class", stats, len(gain), *means, report.difference_cell(gain)])
     return as_table(["dataset", "statistics", "seeds", "`paper`", "`release`", "`paper` minus `release`"], lines)
 
 
@@ -407,7 +407,7 @@ def rejection_corrected() -> str:
     random, lines = sets.near_passed.xs(("random images", "all images")), []
     for key, means in sets.groupby(keys, sort=False):
         gap = means.near_passed.droplevel(keys) - random
-        lines.append([*key, *map("{:.1f}".format, means.mean()), tables.difference_cell(gap) if gap.any() else ""])
+        lines.append([*key, *map("{:.1f}".format, means.mean()), report.difference_cell(gap) if gap.any() else ""])
     header = ["added images", "the threshold is set by", "known rejected", "near accepted", "far accepted"]
     return as_table([*header, "near accepted, minus random images"], lines)
 
@@ -466,7 +466,7 @@ def rounds() -> str:
         levels = {k: of_set.xs(k, level="round") for k in (0, 1, last)}
         cells = [f"{levels[k]['random'].mean():.1f}" for k in levels]
         differ = [levels[k][choice] - levels[k]["random"] for choice in gaps for k in (1, last)]
-        lines.append([str(name), *cells, *map(tables.difference_cell, differ)])
+        lines.append([str(name), *cells, *map(report.difference_cell, differ)])
     return as_table(header, lines)
 
 
@@ -491,7 +491,7 @@ def inspected() -> str:
         ]
         if gains[-1].any():
             found, suspects, right = means[["twice as many recall", "suspects", "precision"]]
-            cells = [f"{tables.difference_cell(gain.dropna())}, {gain.count()} samples" for gain in gains]
+            cells = [f"{report.difference_cell(gain.dropna())}, {gain.count()} samples" for gain in gains]
             counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
             lines.append([str(name), *counts, *cells])
     return as_table(header, lines)

@@ -16,7 +16,7 @@ from PIL import Image
 import dcp_zoo
 from dcp_zoo import FewShotClassifier
 from dcp_zoo.answers import top_classes
-from dcp_zoo.benchmark.report.write import write_mistakes
+from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import evaluate
 from dcp_zoo.data import Item, load_labelled, load_split, training_split
 from dcp_zoo.model.config import read_config

@@ -12,14 +12,13 @@ from shared import CommandLine
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark import report, store
 from dcp_zoo.benchmark.plan import Trial, weights_id
-from dcp_zoo.benchmark.report import tables
-from dcp_zoo.benchmark.report.write import write_report
+from dcp_zoo.benchmark.report import write_report
 from dcp_zoo.errors import ZooError
 
 SHOTS, SEEDS = (1, 16), (1, 2, 3)
-ZERO = tables.title("zero-shot")
+ZERO = report.title("zero-shot")
 
 
 def few_shot_trials() -> list[tuple[Trial, float]]:
@@ -58,12 +57,12 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
-def rows(table: tables.Table) -> dict[str, list[str]]:
+def rows(table: report.Table) -> dict[str, list[str]]:
     return {row[0]: list(row[1:]) for row in table.rows}
 
 
 def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
-    average, caltech, dtd = tables.few_shot_tables(tables.with_labels(store.gather(sweep)))
+    average, caltech, dtd = report.few_shot_tables(report.with_labels(store.gather(sweep)))
     assert average.header == ["method", "selection", "0", "1", "16"]
     assert (caltech.caption, dtd.caption) == ("caltech101", "dtd")
     assert rows(average)[ZERO] == ["none", "40.0", "-", "-"]
@@ -77,7 +76,7 @@ def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
 
 def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
     """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear probe."""
-    (table,) = tables.against(tables.with_labels(store.gather(sweep)))
+    (table,) = report.against(report.with_labels(store.gather(sweep)))
     assert table.header == ["method", "pairs", "1 shot", "16 shots", "all"]
     found = rows(table)["Linear probe"]
     assert found[:3] == ["9", "-4.0 (-4.0 to -4.0) *", "-64.0"]
@@ -91,11 +90,11 @@ def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
     [([], "-"), ([1.5], "+1.5"), ([1.0, 3.0], "+2.0 (-10.7 to +14.7)"), ([2.0, 2.1, 2.2], "+2.1 (+1.9 to +2.3) *")],
 )
 def test_only_an_interval_without_zero_is_marked(values: list[float], text: str) -> None:
-    assert tables.difference_cell(pytest.importorskip("pandas").Series(values)) == text
+    assert report.difference_cell(pytest.importorskip("pandas").Series(values)) == text
 
 
 def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
-    (table,) = tables.base_to_new_tables(tables.with_labels(store.gather(sweep)))
+    (table,) = report.base_to_new_tables(report.with_labels(store.gather(sweep)))
     assert table.header == ["method", "base", "new", "H"]
     assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16 shots": ["80.0", "20.0", "32.0"]}
 
@@ -103,12 +102,12 @@ def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
 def test_the_average_of_base_to_new_keeps_methods_that_lack_a_dataset(sweep: Path) -> None:
     trial = Trial("base-to-new", "dcp_mini", "dcp", "dtd", 16, 1)
     store.save_result(sweep, made_up(trial, ("dtd", "base", "", 60.0), ("dtd", "new", "", 40.0)))
-    average, *_ = tables.base_to_new_tables(tables.with_labels(store.gather(sweep)))
+    average, *_ = report.base_to_new_tables(report.with_labels(store.gather(sweep)))
     assert rows(average) == {ZERO: ["-", "-", "-"], "DCP, 16 shots": ["70.0", "30.0", "42.0"]}
 
 
 def test_domain_shift_averages_only_the_targets(sweep: Path) -> None:
-    (table,) = tables.target_tables(tables.with_labels(store.gather(sweep)), "domain-shift")
+    (table,) = report.target_tables(report.with_labels(store.gather(sweep)), "domain-shift")
     assert table.header == ["method", "imagenet", "imagenetv2", "imagenet_a", "average of targets"]
     assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
 
@@ -116,7 +115,7 @@ def test_domain_shift_averages_only_the_targets(sweep: Path) -> None:
 def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None:
     trial = Trial("few-shot", "dcp_mini", "zero-shot", "dtd", 0, 0)
     store.save_result(tmp_path / "other", made_up(trial, ("dtd", "all", "", 33.0)))
-    *_, dtd = tables.few_shot_tables(tables.with_labels(store.gather([sweep, tmp_path / "other"])))
+    *_, dtd = report.few_shot_tables(report.with_labels(store.gather([sweep, tmp_path / "other"])))
     assert rows(dtd)[ZERO][1] == "33.0"
 
 

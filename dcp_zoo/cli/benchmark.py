@@ -11,8 +11,7 @@ from typer import Argument, Option
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
-from dcp_zoo.benchmark.report.tables import with_labels
-from dcp_zoo.benchmark.report.write import SECTIONS, write_report
+from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.data.paths import check_output

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.columns import Columns
 from typer import Exit, Option
 
-from dcp_zoo.benchmark.report.write import write_mistakes
+from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split

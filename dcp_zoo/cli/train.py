@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from typer import confirm
 
-from dcp_zoo.benchmark.report.write import write_mistakes
+from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import show_evaluation

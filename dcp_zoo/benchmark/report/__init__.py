@@ -1,1 +1,0 @@
-"""Reports on result files: tables, learning curves, and a page that compares runs."""
