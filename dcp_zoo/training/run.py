@@ -109,7 +109,7 @@ def _fit_and_measure(
     in `output`."""
     started = time.perf_counter()
     subset = subset or run.subset()
-    clip = clip or plain_clip(run.model, run.clip_pretrained).to(run.device)
+    clip = clip or plain_clip(run.model).to(run.device)
     task = run.task(subset, clip, options.progress, read)
     title = METHODS[run.method].title
     options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
@@ -151,7 +151,7 @@ def fit(
             "log": options.log,
             "grad_checkpointing": run.grad_checkpointing,
         }
-        task.reload_clip = lambda: plain_clip(run.model, run.clip_pretrained).to(run.device)
+        task.reload_clip = lambda: plain_clip(run.model).to(run.device)
         head = fit_head(run.method, task)
     head.info = info | head.info
     return head, earlier

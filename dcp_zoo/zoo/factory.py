@@ -221,11 +221,11 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
     return load_head(head, source.folder, source.config)
 
 
-def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:
-    """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, those of another tag of open_clip, or
-    random ones, which need no download; on the CPU."""
+def plain_clip(model: str, *, with_weights: bool = True) -> FrozenCLIP:
+    """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, or random ones, which need no download; on
+    the CPU."""
     spec = resolve(model, "clip").spec
-    return load_clip(spec, clip_pretrained or spec.clip_pretrained, with_weights)
+    return load_clip(spec, spec.clip_pretrained, with_weights)
 
 
 def load_clip(
