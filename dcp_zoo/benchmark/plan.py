@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
-from dcp_zoo.data.images import in_threads
+from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
@@ -121,13 +121,8 @@ def folder_label(root: Path | None) -> str:
     """What tells the user's own folder from others of the same name, classes and file names: "photos (0f1e2d3c)", its
     name and a hash of the images."""
     split, name = read_split(FOLDER, root), Path(root or "").expanduser().resolve().name
-
-    def content(path: str) -> str:
-        with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out.", OSError):
-            return sha256_of(Path(path))
-
-    hashes = [split.sha256, *in_threads(content, [item.path for item in split.items])]
-    return f"{file_name(name)} ({hashlib.sha256(''.join(hashes).encode()).hexdigest()[:8]})"
+    content = f"{split.sha256} {image_hashes(split.items)}"
+    return f"{file_name(name)} ({hashlib.sha256(content.encode()).hexdigest()[:8]})"
 
 
 @cache
