@@ -69,8 +69,8 @@ def train(
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         validation: (images, labels), or a folder, on which some methods choose hyperparameters (see
             `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
-        class_weight: weight of the losses by label, or "balanced", inversely proportional to the number of images; for
-            methods that train prompts and for the text probe, which is always balanced. Default: all equal.
+        class_weight: weight of the losses of a text probe alone, by label; "balanced" is what it always is. Default:
+            all equal.
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
             is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,

@@ -57,7 +57,6 @@ class TrainOptions:
     dataset: opt.Dataset = None
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
-    class_weight: str | None = opt.option(None, "Weight classes equally, as a text probe does.", metavar="balanced")
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
     seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
@@ -175,7 +174,7 @@ def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split
 def _planned(options: TrainOptions, split: Split) -> "Run":
     from dcp_zoo.training.planning import plan
 
-    names = "seed recipe device precision workers class_weight encoder".split()
+    names = "seed recipe device precision workers encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None

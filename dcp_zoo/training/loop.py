@@ -119,7 +119,6 @@ def train(
     progress: Progress = no_progress,
     state: TrainingState | None = None,
     callbacks: Sequence[Callback] = (),
-    class_weight: Tensor | None = None,
     grad_checkpointing: str = "auto",
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
@@ -137,7 +136,6 @@ def train(
         step_log: receives a CSV line for every step.
         log: receives how many steps there are, and what is faster.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
-        class_weight: weights (C,) of the images' losses by class. Default: all 1.
         grad_checkpointing: see `needs_checkpointing`.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
@@ -155,7 +153,7 @@ def train(
     faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters. Faster: {faster}.")
     after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks)
-    loss_of = loss_of or objective(model, recipe, class_weight)
+    loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(len(losses), per_epoch)
@@ -183,9 +181,7 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> tor
     return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def objective(
-    model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def objective(model: Any, recipe: TrainingRecipe) -> Callable[..., tuple[Tensor, Tensor]]:
     """The loss of (inputs, labels, targets), and the cross-entropy alone, which is the loss
     but for a DCP, whose loss is
 
@@ -201,25 +197,17 @@ def objective(
 
     def loss_of(inputs: Inputs, labels: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if zero_shot is None:
-            loss = cross_entropy(model(inputs), labels, class_weight)
+            loss = F.cross_entropy(model(inputs).float(), labels)
             return loss, loss
         features, text = model.encode(inputs)
         if targets is None:
             with torch.no_grad():
                 targets = clip.encode_image(inputs)
         distances = F.l1_loss(text.float(), zero_shot.float()), F.l1_loss(features.float(), targets.float())
-        own = cross_entropy(clip.logits(features, text), labels, class_weight)
+        own = F.cross_entropy(clip.logits(features, text).float(), labels)
         return own + clip_reg * (TEXT_WEIGHT * distances[0] + IMAGE_WEIGHT * distances[1]), own
 
     return loss_of
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """The mean over a batch of logits (B, C) with labels (B,), each image by the weight of its class (C,)."""
-    logits = logits.float()
-    if class_weight is None:
-        return F.cross_entropy(logits, labels)
-    return (F.cross_entropy(logits, labels, reduction="none") * class_weight.to(logits)[labels]).mean()
 
 
 def _after_step(

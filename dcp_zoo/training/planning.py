@@ -47,8 +47,7 @@ class Run:
     grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`
     descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
     test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
-    class_weight: tuple[float, ...] | None = None  # of the images' losses for each class. Default: all 1
-    probe_class_weight: tuple[float, ...] | None = None  # of the classes in the text probe. Default: all 1
+    class_weight: tuple[float, ...] | None = None  # of each class in the text probe. Default: all 1
     sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
     encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
 
@@ -86,11 +85,11 @@ class Run:
 
     def _probe_weights(self, subset: Split) -> torch.Tensor | None:
         """Weights (n,) of the training images in the text probe: those of the images times those of their classes."""
-        if self.probe_class_weight is None and self.sample_weight is None:
+        if self.class_weight is None and self.sample_weight is None:
             return None
         labels = torch.tensor([item.label for item in subset.train])
         images = torch.tensor(self.sample_weight or [1.0] * len(labels))
-        return images if self.probe_class_weight is None else images * torch.tensor(self.probe_class_weight)[labels]
+        return images if self.class_weight is None else images * torch.tensor(self.class_weight)[labels]
 
     @property
     def is_probe_alone(self) -> bool:
@@ -117,7 +116,7 @@ class Run:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}
         if self.class_weight is not None:
-            stored["class_weight"] = [round(weight, 4) for weight in self.class_weight]
+            stored["class_weight"] = list(self.class_weight)
         return stored
 
 
@@ -145,7 +144,7 @@ def plan(
         recipe, classifier: see `chosen_recipe`.
         changes: to the recipe, as of `--set`.
         device, precision: see `pick_device` and `pick_precision`.
-        class_weight: weights by label, or "balanced", see `dcp_zoo.train`.
+        class_weight: weights by label, or "balanced", of a text probe alone; see `dcp_zoo.train`.
         labels: of the classes, if not their names.
         encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
         options: further attributes of `Run`.
@@ -165,34 +164,29 @@ def plan(
         raise ZooError("An image encoder is read by the text probe: choose --classifier text-probe, or omit --encoder.")
     check_encoders(encoders)
     run = Run(model, split, shots, seed, fitting, place, method, precision, encoders=encoders, **options)
-    return run if class_weight is None else _weighted(run, class_weight, labels or split.classnames)
-
-
-def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[object]) -> Run:
-    """The run with weights of its classes, by label, of mean 1 over the images; a text probe is balanced anyway."""
-    if class_weight == "balanced" and run.recipe.classifier != "none" and not run.recipe.is_trained:
+    for name, weight in (("class_weight", class_weight), ("sample_weight", run.sample_weight)):
+        if weight is not None and not run.is_probe_alone:
+            raise ZooError(f"{method} does not support {name}: choose method={DEFAULT_METHOD!r}.")
+    if class_weight is None:
         return run
-    images = run.split.train
-    counts = torch.bincount(torch.tensor([item.label for item in images]), minlength=len(labels)).float()
-    counts = counts.clamp(max=run.shots or len(images))
-    if isinstance(class_weight, Mapping):
-        if unknown := sorted(map(str, class_weight.keys() - set(labels))):
-            raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
-        weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
-        run = replace(run, probe_class_weight=tuple(weights.tolist()))
-        if (weights < 0).any() or not weights.any():
-            raise ZooError("class_weight must be at least 0, and not all 0.")
-    else:
+    return replace(run, class_weight=_class_weights(class_weight, labels or split.classnames))
+
+
+def _class_weights(class_weight: ClassWeights, labels: Sequence[object]) -> tuple[float, ...] | None:
+    """The weights of the classes with these labels; None for "balanced", which a text probe always is."""
+    if not isinstance(class_weight, Mapping):
         check_choice("class_weight", class_weight, ("balanced",))
-        weights = 1 / counts
-    return replace(run, class_weight=tuple((weights * (counts.sum() / (weights * counts).sum())).tolist()))
+        return None
+    if unknown := sorted(map(str, class_weight.keys() - set(labels))):
+        raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
+    weights = tuple(float(class_weight.get(label, 1)) for label in labels)
+    if min(weights) < 0 or not any(weights):
+        raise ZooError("class_weight must be at least 0, and not all 0.")
+    return weights
 
 
-def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
-    """ZooError for what only methods that train by epochs have, or only the text probe."""
-    if run.sample_weight is not None and not run.is_probe_alone:
-        raise ZooError(f"{run.method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
-    if not run.recipe.is_trained and (callbacks or (run.class_weight is not None and not run.is_probe_alone)):
+def check_supported(run: Run, callbacks: Sequence[Callback]) -> None:
+    """ZooError for callbacks of a method that does not train by epochs."""
+    if callbacks and not run.recipe.is_trained:
         able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
-        lacks, able = ("callbacks", able) if callbacks else ("class_weight", [DEFAULT_METHOD, *able])
-        raise ZooError(f"{run.method} does not support {lacks}: choose from {', '.join(able)}.")
+        raise ZooError(f"{run.method} does not support callbacks: choose from {', '.join(able)}.")

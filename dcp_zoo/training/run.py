@@ -9,7 +9,6 @@ from datetime import date
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from torch.nn import functional as F
 
 from dcp_zoo.data import Split
@@ -141,12 +140,10 @@ def fit(
     identity = _identity(run, task.clip, info)
     state = TrainingState(path, identity, options.save_every, options.log)
     earlier = state.seconds[-1] if state.seconds else 0.0
-    weights = None if run.class_weight is None else torch.tensor(run.class_weight)
     with open_log(output) as step_log:
         task.training = {
             "state": state,
             "callbacks": options.callbacks,
-            "class_weight": weights,
             "step_log": step_log,
             "log": options.log,
             "grad_checkpointing": run.grad_checkpointing,

@@ -58,7 +58,7 @@ class Task:
         recipe: the method's hyperparameters.
         seed: of all random numbers.
         precision: of training; logits are computed in float32.
-        training: options of `loop.train`, which trains prompts: its state, callbacks, class weights and log.
+        training: options of `loop.train`, which trains prompts: its state, callbacks and log.
         reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
         probe_images: the training images without augmentation, for the text probe, if the method has them in a form
             that its head reads faster.

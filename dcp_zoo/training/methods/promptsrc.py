@@ -30,7 +30,7 @@ from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.training.loop import EpochAverage, cross_entropy
+from dcp_zoo.training.loop import EpochAverage
 from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, start_from, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
 
@@ -63,7 +63,7 @@ def fit(task: Task) -> PromptHead:
     assert recipe.epochs is not None
     weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
     frozen = ensemble(task.clip, task.classnames, task.texts)
-    loss_of = promptsrc_loss(head, frozen, recipe, task.training.get("class_weight"))
+    loss_of = promptsrc_loss(head, frozen, recipe)
     train_prompts(task, head, task.train_images, loss_of=loss_of, average=EpochAverage(weights))
     return head.requires_grad_(False)
 
@@ -78,7 +78,7 @@ def new_promptsrc(task: Task) -> PromptHead:
 
 
 def promptsrc_loss(
-    head: PromptHead, frozen_text: Tensor, recipe: PromptSRCRecipe, class_weight: Tensor | None = None
+    head: PromptHead, frozen_text: Tensor, recipe: PromptSRCRecipe
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The loss of images and labels (B,), given t' (C, E), and the cross-entropy alone."""
 
@@ -89,7 +89,7 @@ def promptsrc_loss(
         logits, frozen_logits = (head.encoder.logits(*pair).float() for pair in (prompted, frozen))
         distances = [(a - b).abs().mean() for a, b in zip(prompted, frozen, strict=True)]
         change = F.kl_div(logits.log_softmax(-1), frozen_logits.log_softmax(-1), reduction="sum", log_target=True)
-        own = cross_entropy(logits, labels, class_weight)
+        own = F.cross_entropy(logits, labels)
         total = own + change / logits.numel()
         return total + recipe.image_weight * distances[0] + recipe.text_weight * distances[1], own
 
