@@ -1,7 +1,7 @@
 """Image encoders beside CLIP by their names: any image model of timm, with its pretrained weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -21,6 +21,26 @@ SUGGESTED = (  # by size
 PLACES = ("hf-hub:", "local-dir:")  # timm's names for other places of a model
 
 
+class EncoderRow(NamedTuple):
+    """A suggested encoder: timm's name, parameters in millions, width of the features, licence."""
+
+    name: str
+    parameters: float
+    features: int
+    license: str
+
+
+def list_encoders() -> list[EncoderRow]:
+    """Image encoders that suit a head beside CLIP; any other of timm's models works, too."""
+    rows = []
+    for name in SUGGESTED:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, num_classes=0)
+        millions = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+        rows.append(EncoderRow(name, millions, model.num_features, model.pretrained_cfg["license"]))
+    return rows
+
+
 def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Values] = ()) -> list[ImageEncoder]:
     """The image encoders of these names with their pretrained weights, on the device of a CLIP; `stored` is what a head
     says of each. ZooError for an unknown one, weights that are neither here nor can be downloaded, or others than the
@@ -38,8 +58,8 @@ def check_encoders(names: Sequence[str]) -> None:
     for name in names:
         if not name.startswith(PLACES) and not timm.is_model_pretrained(name):
             close = ", ".join(nearest(name, timm.list_models(pretrained=True)) or SUGGESTED)
-            problem = f"timm has no pretrained image model {name!r}"
-            raise ZooError(f"{problem}. Nearest: {close}. All: timm.list_models(pretrained=True).")
+            advice = "dcp-zoo list --encoders, or timm.list_models(pretrained=True)"
+            raise ZooError(f"timm has no pretrained image model {name!r}. Nearest: {close}. All: {advice}.")
 
 
 def _load(name: str, clip: FrozenCLIP) -> ImageEncoder:
