@@ -97,7 +97,6 @@ class ServeOptions:
     classes: opt.Classes = None
     device: opt.Device = "auto"
     threads: opt.Threads = None
-    allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
 
 
@@ -110,19 +109,17 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo serve --head my_head.onnx --host 0.0.0.0[/]
     """
-    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
+    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline".split():
         import_extra(module, "serve")
-    from dcp_zoo.deploy.requests import check_prefix
     from dcp_zoo.deploy.server import application
 
     head, names = options.head, opt.class_list(options.classes)
-    urls = [check_prefix(prefix) for prefix in options.allow_urls]
     hosts = allowed_hosts(options.host, options.allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    app = application(file, limits, urls, options.threads or available_cores(), name, hosts, options.device)
+    app = application(file, limits, options.threads or available_cores(), name, hosts, options.device)
     listening = listen(options.host, options.port)
     address = f"http://{options.host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
