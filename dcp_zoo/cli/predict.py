@@ -16,7 +16,7 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.paths import check_outside, is_url
+from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError, import_extra, shorten
@@ -38,8 +38,8 @@ EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = (
-    "Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
-    "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
+    "Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, or "
+    "hf://datasets/ORG/NAME."
 )
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
@@ -68,8 +68,8 @@ class PredictOptions:
     )
     stats: opt.Stats = None
     as_json: opt.AsJson = False
-    table: str | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
-    features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
+    table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
+    features: Path | None = to_file("Write the image features to a .npz file.")
     sheet: Path | None = to_file("Write an HTML contact sheet; dcp-zoo review corrects it by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
@@ -94,7 +94,7 @@ class PredictOptions:
     @property
     def files(self) -> list[Path]:
         """The table first if it is named."""
-        return [file for file in (self.table and Path(self.table), self.features, self.sheet, self.sort_into) if file]
+        return [file for file in (self.table, self.features, self.sheet, self.sort_into) if file]
 
     @property
     def rejects(self) -> float:
@@ -138,7 +138,6 @@ class PredictOptions:
             "--count counts what the other images refine: add --together.": self.count and not self.together,
             "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
-            f"--output is a file on this machine, not {self.table}.": self.table and is_url(self.table),
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
         }
@@ -258,7 +257,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     found = find_images(sources)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
-    table = Path(options.table) if options.table else default
+    table = options.table or default
     names = "features sheet sort_into link move by_date only_new keywords overwrite".split()
     outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
     outputs.check(found)  # before PyTorch is imported

@@ -18,9 +18,9 @@ from typing import IO, Any, TypeVar
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, is_url, open_file, picture_formats
+from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
 from dcp_zoo.data.specs import HUB_SCHEME
-from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
+from dcp_zoo.data.tables import read_row
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
@@ -58,7 +58,7 @@ def pixels_sha256(image: Image.Image) -> str:
 def file_sha256(path: str) -> str:
     """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset, or at a URL
+        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset
             return _bytes_sha256.__wrapped__(path)
         found = os.stat(path)  # noqa: PTH116
         return _bytes_sha256(path, found.st_mtime_ns, found.st_size)
@@ -162,9 +162,6 @@ def check_complete(path: ImageLike) -> None:
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
-    advice = "Replace the file, or leave it out"
-    if is_url(path):
-        advice = "Check the address and the connection, or download it yourself and pass the file"
     try:
         with _picture(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
             if image.width * image.height > max_pixels:
@@ -178,12 +175,12 @@ def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = 
             gone = next(parent for parent in (*reversed(gone.parents), gone) if not parent.exists())
             reason = f"a link to {gone}, which is gone"
             raise ZooError(f"Cannot read the image {path}: {reason}. Restore that, or copy again.") from OSError(reason)
-        what = advice.lower() if is_url(path) else "check the path, or restore the file from its dataset"
+        what = "download it" if "://" in path else "check the path, or restore the file from its dataset"
         raise ZooError(f"No image at {path}: {what}.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
         kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else ZooError
         reason = str(error) or type(error).__name__
-        raise kind(f"Cannot read the image {path}: {reason}. {advice}.") from error
+        raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
 def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
@@ -220,12 +217,8 @@ def _picture(path: str) -> IO[bytes]:
 
 
 def _stream(path: str) -> IO[bytes]:
-    """The file at a path, or the bytes of an image at a URL, in a Hub dataset or Parquet."""
-    for scheme, read in ((HUB_SCHEME, read_row), (PARQUET_SCHEME, read_cell)):
-        if path.startswith(scheme):
-            return BytesIO(read(path))
-    if is_url(path):
-        with open_file(path) as file:
-            return BytesIO(file.read())
+    """The file at a path, or the bytes of an image in a Hub dataset."""
+    if path.startswith(HUB_SCHEME):
+        return BytesIO(read_row(path))
     check_regular(path)
     return Path(path).open("rb")

@@ -1,26 +1,20 @@
-"""Images in tables: datasets of the Hugging Face Hub, through the `datasets` library, and Parquet files."""
+"""Datasets of the Hugging Face Hub, through the `datasets` library."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.specs import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_regular
 
 _NAME = re.compile(
     r"hf://datasets/(?P<repo>[^/@:?#]+/[^/@:?#]+)(@(?P<revision>[^:?#]+))?(:(?P<config>[^?#]+))?(\?(?P<columns>[^#]+))?"
 )
-_ENCODED = re.compile(r"(large_)?binary$|struct<.*\bbytes: (large_)?binary")  # Arrow types of image columns
-PARQUET_SCHEME = "parquet://"
-_reading = Lock()  # threads that decode images wait for a row group instead of reading it once more each
 NOT_LOADED = "`datasets` cannot load {} ({{}}). Its cache is in HF_HOME, which must be writable."
 TEXT_LABELS = ("label", "labels")  # text columns with these names are used as classes by default
 
@@ -118,7 +112,7 @@ def _with_columns(source: HubDataset, features: Values, label: bool = True) -> H
     types = {name: type(feature).__name__ for name, feature in features.items()}
     kinds = {name: getattr(feature, "dtype", types[name]) for name, feature in features.items()}
     images = [name for name, kind in types.items() if kind == "Image" and source.image in (None, name)]
-    image = _only(images, source, "image column. Expected: one of type Image", kinds, HUB_SYNTAX)
+    image = _only(images, source, "image column. Expected: one of type Image", kinds)
     if not label:
         return source._replace(image=image)
     labels = [name for name, kind in types.items() if kind == "ClassLabel"]
@@ -127,7 +121,7 @@ def _with_columns(source: HubDataset, features: Values, label: bool = True) -> H
     if source.label:
         labels = [name for name in kinds if name == source.label and (types[name] == "ClassLabel" or name in text)]
     expected = "label column. Expected: one of type ClassLabel, or of text called label"
-    return source._replace(image=image, label=_only(labels, source, expected, kinds, HUB_SYNTAX))
+    return source._replace(image=image, label=_only(labels, source, expected, kinds))
 
 
 def _pinned(name: str) -> tuple[HubDataset, Any]:
@@ -166,59 +160,6 @@ def _splits(repo: str, config: str | None, revision: str | None) -> Values:
         return builder.as_dataset()
 
 
-# Parquet files are read in place, by row groups: `datasets` would copy them to its cache, or only stream their rows.
-
-
-def is_parquet(name: str) -> bool:
-    """Whether this is the name of a Parquet file, with or without a column."""
-    return name.partition("?")[0].endswith(".parquet")
-
-
-def parquet_images(name: str) -> Iterator[tuple[str, str]]:
-    """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read. The
-    column of images is binary or the Hub's {bytes, path}; it must be named if there are several."""
-    file, _, requested = name.partition("?image=")
-    # pyarrow's errors for damaged files are ValueErrors and OSErrors
-    with as_zoo_error(f"Cannot read {file}: {{}}. Check the path, and that it is a Parquet file.", OSError, ValueError):
-        table = _open_parquet(file)
-    with table:
-        kinds = {field.name: field.type for field in table.schema_arrow}
-        sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    if not sum(sizes):
-        raise ZooError(f"{file} has no rows: pass one with images.")
-    encoded = [name for name, kind in kinds.items() if _ENCODED.match(str(kind)) and requested in ("", name)]
-    expected = "image column. Expected: one of encoded images (binary, or a struct with bytes)"
-    column = _only(encoded, file, expected, kinds, f"{file}?image=COLUMN")
-    places = ((group, i) for group, size in enumerate(sizes) for i in range(size))
-    for row, (group, i) in enumerate(places):
-        yield f"{file}#{row}", f"{PARQUET_SCHEME}{file}?{column}#{group}+{i}"
-
-
-def read_cell(path: str) -> bytes:
-    """The image file for a path `parquet://FILE?COLUMN#GROUP+ROW`."""
-    file, _, place = path.removeprefix(PARQUET_SCHEME).rpartition("#")
-    file, _, column = file.rpartition("?")
-    group, _, row = place.partition("+")
-    with _reading:
-        images = _row_group(file, column, int(group))
-    cell = images[int(row)].as_py()
-    return _image_file(cell if isinstance(cell, dict) else {"bytes": cell})
-
-
-def _open_parquet(file: str) -> Any:
-    system, place = filesystem(file) if is_url(file) else (None, file)
-    if not system:
-        check_regular(file)
-    return import_extra("pyarrow.parquet", "data").ParquetFile(place, filesystem=system)
-
-
-@lru_cache(maxsize=2)
-def _row_group(file: str, column: str, group: int) -> Any:
-    """The images of one row group: rows are read in order, and a batch of them may lie in two groups."""
-    with _open_parquet(file) as table:
-        return table.read_row_group(group, columns=[column]).column(0)
-
-
 def _image_file(cell: Values) -> bytes:
     """The bytes in a cell {"bytes": ..., "path": ...}, or those of the file that it names."""
     if cell.get("bytes") is not None:
@@ -228,9 +169,9 @@ def _image_file(cell: Values) -> bytes:
     return Path(cell["path"]).read_bytes()
 
 
-def _only(candidates: Sequence[str], place: object, what: str, kinds: Mapping[str, object], syntax: str) -> str:
+def _only(candidates: Sequence[str], source: HubDataset, what: str, kinds: Mapping[str, object]) -> str:
     """The one column that can be what is needed; ZooError for none or several among all columns and their `kinds`."""
     if len(candidates) != 1:
         found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise ZooError(f"{place}: cannot determine the {what}; found: {found}. Name it: {syntax}.")
+        raise ZooError(f"{source}: cannot determine the {what}; found: {found}. Name it: {HUB_SYNTAX}.")
     return candidates[0]

@@ -21,7 +21,7 @@ from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
 from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, is_file, move_into, sort_into
 from dcp_zoo.deploy.together import Count
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import UNFINISHED, check_writable
 from dcp_zoo.texts import class_folders, read_csv
@@ -29,8 +29,8 @@ from dcp_zoo.texts import class_folders, read_csv
 
 @dataclass(frozen=True)
 class OutputFiles:
-    table: Path  # predictions: .csv, .jsonl or .parquet
-    features: Path | None = None  # image features, in the order of the table: .npz or .parquet
+    table: Path  # predictions: .csv or .jsonl
+    features: Path | None = None  # image features, in the order of the table: .npz
     sheet: Path | None = None  # an HTML contact sheet
     sort_into: Path | None = None  # a folder that gets a folder of images per class
     link: bool = False  # symbolic links instead of copies there
@@ -52,14 +52,12 @@ class OutputFiles:
         if self.move and self.undo_file.exists():
             advice = f"dcp-zoo undo {self.undo_file}, and then repeat the command"
             raise ZooError(f"A run was stopped while it moved these images: {advice}.")
-        formats = {"--output": writers.TABLES, "--features": writers.FEATURES}
+        formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         files = {option: file for option, file in given.items() if file}
         for option, file in files.items():
             if file.suffix not in (known := formats.get(option, [file.suffix])):
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(known)}.")
-            if file.suffix == ".parquet":
-                import_extra("pyarrow", "data")
             if [*files.values()].count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
             adds = self.only_new and file == self.table
@@ -125,9 +123,8 @@ def run(
             classes = (job.keywords(row, outputs.keywords) for row in answers())
             written = write_keywords(places, classes, outputs.embed, journal)
         if outputs.features:
-            names = [writers.as_unicode(image.name) for image in images]
-            write = writers.FEATURES[outputs.features.suffix]
-            rows.write(outputs.features, lambda temporary: write(temporary, names, kept))
+            names = [image.name for image in images]
+            rows.write(outputs.features, lambda temporary: writers.write_features(temporary, names, kept))
         if outputs.sheet and predictor:
             about = outputs.sheet, images, predictor.classnames, answers()
             keywords = {"embed": outputs.embed, "hierarchy": job.plan.get("hierarchy")} if outputs.keywords else None
