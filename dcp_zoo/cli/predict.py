@@ -74,9 +74,6 @@ class PredictOptions:
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
-    by_date: bool = opt.option(
-        False, "With --sort-into: in each class one folder per day, of the photograph's EXIF.", rich_help_panel="Files"
-    )
     only_new: bool = opt.option(
         False, "Only images that --output lacks, which gets them, too.", rich_help_panel="Files"
     )
@@ -124,7 +121,6 @@ class PredictOptions:
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
             "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
-            "--by-date works only with --sort-into FOLDER: add it.": self.by_date and not self.sort_into,
             "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
                 self.only_new and (self.features or not (self.table or self.sort_into))
             ),
@@ -258,7 +254,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = options.table or default
-    names = "features sheet sort_into link move by_date only_new keywords overwrite".split()
+    names = "features sheet sort_into link move only_new keywords overwrite".split()
     outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
     outputs.check(found)  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table

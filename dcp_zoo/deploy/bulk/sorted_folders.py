@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import companions, is_image, one_per_photo, visible_files
-from dcp_zoo.deploy.bulk.journal import Journal, remove_emptied
+from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
 
@@ -83,7 +83,8 @@ def sort_into(
                     for other in belonging(old.parent).get(old.name, ()):
                         _rename(old.with_name(other), _beside(target, old, other))
                     old.unlink() if os.path.lexists(target) else old.rename(target)
-                    remove_emptied(old.parent)
+                    with suppress(OSError):  # other files are there
+                        old.parent.rmdir()
                 if not link and not _is_copy(source, target):
                     target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
                 beside = {source.with_name(other): _beside(target, source, other) for other in others}
@@ -141,8 +142,7 @@ def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path],
     for line in (place / RECORD).read_text().splitlines() if sources and (place / RECORD).is_file() else ():
         with suppress(ValueError, TypeError):  # half a line, which a kill may leave
             folder, file, name, size, seconds = json.loads(line)
-            parts = (*folder.split("/"), file)
-            if all(part and part == Path(part).name != ".." for part in parts):  # it leads out of no folder
+            if all(part and part == Path(part).name != ".." for part in (folder, file)):  # it leads out of no folder
                 recorded[place / folder / file] = str(name), int(size), float(seconds)
     own, lost = dict[str, Path](), dict[str, int]()
     for path, (name, size, seconds) in recorded.items():
