@@ -388,15 +388,12 @@ def test_images_are_sorted_into_folders(photos):
     Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    for link in (True, True, False, False):
-        sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link)
+    for _ in range(2):
+        sort_into([image.path for image in images], classes_of(rows), Path("sorted"))
         sorted_ = {str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.jpg")}
         assert len(sorted_) == 23
         assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
         assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
-        assert Path("sorted/dark/00.jpg").is_symlink() == link
-    sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link=True)
-    assert not Path("sorted/dark/00.jpg").is_symlink(), "a copy is not replaced by a link"
     with pytest.raises(ZooError, match="Only files can be sorted"):
         OutputFiles(Path("p.csv"), sort_into=Path("x")).check(
             [Found("hf://datasets/o/n#train/1", "hf://datasets/o/n#train/1")]
@@ -430,9 +427,8 @@ def test_class_names_are_folders_on_every_system(photos):
     images = find_images(["photos/a"])
     Path("photos/a/00.jpg").rename(long := Path("photos/a", "ü" * 125 + ".jpg"))
     images[0] = Found(str(long), str(long))
-    for link in (False, True):
-        sort_into([image.path for image in images], ["x"] * len(images), Path("sorted"), link)
-        sort_into([images[0].path] * 2, ["x"] * 2, Path("sorted"), link)
+    sort_into([image.path for image in images], ["x"] * len(images), Path("sorted"))
+    sort_into([images[0].path] * 2, ["x"] * 2, Path("sorted"))
     assert max(len(os.fsencode(path.name)) for path in Path("sorted/x").iterdir()) <= 255
     assert len(list(Path("sorted/x").iterdir())) == 13
     sort_into([images[0].path] * len(CLASSES), CLASSES.values(), Path("others"))
@@ -443,8 +439,7 @@ def test_class_names_are_folders_on_every_system(photos):
     assert apart["dog"] == "dog"
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_sorting_replaces_no_file(photos, link):
+def test_sorting_replaces_no_file(photos):
     """Neither one's own photo of that name, nor an image of the same call whose name ends with a number."""
     own = Path("sorted/dark/00.jpg")
     own.parent.mkdir(parents=True)
@@ -454,7 +449,7 @@ def test_sorting_replaces_no_file(photos, link):
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
     for _ in range(2):
-        sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link)
+        sort_into([image.path for image in images], classes_of(rows), Path("sorted"))
         assert own.read_bytes() == b"my own photo"
         assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
 
@@ -463,35 +458,32 @@ def in_folders(place: Path) -> set[str]:
     return {path.relative_to(place).as_posix() for path in place.rglob("*.*") if path.parent != place}
 
 
-def sort_again(predictor: Predictor, link: bool = False) -> None:
-    outputs = OutputFiles(Path("sorted/p.csv"), sort_into=Path("sorted"), link=link, overwrite=True)
+def sort_again(predictor: Predictor) -> None:
+    outputs = OutputFiles(Path("sorted/p.csv"), sort_into=Path("sorted"), overwrite=True)
     run_bulk(find_images(["photos"]), lambda: predictor, outputs, {"head": id(predictor)})
 
 
 OTHER = replace(FAKE, classnames=["bright", "dark"])  # of the opposite opinion
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_sorting_again_moves_the_copies_of_the_first_run(photos, link):
+def test_sorting_again_moves_the_copies_of_the_first_run(photos):
     Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
-    sort_again(FAKE, link)
+    sort_again(FAKE)
     first = in_folders(Path("sorted"))
-    sort_again(FAKE, link)
+    sort_again(FAKE)
     assert in_folders(Path("sorted")) == first
     assert len(Path("sorted", RECORD).read_text().split()) == len(first) * 5, "a record of the same copies grows"
-    sort_again(OTHER, link)
+    sort_again(OTHER)
     opposite = {"bright": "dark", "dark": "bright"}
     assert in_folders(Path("sorted")) == {f"{opposite[Path(name).parent.name]}/{Path(name).name}" for name in first}
-    sort_again(replace(FAKE, classnames=["grey", "grey too"]), link)
+    sort_again(replace(FAKE, classnames=["grey", "grey too"]))
     assert not Path("sorted/dark").exists(), "an empty folder would be a class without images"
     assert len(in_folders(Path("sorted"))) == len(first) == 23
-    assert Path("sorted/grey/00.jpg").is_symlink() == link
     assert Path("sorted/grey/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_sorting_again_leaves_what_a_person_did(photos, link):
-    sort_again(FAKE, link)
+def test_sorting_again_leaves_what_a_person_did(photos):
+    sort_again(FAKE)
     place = Path("sorted")
     (place / "dark/00.jpg").rename(place / "bright/zero.jpg")
     (place / "dark/01.jpg").unlink()
@@ -500,14 +492,17 @@ def test_sorting_again_leaves_what_a_person_did(photos, link):
     (place / "mine").mkdir()
     shutil.copy2("photos/a/03.jpg", place / "mine/03.jpg")  # beside the copy that was made
     (place / "dark/own.jpg").write_bytes(b"own")
-    with pytest.warns(UserWarning, match=r"changed by hand: 4. They stay there. Not copied again, .* moved there: 1\."):
-        sort_again(OTHER, link)
+    with pytest.warns(UserWarning, match=r"moved, changed or deleted: they are not copied again.*: 3\."):
+        sort_again(OTHER)
     assert (place / "dark/02.jpg").read_bytes() == b"edited"
     assert (place / "dark/own.jpg").read_bytes() == b"own"
     found = in_folders(place)
-    assert {"bright/zero.jpg", "mine/03.jpg", "bright/01.jpg", "bright/02.jpg", "bright/03.jpg"} <= found
-    assert not {"bright/00.jpg", "dark/00.jpg", "dark/01.jpg", "dark/03.jpg"} & found
-    assert len(found) == 23 + 3
+    assert {"bright/zero.jpg", "mine/03.jpg", "bright/03.jpg"} <= found
+    assert not {"bright/00.jpg", "dark/00.jpg", "dark/01.jpg", "bright/01.jpg", "bright/02.jpg", "dark/03.jpg"} & found
+    assert len(found) == 23 - 1 + 2
+    Path("sorted", RECORD).unlink()
+    sort_again(OTHER)
+    assert "bright/01.jpg" in in_folders(place)
 
 
 def test_a_record_leads_to_no_file_outside_its_folder(photos):
@@ -787,9 +782,9 @@ def test_predict_a_folder(run, photos, loaded, bundled):
 
 
 def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
-    run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out", "--link")
+    run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out")
     for row in read_csv("out/predictions.csv"):
-        assert Path("out", row["class"], Path(row["image"]).name).is_symlink()
+        assert Path("out", row["class"], Path(row["image"]).name).is_file()
     err = run.refused("predict", "photos/b", "--head", BUNDLED, "--sort-into", "photos/b/sorted")
     assert "photos/b/sorted is among the images of photos/b: choose a folder elsewhere for --sort-into" in err
     run.ok("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")
@@ -894,7 +889,6 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
         (["--count"], "--count counts what the other images refine: add --together."),
         (["--count", "--together", "--json"], "--count prints a table: omit it, or --json"),
-        (["--link"], "--link works only with --sort-into"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )

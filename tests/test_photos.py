@@ -421,7 +421,6 @@ def test_undo_replaces_nothing(tmp_path, monkeypatch, run):
     ("args", "message"),
     [
         (["--move"], "--move works only with --sort-into FOLDER: add it."),
-        (["--sort-into", "x", "--link", "--move"], "--link leaves the images where they are: omit it, or --move"),
         (["--only-new"], "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER"),
         (["--xmp"], "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER."),
         (["--xmp-embed", "--sort-into", "x"], "--xmp-embed changes the images, not copies: add --move"),

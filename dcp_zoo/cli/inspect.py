@@ -98,7 +98,7 @@ def search(
     ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
-    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and links to the images."),
+    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and copies of the images."),
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,

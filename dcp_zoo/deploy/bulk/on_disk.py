@@ -32,7 +32,6 @@ class OutputFiles:
     features: Path | None = None  # image features, in the order of the table: .npz
     sheet: Path | None = None  # an HTML contact sheet
     sort_into: Path | None = None  # a folder that gets a folder of images per class
-    link: bool = False  # symbolic links instead of copies there
     move: bool = False  # the images themselves instead of copies
     only_new: bool = False  # leave out images that the table has, and add the others to it
     keywords: float | None = None  # write the classes as keywords, up to this share of wrong ones
@@ -155,7 +154,7 @@ def _sorted(
     if journal and outputs.move:
         return move_into(paths, named, outputs.sort_into, journal)
     names = [os.path.abspath(image.name) for image in images]  # noqa: PTH100
-    return sort_into(paths, named, outputs.sort_into, outputs.link, names)
+    return sort_into(paths, named, outputs.sort_into, names)
 
 
 def _renamed(answers: Callable[[], Iterator[Row]], images: Sequence[Found]) -> Iterator[Row]:
