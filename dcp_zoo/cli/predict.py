@@ -42,7 +42,7 @@ IMAGES = (
     "hf://datasets/ORG/NAME."
 )
 LABELS = (
-    "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
+    "A .csv file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
 )
 
