@@ -760,7 +760,7 @@ def calls(folder, pictures, fitted, uploads, tmp_path):
         "create_model": lambda: dcp_zoo.create_model("dcp_mini", True).eval().get_classifier(),
         "create_transform": lambda: dcp_zoo.create_transform(head)(Image.new("RGB", (9, 9))),
         "load_head": lambda: dcp_zoo.load_head(head, head.save_pretrained(tmp_path / "head")),
-        "export": lambda: dcp_zoo.export(head, tmp_path / "file.pt2", format="torch-export"),
+        "export": lambda: dcp_zoo.export(head, tmp_path / "file.onnx"),
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),

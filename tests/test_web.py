@@ -50,9 +50,7 @@ def photographs(tmp_path_factory):
 
 
 def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium, monkeypatch):
-    monkeypatch.setitem(
-        export.WRITERS, "onnx", export._write_onnx
-    )  # the head rejects images: no copy of another's file
+    monkeypatch.setattr(export, "write_onnx", WRITE_ONNX)  # the head rejects images: no copy of another's file
     try:
         page_folder = export_web(rejecting(tiny_head, among=2)[0], tmp_path / "site" / "page", title="My head")
     except ZooError as error:
