@@ -394,10 +394,6 @@ def test_images_are_sorted_into_folders(photos):
         assert len(sorted_) == 23
         assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
         assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
-    with pytest.raises(ZooError, match="Only files can be sorted"):
-        OutputFiles(Path("p.csv"), sort_into=Path("x")).check(
-            [Found("hf://datasets/o/n#train/1", "hf://datasets/o/n#train/1")]
-        )
 
 
 CLASSES = {  # and the names of their folders

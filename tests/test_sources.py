@@ -101,13 +101,6 @@ def test_hub_split(hub):
     assert Counter(item.label for item in few_shot(split, 2, 1).train) == {0: 2, 1: 2}
 
 
-def test_images_of_the_hub_need_no_labels(hub):
-    for name, expected in (("zoo/hidden", [*range(8), *range(20, 24), 40, 41]), ("zoo/numbers", [0] * 4)):
-        found = find_images([f"hf://datasets/{name}"])
-        assert sorted(level_of(image.path) for image in found) == expected
-        assert all(image.name == image.path for image in found)
-
-
 @pytest.mark.parametrize(
     ("name", "sizes", "note"),
     [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import http_server, rejecting
 from PIL import Image
+from shared import WRITE_ONNX
 
 for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")

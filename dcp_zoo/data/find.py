@@ -1,4 +1,4 @@
-"""Images to classify, without labels: files, folders, patterns, lists and Hub datasets."""
+"""Images to classify, without labels: files, folders, patterns and lists."""
 
 import os
 from collections import Counter
@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from dcp_zoo.data import paths
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.specs import HUB_SCHEME
-from dcp_zoo.data.tables import hub_images
 from dcp_zoo.errors import ZooError, as_zoo_error
 
 LISTS = (".txt", ".lst")
@@ -28,8 +26,8 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 
     Args:
         sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
-            (`'photos/**/*.jpg'`), a text file with one path per line (relative ones start at its folder),
-            or `hf://datasets/ORG/NAME`. A RAW file and an image of the same name are one image.
+            (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its folder). A RAW file
+            and an image of the same name are one image.
     """
     found = [Found(*image) for source in sources for image in _images_of(source)]
     photos = set(paths.one_per_photo(image.name for image in found))
@@ -38,9 +36,7 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 
 def _images_of(source: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every image."""
-    if source.startswith(HUB_SCHEME):
-        yield from hub_images(source)
-    elif "://" in source:
+    if "://" in source:
         raise ZooError(f"{source} is at a URL: download it, and pass the files.")
     elif source.lower().endswith(paths.VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")

@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face Hub, through the `datasets` library."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,15 +60,6 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
     return Split(str(source), list(classes), **parts, note=note, place=str(source))
 
 
-def hub_images(name: str) -> Iterator[tuple[str, str]]:
-    """(name, path for `load_image`), which are the same, of all images of all splits, which need no labels."""
-    source, _ = _pinned(name)
-    data = _splits(source.repo, source.config, source.revision)
-    source = _with_columns(source, next(iter(data.values())).features, label=False)
-    for split, rows in data.items():
-        yield from ((f"{source}#{split}/{i}",) * 2 for i in range(len(rows)))
-
-
 def read_row(path: str) -> bytes:
     """The image file for an item's path, `<source>#<split>/<row>`."""
     name, _, place = path.partition("#")
@@ -106,15 +97,13 @@ def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> t
     return parts, left_out
 
 
-def _with_columns(source: HubDataset, features: Values, label: bool = True) -> HubDataset:
-    """The dataset with the columns of its images and, for `label`, of its classes: those that it names, otherwise the
-    only ones of their types. A text column must be named, unless it is one of `TEXT_LABELS`."""
+def _with_columns(source: HubDataset, features: Values) -> HubDataset:
+    """The dataset with the columns of its images and its classes: those that it names, otherwise the only ones of their
+    types. A text column must be named, unless it is one of `TEXT_LABELS`."""
     types = {name: type(feature).__name__ for name, feature in features.items()}
     kinds = {name: getattr(feature, "dtype", types[name]) for name, feature in features.items()}
     images = [name for name, kind in types.items() if kind == "Image" and source.image in (None, name)]
     image = _only(images, source, "image column. Expected: one of type Image", kinds)
-    if not label:
-        return source._replace(image=image)
     labels = [name for name, kind in types.items() if kind == "ClassLabel"]
     text = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     labels = labels or [name for name in text if name in TEXT_LABELS]

@@ -18,7 +18,7 @@ from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Summary
 from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.deploy.bulk.parts import PLAN, unfinished_run
-from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, is_file, move_into, sort_into
+from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, move_into, sort_into
 from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
@@ -119,7 +119,7 @@ def run(
         if outputs.keywords and journal:
             classes = (job.keywords(row, outputs.keywords) for row in answers())
             written = write_keywords(places, classes, outputs.embed, journal)
-        if outputs.features:
+        if outputs.features and kept is not None:
             names = [image.name for image in images]
             rows.write(outputs.features, lambda temporary: writers.write_features(temporary, names, kept))
         if outputs.sheet and predictor:
@@ -144,12 +144,12 @@ def run(
 def _sorted(
     images: Sequence[Found], answers: Iterable[Row], outputs: OutputFiles, journal: Journal | None
 ) -> Sequence[Path | None]:
-    """Where each image is, of those that are files, after they are sorted into folders if they are to be."""
+    """Where each image is, after they are sorted into folders if they are to be."""
     if outputs.sort_into is None:
-        return [Path(image.path) if is_file(image) else None for image in images]
+        return [Path(image.path) for image in images]
     classes = [None if "error" in row else label(row) for row in answers]
     folders = class_folders({name for name in classes if name is not None})
-    named = [folders.get(name or "") if is_file(image) else None for image, name in zip(images, classes, strict=True)]
+    named = [folders.get(name or "") for name in classes]
     paths = [image.path for image in images]
     if journal and outputs.move:
         return move_into(paths, named, outputs.sort_into, journal)

@@ -101,7 +101,7 @@ def write_sheet(
                 "thumbnail": thumbnail,
                 "name": os.path.basename(image.name),  # noqa: PTH119
                 "path": image.name,
-                "link": None if "://" in image.path else _link(image.path, path.parent),
+                "link": _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
                 "labelled": row.get("labelled"),
                 "alone": row["alone"] if is_changed(row) else None,

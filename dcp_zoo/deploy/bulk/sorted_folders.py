@@ -24,15 +24,8 @@ ADVICE = "choose another --sort-into"
 MTIME = 2  # seconds, the resolution of some file systems
 
 
-def is_file(image: Found) -> bool:
-    """Whether an image is a file of its own, which can be copied."""
-    return "://" not in image.path
-
-
 def check_sortable(images: Sequence[Found], folder: Path) -> None:
-    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
-    if other := next((image.name for image in images if not is_file(image)), None):
-        raise ZooError(f"Only files can be sorted into folders, not {other}: omit --sort-into.")
+    """Raise ZooError for a folder among the images, which would be found again."""
     target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
     for image in images:
         if os.path.abspath(image.path).startswith(target):  # noqa: PTH100
