@@ -66,7 +66,7 @@ Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandel
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
 DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences for the class names, as in CuPL.")]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
-ImagenetFrom = Annotated[Text, Option(metavar="FOLDER|hf", help="ImageNet's archives, or its Hub dataset.")]
+ImagenetFrom = Annotated[Text, Option(metavar="FOLDER", help="ImageNet's archives.")]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

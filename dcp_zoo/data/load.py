@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.images import check_complete, load_image
+from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.keywords import labelled_by_keywords
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
@@ -181,16 +181,14 @@ class CheckRow:
     note: str = ""
 
 
-def check(
-    root: str | os.PathLike | None, verify_images: bool = False, names: Sequence[str] | None = None
-) -> list[CheckRow]:
+def check(root: str | os.PathLike | None, names: Sequence[str] | None = None) -> list[CheckRow]:
     """Check the datasets under the data root: a row for each of `names`, by default all that have a folder, with their
-    counts and images, see `check_complete`; `verify_images` decodes all."""
+    counts and images, see `check_complete`."""
     specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
-    return [_check_one(spec, root, verify_images) for spec in specs]
+    return [_check_one(spec, root) for spec in specs]
 
 
-def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images: bool) -> CheckRow:
+def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     try:
         split = training_split(load_labelled(spec.name, root))
     except ZooError as error:
@@ -201,7 +199,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    if damaged := _damaged(split.name, split.items, load_image if verify_images else check_complete):
+    if damaged := _damaged(split.name, split.items):
         problems.append(f"{_and_first(list(damaged))} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
@@ -209,19 +207,17 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 
 def check_images(items: list[Item], progress: Progress = bar) -> None:
     """Raise one ZooError for all images that are not images or are truncated."""
-    if damaged := _damaged("images", items, check_complete, progress):
+    if damaged := _damaged("images", items, progress):
         found = f"{len(damaged)} of {len(items)} images cannot be read: {by_reason(damaged)}"
         raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
 
 
-def _damaged(
-    name: str, items: list[Item], check_image: Callable[[str], object], progress: Progress = bar
-) -> dict[str, str]:
-    """Why images cannot be read, by path: those for which `check_image` raises a ZooError."""
+def _damaged(name: str, items: list[Item], progress: Progress = bar) -> dict[str, str]:
+    """Why images cannot be read, by path: those that `check_complete` refuses."""
 
     def problem(item: Item) -> str:
         try:
-            check_image(item.path)
+            check_complete(item.path)
         except ZooError as error:
             return error.reason
         return ""
