@@ -34,10 +34,9 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
-from dcp_zoo.deploy.bulk.on_disk import OutputFiles
+from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
-from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.sorted_folders import RECORD, sort_into
 from dcp_zoo.deploy.together import _average, count, together
 from dcp_zoo.texts import class_folders

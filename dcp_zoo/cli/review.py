@@ -22,8 +22,7 @@ def review(
     [dim]dcp-zoo review SORTED/sheet.html[/]
     [dim]dcp-zoo review MY_PHOTOS_inspection/inspection.html[/]
     """
-    from dcp_zoo.deploy.bulk.review import Review
-    from dcp_zoo.deploy.local import serve_review
+    from dcp_zoo.deploy.bulk.review import Review, serve_review
 
     with locked(page.with_name(f".{page.name}{LOCK}")) as free:
         if not free:
