@@ -28,6 +28,7 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
@@ -217,12 +218,20 @@ def fuzz_tree(corpus: list[bytes], chance: random.Random, folder: Path) -> Calla
 
 def labels() -> list[tuple[str, bytes]]:
     """Files that people write, by their names."""
+    from openpyxl import Workbook
+
     from dcp_zoo.benchmark.store import RESULT_COLUMNS
 
     rows = [("file", "class"), *((f"{i}.jpg", NAMES[i % 4]) for i in range(8))]
+    book, buffer = Workbook(), BytesIO()
+    for row in rows:
+        book.active.append(row)
+    book.create_chartsheet()
+    book.save(buffer)
     results = f"{','.join(RESULT_COLUMNS)}\nfew-shot,dcp_mini,x,dcp,,dtd,1,1,dtd,all,stored,50.5,4.1,0.9,10,2.5,none\n"
     return [
         *(("labels.csv", "\n".join(map(mark.join, rows)).encode()) for mark in ",;\t"),
+        *[("labels.xlsx", buffer.getvalue())] * 3,
         ("names.txt", "\n".join(NAMES).encode()),
         ("sentences.json", json.dumps({name: [f"a {name}"] for name in NAMES}).encode()),
         ("recipe.yaml", b"epochs: 5\nlr: 0.002\nctx_init: a photo of a\n"),
@@ -242,7 +251,14 @@ def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: 
     file = folder / name
     for i in range(8):
         (folder / f"{i}.jpg").touch()
-    file.write_bytes(damaged(content, others, chance))
+    if name.endswith(".xlsx") and chance.random() < 0.8:  # otherwise hardly more than the zip is read
+        with ZipFile(BytesIO(content)) as before, ZipFile(file, "w") as after:
+            part = chance.choice(before.namelist())
+            for member in before.namelist():
+                text = before.read(member)
+                after.writestr(member, damaged(text, others, chance) if member == part else text)
+    else:
+        file.write_bytes(damaged(content, others, chance))
     readers: dict[str, Callable[[Path], object]] = {
         "names.txt": read_classnames,
         "sentences.json": read_descriptions,

@@ -25,6 +25,7 @@ CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is 
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
+MAX_CELLS = 5_000_000  # of a spreadsheet
 UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 

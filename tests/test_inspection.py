@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
+import openpyxl
 import pytest
 import torch
 from helpers import Count, read_csv
@@ -264,8 +265,13 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     before = sorted(folder.rglob("*"))
     _, table = dcp_zoo.inspect(folder).write(tmp_path)
     changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
-    out = run.ok("inspect", folder, "--fix", table, "--output", tmp_path / "fixed")
-    assert "Images moved: 1, left out: 2." in out
+    book = openpyxl.Workbook()
+    for row in csv.reader(table.open(newline="", encoding="utf-8-sig")):
+        book.active.append(row)
+    book.save(tmp_path / "edited.xlsx")
+    for file, copy in ((tmp_path / "edited.xlsx", "from_sheet"), (table, "fixed")):
+        out = run.ok("inspect", folder, "--fix", file, "--output", tmp_path / copy)
+        assert "Images moved: 1, left out: 2." in out
     names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
     place = folder_name(NAME)
     expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}

@@ -4,12 +4,13 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from helpers import photo
 
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_image, load_labelled, load_split
+from dcp_zoo.data import load_image, load_labelled, load_split, readers
 from dcp_zoo.texts import class_folders
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -114,8 +115,17 @@ def test_labels_in_a_table(flowers, text):
     rows = [(f"{name}/{i}.jpg", {"rose": "r", "tulip": "t"}[name]) for name in ("rose", "tulip") for i in range(6)]
     lines = [separator.join(row[::-1] if text.startswith("class") else row) for row in rows]
     Path("labels.csv").write_text(text.format("\n".join(lines)))
-    found = load_labelled("folder", flowers, "labels.csv")
-    assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["file", "class"], *rows):
+        book.active.append(row)
+    book.save("labels.xlsx")
+    for file in ("labels.csv", "labels.xlsx"):
+        found = load_labelled("folder", flowers, file)
+        assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+    Path("broken.xlsx").write_bytes(b"PK")
+    with pytest.raises(ZooError, match="Cannot read broken.xlsx"):
+        load_labelled("folder", flowers, "broken.xlsx")
 
 
 def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
@@ -151,6 +161,39 @@ def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     monkeypatch.chdir("..")
     with pytest.raises(ZooError, match="UNSORTED has no class folders"):
         load_labelled("folder", "UNSORTED", "outside.csv")
+
+
+def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
+    openpyxl = pytest.importorskip("openpyxl")
+    monkeypatch.setattr(readers, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(readers, "MAX_CELLS", 10_000)
+    book = openpyxl.Workbook()
+    book.active.append(["file", "class"])
+    book.save("good.xlsx")
+    book.active["A20000"] = "x"
+    book.save("rows.xlsx")
+    chart = openpyxl.chart.BarChart()
+    chart.add_data(openpyxl.chart.Reference(book.active, min_row=1, max_row=1, min_col=1))
+    book.active = book.create_chartsheet()
+    book.active.add_chart(chart)
+    book.save("chart.xlsx")
+    changes = {
+        "entities": ("<worksheet", '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'),
+        "size": ("<sheetData>", "<sheetData>" + 50_000 * " "),
+    }
+    for name, (old, new) in changes.items():
+        with ZipFile("good.xlsx") as before, ZipFile(f"{name}.xlsx", "w", ZIP_DEFLATED) as after:
+            for part in before.namelist():
+                text = before.read(part).decode()
+                after.writestr(part, text.replace(old, new) if part == "xl/worksheets/sheet1.xml" else text)
+    for name, message in (
+        ("chart", "its active sheet is no table"),
+        ("entities", "Unable to read"),
+        ("rows", "more than 10,000 cells: save it as CSV"),
+        ("size", "unpacked, it has more than 50,000 bytes"),
+    ):
+        with pytest.raises(ZooError, match=rf"Cannot read {name}.xlsx \(.*{message}"):
+            load_labelled("folder", flowers, f"{name}.xlsx")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])

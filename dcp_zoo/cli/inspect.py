@@ -28,7 +28,7 @@ def inspect(
     fix: Path | None = Option(
         None,
         metavar="FILE",
-        help="Write a copy of the images to --output with the column `change` of this inspection.csv: the "
+        help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
         "name of another class, or `leave out`. Nothing is changed in place.",
     ),
     no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),

@@ -39,7 +39,7 @@ ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
 LABELS = (
-    "A .csv file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
+    "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
 )
 

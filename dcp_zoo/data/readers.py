@@ -6,9 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from io import BytesIO
 from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
+from zipfile import ZipFile
 
 from PIL import Image
 
@@ -16,16 +18,16 @@ from dcp_zoo.data import packaged, paths
 from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values, mismatch
-from dcp_zoo.files import read_plain
-from dcp_zoo.texts import NONE, class_name, is_reserved, read_csv, read_text
+from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
+from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
 # the last four are of the package's tables
 LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",))
-LABELS_FORM = "a labels file is a CSV file with the columns file and class"
+LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
@@ -186,10 +188,10 @@ class LabelRow(NamedTuple):
 
 
 def label_rows(file: Path) -> Iterator[LabelRow]:
-    """The rows of a CSV file of images and their classes: columns `file` and `class`, or these in this order without a
-    header. A `change` of inspection.csv replaces the class, and "none of these" that of a rejected image."""
-    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}."):
-        rows = [[cell.strip() for cell in row] for row in read_csv(file)]
+    """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
+    without a header. A `change` of inspection.csv replaces the class, and "none of these" that of a rejected image."""
+    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
+        rows = [[cell.strip() for cell in row] for row in read_table(file)]
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
     if "suggestion" not in header:  # it is no inspection.csv
@@ -240,6 +242,30 @@ def _listed(image: str, folder: Path) -> str:
     found = (os.path.abspath(place / image) for place in (*places, places[0].parent))  # noqa: PTH100  ... has one path
     inside = (path for path in found if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
+
+
+def read_table(file: Path) -> list[list[str]]:
+    """The rows of a CSV file or a spreadsheet, see `read_csv`."""
+    return _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
+
+
+def _read_sheet(file: Path) -> list[list[str]]:
+    """The active sheet of a spreadsheet, whose empty cells and rows count too."""
+    content = BytesIO(read_plain(file))
+    with ZipFile(content) as parts:
+        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
+            raise ValueError(f"unpacked, it has more than {MAX_BYTES:,} bytes: save it as CSV")
+    sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
+    if not hasattr(sheet, "values"):
+        raise ValueError("its active sheet is no table")
+    rows, cells = [], 0
+    for row in sheet.values:
+        cells += 1 + len(row)
+        if cells > MAX_CELLS:
+            raise ValueError(f"it has more than {MAX_CELLS:,} cells: save it as CSV")
+        if any(row):
+            rows.append(["" if cell is None else active(str(cell)) for cell in row])
+    return rows
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:

@@ -5,11 +5,12 @@ from pathlib import Path
 from dcp_zoo.data import Split, load_labelled
 from dcp_zoo.data.load import LabelFiles
 from dcp_zoo.data.paths import check_outside
+from dcp_zoo.data.readers import read_table
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
 from dcp_zoo.files import check_empty, check_writable, unfinished
-from dcp_zoo.texts import LEAVE_OUT, class_folders, read_csv
+from dcp_zoo.texts import LEAVE_OUT, class_folders
 
 
 def fix(folder: str | Path, table: str | Path, output: str | Path, labels: LabelFiles = None) -> tuple[int, int]:
@@ -40,8 +41,8 @@ def check_new(place: Path, images: Path) -> None:
 
 def _changes(table: Path, data: Split) -> dict[str, str]:
     """What changes, by the key of the image."""
-    with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images."):
-        header, *cells = read_csv(table)
+    with as_zoo_error(f"Cannot read {table} ({{}}): pass the inspection.csv of these images.", Exception):
+        header, *cells = read_table(table)
         columns = header.index("file"), header.index("change")
         suggested = sum(bool(row[header.index("suggestion")]) for row in cells) if "suggestion" in header else 0
     rows = [(row[columns[0]], row[columns[1]].strip()) for row in cells]
