@@ -14,7 +14,6 @@ from hub_server import Hub, serve
 from PIL import Image
 
 from dcp_zoo.data import few_shot, load_image, load_split
-from dcp_zoo.data.find import find_images
 from dcp_zoo.data.tables import _builder, _split_images, _splits
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
@@ -160,7 +159,7 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     _builder.cache_clear()
     with offline(), pytest.raises(ZooError, match=r"This needs datasets .*pip install 'dcp_zoo\[data\]'"):
-        find_images(["hf://datasets/zoo/pets"])
+        load_split("hf://datasets/zoo/pets")
 
 
 # --- image sources ---------------------------------------------------------------------------------------------------
