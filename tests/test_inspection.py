@@ -118,7 +118,7 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     }
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert 'id="twice"' in page
-    assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect", "typical"))
+    assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect"))
     assert "omit --labels and --fix" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
 
 

@@ -35,7 +35,7 @@ from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.factory import plain_clip
 
 UNLABELLED = [""]  # the class of images without labels
-SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
+SHOWN = 60  # pictures of a section
 DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 
 
@@ -104,13 +104,10 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        detailed = {row.name for row in weakest[:CLASSES_SHOWN]}
-        typical = {name: ends for name, ends in self.typical().items() if name in detailed}
         odd = [i for i in self.problems if i not in self.seen.errors]
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
         lists = self.suspects, self.of_no_class, odd
         shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
-        shown |= {i for ends in typical.values() for i in ends}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         key = page_key([*(item.key for item in items), *names])
         about = {"key": key, "classes": names, "none": LEAVE_OUT, "column": "change", "run": {}, "places": {}}
@@ -126,21 +123,10 @@ class Inspection:
             groups=groups,
             odd=odd,
             shown=SHOWN,
-            typical=typical,
             weakest=weakest,
             labelled=names != UNLABELLED,
             about=about if names != UNLABELLED and self.data.name == "folder" else None,
         )
-
-    def typical(self) -> dict[str, list[int]]:
-        """Positions of the most and then the least typical images of each class, by the similarity to their mean."""
-        features, found = torch.from_numpy(self.seen.joined), {}
-        for label, name in enumerate(self.data.classnames):
-            own = [i for i, item in enumerate(self.data.items) if item.label == label and i not in self.seen.errors]
-            order = (features[own] @ features[own].mean(0)).argsort(descending=True).tolist()
-            ends = order if len(own) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
-            found[name] = [own[i] for i in ends]
-        return found
 
 
 def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
