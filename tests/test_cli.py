@@ -510,7 +510,6 @@ def test_predict_and_export_read_the_file(run, my_head, exported_names):
         (["report", "out"], "matplotlib", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
-        (["train", "--dataset", "hf://datasets/a/b", "--output", "out"], "datasets", "data"),
     ],
 )
 def test_a_missing_extra_is_named_before_the_work(run, my_head, monkeypatch, command, module, extra):

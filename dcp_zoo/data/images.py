@@ -16,8 +16,6 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
-from dcp_zoo.data.specs import HUB_SCHEME
-from dcp_zoo.data.tables import read_row
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
@@ -55,8 +53,6 @@ def pixels_sha256(image: Image.Image) -> str:
 def file_sha256(path: str) -> str:
     """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset
-            return _bytes_sha256.__wrapped__(path)
         found = os.stat(path)  # noqa: PTH116
         return _bytes_sha256(path, found.st_mtime_ns, found.st_size)
 
@@ -193,8 +189,5 @@ def _picture(path: str) -> IO[bytes]:
 
 
 def _stream(path: str) -> IO[bytes]:
-    """The file at a path, or the bytes of an image in a Hub dataset."""
-    if path.startswith(HUB_SCHEME):
-        return BytesIO(read_row(path))
     check_regular(path)
     return Path(path).open("rb")

@@ -17,7 +17,6 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
-from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.texts import NONE, is_reserved
 from dcp_zoo.threads import available_cores
@@ -30,7 +29,6 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
     "folder": readers.read_folder,
     "style": readers.read_style,
     "digits": readers.read_digits,
-    "hub": read_hub,
 }
 
 
@@ -45,9 +43,8 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
     its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
-    images that these CSV files list, or that have keywords (`xmp:cat,dog`); `digits` and `hf://datasets/ORG/NAME` need
-    no root. ZooError for an unknown name, missing files, or a malformed split; a warning if class names differ from
-    `classnames(name)`."""
+    images that these CSV files list, or that have keywords (`xmp:cat,dog`); `digits` needs no root. ZooError for an
+    unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)
