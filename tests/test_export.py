@@ -135,13 +135,13 @@ def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
         np.testing.assert_allclose(classifier(images), OnnxClassifier(onnx_file)(images), rtol=1e-5)
 
 
-def test_a_file_that_disagrees_is_not_kept(tiny_head, onnx_file, tmp_path, monkeypatch):
+def test_a_file_that_disagrees_is_not_kept(short, onnx_file, tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
     monkeypatch.setattr(export_module, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
     monkeypatch.setattr(export_module, "LOGIT_TOLERANCE", 1e-9)
     with pytest.raises(ZooError, match="does not match the model"):
-        export(tiny_head, path)
+        export(short, path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 

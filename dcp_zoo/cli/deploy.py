@@ -54,8 +54,8 @@ def export(options: ExportOptions) -> None:
         check_empty(file)
         check_writable(file.parent)
     else:
-        check_choice("suffix", file.suffix, (".onnx", ""))
         check_output(file, options.overwrite)
+        check_choice("suffix", file.suffix or ".onnx", (".onnx",))
     model = create_model(name, True, classnames=names).eval()
     if in_folder:
         if chosen == "web":
