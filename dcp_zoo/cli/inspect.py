@@ -82,7 +82,7 @@ def inspect(
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
     if found.unknown:
-        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}. Try other ones."))
+        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}. Try others."))
     output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
     advise_larger(model)
 

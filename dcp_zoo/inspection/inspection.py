@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
@@ -21,14 +20,13 @@ from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
+from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, write_csv
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.text_probe import on_cpu
@@ -64,7 +62,6 @@ class Inspection:
     groups: list[list[int]]  # images that show the same picture
     problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
-    tested: tuple[Accuracy, Accuracy] | None  # on the test images, and without those that are also training images
     unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `labels.unknown`
 
     @cached_property
@@ -172,7 +169,7 @@ def inspect(
     problems = dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1]))
     if labels is False:
         nothing = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
-        return Inspection(data, seen, nothing, [], [], groups, problems, [], None)
+        return Inspection(data, seen, nothing, [], [], groups, problems, [])
     target = torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
@@ -180,8 +177,6 @@ def inspect(
 
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
-    test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
-    copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(
         data,
         seen,
@@ -191,7 +186,6 @@ def inspect(
         groups,
         problems,
         learning_curve(judged),
-        _tested(judged, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
         [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
     )
 
@@ -230,12 +224,3 @@ def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
         }
         if any(found.values()):
             yield i, [problem for problem, holds in found.items() if holds]
-
-
-def _tested(judged: OutOfFold, test: Tensor, copy: Tensor) -> tuple[Accuracy, Accuracy] | None:
-    """The accuracy where `test` (n,), fitted to the other images: of all, and of those that are no `copy` (n,)."""
-    labels, new = judged.task.labels, ~copy[test]
-    if not test.any() or len(labels[~test].unique()) < judged.log_probabilities.shape[1]:
-        return None
-    right = judged.answers(~test, test) == labels[test]
-    return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))

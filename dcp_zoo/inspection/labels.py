@@ -41,7 +41,7 @@ class OutOfFold:
     groups: Sequence[Group]  # of candidates that were worth fitting
     evidence: Tensor  # (K,) for these candidates
 
-    def answers(self, train: Tensor, test: Tensor, shots: int = 0) -> Tensor:
+    def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
         """The answers (m,) for the images `test` by a text probe that is fitted to the images `train` (n,), with this
         evidence, or if there is one of each class, without."""
         groups, evidence = self.groups, self.evidence
