@@ -475,6 +475,11 @@ def test_sorting_again_moves_the_copies_of_the_first_run(photos):
     assert not Path("sorted/dark").exists(), "an empty folder would be a class without images"
     assert len(in_folders(Path("sorted"))) == len(first) == 23
     assert Path("sorted/grey/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
+    Path("photos/b/23.jpg").write_bytes(jpeg(22))
+    os.utime("photos/b/23.jpg", (0, 0))
+    sort_again(FAKE)
+    assert Path("sorted/bright/23.jpg").read_bytes() == jpeg(22), "another image of the name of an earlier one"
+    assert Path("sorted/grey too/23.jpg").read_bytes() == jpeg(23)
 
 
 def test_sorting_again_leaves_what_a_person_did(photos):

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import count
@@ -46,7 +46,7 @@ def sort_into(
     check_writable(place, ADVICE)
     with unfinished(place / ".copies") as temporary:
         with writing_to(place, ADVICE):
-            own, left = _earlier(place, {name for _, folder, name in images if folder is not None})
+            own, left = _earlier(place, {name: source for source, folder, name in images if folder is not None})
         taken = {str(path).casefold() for path in own.values()}  # some file systems ignore the case
         for source, folder, name in images:
             targets.append(None)
@@ -121,28 +121,26 @@ def _rename(old: Path, new: Path) -> None:
         old.rename(new)
 
 
-def _earlier(place: Path, names: Container[str]) -> tuple[dict[str, Path], set[str]]:
+def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path], set[str]]:
     """Of images by their names, the copies that earlier calls made and nobody changed, and the names of those whose
     copy a person moved, changed or deleted. A warning counts these."""
     own, left = dict[str, Path](), set[str]()
     for line in (place / RECORD).read_text().splitlines() if (place / RECORD).is_file() else ():
         with suppress(ValueError, TypeError):  # half a line, which a kill may leave
             folder, file, name, size, seconds = json.loads(line)
-            # of an image the last line counts; none leads out of the folder
-            if name in names and all(part and part == Path(part).name != ".." for part in (folder, file)):
-                own[name] = place / folder / file
-                left.discard(name)
-                if not _is_unchanged(own[name], int(size), float(seconds)):
-                    left.add(name)
+            stays = partial(_is_unchanged, size=int(size), seconds=float(seconds))
+            inside = all(part and part == Path(part).name != ".." for part in (folder, file))
+            if inside and name in sources and stays(sources[name]):  # cameras give a name to another image later
+                own[name] = place / folder / file  # the last line counts
+                (left.discard if stays(own[name]) else left.add)(name)
     if left:
         what = "which you moved, changed or deleted: they are not copied again, unless you delete"
         warnings.warn(f"Images in {place} {what} {place / RECORD}: {len(left):,}.", stacklevel=3)
     return {name: path for name, path in own.items() if name not in left}, left
 
 
-def _is_unchanged(copy: Path, size: int, seconds: float) -> bool:
-    found = copy.stat() if copy.is_file() and not copy.is_symlink() else None
-    return found is not None and found.st_size == size and abs(found.st_mtime - seconds) <= MTIME
+def _is_unchanged(file: Path, size: int, seconds: float) -> bool:
+    return file.is_file() and file.stat().st_size == size and abs(file.stat().st_mtime - seconds) <= MTIME
 
 
 def _is_copy(source: Path, target: Path) -> bool:
