@@ -84,7 +84,7 @@ def cases(root: Path) -> dict[str, Case]:
         "classes add": Case(small.parent, [*editing, "--add", "zebra", str(zebras)], head),
         "classes remove": Case(big.parent, [*editing, "--remove", "zebra"], head),
         "inspect --fix": Case(empty, ["inspect", str(photos), "--fix", str(table), "--output", "{}/fixed"], tree),
-        "export": Case(empty, ["export", "--head", str(small), "--output", "{}/head.pt2"], partial(tree, hidden=True)),
+        "export": Case(empty, ["export", "--head", str(small), "--output", "{}/head.onnx"], partial(tree, hidden=True)),
         "predict --sort-into": Case(
             empty, ["predict", str(photos), "--head", str(small), "--sort-into", "{}/sorted"], partial(sorted_, photos)
         ),

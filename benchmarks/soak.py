@@ -3,15 +3,14 @@
     python benchmarks/soak.py                  five minutes; writes results/soak.csv, and soak.png with matplotlib
     python benchmarks/soak.py --minutes 30     the long one
 
-The server has its defaults, on two cores where the system lets us choose, and may fetch from one address, which sends
-two bytes a second. The attackers take turns, and in the end come together:
+The server has its defaults, on two cores where the system lets us choose. The attackers take turns, and in the end come
+together:
 
     bodies       64 connections that send 15 MB without a pause, and again when they are answered
     bombs        forms of sixteen PNGs of 49 megapixels, and of two, whose clients hang up when they have sent them
     headers      520 connections that send one byte a second of a header that never ends
     slow bodies  520 connections that announce a body of a megabyte and send one byte a second of it
     readers      64 connections that ask for a page and never read it
-    addresses    16 requests at a time for sixteen slow addresses each, and honest ones for an address that works
 
 Four honest clients send photographs of 500 x 375 pixels, each two a second, on new connections. A window is ten
 seconds; p99 is of the answers with status 200 in it, and memory the largest of the server process.
@@ -21,7 +20,6 @@ import argparse
 import asyncio
 import contextlib
 import csv
-import json
 import multiprocessing
 import os
 import random
@@ -106,27 +104,7 @@ async def hang_up(port: int, data: bytes) -> None:
         writer.transport.abort()
 
 
-async def slow_site(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A web server that sends two bytes a second, or at /slow/../ok.jpg's place a photograph."""
-    with contextlib.suppress(OSError):
-        if b"ok.jpg" in await reader.readline():
-            photo = photographs()[0]
-            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(photo) + photo)
-            await writer.drain()
-            writer.close()
-            return
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-        while not writer.is_closing():
-            writer.write(b"xx")
-            await asyncio.sleep(1)
-
-
-def addresses(site: int, name: str, count: int) -> bytes:
-    urls = [f"http://127.0.0.1:{site}/{name}?{i}" for i in range(count)]
-    return request(json.dumps({"urls": urls}).encode(), "application/json")
-
-
-def attacks(port: int, site: int) -> dict[str, list[Callable]]:
+def attacks(port: int) -> dict[str, list[Callable]]:
     """What each of an attack's clients does again and again."""
     large, sixteen, two = request(os.urandom(15_000_000)), bombs(16), bombs(2)
     header = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX: "
@@ -137,7 +115,6 @@ def attacks(port: int, site: int) -> dict[str, list[Callable]]:
         "headers": [lambda: drip(port, header)] * 520,
         "slow bodies": [lambda: drip(port, body)] * 520,
         "readers": [lambda: stare(port)] * 64,
-        "addresses": [lambda: ask(port, addresses(site, "slow", 16))] * 16,
     }
     return {"none": []} | every | {"all": [work for part in every.values() for work in part]}
 
@@ -159,8 +136,8 @@ def attack(clients: list[Callable], seconds: float) -> None:
     asyncio.run(run())
 
 
-def be_honest(port: int, site: int, queue: multiprocessing.Queue, seconds: float) -> None:
-    """A process of honest clients, which puts (time, status, seconds) of each request; also the slow site."""
+def be_honest(port: int, queue: multiprocessing.Queue, seconds: float) -> None:
+    """A process of honest clients, which puts (time, status, seconds) of each request."""
     photos = [request(photo) for photo in photographs()]
 
     async def client(data: list[bytes]) -> None:
@@ -171,9 +148,7 @@ def be_honest(port: int, site: int, queue: multiprocessing.Queue, seconds: float
             queue.put((start, status, time.time() - start))
 
     async def run() -> None:
-        await asyncio.start_server(slow_site, "127.0.0.1", site, backlog=512)
-        fetching = [addresses(site, "ok.jpg", 1)]
-        tasks = [asyncio.create_task(client(data)) for data in [photos] * (HONEST - 1) + [fetching]]
+        tasks = [asyncio.create_task(client(photos)) for _ in range(HONEST)]
         await asyncio.sleep(seconds)
         for task in tasks:
             task.cancel()
@@ -197,13 +172,13 @@ def window(name: str, start: float, seen: list, memory: list[float]) -> dict:
     }
 
 
-def measure(port: int, site: int, process: psutil.Process, minutes: float) -> list[dict]:
+def measure(port: int, process: psutil.Process, minutes: float) -> list[dict]:
     """The windows of all attacks."""
-    every, context = attacks(port, site), multiprocessing.get_context("fork")
+    every, context = attacks(port), multiprocessing.get_context("fork")
     windows = max(1, round(60 * minutes / WINDOW / len(every)))
     queue: multiprocessing.Queue = context.Queue()
     total = WINDOW * windows * len(every)
-    honest = context.Process(target=be_honest, args=(port, site, queue, total + 60), daemon=True)
+    honest = context.Process(target=be_honest, args=(port, queue, total + 60), daemon=True)
     honest.start()
     begin, rows = time.time(), []
     for name, clients in every.items():
@@ -251,16 +226,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "soak.csv")
     args = parser.parse_args()
-    site = 18_000 + os.getpid() % 1000
     command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(onnx_file(HEAD)), "--port", "0"]
-    command += ["--allow-urls", f"http://127.0.0.1:{site}/", "--threads", "2"]
+    command += ["--threads", "2"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         process = psutil.Process(server.pid)
         if hasattr(process, "cpu_affinity"):
             process.cpu_affinity(process.cpu_affinity()[:2])
         port = int(server.stdout.readline().split(" at ")[1].split()[0].rpartition(":")[2])
-        rows = measure(port, site, process, args.minutes)
+        rows = measure(port, process, args.minutes)
     finally:
         server.terminate()
     with args.output.open("w", newline="") as file:

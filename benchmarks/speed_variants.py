@@ -71,7 +71,7 @@ def prepare(case: Case, folder: Path) -> None:
     torch.save(fused, folder / FILES["fused"])
     torch.save(model.encoder.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
-        export(fused, folder / FILES["onnxruntime"], "onnx")
+        export(fused, folder / FILES["onnxruntime"])
     if "fused-int8" in case.variants:
         int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
         torch.save(int8, folder / FILES["fused-int8"])

@@ -29,9 +29,7 @@ from dcp_zoo import DCP
 from dcp_zoo.cli.app import app, main
 from dcp_zoo.data import Item
 from dcp_zoo.deploy import export
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
@@ -167,6 +165,9 @@ def tiny_head(golden: dict) -> DCP:
     return model.eval()
 
 
+WRITE_ONNX = export.write_onnx
+
+
 @pytest.fixture(scope="session")
 def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_head`, exported, which takes seconds: once for all workers."""
@@ -182,24 +183,20 @@ def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported_once(onnx_file: Path) -> Iterator[None]:
     """Other exports of `tiny_head` begin with a copy of `onnx_file`, as torch's exporter takes seconds."""
 
-    def write(fused: object, path: str, images: torch.Tensor) -> export.Reader:
-        read = OnnxClassifier(shutil.copy(onnx_file, path))
-        return lambda x: torch.from_numpy(read(x.numpy()))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(export.WRITERS, "onnx", write)
+        patch.setattr(export, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
         yield
 
 
 @pytest.fixture
 def exported_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of torch-export hold the class names alone, as torch's exporter takes seconds."""
+    """Exported files hold the class names alone, as torch's exporter takes seconds."""
 
-    def write(fused: FusedHead, path: str, images: torch.Tensor) -> export.Reader:
-        Path(path).write_text(str(fused.classnames))
-        return fused
+    def write(model: DCP, path: Path, **_: object) -> Path:
+        path.write_text(str(model.classnames))
+        return path
 
-    monkeypatch.setitem(export.WRITERS, "torch-export", write)
+    monkeypatch.setattr(export, "export", write)
 
 
 @pytest.fixture(scope="module")

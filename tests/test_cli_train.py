@@ -79,7 +79,6 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         ([], "or --dataset caltech101 --data-root DATA"),
         (["--data-root", "MY_PHOTOS"], "or --dataset caltech101 --data-root DATA"),
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
-        (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
         (["MY_PHOTOS", "--dataset", "folder"], "either the images MY_PHOTOS or a dataset: omit --dataset"),
         (["MY_PHOTOS", "--data-root", "."], "either the images MY_PHOTOS or a dataset"),
         (["digits"], "There is no folder digits. .* --dataset NAME"),

@@ -18,7 +18,7 @@ from gradio_client.utils import is_valid_file
 
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, events, launch, pages, shared
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch, pages, shared
 from dcp_zoo.demo import train_room as training
 from dcp_zoo.demo.classify_room import draw_answers
 from dcp_zoo.demo.session import OTHER_HEAD, OWN_HEAD, Session, Sessions
@@ -64,7 +64,7 @@ def test_every_kind_of_image_is_read(tmp_path):
 
 def test_the_drop_zone_takes_what_the_command_line_reads():
     """A phone's HEIC, too, whose type not every system knows."""
-    types = events.drop_zone(render=False).file_types
+    types = pages.drop_zone(render=False).file_types
     assert all(is_valid_file(f"photo{suffix.upper()}", types) for suffix in IMAGE_SUFFIXES)
 
 
@@ -343,7 +343,7 @@ def test_menus(room):
 
 
 def test_a_head_that_cannot_be_loaded_changes_nothing(room):
-    from dcp_zoo.demo.events import changing
+    from dcp_zoo.demo.pages import changing
 
     before = controls(room, VISITOR)
     assert "has no head" in changing(room.sessions, Session.choose_head)(VISITOR, "dcp_mini.nothing-16shot")

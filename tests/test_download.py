@@ -18,11 +18,10 @@ import pytest
 from helpers import encoded, http_server, tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
-from upload_hub import Repo
 
 from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.archives import fetch_archive, unpack, unpacked
-from dcp_zoo.data.download import ARCHIVES, REPO, arrange
+from dcp_zoo.data.download import ARCHIVES, arrange
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 
@@ -484,42 +483,6 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     assert split.classnames == classnames("imagenet")
     labels = {item.key.rpartition("_")[2]: item.label for item in split.test}
     assert [labels[f"{number:08d}.JPEG"] for number in range(1000)] == order
-
-
-def test_imagenet_from_the_hub(tmp_path, monkeypatch, run, uploads):
-    """Parquet files of the Hub's structure: no access, a file that cannot be had yet, then complete."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    image = encoded(Image.new("RGB", (8, 6)), "JPEG")
-    wnids, files = list(packaged.wnid_names()), {"README.md": b""}
-    for part, name in (("train", "{}_7_{}.JPEG"), ("validation", "ILSVRC2012_val_{:08d}_{}.JPEG"), ("test", "{}")):
-        for shard, labels in enumerate((range(400), range(400, 1000))):
-            keys = [label if part == "validation" else wnids[label] for label in labels]
-            names = [name.format(key, wnids[label]) for key, label in zip(keys, labels, strict=True)]
-            columns = {"image": [{"bytes": image, "path": n} for n in names], "label": list(labels)}
-            file = io.BytesIO()
-            pyarrow.parquet.write_table(pa.table(columns), file)
-            files[f"data/{part}-{shard:05d}-of-00002.parquet"] = file.getvalue()
-    uploads.repos[f"datasets/{REPO}"] = Repo(private=False)
-    uploads.repos[f"datasets/{REPO}"].commit(files)
-    monkeypatch.setitem(DATASETS, "imagenet", replace(DATASETS["imagenet"], counts=(1000, 0, 1000)))
-    args = ("data", "download", "imagenet", "--data-root", tmp_path, "--imagenet-from", "hf", "--agree")
-
-    uploads.gated = {f"datasets/{REPO}"}
-    code, _, err = run(*args)
-    assert (code, "is gated: request access at" in err, "hf auth login" in err) == (2, True, True)
-    uploads.gated = set()
-    uploads.faults = [("GET .*train-00001", 404)]
-    assert run(*args)[0] == 2
-    assert not (tmp_path / "imagenet/images/train").exists()
-    uploads.requests.clear()
-    run.ok(*args)
-    assert not any("train-00000" in request or "/test-" in request for request in uploads.requests)
-    split = load_split("imagenet", tmp_path)
-    assert split.train[5].key == f"train/{wnids[5]}/{wnids[5]}_7.JPEG"
-    assert split.test[5].key == f"val/{wnids[5]}/ILSVRC2012_val_00000005.JPEG"
-    assert [path.name for path in (tmp_path / "imagenet").iterdir()] == ["images"]
 
 
 # --- what ships with the package -------------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ from helpers import classify, rejecting
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
-from dcp_zoo.cli.deploy import export_format, file_stem
+from dcp_zoo.cli.deploy import file_stem
 from dcp_zoo.cli.options import head_name
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
-from dcp_zoo.deploy.export import EXPORT_SUFFIXES, export
+from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, onnx_predictor, providers
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.config import MINI_CFG
@@ -135,24 +135,15 @@ def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
         np.testing.assert_allclose(classifier(images), OnnxClassifier(onnx_file)(images), rtol=1e-5)
 
 
-def test_torch_export_file(tiny_head, tmp_path):
-    path = export(tiny_head, tmp_path / "new" / "model.pt2", "torch-export")
-    extra = {"dcp": ""}
-    program = torch.export.load(path, extra_files=extra)
-    images = torch.randn(2, *tiny_head.pretrained_cfg["input_size"])
-    assert agree(program.module()(images), tiny_head(images))
-    assert json.loads(extra["dcp"])["classnames"] == NAMES
-
-
-def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
-    path = tmp_path / "model.pt2"
+def test_a_file_that_disagrees_is_not_kept(short, onnx_file, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
-    wrong = lambda fused, temporary, images: lambda x: fused(x) + 0.01  # noqa: E731
-    monkeypatch.setitem(export_module.WRITERS, "torch-export", wrong)
+    monkeypatch.setattr(export_module, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
+    monkeypatch.setattr(export_module, "LOGIT_TOLERANCE", 1e-9)
     with pytest.raises(ZooError, match="does not match the model"):
-        export(tiny_head, path, "torch-export")
+        export(short, path)
     assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
 @torch.no_grad()
@@ -176,8 +167,6 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
 
 
 def test_rejections(tiny_head, tiny_clip, tmp_path):
-    with pytest.raises(ZooError, match="onnx, torch-export"):
-        export(tiny_head, tmp_path / "x", "tflite")
     model = DCP(tiny_clip, NAMES, n_ctx=3)
     with pytest.raises(ZooError, match="store_stats"):
         export(model, tmp_path / "x")
@@ -186,13 +175,13 @@ def test_rejections(tiny_head, tiny_clip, tmp_path):
         export(model, tmp_path / "x")
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="Cannot write"):
-        export(tiny_head, tmp_path / "file" / "model.pt2", "torch-export")
+        export(tiny_head, tmp_path / "file" / "model.onnx")
 
 
 def test_export_command(tmp_path, monkeypatch, run, exported_names):
     monkeypatch.chdir(tmp_path)
-    run.ok("export", "--head", BUNDLED, "--format", "torch-export", "--classes", "hall, flower")
-    assert Path(f"{BUNDLED}.pt2").read_text() == "['hall', 'flower']"
+    run.ok("export", "--head", BUNDLED, "--classes", "hall, flower")
+    assert Path(f"{BUNDLED}.onnx").read_text() == "['hall', 'flower']"
 
 
 # -------------------------------------------------------------------------------------------------- heads in the cache
@@ -273,32 +262,9 @@ def test_onnx_features_are_the_models(short, onnx_file, run, tmp_path):
         assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("file", "format", "expected"),
-    [
-        (None, None, "onnx"),
-        (None, "torch-export", "torch-export"),
-        ("x.onnx", None, "onnx"),
-        ("x.pt2", None, "torch-export"),
-        ("x", None, "onnx"),
-        ("x.bin", "torch-export", "torch-export"),
-        ("x.pt2", "torch-export", "torch-export"),
-        ("x.pt2", "onnx", "--format onnx contradicts x.pt2, which is named like torch-export"),
-        ("x.pth", None, r"Unknown suffix '.pth': choose from .onnx, .pt2"),
-        ("x.onnx", "tflite", "onnx, torch-export"),
-    ],
-)
-def test_the_suffix_decides_the_format(file, format, expected):
-    file = Path(file) if file else None
-    if expected in EXPORT_SUFFIXES:
-        assert export_format(file, format, EXPORT_SUFFIXES) == expected
-    else:
-        with pytest.raises(ZooError, match=expected):
-            export_format(file, format, EXPORT_SUFFIXES)
-
-
-def test_a_contradiction_is_found_before_the_model_is_loaded(run, my_head, no_work):
-    assert "contradicts x.pt2" in run.refused("export", "--head", "my_head", "--output", "x.pt2", "--format", "onnx")
+def test_what_is_no_onnx_file_is_refused_before_the_model_is_loaded(run, my_head, no_work):
+    assert "Unknown suffix '.pt2': choose from .onnx" in run.refused("export", "--head", "my_head", "--output", "x.pt2")
+    assert "choose from onnx, web, hub" in run.refused("export", "--head", "my_head", "--format", "tflite")
 
 
 def test_the_default_file_is_named_after_the_head(my_head, monkeypatch):

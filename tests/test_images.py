@@ -20,7 +20,6 @@ import dcp_zoo
 from dcp_zoo.answers import read_hierarchy
 from dcp_zoo.data import Item, check_images, load_image, load_labelled, load_split
 from dcp_zoo.data.dataset import ImageDataset
-from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import UnsupportedImage, check_complete
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
@@ -94,7 +93,7 @@ NOT_REGULAR = {
 @pytest.mark.parametrize("kind", NOT_REGULAR)
 def test_what_is_no_file_does_not_hang(tmp_path, kind):
     """Not as an image, nor as a text, a table or a checkpoint."""
-    for name in ("x.jpg", "x.parquet", WEIGHTS_NAME):
+    for name in ("x.jpg", WEIGHTS_NAME):
         NOT_REGULAR[kind](tmp_path / name)
     for read in (load_image, check_complete):
         with pytest.raises(ZooError, match=r"x.jpg: it is a pipe, socket or device, not a file. Replace"):
@@ -111,9 +110,6 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
             read(text)
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
         read_tensors(tmp_path)
-    pytest.importorskip("pyarrow")
-    with pytest.raises(ZooError, match="it is a pipe, socket or device"):
-        find_images([f"{tmp_path}/x.parquet"])
 
 
 def test_a_file_that_is_read_whole_has_a_limit(tmp_path):

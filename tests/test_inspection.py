@@ -25,9 +25,8 @@ from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.names import gain, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.texts import folder_name
@@ -119,8 +118,8 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     }
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert 'id="twice"' in page
-    assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect", "typical"))
-    assert "omit --labels, --fix and --names" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
+    assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect"))
+    assert "omit --labels and --fix" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
 
 
 def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):
@@ -140,7 +139,6 @@ def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "darkred", "blue", "darkblue")]
     found = dcp_zoo.inspect(images, ["a", "a", "b", "b"])
     assert [row.file for row in found.rows if "small" not in row.problems] == [f"image {i}" for i in range(4)]
-    assert found.tested is None
     for part, names in (("train", "0123"), ("test", "03")):
         for i in names:
             for label, name in (("cat", "cat"), ("cup", NAME)):
@@ -149,7 +147,6 @@ def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
                 picture = load_image(str(folder / name / f"{i}.jpg"))
                 (picture if i == "0" else ImageOps.flip(picture) if part == "test" else picture).save(place)
     found = dcp_zoo.inspect(tmp_path / "split")
-    assert [accuracy.images for accuracy in found.tested] == [4, 2]
     dropped = [row.file for row in found.rows if row.suggestion == "leave out"]
     assert dropped == ["train/cat/0.jpg", "train/cup/0.jpg"]
 
@@ -229,30 +226,15 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
 
 
 def test_names_that_say_little(cache, folder, tmp_path, run):
-    """Codes, for which the words are offered: what they gain, and how to rename the folders."""
     place = tmp_path / "my photos"
     shutil.copytree(folder, place)
     for name, code in {NAME: "zq-01", "cat": "zq-02", "flower": "zq-03"}.items():
         (place / name).rename(place / code)
-    (tmp_path / "names.csv").write_text("class,name\nzq-01,cup\nzq-02,cat\n")
-    names = ("--names", tmp_path / "names.csv", "--names", "zq-03=flower")
-    code, out, err = run("inspect", place, "--output", tmp_path / "found", *names)
+    code, _, err = run("inspect", place, "--output", tmp_path / "found")
     assert code == 0
     assert re.search(r"Names that say dcp_mini little about the images: zq-0\d", err)
-    assert re.search(r"my photos' --overwrite --names 'zq-0\d=ANOTHER NAME'", err)
-    number = r"\(?[+-]?[\d.]+ ?"
-    line = (
-        rf"{number}% with the old names, {number}% with the new ones, {number}{number}to {number}\) percentage points"
-    )
-    assert re.search(f"By the names alone: {line}\nBy a text probe: {line}\n", out)
-    assert f"mv '{place / 'zq-02'}' '{place / 'cat'}'" in out
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert "Names that say CLIP little about the images: zq-0" in page
-    assert "By the names alone: " in page
-    again = ("inspect", place, "--output", tmp_path / "found", "--overwrite", "--names")
-    assert "The new names are not significantly better." in run.ok(*again, "zq-02=zq-05")
-    assert "not 'zq-4'. Nearest: zq-0" in run.refused(*again, "zq-4=cat")
-    assert "--names takes CLASS=NAME, or a .csv" in run.refused(*again, "zq-02")
 
 
 def test_a_name_is_known_by_pairs_of_images():
@@ -260,11 +242,6 @@ def test_a_name_is_known_by_pairs_of_images():
     text[labels == 1, 1] += 2
     shares = [(text[labels == c, c][:, None] > text[labels != c, c][None]).double().mean().item() for c in range(4)]
     assert unknown(text, labels) == [c for c in range(4) if shares[c] < 0.7] == [0, 2, 3]
-    right = torch.tensor([0, 0, 1, 1, 2])
-    found = gain("x", torch.tensor([0, 1, 0, 0, 2]), right, right)
-    assert (found.old.correct, found.new.correct) == (2, 5)
-    half = 1.96 * np.std([0, 1, 1, 1, 0], ddof=1) / 5**0.5
-    assert (found.low, found.high) == pytest.approx((60 - 100 * half, 60 + 100 * half))
 
 
 # ----------------------------------------------------------------------------------------------------------------- fix
@@ -297,7 +274,7 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     place = folder_name(NAME)
     expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
     assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
-    assert (tmp_path / "fixed" / place / "wrong.png").resolve() == (folder / "cat" / "wrong.png").resolve()
+    assert (tmp_path / "fixed" / place / "wrong.png").read_bytes() == (folder / "cat" / "wrong.png").read_bytes()
     assert sorted(folder.rglob("*")) == before
 
 
@@ -404,7 +381,9 @@ def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeyp
     assert "does not understand sentences" in err
     assert [row["path"] for row in read_csv(tmp_path / "cats" / "found.csv")] == files
     assert (tmp_path / "cats" / "found.html").read_text().count("<img") == 4
-    assert {str(path.resolve()) for path in (tmp_path / "cats").iterdir() if path.is_symlink()} == set(files)
+    assert {path.read_bytes() for path in (tmp_path / "cats").glob("*.[jp]*g")} == {
+        Path(file).read_bytes() for file in files
+    }
     looked = Count(monkeypatch, look_module, "load_image")
     best = dcp_zoo.search(folder, like=folder / "cat" / "0.jpg", count=2)
     assert looked.calls == 2  # the photo and the broken one: the features of the others are stored
@@ -437,11 +416,13 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
     out = run.ok("search", folder, "--to-label", "--count", 3, "--output", first)
     found = out.splitlines()
     assert len({Path(file).parent for file in found}) == 3  # pictures of three things
-    assert sorted(path.resolve() for path in (first / "unsorted").iterdir()) == sorted(map(Path, found))
-    for link in [*(first / "unsorted").iterdir()]:
-        place = first / link.resolve().parent.name
+    originals = {Path(file).read_bytes(): Path(file) for file in found}
+    copies = {path: path.read_bytes() for path in (first / "unsorted").iterdir()}
+    assert {*copies.values()} == originals.keys()
+    for copy, content in copies.items():
+        place = first / originals[content].parent.name
         place.mkdir(exist_ok=True)
-        link.rename(place / link.name)
+        copy.rename(place / copy.name)
     (first / "unsorted").rmdir()
     run.ok("search", folder, "--to-label", "--head", head, "--labelled", first, "--count", 99, "--output", second)
     rows = read_csv(second / "found.csv")

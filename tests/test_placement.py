@@ -83,7 +83,7 @@ def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
     model.to(device).eval()
     model.pretrained_cfg, images = CFG, IMAGES.to(device)
     with pytest.raises(ZooError, match=r"The model is on meta.*call model.cpu\(\) first"):
-        export(model, tmp_path / "x.pt2", "torch-export")
+        export(model, tmp_path / "x.onnx")
     model.forward_intermediates(images, norm=True)
     model.forward_head(model.forward_features(images))
     assert model.get_classifier().weight.device == device

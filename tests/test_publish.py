@@ -167,12 +167,6 @@ def test_contents_of_the_card(folder, monkeypatch):
     exec(code.replace('"photo.jpg"', repr(sample_images()[0])), {})  # the card's snippet runs
 
 
-def test_public_names_of_datasets():
-    assert cards.public_name("hf://datasets/me/pets@main:small") == "me/pets"
-    assert cards.public_name("dtd") == "dtd"
-    assert cards.public_name(None) is None
-
-
 def test_base_model_of_a_clip_head(tmp_path):
     with skip_init():
         model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat", "dog"])

@@ -15,16 +15,14 @@ import zlib
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from helpers import encoded, http_server, png_that_claims, until
+from helpers import encoded, png_that_claims, until
 from PIL import Image
 from shared import BUNDLED
 
@@ -34,28 +32,15 @@ for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_clien
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.deploy import requests as deploy_requests  # noqa: E402
 from dcp_zoo.deploy import server as deploy_server  # noqa: E402
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Full, Limits, allowed_hosts  # noqa: E402
 from dcp_zoo.deploy.limits import server as web_server  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
-from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
 from dcp_zoo.deploy.server import Batcher  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]
 BOUNDARY = "b0undary"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A web server with a folder that may be fetched from and one that may not."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for name in ("open", "closed"):
-        (folder / name).mkdir()
-        (folder / name / "photo.jpg").write_bytes(Path(PHOTO).read_bytes())
-    with http_server(partial(SimpleHTTPRequestHandler, directory=str(folder))) as address:
-        yield f"{address}/"
 
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({})); from dcp_zoo.cli import main; main()"
@@ -76,12 +61,11 @@ def missing_in_container() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(onnx_file, pictures):
+def server(onnx_file):
     """The process and port of `dcp-zoo serve`, stopped at the end as a container is."""
     limits = ["--max-mb", "1", "--max-pixels", "1000000", "--max-images", "3", "--timeout", "2"]
     command = [sys.executable, "-O", "-c", WITHOUT.format(missing_in_container())]  # -O: without assertions
     command += ["serve", "--head", str(onnx_file), "--port", "0", "--threads", "1", *limits]
-    command += ["--allow-urls", f"{pictures}open/"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert " at http://127.0.0.1:" in line, line + process.stderr.read()
@@ -138,21 +122,12 @@ def test_answers_are_pythons_alone_and_in_batches(ask, onnx_file):
     assert float(values["dcp_batch_images_count"]) < float(values["dcp_batch_images_sum"])  # some were batched
 
 
-def test_forms_and_urls(ask, pictures):
+def test_forms(ask):
     status, answer = ask(form(("a.png", NOISE), ("b.jpg", Path(PHOTO).read_bytes())), path="/predict?top_k=2", **FORM)
     assert status == 200
     assert [image["name"] for image in answer["images"]] == ["a.png", "b.jpg"]
     assert all(len(image["predictions"]) == 2 for image in answer["images"])
-    status, fetched = ask(json.dumps({"urls": [f"{pictures}open/photo.jpg"]}), path="/predict?top_k=2", **JSON)
-    for found, expected in zip(fetched["images"][0]["predictions"], answer["images"][1]["predictions"], strict=True):
-        assert found == {"class": expected["class"], "probability": pytest.approx(expected["probability"], abs=1e-5)}
     assert ask(NOISE, path="/predict?topk=3") == (422, {"detail": "There is no parameter topk: the only one is top_k."})
-    for address in ("closed/photo.jpg", "open/../closed/photo.jpg", "open/%2e%2e/closed/photo.jpg"):
-        assert ask(json.dumps({"urls": [pictures + address]}), **JSON)[0] == 403
-    for address in ("none.jpg", "käse.jpg"):
-        assert ask(json.dumps({"urls": [f"{pictures}open/{address}"]}), **JSON)[0] == 424
-    with pytest.raises(ZooError, match="up to a slash"):
-        check_prefix("https://example.com")
 
 
 def test_images_in_json(ask):
@@ -172,12 +147,12 @@ def test_images_in_json(ask):
     for document, status, message in (
         ({}, 400, "No image in this JSON"),
         ([], 400, "No image in this JSON"),
-        ({"urls": "abc"}, 400, "image 1 is not base64"),
+        ({"images": "abc"}, 400, "image 1 is not base64"),
         ({"image": 5}, 400, "image 1 is not base64 text"),
-        ({"urls": []}, 400, "No image"),
+        ({"images": []}, 400, "No image"),
         ({"images": ["aGVsbG8="]}, 415, "image 1 is not an image in a supported format"),
         ({"images": [text] * 4}, 413, "More than 3"),
-        ({"image": "http://example.org/x.jpg"}, 403, "not below an address"),
+        ({"image": "http://example.org/x.jpg"}, 400, "does not fetch URLs"),
     ):
         found, answer = ask(json.dumps(document), **JSON)
         assert found == status
@@ -428,22 +403,6 @@ def test_connections_are_as_many_as_the_system_allows():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
 
 
-def test_slow_addresses_end_and_do_not_keep_others_waiting(onnx_file, pictures, monkeypatch):
-    monkeypatch.setattr(deploy_requests, "URL_SECONDS", 1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        slow = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        with started(onnx_file, urls=[slow, pictures]) as (_, send):
-            waiting = [send(json.dumps({"urls": [f"{slow}{i}" for i in range(16)]}).encode()) for _ in range(4)]
-            assert status(send(json.dumps({"urls": [f"{pictures}open/photo.jpg"]}).encode())) == 200
-            peers = [silent.accept()[0] for _ in range(16)]
-            for _ in range(12):
-                for peer in peers:
-                    with suppress(OSError):
-                        peer.sendall(b"H")
-                time.sleep(0.1)
-            assert [status(connection) for connection in waiting] == [424] * 4
-
-
 def test_errors_hold_no_bodies():
     kept = []
 
@@ -470,7 +429,7 @@ def test_hosts():
 
 def test_a_server_does_not_tell_where_its_head_is(run, my_head, monkeypatch):
     names = []
-    monkeypatch.setattr("dcp_zoo.deploy.server.application", lambda *args: names.append(args[4]))
+    monkeypatch.setattr("dcp_zoo.deploy.server.application", lambda *args: names.append(args[3]))
     for name in ("onnx_file", "listen", "server"):
         monkeypatch.setattr(f"dcp_zoo.cli.deploy.{name}", MagicMock())
     for head in (my_head, my_head / "config.json", BUNDLED):

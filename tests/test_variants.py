@@ -168,7 +168,6 @@ def test_options(run, tmp_path, tiny_head):
         export(tiny_head, tmp_path / "x.onnx", precision="int8")
     head = "dcp_mini.caltech101-16shot"
     for args, message in {
-        ("--format", "torch-export", "--precision", "float16"): "Only ONNX files",
         ("--format", "web", "--preprocessing", "outside"): "omit --preprocessing",
         ("--precision", "int8"): "choose from float32, float16.",
     }.items():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import http_server, rejecting
 from PIL import Image
+from shared import WRITE_ONNX
 
 for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
@@ -50,9 +51,7 @@ def photographs(tmp_path_factory):
 
 
 def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium, monkeypatch):
-    monkeypatch.setitem(
-        export.WRITERS, "onnx", export._write_onnx
-    )  # the head rejects images: no copy of another's file
+    monkeypatch.setattr(export, "write_onnx", WRITE_ONNX)  # the head rejects images: no copy of another's file
     try:
         page_folder = export_web(rejecting(tiny_head, among=2)[0], tmp_path / "site" / "page", title="My head")
     except ZooError as error:

@@ -1,6 +1,5 @@
 """`dcp-zoo export`, `dcp-zoo serve` and `dcp-zoo demo`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dcp_zoo.threads import available_cores
 class ExportOptions:
     head: opt.HeadName
     file: Path | None = opt.option(None, "The file or folder. Default: named after the head.", "--output")
-    format: str | None = opt.option(None, "onnx (default), torch-export, web (a page) or hub (a repo).")
+    format: str | None = opt.option(None, "onnx (default), web (a page) or hub (a repo).")
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
     precision: str | None = opt.option(None, "float32 or float16 (default for web); for hub: of a second file.")
@@ -41,21 +40,22 @@ def export(options: ExportOptions) -> None:
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(options.head), opt.class_list(options.classes)
-    chosen = export_format(options.file, options.format, {**files.EXPORT_SUFFIXES, "web": "", "hub": ""})
-    in_folder = chosen in ("web", "hub")
-    format = "onnx" if in_folder else chosen
+    chosen = options.format or "onnx"
+    check_choice("format", chosen, ("onnx", "web", "hub"))
+    in_folder = chosen != "onnx"
     precision = options.precision or ("float16" if chosen == "web" else "float32")
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
     check_choice("precision", precision, ("float32", "float16"))
-    files.check_export(format, preprocessing, precision)
+    files.check_export(preprocessing, precision)
     if in_folder and preprocessing == "outside":
         raise ZooError(f"The format {chosen} always has the preprocessing inside: omit --preprocessing.")
-    file = options.file or Path(file_stem(name) + (f"-{chosen}" if in_folder else files.EXPORT_SUFFIXES[format]))
+    file = options.file or Path(file_stem(name) + (f"-{chosen}" if in_folder else ".onnx"))
     if in_folder:
         check_empty(file)
         check_writable(file.parent)
     else:
         check_output(file, options.overwrite)
+        check_choice("suffix", file.suffix or ".onnx", (".onnx",))
     model = create_model(name, True, classnames=names).eval()
     if in_folder:
         if chosen == "web":
@@ -66,21 +66,9 @@ def export(options: ExportOptions) -> None:
             next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}")
         return
-    path = files.export(model, file, format, preprocessing=preprocessing, precision=precision)
+    path = files.export(model, file, preprocessing=preprocessing, precision=precision)
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
-
-
-def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
-    """The format of an export: --format, otherwise the one of the file's suffix, otherwise onnx."""
-    suffix, known = file.suffix if file else "", {suffix: name for name, suffix in suffixes.items() if suffix}
-    check_choice("format", format or "onnx", tuple(suffixes))
-    if suffix and format is None:
-        check_choice("suffix", suffix, tuple(known))
-    by_suffix = known.get(suffix)
-    if format and by_suffix not in (None, format):
-        raise ZooError(f"--format {format} contradicts {file}, which is named like {by_suffix}: omit one of them.")
-    return format or by_suffix or "onnx"
 
 
 def file_stem(name: str) -> str:
@@ -97,7 +85,6 @@ class ServeOptions:
     classes: opt.Classes = None
     device: opt.Device = "auto"
     threads: opt.Threads = None
-    allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
 
 
@@ -110,19 +97,17 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo serve --head my_head.onnx --host 0.0.0.0[/]
     """
-    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
+    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline".split():
         import_extra(module, "serve")
-    from dcp_zoo.deploy.requests import check_prefix
     from dcp_zoo.deploy.server import application
 
     head, names = options.head, opt.class_list(options.classes)
-    urls = [check_prefix(prefix) for prefix in options.allow_urls]
     hosts = allowed_hosts(options.host, options.allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    app = application(file, limits, urls, options.threads or available_cores(), name, hosts, options.device)
+    app = application(file, limits, options.threads or available_cores(), name, hosts, options.device)
     listening = listen(options.host, options.port)
     address = f"http://{options.host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

@@ -1,6 +1,5 @@
 """`dcp-zoo inspect` and `dcp-zoo search`; `dcp-zoo review` of what predict and inspect found, and `dcp-zoo undo`."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +31,6 @@ def inspect(
         help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
         "name of another class, or `leave out`. Nothing is changed in place.",
     ),
-    names: list[str] | None = Option(
-        None,
-        metavar="CLASS=NAME",
-        help="Compare another name for a class on its images; may be repeated. Or a .csv with the columns class, name.",
-    ),
     no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
@@ -48,14 +42,13 @@ def inspect(
     Writes a page with pictures, and a CSV file with a row for each image.
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
-    [dim]dcp-zoo inspect MY_PHOTOS --overwrite --names "Turdus merula=blackbird"[/]
     [dim]dcp-zoo inspect MY_PHOTOS --fix MY_PHOTOS_inspection/inspection.csv --output FIXED[/]
     """
     _, root = data_source(photos, None, None, labels)
     if root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
-    if no_labels and (labels or fix or names):
-        raise ZooError("--no-labels is for a folder without classes: omit --labels, --fix and --names, or --no-labels.")
+    if no_labels and (labels or fix):
+        raise ZooError("--no-labels is for a folder without classes: omit --labels and --fix, or --no-labels.")
     if fix is not None:
         if output_dir is None:
             raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
@@ -73,13 +66,10 @@ def inspect(
             log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
     from dcp_zoo.inspection.inspection import unreadable
-    from dcp_zoo.inspection.names import read_names, renaming
 
     say_model(model)
     use_threads(threads)
-    new_names = read_names(names, data.classnames) if names else None
-    how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
-    found = find(root, False if no_labels else labels, **how)
+    found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
     page, _ = found.write(folder)
     counts = {
         "labels that may be wrong": len(found.suspects),
@@ -92,17 +82,7 @@ def inspect(
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
     if found.unknown:
-        offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
-        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
-        log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
-    if new_names:
-        output.print(*(escape(str(gain)) for gain in found.gains), sep="\n", soft_wrap=True)
-        better = max(gain.low for gain in found.gains) > 0 and min(gain.high for gain in found.gains) >= 0
-        rename = renaming(found.data, new_names) if better and not labels else []
-        advice = (
-            "Rename the classes where you gave the labels." if better else "The new names are not significantly better."
-        )
-        output.print(*map(escape, rename or [advice]), sep="\n", soft_wrap=True)
+        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}. Try others."))
     output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
     advise_larger(model)
 
@@ -118,7 +98,7 @@ def search(
     ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
-    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and links to the images."),
+    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and copies of the images."),
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
@@ -165,8 +145,7 @@ def review(
     [dim]dcp-zoo review SORTED/sheet.html[/]
     [dim]dcp-zoo review MY_PHOTOS_inspection/inspection.html[/]
     """
-    from dcp_zoo.deploy.bulk.review import Review
-    from dcp_zoo.deploy.local import serve_review
+    from dcp_zoo.deploy.bulk.review import Review, serve_review
 
     with locked(page.with_name(f".{page.name}{LOCK}")) as free:
         if not free:

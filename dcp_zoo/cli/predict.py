@@ -16,7 +16,7 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.paths import check_outside, is_url
+from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError, import_extra, shorten
@@ -37,10 +37,7 @@ FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
-IMAGES = (
-    "Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
-    "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
-)
+IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
@@ -68,18 +65,11 @@ class PredictOptions:
     )
     stats: opt.Stats = None
     as_json: opt.AsJson = False
-    table: str | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
-    features: Path | None = to_file("Write the image features to a .npz or .parquet file.")
+    table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
+    features: Path | None = to_file("Write the image features to a .npz file.")
     sheet: Path | None = to_file("Write an HTML contact sheet; dcp-zoo review corrects it by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
-    link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
-    by_date: bool = opt.option(
-        False, "With --sort-into: in each class one folder per day, of the photograph's EXIF.", rich_help_panel="Files"
-    )
-    only_new: bool = opt.option(
-        False, "Only images that --output lacks, which gets them, too.", rich_help_panel="Files"
-    )
     xmp: bool = opt.option(
         False, "Write the class as keyword into XMP sidecars; dcp-zoo undo.", rich_help_panel="Files"
     )
@@ -94,7 +84,7 @@ class PredictOptions:
     @property
     def files(self) -> list[Path]:
         """The table first if it is named."""
-        return [file for file in (self.table and Path(self.table), self.features, self.sheet, self.sort_into) if file]
+        return [file for file in (self.table, self.features, self.sheet, self.sort_into) if file]
 
     @property
     def rejects(self) -> float:
@@ -122,14 +112,7 @@ class PredictOptions:
         fixed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
-            "--link works only with --sort-into FOLDER: add it.": self.link and not self.sort_into,
             "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
-            "--by-date works only with --sort-into FOLDER: add it.": self.by_date and not self.sort_into,
-            "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
-                self.only_new and (self.features or not (self.table or self.sort_into))
-            ),
-            "--link leaves the images where they are: omit it, or --move, --xmp and --xmp-embed.": self.link
-            and (self.move or self.keywords),
             "--xmp-embed changes the images, not copies: add --move, or omit --sort-into.": self.xmp_embed
             and self.sort_into
             and not self.move,
@@ -138,7 +121,6 @@ class PredictOptions:
             "--count counts what the other images refine: add --together.": self.count and not self.together,
             "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
-            f"--output is a file on this machine, not {self.table}.": self.table and is_url(self.table),
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
         }
@@ -258,8 +240,8 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     found = find_images(sources)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
-    table = Path(options.table) if options.table else default
-    names = "features sheet sort_into link move by_date only_new keywords overwrite".split()
+    table = options.table or default
+    names = "features sheet sort_into move keywords overwrite".split()
     outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
     outputs.check(found)  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table

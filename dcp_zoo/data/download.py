@@ -1,17 +1,14 @@
-"""Download datasets into CoOp's layout; arrange ImageNet from its official archives or its gated Hub dataset."""
+"""Download datasets into CoOp's layout; arrange ImageNet from its official archives."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from dcp_zoo.data import packaged
 from dcp_zoo.data.archives import fetch_archive, unpack
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 
 ARCHIVES = ".downloads"  # under the data root: archives while they are needed
 
@@ -47,78 +44,28 @@ def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | 
 
 
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
-FROM_HUB = "hf"  # in place of the folder with the archives
-REPO = "ILSVRC/imagenet-1k"
-HUB_PARTS = {"train": "train", "validation": "val"}  # by the names of the Hub's files
-AGAIN = "run the same command again"
 
 
-def arrange(folder: Path, source: str | Path | None) -> None:
-    """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id, from the folder with the
-    three archives, or "hf". ZooError if that is not possible."""
-    if source is None:
-        site, hub = "https://image-net.org/download.php", f"https://huggingface.co/datasets/{REPO}"
-        raise ZooError(
-            f"ImageNet needs a login: get {', '.join(TARS)} from {site}, and pass --imagenet-from FOLDER with them. "
-            f"Or request access at {hub}, log in with `hf auth login`, and pass --imagenet-from {FROM_HUB}."
-        )
-    with writing_to(folder, AGAIN):
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        if str(source) == FROM_HUB:
-            from_hub(folder)
-        else:
-            from_archives(folder, Path(source))
-
-
-def from_archives(folder: Path, archives: Path) -> None:
-    """Unpack the official archives by torchvision, which checks their checksums first."""
-    absent = [name for name in TARS if not (archives / name).is_file()]
+def arrange(folder: Path, archives: str | Path | None) -> None:
+    """Unpack ImageNet's official archives into `folder`/images/train and val, one folder per WordNet id, by
+    torchvision, which checks their checksums first. ZooError if they are not there, or others."""
+    site = "https://image-net.org/download.php"
+    if archives is None:
+        raise ZooError(f"ImageNet needs a login: get {', '.join(TARS)} from {site}, and pass --imagenet-from FOLDER.")
+    absent = [name for name in TARS if not (Path(archives) / name).is_file()]
     if absent:
         raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(TARS)} are needed.")
     from torchvision.datasets import imagenet
 
-    train, val, devkit = (str((archives / name).absolute()) for name in TARS)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
-        with as_zoo_error("{} Its checksum is not the published one.", RuntimeError):  # its message names the archive
-            imagenet.parse_devkit_archive(temporary, devkit)
-            imagenet.parse_val_archive(temporary, val)
-            imagenet.parse_train_archive(temporary, train)
-        _replace_parts(Path(temporary), folder)
-
-
-def from_hub(folder: Path) -> None:
-    """Write the images of the Hub's Parquet files, one file after the other: a run that was stopped continues there."""
-    parquet = import_extra("pyarrow.parquet", "data")
-    from huggingface_hub import HfApi, hf_hub_download
-
-    from dcp_zoo.hub import explained, retried
-
-    wnids, work = list(packaged.wnid_names()), folder / ".from-hub"
-    with explained(f"datasets/{REPO}"):
-        info = retried(lambda: HfApi().dataset_info(REPO))
-        fetch = partial(hf_hub_download, REPO, repo_type="dataset", revision=info.sha, local_dir=work)
-        for name in sorted(file.rfilename for file in info.siblings or []):
-            part = HUB_PARTS.get(Path(name).name.partition("-")[0])
-            done = work / f"{Path(name).name}.done"
-            if part is None or not name.endswith(".parquet") or done.exists():
-                continue
-            file = retried(partial(fetch, name))
-            with parquet.ParquetFile(file) as table:
-                for rows in table.iter_batches(256, columns=["image", "label"]):
-                    for row in rows.to_pylist():  # the Hub's file names have the WordNet id appended
-                        image = Path(re.sub(r"_n\d{8}(?=\.JPEG$)", "", row["image"]["path"])).name
-                        (place := work / part / wnids[row["label"]] / image).parent.mkdir(parents=True, exist_ok=True)
-                        place.write_bytes(row["image"]["bytes"])
-            done.touch()
-            Path(file).unlink()
-    _replace_parts(work, folder)
-    shutil.rmtree(work)
-
-
-def _replace_parts(source: Path, folder: Path) -> None:
-    """Replace the two parts in `folder`/images by those in `source`."""
-    for part in HUB_PARTS.values():
-        if not (source / part).is_dir():
-            raise ZooError(f"The source has no images of the part {part}: it is not ImageNet. {AGAIN.capitalize()}.")
-        shutil.rmtree(folder / "images" / part, ignore_errors=True)
-        (source / part).rename(folder / "images" / part)
+    train, val, devkit = (str((Path(archives) / name).absolute()) for name in TARS)
+    with writing_to(folder, "run the same command again"):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
+            # the message of torchvision names the archive
+            with as_zoo_error("{} Its checksum is not the published one.", RuntimeError):
+                imagenet.parse_devkit_archive(temporary, devkit)
+                imagenet.parse_val_archive(temporary, val)
+                imagenet.parse_train_archive(temporary, train)
+            for part in ("train", "val"):
+                shutil.rmtree(folder / "images" / part, ignore_errors=True)
+                (Path(temporary) / part).rename(folder / "images" / part)

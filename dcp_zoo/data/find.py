@@ -1,4 +1,4 @@
-"""Images to classify, without labels: files, folders, patterns, lists, Parquet files and Hub datasets."""
+"""Images to classify, without labels: files, folders, patterns and lists."""
 
 import os
 from collections import Counter
@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from dcp_zoo.data import paths
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.specs import HUB_SCHEME
-from dcp_zoo.data.tables import hub_images, is_parquet, parquet_images
 from dcp_zoo.errors import ZooError, as_zoo_error
 
 LISTS = (".txt", ".lst")
@@ -28,9 +26,8 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 
     Args:
         sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
-            (`'photos/**/*.jpg'`), a text file with one path per line (relative ones start at its folder),
-            `hf://datasets/ORG/NAME` or a Parquet file. Except for lists, they may be URLs that fsspec opens (s3://). A
-            RAW file and an image of the same name are one image.
+            (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its folder). A RAW file
+            and an image of the same name are one image.
     """
     found = [Found(*image) for source in sources for image in _images_of(source)]
     photos = set(paths.one_per_photo(image.name for image in found))
@@ -39,10 +36,8 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 
 def _images_of(source: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every image."""
-    if source.startswith(HUB_SCHEME):
-        yield from hub_images(source)
-    elif is_parquet(source) and "*" not in source:
-        yield from parquet_images(source)
+    if "://" in source:
+        raise ZooError(f"{source} is at a URL: download it, and pass the files.")
     elif source.lower().endswith(paths.VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
@@ -52,24 +47,16 @@ def _images_of(source: str) -> Iterator[tuple[str, str]]:
         yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder))
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
-    elif paths.is_url(source) and ("*" in source or not paths.is_image(source.rpartition("/")[2])):
-        yield from _among(paths.list_files(source), f"No image at {source} ({paths.KNOWN}): check the URL.")
-    elif not paths.is_url(source) and has_magic(source) and not Path(source).exists():
+    elif has_magic(source) and not Path(source).exists():
         matching = sorted(path for path in glob(source, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
-        yield from _among(matching, f"No image matches {source} ({paths.KNOWN}).")
-    elif paths.is_image(source.rpartition("/")[2]) or os.path.lexists(source):
+        images = [path for path in matching if paths.is_image(os.path.basename(path))]  # noqa: PTH119
+        if not images:
+            raise ZooError(f"No image matches {source} ({paths.KNOWN}).")
+        yield from ((path, path) for path in images)
+    elif paths.is_image(os.path.basename(source)) or os.path.lexists(source):  # noqa: PTH119
         yield source, source  # a missing one among many is an error in its row
     else:
         raise ZooError(f"There is no file or folder {source}: check the path.")
-
-
-def _among(files: Sequence[str], otherwise: str) -> Iterator[tuple[str, str]]:
-    """The images among files, and those in the Parquet files among them; ZooError `otherwise`."""
-    found = [file for file in files if paths.is_image(os.path.basename(file)) or is_parquet(file)]  # noqa: PTH119
-    if not found:
-        raise ZooError(otherwise)
-    for file in found:
-        yield from _images_of(file)
 
 
 def _in_folder(folder: str) -> Iterator[str]:
@@ -94,4 +81,4 @@ def _in_list(file: Path) -> Iterator[str]:
     listed = [line.strip() for line in lines if line.strip()]
     if not listed:
         raise ZooError(f"The list {file} is empty: write one image path per line.")
-    yield from (path if "://" in path else str(file.parent / path) for path in listed)
+    yield from (str(file.parent / path) for path in listed)

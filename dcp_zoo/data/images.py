@@ -1,26 +1,21 @@
 """Load the image at an item's path."""
 
 import os
-import re
 import struct
-import warnings
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import date
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, is_url, open_file, picture_formats
-from dcp_zoo.data.specs import HUB_SCHEME
-from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
+from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
@@ -58,8 +53,6 @@ def pixels_sha256(image: Image.Image) -> str:
 def file_sha256(path: str) -> str:
     """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        if not os.path.isfile(path):  # noqa: PTH113  it is in a Hub dataset, or at a URL
-            return _bytes_sha256.__wrapped__(path)
         found = os.stat(path)  # noqa: PTH116
         return _bytes_sha256(path, found.st_mtime_ns, found.st_size)
 
@@ -110,27 +103,6 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
         return list(pool.map(read, images))
 
 
-def days_of(paths: Sequence[str]) -> list[str]:
-    """The days on which photographs were taken, such as 2024-05-01, by their EXIF or else, with a warning, by the times
-    of the files; "" for no file."""
-    days, without = in_threads(_day, paths), 0
-    for i, path in enumerate(paths):
-        if path and not days[i]:
-            days[i], without = date.fromtimestamp(Path(path).stat().st_mtime).isoformat(), without + 1
-    if without:
-        warnings.warn(f"Images without a date, sorted by that of their file: {without:,}.", stacklevel=4)
-    return days
-
-
-def _day(path: str) -> str:
-    with suppress(ZooError), _opened_image(path) as image:
-        exif = image.getexif()
-        taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or exif.get(ExifTags.Base.DateTime)
-        if found := re.match(r"(?!0000|1970:01:01)(\d{4}):(\d\d):(\d\d)", str(taken)):  # those of no clock
-            return "-".join(found.groups())
-    return ""
-
-
 def thumbnails(paths: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
     """`jpeg_base64` of the images at these paths."""
     return in_threads(lambda path: jpeg_base64(load_image(path), side, quality), paths)
@@ -162,9 +134,6 @@ def check_complete(path: ImageLike) -> None:
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
-    advice = "Replace the file, or leave it out"
-    if is_url(path):
-        advice = "Check the address and the connection, or download it yourself and pass the file"
     try:
         with _picture(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
             if image.width * image.height > max_pixels:
@@ -178,12 +147,12 @@ def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = 
             gone = next(parent for parent in (*reversed(gone.parents), gone) if not parent.exists())
             reason = f"a link to {gone}, which is gone"
             raise ZooError(f"Cannot read the image {path}: {reason}. Restore that, or copy again.") from OSError(reason)
-        what = advice.lower() if is_url(path) else "check the path, or restore the file from its dataset"
+        what = "download it" if "://" in path else "check the path, or restore the file from its dataset"
         raise ZooError(f"No image at {path}: {what}.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
         kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else ZooError
         reason = str(error) or type(error).__name__
-        raise kind(f"Cannot read the image {path}: {reason}. {advice}.") from error
+        raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
 def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
@@ -220,12 +189,5 @@ def _picture(path: str) -> IO[bytes]:
 
 
 def _stream(path: str) -> IO[bytes]:
-    """The file at a path, or the bytes of an image at a URL, in a Hub dataset or Parquet."""
-    for scheme, read in ((HUB_SCHEME, read_row), (PARQUET_SCHEME, read_cell)):
-        if path.startswith(scheme):
-            return BytesIO(read(path))
-    if is_url(path):
-        with open_file(path) as file:
-            return BytesIO(file.read())
     check_regular(path)
     return Path(path).open("rb")

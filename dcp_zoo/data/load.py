@@ -4,20 +4,19 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.images import check_complete, load_image
+from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.keywords import labelled_by_keywords
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
-from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.texts import NONE, is_reserved
 from dcp_zoo.threads import available_cores
@@ -30,7 +29,6 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
     "folder": readers.read_folder,
     "style": readers.read_style,
     "digits": readers.read_digits,
-    "hub": read_hub,
 }
 
 
@@ -45,9 +43,8 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
     its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
-    images that these CSV files list, or that have keywords (`xmp:cat,dog`); `digits` and `hf://datasets/ORG/NAME` need
-    no root. ZooError for an unknown name, missing files, or a malformed split; a warning if class names differ from
-    `classnames(name)`."""
+    images that these CSV files list, or that have keywords (`xmp:cat,dog`); `digits` needs no root. ZooError for an
+    unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)
@@ -55,7 +52,7 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
         place, only = folder if name == "folder" else name, images.classnames[0]
         raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
     if spec.split_file:
-        _check_files(spec, images.items, folder / spec.images)
+        _check_files(spec, images.items)
     if spec.names and images.classnames != (known := classnames(name)):
         pairs = enumerate(zip(images.classnames, known, strict=True))
         first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
@@ -149,19 +146,10 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
     return root.name == spec.folder or bool(spec.split_file and (root / spec.split_file).is_file())
 
 
-def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
-    """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
+def _check_files(spec: DatasetSpec, items: list[Item]) -> None:
+    """Raise ZooError unless the listed images exist."""
     if missing := [item.path for item in items if not Path(item.path).exists()]:
         raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
-    home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
-    outside = []
-    for item in items:
-        parent, file = os.path.split(item.path)
-        target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
-        if not target.startswith(home):
-            outside.append(item.path)
-    if outside:
-        raise ZooError(f"{spec.name}: {_and_first(outside)} are links out of {base}: move the files into it.")
 
 
 def _and_first(paths: list[str]) -> str:
@@ -181,16 +169,14 @@ class CheckRow:
     note: str = ""
 
 
-def check(
-    root: str | os.PathLike | None, verify_images: bool = False, names: Sequence[str] | None = None
-) -> list[CheckRow]:
+def check(root: str | os.PathLike | None, names: Sequence[str] | None = None) -> list[CheckRow]:
     """Check the datasets under the data root: a row for each of `names`, by default all that have a folder, with their
-    counts and images, see `check_complete`; `verify_images` decodes all."""
+    counts and images, see `check_complete`."""
     specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
-    return [_check_one(spec, root, verify_images) for spec in specs]
+    return [_check_one(spec, root) for spec in specs]
 
 
-def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images: bool) -> CheckRow:
+def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     try:
         split = training_split(load_labelled(spec.name, root))
     except ZooError as error:
@@ -201,7 +187,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    if damaged := _damaged(split.name, split.items, load_image if verify_images else check_complete):
+    if damaged := _damaged(split.name, split.items):
         problems.append(f"{_and_first(list(damaged))} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
@@ -209,19 +195,17 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 
 def check_images(items: list[Item], progress: Progress = bar) -> None:
     """Raise one ZooError for all images that are not images or are truncated."""
-    if damaged := _damaged("images", items, check_complete, progress):
+    if damaged := _damaged("images", items, progress):
         found = f"{len(damaged)} of {len(items)} images cannot be read: {by_reason(damaged)}"
         raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
 
 
-def _damaged(
-    name: str, items: list[Item], check_image: Callable[[str], object], progress: Progress = bar
-) -> dict[str, str]:
-    """Why images cannot be read, by path: those for which `check_image` raises a ZooError."""
+def _damaged(name: str, items: list[Item], progress: Progress = bar) -> dict[str, str]:
+    """Why images cannot be read, by path: those that `check_complete` refuses."""
 
     def problem(item: Item) -> str:
         try:
-            check_image(item.path)
+            check_complete(item.path)
         except ZooError as error:
             return error.reason
         return ""

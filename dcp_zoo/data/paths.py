@@ -1,4 +1,4 @@
-"""What a path stands for: an image or not, by its name; a file on disk, or at a URL through fsspec and its plugins."""
+"""What a path stands for, by its name: an image, what belongs to one, an archive, or another file."""
 
 import os
 import re
@@ -9,11 +9,10 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten, writing_to
 from dcp_zoo.files import check_regular, check_writable
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
@@ -139,34 +138,3 @@ def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
     if kinds := kinds - Counter({".xmp": kinds[".xmp"]}):
         raw = " RAW files are read after pip install 'dcp_zoo[photos]'." * (not kinds.keys().isdisjoint(RAW_SUFFIXES))
         warnings.warn(f"Ignored in {folder}: {counted(kinds)}.{raw}", stacklevel=3)
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is a URL. Ask for the zoo's own schemes (hf://, parquet://) first."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
-
-
-def filesystem(path: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL or a local path, and the path in it; ZooError for an unknown or missing one."""
-    with as_zoo_error(f"Cannot open {path}: {{}}.", ImportError, ValueError):  # fsspec's messages name the package
-        fsspec = import_extra("fsspec", "data")
-        local = fsspec.filesystem("file"), Path(path).absolute().as_posix()
-        return fsspec.core.url_to_fs(path) if is_url(path) else local
-
-
-def open_file(path: str) -> IO[bytes]:
-    """A file at a URL or a local path, for reading."""
-    system, place = filesystem(path)
-    if not is_url(path):
-        check_regular(place)
-    return system.open(place, "rb")
-
-
-def list_files(url: str) -> list[str]:
-    """All files at or below a URL or local path, or that match it (`*`, `**`), sorted, without hidden ones."""
-    system, place = filesystem(url)
-    with as_zoo_error(f"Cannot list {url}: {{}}.", Exception):  # every file system has exceptions of its own
-        found = system.glob(place) if "*" in place else system.find(place)
-    given = place.partition("*")[0]
-    visible = [file for file in found if all(map(is_visible, file.removeprefix(given).split("/")))]
-    return sorted(map(system.unstrip_protocol, visible) if is_url(url) else visible)

@@ -8,9 +8,6 @@ import yaml
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 
-HUB_SCHEME = "hf://"
-HUB_SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
-
 
 @dataclass(frozen=True)
 class Archive:
@@ -75,12 +72,10 @@ def find_spec(name: str) -> DatasetSpec:
     """The table's entry for `name`; ZooError with the nearest names if it is unknown."""
     if name in DATASETS:
         return DATASETS[name]
-    if name.startswith(HUB_SCHEME):
-        return DatasetSpec(name=name, folder=None, source=HUB_SYNTAX, layout="hub")
     valid = nearest_hint(name, DATASETS) or f" Choose one of: {', '.join(DATASETS)}."
-    raise ZooError(f"Unknown dataset {name!r}.{valid} Another source: {HUB_SYNTAX}.")
+    raise ZooError(f"Unknown dataset {name!r}.{valid}")
 
 
 def is_own(name: str) -> bool:
-    """Whether a name stands for images of the user's choice: a folder or a Hub dataset."""
+    """Whether a name stands for images of the user's choice."""
     return find_spec(name).num_classes is None

@@ -19,8 +19,6 @@ from dcp_zoo.texts import NONE
 NO_CLASS = -1  # label of images of none of the classes
 BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
 PARTS = ("train", "val", "test")
-PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # common names of the parts
-PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
 
 
 class Item(NamedTuple):

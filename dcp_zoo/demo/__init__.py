@@ -1,6 +1,7 @@
 """The demo: a web page that classifies and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-`shared` has the models, `pages` the HTML; `classify_room` and `train_room` have layout and handlers; `app` joins them.
+`shared` has the models, `pages` the HTML and the events; `classify_room` and `train_room` have layout and handlers;
+`app` joins them.
 """
 
 import os

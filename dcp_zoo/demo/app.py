@@ -20,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.demo import VisitorLimits
 from dcp_zoo.demo.classify_room import ClassifyRoom
-from dcp_zoo.demo.events import on
+from dcp_zoo.demo.pages import on
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.shared import MAX_FILE, load
 from dcp_zoo.demo.train_room import TrainRoom

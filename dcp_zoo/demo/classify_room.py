@@ -5,7 +5,7 @@ from collections.abc import Callable
 import gradio as gr
 
 from dcp_zoo.demo import MINIATURE_NOTE, VisitorLimits, pages, shared
-from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, on, removing, small_button
+from dcp_zoo.demo.pages import NOTHING, REMOVE, changing, drop_zone, on, removing, small_button
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.demo.shared import acquire, head_note
 from dcp_zoo.errors import ZooError

@@ -13,7 +13,7 @@ from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.data import Item
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
-from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, on, removing, small_button
+from dcp_zoo.demo.pages import NOTHING, REMOVE, changing, drop_zone, on, removing, small_button
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.shared import Photo, clip_answers, head_answers
 from dcp_zoo.errors import ZooError

@@ -25,36 +25,32 @@ OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
-EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 
 def export(
     model: Head | FusedHead,
     path: str | Path,
-    format: str = "onnx",
     *,
     preprocessing: str = "outside",
     precision: str = "float32",
     calibration: Calibration | None = None,
 ) -> Path:
-    """Export a model with its current classes; class names and preprocessing are in the file's metadata. ZooError for
-    no stored statistics, a model elsewhere than on the CPU, an unknown format, missing packages, a file that cannot be
-    written, or an exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class;
-    variants by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
+    """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values", its outputs are
+    "logits" and "features", the normalised image features; class names and preprocessing are in its metadata. ZooError
+    for no stored statistics, a model elsewhere than on the CPU, missing packages, a file that cannot be written, or one
+    that disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class; variants by more
+    than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
-        format: "onnx" (any batch size; its input is "pixel_values", its outputs are "logits" and "features", the
-            normalised image features; verified with ONNX Runtime) or "torch-export" (any batch size; load it with
-            `torch.export.load`, the metadata is the extra file "dcp").
-        preprocessing: of ONNX files: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
+        preprocessing: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
             (B, H, W, 3), uint8 RGB of any size -> probabilities).
-        precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
+        precision: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
             quantisation; the metadata tell what it costs).
         calibration: images for int8; see `dcp_zoo.deploy.calibration`.
     """
-    check_export(format, preprocessing, precision)
+    check_export(preprocessing, precision)
     path, fused = Path(path), model.fuse()
     if (size := fused.info["preprocessing"].get("input_size")) is None:
         raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
@@ -63,15 +59,15 @@ def export(
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:
-        read = WRITERS[format](fused, temporary, images)
+        write_onnx(fused, temporary, images)
+        read = OnnxClassifier(temporary)
         for n in (3, 1):  # a file with a fixed batch size fails here
-            found, expected = read(images[:n]), fused(images[:n])
+            found, expected = torch.from_numpy(read(images[:n].numpy())), fused(images[:n])
             error = (found - expected).abs().max().item()
             if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
                 problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
-                raise ZooError(f"The {format} file does not match the model {problem}")
-        if format == "onnx":
-            make_variant(temporary, preprocessing, precision, calibration)
+                raise ZooError(f"The ONNX file does not match the model {problem}")
+        make_variant(temporary, preprocessing, precision, calibration)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
@@ -80,25 +76,19 @@ def export(
     return path
 
 
-def check_export(format: str, preprocessing: str = "outside", precision: str = "float32") -> None:
-    """Raise ZooError for an unknown format or variant, or one that the installed packages cannot write."""
-    check_choice("format", format, tuple(EXPORT_SUFFIXES))
+def check_export(preprocessing: str = "outside", precision: str = "float32") -> None:
+    """Raise ZooError for an unknown variant, or one that the installed packages cannot write."""
     check_choice("preprocessing", preprocessing, WHERE_PREPROCESSED)
     check_choice("precision", precision, tuple(TOLERANCES))
-    if format != "onnx" and (preprocessing, precision) != ("outside", "float32"):
-        raise ZooError(f"Only ONNX files have other precisions or preprocessing inside, not {format}: use format onnx.")
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        raise ZooError(f"Exporting {format} needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
-    for module in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        raise ZooError(f"Exporting needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
         import_extra(module, "export")
-
-
-Reader = Callable[[torch.Tensor], torch.Tensor]
 
 
 def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
-    check_export("onnx")
+    check_export()
     names: Values = {"input_names": [INPUT], "output_names": list(outputs)}
     return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
 
@@ -116,24 +106,13 @@ class ExportedHead(nn.Module):
         return self.fused.classify(features), features, *distance
 
 
-def _write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
+def write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> None:
+    """A plain float32 file, before anything is checked."""
     distance = ["distance"] if fused.rejects else []
     program = onnx_program(ExportedHead(fused).eval(), images, "logits", "features", *distance)
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
     program.save(path)
-    read = OnnxClassifier(path)
-    return lambda x: torch.from_numpy(read(np.asarray(x)))
 
-
-def _write_torch_export(fused: FusedHead, path: str, images: torch.Tensor) -> Reader:
-    program = torch.export.export(fused, (images,), dynamic_shapes=ANY_BATCH)
-    with open(path, "wb") as file:  # noqa: PTH123  # given a path, torch requires its own suffix
-        torch.export.save(program, file, extra_files={METADATA_KEY: json.dumps(fused.info)})
-    with open(path, "rb") as file:  # noqa: PTH123
-        return torch.export.load(file).module()
-
-
-WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export}
 
 WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height

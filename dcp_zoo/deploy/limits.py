@@ -13,13 +13,11 @@ from dcp_zoo.fields import Checked, count, option
 
 @dataclass(frozen=True)
 class Limits(Checked):
-    """What one request may hold, and how many images may wait; ZooError for a limit that lets nothing through."""
+    """What one request may hold; ZooError for a limit that lets nothing through."""
 
     max_mb: float = option(20, "Size of one request, in megabytes, at most.", min=0.001)
     max_pixels: int = count(50_000_000, "Pixels per image, at most.")
     max_images: int = count(16, "Images per request, at most.")
-    max_batch: int = count(16, "Images per batch, at most.")
-    max_waiting: int = count(256, "Images that may wait; further ones get status 503.")
     timeout: float = option(30, "Seconds for a request to arrive; also the grace period at shutdown.", min=0.001)
 
     @property

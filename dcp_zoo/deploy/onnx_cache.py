@@ -29,7 +29,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
         from dcp_zoo.deploy.export import check_export, export
         from dcp_zoo.zoo.factory import create_model
 
-        check_export("onnx")
+        check_export()
         log(f"Exporting {name} to ONNX, once, which takes up to a minute: {path}")
         export(create_model(name, True, classnames=classnames).eval(), path)
     return path

@@ -82,13 +82,9 @@ class OnnxClassifier:
             found[0] = np.log(found[0] + SMALLEST)
         return found if self.rejects else [found[0], None, *found[1:]]
 
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """A batch of what `preprocess` returns -> logits (B, C)."""
-        return self.outputs(images)[0]
-
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> probabilities (B, C)."""
-        return np.exp(log_softmax(self.logits(images)))
+        return np.exp(log_softmax(self.outputs(images)[0]))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> (3, H, W), as `create_transform` returns it; if the file `takes_pixels`, (H, W, 3)."""
@@ -98,7 +94,7 @@ class OnnxClassifier:
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[Values]:
         """The `top_k` classes of one image with their probabilities, best first."""
-        return Answering(top_k)(self.logits(self.preprocess(image)[None]), self.classnames)[0]["predictions"]
+        return Answering(top_k)(self.outputs(self.preprocess(image)[None])[0], self.classnames)[0]["predictions"]
 
 
 def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, device: str = "cpu") -> Predictor:

@@ -4,11 +4,9 @@ import asyncio
 import json
 import time
 from base64 import b64decode
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import httpx
 from fastapi import HTTPException, Request
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
@@ -21,8 +19,7 @@ from dcp_zoo.errors import ZooError
 
 DISCARDED = 10
 PAUSE = 0.002  # seconds between the parts that are discarded, of all requests together: others come first
-URL_SECONDS = 10  # for all addresses of a request together
-JSON_KEYS = ("images", "image", "inputs", "instances", "urls")
+JSON_KEYS = ("images", "image", "inputs", "instances")
 JSON_HELP = 'Expected {"images": ["<base64>", ...]}, or "inputs" or "instances" in its place.'
 
 T = TypeVar("T")
@@ -31,8 +28,8 @@ discarding: set[int] = set()  # the requests whose rest is being discarded
 Take = Callable[..., None]  # see `Budget.share`
 
 
-async def read_images(request: Request, limits: Limits, take: Take) -> list[Named | str]:
-    """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names."""
+async def read_images(request: Request, limits: Limits, take: Take) -> list[Named]:
+    """A request's images by name: its body, the files of a form, or those in JSON."""
     try:
         images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.timeout)
     except asyncio.TimeoutError:
@@ -88,7 +85,7 @@ def _limited(request: Request, limits: Limits, take: Take) -> Request:
     return Request(request.scope, receive)
 
 
-async def _read(request: Request, limits: Limits) -> list[Named | str]:
+async def _read(request: Request, limits: Limits) -> list[Named]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         try:
@@ -103,7 +100,7 @@ async def _read(request: Request, limits: Limits) -> list[Named | str]:
     return [("image", body)] if body else []
 
 
-def _from_json(body: bytes, limits: Limits) -> list[Named | str]:
+def _from_json(body: bytes, limits: Limits) -> list[Named]:
     """The images in the forms of Hugging Face's and TensorFlow's servers: base64 text, data URIs, {"b64": text}."""
     try:
         document = json.loads(body)
@@ -116,63 +113,17 @@ def _from_json(body: bytes, limits: Limits) -> list[Named | str]:
     return [_entry(f"image {i}", entry) for i, entry in enumerate(entries, 1)]
 
 
-def _entry(name: str, entry: object) -> Named | str:
+def _entry(name: str, entry: object) -> Named:
     text = entry.get("b64") if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text:
         raise HTTPException(400, f"{name} is not base64 text. {JSON_HELP}")
     if text.startswith(("http://", "https://")):
-        return text
+        raise HTTPException(400, f"This server does not fetch URLs: send the images themselves. {JSON_HELP}")
     try:
         encoded = text.partition(",")[2] if text.startswith("data:") else text
         return name, b64decode("".join(encoded.split()), validate=True)
     except ValueError:
         raise HTTPException(400, f"{name} is not base64, from {text[:20]!r} on. {JSON_HELP}") from None
-
-
-def check_prefix(prefix: str) -> str:
-    """A prefix of allowed URLs; ZooError unless it names a host completely."""
-    parts = urlsplit(prefix)
-    if parts.scheme not in ("http", "https") or not parts.netloc or not parts.path.endswith("/"):
-        raise ZooError(f"--allow-urls takes addresses up to a slash, such as https://host/, not {prefix}.")
-    return prefix
-
-
-async def fetch_images(
-    images: Sequence[Named | str], client: httpx.AsyncClient, limits: Limits, allowed: Sequence[str], take: Take
-) -> list[Named]:
-    """A request's images; those at addresses that begin with one of `allowed` are fetched, without redirects."""
-    size = 0
-
-    async def fetch(url: str) -> Named:
-        nonlocal size
-        data = bytearray()
-        async with client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response:
-            response.raise_for_status()
-            async for chunk in response.aiter_raw():
-                size += len(chunk)
-                if size > limits.max_bytes:
-                    raise HTTPException(413, f"What is at the addresses is larger than {limits.max_bytes:,} bytes.")
-                take(len(chunk))
-                data += chunk
-        return url, bytes(data)
-
-    async def named(image: Named | str) -> Named:
-        if not isinstance(image, str):
-            return image
-        try:
-            return await asyncio.wait_for(fetch(image), URL_SECONDS)
-        except asyncio.TimeoutError:
-            raise HTTPException(424, f"{image[:100]} took longer than {URL_SECONDS} seconds.") from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise HTTPException(424, f"Cannot fetch {image[:100]} ({reason}).") from error
-
-    for image in images:
-        if isinstance(image, str) and not allowed:
-            raise HTTPException(403, f"This server does not fetch URLs: send the images themselves. {JSON_HELP}")
-        if isinstance(image, str) and (not image.startswith(tuple(allowed)) or ".." in image or "%" in image):
-            raise HTTPException(403, f"{image[:100]} is not below an address that this server may fetch from.")
-    return await gather(named(image) for image in images)
 
 
 async def gather(work: Iterable[Awaitable[T]]) -> list[T]:

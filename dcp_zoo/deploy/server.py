@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import httpx
 import numpy as np
 import yaml
 from fastapi import FastAPI, HTTPException, Query, Request, Response
@@ -28,7 +27,7 @@ from dcp_zoo.answers import Answering
 from dcp_zoo.data.images import count_pixels
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Budget, Full, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.deploy.requests import URL_SECONDS, Named, Take, decode_upload, fetch_images, gather, read_images
+from dcp_zoo.deploy.requests import Named, decode_upload, gather, read_images
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 
@@ -36,6 +35,7 @@ T = TypeVar("T")
 
 BYTES, PIXELS = 64_000_000, 200_000_000  # of all requests in progress; pixels of small, and of large images
 LARGE = 4_000_000  # pixels; decoding larger images leaves a thread to the others
+BATCH, WAITING = 16, 256  # images per batch, and images that may wait; further ones get status 503
 REQUEST_IMAGES = 2  # of the most pixels, which a request may have
 MMAP_THRESHOLD = -3  # of mallopt
 GONE = 499  # nginx's status for a client that hung up
@@ -44,10 +44,10 @@ GONE = 499  # nginx's status for a client that hung up
 class Service:
     """A loaded file: `answer` answers requests while `running`."""
 
-    def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str, device: str) -> None:
+    def __init__(self, path: Path, limits: Limits, threads: int, name: str, device: str) -> None:
         with suppress(Exception):  # not glibc, which keeps the memory of freed images and bodies for itself
             ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
-        self.classifier, self.limits, self.urls = OnnxClassifier(path, threads, device), limits, urls
+        self.classifier, self.limits = OnnxClassifier(path, threads, device), limits
         self.bytes = Budget(max(BYTES, 2 * limits.max_bytes))
         self.small = ThreadPoolExecutor(threads, "decode")
         self.large = ThreadPoolExecutor(max(1, threads // 2), "decode-large")
@@ -58,7 +58,7 @@ class Service:
         self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
         self.seconds = Histogram("dcp_request_seconds", "Time from a request to its answer.", registry=registry)
         sizes = Histogram("dcp_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
-        self.batcher = Batcher(self._compute, limits.max_batch, limits.max_waiting, sizes.observe)
+        self.batcher = Batcher(self._compute, BATCH, WAITING, sizes.observe)
         waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=registry)
         waiting.set_function(self.batcher.queue.qsize)
         versions = {name: version(name) for name in ("dcp_zoo", "onnxruntime")} | {"python": platform.python_version()}
@@ -74,9 +74,8 @@ class Service:
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        client = httpx.AsyncClient(limits=httpx.Limits(), timeout=URL_SECONDS)
         with self.small, self.large:
-            async with self.batcher.running(), client as self.client:
+            async with self.batcher.running():
                 yield
 
     async def answer(self, request: Request, top_k: int) -> Response:
@@ -85,7 +84,7 @@ class Service:
         try:
             with self.bytes.share() as take:
                 images = await read_images(request, self.limits, take)
-                answers = await unless_gone(request, self.classify(images, top_k, take))
+                answers = await unless_gone(request, self.classify(images, top_k))
             status = 200
             return JSONResponse({"images": answers})
         except Exception as error:
@@ -103,11 +102,10 @@ class Service:
             self.requests.labels(status).inc()
             self.seconds.observe(time.perf_counter() - start)
 
-    async def classify(self, images: Sequence[Named | str], top_k: int, take: Take) -> list[Values]:
+    async def classify(self, images: Sequence[Named], top_k: int) -> list[Values]:
         """The names of a request's images with their most probable classes."""
-        named = await fetch_images(images, self.client, self.limits, self.urls, take)
         run = asyncio.get_running_loop().run_in_executor
-        sizes = await gather(run(self.small, decode_upload, *image, self.limits, count_pixels) for image in named)
+        sizes = await gather(run(self.small, decode_upload, *image, self.limits, count_pixels) for image in images)
         most = REQUEST_IMAGES * self.limits.max_pixels
         if sum(sizes) > most:
             raise HTTPException(422, f"{sum(sizes):,} pixels in one request, more than the limit of {most:,}.")
@@ -122,7 +120,7 @@ class Service:
         with self.small_pixels.share() as take_small, self.large_pixels.share() as take_large:
             for lane, size in zip(lanes, sizes, strict=True):
                 (take_large if lane is self.large else take_small)(size)
-            return await gather(one(lane, *image) for lane, image in zip(lanes, named, strict=True))
+            return await gather(one(lane, *image) for lane, image in zip(lanes, images, strict=True))
 
     def _compute(self, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Logits (C,) of each image, and its distance (1,)."""
@@ -154,16 +152,15 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 def application(
     path: Path,
     limits: Limits = DEFAULT_LIMITS,
-    urls: Sequence[str] = (),
     threads: int = 1,
     name: str = "",
     hosts: Sequence[str] = ("*",),
     device: str = "cpu",
 ) -> FastAPI:
-    """The server's ASGI application for a file from `dcp-zoo export`. Images may be fetched from addresses that begin
-    with `urls`; so many `threads` run the model, and as many decode; `name` is shown, by default the one in the file;
-    clients may call the server by the names `hosts`, such as "*.example.org"."""
-    service = Service(path, limits, urls, threads, name, device)
+    """The server's ASGI application for a file from `dcp-zoo export`: so many `threads` run the model, and as many
+    decode; `name` is shown, by default the one in the file; clients may call the server by the names `hosts`, such as
+    "*.example.org"."""
+    service = Service(path, limits, threads, name, device)
     about = {"title": service.info["head"], "version": version("dcp_zoo")}
     app = FastAPIOffline(**about, lifespan=service.running, redoc_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)

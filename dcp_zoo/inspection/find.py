@@ -22,7 +22,7 @@ from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.inspection.fixed import can_link, check_new
+from dcp_zoo.inspection.fixed import check_new
 from dcp_zoo.inspection.look import look
 from dcp_zoo.model.head import Head
 from dcp_zoo.texts import class_folders, write_csv
@@ -68,7 +68,7 @@ def search(
         text, like: what to find, such as "red mug on a table", or a photo.
         count: how many images.
         model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
-        output: a new folder for found.csv, found.html with pictures, and links to the images, or copies.
+        output: a new folder for found.csv, found.html with pictures, and copies of the images.
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", --like photo.jpg or --to-label.')
@@ -90,7 +90,7 @@ def search(
     if not found:
         raise ZooError(f"No image of {folder} can be read.")
     if output is not None:
-        _write(Path(output), text or f"Like {like}", found, [""] * len(found), can_link(folder))
+        _write(Path(output), text or f"Like {like}", found, [""] * len(found))
     return found
 
 
@@ -132,8 +132,8 @@ def suggest(
         labels: tables of what was said of images, such as the corrections.csv of a contact sheet, see
             `dcp-zoo predict --labels`: these are not suggested either.
         count: how many images.
-        output: a new folder for found.csv, found.html with pictures, and links to the images, or copies, in a folder
-            for each guess, to be sorted by hand.
+        output: a new folder for found.csv, found.html with pictures, and copies of the images in a folder for each
+            guess, to be sorted by hand.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
     if output is not None:
@@ -161,11 +161,11 @@ def suggest(
     if output is not None:
         folders = class_folders({row.guess or UNSORTED for row in found})
         places = [folders[row.guess or UNSORTED] for row in found]
-        _write(Path(output), f"{len(found)} images to label", found, places, can_link(images))
+        _write(Path(output), f"{len(found)} images to label", found, places)
     return found
 
 
-def _write(output: Path, title: str, found: Sequence[Match | Suggestion], places: Sequence[str], link: bool) -> None:
+def _write(output: Path, title: str, found: Sequence[Match | Suggestion], places: Sequence[str]) -> None:
     """Write a folder with a table and a page of the images that were found, and each of them at its place there."""
     files = [row[0] for row in found]
     pictures = zip(thumbnails(files), (row.note for row in found), files, strict=True)
@@ -173,7 +173,7 @@ def _write(output: Path, title: str, found: Sequence[Match | Suggestion], places
     with unfinished(output) as new:
         write_file(new / TABLE, lambda temporary: write_csv(temporary, found[0]._fields, found))
         write_file(new / PAGE, page)
-        sort_into(files, places, new, link)
+        sort_into(files, places, new)
         new.replace(output)
 
 

@@ -1,11 +1,10 @@
 """`inspect --fix`: a copy of the images with the changes that a person wrote into a table. Without torch."""
 
-import os
 from pathlib import Path
 
 from dcp_zoo.data import Split, load_labelled
 from dcp_zoo.data.load import LabelFiles
-from dcp_zoo.data.paths import check_outside, is_archive
+from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.readers import read_table
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
@@ -15,8 +14,8 @@ from dcp_zoo.texts import LEAVE_OUT, NONE, class_folders
 
 
 def fix(folder: str | Path, table: str | Path, output: str | Path, labels: LabelFiles = None) -> tuple[int, int]:
-    """Write a copy of the images, as links where the system has them, with the column `change` of the CSV file: another
-    class, "leave out", or nothing. Returns how many were moved to another class, and how many left out."""
+    """Write a copy of the images with the column `change` of the CSV file: another class, "leave out", or
+    nothing. Returns how many were moved to another class, and how many left out."""
     place = Path(output)
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
@@ -28,16 +27,11 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: Label
         for part in dict.fromkeys(parts_of(data)):
             items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
             named = [folders[changes.get(item.key, data.classnames[item.label])] for item in items]
-            sort_into([item.path for item in items], named, new / part if data.has_parts else new, can_link(folder))
+            sort_into([item.path for item in items], named, new / part if data.has_parts else new)
         if none := [item.path for item in data.none]:
-            sort_into(none, [NONE] * len(none), new / PARTS[0] if data.has_parts else new, can_link(folder))
+            sort_into(none, [NONE] * len(none), new / PARTS[0] if data.has_parts else new)
         new.replace(place)
     return len(changes) - left_out, left_out
-
-
-def can_link(images: str | Path) -> bool:
-    """Whether copies may be links: not of an archive, as what it was unpacked to goes when the process ends."""
-    return os.name != "nt" and not is_archive(images)
 
 
 def check_new(place: Path, images: Path) -> None:

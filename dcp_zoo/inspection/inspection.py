@@ -1,14 +1,13 @@
 """Inspect labelled images before training: a page and a CSV file of what was found, and a copy with changes."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
@@ -21,22 +20,20 @@ from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import Seen, look
-from dcp_zoo.inspection.names import Gain, gains_of, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, write_csv
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.factory import plain_clip
 
 UNLABELLED = [""]  # the class of images without labels
-SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
+SHOWN = 60  # pictures of a section
 DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 
 
@@ -65,9 +62,7 @@ class Inspection:
     groups: list[list[int]]  # images that show the same picture
     problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
-    tested: tuple[Accuracy, Accuracy] | None  # on the test images, and without those that are also training images
-    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `names.unknown`
-    gains: Sequence[Gain] = ()  # by the names alone, and by the text probe, if new names are to be compared
+    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `labels.unknown`
 
     @cached_property
     def rows(self) -> list[Inspected]:
@@ -106,13 +101,10 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        detailed = {row.name for row in weakest[:CLASSES_SHOWN]}
-        typical = {name: ends for name, ends in self.typical().items() if name in detailed}
         odd = [i for i in self.problems if i not in self.seen.errors]
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
         lists = self.suspects, self.of_no_class, odd
         shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
-        shown |= {i for ends in typical.values() for i in ends}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         key = page_key([*(item.key for item in items), *names])
         about = {"key": key, "classes": names, "none": LEAVE_OUT, "column": "change", "run": {}, "places": {}}
@@ -128,21 +120,10 @@ class Inspection:
             groups=groups,
             odd=odd,
             shown=SHOWN,
-            typical=typical,
             weakest=weakest,
             labelled=names != UNLABELLED,
             about=about if names != UNLABELLED and self.data.name == "folder" else None,
         )
-
-    def typical(self) -> dict[str, list[int]]:
-        """Positions of the most and then the least typical images of each class, by the similarity to their mean."""
-        features, found = torch.from_numpy(self.seen.joined), {}
-        for label, name in enumerate(self.data.classnames):
-            own = [i for i, item in enumerate(self.data.items) if item.label == label and i not in self.seen.errors]
-            order = (features[own] @ features[own].mean(0)).argsort(descending=True).tolist()
-            ends = order if len(own) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
-            found[name] = [own[i] for i in ends]
-        return found
 
 
 def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
@@ -159,7 +140,6 @@ def inspect(
     images: Images,
     labels: Labels = None,
     *,
-    names: Mapping[str, str] | None = None,
     model: str = "dcp_mini",
     device: str = "auto",
     progress: Progress = bar,
@@ -173,7 +153,6 @@ def inspect(
         labels: one per image; for a folder omitted, a CSV file with the columns file and class, or `xmp:cat,dog`, which
             keywords in its images are classes. False for an unsorted folder, of which only duplicates and bad images
             are found.
-        names: other names for some of the classes, to compare with those that they have.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
@@ -190,21 +169,14 @@ def inspect(
     problems = dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1]))
     if labels is False:
         nothing = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
-        return Inspection(data, seen, nothing, [], [], groups, problems, [], None)
+        return Inspection(data, seen, nothing, [], [], groups, problems, [])
     target = torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
         raise ZooError(f"{problem}. Replace them, or remove the class.")
 
-    def judge(classnames: Sequence[str]) -> OutOfFold:
-        text = on_cpu(clip.scaled(clip.zero_shot_classifier(check_classnames(classnames))))
-        return out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
-
-    judged, gains = judge(data.classnames), list[Gain]()
-    if names:
-        gains = gains_of(judged, judge([names.get(name, name) for name in data.classnames]), target)
-    test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
-    copies = {i for group in groups if not test.issuperset(group) for i in group}
+    text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
+    judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
     return Inspection(
         data,
         seen,
@@ -214,9 +186,7 @@ def inspect(
         groups,
         problems,
         learning_curve(judged),
-        _tested(judged, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
         [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
-        gains,
     )
 
 
@@ -254,12 +224,3 @@ def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
         }
         if any(found.values()):
             yield i, [problem for problem, holds in found.items() if holds]
-
-
-def _tested(judged: OutOfFold, test: Tensor, copy: Tensor) -> tuple[Accuracy, Accuracy] | None:
-    """The accuracy where `test` (n,), fitted to the other images: of all, and of those that are no `copy` (n,)."""
-    labels, new = judged.task.labels, ~copy[test]
-    if not test.any() or len(labels[~test].unique()) < judged.log_probabilities.shape[1]:
-        return None
-    right = judged.answers(~test, test) == labels[test]
-    return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))

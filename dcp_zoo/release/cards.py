@@ -4,8 +4,6 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dcp_zoo.data.specs import HUB_SCHEME
-from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import HUB_LIBRARY, download_file
@@ -42,7 +40,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
-        dataset=public_name(model.info.get("dataset")),
+        dataset=model.info.get("dataset"),
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
         rows=_seed_rows(model),
@@ -50,13 +48,8 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     )
 
 
-def public_name(dataset: str | None) -> str | None:
-    """A dataset's name in cards: a Hub dataset by its repo."""
-    return HubDataset.parse(dataset).repo if dataset and dataset.startswith(HUB_SCHEME) else dataset
-
-
 def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    dataset, results = public_name(model.info.get("dataset")), list[EvalResult]()
+    dataset, results = model.info.get("dataset"), list[EvalResult]()
     measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
     for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
         data: Values = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}

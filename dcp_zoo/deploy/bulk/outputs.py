@@ -1,5 +1,5 @@
-"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz, .parquet) and
-a contact sheet. Rows are written in a stream, to need no memory."""
+"""What a run on many images writes: tables of predictions (.csv, .jsonl), image features (.npz) and a contact sheet.
+Rows are written in a stream, to need no memory."""
 
 import heapq
 import json
@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,13 +16,9 @@ import numpy as np
 from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.errors import import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
 from dcp_zoo.texts import NONE, write_csv
-
-GROUP_ROWS = 10_000  # of Parquet
-IMAGES = "image"
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
@@ -35,7 +30,7 @@ def columns(rows: Iterable[Row]) -> list[str]:
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
     first, last = [name for name in ("rejected", "labelled") if name in names], ["alone"] if "alone" in names else []
     return [
-        IMAGES,
+        "image",
         *first,
         *(name + suffix for suffix in suffixes for name in ("class", "probability")),
         *last,
@@ -60,39 +55,14 @@ def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(path: str, rows: Iterable[Row], columns: list[str]) -> None:
-    arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
-    types = {"probability": arrow.float64(), "rejected": arrow.bool_(), "labelled": arrow.bool_()}
-    schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
-    with parquet.ParquetWriter(path, schema) as writer:
-        rows = iter(rows)
-        while chunk := [_cells(row) for row in islice(rows, GROUP_ROWS)]:
-            cells = [{name: as_unicode(c) if isinstance(c, str) else c for name, c in row.items()} for row in chunk]
-            writer.write_table(arrow.Table.from_pylist(cells, schema=schema))
+TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl}
 
 
-TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
-
-
-def _features_npz(path: str, names: list[str], features: np.ndarray) -> None:
-    """Arrays `image` (N,) and `features` (N, E), as np.load reads them."""
+def write_features(path: str, names: list[str], features: np.ndarray) -> None:
+    """Arrays `image` (N,) and `features` (N, E), as np.load reads them; names with replacement characters for what is
+    not valid in the system's encoding."""
     with open(path, "wb") as file:  # noqa: PTH123  np.savez would add a suffix to the path
-        np.savez(file, image=np.array(names), features=features)
-
-
-def _features_parquet(path: str, names: list[str], features: np.ndarray) -> None:
-    """Columns `image` and `features`, a list of floats."""
-    arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
-    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(features.ravel()), features.shape[1])
-    parquet.write_table(arrow.table({IMAGES: names, "features": lists}), path, row_group_size=GROUP_ROWS)
-
-
-FEATURES: dict[str, Callable[..., None]] = {".npz": _features_npz, ".parquet": _features_parquet}
-
-
-def as_unicode(name: str) -> str:
-    """A name with replacement characters for what is not valid in the system's encoding."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", name)
+        np.savez(file, image=np.array([re.sub("[\ud800-\udfff]", "\ufffd", name) for name in names]), features=features)
 
 
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
@@ -131,7 +101,7 @@ def write_sheet(
                 "thumbnail": thumbnail,
                 "name": os.path.basename(image.name),  # noqa: PTH119
                 "path": image.name,
-                "link": None if "://" in image.path else _link(image.path, path.parent),
+                "link": _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
                 "labelled": row.get("labelled"),
                 "alone": row["alone"] if is_changed(row) else None,

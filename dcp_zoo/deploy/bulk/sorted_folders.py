@@ -1,12 +1,12 @@
-"""Folders of sorted images: copies or links in a folder per class, which later runs move to where they belong then, or
-the images themselves. What belongs to an image, see `companions`, goes where it goes."""
+"""Folders of sorted images: copies in a folder per class, which later runs move to where they belong then, or the
+images themselves. What belongs to an image, see `companions`, goes where it goes."""
 
 import filecmp
 import json
 import os
 import shutil
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -14,24 +14,18 @@ from itertools import count
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.paths import companions, is_image, one_per_photo, visible_files
-from dcp_zoo.deploy.bulk.journal import Journal, remove_emptied
+from dcp_zoo.data.paths import companions
+from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
 
-RECORD = ".copies.jsonl"  # in the folder: a line for each copy, written before it is made, so that later runs know it
+RECORD = ".copies.jsonl"  # in the folder: a line for each copy, by which later runs know it
+ADVICE = "choose another --sort-into"
 MTIME = 2  # seconds, the resolution of some file systems
 
 
-def is_file(image: Found) -> bool:
-    """Whether an image is a file of its own, which can be copied."""
-    return "://" not in image.path
-
-
 def check_sortable(images: Sequence[Found], folder: Path) -> None:
-    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
-    if other := next((image.name for image in images if not is_file(image)), None):
-        raise ZooError(f"Only files can be sorted into folders, not {other}: omit --sort-into.")
+    """Raise ZooError for a folder among the images, which would be found again."""
     target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
     for image in images:
         if os.path.abspath(image.path).startswith(target):  # noqa: PTH100
@@ -39,61 +33,54 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
 
 
 def sort_into(
-    files: Sequence[str], folders: Iterable[str | None], place: Path, link: bool = False, names: Sequence[str] = ()
+    files: Sequence[str], folders: Iterable[str | None], place: Path, names: Sequence[str] = ()
 ) -> list[Path | None]:
-    """Copy each image to `place/FOLDER/NAME`, or make a symbolic link there. If the name is taken, it gets a number:
-    nothing is replaced. Images without a folder, and those that an earlier call has copied, are left out. Returns where
-    each image is now, if it is known.
+    """Copy each image to `place/FOLDER/NAME`. If the name is taken, it gets a number: nothing is replaced. Images
+    without a folder, and those that an earlier call has copied, are left out. Returns where each image is now.
 
     With `names`, by which a later call knows the images, a record is kept in `place`, and copies that it has are moved
-    to where they belong now. What a person put, changed or moved there stays, and is counted in a warning."""
-    advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
+    to where they belong now. What a person moved, changed or deleted there stays so; a warning counts it."""
     images = list(zip(map(Path, files), folders, names or [""] * len(files), strict=True))
-    first: Counter[str] = Counter()  # numbers of a name that are all taken
+    numbers: Counter[str] = Counter()  # of a name, so far
     targets, belonging = list[Path | None](), cache(companions)
-    check_writable(place, advice)
+    check_writable(place, ADVICE)
     with unfinished(place / ".copies") as temporary:
-        with writing_to(place, advice):
-            own, moved = _earlier(place, {name: source for source, folder, name in images if folder is not None})
+        with writing_to(place, ADVICE):
+            own, left = _earlier(place, {name: source for source, folder, name in images if folder is not None})
         taken = {str(path).casefold() for path in own.values()}  # some file systems ignore the case
         for source, folder, name in images:
             targets.append(None)
-            if folder is None or name in moved:
+            if folder is None or name in left:
                 continue
-            others = belonging(source.parent).get(source.name, ())
+            others, old = belonging(source.parent).get(source.name, ()), own.pop(name, None)
             target = unnumbered = place / folder / source.name
-            key, old = str(unnumbered).casefold(), own.pop(name, None)
-            with writing_to(unnumbered, advice):
+            key = str(unnumbered).casefold()
+            with writing_to(unnumbered, ADVICE):
                 unnumbered.parent.mkdir(parents=True, exist_ok=True)
                 if old and old.parent == unnumbered.parent:
                     target = old
                 else:
-                    for number in count(first[key] + 1):
+                    for number in count(numbers[key] + 1):
                         target = unnumbered.with_name(_numbered(source, number))
-                        free = not _taken(target, source, others) or _is_same(source, target)
+                        free = not _taken(target, source, others) or (not old and _is_copy(source, target))
                         if free and str(target).casefold() not in taken:
                             break
+                    numbers[key] = number
                     taken.add(str(target).casefold())
-                    first[key] += number == first[key] + 1
-                if name and not (_is_same(source, target) if target == old else os.path.lexists(target)):
-                    line = json.dumps([folder, target.name, name, source.stat().st_size, source.stat().st_mtime])
-                    with (place / RECORD).open("a") as record:
-                        record.write(f"\n{line}")  # a kill may have left half a line
                 if old and old != target:
                     for other in belonging(old.parent).get(old.name, ()):
                         _rename(old.with_name(other), _beside(target, old, other))
-                    old.unlink() if os.path.lexists(target) else old.rename(target)
-                    remove_emptied(old.parent)
-                if not link and not _is_copy(source, target):
-                    target.unlink(missing_ok=True)  # a link of an earlier call, which would be written through
+                    _rename(old, target)
+                    with suppress(OSError):  # other files are there
+                        old.parent.rmdir()
                 beside = {source.with_name(other): _beside(target, source, other) for other in others}
                 for path, copy in ({source: target} | beside).items():
-                    if os.path.lexists(copy):  # perhaps a person changed it since
-                        continue
-                    if link:
-                        copy.symlink_to(path.absolute())
-                    else:
-                        write_file(copy, partial(shutil.copy2, path), advice, temporary)
+                    if not os.path.lexists(copy):
+                        write_file(copy, partial(shutil.copy2, path), ADVICE, temporary)
+                if name and target != old:
+                    line = json.dumps([folder, target.name, name, source.stat().st_size, source.stat().st_mtime])
+                    with (place / RECORD).open("a") as record:
+                        record.write(f"\n{line}")  # a kill may have left half a line
                 targets[-1] = target
     return targets
 
@@ -112,7 +99,7 @@ def move_into(
         named = (place / folder / _numbered(source, number) for number in count(1))
         free = (path for path in named if str(path.with_suffix("")) not in reserved)
         targets[-1] = target = next(path for path in free if not _taken(path, source, others))
-        with writing_to(target, "choose another --sort-into"):
+        with writing_to(target, ADVICE):
             for other in others:
                 journal.move(source.with_name(other), _beside(target, source, other))
             journal.move(source, target)
@@ -136,47 +123,28 @@ def _rename(old: Path, new: Path) -> None:
 
 def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path], set[str]]:
     """Of images by their names, the copies that earlier calls made and nobody changed, and the names of those whose
-    copy a person moved. A warning counts the other images in the folder, if there were earlier calls."""
-    recorded: dict[Path, tuple[str, int, float]] = {}  # of a path the last line counts
-    for line in (place / RECORD).read_text().splitlines() if sources and (place / RECORD).is_file() else ():
+    copy a person moved, changed or deleted. A warning counts these."""
+    own, left = dict[str, Path](), set[str]()
+    for line in (place / RECORD).read_text().splitlines() if (place / RECORD).is_file() else ():
         with suppress(ValueError, TypeError):  # half a line, which a kill may leave
             folder, file, name, size, seconds = json.loads(line)
-            parts = (*folder.split("/"), file)
-            if all(part and part == Path(part).name != ".." for part in parts):  # it leads out of no folder
-                recorded[place / folder / file] = str(name), int(size), float(seconds)
-    own, lost = dict[str, Path](), dict[str, int]()
-    for path, (name, size, seconds) in recorded.items():
-        if source := sources.get(name):
-            is_copy = path.is_file() and not path.is_symlink() and path.stat().st_size == size
-            if _is_link(source, path) or (is_copy and abs(path.stat().st_mtime - seconds) <= MTIME):
-                own[name] = path
-            else:
-                lost[name] = size
-    if not own and not lost:
-        return {}, set()
-    others, known = defaultdict[int, list[Path]](list), {*own.values()}  # by size
-    for path in map(Path, one_per_photo(visible_files(place))):
-        if is_image(path.name) and path not in known and path.exists():
-            others[path.stat().st_size].append(path)
-    lost = {name: size for name, size in lost.items() if name not in own}
-    moved = {name for name, size in lost.items() if any(_is_same(sources[name], path) for path in others[size])}
-    if number := sum(map(len, others.values())):
-        again = f" Not copied again, as they were moved there: {len(moved):,}." if moved else ""
-        what = "not copies of these images, or were moved or changed by hand"
-        warnings.warn(f"Images in {place} that are {what}: {number:,}. They stay there.{again}", stacklevel=3)
-    return own, moved
+            stays = partial(_is_unchanged, size=int(size), seconds=float(seconds))
+            inside = all(part and part == Path(part).name != ".." for part in (folder, file))
+            if inside and name in sources and stays(sources[name]):  # cameras give a name to another image later
+                own[name] = place / folder / file  # the last line counts
+                (left.discard if stays(own[name]) else left.add)(name)
+    if left:
+        what = "which you moved, changed or deleted: they are not copied again, unless you delete"
+        warnings.warn(f"Images in {place} {what} {place / RECORD}: {len(left):,}.", stacklevel=3)
+    return {name: path for name, path in own.items() if name not in left}, left
+
+
+def _is_unchanged(file: Path, size: int, seconds: float) -> bool:
+    return file.is_file() and file.stat().st_size == size and abs(file.stat().st_mtime - seconds) <= MTIME
 
 
 def _is_copy(source: Path, target: Path) -> bool:
     return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
-
-
-def _is_link(source: Path, target: Path) -> bool:
-    return target.is_symlink() and target.readlink() == source.absolute()
-
-
-def _is_same(source: Path, target: Path) -> bool:
-    return _is_copy(source, target) or _is_link(source, target)
 
 
 def _numbered(file: Path, number: int) -> str:
