@@ -421,6 +421,7 @@ def test_undo_replaces_nothing(tmp_path, monkeypatch, run):
     ("args", "message"),
     [
         (["--move"], "--move works only with --sort-into FOLDER: add it."),
+        (["--only-new"], "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER"),
         (["--xmp"], "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER."),
         (["--xmp-embed", "--sort-into", "x"], "--xmp-embed changes the images, not copies: add --move"),
         (
@@ -439,6 +440,35 @@ def test_links_are_not_moved(card, run):
     Path("links/1.jpg").symlink_to(Path("CARD/IMG_1.JPG").absolute())
     err = run.refused("predict", "links", "--head", BUNDLED, "--sort-into", "x", "--move")
     assert "links/1.jpg is a link, or in an archive: only files themselves can be moved" in err
+
+
+def test_only_what_the_table_lacks(card, run):
+    """What is in it stays, also where a person moved the copy; what could not be read is tried again."""
+    only_new = ("--sort-into", "SORTED", "--only-new")
+    predict(run, *only_new)
+    first = read_csv("SORTED/predictions.csv")
+    Path("SORTED/ant/Fähre 3.jpg").rename("SORTED/emu/Fähre 3.jpg")
+    shutil.copy(card / "IMG_5.jpg", card / "IMG_9.jpg")
+    (card / "bad.jpg").write_bytes(picture(8))
+    with Path("said.csv").open("a") as said:
+        said.write("CARD/IMG_9.jpg,none of these\nCARD/bad.jpg,ant\n")
+    out = run("predict", "CARD", "--head", BUNDLED, "--labels", "said.csv", *only_new)
+    assert out[0] == 0
+    assert "2 images, of which 2 labelled by --labels: SORTED/predictions.csv" in out[2]
+    rows = read_csv("SORTED/predictions.csv")
+    assert rows[:-2] == [row for row in first if not row["error"]]
+    assert [(row["image"], row["class"]) for row in rows[-2:]] == [
+        ("CARD/IMG_9.jpg", "none of these"),
+        ("CARD/bad.jpg", "ant"),
+    ]
+    assert {"ant/bad.jpg", "emu/Fähre 3.jpg", "none of these/IMG_9.jpg"} <= names(Path("SORTED"))
+    assert "ant/Fähre 3.jpg" not in names(Path("SORTED"))
+    again = run("predict", "CARD", "--head", BUNDLED, *only_new)
+    assert "0 images: SORTED/predictions.csv" in again[2]
+    assert read_csv("SORTED/predictions.csv") == rows
+    Path("p.csv").write_text("a,b\n1,2\n")
+    err = run.refused("predict", "CARD", "--head", BUNDLED, "--output", "p.csv", "--only-new")
+    assert "Cannot read p.csv ('error'): --only-new adds to a .csv that predict wrote." in err
 
 
 # -------------------------------------------------------------------------------------------------------------- review

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,10 @@ from dcp_zoo.deploy.bulk.job import NAMED, Job, Rows, Summary
 from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, move_into, sort_into
 from dcp_zoo.deploy.together import Count
-from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, check_writable, locked, write_file
-from dcp_zoo.texts import class_folders
+from dcp_zoo.texts import class_folders, read_csv
 
 PLAN = "_plan.json"
 
@@ -42,6 +42,7 @@ class OutputFiles:
     sheet: Path | None = None  # an HTML contact sheet
     sort_into: Path | None = None  # a folder that gets a folder of images per class
     move: bool = False  # the images themselves instead of copies
+    only_new: bool = False  # leave out images that the table has, and add the others to it
     keywords: float | None = None  # write the classes as keywords, up to this share of wrong ones
     embed: bool = False  # in JPEGs themselves, not beside them
     overwrite: bool = False  # replace files that exist
@@ -65,9 +66,19 @@ class OutputFiles:
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(known)}.")
             if [*files.values()].count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
-            check_output(file, self.overwrite or self._has_begun(file), option)
+            adds = self.only_new and file == self.table
+            check_output(file, self.overwrite or adds or self._has_begun(file), option)
         if self.sort_into:
             check_writable(self.sort_into)
+
+    def earlier(self) -> list[Values]:
+        """The rows of the table that `only_new` adds to, but those of images that could not be read."""
+        if not (self.only_new and self.table.exists()):
+            return []
+        with as_zoo_error(f"Cannot read {self.table} ({{}}): --only-new adds to a .csv that predict wrote."):
+            header, *rows = read_csv(self.table)
+            cells = [dict(zip(header, row, strict=True)) for row in rows]
+            return [row for row in cells if not row["error"]]
 
     @property
     def undo_file(self) -> Path:
@@ -92,6 +103,9 @@ def run(
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
     are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
     outputs.check(images)
+    earlier = outputs.earlier()
+    done = {os.path.abspath(row["image"]) for row in earlier}  # noqa: PTH100
+    images = [image for image in images if os.path.abspath(image.name) not in done]  # noqa: PTH100
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
@@ -125,7 +139,8 @@ def run(
             review: Values = {"places": places, "run": run}
             rows.write(outputs.sheet, partial(writers.write_sheet, *about, review=review))
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
-        rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
+        columns = dict.fromkeys([*(name for row in earlier[:1] for name in row), *writers.columns(answers())])
+        rows.write(outputs.table, lambda temporary: write_table(temporary, chain(earlier, answers()), [*columns]))
         failed = [row["error"] for row in answers() if "error" in row]
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
         labelled = sum(row.get("labelled", False) for row in answers()) if job.labels else 0
