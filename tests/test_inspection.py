@@ -25,8 +25,9 @@ from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
+from dcp_zoo.inspection.names import gain, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.texts import folder_name
@@ -119,7 +120,7 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert 'id="twice"' in page
     assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect"))
-    assert "omit --labels and --fix" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
+    assert "omit --labels, --fix and --names" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
 
 
 def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):
@@ -226,15 +227,30 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
 
 
 def test_names_that_say_little(cache, folder, tmp_path, run):
+    """Codes, for which the words are offered: what they gain, and how to rename the folders."""
     place = tmp_path / "my photos"
     shutil.copytree(folder, place)
     for name, code in {NAME: "zq-01", "cat": "zq-02", "flower": "zq-03"}.items():
         (place / name).rename(place / code)
-    code, _, err = run("inspect", place, "--output", tmp_path / "found")
+    (tmp_path / "names.csv").write_text("class,name\nzq-01,cup\nzq-02,cat\n")
+    names = ("--names", tmp_path / "names.csv", "--names", "zq-03=flower")
+    code, out, err = run("inspect", place, "--output", tmp_path / "found", *names)
     assert code == 0
     assert re.search(r"Names that say dcp_mini little about the images: zq-0\d", err)
+    assert re.search(r"my photos' --overwrite --names 'zq-0\d=ANOTHER NAME'", err)
+    number = r"\(?[+-]?[\d.]+ ?"
+    line = (
+        rf"{number}% with the old names, {number}% with the new ones, {number}{number}to {number}\) percentage points"
+    )
+    assert re.search(f"By the names alone: {line}\nBy a text probe: {line}\n", out)
+    assert f"mv '{place / 'zq-02'}' '{place / 'cat'}'" in out
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert "Names that say CLIP little about the images: zq-0" in page
+    assert "By the names alone: " in page
+    again = ("inspect", place, "--output", tmp_path / "found", "--overwrite", "--names")
+    assert "The new names are not significantly better." in run.ok(*again, "zq-02=zq-05")
+    assert "not 'zq-4'. Nearest: zq-0" in run.refused(*again, "zq-4=cat")
+    assert "--names takes CLASS=NAME, or a .csv" in run.refused(*again, "zq-02")
 
 
 def test_a_name_is_known_by_pairs_of_images():
@@ -242,6 +258,11 @@ def test_a_name_is_known_by_pairs_of_images():
     text[labels == 1, 1] += 2
     shares = [(text[labels == c, c][:, None] > text[labels != c, c][None]).double().mean().item() for c in range(4)]
     assert unknown(text, labels) == [c for c in range(4) if shares[c] < 0.7] == [0, 2, 3]
+    right = torch.tensor([0, 0, 1, 1, 2])
+    found = gain("x", torch.tensor([0, 1, 0, 0, 2]), right, right)
+    assert (found.old.correct, found.new.correct) == (2, 5)
+    half = 1.96 * np.std([0, 1, 1, 1, 0], ddof=1) / 5**0.5
+    assert (found.low, found.high) == pytest.approx((60 - 100 * half, 60 + 100 * half))
 
 
 # ----------------------------------------------------------------------------------------------------------------- fix

@@ -1,5 +1,6 @@
 """`dcp-zoo inspect` and `dcp-zoo search`; `dcp-zoo review` of what predict and inspect found, and `dcp-zoo undo`."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def inspect(
         help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
         "name of another class, or `leave out`. Nothing is changed in place.",
     ),
+    names: list[str] | None = Option(
+        None,
+        metavar="CLASS=NAME",
+        help="Compare another name for a class on its images; may be repeated. Or a .csv with the columns class, name.",
+    ),
     no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
@@ -42,13 +48,14 @@ def inspect(
     Writes a page with pictures, and a CSV file with a row for each image.
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
+    [dim]dcp-zoo inspect MY_PHOTOS --overwrite --names "Turdus merula=blackbird"[/]
     [dim]dcp-zoo inspect MY_PHOTOS --fix MY_PHOTOS_inspection/inspection.csv --output FIXED[/]
     """
     _, root = data_source(photos, None, None, labels)
     if root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
-    if no_labels and (labels or fix):
-        raise ZooError("--no-labels is for a folder without classes: omit --labels and --fix, or --no-labels.")
+    if no_labels and (labels or fix or names):
+        raise ZooError("--no-labels is for a folder without classes: omit --labels, --fix and --names, or --no-labels.")
     if fix is not None:
         if output_dir is None:
             raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
@@ -66,10 +73,13 @@ def inspect(
             log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
     from dcp_zoo.inspection.inspection import unreadable
+    from dcp_zoo.inspection.names import read_names, renaming
 
     say_model(model)
     use_threads(threads)
-    found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
+    new_names = read_names(names, data.classnames) if names else None
+    how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
+    found = find(root, False if no_labels else labels, **how)
     page, _ = found.write(folder)
     counts = {
         "labels that may be wrong": len(found.suspects),
@@ -82,7 +92,17 @@ def inspect(
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
     if found.unknown:
-        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}. Try others."))
+        offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
+        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
+        log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
+    if new_names:
+        output.print(*(escape(str(gain)) for gain in found.gains), sep="\n", soft_wrap=True)
+        better = max(gain.low for gain in found.gains) > 0 and min(gain.high for gain in found.gains) >= 0
+        rename = renaming(found.data, new_names) if better and not labels else []
+        advice = (
+            "Rename the classes where you gave the labels." if better else "The new names are not significantly better."
+        )
+        output.print(*map(escape, rename or [advice]), sep="\n", soft_wrap=True)
     output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
     advise_larger(model)
 

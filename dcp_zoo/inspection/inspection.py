@@ -1,7 +1,7 @@
 """Inspect labelled images before training: a page and a CSV file of what was found, and a copy with changes."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,9 @@ from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
+from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
+from dcp_zoo.inspection.names import Gain, gains_of, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import Read
@@ -62,7 +63,8 @@ class Inspection:
     groups: list[list[int]]  # images that show the same picture
     problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
-    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `labels.unknown`
+    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `names.unknown`
+    gains: Sequence[Gain] = ()  # by the names alone, and by the text probe, if new names are to be compared
 
     @cached_property
     def rows(self) -> list[Inspected]:
@@ -140,6 +142,7 @@ def inspect(
     images: Images,
     labels: Labels = None,
     *,
+    names: Mapping[str, str] | None = None,
     model: str = "dcp_mini",
     device: str = "auto",
     progress: Progress = bar,
@@ -153,6 +156,7 @@ def inspect(
         labels: one per image; for a folder omitted, a CSV file with the columns file and class, or `xmp:cat,dog`, which
             keywords in its images are classes. False for an unsorted folder, of which only duplicates and bad images
             are found.
+        names: other names for some of the classes, to compare with those that they have.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
@@ -175,8 +179,13 @@ def inspect(
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
         raise ZooError(f"{problem}. Replace them, or remove the class.")
 
-    text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
+    def judge(classnames: Sequence[str]) -> OutOfFold:
+        text = on_cpu(clip.scaled(clip.zero_shot_classifier(check_classnames(classnames))))
+        return out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
+
+    judged, gains = judge(data.classnames), list[Gain]()
+    if names:
+        gains = gains_of(judged, judge([names.get(name, name) for name in data.classnames]), target)
     return Inspection(
         data,
         seen,
@@ -187,6 +196,7 @@ def inspect(
         problems,
         learning_curve(judged),
         [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
+        gains,
     )
 
 
