@@ -1,5 +1,6 @@
 """A photographer's card: RAW and HEIC, sidecars, keywords, moving, and the way back."""
 
+import os
 import re
 import shutil
 import socket
@@ -14,7 +15,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from helpers import encoded, read_csv
-from PIL import Image
+from PIL import ExifTags, Image
 from shared import BUNDLED, opened, press
 
 from dcp_zoo import DCP, ZooError, create_model
@@ -421,6 +422,7 @@ def test_undo_replaces_nothing(tmp_path, monkeypatch, run):
     ("args", "message"),
     [
         (["--move"], "--move works only with --sort-into FOLDER: add it."),
+        (["--by-date", "--output", "x.csv"], "--by-date works only with --sort-into FOLDER: add it."),
         (["--only-new"], "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER"),
         (["--xmp"], "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER."),
         (["--xmp-embed", "--sort-into", "x"], "--xmp-embed changes the images, not copies: add --move"),
@@ -440,6 +442,33 @@ def test_links_are_not_moved(card, run):
     Path("links/1.jpg").symlink_to(Path("CARD/IMG_1.JPG").absolute())
     err = run.refused("predict", "links", "--head", BUNDLED, "--sort-into", "x", "--move")
     assert "links/1.jpg is a link, or in an archive: only files themselves can be moved" in err
+
+
+def test_by_class_and_date(card, run, monkeypatch):
+    """That of the EXIF, or else of the file; undone, nothing is left, and a review stays on the day."""
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2021:02:03 10:00:00"
+    Image.open(card / "IMG_1.JPG").save(card / "IMG_1.JPG", exif=exif)
+    for path in card.rglob("*.*"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    monkeypatch.setenv("TZ", "UTC")
+    before, sort = tree(card), ("--sort-into", "SORTED", "--by-date", "--sheet", "SORTED/sheet.html")
+    err = predict(run, *sort, "--move")
+    assert "Images without a date, sorted by that of their file: 6." in err
+    assert {"emu/2021-02-03/IMG_1.JPG", "emu/2021-02-03/IMG_1.xmp", "crab/2023-11-14/IMG_2.MOV"} <= names(
+        Path("SORTED")
+    )
+    Review(Path("SORTED/sheet.html")).say("SORTED/emu/2021-02-03/IMG_1.JPG", "crab")
+    assert {"crab/2021-02-03/IMG_1.JPG", "crab/2021-02-03/IMG_1.DNG"} <= names(Path("SORTED"))
+    run.ok("undo", "SORTED/corrections.undo.jsonl")
+    run.ok("undo", "SORTED/predictions.undo.jsonl")
+    assert tree(card) == before
+    assert [path.name for path in Path("SORTED").iterdir() if path.is_dir()] == []
+    predict(run, *sort, "--overwrite")
+    Path("said.csv").write_text(Path("said.csv").read_text().replace("IMG_1.JPG,emu", "IMG_1.JPG,ant"))
+    predict(run, *sort, "--overwrite")
+    assert "ant/2021-02-03/IMG_1.JPG" in names(Path("SORTED"))
+    assert not any(name.startswith("emu/2021") for name in names(Path("SORTED")))
 
 
 def test_only_what_the_table_lacks(card, run):

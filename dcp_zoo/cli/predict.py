@@ -70,6 +70,9 @@ class PredictOptions:
     sheet: Path | None = to_file("Write an HTML contact sheet; dcp-zoo review corrects it by keyboard.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
+    by_date: bool = opt.option(
+        False, "With --sort-into: in each class one folder per day, of the photograph's EXIF.", rich_help_panel="Files"
+    )
     only_new: bool = opt.option(
         False, "Only images that --output lacks, which gets them, too.", rich_help_panel="Files"
     )
@@ -116,6 +119,7 @@ class PredictOptions:
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
+            "--by-date works only with --sort-into FOLDER: add it.": self.by_date and not self.sort_into,
             "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
                 self.only_new and (self.features or not (self.table or self.sort_into))
             ),
@@ -247,7 +251,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = options.table or default
-    names = "features sheet sort_into move only_new keywords overwrite".split()
+    names = "features sheet sort_into move by_date only_new keywords overwrite".split()
     outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
     outputs.check(found)  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table

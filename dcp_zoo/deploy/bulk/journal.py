@@ -92,9 +92,16 @@ def _move_back(entry: Values) -> str:
     if os.path.lexists(source):
         return f"{source} exists again: {target} stays."
     _move(target, source)
-    with suppress(OSError):  # other files are there
-        target.parent.rmdir()
+    remove_emptied(target.parent)
     return ""
+
+
+def remove_emptied(folder: Path) -> None:
+    """Remove a folder from which a file was moved, and the one of its class, if that is by date, unless other files are
+    there."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _write_back(entry: Values, back: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
+from dcp_zoo.data.images import days_of
 from dcp_zoo.data.keywords import keyword_files, with_keywords
 from dcp_zoo.data.paths import check_output, companions
 from dcp_zoo.data.progress import Progress, no_progress
@@ -42,6 +43,7 @@ class OutputFiles:
     sheet: Path | None = None  # an HTML contact sheet
     sort_into: Path | None = None  # a folder that gets a folder of images per class
     move: bool = False  # the images themselves instead of copies
+    by_date: bool = False  # in each class a folder per day
     only_new: bool = False  # leave out images that the table has, and add the others to it
     keywords: float | None = None  # write the classes as keywords, up to this share of wrong ones
     embed: bool = False  # in JPEGs themselves, not beside them
@@ -159,6 +161,9 @@ def _sorted(
     classes = [None if "error" in row else label(row) for row in answers]
     folders = class_folders({name for name in classes if name is not None})
     named = [folders.get(name or "") for name in classes]
+    if outputs.by_date:
+        days = days_of([image.path if folder else "" for image, folder in zip(images, named, strict=True)])
+        named = [folder and f"{folder}/{day}" for folder, day in zip(named, days, strict=True)]
     paths = [image.path for image in images]
     if journal and outputs.move:
         return move_into(paths, named, outputs.sort_into, journal)

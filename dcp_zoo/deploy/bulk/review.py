@@ -102,10 +102,12 @@ class Review:
         """Move an image to the folder of its class, if it was sorted, and write the class as keyword."""
         path = Path(self.places[name])
         if self.run["sorted"] and path.is_relative_to(self.root):
-            folder = class_folders({*self.classes, *self.said.values(), answer})[answer]
-            if folder != path.parent.name:
+            folder, *below, _ = path.relative_to(self.root).parts
+            right = class_folders({*self.classes, *self.said.values(), answer})[answer]
+            if folder != right:
                 reserved = {os.path.splitext(first)[0] for first in self.first.values()}  # noqa: PTH122
-                path = move_into([str(path)], [folder], Path(self.root), journal, reserved)[0] or path
+                folders = [str(Path(right, *below))]
+                path = move_into([str(path)], folders, Path(self.root), journal, reserved)[0] or path
                 self.places[name] = str(path)
         if keywords := self.run["keywords"]:
             tree = Hierarchy(**keywords["hierarchy"]) if keywords["hierarchy"] else None

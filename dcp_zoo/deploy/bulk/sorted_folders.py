@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import companions
-from dcp_zoo.deploy.bulk.journal import Journal
+from dcp_zoo.deploy.bulk.journal import Journal, remove_emptied
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
 
@@ -71,8 +71,7 @@ def sort_into(
                     for other in belonging(old.parent).get(old.name, ()):
                         _rename(old.with_name(other), _beside(target, old, other))
                     _rename(old, target)
-                    with suppress(OSError):  # other files are there
-                        old.parent.rmdir()
+                    remove_emptied(old.parent)
                 beside = {source.with_name(other): _beside(target, source, other) for other in others}
                 for path, copy in ({source: target} | beside).items():
                     if not os.path.lexists(copy):
@@ -129,7 +128,7 @@ def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path],
         with suppress(ValueError, TypeError):  # half a line, which a kill may leave
             folder, file, name, size, seconds = json.loads(line)
             stays = partial(_is_unchanged, size=int(size), seconds=float(seconds))
-            inside = all(part and part == Path(part).name != ".." for part in (folder, file))
+            inside = all(part and part == Path(part).name != ".." for part in (*folder.split("/"), file))
             if inside and name in sources and stays(sources[name]):  # cameras give a name to another image later
                 own[name] = place / folder / file  # the last line counts
                 (left.discard if stays(own[name]) else left.add)(name)
