@@ -137,7 +137,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
 
     from dcp_zoo import create_model, predict
     from dcp_zoo.model.classes import TEMPLATE
-    from dcp_zoo.model.head import LinearHead
+    from dcp_zoo.model.linear_head import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count

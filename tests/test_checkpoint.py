@@ -20,7 +20,7 @@ from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
 from dcp_zoo.model.classes import class_texts
 from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.mini import MINI_CFG
 
 NAMES = ["ant", "wild_cat", "emu"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.class_editing import ClassEditing
+from dcp_zoo.model.classes import Class, names_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
@@ -20,16 +20,20 @@ DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "pat
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
 
-class TimmContract(ClassEditing):
+class TimmContract(nn.Module):
     """timm's contract for all heads, whose classifier reads features of width F. It asks a head for these:"""
 
     encoder: FrozenCLIP
+    classes: list[Class]
+    set_classnames: Callable[[Sequence[str]], None]
+    encode_image: Callable[[Images], Tensor]
     classify: Callable[[Tensor], Tensor]
     linear: Callable[[], Linear]
+    _own_reading: Callable[[], Reading]
 
     @property
     @abstractmethod
-    def readings(self) -> list[Reading]: ...
+    def reads(self) -> list[Reading]: ...
 
     @property
     def num_classes(self) -> int:
@@ -146,7 +150,7 @@ class TimmContract(ClassEditing):
         if num_classes == 0:
             self.classes = []
             return
-        names = self.classnames if classnames is None else list(classnames)
+        names = names_of(self.classes) if classnames is None else list(classnames)
         if len(names) != num_classes:
             problem = f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names"
             advice = "to create_model as classnames=[...], later to reset_classifier([...])"
@@ -155,8 +159,8 @@ class TimmContract(ClassEditing):
 
     def walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
-        tower, reading = self.encoder.vision_tower, self.readings[0]
-        x, prompts = tower.embed(images).x, reading.prompts() if reading.prompts else []
+        tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
+        x, prompts = tower.embed(images).x, prompted() if prompted else []
         n = x.shape[1]
         for i in range(len(tower.blocks)):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x

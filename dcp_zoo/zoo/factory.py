@@ -20,14 +20,14 @@ from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, imp
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.cache_head import CacheHead
 from dcp_zoo.model.checkpoint import load_head, tensor_shapes
 from dcp_zoo.model.classes import TEMPLATE, Descriptions
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig, is_checkpoint
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head, LinearHead
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.linear_head import CacheHead, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
