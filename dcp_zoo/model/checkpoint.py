@@ -52,10 +52,10 @@ TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin")}
 
 
-def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values, not_measured: str) -> Path:
-    """See `Head.save_pretrained`. `not_measured`: why the metrics in the head's info no longer hold, or ""."""
+def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
+    """See `Head.save_pretrained`."""
     state = {n: t.to("cpu", _stored(n, t, dtype)) for n, t in head_state(head).items()}
-    return write(directory, state, head_config(head, _valid(head, info, not_measured)))
+    return write(directory, state, head_config(head, _valid(head, info)))
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -71,15 +71,12 @@ def head_state(head: "Head") -> dict[str, Tensor]:
     return head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
 
 
-def _valid(head: "Head", info: Values, not_measured: str) -> Values:
-    """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
+def _valid(head: "Head", info: Values) -> Values:
+    """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
         measured = ("thresholds", "like_accepted", "others_accepted")
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
-    if not not_measured or not info.get("metrics") or info["metrics"] != head.info.get("metrics"):
-        return info
-    kept = {name: value for name, value in info.items() if name not in MEASURED}
-    return kept | {"not_measured": f"{not_measured} after the accuracy was measured: dcp-zoo eval measures it again"}
+    return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
 
 
 def head_config(head: "Head", info: Values) -> Values:
@@ -134,8 +131,8 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
         one.read = read[one]
     head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
     head._load_trained(state, config)
+    head.info = made(config)
     head.classify_into(wanted, given)
-    head.info, head._measured, head._changed = made(config), classes, ""
     return head
 
 

@@ -12,7 +12,6 @@ of plain CLIP, too, and starts there at its text. Besides CLIP's embedding it re
 it, see `VisionTower.read`.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +63,7 @@ class Head(TimmContract, ABC):
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
+        info: how it was made: dataset, shots, seed, recipe, metrics, ...; a change of its classes takes metrics out.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
@@ -79,10 +79,7 @@ class Head(TimmContract, ABC):
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
         _ = self.frozen.vision_tower_or_none  # cached before torch.compile traces a forward, which cannot take its lock
-        self._info: Values = {}
-        self._metrics: dict[str, float] | None = None  # the newest in `info`
-        self._measured: Sequence[Class] = ()  # the classes that these are about
-        self._changed = ""  # what was changed since, such as "the class zebra was added"
+        self.info: Values = {}
         self._zero_shot = WeightCache()
 
     # --- what a kind of head defines ---
@@ -301,7 +298,7 @@ class Head(TimmContract, ABC):
             self.classify_into([*self.classes, one], None)
         with torch.no_grad():
             probe.add(one, mean, count, self.classes, join(self.reads))
-        self._changed = f"the class {one.name} got other images" if exists else f"the class {one.name} was added"
+        self._outdate(f"the class {one.name} got other images" if exists else f"the class {one.name} was added")
 
     def remove_class(self, name: str | int) -> None:
         """Remove the class of this name, or at this position, whose images belong to none from now on; ZooError for the
@@ -312,7 +309,7 @@ class Head(TimmContract, ABC):
         self.classify_into(left, None)
         if self.text_probe is not None:
             self.text_probe.remove(one)
-        self._changed = f"the class {one.name} was removed"
+        self._outdate(f"the class {one.name} was removed")
 
     def rename_class(self, name: str | int, new: str) -> None:
         """Change the name of a class and nothing else: CLIP goes on reading the old one, so that predictions, accuracy
@@ -328,6 +325,8 @@ class Head(TimmContract, ABC):
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
+        if set(classes) != set(self.classes):
+            self._outdate("the classes were changed")
         self.classes, self.texts = classes, texts
 
     def _batch(self, images: object) -> Tensor:
@@ -340,17 +339,12 @@ class Head(TimmContract, ABC):
 
     # --- how it was made ---
 
-    @property
-    def info(self) -> Values:
-        """How it was made: dataset, shots, seed, recipe, metrics, ... New metrics are of the present classes."""
-        return self._info
-
-    @info.setter
-    def info(self, info: Values) -> None:
-        metrics = copy.copy(info.get("metrics"))  # `info |= ...` has changed the present dict already
-        if metrics != self._metrics:
-            self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
-        self._info = info
+    def _outdate(self, change: str) -> None:
+        """Take the accuracy out of `info`: it was measured before this change."""
+        if self.info.keys() & {"metrics", "not_measured"}:
+            reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
+            valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
+            self.info = valid | {"not_measured": reason}
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
@@ -362,5 +356,4 @@ class Head(TimmContract, ABC):
                 float32 for others. Those of the text probe that logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
         """
-        reason = self._changed or ("" if set(self.classes) == set(self._measured) else "the classes were changed")
-        return checkpoint.save(self, Path(directory), dtype, info or self.info, reason)
+        return checkpoint.save(self, Path(directory), dtype, info or self.info)
