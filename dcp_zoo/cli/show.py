@@ -65,7 +65,6 @@ def list_(
     filter: str = Argument("", metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'."),
     planned: bool = Option(False, "--planned", help="List the heads that have not been trained yet."),
     recommend: bool = Option(False, "--recommend", help="Compare models to choose one for your own images."),
-    encoders: bool = Option(False, "--encoders", help="Image models of timm to read beside CLIP: train --encoder."),
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
@@ -78,9 +77,6 @@ def list_(
         if filter or planned:
             raise ZooError("--recommend compares models: omit FILTER and --planned.")
         show_recommended()
-        return
-    if encoders:
-        _show_encoders()
         return
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     if planned:
@@ -109,14 +105,6 @@ def list_(
         text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
         text += f" and not trained yet: dcp-zoo list --planned '{pattern}'"
         output.print(text, style="dim", markup=False)
-
-
-def _show_encoders() -> None:
-    from dcp_zoo.zoo.encoders import list_encoders
-
-    rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
-    output.print(plain_table(("encoder", "parameters", "features", "licence"), rows), "")
-    log("Any other pretrained image model of timm works, too: timm.list_models(pretrained=True).")
 
 
 def show_recommended() -> None:

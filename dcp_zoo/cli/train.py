@@ -63,7 +63,7 @@ class TrainOptions:
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
     refit: bool | None = opt.option(None, f"{REFIT} Default: for your own images.", "--refit/--no-refit")
     report: opt.Report = None
-    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated: list --encoders.")
+    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated.")
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
     workers: opt.Workers = 0

@@ -1,7 +1,7 @@
 """Image encoders beside CLIP by their names: any image model of timm, with its pretrained weights."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -10,7 +10,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error, nearest
 from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
 
-SUGGESTED = (  # by size
+SUGGESTED = (  # by size, as in docs/reads.md
     "vit_small_patch14_dinov2.lvd142m",
     "vit_small_patch16_dinov3.lvd1689m",
     "eva02_small_patch14_224.mim_in22k",
@@ -18,26 +18,6 @@ SUGGESTED = (  # by size
     "vit_base_patch14_dinov2.lvd142m",
 )
 PLACES = ("hf-hub:", "local-dir:")  # timm's names for other places of a model
-
-
-class EncoderRow(NamedTuple):
-    """A suggested encoder: timm's name, parameters in millions, width of the features, licence."""
-
-    name: str
-    parameters: float
-    features: int
-    license: str
-
-
-def list_encoders() -> list[EncoderRow]:
-    """Image encoders that suit a head beside CLIP; any other of timm's models works, too."""
-    rows = []
-    for name in SUGGESTED:
-        with torch.device("meta"):
-            model: Any = timm.create_model(name, num_classes=0)
-        millions = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
-        rows.append(EncoderRow(name, millions, model.num_features, model.pretrained_cfg["license"]))
-    return rows
 
 
 def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Values] = ()) -> list[ImageEncoder]:
@@ -57,8 +37,8 @@ def check_encoders(names: Sequence[str]) -> None:
     for name in names:
         if not name.startswith(PLACES) and not timm.is_model_pretrained(name):
             close = ", ".join(nearest(name, timm.list_models(pretrained=True)) or SUGGESTED)
-            advice = "dcp-zoo list --encoders, or timm.list_models(pretrained=True)"
-            raise ZooError(f"timm has no pretrained image model {name!r}. Nearest: {close}. All: {advice}.")
+            advice = f"Nearest: {close}. All: timm.list_models(pretrained=True)."
+            raise ZooError(f"timm has no pretrained image model {name!r}. {advice}")
 
 
 def _load(name: str, clip: FrozenCLIP) -> ImageEncoder:

@@ -166,7 +166,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         raise ZooError(
             f"{problem}\n"
             "What you can do:\n"
-            f"- train it{head.train_time}: {head.train_command}\n"
+            f"- train it: {head.train_command}\n"
             "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
             "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
             "- start from CLIP's weights and fresh prompts: pretrained='clip'"
