@@ -285,11 +285,6 @@ class Reading:
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
     first: int = 0  # the first block that they enter
 
-    @property
-    def is_prompted(self) -> bool:
-        """Whether the features depend on more than the encoder's weights."""
-        return self.prompts is not None
-
     def first_part(self) -> "Reading":
         """The same without its further parts."""
         width = self.widths[0]

@@ -136,7 +136,7 @@ class Head(TimmContract, ABC):
     @property
     def has_own_features(self) -> bool:
         """Whether the method changed the image features."""
-        return self._original is not None or self._own_reading().is_prompted
+        return self._original is not None or self._own_reading().prompts is not None
 
     @property
     def frozen(self) -> FrozenCLIP:

@@ -69,12 +69,6 @@ class PromptHead(Head):
         head = cls(clip, config["label_names"], *prompts.values(), texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
-    @property
-    def n_ctx(self) -> int:
-        """M in the image tower."""
-        prompts = self.image_prompts()
-        return len(prompts[0]) if prompts else 0
-
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         names, now = read_of(classes), texts or self.texts
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed

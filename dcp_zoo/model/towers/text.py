@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.model._torch import pool
 from dcp_zoo.model.classes import NAME, Texts, class_texts, mean_of_texts
 from dcp_zoo.model.tokens import Tokenizer, check_lengths, end_positions, last_tokens, pool_type, start_tokens
 from dcp_zoo.model.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
@@ -285,10 +286,7 @@ class FullRun:
 
     def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
-        t = torch.cat([y[:, self.inside] for y in self.chunks])
-        if pooling == "mean":
-            return t.mean(0)
-        return t.amax(0) if pooling == "max" else t[0]
+        return pool(torch.cat([y[:, self.inside] for y in self.chunks]), pooling)
 
     def replace(self, prompts: Tensor) -> None:
         """New prompts (M, Dt), the same for every class."""
