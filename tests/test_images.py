@@ -111,7 +111,7 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             read(text)
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
-        read_tensors(tmp_path)
+        read_tensors(tmp_path, "")
     pytest.importorskip("pyarrow")
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
         find_images([f"{tmp_path}/x.parquet"])

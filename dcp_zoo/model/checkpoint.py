@@ -123,7 +123,7 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
         means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
         probe = head.probe_of(classes, means.shape[-1], len(examples)).to(head.device)
     check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
-    state = read_tensors(directory, config.get("weights_sha256"))
+    state = read_tensors(directory, config["weights_sha256"])
     given = head.texts if isinstance(head.texts, Mapping) else None
     wanted, read = head.classes, dict(zip(classes, block.get("read", names), strict=True))
     class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])  # ZooError before any change
@@ -151,11 +151,11 @@ def library_versions() -> dict[str, str]:
 
 def write(directory: Path, state: Mapping[str, Tensor], config: Values) -> Path:
     """Write both files, see `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
-    check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {_file_name(name): t.contiguous() for name, t in state.items()}
     check_finite(stored, "Not saved")
     weights, advice = safetensors.save(stored, metadata={"format": "pt"}), "choose another directory"
     config = config | {"weights_sha256": sha256(weights).hexdigest()}
+    check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
         for name in (NEW_WEIGHTS, CONFIG_NAME):
             for left in directory.glob(f".{name}.*"):  # by a process that was killed
@@ -177,12 +177,12 @@ def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     return {_model_name(name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str, Tensor]:
+def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged, or does not have the
-    hash that its `config.json` names, if that is given."""
+    hash that its `config.json` names."""
     with _weights(directory) as path:
         content = path.read_bytes()  # once: another process may replace the file
-        if expected and sha256(content).hexdigest() != expected:
+        if sha256(content).hexdigest() != expected:
             problem = f"{path} is damaged, or of another head than {CONFIG_NAME} beside it."
             raise ZooError(f"{problem} Train or download the head again; if another process is saving it, try again.")
         state = {name: t.float() for name, t in safetensors.load(content).items()}

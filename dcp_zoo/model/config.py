@@ -108,13 +108,10 @@ class HeadInfo(_Identity, total=False):
     not_measured: str
 
 
-class _Files(TypedDict, total=False):
-    weights_sha256: str  # of `model.safetensors`; heads that were written before have none
-
-
-class HeadConfig(_Files):
+class HeadConfig(TypedDict):
     """A `config.json`, as far as this package reads it."""
 
+    weights_sha256: str  # of `model.safetensors`
     dcp: HeadInfo
     architecture: str
     label_names: list[str]
