@@ -342,10 +342,10 @@ def build_clips_once() -> None:
 
     build, clips = factory.build_clip, {}
 
-    def built(spec: Any, source: str, **options: Any) -> Any:
-        key = spec.name, source, *options.values()
+    def built(spec: Any, *options: Any) -> Any:
+        key = spec.name, *options
         if key not in clips:
-            clips[key] = build(spec, source, **options)
+            clips[key] = build(spec, *options)
         return clips[key]
 
     factory.build_clip = built

@@ -43,7 +43,6 @@ class Run:
     device: torch.device
     method: str = DCP_METHOD
     precision: str = "float32"
-    clip_pretrained: str | None = None  # another open_clip tag for CLIP's weights
     workers: int = 0  # processes that decode images
     grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`
     descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template

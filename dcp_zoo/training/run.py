@@ -96,7 +96,7 @@ def train_head(
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         started = time.perf_counter()
         subset = subset or run.subset()
-        clip = clip or plain_clip(run.model, run.clip_pretrained).to(run.device)
+        clip = clip or plain_clip(run.model).to(run.device)
         task = run.task(subset, clip, options.progress, read)
         title = METHODS[run.method].title
         options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
@@ -147,7 +147,7 @@ def fit(
             "log": options.log,
             "grad_checkpointing": run.grad_checkpointing,
         }
-        task.reload_clip = lambda: plain_clip(run.model, run.clip_pretrained).to(run.device)
+        task.reload_clip = lambda: plain_clip(run.model).to(run.device)
         head = fit_head(run.method, task)
     head.info = info | head.info
     return head, earlier
@@ -218,8 +218,6 @@ def _is_head_of(folder: Path, run: Run) -> bool:
         texts = saved_texts(run.split.classnames, run.descriptions)
     stored = config["dcp"]["texts"]
     same_texts = (stored if isinstance(stored, dict) else None) == texts
-    if run.clip_pretrained:
-        expected["clip"] = run.clip_pretrained
     return same_model and same_texts and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -155,13 +155,6 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
     crop_mode = crop_mode if crop_mode == "squash" else "center"
     mean, std = tuple(preprocess.get("mean", OPENAI_MEAN)), tuple(preprocess.get("std", OPENAI_STD))
     return ModelSpec(name, clip, tag, repo, size, mean, std, preprocess.get("interpolation", "bicubic"), crop_mode)
-
-
-def weights_spec(spec: ModelSpec, tag: str) -> ModelSpec:
-    """The row that has the preprocessing of these weights: the model's own, or for other weights open_clip's."""
-    if tag == spec.clip_pretrained:
-        return spec
-    return replace(open_clip_spec(f"{OPEN_CLIP}{spec.clip}/{tag}"), name=spec.name, image_size=spec.image_size)
 
 
 SHOTS = (1, 2, 4, 8, 16)

@@ -77,16 +77,16 @@ class Source:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's row; ZooError if the checkpoint is of a CLIP that the zoo does not know."""
+        """The model's row; ZooError if the checkpoint is of a CLIP or of weights that the zoo does not know."""
         if self.architecture == "custom":
             problem = f"The head in {self.folder} was trained on a CLIP outside the zoo."
             load = f"dcp_zoo.load_head(model, {str(self.folder)!r})"
             raise ZooError(f"{problem} Build model = dcp_zoo.DCP(clip, classnames, ...) around it, then call {load}.")
-        return get_spec(self.architecture, self.cache_dir)
-
-    @property
-    def clip_tag(self) -> str:
-        return self.config["dcp"]["clip"] if self.config else self.spec.clip_pretrained
+        spec = get_spec(self.architecture, self.cache_dir)
+        if self.config and (tag := self.config["dcp"]["clip"]) != spec.clip_pretrained:
+            problem = f"The head in {self.folder} was trained on weights {tag!r} of CLIP"
+            raise ZooError(f"{problem}, but {spec.name} has {spec.clip_pretrained!r}: train it again.")
+        return spec
 
     @property
     def info(self) -> Values:
