@@ -69,7 +69,8 @@ def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
 
 def writing_to(path: str | os.PathLike, otherwise: str = "choose another --output") -> AbstractContextManager[None]:
     """Raise OSError as a ZooError that says which file or folder is not writable, why, and what to do."""
-    return as_zoo_error(f"Cannot write to {path}: {{}}. {otherwise[0].upper()}{otherwise[1:]}.", OSError)
+    advice = otherwise and f" {otherwise[0].upper()}{otherwise[1:]}."
+    return as_zoo_error(f"Cannot write to {path}: {{}}.{advice}", OSError)
 
 
 def import_extra(module: str, extra: str) -> Any:
