@@ -71,7 +71,6 @@ class DCP(Head):
         classnames: one name per class; underscores are read as spaces.
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
-        stats: see `stats`.
         texts: sentences of each class, see `set_classnames`.
     """
 
@@ -84,11 +83,10 @@ class DCP(Head):
         config: DCPConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        stats: str | None = None,
         texts: Texts = TEMPLATE,
         **options: object,
     ) -> None:
-        super().__init__(clip, tokenizer)
+        super().__init__(clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer))
         self.method, self.abilities = "dcp", Abilities(coupled=True)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
         vision, text = self.encoder.vision_tower, self.encoder.text_tower
@@ -114,7 +112,7 @@ class DCP(Head):
         self._cache, self._start_cache = WeightCache(), WeightCache()
         self.register_module("name_tokens", None)
         self.classify_into(matched(check_classnames(classnames)), texts)
-        self.stats = stats
+        self.stats = None
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "DCP":

@@ -44,7 +44,6 @@ from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
-from dcp_zoo.model.tokens import Tokenizer
 
 
 class Head(TimmContract, ABC):
@@ -52,8 +51,7 @@ class Head(TimmContract, ABC):
     that are abstract here; all else follows from these.
 
     Args:
-        clip: an open_clip CLIP, taken as it is, or a `FrozenCLIP`.
-        tokenizer: of an open_clip CLIP. Default: open_clip's BPE tokenizer.
+        clip: whose features and texts it reads.
         original: the CLIP before a method changed its weights, if one did.
 
     Attributes:
@@ -66,9 +64,9 @@ class Head(TimmContract, ABC):
         info: how it was made: dataset, shots, seed, recipe, metrics, ...; a change of its classes takes metrics out.
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
+    def __init__(self, clip: FrozenCLIP, original: FrozenCLIP | None = None) -> None:
         super().__init__()
-        self.encoder = clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer)
+        self.encoder = clip
         self.image_encoders: Any = nn.ModuleList()
         self._original: FrozenCLIP | None
         self.register_module("_original", original)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
@@ -23,7 +23,6 @@ from dcp_zoo.model.classes import Class, Texts, check_classnames, matched, names
 from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.tokens import Tokenizer
 
 CACHED = ("keys", "values", "alpha", "beta")  # tensors of a `CacheHead`, besides its weight
 
@@ -34,7 +33,7 @@ class LinearHead(Head):
     ZooError for a classifier of another shape.
 
     Args:
-        clip, tokenizer, original: see `Head`.
+        clip, original: see `Head`.
         classnames: one name per class.
         weight, bias: of the logits, (C, E) and (C,).
         texts: for the names of new classes, or sentences of each class; "" if the method reads no names.
@@ -46,7 +45,7 @@ class LinearHead(Head):
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: FrozenCLIP,
         classnames: Sequence[str],
         weight: Tensor,
         bias: Tensor,
@@ -54,9 +53,8 @@ class LinearHead(Head):
         texts: Texts = "",
         changed: Sequence[str] = (),
         original: FrozenCLIP | None = None,
-        tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(clip, tokenizer, original)
+        super().__init__(clip, original)
         self.classes, self.texts, self.changed = matched(check_classnames(classnames)), texts, list(changed)
         shapes = (self.num_classes, self.encoder.num_features), (self.num_classes,)
         if (tuple(weight.shape), tuple(bias.shape)) != shapes:
@@ -131,7 +129,7 @@ class CacheHead(LinearHead):
     alpha: Tensor
     beta: Tensor
 
-    def __init__(self, clip: nn.Module, classnames: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, clip: FrozenCLIP, classnames: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         weight = tensors["weight"]
         super().__init__(clip, classnames, weight, torch.zeros_like(weight[:, 0]))
         for name in CACHED:
