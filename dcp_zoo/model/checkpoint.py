@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
+IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model and in a file
+IN_MODEL = {stored: own for own, stored in IN_FILE.items()}
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
@@ -54,7 +56,8 @@ EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scal
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
     """See `Head.save_pretrained`."""
-    state = {n: t.to("cpu", _stored(n, t, dtype)) for n, t in head_state(head).items()}
+    tensors = head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
+    state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in tensors.items()}
     return write(directory, state, head_config(head, _valid(head, info)))
 
 
@@ -64,11 +67,6 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
         return torch.float32
     same = name.startswith(PREFIX) or torch.equal(tensor.half().float(), tensor.float())
     return dtype or (torch.float16 if same else torch.float32)
-
-
-def head_state(head: "Head") -> dict[str, Tensor]:
-    """The tensors of a checkpoint: those that the method trained, and the text probe's for the present classes."""
-    return head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
 
 
 def _valid(head: "Head", info: Values) -> Values:
@@ -151,7 +149,7 @@ def library_versions() -> dict[str, str]:
 
 def write(directory: Path, state: Mapping[str, Tensor], config: Values) -> Path:
     """Write both files, see `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
-    stored = {_file_name(name): t.contiguous() for name, t in state.items()}
+    stored = {_renamed(name, IN_FILE): t.contiguous() for name, t in state.items()}
     check_finite(stored, "Not saved")
     weights, advice = safetensors.save(stored, metadata={"format": "pt"}), "choose another directory"
     config = config | {"weights_sha256": sha256(weights).hexdigest()}
@@ -174,7 +172,7 @@ def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
     with _weights(directory) as path, safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return {_model_name(name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {_renamed(name, IN_MODEL): torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
@@ -191,21 +189,13 @@ def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= 0).all():
         raise ZooError(f"{damaged}: {name} is {scale.min():g}, but must be at least 0.")
-    return {_model_name(name): t for name, t in state.items()}
+    return {_renamed(name, IN_MODEL): t for name, t in state.items()}
 
 
-def _file_name(name: str) -> str:
-    """That of a tensor in a file."""
-    if name == "stored_stats":
-        return "context"
-    return FILE_PREFIX + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
-
-
-def _model_name(name: str) -> str:
-    """The inverse of `_file_name`."""
-    if name == "context":
-        return "stored_stats"
-    return PREFIX + name.removeprefix(FILE_PREFIX) if name.startswith(FILE_PREFIX) else name
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """A tensor's name in a file or in the model, by `IN_FILE` or `IN_MODEL`."""
+    own = next((beginning for beginning in beginnings if name.startswith(beginning)), "")
+    return beginnings.get(own, "") + name.removeprefix(own)
 
 
 @contextmanager
@@ -222,7 +212,9 @@ def _weights(directory: str | Path) -> Iterator[Path]:
 
 def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, model: str) -> None:
     """ZooError, naming tensors and model, unless a file's tensors have exactly the names and shapes of the model's."""
-    found, expected = ({_file_name(name): tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
+    found, expected = (
+        {_renamed(name, IN_FILE): tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted)
+    )
     common = sorted(found.keys() & expected)
     wrong = [f"{name} {found[name]} instead of {expected[name]}" for name in common if found[name] != expected[name]]
     problems = {
