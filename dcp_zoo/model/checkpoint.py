@@ -81,6 +81,7 @@ def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head._method_config()
     names, read = names_of(head.classes), read_of(head.classes)
+    encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in head.image_encoders]
     return {
         "architecture": head.encoder.architecture,
         "num_classes": len(names),
@@ -92,7 +93,7 @@ def head_config(head: "Head", info: Values) -> Values:
             "clip": head.encoder.source,
             "method": head.method,
             "abilities": head.abilities.as_dict(),
-            **_encoders(head),
+            **({"encoders": encoders} if encoders and head.text_probe is not None else {}),
             **info,
             **block,
             "texts": saved_texts(read, head.texts),
@@ -100,13 +101,6 @@ def head_config(head: "Head", info: Values) -> Values:
             "versions": library_versions(),
         },
     }
-
-
-def _encoders(head: "Head") -> Values:
-    """What a checkpoint says of image encoders beside CLIP, of which it holds no weights."""
-    encoders = head.image_encoders if head.text_probe is not None else ()
-    said = [{"name": encoder.source, "fingerprint": encoder.fingerprint()} for encoder in encoders]
-    return {"encoders": said} if said else {}
 
 
 def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = None) -> "Head":

@@ -96,9 +96,13 @@ class TimmContract(nn.Module):
         tower = self.encoder.vision_tower
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
-        *intermediates, final = tokens_after(self, images, blocks, stop)
-        if norm:
-            intermediates = [tower.norm(x) for x in intermediates]
+        after: dict[int, Tensor] = {}  # class token, if any, and patches (B, N, Dv)
+        for step, _, x in self.walk(images):
+            if step.block in (*blocks, stop):
+                after[step.block] = x[:, : tower.num_tokens]
+            if step.block == stop:
+                break
+        intermediates = [tower.norm(after[i]) if norm else after[i] for i in blocks]
         patches = [x[:, tower.num_prefix :] for x in intermediates]
         if output_fmt == "NCHW":
             patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
@@ -107,7 +111,7 @@ class TimmContract(nn.Module):
             outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
         if intermediates_only:
             return outputs
-        features = tower.features(final)
+        features = tower.features(after[stop])
         if not stop_early and features.shape[1] < self.num_features:  # the head reads more
             features = self.forward_features(images)
         return features, outputs
@@ -196,15 +200,3 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
         problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."
         raise ZooError(f"{problem} Pass n for the last n, or a list of block numbers, -1 being the last.")
     return blocks
-
-
-def tokens_after(model: TimmContract, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
-    """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
-    outputs = []
-    for step, _, x in model.walk(images):
-        x = x[:, : model.encoder.vision_tower.num_tokens]
-        if step.block in blocks:
-            outputs.append(x)
-        if step.block == stop:
-            break
-    return [*outputs, x]

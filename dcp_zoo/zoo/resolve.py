@@ -16,7 +16,6 @@ from dcp_zoo.model.config import (
     HeadConfig,
     checkpoint_folder,
     is_checkpoint,
-    made,
     read_config,
 )
 from dcp_zoo.zoo import registry
@@ -87,11 +86,6 @@ class Source:
             problem = f"The head in {self.folder} was trained on weights {tag!r} of CLIP"
             raise ZooError(f"{problem}, but {spec.name} has {spec.clip_pretrained!r}: train it again.")
         return spec
-
-    @property
-    def info(self) -> Values:
-        """What the checkpoint stores about its training."""
-        return made(self.config) if self.config else {}
 
 
 def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
