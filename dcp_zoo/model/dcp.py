@@ -91,6 +91,9 @@ class DCP(Head):
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
         vision, text = self.encoder.vision_tower, self.encoder.text_tower
         dv, dt = vision.width, text.width
+        room = text.length - 4  # start, a name's token, full stop, end
+        if config.n_ctx > room:
+            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
         self.behind = NAME  # follows the text prompts
         if config.ctx_init and config.n_ctx <= 4:

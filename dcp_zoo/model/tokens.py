@@ -29,9 +29,7 @@ def check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int 
     beside, fewer = (f" next to {n_ctx} prompt tokens", " or use fewer prompt tokens (n_ctx)") if n_ctx else ("", "")
     for label, length in zip(labels, lengths.tolist(), strict=True):
         if length > room:
-            raise ZooError(
-                f"{label} takes {length} tokens, but only {max(room, 0)} are left{beside}: shorten it{fewer}."
-            )
+            raise ZooError(f"{label} takes {length} tokens, but only {room} are left{beside}: shorten it{fewer}.")
 
 
 def start_tokens(tokenizer: Tokenizer) -> int:

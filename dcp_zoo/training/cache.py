@@ -87,9 +87,9 @@ class FeatureCache:
                 for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
                     Path(file).unlink(missing_ok=True)
         self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
-        problem = f"Image features are not cached for the next run. Cannot write to {self.place}: {error}."
+        problem = f"Cannot write to {self.place}: {getattr(error, 'strerror', None) or error}."
         advice = f"Choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1."
-        warnings.warn(f"{problem} {advice}", stacklevel=2)
+        warnings.warn(f"Image features are not cached for the next run. {problem} {advice}", stacklevel=2)
         return self._memory
 
 
