@@ -318,8 +318,8 @@ class Head(TimmContract, ABC):
         one.name = check_classnames([new])[0]
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
-        """These classes and texts from now on. The accuracy goes if the classes change; the rejection threshold is unset
-        if the classes that it was fitted for have other texts now."""
+        """These classes and texts from now on. The accuracy goes if the classes change, and the rejection threshold if
+        the classes that it was fitted for have other texts now."""
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
