@@ -1,2 +1,2 @@
-from .explain import attention_maps as attention_maps
-from .explain import attention_weights as attention_weights
+from .attention import attention_maps as attention_maps
+from .attention import attention_weights as attention_weights
