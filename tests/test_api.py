@@ -770,7 +770,7 @@ def calls(folder, pictures, fitted, uploads, tmp_path):
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).add_class("green", pictures[0][:1]).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
-        "explain": lambda: attention_maps(head, images),
+        "attention": lambda: attention_maps(head, images),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
         "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
