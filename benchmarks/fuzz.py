@@ -137,7 +137,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
 
     from dcp_zoo import create_model, predict
     from dcp_zoo.model.classes import TEMPLATE
-    from dcp_zoo.model.head import LinearHead
+    from dcp_zoo.model.linear_head import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count
@@ -332,10 +332,10 @@ def build_clips_once() -> None:
 
     build, clips = factory.build_clip, {}
 
-    def built(spec: Any, source: str, **options: Any) -> Any:
-        key = spec.name, source, *options.values()
+    def built(spec: Any, *options: Any) -> Any:
+        key = spec.name, *options
         if key not in clips:
-            clips[key] = build(spec, source, **options)
+            clips[key] = build(spec, *options)
         return clips[key]
 
     factory.build_clip = built

@@ -181,7 +181,7 @@ def read(folder: Path) -> str:
     """Which of old, new and third the head in the folder is; "old" if a save came between reading its two files."""
     try:
         config = read_config(folder)
-        weights = read_tensors(folder, config.get("weights_sha256"))["prompts.text"]
+        weights = read_tensors(folder, config["weights_sha256"])["prompts.text"]
     except ZooError:
         return "old"
     return "new" if (weights * 1024 == int(config["label_names"][0])).all() else "third"

@@ -298,9 +298,9 @@ def build_ours(
 
 def same_tokens(theirs: Tensor, head: Head, names: list[str]) -> bool:
     """Whether what follows the prompts are the same tokens for every class."""
-    before = head.rest + " " if isinstance(head, PromptHead) else ""
+    prompts = head.text_prompts[0] if isinstance(head, PromptHead) else head.prompts["text"]
+    before, n_ctx = head.rest + " " if isinstance(head, PromptHead) else "", len(prompts)
     ours = head.encoder.tokenize([f"{before}{name.replace('_', ' ')}." for name in names])
-    n_ctx = head.n_ctx
     return torch.equal(ours[:, 1 : CONTEXT - n_ctx].cpu(), theirs[:, 1 + n_ctx :])
 
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import doc_tables
 import quote
+import torch
 from matplotlib.figure import Figure
 
 import dcp_zoo
-from dcp_zoo.api.explain import coupling_moves, draw
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
 
 ROOT = Path(__file__).parents[1]
@@ -111,9 +111,24 @@ def models() -> None:
     figure.savefig(IMAGES / "models.svg")
 
 
+@torch.inference_mode()
 def explained() -> None:
+    """How far CMPA moves each prompt before each coupled block, |new - old| / |old|."""
     model = dcp_zoo.create_model(HEAD, pretrained=True).eval()
-    draw(coupling_moves(model), IMAGES / "explained.png", f"{HEAD}: how far CMPA moves the prompts")
+    steps = [step for step in model.couplings(lambda i: model.stored_stats[i - 1]) if step.v is not None]
+    pairs = {"vision": [(step.v, step.new_v) for step in steps], "text": [(step.t, step.new_t) for step in steps]}
+    axes = Figure((7, 4), layout="constrained").add_subplot()
+    for (tower, changes), color in zip(pairs.items(), ("tab:blue", "tab:orange"), strict=True):
+        rows = torch.stack([(new - old).norm(dim=-1) / old.norm(dim=-1) for old, new in changes])
+        blocks = range(1, len(rows) + 1)
+        axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
+    axes.set(title=f"{HEAD}: how far CMPA moves the prompts", xlabel="before block", ylabel="|new - old| / |old|")
+    axes.set(xticks=list(blocks), yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.figure.savefig(IMAGES / "explained.png", dpi=150, format="png")
 
 
 def script(path: str) -> Callable[[], None]:

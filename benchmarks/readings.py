@@ -15,10 +15,10 @@ import pandas as pd
 import timm
 import torch
 
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.head import Head, LinearHead
-from dcp_zoo.model.image_encoder import ImageEncoder
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.zoo.factory import plain_clip
 

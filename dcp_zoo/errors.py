@@ -4,7 +4,7 @@ import difflib
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
@@ -54,12 +54,6 @@ def check_choice(what: str, value: object, valid: Sequence[object]) -> None:
         raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(map(str, valid))}.")
 
 
-def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "choose another --output") -> ZooError:
-    """The error for a file or folder that is not writable: the cause, and what to do."""
-    advice = f" {otherwise[0].upper()}{otherwise[1:]}." if otherwise else ""
-    return ZooError(f"Cannot write to {path}: {getattr(error, 'strerror', None) or error}.{advice}")
-
-
 @contextmanager
 def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """Raise errors of these kinds, by default `UNREADABLE`, as a ZooError with their text in place of {}."""
@@ -73,15 +67,10 @@ def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
         raise ZooError(message.replace("{}", reason, 1)) from error
 
 
-@contextmanager
-def writing_to(
-    path: str | os.PathLike, otherwise: str = "choose another --output", kind: type[Exception] = OSError
-) -> Iterator[None]:
-    """Raise errors of this kind as `cannot_write`."""
-    try:
-        yield
-    except kind as error:
-        raise cannot_write(path, error, otherwise) from error
+def writing_to(path: str | os.PathLike, otherwise: str = "choose another --output") -> AbstractContextManager[None]:
+    """Raise OSError as a ZooError that says which file or folder is not writable, why, and what to do."""
+    advice = otherwise and f" {otherwise[0].upper()}{otherwise[1:]}."
+    return as_zoo_error(f"Cannot write to {path}: {{}}.{advice}", OSError)
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -72,7 +72,7 @@ def entry_of(source: Source) -> HeadEntry:
     if block["head"] != "dcp":
         raise ZooError(f"{folder} is a head of {block['method']}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
-        dataset, shots, seed = (source.info[name] for name in ("dataset", "shots", "seed"))
+        dataset, shots, seed = (block[name] for name in ("dataset", "shots", "seed"))
         return get_head(f"{source.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
     except (KeyError, ZooError) as error:
         raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ANY_HEAD}") from error

@@ -35,8 +35,8 @@ from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
+from dcp_zoo.api.attention import attention_maps
 from dcp_zoo.api.estimator import seed_of
-from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.benchmark.plan import Trial
@@ -746,7 +746,7 @@ def calls(folder, pictures, fitted, uploads, tmp_path):
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).add_class("green", pictures[0][:1]).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
-        "explain": lambda: (nearest_words(head), coupling_moves(head), attention_maps(head, images)),
+        "attention": lambda: attention_maps(head, images),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
         "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),

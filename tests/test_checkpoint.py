@@ -19,8 +19,8 @@ from dcp_zoo.files import LOCK, locked, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
 from dcp_zoo.model.classes import class_texts
-from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.mini import MINI_CFG
 
 NAMES = ["ant", "wild_cat", "emu"]
@@ -234,7 +234,7 @@ def test_tensors_that_do_not_fit(folder, tensors, message):
 def test_the_scale_of_text_is_not_negative(folder):
     change(folder, **{"classifier.text_scale": torch.tensor(-1.0)})
     with pytest.raises(ZooError, match="damaged: classifier.text_scale is -1, but must be at least 0"):
-        read_tensors(folder)
+        read_tensors(folder, read_config(folder)["weights_sha256"])
 
 
 def test_head_of_another_architecture(folder):

@@ -18,7 +18,7 @@ from dcp_zoo.data import Item, classnames
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.text_probe.probe import PENALTIES
 from dcp_zoo.training.methods import METHODS, fit_head

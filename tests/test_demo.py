@@ -23,7 +23,7 @@ from dcp_zoo.demo import train_room as training
 from dcp_zoo.demo.classify_room import draw_answers
 from dcp_zoo.demo.session import OTHER_HEAD, OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.zoo.factory import plain_clip
 from dcp_zoo.zoo.registry import list_models
 

@@ -15,7 +15,7 @@ from test_tower_kinds import IMAGES, build_clip
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.zoo.factory import create_model
 

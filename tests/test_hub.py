@@ -282,7 +282,6 @@ def test_a_planned_head_explains_what_you_can_do(client):
     assert str(error.value).startswith("dcp_vitb32.eurosat-4shot-seed2 is planned: nobody has trained it. ")
     for part in (
         "has no repo dcp-zoo/dcp_vitb32.eurosat-4shot-seed2",
-        "(with --method text-probe, about ",
         "DCP_ZOO_HUB_ORG",
         "HF_ENDPOINT",
         "hf-hub:",

@@ -109,7 +109,7 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             read(text)
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
-        read_tensors(tmp_path)
+        read_tensors(tmp_path, "")
 
 
 def test_a_file_that_is_read_whole_has_a_limit(tmp_path):

@@ -15,7 +15,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import STATE_NAME, WEIGHTS_NAME, read_config
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head

@@ -158,8 +158,6 @@ def test_autocast(model, precision):
     [
         ({"coupling": "both"}, "bidirectional or text_to_vision"),
         ({"pooling": "median"}, "mean or max or first"),
-        ({"stats": "global"}, "batch, stored"),
-        ({"stats": "stored"}, "store_stats"),
         ({"n_ctx": 0}, "n_ctx must be at least 1, not 0"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"classnames": []}, "must not be empty"),
@@ -174,6 +172,13 @@ def test_autocast(model, precision):
 def test_bad_arguments_get_advice(tiny_clip, changes, message):
     with pytest.raises(ZooError, match=message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
+
+
+@pytest.mark.parametrize(("stats", "message"), [("global", "batch, stored"), ("stored", "store_stats")])
+def test_statistics_that_there_are_not_are_refused(tiny_clip, stats, message):
+    model = DCP(tiny_clip, NAMES)
+    with pytest.raises(ZooError, match=message):
+        model.stats = stats
 
 
 def test_a_list_without_a_template_is_refused(tiny_clip):

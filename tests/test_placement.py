@@ -13,7 +13,7 @@ from test_tower_kinds import KINDS, build_clip
 
 import dcp_zoo
 from dcp_zoo import DCP, FewShotClassifier, ZooError, load_head
-from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
+from dcp_zoo.api.attention import attention_maps
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import candidates, probe
@@ -87,8 +87,7 @@ def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
     model.forward_intermediates(images, norm=True)
     model.forward_head(model.forward_features(images))
     assert model.get_classifier().weight.device == device
-    assert (len(attention_maps(model, images)), len(nearest_words(model).nearest)) == (4, 3)
-    assert coupling_moves(model)["text"].shape == (2, 3)
+    assert len(attention_maps(model, images)) == 4
     torch_predictor(model, features=True).compute(torch.randint(256, IMAGES.shape).to(torch.uint8).numpy())
     for stats in ("batch", "stored"):
         model.stats = stats

@@ -120,7 +120,13 @@ def test_any_file_of_names_is_read_or_refused(place, content):
             assert read(place / name)
 
 
-CONFIG = {"architecture": "dcp_mini", "label_names": ["a"], "pretrained_cfg": {}, "model_args": {}}
+CONFIG = {
+    "architecture": "dcp_mini",
+    "label_names": ["a"],
+    "pretrained_cfg": {},
+    "model_args": {},
+    "weights_sha256": "",
+}
 BLOCK = {"format_version": 4, "clip": "x", "method": "gda", "head": "linear", "abilities": {}, "texts": "{}"}
 
 

@@ -20,7 +20,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.release import cards
 from dcp_zoo.zoo import registry
 

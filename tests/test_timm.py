@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
-from dcp_zoo.api.explain import attention_weights
+from dcp_zoo.api.attention import attention_weights
 from dcp_zoo.model.timm_contract import DROP_RATES
 from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module

@@ -137,6 +137,13 @@ class WeightCache:
         return WeightCache, ()
 
 
+def pool(prompts: Tensor, pooling: str) -> Tensor:
+    """The prompts (n, M, D) of a batch or of all classes -> (M, D)."""
+    if pooling == "mean":
+        return prompts.mean(0)
+    return prompts.amax(0) if pooling == "max" else prompts[0]
+
+
 def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
     total, count = None, 0

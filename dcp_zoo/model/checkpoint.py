@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
+IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model and in a file
+IN_MODEL = {stored: own for own, stored in IN_FILE.items()}
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
@@ -52,10 +54,11 @@ TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin")}
 
 
-def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values, not_measured: str) -> Path:
-    """See `Head.save_pretrained`. `not_measured`: why the metrics in the head's info no longer hold, or ""."""
-    state = {n: t.to("cpu", _stored(n, t, dtype)) for n, t in head_state(head).items()}
-    return write(directory, state, head_config(head, _valid(head, info, not_measured)))
+def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
+    """See `Head.save_pretrained`."""
+    tensors = head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
+    state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in tensors.items()}
+    return write(directory, state, head_config(head, _valid(head, info)))
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -66,26 +69,19 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
     return dtype or (torch.float16 if same else torch.float32)
 
 
-def head_state(head: "Head") -> dict[str, Tensor]:
-    """The tensors of a checkpoint: those that the method trained, and the text probe's for the present classes."""
-    return head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
-
-
-def _valid(head: "Head", info: Values, not_measured: str) -> Values:
-    """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
+def _valid(head: "Head", info: Values) -> Values:
+    """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
         measured = ("thresholds", "like_accepted", "others_accepted")
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
-    if not not_measured or not info.get("metrics") or info["metrics"] != head.info.get("metrics"):
-        return info
-    kept = {name: value for name, value in info.items() if name not in MEASURED}
-    return kept | {"not_measured": f"{not_measured} after the accuracy was measured: dcp-zoo eval measures it again"}
+    return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
 
 
 def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head._method_config()
     names, read = names_of(head.classes), read_of(head.classes)
+    encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in head.image_encoders]
     return {
         "architecture": head.encoder.architecture,
         "num_classes": len(names),
@@ -97,7 +93,7 @@ def head_config(head: "Head", info: Values) -> Values:
             "clip": head.encoder.source,
             "method": head.method,
             "abilities": head.abilities.as_dict(),
-            **_encoders(head),
+            **({"encoders": encoders} if encoders and head.text_probe is not None else {}),
             **info,
             **block,
             "texts": saved_texts(read, head.texts),
@@ -105,13 +101,6 @@ def head_config(head: "Head", info: Values) -> Values:
             "versions": library_versions(),
         },
     }
-
-
-def _encoders(head: "Head") -> Values:
-    """What a checkpoint says of image encoders beside CLIP, of which it holds no weights."""
-    encoders = head.image_encoders if head.text_probe is not None else ()
-    said = [{"name": encoder.source, "fingerprint": encoder.fingerprint()} for encoder in encoders]
-    return {"encoders": said} if said else {}
 
 
 def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = None) -> "Head":
@@ -126,7 +115,7 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
         means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
         probe = head.probe_of(classes, means.shape[-1], len(examples)).to(head.device)
     check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
-    state = read_tensors(directory, config.get("weights_sha256"))
+    state = read_tensors(directory, config["weights_sha256"])
     given = head.texts if isinstance(head.texts, Mapping) else None
     wanted, read = head.classes, dict(zip(classes, block.get("read", names), strict=True))
     class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])  # ZooError before any change
@@ -134,8 +123,8 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
         one.read = read[one]
     head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
     head._load_trained(state, config)
+    head.info = made(config)
     head.classify_into(wanted, given)
-    head.info, head._measured, head._changed = made(config), classes, ""
     return head
 
 
@@ -154,11 +143,11 @@ def library_versions() -> dict[str, str]:
 
 def write(directory: Path, state: Mapping[str, Tensor], config: Values) -> Path:
     """Write both files, see `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
-    check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
-    stored = {_file_name(name): t.contiguous() for name, t in state.items()}
+    stored = {_renamed(name, IN_FILE): t.contiguous() for name, t in state.items()}
     check_finite(stored, "Not saved")
     weights, advice = safetensors.save(stored, metadata={"format": "pt"}), "choose another directory"
     config = config | {"weights_sha256": sha256(weights).hexdigest()}
+    check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
         for name in (NEW_WEIGHTS, CONFIG_NAME):
             for left in directory.glob(f".{name}.*"):  # by a process that was killed
@@ -177,15 +166,15 @@ def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
     with _weights(directory) as path, safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return {_model_name(name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {_renamed(name, IN_MODEL): torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str, Tensor]:
+def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged, or does not have the
-    hash that its `config.json` names, if that is given."""
+    hash that its `config.json` names."""
     with _weights(directory) as path:
         content = path.read_bytes()  # once: another process may replace the file
-        if expected and sha256(content).hexdigest() != expected:
+        if sha256(content).hexdigest() != expected:
             problem = f"{path} is damaged, or of another head than {CONFIG_NAME} beside it."
             raise ZooError(f"{problem} Train or download the head again; if another process is saving it, try again.")
         state = {name: t.float() for name, t in safetensors.load(content).items()}
@@ -194,21 +183,13 @@ def read_tensors(directory: str | Path, expected: str | None = None) -> dict[str
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= 0).all():
         raise ZooError(f"{damaged}: {name} is {scale.min():g}, but must be at least 0.")
-    return {_model_name(name): t for name, t in state.items()}
+    return {_renamed(name, IN_MODEL): t for name, t in state.items()}
 
 
-def _file_name(name: str) -> str:
-    """That of a tensor in a file."""
-    if name == "stored_stats":
-        return "context"
-    return FILE_PREFIX + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
-
-
-def _model_name(name: str) -> str:
-    """The inverse of `_file_name`."""
-    if name == "context":
-        return "stored_stats"
-    return PREFIX + name.removeprefix(FILE_PREFIX) if name.startswith(FILE_PREFIX) else name
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """A tensor's name in a file or in the model, by `IN_FILE` or `IN_MODEL`."""
+    own = next((beginning for beginning in beginnings if name.startswith(beginning)), "")
+    return beginnings.get(own, "") + name.removeprefix(own)
 
 
 @contextmanager
@@ -225,7 +206,9 @@ def _weights(directory: str | Path) -> Iterator[Path]:
 
 def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, model: str) -> None:
     """ZooError, naming tensors and model, unless a file's tensors have exactly the names and shapes of the model's."""
-    found, expected = ({_file_name(name): tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
+    found, expected = (
+        {_renamed(name, IN_FILE): tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted)
+    )
     common = sorted(found.keys() & expected)
     wrong = [f"{name} {found[name]} instead of {expected[name]}" for name in common if found[name] != expected[name]]
     problems = {

@@ -1,12 +1,13 @@
-"""The encoder of every head: a frozen open_clip CLIP. Its image tower gives features of images, its text tower those of
-class names and sentences, and zero-shot logits are their scaled cosines. And what a classifier reads of it."""
+"""The encoders of heads, and what a classifier reads of them. The encoder of every head is a frozen open_clip CLIP: its
+image tower gives features of images, its text tower those of class names and sentences, and zero-shot logits are their
+scaled cosines. Encoders of images alone may stand beside it."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +17,12 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model import tokens, towers
 from dcp_zoo.model.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
-from dcp_zoo.model.inputs import Features, Images, Tokens, as_inputs
+from dcp_zoo.model.inputs import Features, Images, Pixels, Tokens, as_inputs
 from dcp_zoo.model.tokens import Tokenizer
 from dcp_zoo.model.towers.open_clip import VisionTower, call
 from dcp_zoo.model.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
 
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
-
-
-class Encoder(Protocol):
-    """What turns images into features, and knows where its weights are from."""
-
-    source: str
-    pretrained_cfg: Values  # timm's, which defines the preprocessing
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def widths(self) -> tuple[int, ...]: ...
-
-    def read(self, images: Images) -> Tensor: ...
-
-    def fingerprint(self) -> str: ...
 
 
 class FrozenCLIP(nn.Module):
@@ -228,6 +212,68 @@ class FrozenCLIP(nn.Module):
         return weight, bias
 
 
+class ImageEncoder(nn.Module):
+    """A frozen model of timm beside CLIP, which knows what things look like and no words: images, normalised as CLIP's
+    `create_transform` does -> normalised features (B, E), timm's before its classifier. It reads the same pixels as
+    CLIP, in its own mean and deviation, so that one tensor enters the model wherever it runs.
+
+    Args:
+        model: of timm, without a classifier; its parameters require no gradients from now on.
+        name: timm's, such as "vit_small_patch14_dinov2.lvd142m".
+        size: pixels (H, W) that the model reads: CLIP's, or a little less where its patches do not fit them.
+        clip: whose normalisation the images have.
+    """
+
+    scale: Tensor  # (3, 1, 1), and
+    shift: Tensor  # (3, 1, 1), from CLIP's normalisation to the model's
+
+    def __init__(self, model: Any, name: str, size: tuple[int, int], clip: FrozenCLIP) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False).eval()
+        self.source, self.size, self.pretrained_cfg = name, size, dict(clip.pretrained_cfg)
+        mean, std, own_mean, own_std = (
+            torch.tensor(cfg[key])[:, None, None]
+            for cfg in (clip.pretrained_cfg, model.pretrained_cfg)
+            for key in ("mean", "std")
+        )
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """Set training mode; the model stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.model.num_features,)
+
+    def fingerprint(self) -> str:
+        """See `FrozenCLIP.fingerprint`."""
+        return fingerprint(self.model.state_dict().values())
+
+    def read(self, images: Images) -> Tensor:
+        """Pixels (B, 3, H, W) -> features (B, E). ZooError for images in any other form."""
+        inputs = as_inputs(images)
+        if type(inputs) is not Pixels:
+            raise ZooError(f"{self.source} reads images, and not what CLIP makes of them ({type(inputs).__name__}).")
+        return self(inputs.x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images * self.scale + self.shift).to(next(self.model.parameters()).dtype)
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
+        return F.normalize(self.model(x), dim=-1)
+
+
+Encoder = FrozenCLIP | ImageEncoder
+
+
 @dataclass(frozen=True)
 class Reading:
     """What is read of an encoder in one pass: one or more parts, and the logits that a classifier on them starts at."""
@@ -238,11 +284,6 @@ class Reading:
     start: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
     first: int = 0  # the first block that they enter
-
-    @property
-    def is_prompted(self) -> bool:
-        """Whether the features depend on more than the encoder's weights."""
-        return self.prompts is not None
 
     def first_part(self) -> "Reading":
         """The same without its further parts."""

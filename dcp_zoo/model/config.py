@@ -55,7 +55,7 @@ class Abilities(Checked):
 
     linear: bool = option(True, "its logits are a linear function of image features: it can be fused and exported")
     fitted: bool = option(False, "its classifier is fitted to features of training images: no text probe can follow")
-    coupled: bool = option(False, "the prompts of both towers rewrite each other, as explanations show")
+    coupled: bool = option(False, "the prompts of both towers rewrite each other")
     transfers: bool = option(True, "it can classify into classes that it was not trained on")
 
 
@@ -108,13 +108,10 @@ class HeadInfo(_Identity, total=False):
     not_measured: str
 
 
-class _Files(TypedDict, total=False):
-    weights_sha256: str  # of `model.safetensors`; heads that were written before have none
-
-
-class HeadConfig(_Files):
+class HeadConfig(TypedDict):
     """A `config.json`, as far as this package reads it."""
 
+    weights_sha256: str  # of `model.safetensors`
     dcp: HeadInfo
     architecture: str
     label_names: list[str]

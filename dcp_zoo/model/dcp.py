@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool_stream
+from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool, pool_stream
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined, parts_of
 from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
@@ -71,7 +71,6 @@ class DCP(Head):
         classnames: one name per class; underscores are read as spaces.
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
-        stats: see `stats`.
         texts: sentences of each class, see `set_classnames`.
     """
 
@@ -84,14 +83,12 @@ class DCP(Head):
         config: DCPConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        stats: str | None = None,
         texts: Texts = TEMPLATE,
         **options: object,
     ) -> None:
-        super().__init__(clip, tokenizer)
+        super().__init__(clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer))
         self.method, self.abilities = "dcp", Abilities(coupled=True)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
-        self.n_ctx = config.n_ctx
         vision, text = self.encoder.vision_tower, self.encoder.text_tower
         dv, dt = vision.width, text.width
         room = text.length - 4  # start, a name's token, full stop, end
@@ -115,7 +112,7 @@ class DCP(Head):
         self._cache, self._start_cache = WeightCache(), WeightCache()
         self.register_module("name_tokens", None)
         self.classify_into(matched(check_classnames(classnames)), texts)
-        self.stats = stats
+        self.stats = None
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "DCP":
@@ -176,21 +173,14 @@ class DCP(Head):
     @torch.no_grad()
     def _text_start(self, names: TextChunks) -> Start:
         """What enters the text tower's first block with prompts: frozen, so computed again only if a weight changes."""
-        first = self.first_blocks[1]
-        text, tower = self.encoder.text, self.encoder.text_tower
-        return self._start_cache(lambda: tower.start(names, first), text.parameters(), names)
+        tower, first = self.encoder.text_tower, self.first_blocks[1]
+        return self._start_cache(lambda: tower.start(names, first), tower.text.parameters(), names)
 
     def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
         cmpa: Any = self.cmpa[0 if self.config.share_cmpa else i - 1]
         v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
         return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
-
-    def pool(self, v: Tensor) -> Tensor:
-        """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
-        if self.config.pooling == "mean":
-            return v.mean(0)
-        return v.amax(0) if self.config.pooling == "max" else v[0]
 
     def walk(self, images: Images, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Both towers side by side on one batch: each step, and the tokens (B, N + M, Dv) that enter and
@@ -203,7 +193,7 @@ class DCP(Head):
             yield Step(i), entering, x
 
         def stats(i: int) -> Tensor:
-            return self.pool(x[:, n:]) if stored is None else stored[i - 1]
+            return pool(x[:, n:], self.config.pooling) if stored is None else stored[i - 1]
 
         for step in self.couplings(stats):
             if step.new_v is not None:

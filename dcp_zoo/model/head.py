@@ -12,8 +12,7 @@ of plain CLIP, too, and starts there at its text. Besides CLIP's embedding it re
 it, see `VisionTower.read`.
 """
 
-import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,11 @@ from dcp_zoo.model.classes import (
     Class,
     Texts,
     check_classnames,
+    class_texts,
     matched,
     names_of,
+    position,
     read_of,
-    rows_of,
     same_texts,
 )
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
@@ -44,16 +44,14 @@ from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
-from dcp_zoo.model.tokens import Tokenizer
 
 
-class Head(TimmContract):
+class Head(TimmContract, ABC):
     """See the module. The kinds of heads: `LinearHead`, `CacheHead`, `PromptHead` and `DCP`. A kind defines the methods
     that are abstract here; all else follows from these.
 
     Args:
-        clip: an open_clip CLIP, taken as it is, or a `FrozenCLIP`.
-        tokenizer: of an open_clip CLIP. Default: open_clip's BPE tokenizer.
+        clip: whose features and texts it reads.
         original: the CLIP before a method changed its weights, if one did.
 
     Attributes:
@@ -63,11 +61,12 @@ class Head(TimmContract):
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
+        info: how it was made: dataset, shots, seed, recipe, metrics, ...; a change of its classes takes metrics out.
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None, original: FrozenCLIP | None = None) -> None:
+    def __init__(self, clip: FrozenCLIP, original: FrozenCLIP | None = None) -> None:
         super().__init__()
-        self.encoder = clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer)
+        self.encoder = clip
         self.image_encoders: Any = nn.ModuleList()
         self._original: FrozenCLIP | None
         self.register_module("_original", original)
@@ -78,10 +77,7 @@ class Head(TimmContract):
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
         _ = self.frozen.vision_tower_or_none  # cached before torch.compile traces a forward, which cannot take its lock
-        self._info: Values = {}
-        self._metrics: dict[str, float] | None = None  # the newest in `info`
-        self._measured: Sequence[Class] = ()  # the classes that these are about
-        self._changed = ""  # what was changed since, such as "the class zebra was added"
+        self.info: Values = {}
         self._zero_shot = WeightCache()
 
     # --- what a kind of head defines ---
@@ -89,6 +85,10 @@ class Head(TimmContract):
     @abstractmethod
     def _own_reading(self) -> Reading:
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
+
+    @abstractmethod
+    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+        """`set_classnames` for classes of which some may be among the present ones."""
 
     @abstractmethod
     def _trained_state(self) -> dict[str, Tensor]:
@@ -129,12 +129,12 @@ class Head(TimmContract):
         own = self._own_reading()
         plain = Reading(self.frozen, self.frozen.widths, self.frozen.read, self.zero_shot_linear)
         of_clip = [own.first_part(), plain] if self.has_own_features else [own]
-        return [*of_clip, *(encoder.reading for encoder in self.image_encoders)]
+        return [*of_clip, *(Reading(encoder, encoder.widths, encoder.read) for encoder in self.image_encoders)]
 
     @property
     def has_own_features(self) -> bool:
         """Whether the method changed the image features."""
-        return self._original is not None or self._own_reading().is_prompted
+        return self._original is not None or self._own_reading().prompts is not None
 
     @property
     def frozen(self) -> FrozenCLIP:
@@ -205,9 +205,9 @@ class Head(TimmContract):
         threshold = self.rejection_threshold(reject) if reject else None
         images = self._batch(images)
         with in_eval_mode(self):  # no answer depends on the other images
-            features = self.encode_image(images) if self.stats == "stored" or reject else None
-            logits = self(images) if self.stats != "stored" or features is None else self.classify(features)
-        distances = self.distances(features).cpu().numpy() if reject and features is not None else None
+            features = self.encode_image(images)
+            logits = self.classify(features) if self.stats == "stored" else self(images)
+        distances = self.distances(features).cpu().numpy() if reject else None
         rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
@@ -244,12 +244,87 @@ class Head(TimmContract):
 
     # --- classes ---
 
+    @property
+    def classnames(self) -> list[str]:
+        """The name of each class, in the order of the logits. Names may repeat."""
+        return names_of(self.classes)
+
+    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
+        """Classify into these classes from now on: those that the head knows by these names, of repeated ones the first
+        first, and new ones, which CLIP reads. ZooError for no names or empty ones, texts that the text tower cannot
+        read, and for names that the head does not know, if it reads none.
+
+        Args:
+            classnames: one per class. Classes of the same name stay classes of their own, with a warning: each has a
+                share of the probability, the same one where only the name is known, and a prediction names any of them.
+            texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
+        """
+        names = check_classnames(classnames)
+        classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
+        if texts and isinstance(texts, Mapping):  # they are for these names
+            class_texts(names, texts)
+            for each in classes:
+                each.read = each.name
+        self.classify_into(classes, texts)
+
+    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+        """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
+        reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
+
+        Args:
+            name: of the class; that of one that the model already has, or its position, gives it new images.
+            images: (n, 3, H, W), normalised as `create_transform` does.
+            known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
+        """
+        if (probe := self.text_probe) is None:
+            problem = "This head cannot add a class by its images: it has no text probe."
+            advice = "Train a head with one, or call model.set_classnames to classify by names"
+            raise ZooError(f"{problem} {advice}.")
+        with torch.no_grad():
+            features = self.encode_image(self._batch(images))
+        if exists := isinstance(name, int) or name in self.classnames:
+            one = self.classes[position(name, self.classes)]
+        else:
+            one = matched(check_classnames([*self.classnames, name]), self.classes, probe.classes)[-1]
+        mean, count, seen = features.float().mean(0), len(features), probe.seen(one)
+        if known and seen is None:
+            raise ZooError(f"known={known}, but the model has seen no image of {one.name}: omit it, or pass known=0.")
+        if known and seen is not None:
+            count += known
+            mean += (seen.float() - mean) * (known / count)
+        if not exists:
+            self.classify_into([*self.classes, one], None)
+        with torch.no_grad():
+            probe.add(one, mean, count, self.classes, join(self.reads))
+        self._outdate(f"the class {one.name} got other images" if exists else f"the class {one.name} was added")
+
+    def remove_class(self, name: str | int) -> None:
+        """Remove the class of this name, or at this position, whose images belong to none from now on; ZooError for the
+        last one, an unknown one, or a name that several have."""
+        at = position(name, self.classes)
+        one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
+        check_classnames(names_of(left))
+        self.classify_into(left, None)
+        if self.text_probe is not None:
+            self.text_probe.remove(one)
+        self._outdate(f"the class {one.name} was removed")
+
+    def rename_class(self, name: str | int, new: str) -> None:
+        """Change the name of a class and nothing else: CLIP goes on reading the old one, so that predictions, accuracy
+        and threshold stay. ZooError for an unknown class, or a new name that is another's."""
+        one = self.classes[position(name, self.classes)]
+        if new in self.classnames:
+            raise ZooError(f"The class {new} exists already: choose another name, or remove that class first.")
+        one.name = check_classnames([new])[0]
+
     def _keep(self, classes: list[Class], texts: Texts) -> None:
-        """These classes and texts from now on. The rejection threshold is unset if the classes that it was fitted for
-        have other texts now."""
+        """These classes and texts from now on. The accuracy goes if the classes change, and the rejection threshold if
+        the classes that it was fitted for have other texts now."""
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
+        if set(classes) != set(self.classes):
+            self._outdate("the classes were changed")
         self.classes, self.texts = classes, texts
 
     def _batch(self, images: object) -> Tensor:
@@ -262,17 +337,12 @@ class Head(TimmContract):
 
     # --- how it was made ---
 
-    @property
-    def info(self) -> Values:
-        """How it was made: dataset, shots, seed, recipe, metrics, ... New metrics are of the present classes."""
-        return self._info
-
-    @info.setter
-    def info(self, info: Values) -> None:
-        metrics = copy.copy(info.get("metrics"))  # `info |= ...` has changed the present dict already
-        if metrics != self._metrics:
-            self._metrics, self._measured, self._changed = metrics, list(self.classes), ""
-        self._info = info
+    def _outdate(self, change: str) -> None:
+        """Take the accuracy out of `info`: it was measured before this change."""
+        if self.info.keys() & {"metrics", "not_measured"}:
+            reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
+            valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
+            self.info = valid | {"not_measured": reason}
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
@@ -284,95 +354,4 @@ class Head(TimmContract):
                 float32 for others. Those of the text probe that logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
         """
-        reason = self._changed or ("" if set(self.classes) == set(self._measured) else "the classes were changed")
-        return checkpoint.save(self, Path(directory), dtype, info or self.info, reason)
-
-
-class LinearHead(Head):
-    """A head whose own classifier is stored: weight (C, E) and bias (C,), by the features of a CLIP of which a method
-    may have changed the towers. No text is encoded, except for the names of new classes. Nothing requires gradients.
-    ZooError for a classifier of another shape.
-
-    Args:
-        clip, tokenizer, original: see `Head`.
-        classnames: one name per class.
-        weight, bias: of the logits, (C, E) and (C,).
-        texts: for the names of new classes, or sentences of each class; "" if the method reads no names.
-        changed: names of tensors in `clip.state_dict()`, which a checkpoint then holds.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(
-        self,
-        clip: nn.Module,
-        classnames: Sequence[str],
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        texts: Texts = "",
-        changed: Sequence[str] = (),
-        original: FrozenCLIP | None = None,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(clip, tokenizer, original)
-        self.classes, self.texts, self.changed = matched(check_classnames(classnames)), texts, list(changed)
-        shapes = (self.num_classes, self.encoder.num_features), (self.num_classes,)
-        if (tuple(weight.shape), tuple(bias.shape)) != shapes:
-            problem = f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}"
-            raise ZooError(f"{problem}, which do not fit {shapes[0][0]} classes and {shapes[0][1]} features.")
-        self.register_buffer("weight", weight.detach().contiguous())
-        self.register_buffer("bias", bias.detach())
-        self.eval()
-
-    @classmethod
-    def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "LinearHead":
-        """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
-        names, known = config["label_names"], clip.clip.state_dict()
-        changed = [name for name in shapes if name in known]
-        own = clip.with_clip(copy.deepcopy(clip.clip)) if changed else clip
-        empty = torch.zeros(len(names), clip.num_features), torch.zeros(len(names))
-        original = clip if changed else None
-        return cls(own, names, *empty, texts=config["dcp"]["texts"], changed=changed, original=original)
-
-    def _own_reading(self) -> Reading:
-        return Reading(self.encoder, self.encoder.widths, self.encoder.read, lambda: (self.weight, self.bias))
-
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        """New classes are read by their names; other texts are read for all classes."""
-        now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
-        rows = rows_of(classes, self.classes) if now == self.texts else [None] * len(classes)
-        new = [each for each, row in zip(classes, rows, strict=True) if row is None]
-        weight, bias = self.weight, self.bias
-        if new:
-            if not self.texts:
-                raise self._limited("reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}")
-            text = F.normalize(self.encoder.encode_sentences(read_of(new), now), dim=-1)
-            weight, bias = (torch.cat(parts) for parts in zip((weight, bias), self.encoder.scaled(text), strict=True))
-        behind = iter(range(len(self.weight), len(weight)))
-        index = [next(behind) if row is None else row for row in rows]
-        self.weight, self.bias = weight[index], bias[index]
-        self._keep(classes, now)
-
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
-        """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
-        if isinstance(name, str) and name not in self.classnames and not self.texts:
-            raise self._limited(f"does not know {name}")
-        super().add_class(name, images, known)
-
-    def _limited(self, limit: str) -> ZooError:
-        """The error of a head that reads no names."""
-        advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
-        return ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
-
-    def _trained_state(self) -> dict[str, Tensor]:
-        state = self.encoder.clip.state_dict()
-        return {"weight": self.weight, "bias": self.bias} | {name: state[name] for name in self.changed}
-
-    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
-        super()._load_trained(state, config)
-
-    def _method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": "linear"}
+        return checkpoint.save(self, Path(directory), dtype, info or self.info)

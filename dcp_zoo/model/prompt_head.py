@@ -28,7 +28,7 @@ class PromptHead(Head):
     """See the module. Only the prompts, and what a method derives prompts from, ever require gradients.
 
     Args:
-        clip, classnames: as of a `DCP`.
+        clip, classnames: see `LinearHead`.
         text_prompts: (M, Dt) for each of the first text blocks; none for zero-shot CLIP's text.
         vision_prompts: (M, Dv) for each of the first vision blocks, see `FrozenCLIP.entering`.
         texts: what zero-shot CLIP reads of each class: a template, or sentences of each class.
@@ -39,7 +39,7 @@ class PromptHead(Head):
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: FrozenCLIP,
         classnames: Sequence[str],
         text_prompts: Iterable[Tensor] = (),
         vision_prompts: Iterable[Tensor] = (),
@@ -68,12 +68,6 @@ class PromptHead(Head):
         block = config["dcp"]
         head = cls(clip, config["label_names"], *prompts.values(), texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
-
-    @property
-    def n_ctx(self) -> int:
-        """M in the image tower."""
-        prompts = self.image_prompts()
-        return len(prompts[0]) if prompts else 0
 
     def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         names, now = read_of(classes), texts or self.texts

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.class_editing import ClassEditing
+from dcp_zoo.model.classes import Class, names_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
@@ -20,16 +20,20 @@ DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "pat
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
 
-class TimmContract(ClassEditing):
+class TimmContract(nn.Module):
     """timm's contract for all heads, whose classifier reads features of width F. It asks a head for these:"""
 
     encoder: FrozenCLIP
+    classes: list[Class]
+    set_classnames: Callable[[Sequence[str]], None]
+    encode_image: Callable[[Images], Tensor]
     classify: Callable[[Tensor], Tensor]
     linear: Callable[[], Linear]
+    _own_reading: Callable[[], Reading]
 
     @property
     @abstractmethod
-    def readings(self) -> list[Reading]: ...
+    def reads(self) -> list[Reading]: ...
 
     @property
     def num_classes(self) -> int:
@@ -92,9 +96,13 @@ class TimmContract(ClassEditing):
         tower = self.encoder.vision_tower
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
-        *intermediates, final = tokens_after(self, images, blocks, stop)
-        if norm:
-            intermediates = [tower.norm(x) for x in intermediates]
+        after: dict[int, Tensor] = {}  # class token, if any, and patches (B, N, Dv)
+        for step, _, x in self.walk(images):
+            if step.block in (*blocks, stop):
+                after[step.block] = x[:, : tower.num_tokens]
+            if step.block == stop:
+                break
+        intermediates = [tower.norm(after[i]) if norm else after[i] for i in blocks]
         patches = [x[:, tower.num_prefix :] for x in intermediates]
         if output_fmt == "NCHW":
             patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
@@ -103,7 +111,7 @@ class TimmContract(ClassEditing):
             outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
         if intermediates_only:
             return outputs
-        features = tower.features(final)
+        features = tower.features(after[stop])
         if not stop_early and features.shape[1] < self.num_features:  # the head reads more
             features = self.forward_features(images)
         return features, outputs
@@ -146,7 +154,7 @@ class TimmContract(ClassEditing):
         if num_classes == 0:
             self.classes = []
             return
-        names = self.classnames if classnames is None else list(classnames)
+        names = names_of(self.classes) if classnames is None else list(classnames)
         if len(names) != num_classes:
             problem = f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names"
             advice = "to create_model as classnames=[...], later to reset_classifier([...])"
@@ -155,8 +163,8 @@ class TimmContract(ClassEditing):
 
     def walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
-        tower, reading = self.encoder.vision_tower, self.readings[0]
-        x, prompts = tower.embed(images).x, reading.prompts() if reading.prompts else []
+        tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
+        x, prompts = tower.embed(images).x, prompted() if prompted else []
         n = x.shape[1]
         for i in range(len(tower.blocks)):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
@@ -192,15 +200,3 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
         problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."
         raise ZooError(f"{problem} Pass n for the last n, or a list of block numbers, -1 being the last.")
     return blocks
-
-
-def tokens_after(model: TimmContract, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
-    """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
-    outputs = []
-    for step, _, x in model.walk(images):
-        x = x[:, : model.encoder.vision_tower.num_tokens]
-        if step.block in blocks:
-            outputs.append(x)
-        if step.block == stop:
-            break
-    return [*outputs, x]

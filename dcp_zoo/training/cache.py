@@ -21,7 +21,6 @@ from torch import Tensor
 from dcp_zoo._version import __version__
 from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
-from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import cache_folder
 from dcp_zoo.model.clip import Encoder
 
@@ -88,8 +87,9 @@ class FeatureCache:
                 for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
                     Path(file).unlink(missing_ok=True)
         self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
-        problem = cannot_write(self.place, error, f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1")
-        warnings.warn(f"Image features are not cached for the next run. {problem}", stacklevel=2)
+        problem = f"Cannot write to {self.place}: {getattr(error, 'strerror', None) or error}."
+        advice = f"Choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1."
+        warnings.warn(f"Image features are not cached for the next run. {problem} {advice}", stacklevel=2)
         return self._memory
 
 

@@ -130,7 +130,7 @@ class ImageSource:
     def read_by(self, reading: Reading, views: int | None = None, progress: Progress = no_progress) -> Tensor:
         """The parts of a reading (V, n, ..), normalised, as of `features`. ZooError if features of the plain CLIP are
         given in place of images, and the reading is of something else."""
-        if reading.encoder is self.clip and not reading.is_prompted:
+        if reading.encoder is self.clip and reading.prompts is None:
             return self.read(views, progress)[..., : sum(reading.widths)]
         if self.has_features:
             raise ZooError("Features do not fit: this model reads images alone, not only what plain CLIP says of them.")

@@ -8,8 +8,7 @@ import torch
 
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest
 from dcp_zoo.fields import Values
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.image_encoder import ImageEncoder
+from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
 
 SUGGESTED = (  # by size
     "vit_small_patch14_dinov2.lvd142m",

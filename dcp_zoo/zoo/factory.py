@@ -20,19 +20,19 @@ from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, imp
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.cache_head import CacheHead
 from dcp_zoo.model.checkpoint import load_head, tensor_shapes
 from dcp_zoo.model.classes import TEMPLATE, Descriptions
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig, is_checkpoint
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head, LinearHead
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.linear_head import CacheHead, LinearHead
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.zoo.encoders import load_encoders
-from dcp_zoo.zoo.registry import CLIP_FOLDER, CLIP_REPO, ModelSpec, described, weights_spec
+from dcp_zoo.zoo.registry import ModelSpec, described
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 # by the field `head` of a checkpoint's `dcp` block
@@ -45,7 +45,6 @@ def create_model(
     *,
     classnames: Sequence[str] | None = None,
     descriptions: Descriptions | None = None,
-    clip_pretrained: str | None = None,
     stats: str | None = None,
     classifier: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
@@ -72,7 +71,6 @@ def create_model(
             random state, as those of any torch module.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
-        clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         stats: see `DCP.stats`.
         classifier: "none" leaves out the text probe of a head, as in the papers. Default: with it, if it has one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
@@ -99,9 +97,8 @@ def create_model(
     if checkpoint_path and is_checkpoint(checkpoint_path):
         name, pretrained, checkpoint_path = f"local-dir:{checkpoint_path}", True, ""
     source = resolve(name, pretrained, cache_dir)
-    options = _without_fixed(source.spec, options)
-    config, spec = _dcp_config(source, options, clip_pretrained), source.spec
-    clip = load_clip(spec, clip_pretrained or source.clip_tag, bool(pretrained), tokenizer, cache_dir)
+    config = _dcp_config(source, _without_fixed(source.spec, options))
+    clip = load_clip(source.spec, bool(pretrained), tokenizer, cache_dir)
     if source.config and pretrained not in (False, "clip"):
         model = trained_head(clip, source)
         if classnames is not None or descriptions:
@@ -166,23 +163,20 @@ def told_timm(head: Head, origin: Mapping[str, Any] = {}) -> None:
     head.pretrained_cfg = head.default_cfg = {**origin, **head.encoder.pretrained_cfg, **own}
 
 
-def _dcp_config(source: Source, options: Values, clip_pretrained: str | None) -> DCPConfig | None:
+def _dcp_config(source: Source, options: Values) -> DCPConfig | None:
     """The options of a DCP, None for the head of another method; ZooError if some contradict the checkpoint."""
     options = {name: value for name, value in options.items() if value is not None}
     if source.folder is None or source.config is None:
         return DCPConfig.from_options(source.spec.dcp_options | options)
     block = source.config["dcp"]
     if block["head"] != "dcp":
-        if options or clip_pretrained:
-            raise ZooError(f"A head of {block['method']} has no options: omit {', '.join(options) or 'them'}.")
+        if options:
+            raise ZooError(f"A head of {block['method']} has no options: omit {', '.join(options)}.")
         return None
     trained = DCPConfig.from_options(source.config["model_args"])
-    DCPConfig.from_options(trained.as_dict() | options)  # raises for unknown ones
-    if clip_pretrained:
-        options["clip_pretrained"] = check_tag(source.spec, clip_pretrained)
-    values = trained.as_dict() | {"clip_pretrained": source.clip_tag}
-    differ = [f"{k}={values[k]!r}, not {v!r}" for k, v in options.items() if values[k] != v]
-    if differ:
+    values = trained.as_dict()
+    DCPConfig.from_options(values | options)  # raises for unknown ones
+    if differ := [f"{k}={values[k]!r}, not {v!r}" for k, v in options.items() if values[k] != v]:
         raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Omit these options.")
     return trained
 
@@ -224,54 +218,42 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
 def plain_clip(model: str, *, with_weights: bool = True) -> FrozenCLIP:
     """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, or random ones, which need no download; on
     the CPU."""
-    spec = resolve(model, "clip").spec
-    return load_clip(spec, spec.clip_pretrained, with_weights)
+    return load_clip(resolve(model, "clip").spec, with_weights)
 
 
 def load_clip(
     spec: ModelSpec,
-    tag: str,
     with_weights: bool,
     tokenizer: Callable[..., torch.Tensor] | None = None,
     cache_dir: str | Path | None = None,
 ) -> FrozenCLIP:
-    """The CLIP of a model's row with the weights of this tag, or random ones; see `create_model`."""
-    tag = check_tag(spec, tag)
+    """The CLIP of a model's row with its weights, or random ones; see `create_model`."""
     tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
-    built = build_clip(spec, tag, with_weights=with_weights, cache_dir=cache_dir)
-    return FrozenCLIP(built, tokenizer, _timm_cfg(built, spec, tag), spec.name, tag)
+    built = build_clip(spec, with_weights, cache_dir)
+    return FrozenCLIP(built, tokenizer, _timm_cfg(built, spec), spec.name, spec.clip_pretrained)
 
 
-def _timm_cfg(clip: nn.Module, spec: ModelSpec, tag: str) -> Values:
+def _timm_cfg(clip: nn.Module, spec: ModelSpec) -> Values:
     """What timm reads of a model: its preprocessing, and the names of its first convolution and of the module that
     belongs to the classes. As no head has a linear layer for them, that is the text probe, which may be None."""
     visual = clip.get_submodule("visual").named_modules(prefix="encoder.clip.visual")
     first_conv = next((name for name, module in visual if isinstance(module, nn.Conv2d)), None)
     own = {"architecture": spec.name, "first_conv": first_conv, "classifier": "text_probe"}
-    return weights_spec(spec, tag).data_cfg | own
+    return spec.data_cfg | own
 
 
-def check_tag(spec: ModelSpec, tag: str) -> str:
-    """Return `tag` if it names CLIP weights for this model; otherwise ZooError lists open_clip's tags for it."""
-    own = spec.clip is None or spec.clip.startswith((CLIP_REPO, CLIP_FOLDER))
-    valid = [spec.clip_pretrained] if own else open_clip.list_pretrained_tags_by_model(spec.clip)
-    if tag not in valid:
-        raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(valid)}.")
-    return tag
-
-
-def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir: str | Path | None = None) -> nn.Module:
+def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None = None) -> nn.Module:
     """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's)."""
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
-    source, config = described(spec.clip, clip_tag, cache_dir)
+    source, config = described(spec.clip, spec.clip_pretrained, cache_dir)
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
     repo = source.get("hf_hub", "").rpartition("/")[0]
     failed = (
-        f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If they are damaged, "
-        f"{f'dcp-zoo cache remove {repo}' if repo else 'replace them'}, and try again. For other weights, pass "
-        "clip_pretrained=TAG."
+        f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, "
+        f"{f'dcp-zoo cache remove {repo}' if repo else 'replace them'}, and try again. Other weights are other models: "
+        "open_clip:ARCH/TAG."
     )
     other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
     with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError):

@@ -12,19 +12,17 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import yaml
 
-from dcp_zoo.data.specs import DATASETS, find_spec, list_datasets
+from dcp_zoo.data.specs import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.fields import Values
-from dcp_zoo.files import format_duration
 from dcp_zoo.model.config import MINI_CFG, WEIGHTS_NAME, DCPConfig
-from dcp_zoo.threads import available_cores
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -159,13 +157,6 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
     return ModelSpec(name, clip, tag, repo, size, mean, std, preprocess.get("interpolation", "bicubic"), crop_mode)
 
 
-def weights_spec(spec: ModelSpec, tag: str) -> ModelSpec:
-    """The row that has the preprocessing of these weights: the model's own, or for other weights open_clip's."""
-    if tag == spec.clip_pretrained:
-        return spec
-    return replace(open_clip_spec(f"{OPEN_CLIP}{spec.clip}/{tag}"), name=spec.name, image_size=spec.image_size)
-
-
 SHOTS = (1, 2, 4, 8, 16)
 STATUSES = ("bundled", "published", "planned")
 HUB_ORG = "dcp-zoo"
@@ -237,15 +228,6 @@ class HeadEntry:
     @property
     def train_command(self) -> str:
         return f"dcp-zoo train --head {self.name} --data-root DIR"
-
-    @property
-    def train_time(self) -> str:
-        """What a text probe takes without a GPU, which encodes each image and its mirror image; "" if not known."""
-        ms, classes = get_spec(self.model).core_ms, find_spec(self.dataset).num_classes
-        if not (ms and classes):
-            return ""
-        time = format_duration(2 * self.shots * classes * ms / 1000 / available_cores())
-        return f" (with --method text-probe, about {time} here without a GPU; by default it is DCP, and takes longer)"
 
 
 @cache

@@ -16,7 +16,6 @@ from dcp_zoo.model.config import (
     HeadConfig,
     checkpoint_folder,
     is_checkpoint,
-    made,
     read_config,
 )
 from dcp_zoo.zoo import registry
@@ -77,21 +76,16 @@ class Source:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's row; ZooError if the checkpoint is of a CLIP that the zoo does not know."""
+        """The model's row; ZooError if the checkpoint is of a CLIP or of weights that the zoo does not know."""
         if self.architecture == "custom":
             problem = f"The head in {self.folder} was trained on a CLIP outside the zoo."
             load = f"dcp_zoo.load_head(model, {str(self.folder)!r})"
             raise ZooError(f"{problem} Build model = dcp_zoo.DCP(clip, classnames, ...) around it, then call {load}.")
-        return get_spec(self.architecture, self.cache_dir)
-
-    @property
-    def clip_tag(self) -> str:
-        return self.config["dcp"]["clip"] if self.config else self.spec.clip_pretrained
-
-    @property
-    def info(self) -> Values:
-        """What the checkpoint stores about its training."""
-        return made(self.config) if self.config else {}
+        spec = get_spec(self.architecture, self.cache_dir)
+        if self.config and (tag := self.config["dcp"]["clip"]) != spec.clip_pretrained:
+            problem = f"The head in {self.folder} was trained on weights {tag!r} of CLIP"
+            raise ZooError(f"{problem}, but {spec.name} has {spec.clip_pretrained!r}: train it again.")
+        return spec
 
 
 def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
@@ -166,7 +160,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         raise ZooError(
             f"{problem}\n"
             "What you can do:\n"
-            f"- train it{head.train_time}: {head.train_command}\n"
+            f"- train it: {head.train_command}\n"
             "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
             "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
             "- start from CLIP's weights and fresh prompts: pretrained='clip'"

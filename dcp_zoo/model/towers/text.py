@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.model._torch import pool
 from dcp_zoo.model.classes import NAME, Texts, class_texts, mean_of_texts
 from dcp_zoo.model.tokens import Tokenizer, check_lengths, end_positions, last_tokens, pool_type, start_tokens
 from dcp_zoo.model.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
@@ -137,6 +138,9 @@ class TextTower:
     ) -> "PrefixRun | FullRun":
         """Class names, as of `names.tokenize_names`, after the prompts (M, Dt): before block 0, or that of `start`.
         `run` calls what is computed per chunk of classes, such as with gradient checkpointing."""
+        if start is None:
+            start = self.start(names, 0)
+            prompts = prompts.to(self.dtype) + self.text.positional_embedding[names.inside]
         return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run, start)
 
     def start(self, names: TextChunks, block: int) -> Start:
@@ -182,13 +186,11 @@ class PrefixRun:
     """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the blocks so
     far are `prefix`; class names follow in `features`."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner, start: Start | None) -> None:
-        self.tower, self.names, self._run, self.start = tower, names, run, start
-        self.blocks = tower.blocks[start.block if start else 0 :]
-        self.y: Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names.start_id)
+    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner, start: Start) -> None:
+        self.tower, self.names, self._run = tower, names, run
+        self.blocks, self.y, self.chunks = tower.blocks[start.block :], start.prefix, start.chunks
         self.prefix: list[KeyValue] = []
-        if start:
-            self.replace(prompts)
+        self.replace(prompts)
 
     def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), the same for every class, so that pooling them over the classes changes nothing."""
@@ -205,13 +207,13 @@ class PrefixRun:
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
-        entering = self.start.chunks if self.start else self.tower.embed(self.names)
-        pairs = zip(self.names, entering, strict=True)
+        pairs = zip(self.names, self.chunks, strict=True)
         return self.names.by_class([self._run(name_features, self.tower, y, n.ends, self.prefix) for n, y in pairs])
 
 
 def prefix_start(tower: TextTower, names: TextChunks, block: int) -> Start:
-    y = embed_prefix(tower.text, tower.text.token_embedding.weight[:0], names.start_id)
+    text = tower.text
+    y = text.token_embedding.weight[names.start_id][None] + text.positional_embedding[:1]
     chunks = tower.embed(names)
     for early in tower.blocks[:block]:
         y, prefix = prefix_block(early, y)
@@ -219,16 +221,9 @@ def prefix_start(tower: TextTower, names: TextChunks, block: int) -> Start:
     return Start(block, y, chunks)
 
 
-def embed_prefix(text: Any, prompts: Tensor, start_id: int) -> Tensor:
-    """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, shared by all classes."""
-    table = text.token_embedding.weight
-    y = torch.cat([table[start_id : start_id + 1], prompts.to(table.dtype)])
-    return y + text.positional_embedding[: len(y)]
-
-
 def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[Tensor, KeyValue]:
-    """One causal block on the shared prefix y (P, Dt) -> y after it, unless it is the last, and the keys and values
-    that names attend to: causality makes them the same for every class."""
+    """One causal block on the prefix y (P, Dt), start token and prompts -> y after it, unless it is the last, and the
+    keys and values that names attend to: causality makes them the same for every class."""
     normed = block.norm(y)
     key, value = block.key_value(normed)
     if not last:
@@ -274,21 +269,17 @@ class FullRun:
     """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients and several
     chunks, each block recomputes its activations in the backward pass."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start | None) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start) -> None:
         self.tower, self.names = tower, names
         self._run = checkpointed if len(names) > 1 else run
-        self.inside = inside = names.inside
+        self.inside = names.inside
         self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
-        self.blocks = iter(tower.blocks[start.block if start else 0 :])
-        self.chunks = start.chunks if start else tower.embed(names)
-        self.replace(prompts if start else prompts.to(tower.dtype) + tower.text.positional_embedding[inside])
+        self.blocks, self.chunks = iter(tower.blocks[start.block :]), start.chunks
+        self.replace(prompts)
 
     def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
-        t = torch.cat([y[:, self.inside] for y in self.chunks])
-        if pooling == "mean":
-            return t.mean(0)
-        return t.amax(0) if pooling == "max" else t[0]
+        return pool(torch.cat([y[:, self.inside] for y in self.chunks]), pooling)
 
     def replace(self, prompts: Tensor) -> None:
         """New prompts (M, Dt), the same for every class."""
@@ -311,7 +302,7 @@ class FullRun:
 
 def full_start(tower: TextTower, names: Any, block: int) -> Start:
     chunks = tower.embed(names)
-    for n, chunk in enumerate(names):
+    for n, chunk in enumerate(names if block else ()):
         shown = torch.ones(chunks[n].shape[1], dtype=torch.bool, device=chunks[n].device)
         shown[names.inside] = False
         mask = attention_mask(tower.text, chunk.ids)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts, check_classnames
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.model.config import Abilities
-from dcp_zoo.model.head import Head, LinearHead
-from dcp_zoo.model.image_encoder import ImageEncoder
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classes import Texts, check_classnames, class_texts, mean_of_texts
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.inputs import Inputs
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.tokens import end_positions
 from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix

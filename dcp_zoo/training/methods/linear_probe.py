@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
-from dcp_zoo.model.head import LinearHead
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe.fit import all_folds, text_scale
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 from dcp_zoo.training.methods.text_probe import probe_views

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.head import LinearHead
 from dcp_zoo.model.inputs import Inputs
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Method, Task, minimise, own_clip
