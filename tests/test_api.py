@@ -359,7 +359,7 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     model.info["text_probe"]["thresholds"] = {"0.5": 1e3}
     assert set(classifier.predict(paths, reject=0.5)) == {None}
     assert classifier.predict(paths, reject=0.05).tolist() == labels
-    with pytest.raises(ZooError, match=r"refuses 0\.2 of the images of its classes: choose from 0\.5, or fit"):
+    with pytest.raises(ZooError, match=r"refuses 0\.2 of the images of its classes: choose from 0\.5, or train"):
         dcp_zoo.predict(model, paths, reject=0.2)
     classifier.add_class(5, paths[:2], name="green")
     assert set(classifier.predict(paths, reject=True)) <= {0, 10, 5, None}  # the threshold stays
