@@ -96,6 +96,12 @@ def empty_folder(root: Path, name: str) -> None:
         file.unlink()
 
 
+def link_out(root: Path, name: str) -> None:
+    image = first_image(root, name)
+    image.rename(root / "outside.jpg")
+    image.symlink_to(root / "outside.jpg")
+
+
 BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = {  # what: (datasets, how, message)
     "no folder": [(NAMES, lambda root, name: folder_of(root, name).rename(root / "gone"), "not exist. Get it from")],
     "no images": [(NAMES, lambda root, name: images_of(root, name).rename(root / "gone"), "not exist. Get it from")],
@@ -136,6 +142,7 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
             "'../../a.jpg' leaves the image folder",
         ),
     ],
+    "link leaves": [([*LISTED, *AIRCRAFT], link_out, r"1 images \(the first: .*\) are links out of")],
     "no image": [
         ([*LISTED, *AIRCRAFT], lambda root, name: first_image(root, name).unlink(), r"1 images \(.*\) are missing")
     ],

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
         place, only = folder if name == "folder" else name, images.classnames[0]
         raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
     if spec.split_file:
-        _check_files(spec, images.items)
+        _check_files(spec, images.items, folder / spec.images)
     if spec.names and images.classnames != (known := classnames(name)):
         pairs = enumerate(zip(images.classnames, known, strict=True))
         first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
@@ -146,10 +146,19 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
     return root.name == spec.folder or bool(spec.split_file and (root / spec.split_file).is_file())
 
 
-def _check_files(spec: DatasetSpec, items: list[Item]) -> None:
-    """Raise ZooError unless the listed images exist."""
+def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
+    """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
     if missing := [item.path for item in items if not Path(item.path).exists()]:
         raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
+    home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
+    outside = []
+    for item in items:
+        parent, file = os.path.split(item.path)
+        target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
+        if not target.startswith(home):
+            outside.append(item.path)
+    if outside:
+        raise ZooError(f"{spec.name}: {_and_first(outside)} are links out of {base}: move the files into it.")
 
 
 def _and_first(paths: list[str]) -> str:
