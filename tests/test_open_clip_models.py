@@ -85,7 +85,7 @@ def test_the_test_transform_is_open_clips_own(pair):
 def test_other_weights_bring_their_own_preprocessing():
     """Some of LAION's were trained with another mean than OpenAI's."""
     with mock.patch.object(factory, "build_open_clip", return_value=build_clip("timm")[0]):
-        model = create_model("open_clip:ViT-L-14/laion2b_s32b_b82k", classnames=["ant"], n_ctx=3)
+        model = create_model("dcp_vitl14", clip_pretrained="laion2b_s32b_b82k", classnames=["ant"], n_ctx=3)
     assert model.pretrained_cfg["mean"] == (0.5,) * 3
     assert model.pretrained_cfg["architecture"] == "open_clip:ViT-L-14/laion2b_s32b_b82k"
 

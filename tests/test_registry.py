@@ -148,6 +148,13 @@ def test_a_size_is_a_models_name(folder, tmp_path, monkeypatch):
     assert {trial.model for trial in plan_trials("few-shot", ["small"], ["zero-shot"])} == {SIZES["small"]}
 
 
+def test_unknown_clip_weights():
+    with pytest.raises(ZooError, match="laion2b_s34b_b88k"):
+        dcp_zoo.create_model("dcp_vitb16", "clip", clip_pretrained="laion")
+    with pytest.raises(ZooError, match="dcp_mini has no CLIP weights 'openai': choose from "):
+        dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True, clip_pretrained="openai")
+
+
 def test_is_model():
     assert dcp_zoo.is_model("dcp_mini")
     assert dcp_zoo.is_model("dcp_vitb16.imagenet-16shot")

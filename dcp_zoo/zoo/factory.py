@@ -32,7 +32,7 @@ from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.zoo.encoders import load_encoders
-from dcp_zoo.zoo.registry import ModelSpec, described
+from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, described
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 # by the field `head` of a checkpoint's `dcp` block
@@ -45,6 +45,7 @@ def create_model(
     *,
     classnames: Sequence[str] | None = None,
     descriptions: Descriptions | None = None,
+    clip_pretrained: str | None = None,
     stats: str | None = None,
     classifier: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
@@ -71,6 +72,7 @@ def create_model(
             random state, as those of any torch module.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
+        clip_pretrained: another open_clip tag for CLIP's weights. The model is then called "open_clip:ARCH/TAG".
         stats: see `DCP.stats`.
         classifier: "none" leaves out the text probe of a head, as in the papers. Default: with it, if it has one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
@@ -96,6 +98,8 @@ def create_model(
         raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
     if checkpoint_path and is_checkpoint(checkpoint_path):
         name, pretrained, checkpoint_path = f"local-dir:{checkpoint_path}", True, ""
+    if clip_pretrained:
+        name = _with_weights(resolve(name, pretrained, cache_dir), clip_pretrained)
     source = resolve(name, pretrained, cache_dir)
     config = _dcp_config(source, _without_fixed(source.spec, options))
     clip = load_clip(source.spec, bool(pretrained), tokenizer, cache_dir)
@@ -120,6 +124,16 @@ def create_model(
         _load_state(model, Path(checkpoint_path))
     model.to(device=device, dtype=dtype)
     return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
+
+
+def _with_weights(source: Source, tag: str) -> str:
+    """The name of a model with other weights; ZooError if it has none of this tag, or is a head, which has its own."""
+    spec = source.spec
+    tags = [] if source.config else [known for arch, known in open_clip.list_pretrained() if arch == spec.clip]
+    tags = tags or [spec.clip_pretrained]
+    if tag not in tags:
+        raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(tags)}.")
+    return spec.name if tag == spec.clip_pretrained else f"{OPEN_CLIP}{spec.clip}/{tag}"
 
 
 def _without_fixed(spec: ModelSpec, options: Values) -> Values:
