@@ -249,7 +249,7 @@ def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(start, pho
     "error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
 )
 def test_out_of_memory_comes_with_advice(start, tmp_path, error):
-    with pytest.raises(ZooError, match="--set batch_size=N.* grad_checkpointing.* after step 2 is saved"):
+    with pytest.raises(ZooError, match="--set batch_size=N.* bfloat16.* after step 2 is saved"):
         train(*start(), RECIPE, progress=stop_after(2, error), state=TrainingState(tmp_path / STATE_NAME))
 
 

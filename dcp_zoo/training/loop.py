@@ -119,7 +119,6 @@ def train(
     progress: Progress = no_progress,
     state: TrainingState | None = None,
     callbacks: Sequence[Callback] = (),
-    grad_checkpointing: str = "auto",
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
 ) -> list[float]:
@@ -136,14 +135,13 @@ def train(
         step_log: receives a CSV line for every step.
         log: receives how many steps there are, and what is faster.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
-        grad_checkpointing: see `needs_checkpointing`.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
     """
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
-    model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, max(sizes)))
+    model.set_grad_checkpointing(needs_checkpointing(model, max(sizes)))
     model.train()
     sums = average.begin(trained) if average else []
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)

@@ -20,7 +20,7 @@ from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback, open_log
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -121,7 +121,9 @@ def _fit_and_measure(
         once = head.stats_modes == ("stored",)
         test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
-        found = measurement(metrics, evaluation)
+        found = {"metrics": metrics, "test_images": len(evaluation.items)}
+        if evaluation.balanced is not None:
+            found["balanced_top1"] = evaluation.balanced
     head.info = head.info | {"trained": f"{date.today()}", "train_seconds": seconds} | found
     return head, metrics, evaluation
 
@@ -146,7 +148,6 @@ def fit(
             "callbacks": options.callbacks,
             "step_log": step_log,
             "log": options.log,
-            "grad_checkpointing": run.grad_checkpointing,
         }
         task.reload_clip = lambda: plain_clip(run.model).to(run.device)
         head = fit_head(run.method, task)

@@ -180,7 +180,7 @@ def _reason(error: BaseException) -> str | None:
         return str(error)
     # the CPU allocator has no exception type of its own
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return 'Out of memory: use --set batch_size=N or --precision bfloat16, or in Python grad_checkpointing="on".'
+        return "Out of memory: use --set batch_size=N or --precision bfloat16."
     return None
 
 
