@@ -155,7 +155,7 @@ def test_comparisons_are_paired(monkeypatch):
     frame = quote.pd.DataFrame(rows, columns=["method", "shots", "seed", "top1"])
     same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "stats": "", "selection": "none"}
     frame = frame.assign(**same, dataset="d", target="d", classes="all")
-    monkeypatch.setattr(quote, "results", lambda file: quote.tables.with_labels(frame))
+    monkeypatch.setattr(quote, "results", lambda file: quote.report.with_labels(frame))
     assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 2
     assert sorted(quote.differences("DCP", "Zero-shot")) == pytest.approx([1.5 + 1 / 9, 1.5 + 2 / 9])
     assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == [

@@ -21,7 +21,7 @@ from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
-from dcp_zoo.training.loop import Callback, open_log
+from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.planning import Reader, Run, check_supported
@@ -142,15 +142,9 @@ def fit(
     identity = _identity(run, task.clip, info)
     state = TrainingState(path, identity, options.save_every, options.log)
     earlier = state.seconds[-1] if state.seconds else 0.0
-    with open_log(output) as step_log:
-        task.training = {
-            "state": state,
-            "callbacks": options.callbacks,
-            "step_log": step_log,
-            "log": options.log,
-        }
-        task.reload_clip = lambda: plain_clip(run.model).to(run.device)
-        head = fit_head(run.method, task)
+    task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
+    task.reload_clip = lambda: plain_clip(run.model).to(run.device)
+    head = fit_head(run.method, task)
     head.info = info | head.info
     return head, earlier
 

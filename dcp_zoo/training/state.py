@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.model.config import STATE_NAME
 from dcp_zoo.training.recipes import AS_RELEASED
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT = 1
+STATE_FORMAT, LOG_NAME = 1, "log.csv"
 
 
 Log = Callable[[str], object]
@@ -34,7 +34,7 @@ def no_log(message: object) -> None:
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
-    reason. ZooError if the file is damaged, or the state of another run."""
+    reason; beside it log.csv, with the losses so far. ZooError if the file is damaged, or the state of another run."""
 
     def __init__(
         self,
@@ -136,6 +136,10 @@ class TrainingState:
         content = buffer.getvalue()
         checksum = hashlib.sha256(content).hexdigest().encode()
         write_file(self.path, checksum + b"\n" + content, otherwise="")  # `_advice` follows
+        rows = zip(self.losses, self.seconds, strict=True)
+        lines = [f"{step},{loss:.6f},{seconds:.2f}\n" for step, (loss, seconds) in enumerate(rows, 1)]
+        with writing_to(log := self.path.with_name(LOG_NAME), otherwise=""):
+            log.write_text("".join(["step,loss,seconds\n", *lines]))
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
     def _read(self) -> Values | None:
