@@ -181,7 +181,7 @@ def test_states_are_saved_by_time(start, tmp_path, monkeypatch):
 @pytest.fixture
 def stopped(start, tmp_path):
     """The file of a run that was stopped after 3 steps."""
-    run = {"model": "a", "seed": 1, "recipe": {"lr": 0.1, "epochs": 3}}
+    run = {"model": "a", "seed": 1, "lr": 0.1}
     stop_training(start(), tmp_path, 3, run)
     return tmp_path / STATE_NAME, run
 
@@ -190,7 +190,7 @@ def stopped(start, tmp_path):
     ("change", "message"),
     [
         ({"seed": 2}, "another run: seed 1 instead of 2. To resume, repeat"),
-        ({"recipe": {"lr": 0.2, "epochs": 3}}, "recipe lr 0.1 instead of 0.2"),
+        ({"lr": 0.2}, "another run: lr 0.1 instead of 0.2"),
         ({"model": "b", "shots": 4}, "model a instead of b; shots None instead of 4"),
     ],
 )

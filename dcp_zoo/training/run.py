@@ -25,7 +25,7 @@ from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.planning import Reader, Run, check_supported
-from dcp_zoo.training.recipes import Recipe, TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
@@ -139,7 +139,7 @@ def fit(
         head.info = info | head.info
         return head, 0.0
     path = None if output is None else output / STATE_NAME
-    identity = _identity(run, task.clip, info)
+    identity = _identity(run, task.clip, subset, info)
     state = TrainingState(path, identity, options.save_every, options.log)
     earlier = state.seconds[-1] if state.seconds else 0.0
     task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
@@ -184,17 +184,18 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     return head, metrics
 
 
-def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, object]) -> Values:
+def _identity(run: Run, clip: FrozenCLIP, subset: Split, info: Mapping[str, object]) -> Values:
     """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
     state of another run is rejected."""
     of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
     return {
-        **{name: value for name, value in info.items() if name not in of_images},
+        **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
+        **run.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
+        "precision": run.precision,
         "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
         "model": run.model,
         "method": run.method,
         "clip": clip.source,
         "CLIP weights": fingerprint(clip.clip.parameters()),
-        **({"options": run.recipe.config.as_dict()} if isinstance(run.recipe, Recipe) else {}),
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }

@@ -152,7 +152,9 @@ class TrainingState:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if state["format"] != STATE_FORMAT:
             raise ZooError(f"{self.path} is from another version of dcp_zoo: pass --overwrite to start the run again.")
-        if different := _differences(state["run"], self.run):
+        before, now = state["run"], self.run
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if different := [f"{name} {before.get(name)} instead of {now.get(name)}" for name in names]:
             problem = f"{self.path} is the state of another run: {'; '.join(different)}."
             raise ZooError(
                 f"{problem} To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
@@ -186,15 +188,3 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         return "Out of memory: use --set batch_size=N or --precision bfloat16."
     return None
-
-
-def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """The differences between two mappings of plain values, as "name before instead of now", nested ones included."""
-    different = []
-    for name in {**before, **now}:
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            different += [f"{name} {inner}" for inner in _differences(a, b)]
-        elif a != b:
-            different.append(f"{name} {a} instead of {b}")
-    return different
