@@ -42,7 +42,7 @@ from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.loop import open_log, train
+from dcp_zoo.training.loop import train
 from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -131,8 +131,7 @@ def training_task() -> tuple[Head, ImageSource]:
 
 def train_in(folder: Path, model: Head, source: ImageSource) -> None:
     folder.mkdir(exist_ok=True)
-    with open_log(folder) as log:
-        train(model, source, RECIPE, step_log=log, state=TrainingState(folder / STATE_NAME, every=0))
+    train(model, source, RECIPE, state=TrainingState(folder / STATE_NAME, every=0))
     model.save_pretrained(folder, torch.float32)
 
 

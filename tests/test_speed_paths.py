@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
-from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo import DCP, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
@@ -259,11 +259,8 @@ def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
     needed = activation_bytes(model, len(IMAGES))
     for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
         monkeypatch.setattr("dcp_zoo.training.device.total_memory", lambda device, total=total: total)
-        assert needs_checkpointing("auto", model, len(IMAGES)) is recompute
+        assert needs_checkpointing(model, len(IMAGES)) is recompute
     assert total_memory(torch.device("cpu")) > 2**28
-    assert [needs_checkpointing(choice, model, 4) for choice in ("on", "off")] == [True, False]
-    with pytest.raises(ZooError, match="auto, on, off"):
-        needs_checkpointing("some", model, 4)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

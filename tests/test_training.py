@@ -410,7 +410,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     model, metrics = train_head(digits_run, tmp_path / "a")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"model.safetensors", "config.json", "log.csv"}
     lines = (tmp_path / "a" / "log.csv").read_text().splitlines()
-    assert lines[0] == "step,epoch,lr,loss,seconds"
+    assert lines[0] == "step,loss,seconds"
     assert len(lines) == 1 + 3 * (6 // 3)
     again = create_model(f"local-dir:{tmp_path / 'a'}", True)
     assert again.info["metrics"] == metrics == model.info["metrics"]

@@ -319,13 +319,11 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
         raise ZooError(f"No result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`.")
     done = {key for path in paths for key in store.done(path)}
     failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
-    planned = {key for path in paths for key in store.planned(path)}
     files = {"report.md": ""}
     content = {
         "folders": [str(path) for path in paths],
         "accuracies": len(results),
         "failed": failed,
-        "missing": sorted(planned - done - failed.keys()),
         "sections": [_section(group, files) for _, group in with_labels(results).groupby(["model", "weights"])],
     }
     pages = templates(__package__)

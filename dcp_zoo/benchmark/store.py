@@ -1,10 +1,8 @@
 """The folder of a sweep: one file per finished trial, failure, plan and lock; see also docs/benchmarks.md.
 
-OUTPUT/plans/HASH.json    the trials of one command
 OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system releases the lock with the process
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -42,13 +40,6 @@ def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> No
     write_json(output / "failed" / f"{trial.key}.json", failure)
 
 
-def save_plan(output: Path, trials: Sequence[Trial]) -> None:
-    """Write the planned trials; the same plan gives the same file."""
-    trials = sorted(trials, key=lambda trial: trial.key)
-    name = hashlib.sha256("\n".join(trial.key for trial in trials).encode()).hexdigest()[:16]
-    write_json(output / "plans" / f"{name}.json", {"trials": [asdict(trial) for trial in trials]})
-
-
 def write_json(path: Path, content: Values) -> None:
     text = json.dumps({"format": FILE_FORMAT} | content, indent=1) + "\n"
     write_file(path, text, "choose another --output; finished trials are kept")
@@ -67,13 +58,6 @@ def done(output: Path) -> set[str]:
 def failures(output: Path) -> dict[str, str]:
     """The error message of every trial that failed and has not succeeded since, by key."""
     return {key: failure["error"] for key, failure in read_folder(output / "failed").items()}
-
-
-def planned(output: Path) -> dict[str, Trial]:
-    """All planned trials by key."""
-    plans = read_folder(output / "plans").values()
-    trials = (Trial.from_dict(fields) for plan in plans for fields in plan["trials"])
-    return {trial.key: trial for trial in trials}
 
 
 def finished(trial: Trial, settings: Settings) -> bool:

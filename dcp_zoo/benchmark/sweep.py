@@ -248,7 +248,6 @@ def sweep(
 ) -> dict[Trial, str]:
     """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
     display them, given their number. Returns the trials that failed, with their error messages."""
-    store.save_plan(settings.output, trials)
     todo = [trial for trial in trials if not store.finished(trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
     return {event.item: event.message for event in events if event.state == "failed"}

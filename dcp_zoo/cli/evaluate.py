@@ -18,7 +18,6 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import Values
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
@@ -137,19 +136,14 @@ def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[l
     elif not info.get("image_hashes"):
         log(UNKNOWN.format(head))
         title = "top-1"
-    if not (items := new_images(items, info, head)):
-        shown = f" dcp-zoo info {head} shows its accuracy." if info.get("metrics") else ""
-        advice = "Pass other images, or train with --no-refit to hold some out."
-        raise ZooError(f"{head} was trained on these images.{shown} {advice}")
-    return items, title
-
-
-def new_images(items: list[Item], info: Values, head: str) -> list[Item]:
-    """The images that a head was not trained on, as far as it says on which it was; a message if some are left out."""
     new = unseen(items, info)
     if 0 < len(new) < len(items):
         log(f"Left out: {len(items) - len(new)} of {len(items)} images, as {head} was trained on them.")
-    return new
+    if not new:
+        shown = f" dcp-zoo info {head} shows its accuracy." if info.get("metrics") else ""
+        advice = "Pass other images, or train with --no-refit to hold some out."
+        raise ZooError(f"{head} was trained on these images.{shown} {advice}")
+    return new, title
 
 
 def trained_on(head: str, model: "Head", data_root: Path | None) -> str:

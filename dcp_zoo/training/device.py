@@ -10,7 +10,6 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.training.recipes import AS_RELEASED, AUTO, PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
 
-CHECKPOINTING = ("auto", "on", "off")
 VALUES_PER_CHANNEL = 18  # kept for the backward pass of one block, per token and channel of its width; measured
 DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report its memory
 
@@ -63,11 +62,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def needs_checkpointing(choice: str, model: Head, batch: int) -> bool:
-    """Whether to recompute the activations of a training step over `batch` images in the backward pass: "on", "off",
-    or with "auto" if they would fill more than a quarter of the device's memory."""
-    check_choice("grad_checkpointing", choice, CHECKPOINTING)
-    return choice == "on" if choice != "auto" else activation_bytes(model, batch) > total_memory(model.device) / 4
+def needs_checkpointing(model: Head, batch: int) -> bool:
+    """Whether a training step over `batch` images recomputes its activations in the backward pass: if they would fill
+    more than a quarter of the device's memory."""
+    return activation_bytes(model, batch) > total_memory(model.device) / 4
 
 
 def activation_bytes(model: Head, batch: int) -> int:

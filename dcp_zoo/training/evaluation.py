@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
-from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import parts_of
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
@@ -151,12 +150,6 @@ def measure(
     logits = predict_modes(head, source, batch_size, progress)
     metrics = {f"top1_{mode}": top1(found, source.labels) for mode, found in logits.items()}
     return metrics, Evaluation(head.classnames, source.items, next(iter(logits.values())))
-
-
-def measurement(metrics: dict[str, float], evaluation: Evaluation) -> Values:
-    """What a checkpoint stores of `measure`."""
-    balanced = {} if evaluation.balanced is None else {"balanced_top1": evaluation.balanced}
-    return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}
 
 
 def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> None:

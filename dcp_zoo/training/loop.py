@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.data.dataset import seeded
-from dcp_zoo.errors import writing_to
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.device import autocast, needs_checkpointing
@@ -114,12 +111,10 @@ def train(
     *,
     seed: int = 1,
     precision: str = "float32",
-    step_log: TextIO | None = None,
     log: Log = no_log,
     progress: Progress = no_progress,
     state: TrainingState | None = None,
     callbacks: Sequence[Callback] = (),
-    grad_checkpointing: str = "auto",
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
 ) -> list[float]:
@@ -133,17 +128,15 @@ def train(
             can resume after any step, with any number of workers.
         precision: "float32"; "bfloat16" or "float16" for autocast over float32 prompts and CMPA; or "release" for the
             float16 weights of DCP's authors.
-        step_log: receives a CSV line for every step.
         log: receives how many steps there are, and what is faster.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
-        grad_checkpointing: see `needs_checkpointing`.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
     """
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
-    model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, max(sizes)))
+    model.set_grad_checkpointing(needs_checkpointing(model, max(sizes)))
     model.train()
     sums = average.begin(trained) if average else []
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
@@ -152,7 +145,6 @@ def train(
     in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
     faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters. Faster: {faster}.")
-    after = _after_step(model, source, recipe, run, per_epoch, step_log, callbacks)
     loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +153,15 @@ def train(
             average.add(trained, epoch - 1)
         with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
             return loss_of(inputs, labels, *targets)
+
+    def after(step: int) -> bool:
+        """After an epoch tell the callbacks; whether one of them, or a flat loss, ends the run."""
+        if (step + 1) % per_epoch:
+            return False
+        epoch = step // per_epoch
+        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), fmean(losses[-per_epoch:]))
+        stops = [callback(model, reached) for callback in callbacks]
+        return recipe.is_flat(losses, per_epoch, source.num_classes) or any(stops)
 
     if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
         steps = len(losses)
@@ -210,39 +211,6 @@ def objective(model: Any, recipe: TrainingRecipe) -> Callable[..., tuple[Tensor,
     return loss_of
 
 
-def _after_step(
-    model: Head,
-    source: ImageSource,
-    recipe: TrainingRecipe,
-    run: TrainingState,
-    per_epoch: int,
-    step_log: TextIO | None,
-    callbacks: Sequence[Callback],
-) -> Callable[[int], bool]:
-    """What `descend` calls after every step; the log gets the lines of a resumed run's earlier steps at once."""
-
-    def write_log(step: int) -> None:
-        """Write the line of a completed step."""
-        if step_log is not None:
-            epoch = step // per_epoch
-            lr, loss, seconds = recipe.lr_at(epoch), run.losses[step], run.seconds[step]
-            step_log.write(f"{step + 1},{epoch},{lr:.8g},{loss:.6f},{seconds:.2f}\n")
-
-    def after(step: int) -> bool:
-        """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the run."""
-        write_log(step)
-        if (step + 1) % per_epoch:
-            return False
-        flat, epoch = recipe.is_flat(run.losses, per_epoch, source.num_classes), step // per_epoch
-        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), fmean(run.losses[-per_epoch:]))
-        stops = [callback(model, reached) for callback in callbacks]
-        return flat or any(stops)
-
-    for done in range(len(run.losses)):
-        write_log(done)
-    return after
-
-
 def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Batch]:
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     for epoch in range(done // per_epoch, recipe.num_epochs):
@@ -253,16 +221,3 @@ def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch
 def _mix(*numbers: int) -> int:
     """Combine several numbers into a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-@contextmanager
-def open_log(folder: Path | None) -> Iterator[TextIO | None]:
-    """The CSV file for `train` in a folder, if there is one, line-buffered so that a run can be monitored."""
-    if folder is None:
-        yield None
-        return
-    with writing_to(folder, "choose another folder; the same command resumes the run"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.csv").open("w", buffering=1) as log:
-            log.write("step,epoch,lr,loss,seconds\n")
-            yield log

@@ -16,7 +16,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
+from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
@@ -44,7 +44,6 @@ class Run:
     method: str = DCP_METHOD
     precision: str = "float32"
     workers: int = 0  # processes that decode images
-    grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`
     descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
     test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
     class_weight: tuple[float, ...] | None = None  # of each class in the text probe. Default: all 1
@@ -153,7 +152,6 @@ def plan(
         raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
     model, place = SIZES.get(model, model), pick_device(device)
     precision = pick_precision(precision, model, place)
-    check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
     per_class = shots or max(1, len(split.train) // len(split.classnames))
     fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
     fitting = fitting.updated(changes or {}, where="--set")

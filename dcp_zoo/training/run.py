@@ -20,12 +20,12 @@ from dcp_zoo.model.checkpoint import MEASURED
 from dcp_zoo.model.clip import FrozenCLIP, fingerprint
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, predict, warn_if_not_learnt
-from dcp_zoo.training.loop import Callback, open_log
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
+from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.planning import Reader, Run, check_supported
-from dcp_zoo.training.recipes import Recipe, TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
@@ -121,7 +121,9 @@ def _fit_and_measure(
         once = head.stats_modes == ("stored",)
         test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
-        found = measurement(metrics, evaluation)
+        found = {"metrics": metrics, "test_images": len(evaluation.items)}
+        if evaluation.balanced is not None:
+            found["balanced_top1"] = evaluation.balanced
     head.info = head.info | {"trained": f"{date.today()}", "train_seconds": seconds} | found
     return head, metrics, evaluation
 
@@ -137,19 +139,12 @@ def fit(
         head.info = info | head.info
         return head, 0.0
     path = None if output is None else output / STATE_NAME
-    identity = _identity(run, task.clip, info)
+    identity = _identity(run, task.clip, subset, info)
     state = TrainingState(path, identity, options.save_every, options.log)
     earlier = state.seconds[-1] if state.seconds else 0.0
-    with open_log(output) as step_log:
-        task.training = {
-            "state": state,
-            "callbacks": options.callbacks,
-            "step_log": step_log,
-            "log": options.log,
-            "grad_checkpointing": run.grad_checkpointing,
-        }
-        task.reload_clip = lambda: plain_clip(run.model).to(run.device)
-        head = fit_head(run.method, task)
+    task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
+    task.reload_clip = lambda: plain_clip(run.model).to(run.device)
+    head = fit_head(run.method, task)
     head.info = info | head.info
     return head, earlier
 
@@ -189,17 +184,18 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     return head, metrics
 
 
-def _identity(run: Run, clip: FrozenCLIP, info: Mapping[str, object]) -> Values:
+def _identity(run: Run, clip: FrozenCLIP, subset: Split, info: Mapping[str, object]) -> Values:
     """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
     state of another run is rejected."""
     of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
     return {
-        **{name: value for name, value in info.items() if name not in of_images},
+        **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
+        **run.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
+        "precision": run.precision,
         "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
         "model": run.model,
         "method": run.method,
         "clip": clip.source,
         "CLIP weights": fingerprint(clip.clip.parameters()),
-        **({"options": run.recipe.config.as_dict()} if isinstance(run.recipe, Recipe) else {}),
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }

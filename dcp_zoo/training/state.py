@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.model.config import STATE_NAME
 from dcp_zoo.training.recipes import AS_RELEASED
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT = 1
+STATE_FORMAT, LOG_NAME = 1, "log.csv"
 
 
 Log = Callable[[str], object]
@@ -34,7 +34,7 @@ def no_log(message: object) -> None:
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
-    reason. ZooError if the file is damaged, or the state of another run."""
+    reason; beside it log.csv, with the losses so far. ZooError if the file is damaged, or the state of another run."""
 
     def __init__(
         self,
@@ -136,6 +136,10 @@ class TrainingState:
         content = buffer.getvalue()
         checksum = hashlib.sha256(content).hexdigest().encode()
         write_file(self.path, checksum + b"\n" + content, otherwise="")  # `_advice` follows
+        rows = zip(self.losses, self.seconds, strict=True)
+        lines = [f"{step},{loss:.6f},{seconds:.2f}\n" for step, (loss, seconds) in enumerate(rows, 1)]
+        with writing_to(log := self.path.with_name(LOG_NAME), otherwise=""):
+            log.write_text("".join(["step,loss,seconds\n", *lines]))
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
     def _read(self) -> Values | None:
@@ -148,7 +152,9 @@ class TrainingState:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if state["format"] != STATE_FORMAT:
             raise ZooError(f"{self.path} is from another version of dcp_zoo: pass --overwrite to start the run again.")
-        if different := _differences(state["run"], self.run):
+        before, now = state["run"], self.run
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if different := [f"{name} {before.get(name)} instead of {now.get(name)}" for name in names]:
             problem = f"{self.path} is the state of another run: {'; '.join(different)}."
             raise ZooError(
                 f"{problem} To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
@@ -180,17 +186,5 @@ def _reason(error: BaseException) -> str | None:
         return str(error)
     # the CPU allocator has no exception type of its own
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return 'Out of memory: use --set batch_size=N or --precision bfloat16, or in Python grad_checkpointing="on".'
+        return "Out of memory: use --set batch_size=N or --precision bfloat16."
     return None
-
-
-def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """The differences between two mappings of plain values, as "name before instead of now", nested ones included."""
-    different = []
-    for name in {**before, **now}:
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            different += [f"{name} {inner}" for inner in _differences(a, b)]
-        elif a != b:
-            different.append(f"{name} {a} instead of {b}")
-    return different
