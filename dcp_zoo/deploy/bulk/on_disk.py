@@ -137,9 +137,8 @@ def run(
             about = outputs.sheet, images, predictor.classnames, answers()
             keywords = {"embed": outputs.embed, "hierarchy": job.plan.get("hierarchy")} if outputs.keywords else None
             folder = outputs.sort_into and writers.relative(outputs.sort_into, outputs.sheet.parent)
-            run = {"sorted": folder, "moved": outputs.move, "keywords": keywords}
-            review: Values = {"places": places, "run": run}
-            rows.write(outputs.sheet, partial(writers.write_sheet, *about, review=review))
+            done = {"sorted": folder, "moved": outputs.move, "keywords": keywords}
+            rows.write(outputs.sheet, partial(writers.write_sheet, *about, places=places, run=done))
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
         columns = dict.fromkeys([*(name for row in earlier[:1] for name in row), *writers.columns(answers())])
         rows.write(outputs.table, lambda temporary: write_table(temporary, chain(earlier, answers()), [*columns]))

@@ -75,10 +75,11 @@ def write_sheet(
     classnames: Sequence[str],
     rows: Iterable[Row],
     temporary: str,
-    review: Values | None = None,
+    places: Sequence[Path | None] = (),
+    run: Values | None = None,
 ) -> None:
-    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place.
-    `review`: "places", where each image is if it is a file, and what the run did with them, for a `Review`."""
+    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place. For a
+    `Review`: `places`, where each image is if that is known, and what the `run` did with them."""
     counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):
         if "error" in row:
@@ -93,8 +94,9 @@ def write_sheet(
         """Of one class, the least certain first, and those that a person labelled last."""
         shown = sorted(least[name], reverse=True)
         entries = [(images[-index], row) for _, index, row in shown]
-        files = {images[-index].name: places[-index] for _, index, _ in shown} if places else {}
-        about["places"] |= {name: relative(place, path.parent) for name, place in files.items() if place}
+        for _, index, _ in shown if places else ():
+            if place := places[-index]:
+                about["places"][images[-index].name] = relative(place, path.parent)
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
             yield {
@@ -107,9 +109,8 @@ def write_sheet(
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
-    about: Values = {"key": page_key([*(image.name for image in images), *classnames]), "classes": classnames}
-    about |= {"none": NONE, "column": "class", "run": {}} | (review or {})
-    places, about["places"] = about.get("places"), {}
+    key = page_key([*(image.name for image in images), *classnames])
+    about: Values = {"key": key, "classes": classnames, "none": NONE, "column": "class", "run": run or {}, "places": {}}
     content = {
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
         "classes": len(counts.keys() - {NONE}),

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import count
@@ -42,7 +42,7 @@ def sort_into(
     to where they belong now. What a person moved, changed or deleted there stays so; a warning counts it."""
     images = list(zip(map(Path, files), folders, names or [""] * len(files), strict=True))
     numbers: Counter[str] = Counter()  # of a name, so far
-    targets, belonging = list[Path | None](), cache(companions)
+    targets, together = list[Path | None](), partial(_together, cache(companions))
     check_writable(place, ADVICE)
     with unfinished(place / ".copies") as temporary:
         with writing_to(place, ADVICE):
@@ -52,7 +52,7 @@ def sort_into(
             targets.append(None)
             if folder is None or name in left:
                 continue
-            others, old = belonging(source.parent).get(source.name, ()), own.pop(name, None)
+            old = own.pop(name, None)
             target = unnumbered = place / folder / source.name
             key = str(unnumbered).casefold()
             with writing_to(unnumbered, ADVICE):
@@ -62,18 +62,18 @@ def sort_into(
                 else:
                     for number in count(numbers[key] + 1):
                         target = unnumbered.with_name(_numbered(source, number))
-                        free = not _taken(target, source, others) or (not old and _is_copy(source, target))
+                        is_taken = any(map(os.path.lexists, together(source, target).values()))
+                        free = not is_taken or (not old and _is_copy(source, target))
                         if free and str(target).casefold() not in taken:
                             break
                     numbers[key] = number
                     taken.add(str(target).casefold())
                 if old and old != target:
-                    for other in belonging(old.parent).get(old.name, ()):
-                        _rename(old.with_name(other), _beside(target, old, other))
-                    _rename(old, target)
+                    for file, goal in reversed(together(old, target).items()):
+                        if os.path.lexists(file) and not os.path.lexists(goal):
+                            file.rename(goal)
                     remove_emptied(old.parent)
-                beside = {source.with_name(other): _beside(target, source, other) for other in others}
-                for path, copy in ({source: target} | beside).items():
+                for path, copy in together(source, target).items():
                     if not os.path.lexists(copy):
                         write_file(copy, partial(shutil.copy2, path), ADVICE, temporary)
                 if name and target != old:
@@ -89,35 +89,27 @@ def move_into(
 ) -> list[Path | None]:
     """Move each image to `place/FOLDER/NAME`, with a number if that or what belongs there is taken, or the path without
     its suffix is `reserved`; those without a folder stay. Returns where each image is that was moved."""
-    targets, belonging = list[Path | None](), cache(companions)
+    targets, together = list[Path | None](), partial(_together, cache(companions))
     for source, folder in zip(map(Path, files), folders, strict=True):
         targets.append(None)
         if folder is None or not source.exists():  # it was given twice
             continue
-        others = belonging(source.parent).get(source.name, ())
         named = (place / folder / _numbered(source, number) for number in count(1))
         free = (path for path in named if str(path.with_suffix("")) not in reserved)
-        targets[-1] = target = next(path for path in free if not _taken(path, source, others))
+        targets[-1] = target = next(
+            path for path in free if not any(map(os.path.lexists, together(source, path).values()))
+        )
         with writing_to(target, ADVICE):
-            for other in others:
-                journal.move(source.with_name(other), _beside(target, source, other))
-            journal.move(source, target)
+            for file, goal in reversed(together(source, target).items()):
+                journal.move(file, goal)
     return targets
 
 
-def _beside(target: Path, source: Path, other: str) -> Path:
-    """Where what belongs to an image goes with it: `a.xmp` of `a.jpg` to `a-2.xmp` for `a-2.jpg`."""
-    return target.with_name(target.stem + other.removeprefix(source.stem))
-
-
-def _taken(target: Path, source: Path, others: Iterable[str]) -> bool:
-    """Whether one of the places for an image and what belongs to it is taken."""
-    return any(map(os.path.lexists, [target, *(_beside(target, source, other) for other in others)]))
-
-
-def _rename(old: Path, new: Path) -> None:
-    if os.path.lexists(old) and not os.path.lexists(new):
-        old.rename(new)
+def _together(belonging: Callable[[Path], dict[str, list[str]]], source: Path, target: Path) -> dict[Path, Path]:
+    """Where an image and what belongs to it go together: `a.jpg` with `a.xmp` to `a-2.jpg` and `a-2.xmp`."""
+    others = belonging(source.parent).get(source.name, ())
+    beside = {source.with_name(other): target.stem + other.removeprefix(source.stem) for other in others}
+    return {source: target} | {file: target.with_name(name) for file, name in beside.items()}
 
 
 def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path], set[str]]:
