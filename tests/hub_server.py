@@ -48,9 +48,9 @@ class Hub:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def add(self, repo_id: str, files: dict[str, Path], tag: str | None = None, kind: str = "models") -> str:
+    def add(self, repo_id: str, files: dict[str, Path], tag: str | None = None) -> str:
         """Commit files to a repository, weights as LFS objects as on the real Hub; returns the commit."""
-        repo = self.mirrors / kind / repo_id
+        repo = self.mirrors / "models" / repo_id
         if not repo.exists():
             subprocess.run([*GIT, "init", "-q", repo], check=True)
         for name, source in files.items():

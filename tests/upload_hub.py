@@ -19,7 +19,7 @@ from typing import Any
 from helpers import http_server
 
 TOKEN = "hf_of_the_tests"
-LFS = (".safetensors", ".bin", ".parquet")
+LFS = (".safetensors", ".bin")
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -232,7 +232,6 @@ class Answers(BaseHTTPRequestHandler):
 
 
 REPO, REVISION = r"([\w.-]+/[\w.-]+)", r"([\w.-]+)"
-DATASET = r"(datasets/[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("HEAD GET", "/?", lambda self: {}),
     ("POST", "/api/repos/create", Answers.create),
@@ -243,8 +242,6 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", Answers.commit),
     ("GET", f"/api/models/{REPO}", Answers.info),
     ("GET", f"/api/models/{REPO}/revision/{REVISION}", Answers.info),
-    ("GET", f"/api/{DATASET}", Answers.info),
-    ("GET HEAD", f"/{DATASET}/resolve/{REVISION}/(.+)", Answers.resolve),
     ("GET HEAD", f"/{REPO}/resolve/{REVISION}/(.+)", Answers.resolve),
 ]
 
