@@ -106,8 +106,8 @@ def run(
     are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
     outputs.check(images)
     earlier = outputs.earlier()
-    done = {os.path.abspath(row["image"]) for row in earlier}  # noqa: PTH100
-    images = [image for image in images if os.path.abspath(image.name) not in done]  # noqa: PTH100
+    classified = {os.path.abspath(row["image"]) for row in earlier}  # noqa: PTH100
+    images = [image for image in images if os.path.abspath(image.name) not in classified]  # noqa: PTH100
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
