@@ -100,7 +100,7 @@ def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(
 
     with monkeypatch.context() as broken:
         broken.setattr(f"dcp_zoo.files.{call}", refuse)
-        with pytest.raises(ZooError, match=r"Cannot write .*finished trials are kept"):
+        with pytest.raises(ZooError, match=r"Cannot write .*[Cc]hoose another --output"):
             sweep(TRIALS, Settings(tmp_path))
     files = {path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
     assert {path: path.read_bytes() for path in files} == before
