@@ -134,7 +134,7 @@ def test_new_classes_beside_imagenets(clip, photos):
     assert (len(names), len(set(names)), names[-2:]) == (1000, 998, ["corn cob", "toilet paper"])
     torch.manual_seed(0)
     head = LinearHead(clip, names, torch.randn(1000, clip.num_features), torch.zeros(1000), texts=TEMPLATE)
-    head.text_probe = head.probe_of(head.classes, sum(clip.widths))
+    head.text_probe = head._probe_of(head.classes, sum(clip.widths))
     head.text_probe.weight.normal_()
     head.text_probe.means.normal_()
     head.text_probe.evidence.fill_(1 / len(PENALTIES))

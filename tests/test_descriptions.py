@@ -171,7 +171,7 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         text = plain.encoder.zero_shot_classifier(names, same)
         model = LinearHead(plain.encoder, names, *plain.encoder.scaled(text), texts=same)
         model.method = "zero-shot"
-    model.text_probe = model.probe_of(model.classes, sum(sum(reading.widths) for reading in model.readings))
+    model.text_probe = model._probe_of(model.classes, sum(sum(reading.widths) for reading in model.readings))
     model.text_probe.threshold.fill_(1.0)
     model.text_probe.means.fill_(0.1)
     model.save_pretrained(tmp_path)

@@ -133,7 +133,7 @@ def test_heads_beside_an_encoder_are_fused_exported_and_served(kind, clip, tmp_p
     else:
         head = LinearHead(clip, names, *clip.scaled(clip.zero_shot_classifier(names)), texts=TEMPLATE)
     head.image_encoders.append(encoder)
-    head.text_probe = head.probe_of(head.classes, sum(sum(reading.widths) for reading in head.readings))
+    head.text_probe = head._probe_of(head.classes, sum(sum(reading.widths) for reading in head.readings))
     head.text_probe.weight.normal_()
     assert [*head.reads[-1].widths] == [encoder.model.num_features]
     assert len(head.reads) == (3 if kind == "dcp" else 2)

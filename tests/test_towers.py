@@ -120,7 +120,7 @@ def short(golden) -> DCP:
 @torch.no_grad()
 def test_compiled_models_read_no_texts(short, monkeypatch):
     """Texts are read once, between the graphs, as without a compiler."""
-    short.text_probe = short.probe_of(short.classes, sum(sum(reading.widths) for reading in short.readings))
+    short.text_probe = short._probe_of(short.classes, sum(sum(reading.widths) for reading in short.readings))
     expected = short(IMAGES)
     monkeypatch.setattr(short.encoder, "tokenizer", None)
     monkeypatch.setattr(TextTower, "begin", None)

@@ -25,7 +25,7 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
         raise ZooError("The image tower of this CLIP has no class token, whose attention could be shown.")
     with in_eval_mode(model):
         weights = []
-        for step, x, _ in model.walk(images):
+        for step, x, _ in model._walk(images):
             if model.first_block <= step.block < len(tower.blocks):
                 block = tower.blocks[step.block]
                 queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)

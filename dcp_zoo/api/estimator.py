@@ -214,7 +214,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         self.classes_ = np.append(self.classes_, label)
         order = np.argsort(self.classes_, kind="stable")
         self.classes_ = self.classes_[order]
-        model.classify_into([model.classes[i] for i in order], None)
+        model._classify_into([model.classes[i] for i in order], None)
         return self
 
     def remove_class(self, label: object) -> "FewShotClassifier":

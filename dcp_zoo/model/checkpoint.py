@@ -113,7 +113,7 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
     classes, probe = matched(names, head.classes), None
     if any(name.startswith(PREFIX) for name in shapes):
         means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
-        probe = head.probe_of(classes, means.shape[-1], len(examples)).to(head.device)
+        probe = head._probe_of(classes, means.shape[-1], len(examples)).to(head.device)
     check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
     state = read_tensors(directory, config["weights_sha256"])
     given = head.texts if isinstance(head.texts, Mapping) else None
@@ -124,7 +124,7 @@ def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = N
     head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
     head._load_trained(state, config)
     head.info = made(config)
-    head.classify_into(wanted, given)
+    head._classify_into(wanted, given)
     return head
 
 

@@ -111,7 +111,7 @@ class DCP(Head):
         self.register_buffer("stored_stats", None)
         self._cache, self._start_cache = WeightCache(), WeightCache()
         self.register_module("name_tokens", None)
-        self.classify_into(matched(check_classnames(classnames)), texts)
+        self._classify_into(matched(check_classnames(classnames)), texts)
         self.stats = None
 
     @classmethod
@@ -182,7 +182,7 @@ class DCP(Head):
         v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
         return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
 
-    def walk(self, images: Images, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Both towers side by side on one batch: each step, and the tokens (B, N + M, Dv) that enter and
         leave its vision block, the prompts last. With `last`, only the pooled tokens leave the last block."""
         tower, entered = self.encoder.vision_tower, self.encoder.enter(images)
@@ -210,7 +210,7 @@ class DCP(Head):
             prompts, text_features = self._constants()
             own = self.encoder.encode_image(inputs, prompts, self.first_block, self._checkpointed)
             return own, lambda: text_features
-        ((step, _, x),) = deque(self.walk(inputs, last=True), 1)
+        ((step, _, x),) = deque(self._walk(inputs, last=True), 1)
         return self.encoder.vision_tower.features(x), step.text.features
 
     @torch.compiler.disable  # reads texts, and is kept
@@ -303,10 +303,10 @@ class DCP(Head):
             if weight is None:
                 self.text_probe = None
             elif own is None or (own.weight.shape, len(own.examples)) != (weight.shape, len(examples)):
-                self.text_probe = self.probe_of(self.classes, weight.shape[1], len(examples)).to(weight.device)
+                self.text_probe = self._probe_of(self.classes, weight.shape[1], len(examples)).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
         normalised features. A template changes nothing, as prompts are in its place; {} takes the sentences away."""
         now = texts or TEMPLATE if isinstance(texts, Mapping) else self.texts

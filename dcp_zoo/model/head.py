@@ -87,7 +87,7 @@ class Head(TimmContract, ABC):
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
 
     @abstractmethod
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """`set_classnames` for classes of which some may be among the present ones."""
 
     @abstractmethod
@@ -149,7 +149,7 @@ class Head(TimmContract, ABC):
         pairs = zip(self.readings, self.text_probe.widths, strict=False)
         return [reading if reading.widths == widths else reading.first_part() for reading, widths in pairs]
 
-    def probe_of(self, classes: Sequence[Class], columns: int, examples: int = 0) -> TextProbe:
+    def _probe_of(self, classes: Sequence[Class], columns: int, examples: int = 0) -> TextProbe:
         """An empty text probe that reads so many columns: all parts of all readings, or each one's first alone."""
         readings = self.readings
         if columns != sum(sum(reading.widths) for reading in readings):
@@ -265,7 +265,7 @@ class Head(TimmContract, ABC):
             class_texts(names, texts)
             for each in classes:
                 each.read = each.name
-        self.classify_into(classes, texts)
+        self._classify_into(classes, texts)
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
@@ -293,7 +293,7 @@ class Head(TimmContract, ABC):
             count += known
             mean += (seen.float() - mean) * (known / count)
         if not exists:
-            self.classify_into([*self.classes, one], None)
+            self._classify_into([*self.classes, one], None)
         with torch.no_grad():
             probe.add(one, mean, count, self.classes, join(self.reads))
         self._outdate(f"the class {one.name} got other images" if exists else f"the class {one.name} was added")
@@ -304,7 +304,7 @@ class Head(TimmContract, ABC):
         at = position(name, self.classes)
         one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
         check_classnames(names_of(left))
-        self.classify_into(left, None)
+        self._classify_into(left, None)
         if self.text_probe is not None:
             self.text_probe.remove(one)
         self._outdate(f"the class {one.name} was removed")

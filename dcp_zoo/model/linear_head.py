@@ -77,7 +77,7 @@ class LinearHead(Head):
     def _own_reading(self) -> Reading:
         return Reading(self.encoder, self.encoder.widths, self.encoder.read, lambda: (self.weight, self.bias))
 
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """New classes are read by their names; other texts are read for all classes."""
         now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
         rows = rows_of(classes, self.classes) if now == self.texts else [None] * len(classes)
@@ -162,10 +162,10 @@ class CacheHead(LinearHead):
             "cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."
         )
 
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """Among its own classes."""
         before = self.classes
-        super().classify_into(classes, None)
+        super()._classify_into(classes, None)
         self.values = self.values[:, rows_of(classes, before)]
 
     def _trained_state(self) -> dict[str, Tensor]:

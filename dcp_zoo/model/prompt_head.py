@@ -55,7 +55,7 @@ class PromptHead(Head):
         self.register_module("name_tokens", None)
         self.texts, self.rest = texts, rest
         self._cache = WeightCache()
-        self.classify_into(matched(check_classnames(classnames)), texts)
+        self._classify_into(matched(check_classnames(classnames)), texts)
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "PromptHead":
@@ -69,7 +69,7 @@ class PromptHead(Head):
         head = cls(clip, config["label_names"], *prompts.values(), texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
-    def classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         names, now = read_of(classes), texts or self.texts
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:

@@ -97,7 +97,7 @@ class TimmContract(nn.Module):
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         after: dict[int, Tensor] = {}  # class token, if any, and patches (B, N, Dv)
-        for step, _, x in self.walk(images):
+        for step, _, x in self._walk(images):
             if step.block in (*blocks, stop):
                 after[step.block] = x[:, : tower.num_tokens]
             if step.block == stop:
@@ -161,7 +161,7 @@ class TimmContract(nn.Module):
             raise ZooError(f"{problem}: pass {num_classes} of them, {advice}.")
         self.set_classnames(names)
 
-    def walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
         tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
         x, prompts = tower.embed(images).x, prompted() if prompted else []
