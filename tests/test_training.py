@@ -440,13 +440,11 @@ def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run
 
 def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run, tmp_path, monkeypatch):
     """Nor another one: that would be the training of another run."""
-    run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
-    whole, refit, step, steps = (
-        train_and_refit(run, tmp_path / "whole"),
-        training_run.train_head,
-        TrainingState.step,
-        [],
-    )
+    few = few_shot(digits_run.split, 2, 1)
+    split = replace(few, val=[], test=few.test[:3])
+    run = replace(digits_run, split=split, recipe=replace(digits_run.recipe, epochs=1), shots=1)
+    whole = train_and_refit(run, tmp_path / "whole")
+    refit, step, steps = training_run.train_head, TrainingState.step, []
     monkeypatch.setattr(training_run, "train_head", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train_and_refit(run, tmp_path / "out")
