@@ -216,14 +216,13 @@ def commands() -> str:
     """The help of every command; its examples, which are dim on the terminal, become code blocks."""
     command: Any = typer.main.get_command(app)
     every = [command, *(c for c in command.commands.values() if hasattr(c, "commands"))]
-    first = {name: re.split(r"(?<=\.)\s", c.help)[0] for group in every for name, c in group.commands.items()}
+    first = [" ".join(re.split(r"(?<=\.)\s", c.help)[0].split()) for group in every for c in group.commands.values()]
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dcp-zoo")
     text = re.sub(r"(?<=`: ).*", lambda match: match[0].replace("*", r"\*"), text)  # wildcards are no emphasis
     text = re.sub(r"(?:\[dim\].*?\[/\]\n*)+", _examples, text, flags=re.DOTALL)
     text = re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
-    text = re.sub(
-        r"^\* `([\w-]+)`: .*\.\.\.$", lambda match: f"* `{match[1]}`: {first[match[1]]}", text, flags=re.MULTILINE
-    )
+    for start in re.findall(r"^\* `[\w-]+`: (.*)\.\.\.$", text, flags=re.MULTILINE):  # Typer shortens them
+        text = text.replace(f"{start}...\n", f"{next(help for help in first if help.startswith(start.strip()))}\n")
     return text.replace("```console\n$ ", "```text\n").strip()
 
 

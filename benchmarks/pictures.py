@@ -38,12 +38,13 @@ SHOWN = {  # in the plot of averages, with their colours
 
 
 def averages() -> None:
-    """Averages over the sets: over images per class, and at four images per class over the CPU time of training."""
-    found = quote.on_sets()
+    """Averages over the sets and the draws that all have: over images per class, and at four images per class over the
+    CPU time of training."""
+    found = quote.on_sets()["top1"][[*SHOWN]].dropna()
     figure = Figure((5.4, 6), layout="constrained")  # one above the other: side by side is too small for a phone
     top, bottom = figure.subplots(2)
     for label, color in SHOWN.items():
-        means = found["top1"][label].groupby("images_per_class").mean()
+        means = found[label].groupby("images_per_class").mean()
         top.plot(means.index, means, marker="o", color=color, label=label)
         seconds = quote.set_mean(label, 4, "train_cpu_seconds")
         bottom.plot(seconds, means[4], marker="o", color=color)

@@ -152,14 +152,17 @@ READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}
 @cache
 def on_sets(file: str = "many_sets") -> pd.DataFrame:
     """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
-    reading it; a row for every set, number of images per class and seed."""
+    reading it; a row for every set, number of images per class and seed. Draws that were measured in part are left
+    out."""
     rows = results(file).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
     titles = rows.method.map(lambda method: ",".join([report.title(method.split(",")[0]), *method.split(",")[1:]]))
     rows["label"] = titles + rows.reading.map(PROBES | READINGS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
-    return rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
+    table = rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
+    measured = table.notna().groupby("seed").transform("sum")
+    return table.where(measured == measured.max())
 
 
 def set_gaps(label: str, reference: str = "Text probe", images: int | None = None, file: str = "many_sets") -> Any:
@@ -190,21 +193,24 @@ def set_mean(label: str, images: int | None = None, what: str = "top1", file: st
 def many_sets(*labels: str, file: str = "many_sets") -> str:
     """Averages over the reporting sets, of these methods or of all but those measured at one number of images only:
     top-1 by images per class, the mean paired difference from the text probe with its interval over sets, ECE over all
-    numbers of images, and CPU seconds of training at 4 images per class. "-" stands for what was not measured on all
-    sets, and for an ECE over fewer numbers of images than the others'."""
+    numbers of images, CPU seconds of training at 4 images per class, and draws of training images, with the same ones
+    of the text probe in the difference. "-" stands for what was not measured on all sets, and for an ECE over fewer
+    numbers of images than the others'."""
     found = on_sets(file)
     numbers = sorted({images for _, images, _ in found.index})
     header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
+    header += ["draws"]
     lines = []
     for label in labels or found["top1"].columns:
         means = found["top1"][label].dropna().groupby("images_per_class")
         if not labels and len(means) == 1:
             continue
-        whole = found["top1"]["Text probe"].groupby("images_per_class").size()
-        cells = [f"{means.get_group(k).mean():.1f}" if means.size().get(k) == whole[k] else "-" for k in numbers]
+        draws, sizes = set_draws(label, file), means.size()
+        whole = [sizes.get(k) == draws * set_count(file) for k in numbers]
+        cells = [f"{means.get_group(k).mean():.1f}" if known else "-" for k, known in zip(numbers, whole, strict=True)]
         gaps = "" if label == "Text probe" else report.difference_cell(set_gaps(label, file=file))
         ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece', file):.1f}"
-        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}"])
+        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}", str(draws)])
     return as_table(header, lines)
 
 
@@ -226,8 +232,8 @@ def influences() -> str:
 
 
 def by_set(*labels: str) -> str:
-    """Top-1 of these methods on each set, by images per class."""
-    found = on_sets()["top1"][list(labels)].groupby(["set", "images_per_class"], sort=False).mean()
+    """Top-1 of these methods on each set, by images per class, over the draws that all have."""
+    found = on_sets()["top1"][list(labels)].dropna().groupby(["set", "images_per_class"], sort=False).mean()
     lines = []
     for name, rows in found.groupby(level="set", sort=False):
         rows = rows.droplevel("set").sort_index()

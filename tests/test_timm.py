@@ -601,6 +601,7 @@ for way, code in json.loads(sys.argv[1]).items():
 """
 
 
+@pytest.mark.scripts  # it imports torch once more
 def test_the_models_register_once_whatever_is_imported_first():
     command = [sys.executable, "-c", EACH_IN_A_FORK, json.dumps(IMPORTS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
