@@ -58,8 +58,8 @@ def test_what_needs_a_mark(text, found):
 
 
 def test_methods_are_compared_over_sets(tmp_path, monkeypatch):
-    """Two reporting sets of four draws each are two samples; what chose settings, and other numbers of images, are
-    none."""
+    """Two reporting sets of four draws each are two samples; what chose settings, other numbers of images, and a draw
+    of one set alone are none."""
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
     monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
     monkeypatch.setattr(quote, "on_sets", quote.on_sets.__wrapped__)
@@ -79,14 +79,14 @@ def test_methods_are_compared_over_sets(tmp_path, monkeypatch):
         for seed in (1, 2)
         for m, r, x in (("text-probe", "", 50), ("dcp, fast", "", 40), ("dcp, fast", "both", 50 + gain))
     ]
-    frame = quote.pd.DataFrame(rows)
+    frame = quote.pd.DataFrame([*rows, {**rows[0], "seed": 3, "top1": 99}])
     frame[~((frame.set == "flowers") & (frame.images_per_class == 4) & (frame.reading == "both"))].to_csv(
         tmp_path / "many_sets.csv", index=False
     )
     assert quote.many_sets().splitlines()[2:] == [
-        "| Text probe | 51.0 | 54.0 |  | 2.0 | 3 |",
-        "| DCP, fast | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 |",
-        "| DCP, fast + text probes | 53.0 | - | +2.0 (-10.7 to +14.7) | - | 3 |",
+        "| Text probe | 51.0 | 54.0 |  | 2.0 | 3 | 2 |",
+        "| DCP, fast | 41.0 | 44.0 | -10.0 (-10.0 to -10.0) * | 2.0 | 3 | 2 |",
+        "| DCP, fast + text probes | 53.0 | - | +2.0 (-10.7 to +14.7) | - | 3 | 2 |",
     ]
     assert (quote.set_count(), quote.set_gap("DCP, fast"), quote.set_versus("DCP, fast")) == (2, -10, "worse than")
     assert quote.set_versus("DCP, fast + text probes") == "not significantly different from"
