@@ -1,4 +1,4 @@
-"""The folder of a sweep: one file per finished trial, failure, plan and lock; see also docs/benchmarks.md.
+"""The folder of a sweep: one file per finished trial, failure and lock; see also docs/benchmarks.md.
 
 OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system releases the lock with the process
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 from dcp_zoo.data.paths import companions, is_image, is_raw, one_per_photo, visible_files
 from dcp_zoo.data.specs import DatasetSpec
-from dcp_zoo.data.splits import NO_CLASS, Item, Split, labels_of
+from dcp_zoo.data.splits import Item, Split, by_label, labels_of
 from dcp_zoo.errors import ZooError, import_extra, nearest_hint, shorten
 from dcp_zoo.files import read_plain
 from dcp_zoo.texts import split_list
@@ -111,9 +111,7 @@ def labelled_by_keywords(spec: DatasetSpec, folder: Path, labels: Path) -> Split
     ]
     several = sum(len(found) > 1 for found in chosen.values())
     note = f"Left out: {several:,} images with several of these keywords." if several else ""
-    items.sort(key=lambda item: item.label)
-    none = [item for item in items if item.label == NO_CLASS]
-    return Split(spec.name, classes, items[len(none) :], none=none, note=note, place=str(folder))
+    return Split(spec.name, classes, **by_label(items), note=note, place=str(folder))
 
 
 def with_keywords(file: Path, path: Sequence[str], image: Path) -> bytes | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from dcp_zoo.data import packaged, paths
 from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.specs import DatasetSpec
-from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, labels_of, shorten
+from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, by_label, labels_of, shorten
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
@@ -235,12 +235,10 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
     *classes, _ = labels = labels_of(name for _, name in found.values())
     items = [Item(path, key.replace(os.sep, "/"), labels[name]) for key, (path, name) in sorted(found.items())]
-    items.sort(key=lambda item: item.label)
-    none = [item for item in items if item.label == NO_CLASS]
     without = ", ".join(f"{count} {what}" for what, count in left_out.items())
     notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
     note = " ".join(filter(None, notes))
-    return Split(spec.name, classes, items[len(none) :], none=none, note=note, place=str(file))
+    return Split(spec.name, classes, **by_label(items), note=note, place=str(file))
 
 
 def _listed(image: str, folder: Path) -> str:

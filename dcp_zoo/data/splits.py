@@ -80,6 +80,13 @@ def labels_of(names: Iterable[str]) -> dict[str, int]:
     return {name: label for label, name in enumerate(sorted({*names} - {NONE}))} | {NONE: NO_CLASS}
 
 
+def by_label(items: Iterable[Item]) -> Values:
+    """Fields of a `Split`: images of classes as those for training, in the order of their labels, and the others."""
+    ordered = sorted(items, key=lambda item: item.label)
+    none = [item for item in ordered if item.label == NO_CLASS]
+    return {"train": ordered[len(none) :], "none": none}
+
+
 def few_shot(split: Split, shots: int, seed: int) -> Split:
     """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images per class from train, then
     min(shots, 4) from val; test is unchanged. A class with fewer images contributes all of them, with a warning.

@@ -81,7 +81,8 @@ def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head._method_config()
     names, read = names_of(head.classes), read_of(head.classes)
-    encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in head.image_encoders]
+    read_beside = head.image_encoders if head.text_probe is not None else ()
+    encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
     return {
         "architecture": head.encoder.architecture,
         "num_classes": len(names),
@@ -93,7 +94,7 @@ def head_config(head: "Head", info: Values) -> Values:
             "clip": head.encoder.source,
             "method": head.method,
             "abilities": head.abilities.as_dict(),
-            **({"encoders": encoders} if encoders and head.text_probe is not None else {}),
+            **({"encoders": encoders} if encoders else {}),
             **info,
             **block,
             "texts": saved_texts(read, head.texts),

@@ -205,9 +205,9 @@ class Head(TimmContract, ABC):
         threshold = self.rejection_threshold(reject) if reject else None
         images = self._batch(images)
         with in_eval_mode(self):  # no answer depends on the other images
-            features = self.encode_image(images)
-            logits = self.classify(features) if self.stats == "stored" else self(images)
-        distances = self.distances(features).cpu().numpy() if reject else None
+            features = self.encode_image(images) if self.stats == "stored" or reject else None
+            logits = self(images) if self.stats != "stored" or features is None else self.classify(features)
+        distances = self.distances(features).cpu().numpy() if reject and features is not None else None
         rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
