@@ -4,9 +4,16 @@ import copy
 import csv
 import io
 import json
+import logging
+import os
+import random
+import resource
+import signal
+import socket
 import tarfile
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +24,10 @@ from typing import Any
 from unittest import mock
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import save_file
 from torch import nn
 
@@ -253,3 +261,31 @@ def served(file: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
     with client.TestClient(server.application(file), base_url="http://localhost") as ask:
         answers = [ask.post("/predict", content=Path(path).read_bytes()).json()["images"][0] for path in paths]
     return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]
+
+
+def state_of_the_process() -> dict[str, object]:
+    """What belongs to the user's process and not to a function that it calls."""
+    return {
+        "random": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "defaults": (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()),
+        "algorithms": (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled),
+        "warnings": (list(warnings.filters), warnings.showwarning),
+        "pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        "environment": dict(os.environ),
+        "folder": Path.cwd(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "signals": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "others": (socket.getdefaulttimeout(), np.geterr(), logging.getLogger().level),
+    }
+
+
+@contextmanager
+def process_unchanged(by: str) -> Iterator[None]:
+    """Fails if what runs inside, which is called `by`, changes the process."""
+    before = state_of_the_process()
+    yield
+    after = state_of_the_process()
+    assert [what for what in before if before[what] != after[what]] == [], by

@@ -572,15 +572,14 @@ def labelled_by_keys(page, keys: str) -> str:
     return page.get_by_role("status").inner_text()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_predictions_are_corrected_by_keyboard(photos, chromium, width, scheme):
+def test_predictions_are_corrected_by_keyboard(photos, chromium):
     """Also of names that a spreadsheet or another system would misread; what is saved is a labels file."""
     for i, name in {13: "=1+2.jpg", 14: 'a, "b".jpg', 15: os.fsdecode(b"\xe4.jpg")}.items():
         Path(f"photos/b/{i}.jpg").rename(f"photos/b/{name}")
     images, classes = find_images(["photos"]), [*FAKE.classnames, *(f"class {i}" for i in range(998))]
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
     write_sheet(Path("s.html"), images, classes, rows, "s.html")
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context = chromium.new_context(viewport={"width": 390, "height": 900}, color_scheme="dark")
     page, asked, failed = context.new_page(), [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: failed.append(str(error)))
@@ -605,8 +604,10 @@ def test_predictions_are_corrected_by_keyboard(photos, chromium, width, scheme):
         tops.append(page.evaluate("document.activeElement.getBoundingClientRect().top + scrollY"))
     assert tops[0] == tops[2] < tops[1]
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    for keys in ("", "ArrowLeft Space"):  # the page, and its dialogue
+    for keys, width, scheme in (("", 390, "dark"), ("ArrowLeft Space", 1280, "light")):  # the page, and its dialogue
         labelled_by_keys(page, keys)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert axe.run(page).response["violations"] == []
     page.reload()
