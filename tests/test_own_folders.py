@@ -135,6 +135,8 @@ def test_what_is_like_an_image_of_none_of_the_classes_is_rejected(flowers, run):
         assert ("It rejects what is much like its 13 examples of none of these." in out) == (head == "with")
         (answer,) = json.loads(run.ok("predict", "new.jpg", "--head", head, "--reject", "--json"))
         assert answer["rejected"] == (head == "with")
+    code, _, err = run("train", flowers, "--method", "zero-shot", "--test", 0, "--output", "other")
+    assert (code, "The 13 images of none of the classes are not used: only a text probe" in err) == (0, True)
 
 
 @pytest.mark.parametrize("text", ["file,class\n{}", "Path;Label;note\n{}", "{}", "class\tfile\n{}"])

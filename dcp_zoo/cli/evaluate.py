@@ -18,6 +18,7 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
@@ -94,28 +95,28 @@ def evaluate(
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")
-    if not as_json:
-        kind = title.removesuffix("top-1")
-        output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:")
-        show_evaluation(evaluation, title)
-        if claims:
-            compare(claims, metrics)
+    if as_json:
+        conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
+        print(json.dumps({"head": head, "dataset": dataset, **conditions, **as_values(evaluation)}))
         return
+    kind = title.removesuffix("top-1")
+    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:")
+    show_evaluation(evaluation, title)
+    if claims:
+        compare(claims, metrics)
+
+
+def as_values(evaluation: "Evaluation") -> Values:
+    """What was measured, for --json."""
     top1 = round(evaluation.accuracy.percent, 2)
-    result = {
-        "head": head,
-        "dataset": dataset,
-        "images": len(test),
-        "stats": model.stats,
-        "precision": precision,
-        "batch_size": batch_size,
+    return {
+        "images": len(evaluation.items),
         "top1": top1,
         "balanced": top1 if evaluation.balanced is None else evaluation.balanced,
         "interval": [round(bound, 2) for bound in evaluation.accuracy.interval],
         "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
         "confused_pairs": evaluation.confused_pairs,
     }
-    print(json.dumps(result))
 
 
 def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[list[Item], str]:

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from typer import Argument, Exit, Option
@@ -18,6 +19,10 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, locked, printable
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
+
+if TYPE_CHECKING:
+    from dcp_zoo.inspection.inspection import Inspection
+    from dcp_zoo.inspection.names import Gain
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
@@ -72,7 +77,6 @@ def inspect(
         if not labels and (doubt := unlike_classes(data.classnames, data.items)):
             log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
-    from dcp_zoo.inspection.inspection import unreadable
     from dcp_zoo.inspection.names import read_names, renaming
 
     say_model(model)
@@ -81,6 +85,21 @@ def inspect(
     how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
     found = find(root, False if no_labels else labels, **how)
     page, _ = found.write(folder)
+    _say_found(found, no_labels)
+    if found.unknown:
+        offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
+        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
+        log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
+    if new_names:
+        _say_gains(found.gains, [] if labels else renaming(found.data, new_names))
+    output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
+    advise_larger(model)
+
+
+def _say_found(found: "Inspection", no_labels: bool) -> None:
+    """Print how many images have which problem, and why some cannot be read."""
+    from dcp_zoo.inspection.inspection import unreadable
+
     counts = {
         "labels that may be wrong": len(found.suspects),
         "images that may show none of the classes": len(found.of_no_class),
@@ -91,20 +110,16 @@ def inspect(
     output.print(f"{text[0].upper()}{text[1:]}.")
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
-    if found.unknown:
-        offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
-        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
-        log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
-    if new_names:
-        output.print(*(escape(str(gain)) for gain in found.gains), sep="\n", soft_wrap=True)
-        better = max(gain.low for gain in found.gains) > 0 and min(gain.high for gain in found.gains) >= 0
-        rename = renaming(found.data, new_names) if better and not labels else []
-        advice = (
-            "Rename the classes where you gave the labels." if better else "The new names are not significantly better."
-        )
-        output.print(*map(escape, rename or [advice]), sep="\n", soft_wrap=True)
-    output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
-    advise_larger(model)
+
+
+def _say_gains(gains: "Sequence[Gain]", commands: Sequence[str]) -> None:
+    """Print what other class names gain, and if they are better, the commands that rename the class folders."""
+    output.print(*(escape(str(gain)) for gain in gains), sep="\n", soft_wrap=True)
+    if max(gain.low for gain in gains) > 0 and min(gain.high for gain in gains) >= 0:
+        advice = commands or ["Rename the classes where you gave the labels."]
+    else:
+        advice = ["The new names are not significantly better."]
+    output.print(*map(escape, advice), sep="\n", soft_wrap=True)
 
 
 def search(

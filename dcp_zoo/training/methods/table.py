@@ -109,6 +109,9 @@ def fit_head(name: str, task: "Task") -> "Head":
         images = task.probe_images or task.plain_train
         found = fit_probe(head, images, task.progress, task.probe_weights, task.none)
         head.info = head.info | {"text_probe": found}
+    elif task.none is not None:
+        text = f"The {len(task.none.items)} images of none of the classes are not used: only a text probe learns from"
+        warnings.warn(f"{text} them, and {name} is trained without one.", stacklevel=2)
     return head
 
 
