@@ -88,16 +88,14 @@ def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rejecting(head: Any, among: int = 6) -> tuple[Any, list[bool]]:
-    """A copy of a head of four classes that rejects half of the package's first photographs and the last of the others,
-    which is an example of none of the classes; and which it rejects of all."""
+def rejecting(head: Any) -> tuple[Any, list[bool]]:
+    """A copy of a head of four classes that rejects one of the package's first two photographs and the last of those
+    that it accepts, which is an example of none of the classes; and which it rejects of all."""
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
     head.text_probe = fit_on_features(head.classes, labels, [Read(views, head.own_linear())])[0]
-    head.text_probe.threshold.copy_(
-        in_distribution(head, images[:among]).sort().values[among // 2 - 1 : among // 2 + 1].mean()
-    )
+    head.text_probe.threshold.copy_(in_distribution(head, images[:2]).mean())
     before = [name is None for name in head.predict(images, True)]
     last = max(i for i, is_rejected in enumerate(before) if not is_rejected)
     head.text_probe.margin.copy_(head.distances(views[0, [last]])[0] / 2)

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import open_clip
 import pytest
 import torch
 from filelock import FileLock
-from helpers import loud, photo, process_unchanged, use_endpoint, write_weights
+from helpers import loud, photo, process_unchanged, rejecting, use_endpoint, write_weights
 from PIL import Image
 from safetensors.torch import load_file
 from typer import Typer
@@ -173,12 +173,21 @@ def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_head`, exported, which takes seconds: once for all workers."""
     for module in ("onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason="the export extra is not installed")
-    folder = tmp_path_factory.getbasetemp()
-    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny.onnx"
+
+    def write(path: Path) -> None:
+        with process_unchanged("export"):
+            export.export(tiny_head, path)
+
+    return shared_file(tmp_path_factory, "tiny.onnx", write)
+
+
+def shared_file(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], object]) -> Path:
+    """A file that the first worker who needs it writes for all."""
+    folder = factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            with process_unchanged("export"):
-                export.export(tiny_head, path)
+            write(path)
     return path
 
 
@@ -189,6 +198,18 @@ def exported_once(onnx_file: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
         yield
+
+
+@pytest.fixture
+def rejecting_once(
+    tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> tuple[DCP, list[bool]]:
+    """`tiny_head` as one that rejects images, and which of the package's; its exports begin with a copy of one file."""
+    head, expected = rejecting(tiny_head)
+    monkeypatch.setattr(export, "write_onnx", WRITE_ONNX)
+    file = shared_file(tmp_path_factory, "rejecting.onnx", lambda path: export.export(head, path))
+    monkeypatch.setattr(export, "write_onnx", lambda fused, path, images: shutil.copy(file, path))
+    return head, expected
 
 
 @pytest.fixture

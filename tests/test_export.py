@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from helpers import classify, rejecting
+from helpers import classify
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
@@ -148,11 +148,11 @@ def test_a_file_that_disagrees_is_not_kept(short, onnx_file, tmp_path, monkeypat
 
 @torch.no_grad()
 def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(
-    tiny_head, onnx_file, tmp_path, run
+    rejecting_once, onnx_file, tmp_path, run
 ):
     """And so do the command line and the server with it."""
     found = find_images(sample_images())
-    head, expected = rejecting(tiny_head)
+    head, expected = rejecting_once
     assert set(expected) == {False, True}
     file = export(head, tmp_path / "inside.onnx", preprocessing="inside")
     (answers,) = classify(found, onnx_predictor(file), reject=True)

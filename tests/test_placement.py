@@ -19,7 +19,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import candidates, probe
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.predictor import torch_predictor
-from dcp_zoo.training.recipes import PRECISIONS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -121,7 +120,7 @@ def stop(model, epoch):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_training_and_prediction(precision, photos, device, tmp_path):
     paths, labels = [item.path for item in photos[:3]], [str(COLORS[item.label]) for item in photos[:3]]
     options = {"method": "dcp", "recipe": SHORT, "precision": precision, "output": tmp_path, "device": device.type}

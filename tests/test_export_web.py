@@ -6,9 +6,8 @@ from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
-from helpers import http_server, rejecting
+from helpers import http_server
 from PIL import Image
-from shared import WRITE_ONNX
 
 for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
@@ -17,7 +16,7 @@ from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.answers import Answering  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.deploy import export, web  # noqa: E402
+from dcp_zoo.deploy import web  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.web import export_web  # noqa: E402
 
@@ -50,10 +49,9 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium, monkeypatch):
-    monkeypatch.setattr(export, "write_onnx", WRITE_ONNX)  # the head rejects images: no copy of another's file
+def test_the_page_answers_as_python_does(rejecting_once, photographs, tmp_path, chromium):
     try:
-        page_folder = export_web(rejecting(tiny_head, among=2)[0], tmp_path / "site" / "page", title="My head")
+        page_folder = export_web(rejecting_once[0], tmp_path / "site" / "page", title="My head")
     except ZooError as error:
         if "download" in str(error):
             pytest.skip(f"onnxruntime-web is not in the cache: {error}")
