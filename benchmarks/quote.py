@@ -191,11 +191,10 @@ def set_mean(label: str, images: int | None = None, what: str = "top1", file: st
 
 
 def many_sets(*labels: str, file: str = "many_sets") -> str:
-    """Averages over the reporting sets, of these methods or of all but those measured at one number of images only:
-    top-1 by images per class, the mean paired difference from the text probe with its interval over sets, ECE over all
-    numbers of images, CPU seconds of training at 4 images per class, and draws of training images, with the same ones
-    of the text probe in the difference. "-" stands for what was not measured on all sets, and for an ECE over fewer
-    numbers of images than the others'."""
+    """Averages over the reporting sets, of these methods or of all: top-1 by images per class, the mean paired
+    difference from the text probe with its interval over sets, ECE over all numbers of images, CPU seconds of training
+    at 4 images per class, and draws of training images, with the same ones of the text probe in the difference. "-"
+    stands for what was not measured on all sets, and for an ECE over fewer numbers of images than the others'."""
     found = on_sets(file)
     numbers = sorted({images for _, images, _ in found.index})
     header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
@@ -203,8 +202,6 @@ def many_sets(*labels: str, file: str = "many_sets") -> str:
     lines = []
     for label in labels or found["top1"].columns:
         means = found["top1"][label].dropna().groupby("images_per_class")
-        if not labels and len(means) == 1:
-            continue
         draws, sizes = set_draws(label, file), means.size()
         whole = [sizes.get(k) == draws * set_count(file) for k in numbers]
         cells = [f"{means.get_group(k).mean():.1f}" if known else "-" for k, known in zip(numbers, whole, strict=True)]
@@ -242,22 +239,14 @@ def by_set(*labels: str) -> str:
     return as_table(["dataset", "method", *map(str, numbers)], lines)
 
 
-def three_readings(file: str = "many_sets") -> str:
-    """Methods that change the image features, read in three ways: means over the sets at 4 images per class, of those
-    that were measured on all."""
-    at_4 = {what: on_sets(file)[what].xs(4, level="images_per_class") for what in ("top1", "train_cpu_seconds")}
+def set_standing(ending: str, file: str = "many_sets") -> str:
+    """A list: which of the methods whose label ends so are better than, on par with and worse than the text probe."""
     lines = []
-    for method in [x for x in at_4["top1"] if x + PROBES["both"] in at_4["top1"]]:
-        own, one, both = (method + probes for probes in PROBES.values())
-        top1 = at_4["top1"].dropna(subset=both)
-        if top1.index.get_level_values("set").nunique() < set_count(file):
-            continue
-        cells = [f"{top1[label].mean():.1f}" if label in top1 else "-" for label in (own, one, both)]
-        gaps = [report.difference_cell(set_gaps(both, label, 4, file)) for label in (own, "Text probe")]
-        lines.append([method, *cells, *gaps, f"{at_4['train_cpu_seconds'][both].mean():.0f}"])
-    header = ["method", "no text probe, %", "one text probe, %", "both text probes, %"]
-    header += ["both minus none", "both minus the text probe alone"]
-    return as_table([*header, "CPU seconds"], lines)
+    for which in VERDICTS:
+        found = [x for x in on_sets(file)["top1"].columns if x.endswith(ending) and set_versus(x, file=file) == which]
+        gaps = (f"{x.removesuffix(ending)} ({set_gap(x, file=file):+.1f})" for x in found)
+        lines.append(f"- {which} the text probe: {', '.join(gaps) or 'none'}")
+    return "\n".join(lines)
 
 
 def reads(what: str = "top1") -> pd.DataFrame:
