@@ -1,11 +1,12 @@
 """Arrange image features of the real CLIP ViT-B/32, as others computed them, for `given_features.py`.
 
     python benchmarks/real_clip.py arrange CLIP_FOLDER FEATURES
-    python benchmarks/given_features.py FEATURES/all --model dcp_vitb32 --methods gda,linear-probe --set text=false
+    python benchmarks/given_features.py FEATURES/all --model dcp_vitb32 --methods gda --set text=false
         --datasets caltech101,oxford_flowers,fgvc_aircraft,ucf101 --shots 1,4,16 --output SWEEPS/all
+    the same with --methods linear-probe and without --set
     python benchmarks/given_features.py FEATURES/named --model dcp_vitb32 --output SWEEPS/named
-    for K in 1 2 4: python benchmarks/given_features.py FEATURES/imagenet-K --model dcp_vitb32
-        --methods zero-shot,tip-adapter,tip-adapter-f,gda,lp-plus-plus,text-probe,clap --output SWEEPS/imagenet-K
+    for K in 1 2 4:
+        python benchmarks/given_features.py FEATURES/imagenet-K --model dcp_vitb32 --output SWEEPS/imagenet-K
     python benchmarks/real_clip.py join SWEEPS          writes results/real_clip.csv
 
 `all` holds the four datasets without text features, `named` the classes of Caltech-101, SUN397 and Food-101 whose name
