@@ -399,7 +399,8 @@ def rejection_corrected() -> str:
     rows = results("rejection_corrected").query("part == 'reporting'")
     keys, columns = ["added", "threshold"], ["known_refused", "near_passed", "far_passed"]
     sets = rows.groupby([*keys, "set"], sort=False)[columns].mean()
-    random, lines = sets.near_passed.xs(("random images", "all images")), []
+    random = sets.query("added == 'random images' and threshold == 'all images'").near_passed.droplevel(keys)
+    lines = []
     for key, means in sets.groupby(keys, sort=False):
         gap = means.near_passed.droplevel(keys) - random
         lines.append([*key, *map("{:.1f}".format, means.mean()), report.difference_cell(gap) if gap.any() else ""])
