@@ -6,8 +6,8 @@
 DATA: see `sets.py`, of which the sets for reporting and those for choosing are read; draws and test images are those of
 `many_sets.py`. FEATURES has a file for each set with several readings of its images: `x` is CLIP's vector, `stem` the
 mean over positions of the maps of the miniature's stem, scaled to the length 1. `x+stem` joins both, for any method;
-`x,stem` are both as a text probe reads them. Where `x` is not the first there is no text, and only methods without text
-are measured.
+`x,stem` are both as a text probe reads them, and for it alone. Where `x` is not the first there is no text, and only
+methods without text are measured.
 
 No method sees validation images, but for those named "with validation images": those of `many_sets.py`.
 """
@@ -137,7 +137,7 @@ class Known:
 @app.command()
 def measure(
     kept: Annotated[Path, typer.Argument(help="The folder that `features` wrote.")],
-    readings: Annotated[str, typer.Option(help="What is read, between semicolons.")] = "x; stem; x+stem",
+    readings: Annotated[str, typer.Option(help="What is read, between semicolons.")] = "x; stem; x+stem; x,stem",
     methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join(NAMES),
     images: Annotated[str, typer.Option(help="Images per class, in this order.")] = "4,1,16,2,8",
     seeds: str = "1,2,3,4,5",
@@ -150,7 +150,8 @@ def measure(
         cells = product(map(int, images.split(",")), map(int, seeds.split(",")), methods.split("; "))
         for number, seed, method in cells:
             key = weights, name, number, seed, method, reading
-            if key not in table and (known.has_text or method in WITHOUT_TEXT):
+            able = known.has_text or method in WITHOUT_TEXT
+            if key not in table and able and ("," not in reading or method == "text-probe"):
                 head = weights, name, len(known.names), number, seed, method, reading
                 table.add([(*head, *measured(known, number, seed, method))])
 

@@ -374,6 +374,13 @@ def rejection_estimates() -> str:
     return as_table([*header, "far accepted, tested"], lines)
 
 
+def rejection_gaps(images: int = 1) -> pd.Series:
+    """The share of similar classes that a head's test let pass minus the estimated one, in percentage points, of heads
+    with so many images per class or more."""
+    heads = results("rejection").query("images_per_class >= @images")
+    return (heads.near_passed - heads.near_passed_estimate).dropna()
+
+
 def rejection_examples() -> str:
     """What heads reject and accept that were given so many examples of none of the classes: means over sets."""
     rows = results("rejection_examples")

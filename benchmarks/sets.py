@@ -74,9 +74,13 @@ TOGETHER = "constants of `--together`, which {} when this set is left out"
 SEEN = "that richer features help was seen here first, no constant"
 SHIFT = "the recipe for domain shift (test images)"
 PROBE = "the text probe, how two of them are joined, the score of rejection"
+CLIP = "with features of ViT-B/32: the score of rejection, the rule for examples of none"
+LINEAR = "the linear probe's C and scale, the threshold after corrections"
+PAINTED = f"{PROBE}, {LINEAR}, what `inspect` judges by, the form of `--together`; {SHIFT}"
+PHOTOS = f"recipes, the text probe, {LINEAR}, thresholds of `inspect`"
 TRAINED = "the miniature was trained on other images of these classes"
 REPORTING = {
-    "flowers": ImageSet(partial(parquet, "oxford_flowers"), TOGETHER.format("stay")),
+    "flowers": ImageSet(partial(parquet, "oxford_flowers"), f"{TOGETHER.format('stay')}; {CLIP}"),
     "EuroSAT": ImageSet(partial(parquet, "eurosat"), f"{TOGETHER.format('stay')}; {SEEN}"),
     "groceries": ImageSet(partial(parquet, "grocery_store"), f"{TOGETHER.format('change')}; {SEEN}"),
     "PACS, sketches": ImageSet(
@@ -87,12 +91,10 @@ REPORTING = {
     "corn leaves": ImageSet(partial(parquet, "corn_leaves"), SEEN),
 }
 CHOOSING = {
-    "PACS, art paintings": ImageSet(partial(pacs, "art_painting"), f"{PROBE}; {SHIFT}"),
-    "PACS, cartoons": ImageSet(partial(pacs, "cartoon"), f"{PROBE}; {SHIFT}"),
-    "PACS, photos": ImageSet(partial(pacs, "photo"), "recipes, the text probe, thresholds of `inspect`"),
-    "Caltech-101": ImageSet(
-        caltech, "recipes, the text probe, thresholds of `inspect`; DCP's rate and Tip-Adapter's range (test images)"
-    ),
+    "PACS, art paintings": ImageSet(partial(pacs, "art_painting"), PAINTED),
+    "PACS, cartoons": ImageSet(partial(pacs, "cartoon"), PAINTED),
+    "PACS, photos": ImageSet(partial(pacs, "photo"), PHOTOS),
+    "Caltech-101": ImageSet(caltech, f"{PHOTOS}; DCP's rate and Tip-Adapter's range (test images)"),
 }
 MINIATURES = {
     "Tiny ImageNet, 40 classes": ImageSet(partial(tiny, 0), f"{TRAINED}; {PROBE}"),
