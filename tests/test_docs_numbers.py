@@ -113,6 +113,7 @@ def test_words_follow_the_interval_over_sets(page):
         '"DCP"': (("dcp", ""), probe),
         '"DCP, fast + text probes"': (("dcp, fast", "both"), probe),
         '"DCP + text probes"': (("dcp", "both"), probe),
+        '"DCP, fast + text probes", "DCP + text probes"': (("dcp, fast", "both"), ("dcp", "both")),
         '"Text probe", "Linear probe, C = 100", file="baselines"': (
             ("text-probe", "x,stem"),
             ("linear-probe, C = 100", "x"),
