@@ -150,8 +150,8 @@ def measure(
         cells = product(map(int, images.split(",")), map(int, seeds.split(",")), methods.split("; "))
         for number, seed, method in cells:
             key = weights, name, number, seed, method, reading
-            able = known.has_text or method in WITHOUT_TEXT
-            if key not in table and able and ("," not in reading or method == "text-probe"):
+            able = method == "text-probe" if "," in reading else known.has_text or method in WITHOUT_TEXT
+            if key not in table and able:
                 head = weights, name, len(known.names), number, seed, method, reading
                 table.add([(*head, *measured(known, number, seed, method))])
 

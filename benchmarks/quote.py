@@ -14,6 +14,7 @@ measurement of this project has a mark with its source, `<!--from: arXiv 2305.17
 
 import math
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,20 @@ def verdict(gaps: pd.Series) -> str:
     return BETTER if low > 0 else WORSE if high < 0 else LEVEL
 
 
+def by_verdict(gaps: Mapping[str, pd.Series]) -> dict[str, str]:
+    """Verdict -> the labels whose gaps have it, with their means, in one line; "" if there is none."""
+    verdicts = {label: verdict(each) for label, each in gaps.items()}
+    return {
+        which: ", ".join(f"{x} ({gaps[x].mean():+.1f})" for x in gaps if verdicts[x] == which) for which in VERDICTS
+    }
+
+
 def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     """A list: which methods the reference is better than, on par with and worse than, over all shots."""
     labels = [x for x in results(file).label.unique() if x != reference and "(" not in x and not x.endswith(", batch")]
     lines = [f"Over all shots, by the mean paired difference in percentage points, {reference} is", ""]
-    for which in VERDICTS:
-        found = [x for x in labels if versus(reference, x, file=file) == which]
-        listed = ", ".join(f"{x} ({gap(reference, x, file=file):+.1f})" for x in found)
-        lines += [f"- **{which}** {listed}"] if found else []
-    return "\n".join(lines)
+    listed = by_verdict({x: differences(reference, x, file=file) for x in labels})
+    return "\n".join([*lines, *(f"- **{which}** {found}" for which, found in listed.items() if found)])
 
 
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
@@ -201,9 +207,9 @@ def many_sets(*labels: str, file: str = "many_sets") -> str:
     header += ["draws"]
     lines = []
     for label in labels or found["top1"].columns:
-        means = found["top1"][label].dropna().groupby("images_per_class")
-        draws, sizes = set_draws(label, file), means.size()
-        whole = [sizes.get(k) == draws * set_count(file) for k in numbers]
+        measured = found["top1"][label].dropna()
+        means, draws = measured.groupby("images_per_class"), measured.index.get_level_values("seed").nunique()
+        whole = [means.size().get(k) == draws * set_count(file) for k in numbers]
         cells = [f"{means.get_group(k).mean():.1f}" if known else "-" for k, known in zip(numbers, whole, strict=True)]
         gaps = "" if label == "Text probe" else report.difference_cell(set_gaps(label, file=file))
         ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece', file):.1f}"
@@ -214,11 +220,6 @@ def many_sets(*labels: str, file: str = "many_sets") -> str:
 def set_count(file: str = "many_sets") -> int:
     """How many reporting sets the averages are over."""
     return on_sets(file).index.get_level_values("set").nunique()
-
-
-def set_draws(label: str = "DCP + text probes", file: str = "many_sets") -> int:
-    """How many samples of training images a method has on each set."""
-    return on_sets(file)["top1"][label].dropna().index.get_level_values("seed").nunique()
 
 
 def influences() -> str:
@@ -241,12 +242,9 @@ def by_set(*labels: str) -> str:
 
 def set_standing(ending: str, file: str = "many_sets") -> str:
     """A list: which of the methods whose label ends so are better than, on par with and worse than the text probe."""
-    lines = []
-    for which in VERDICTS:
-        found = [x for x in on_sets(file)["top1"].columns if x.endswith(ending) and set_versus(x, file=file) == which]
-        gaps = (f"{x.removesuffix(ending)} ({set_gap(x, file=file):+.1f})" for x in found)
-        lines.append(f"- {which} the text probe: {', '.join(gaps) or 'none'}")
-    return "\n".join(lines)
+    labels = [x for x in on_sets(file)["top1"].columns if x.endswith(ending)]
+    listed = by_verdict({x.removesuffix(ending): set_gaps(x, file=file) for x in labels})
+    return "\n".join(f"- {which} the text probe: {found or 'none'}" for which, found in listed.items())
 
 
 def reads(what: str = "top1") -> pd.DataFrame:

@@ -53,13 +53,13 @@ def counted(name: str | None, size: int, config: DCPConfig) -> tuple[int, int, i
     return parameters, operations, stats + sum(p.numel() for p in dcp.parameters() if p.requires_grad)
 
 
-ROWS = [  # of every run the default ones; open_clip's towers take half a second each
+COUNTED = [  # in every run the default ones; open_clip's towers take half a second each
     pytest.param(spec, marks=() if name in ("dcp_mini", *SIZES.values()) else pytest.mark.scripts, id=name)
     for name, spec in MODELS.items()
 ]
 
 
-@pytest.mark.parametrize("spec", ROWS)
+@pytest.mark.parametrize("spec", COUNTED)
 def test_parameters_and_operations_are_in_the_row(spec):
     parameters, operations, numbers = counted(spec.clip, spec.image_size, default_recipe(spec.name).config)
     assert spec.parameters == round(parameters / 1e6)

@@ -204,10 +204,12 @@ class Head(TimmContract, ABC):
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for anything else."""
         threshold = self.rejection_threshold(reject) if reject else None
         images = self._batch(images)
+        distances = None
         with in_eval_mode(self):  # no answer depends on the other images
-            features = self.encode_image(images) if self.stats == "stored" or reject else None
-            logits = self(images) if self.stats != "stored" or features is None else self.classify(features)
-        distances = self.distances(features).cpu().numpy() if reject and features is not None else None
+            stored = self.encode_image(images) if self.stats == "stored" else None  # one pass for both
+            logits = self(images) if stored is None else self.classify(stored)
+            if reject:
+                distances = self.distances(self.encode_image(images) if stored is None else stored).cpu().numpy()
         rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
-from dcp_zoo.training.recipes import AUTHORS, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe
+from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -110,8 +110,8 @@ def fit_head(name: str, task: "Task") -> "Head":
         found = fit_probe(head, images, task.progress, task.probe_weights, task.none)
         head.info = head.info | {"text_probe": found}
     elif task.none is not None:
-        text = f"The {len(task.none.items)} images of none of the classes are not used: only a text probe learns from"
-        warnings.warn(f"{text} them, and {name} is trained without one.", stacklevel=2)
+        why = f"only a text probe learns from them, and {name} is trained without one"
+        warnings.warn(EXAMPLES_UNUSED.format(len(task.none.items), why), stacklevel=2)
     return head
 
 

@@ -20,13 +20,10 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe.fit import Read, fit_on_features, share_above
 from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.zero_shot import fit
-from dcp_zoo.training.recipes import MANY, PROBE_REFUSED, BaseRecipe, changed
+from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
-UNUSED = (
-    "The {} images of none of the classes are not used: without a threshold nothing is rejected. It needs 20 images of "
-    "the classes, at least two of one class."
-)
+TOO_FEW = "without a threshold nothing is rejected. It needs 20 images of the classes, at least two of one class"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def fit_probe(
     head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical, examples)
     thresholds = info.get("thresholds")
     if none is not None and not thresholds:
-        warnings.warn(UNUSED.format(len(none.items)), stacklevel=2)
+        warnings.warn(EXAMPLES_UNUSED.format(len(none.items), TOO_FEW), stacklevel=2)
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
