@@ -58,6 +58,8 @@ NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers 
     "gda, without text": {"text": False},
     "lp-plus-plus": {},
     f"lp-plus-plus{VALIDATED}": {},
+    "tip-adapter": {},
+    f"tip-adapter{VALIDATED}": {},
     "tip-adapter-f": {},
     f"tip-adapter-f{VALIDATED}": {},
     "proker": {},

@@ -49,9 +49,9 @@ from dcp_zoo.zoo.factory import plain_clip
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
 MODEL, TEST_IMAGES, VAL_IMAGES = "dcp_mini", 800, 4  # at most so many test images, and validation images per class
-ON_FEATURES = ("zero-shot", "linear-probe", "lp-plus-plus", "gda", "proker", "ss-text", "text-probe")
+ON_FEATURES = ("zero-shot-ensemble", *(name for name, each in METHODS.items() if each.features))
 RECIPES = {"dcp, fast": "fast"}  # where not the method's default
-QUICK = ("zero-shot", "text-probe", "dcp", "dcp, fast", "coop", "prolip")
+QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "dcp, fast", "coop", "prolip")
 SLOW = ("2sfs", "vpt-deep", "maple", "promptsrc", "clip-lora", "clip-svd")
 GRID = {**dict.fromkeys(QUICK, ("4,1,16,2,8", "1,2,3,4,5")), **dict.fromkeys(SLOW, ("4,16", "1,2"))}  # images, draws
 

@@ -134,6 +134,14 @@ def test_words_follow_the_interval_over_sets(page):
         assert word == (clear if abs(gaps.mean()) > half else "not significantly different from"), label
 
 
+def test_the_tables_have_every_method():
+    """Of those that `benchmark` knows, on all reporting sets."""
+    rows = quote.pd.concat(quote.pd.read_csv(quote.RESULTS / f"{x}.csv") for x in FILES)
+    rows = rows[rows.set.isin(REPORTING)]
+    measured = rows.groupby("method").set.nunique()
+    assert {name: measured.get(name) for name in quote.METHODS} == dict.fromkeys(quote.METHODS, len(REPORTING))
+
+
 def test_rejection_is_averaged_over_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
     numbers = ["auroc_near", "auroc_far", "known_refused", "near_passed", "far_passed"]
