@@ -16,6 +16,7 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,20 +40,24 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means
+from dcp_zoo.model.text_probe.fit import text_scale
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.text_probe import on_cpu
+from dcp_zoo.training.methods.linear_probe import LinearProbeRecipe, left_out
+from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip
 
 NEAREST, VALIDATED = "nearest class mean", ", with validation images"
+CHOSEN_C, CS = "linear-probe, C by cross-validation", (0.1, 1.0, 10.0, 100.0, 1000.0)
 NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers where not named
     "zero-shot": {},
     NEAREST: {},
     "linear-probe": {},
     "linear-probe, C = 100": {"C": 100.0},
+    CHOSEN_C: {},
     "gda": {},
     f"gda{VALIDATED}": {},
     "gda, without text": {"text": False},
@@ -68,7 +73,7 @@ NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers 
     "clap": {},
     "text-probe": {},
 }
-WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C = 100", "gda, without text")
+WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C = 100", CHOSEN_C, "gda, without text")
 app = typer.Typer()
 
 
@@ -166,9 +171,20 @@ def measured(known: Known, images: int, seed: int, method: str) -> tuple[Any, ..
     task = Task(known.clip, MODEL, known.names, TEMPLATE, train, val, BaseRecipe(), seed)
     if name in METHODS:
         task.recipe = METHODS[name].recipe(MODEL, "folder", images, "few-shot").updated(NAMES[method])
+    if method == CHOSEN_C:
+        task.recipe = min((replace(task.recipe, C=C) for C in CS), key=lambda recipe: loss_left_out(task, recipe))
     head = fit_head(name, task) if name in METHODS else to_nearest_mean(task)
     seconds = time.process_time() - started + known.cost * len(split.train) * (name != "zero-shot")
     return *scores(predict(head, known.test, EVAL_BATCH), known.test.labels), round(seconds, 1)
+
+
+def loss_left_out(task: Task, recipe: LinearProbeRecipe) -> float:
+    """The log loss of scaled logits on images that were left out; for one image per class the default C is the best."""
+    views = task.plain_train.features(probe_views(task.plain_train), task.progress)
+    if (held_out := left_out(views, task.train_labels, recipe)) is None:
+        return abs(recipe.C - LinearProbeRecipe.C)
+    logits, labels = held_out
+    return F.cross_entropy(text_scale(logits, labels) * logits, labels).item()
 
 
 def to_nearest_mean(task: Task) -> LinearHead:

@@ -139,7 +139,7 @@ def by_verdict(gaps: Mapping[str, pd.Series]) -> dict[str, str]:
     """Verdict -> the labels whose gaps have it, with their means, in one line; "" if there is none."""
     verdicts = {label: verdict(each) for label, each in gaps.items()}
     return {
-        which: ", ".join(f"{x} ({gaps[x].mean():+.1f})" for x in gaps if verdicts[x] == which) for which in VERDICTS
+        which: "; ".join(f"{x} ({gaps[x].mean():+.1f})" for x in gaps if verdicts[x] == which) for which in VERDICTS
     }
 
 
@@ -240,11 +240,29 @@ def by_set(*labels: str) -> str:
     return as_table(["dataset", "method", *map(str, numbers)], lines)
 
 
-def set_standing(ending: str, file: str = "many_sets") -> str:
-    """A list: which of the methods whose label ends so are better than, on par with and worse than the text probe."""
-    labels = [x for x in on_sets(file)["top1"].columns if x.endswith(ending)]
-    listed = by_verdict({x.removesuffix(ending): set_gaps(x, file=file) for x in labels})
-    return "\n".join(f"- {which} the text probe: {found or 'none'}" for which, found in listed.items())
+def set_standing(ending: str, file: str = "many_sets", reference: str = "Text probe") -> str:
+    """A list: which methods are better than, on par with and worse than the text probe, or another reference: those
+    whose label ends so, or for "" those that read the embedding alone."""
+    name = reference[0].lower() + reference[1:]
+    return "\n".join(
+        f"- {which} the {name}: {found or 'none'}" for which, found in set_listed(ending, file, reference).items()
+    )
+
+
+def set_listed(
+    ending: str, file: str = "many_sets", reference: str = "Text probe", images: int | None = None
+) -> dict[str, str]:
+    """What `by_verdict` makes of those methods, with these images per class or all."""
+    labels = [x for x in on_sets(file)["top1"].columns if (x.endswith(ending) if ending else " on " not in x)]
+    gaps = {x: set_gaps(x, reference, images, file) for x in labels if x not in (reference, "Text probe")}
+    return by_verdict({x.removesuffix(ending): gap for x, gap in gaps.items()})
+
+
+def set_level(ending: str, file: str = "many_sets") -> str:
+    """A list: for each number of images per class, which methods are on par with the text probe."""
+    numbers = sorted({images for _, images, _ in on_sets(file).index})
+    listed = {images: set_listed(ending, file, images=images)[LEVEL] for images in numbers}
+    return "\n".join(f"- {images} per class: {found}" for images, found in listed.items() if found)
 
 
 def reads(what: str = "top1") -> pd.DataFrame:

@@ -40,12 +40,19 @@ def fit(task: Task) -> LinearHead:
 
 
 def scale_of(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> float:
-    """The scale of the logits with the least loss on images that were left out, of classes with several: features
-    (V, n, E), labels (n,)."""
+    """The scale of the logits with the least loss on images that were left out, or `ALONE`: features (V, n, E), labels
+    (n,)."""
+    held_out = left_out(views, labels, recipe)
+    return text_scale(*held_out) if held_out else ALONE
+
+
+def left_out(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> tuple[Tensor, Tensor] | None:
+    """Logits (n, C) and labels (n,) of images that were left out of training, in folds; None where no class has several
+    images."""
     if not (folds := all_folds(labels)):
-        return ALONE
+        return None
     rows = [F.linear(views[0, out], *regression(views[:, ~out], labels[~out], recipe)) for out in folds]
-    return text_scale(torch.cat(rows), torch.cat([labels[out] for out in folds]))
+    return torch.cat(rows), torch.cat([labels[out] for out in folds])
 
 
 def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Linear:
