@@ -325,6 +325,71 @@ def test_a_class_is_added_without_training(pictures, fitted):
         of_pandas.add_class(5, green)
 
 
+def test_a_class_that_cannot_be_added_leaves_all_as_it_was(pictures, fitted, monkeypatch):
+    """Also where nothing may require gradients, and with the state in the order of the classes."""
+    classifier = pickle.loads(pickle.dumps(fitted))
+    green, before = [Image.new("RGB", (150, 140), (10, 9 * i, 30)) for i in range(3)], fitted.predict_proba(pictures[0])
+    info = {**classifier.model_.info}
+    with monkeypatch.context() as patched:
+        patched.setattr("dcp_zoo.model.text_probe.probe.minimum", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            classifier.add_class("azure", green)
+    assert classifier.predict_proba(pictures[0]) == pytest.approx(before, abs=1e-6)
+    assert (classifier.model_.info, classifier.model_.num_classes) == (info, 2)
+    with torch.inference_mode():
+        classifier.add_class("azure", green)
+        assert FewShotClassifier().fit(*pictures).score(*pictures) == 1
+    assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4, "azure": 3}
+    again = pickle.loads(pickle.dumps(classifier))
+    again.model_.load_state_dict(classifier.model_.state_dict())
+    assert again.predict_proba(pictures[0]) == pytest.approx(classifier.predict_proba(pictures[0]), abs=1e-3)
+    classifier.model_.remove_class("azure")
+    assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4}
+
+
+def test_folder_names_stand_for_labels(folder, pictures, tmp_path):
+    paths, names = pictures
+    numbers = FewShotClassifier(classnames={3: "blue", 5: "red"}).fit(paths, [5 if n == "red" else 3 for n in names])
+    assert numbers.score(folder) == 1
+    clone(numbers).set_params(method="gda").fit(paths, [5 if n == "red" else 3 for n in names], validation=folder)
+    shutil.copytree(folder / "red", tmp_path / "5")
+    shutil.copytree(folder / "blue", tmp_path / "blue")
+    assert numbers.score(tmp_path) == 1
+    shutil.copytree(folder / "blue", tmp_path / "green")
+    with pytest.raises(ZooError, match="No class green: the classes are 3, 5"):
+        numbers.score(tmp_path)
+    numbers.model_.info["labels"] = [["blue", 3], ["red", 5]]  # as `save` stores them
+    numbers.model_.rename_class("blue", "azure")
+    assert numbers.model_.info["labels"] == [["azure", 3], ["red", 5]]
+    with pytest.warns(UserWarning, match="Repeated class names"):
+        numbers.model_.set_classnames(["red", "azure", "red"])
+    with pytest.raises(ZooError, match="Several classes are named red, so that this label fits each"):
+        dcp_zoo.evaluate(numbers.model_, paths[-1:], ["red"])
+
+
+def test_images_of_none_of_the_classes_are_examples(folder, pictures, tmp_path):
+    """As for the command, in a folder or by a label; the other labels keep their type."""
+    shutil.copytree(folder, tmp_path / "photos")
+    shutil.copytree(folder / "red", tmp_path / "photos" / "none of these")
+    found = labelled(tmp_path / "photos")
+    assert (found.names, len(found.items)) == (NAMES, 8)
+    assert [item.key for item in found.none] == [f"none of these/{i}.png" for i in range(4)]
+    listed = labelled([*pictures[0], Image.new("L", (9, 9))], [i % 2 for i in range(8)] + ["None of these"])
+    assert (listed.classes.tolist(), len(listed.items), len(listed.none)) == ([0, 1], 8, 1)
+    with pytest.warns(UserWarning, match="The 4 images of none of the classes are not used"):
+        FewShotClassifier().fit(tmp_path / "photos")
+    with pytest.raises(ZooError, match="Images of none of these have no weights"):
+        FewShotClassifier().fit(tmp_path / "photos", sample_weight=np.ones(8))
+
+
+def test_a_head_without_classes_is_not_saved(pictures, tmp_path):
+    model = dcp_zoo.create_model("dcp_mini", num_classes=0)
+    for refused in (lambda: model.save_pretrained(tmp_path), lambda: dcp_zoo.predict(model, pictures[0])):
+        with pytest.raises(ZooError, match="This head has no classes: call model.set_classnames first"):
+            refused()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_image_has_one_label(pictures):
     paths, labels = pictures
     with pytest.raises(ZooError, match=r"0.png has two labels, 'blue' and 'red': keep one of them"):
@@ -420,6 +485,14 @@ def test_features_take_the_place_of_images(pictures, fitted):
             wrong()
 
 
+def test_the_callers_autocast_does_not_enter_what_is_kept(pictures, fitted, tmp_path):
+    classifier = pickle.loads(pickle.dumps(fitted)).set_params(memory=tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = classifier.transform(pictures[0])
+    assert np.array_equal(found, fitted.set_params(memory=False).transform(pictures[0]))
+    fitted.set_params(memory=None)
+
+
 def test_tables_with_one_column(pictures):
     paths, labels = (pandas.DataFrame({"column": column}) for column in pictures)
     assert FewShotClassifier().fit(paths, labels).score(paths.to_numpy(), labels) == 1
@@ -465,6 +538,15 @@ def test_features_of_another_tower_are_refused(pictures):
     with pytest.raises(ZooError, match="pass the images themselves"):
         plain.predict(features)
     assert plain.predict(plain.transform(paths)[1:]).tolist() == plain.predict(paths[1:]).tolist()
+    for refused in (
+        lambda: dcp_zoo.train("dcp_mini", features, labels),
+        lambda: dcp_zoo.evaluate(plain.model_, features, labels),
+        lambda: FewShotClassifier().fit(paths, labels, validation=(features, labels)),
+    ):
+        with pytest.raises(ZooError, match="features of dcp_mini .bundled., changed by prolip"):
+            refused()
+    with pytest.raises(ZooError, match="This model reads 1792 features of an image, not 512: pass the images"):
+        FewShotClassifier().fit(paths, labels).predict(plain.transform(paths))
     with pytest.raises(ZooError, match="this model reads images alone"):
         own.predict(plain.transform(paths).view(np.ndarray))
 

@@ -105,6 +105,8 @@ def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_
         with pytest.raises(ZooError, match="no sentences for 'cat'"):
             loaded.set_classnames([*NAMES, "cat"])
         assert torch.equal(loaded(x), head(x))
+        loaded.set_classnames([*NAMES, "cat"], texts={})  # back to names
+        assert (loaded.texts, loaded(x).shape[1]) == ("a photo of a {}.", len(NAMES) + 1)
 
 
 def test_other_sentences_for_a_head_of_another_method(clip, photos):
@@ -180,6 +182,9 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         assert bool(loaded.cannot_reject) != holds
     loaded = create_model(str(tmp_path), True)
     loaded.set_classnames(names[::-1])
+    assert not loaded.cannot_reject
+    loaded.add_class("c_d", torch.ones(2, 3, 192, 192))  # whose name is read
+    assert loaded.texts["c_d"] == ["c d." if kind == "dcp" else "a photo of a c d."]
     assert not loaded.cannot_reject
     loaded.set_classnames(names, other)
     assert "for other texts than" in loaded.cannot_reject

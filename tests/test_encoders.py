@@ -91,6 +91,18 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "size"), [("mobilenetv3_small_050", 192), ("test_mambaout", 192), ("test_maxvit", 160)]
+)
+def test_other_kinds_of_encoders(name, size, tmp_path):
+    """With a layer between the pooled features and the classifier; with a fixed size, and no patches."""
+    save_for_hf(timm.create_model(name), tmp_path, safe_serialization=True)
+    [encoder] = load_encoders([f"local-dir:{tmp_path}"], plain_clip("dcp_mini"))
+    assert encoder.size == (size, size)
+    assert encoder.read(torch.ones(2, 3, 192, 192)).shape == (2, *encoder.widths)
+
+
+@torch.no_grad()
 def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path):
     images = pictures[0]
     assert [encoder.source for encoder in head.image_encoders] == [*encoders.values()]
@@ -104,6 +116,7 @@ def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path
     loaded = create_model(str(folder), True).eval()
     assert close(loaded(x), wanted, 1e-4)
     assert not any("image_encoders" in name for name in load_file(folder / "model.safetensors"))
+    assert FewShotClassifier.load(folder).encoder == [*encoders.values()]
     names = [found[0].name for found in predict(head, images[:4])]
     assert names == [head.classnames[i] for i in wanted.argmax(-1)]
     head.add_class("bright", torch.ones(3, 3, 192, 192))

@@ -18,7 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
-from dcp_zoo.api.functions import as_model, outputs_of, plan_own
+from dcp_zoo.api.functions import as_model, outputs_of, plain_features, plan_own, read_by
 from dcp_zoo.api.inputs import (
     Images,
     Labelled,
@@ -28,8 +28,8 @@ from dcp_zoo.api.inputs import (
     hashed,
     is_folder,
     labelled,
-    list_labelled_images,
     unlabelled,
+    with_classes,
 )
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar
@@ -48,7 +48,6 @@ from dcp_zoo.training.planning import ClassWeights
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
-from dcp_zoo.zoo.registry import get_spec
 
 SEEDS = 2**31  # how many there are to draw from
 Weights = ArrayLike | None  # of images
@@ -111,6 +110,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         self.verbose = verbose
 
     @fair_threads()
+    @torch.inference_mode(False)
     def fit(
         self, images: Images, labels: Labels = None, sample_weight: Weights = None, *, validation: Images = None
     ) -> "FewShotClassifier":
@@ -124,9 +124,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
                 images of a test.
         """
-        if isinstance(images, Transformed):
-            spec = get_spec(self.model)
-            check_features(images, f"{spec.name} ({spec.clip_pretrained})")
+        check_features(images, plain_features(self.model))
         data, epochs = labelled(images, labels, self.classnames), list[Epoch]()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
@@ -190,10 +188,12 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
-        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class. As in scikit-learn,
-        images of the training count as well: for an honest figure pass others."""
+        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its name or its
+        label. As in scikit-learn, images of the training count as well: for an honest figure pass others. ZooError for
+        a folder of another class."""
         if is_folder(images) and labels is None:
-            images, labels = list_labelled_images(images)
+            items = with_classes(images, None, self.classes_.tolist(), self._head().classnames)
+            images, labels = [item.path for item in items], self.classes_[[item.label for item in items]]
         return super().score(images, labels, sample_weight)
 
     @fair_threads()
@@ -222,7 +222,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         model, labels = self._head(), self.classes_.tolist()
         check_choice("class", label, labels)
         index = labels.index(label)
-        model.remove_class(model.classnames[index])
+        model.remove_class(index)
         self.classes_ = np.delete(self.classes_, index)
         return self
 
@@ -244,7 +244,9 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda". ZooError
         for no checkpoint, a damaged one, or one with a class whose label is not known."""
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
-        stored: Values = {"method": model.method, "classifier": "text-probe" if model.text_probe else None}
+        encoders = [encoder.source for encoder in model.image_encoders]
+        stored: Values = {"method": model.method, "classifier": "text-probe" if model.text_probe else "none"}
+        stored |= {"encoder": encoders} if encoders else {}
         self = cls(model.encoder.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))
@@ -285,15 +287,10 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         super().__setstate__(state)
 
 
-def read_by(head: Head) -> str:
-    """What computes the features that a head reads, see `Transformed`."""
-    plain = f"{head.encoder.architecture} ({head.encoder.source})"
-    plain += "".join(f" and {encoder.source}" for encoder in head.image_encoders)
-    return f"{plain}, changed by {head.method}" if head.has_own_features else plain
-
-
 def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:
     """The images whose weight is above 0, and these weights. ZooError unless there is one for each image."""
+    if data.none:
+        raise ZooError("Images of none of these have no weights: omit sample_weight, or these images.")
     weights = np.asarray(sample_weight, float)
     if weights.shape != (len(data.items),) or not np.isfinite(weights).all() or (weights < 0).any():
         raise ZooError(f"sample_weight needs {len(data.items)} numbers from 0, one per image.")

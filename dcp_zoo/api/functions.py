@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, hashed, labelled, unlabelled, with_classes
+from dcp_zoo.api.inputs import (
+    ClassNames,
+    Images,
+    Labelled,
+    Labels,
+    check_features,
+    hashed,
+    labelled,
+    unlabelled,
+    with_classes,
+)
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, bar
@@ -27,6 +37,7 @@ from dcp_zoo.training.recipes import AUTO, MANY
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import by_image, image_source
 from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.registry import get_spec
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 KEPT = 1000  # images; more in one call would only push others out of memory
@@ -40,6 +51,7 @@ class Prediction(NamedTuple):
 
 
 @fair_threads()
+@torch.inference_mode(False)
 def train(
     model: str,
     images: Images,
@@ -59,7 +71,8 @@ def train(
     Args:
         model: "small", "medium" or "large", the best for their cost, or a model's name such as "dcp_vitb16".
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
-        labels: one per image, names or numbers; omitted for a folder.
+        labels: one per image, names or numbers; omitted for a folder. Images of `none of these` are examples of what to
+            reject.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
@@ -83,6 +96,7 @@ def train(
             `rich.progress.track` does (default: tqdm's).
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
+    check_features(images, plain_features(model))
     data = labelled(images, labels, classnames)
     chosen: Values = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
     settings = RunOptions(**own)
@@ -94,10 +108,11 @@ def plan_own(
     data: Labelled, validation: Images, model: str, method: str, *, progress: Progress = bar, **options: Any
 ) -> Run:
     """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
-    check_images([item for item in data.items if isinstance(item.path, str)], progress)
-    images = (validation, None) if isinstance(validation, (str, Path)) else validation
-    val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
-    split = Split(OWN_IMAGES, data.names, hashed(data.items), hashed(val), [])
+    check_images([item for item in (*data.items, *data.none) if isinstance(item.path, str)], progress)
+    images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
+    check_features(images[0], plain_features(model))
+    val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
+    split = Split(OWN_IMAGES, data.names, hashed(data.items), hashed(val), none=hashed(data.none))
     run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
     if data.items and isinstance(data.items[0].path, torch.Tensor):
         if not METHODS[method].features:
@@ -133,6 +148,7 @@ def evaluate(
         device, precision, progress: see `train`; default: the device where the model is, or "auto" for a name.
     """
     model = as_model(model, device)
+    check_features(images, read_by(model))
     items = with_classes(images, labels, model.classnames)
     logits = torch.from_numpy(outputs_of(model, items, batch_size, precision, progress).logits)
     return Evaluation(model.classnames, items, logits)
@@ -187,10 +203,26 @@ def outputs_of(
     reject: float | None = None,
 ) -> Outputs:
     """What a model computes of the items' images; features are kept by `kept_features`."""
+    given = next((len(item.path) for item in items if isinstance(item.path, torch.Tensor)), model.num_features)
+    if given != model.num_features:
+        raise ZooError(f"This model reads {model.num_features} features of an image, not {given}: pass the images.")
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     precision = pick_precision(precision, model.encoder.architecture, model.device)
     source = image_source(model.frozen, items, once=once, precision=precision)
     return read(model, source, batch_size, progress, bool(reject))
+
+
+def plain_features(model: str) -> str:
+    """What computes the features of a CLIP that no method changed, see `Transformed`."""
+    spec = get_spec(model)
+    return f"{spec.name} ({spec.clip_pretrained})"
+
+
+def read_by(head: Head) -> str:
+    """What computes the features that a head reads, see `Transformed`."""
+    plain = f"{head.encoder.architecture} ({head.encoder.source})"
+    plain += "".join(f" and {encoder.source}" for encoder in head.image_encoders)
+    return f"{plain}, changed by {head.method}" if head.has_own_features else plain
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

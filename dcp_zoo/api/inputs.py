@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +19,7 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten
 from dcp_zoo.files import MAX_PIXELS
+from dcp_zoo.texts import NONE, is_none
 
 FORMS = (
     "an image is a path, PIL's, an open file, its bytes, or an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, "
@@ -48,24 +50,27 @@ class Labelled(NamedTuple):
     classes: np.ndarray  # the C distinct labels, sorted
     names: list[str]  # of the classes, which CLIP reads
     items: list[Item]  # their labels count from 0, in the order of `classes`
+    none: list[Item]  # of none of the classes: examples of what to reject
 
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The images of a folder with one folder per class, or a zip or tar of it: their paths, and the class of each, for
-    functions such as scikit-learn's `cross_val_score`. ZooError for no such folder, no class folders, a class without
-    images, or folders `train` and `test`."""
-    return _of_folder(folder)[:2]
+    functions such as scikit-learn's `cross_val_score`; without those in `none of these`. ZooError for no such folder,
+    no class folders, a class without images, or folders `train` and `test`."""
+    return _of_folder(folder, examples=False)[:2]
 
 
-def _of_folder(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
-    """`list_labelled_images`, and the keys: as of `dcp-zoo train`, in the same order."""
+def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str], list[str]]:
+    """`list_labelled_images`, and the keys: as of `dcp-zoo train`, in the same order; with those of no class behind."""
     found = load_labelled("folder", folder)
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
     if doubt := unlike_classes(found.classnames, found.items):
         warnings.warn(doubt, stacklevel=3)
-    items = all_for_training(found).train
-    return [x.path for x in items], [found.classnames[x.label] for x in items], [x.key for x in items]
+    items, none = all_for_training(found).train, found.none if examples else []
+    labels = [found.classnames[x.label] for x in items] + [NONE] * len(none)
+    items = [*items, *none]
+    return [x.path for x in items], labels, [x.key for x in items]
 
 
 def is_folder(images: Images) -> bool:
@@ -73,27 +78,36 @@ def is_folder(images: Images) -> bool:
 
 
 def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, features: bool = True) -> Labelled:
-    """Images with their labels; arguments as in `dcp_zoo.train`, and `features` as in `as_images`."""
+    """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`, and `features`
+    as in `as_images`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
-    images, labels, keys = _with_labels(images, labels)
+    images, labels, keys = _with_labels(images, labels, examples=True)
     if any(label is None or is_nan(label) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
     if features and getattr(images, "ndim", 0) == 2 and len(images) == len(labels) > 1 and _unit_rows(images) is None:
         problem = f"These are no features of a CLIP, {tuple(np.shape(images))}, as their rows do not have the length 1"
         raise ZooError(f"{problem}: pass images, or what FewShotClassifier.transform returns.")
-    found, values = as_images(images, features), np.asarray(labels)
+    found, has_class = as_images(images, features), [not (isinstance(x, str) and is_none(x)) for x in labels]
+    values = np.asarray(labels if all(has_class) else [x for x, has in zip(labels, has_class, strict=True) if has])
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
     classes = np.unique(values)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    return Labelled(classes, _names(classes, classnames), _items(found, values.tolist(), classes.tolist(), keys))
+    left = iter(values.tolist())
+    items = _items(found, [next(left) if has else NONE for has in has_class], [*classes.tolist(), NONE], keys)
+    none = [item for item in items if item.label == len(classes)]
+    return Labelled(classes, _names(classes, classnames), [x for x in items if x.label < len(classes)], none)
 
 
-def with_classes(images: Images, labels: Labels, classes: Sequence[Any]) -> list[Item]:
-    """Images with their labels among known classes."""
-    images, labels, keys = _with_labels(images, labels)
+def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:
+    """Images with their labels among known classes; those of a folder are their `names`, or the labels as text."""
+    of_folder = labels is None
+    images, labels, keys = _with_labels(images, labels, examples=False)
+    if of_folder:
+        called = dict(zip(names, classes, strict=False)) | {str(label): label for label in classes}
+        labels = [called.get(name, name) for name in labels]
     return _items(as_images(images, features=True), list(labels), classes, keys)
 
 
@@ -103,6 +117,9 @@ def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], 
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
         raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
+    if repeated := [str(label) for label, count in Counter(classes).items() if count > 1 and label in values]:
+        advice = "give each a name of its own: model.rename_class(POSITION, NAME)"
+        raise ZooError(f"Several classes are named {', '.join(repeated)}, so that this label fits each: {advice}.")
     of_path = {image: label for image, label in zip(found, values, strict=True) if isinstance(image, str)}
     for image, label in zip(found, values, strict=True):
         if isinstance(image, str) and of_path[image] != label:
@@ -120,10 +137,10 @@ def hashed(items: Iterable[Item]) -> list[Item]:
     return [item if isinstance(item.path, str) else item._replace(key=key(item.path)) for item in items]
 
 
-def _with_labels(images: Images, labels: Labels) -> tuple[Any, Any, list[str] | None]:
+def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, Any, list[str] | None]:
     """Images and labels as they are, or a folder's, with the images' keys; ZooError for images alone."""
     if is_folder(images) and labels is None:
-        return _of_folder(images)
+        return _of_folder(images, examples)
     if labels is None:
         if isinstance(images, (str, Path)) and not Path(images).exists():
             raise ZooError(f"There is no folder {images}: pass one with one folder per class.")

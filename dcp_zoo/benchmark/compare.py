@@ -82,7 +82,7 @@ def compare(
     fold without a class.
 
     Args:
-        images, labels, classnames, device, precision, progress: see `dcp_zoo.train`.
+        images, labels, classnames, device, precision, progress: see `dcp_zoo.train`; without images of `none of these`.
         methods: names in `dcp_zoo.training.METHODS`. Default: those that need only features, and take seconds.
         models: of the zoo, see `dcp_zoo.list_models`, also with image models of timm that methods with a text
             probe read beside them: "dcp_vitb16+vit_small_patch14_dinov2.lvd142m".
@@ -90,7 +90,7 @@ def compare(
         seed: of the folds and of the methods.
     """
     data = labelled(images, labels, classnames)
-    data = data._replace(items=hashed(data.items))
+    data = data._replace(items=hashed(data.items), none=[])
     chosen = [name for name in METHODS if METHODS[name].features] if methods is None else list(methods)
     options: Values = {"seed": seed, "device": device, "precision": precision}
     folds, plans = _folds(data, cv, seed), dict[tuple[str, str], Run]()

@@ -12,7 +12,6 @@ from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import Values
 from dcp_zoo.model.config import alone_in, check_free
 
 if TYPE_CHECKING:
@@ -57,10 +56,10 @@ def classes(
     if added is not None:
         done, note = _add(model, added, found, head, output_dir), LOST
     elif renamed is not None:
-        done, note = _rename(model, *renamed), KEPT
+        model.rename_class(*renamed)
+        done, note = "{} is now {}".format(*renamed), KEPT
     else:
         model.remove_class(str(removed))
-        (model.info.get("class_images") or {}).pop(removed, None)
         done, note = f"{removed} removed", LOST
     model.save_pretrained(output_dir)
     output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True)
@@ -72,22 +71,11 @@ def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir
 
     from dcp_zoo.zoo.factory import create_transform
 
-    exists = name in model.classnames
-    counts: Values = model.info.get("class_images") or dict.fromkeys(model.classnames, model.info.get("shots"))
-    if exists and not counts.get(name):
+    exists, transform = name in model.classnames, create_transform(model)
+    known = model.class_images.get(name) if exists else 0
+    if exists and not known:
         instead = f"train one on images of all classes: dcp-zoo train PHOTOS --output {output_dir}"
         raise ZooError(f"{head} does not store how many images of {name} it has seen, to add some. Instead, {instead}")
-    known, transform = counts[name] if exists else 0, create_transform(model)
-    model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known)
-    model.info["class_images"] = counts | {name: known + len(found)}
+    model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known or 0)
     note_images(model.info, [Item(image.path, image.name, 0) for image in found])
     return f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
-
-
-def _rename(model: "Head", name: str, new: str) -> str:
-    model.rename_class(name, new)
-    for key in ("class_images", "labels"):  # labels: pairs, those of a FewShotClassifier
-        if stored := dict(model.info.get(key) or ()):
-            changed = {new if known == name else known: value for known, value in stored.items()}
-            model.info[key] = changed if key == "class_images" else [list(pair) for pair in changed.items()]
-    return f"{name} is now {new}"

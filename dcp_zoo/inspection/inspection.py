@@ -211,7 +211,7 @@ def _read(images: Images, labels: Labels) -> Split:
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
     given = labelled(images, labels, features=False)
-    return Split("images", given.names, given.items, place=f"{len(given.items)} images")
+    return Split("images", given.names, given.items, none=given.none, place=f"{len(given.items)} images")
 
 
 def _unsorted(folder: Images) -> Split:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.classes import class_texts, matched, names_of, read_of, saved_texts
+from dcp_zoo.model.classes import NO_CLASSES, class_texts, matched, names_of, read_of, saved_texts
 from dcp_zoo.model.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -56,6 +56,8 @@ EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scal
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
     """See `Head.save_pretrained`."""
+    if not head.classes:
+        raise ZooError(NO_CLASSES)
     tensors = head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
     state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in tensors.items()}
     return write(directory, state, head_config(head, _valid(head, info)))

@@ -15,6 +15,7 @@ from dcp_zoo.texts import is_reserved
 
 NAME = "{}."  # the template after learned prompts
 TEMPLATE = "a photo of a {}."  # zero-shot CLIP's
+NO_CLASSES = "This head has no classes: call model.set_classnames first."
 Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
 # a template for class names, or several, or sentences of each class; "" of a head that reads none
 Texts = str | Sequence[str] | Descriptions

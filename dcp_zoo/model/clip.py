@@ -251,7 +251,7 @@ class ImageEncoder(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return (self.model.num_features,)
+        return (getattr(self.model, "head_hidden_size", self.model.num_features),)  # before a classifier
 
     def fingerprint(self) -> str:
         """See `FrozenCLIP.fingerprint`."""

@@ -313,6 +313,9 @@ class DCP(Head):
         self.name_tokens = self._tokens(read_of(classes), now)
         self._keep(classes, now)
 
+    def _template(self) -> str:
+        return self.behind
+
     def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
         """What follows the text prompts of each class."""
         behind = texts if isinstance(texts, Mapping) else self.behind
@@ -326,9 +329,7 @@ class DCP(Head):
         return Reading(self.encoder, (width,), self._encode_own, self._text_linear, prompts, self.first_block)
 
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
-        """See `Head.add_class`; with stored statistics. Among classes with sentences, a new one has its name."""
-        if isinstance(self.texts, Mapping) and isinstance(name, str) and name not in self.classnames:
-            self.texts = {name: [self.behind.format(name.replace("_", " "))], **self.texts}
+        """See `Head.add_class`; with stored statistics."""
         stats, self._stats = self._stats, None  # stored
         try:
             with in_eval_mode(self):

@@ -27,6 +27,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classes import (
+    NO_CLASSES,
     TEMPLATE,
     Class,
     Texts,
@@ -184,8 +185,11 @@ class Head(TimmContract, ABC):
             return F.linear(features.to(weight.dtype), weight, bias)
 
     def linear(self) -> Linear:
-        """W (C, F) and b (C,), the text probe included. ZooError if the logits are no linear function of the features:
-        of a head that keeps its training images, or if text features depend on images, see `DCP.encode_text`."""
+        """W (C, F) and b (C,), the text probe included. ZooError without classes, or if the logits are no linear
+        function of the features: of a head that keeps its training images, or if text features depend on images, see
+        `DCP.encode_text`."""
+        if not self.classes:
+            raise ZooError(NO_CLASSES)
         start = join(self.reads)
         return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
 
@@ -269,6 +273,7 @@ class Head(TimmContract, ABC):
                 each.read = each.name
         self._classify_into(classes, texts)
 
+    @torch.inference_mode(False)  # fits the class
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
         reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
@@ -294,10 +299,20 @@ class Head(TimmContract, ABC):
         if known and seen is not None:
             count += known
             mean += (seen.float() - mean) * (known / count)
-        if not exists:
-            self._classify_into([*self.classes, one], None)
-        with torch.no_grad():
-            probe.add(one, mean, count, self.classes, join(self.reads))
+        before, rows = (self.classes, self.texts, {**self.info}), (probe.classes, probe.weight, probe.bias, probe.means)
+        try:
+            if not exists:
+                if isinstance(self.texts, Mapping):  # sentences of the others: of this one CLIP reads the name
+                    self.texts = {one.read: class_texts([one.read], self._template())[0], **self.texts}
+                self._classify_into([*self.classes, one], None)
+            with torch.no_grad():
+                probe.add(one, mean, count, self.classes, join(self.reads))
+        except BaseException:
+            self._classify_into(before[0], None)
+            _, self.texts, self.info = before
+            probe.classes, probe.weight, probe.bias, probe.means = rows
+            raise
+        self.info["class_images"] = self.class_images | {one.name: count}
         self._outdate(f"the class {one.name} got other images" if exists else f"the class {one.name} was added")
 
     def remove_class(self, name: str | int) -> None:
@@ -306,6 +321,7 @@ class Head(TimmContract, ABC):
         at = position(name, self.classes)
         one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
         check_classnames(names_of(left))
+        self._noted(one.name)
         self._classify_into(left, None)
         if self.text_probe is not None:
             self.text_probe.remove(one)
@@ -317,7 +333,28 @@ class Head(TimmContract, ABC):
         one = self.classes[position(name, self.classes)]
         if new in self.classnames:
             raise ZooError(f"The class {new} exists already: choose another name, or remove that class first.")
-        one.name = check_classnames([new])[0]
+        new = check_classnames([new])[0]
+        self._noted(one.name, new)
+        one.name = new
+
+    @property
+    def class_images(self) -> dict[str, int | None]:
+        """How many images of each class it has seen, by name; None where that is not known."""
+        return self.info.get("class_images") or dict.fromkeys(self.classnames, self.info.get("shots"))
+
+    def _noted(self, name: str, new: str = "") -> None:
+        """What `info` says of a class alone of its name, under a new one, or no longer."""
+        if self.classnames.count(name) > 1:
+            return
+        for key in ("class_images", "labels"):  # the labels, of a `FewShotClassifier`, are pairs
+            if stored := dict(self.info.get(key) or ()):
+                kept = {new if each == name else each: value for each, value in stored.items()}
+                kept.pop("", None)
+                self.info[key] = kept if key == "class_images" else [list(pair) for pair in kept.items()]
+
+    def _template(self) -> str:
+        """What CLIP reads of a class without sentences, where the others have some."""
+        return TEMPLATE
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
         """These classes and texts from now on. The accuracy goes if the classes change, and the rejection threshold if
@@ -327,6 +364,8 @@ class Head(TimmContract, ABC):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
         if set(classes) != set(self.classes):
             self._outdate("the classes were changed")
+        if probe is not None:
+            probe.arrange(classes)
         self.classes, self.texts = classes, texts
 
     def _batch(self, images: object) -> Tensor:
@@ -348,7 +387,8 @@ class Head(TimmContract, ABC):
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
-        ZooError if a trained tensor is not finite, or the directory is not writable or another process's.
+        ZooError without classes, if a trained tensor is not finite, or if the directory is not writable or another
+        process's.
 
         Args:
             directory: created if needed; a head that is there is replaced as a whole.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.classes import Class, Texts, check_classnames, matched, names_of, read_of, rows_of
+from dcp_zoo.model.classes import TEMPLATE, Class, Texts, check_classnames, matched, names_of, read_of, rows_of
 from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
@@ -78,7 +78,8 @@ class LinearHead(Head):
         return Reading(self.encoder, self.encoder.widths, self.encoder.read, lambda: (self.weight, self.bias))
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        """New classes are read by their names; other texts are read for all classes."""
+        """New classes are read by their names; other texts are read for all classes, {} standing for the names."""
+        texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
         now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
         rows = rows_of(classes, self.classes) if now == self.texts else [None] * len(classes)
         new = [each for each, row in zip(classes, rows, strict=True) if row is None]

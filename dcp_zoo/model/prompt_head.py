@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache
-from dcp_zoo.model.classes import NAME, Class, Texts, check_classnames, class_texts, matched, read_of
+from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, class_texts, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
@@ -70,12 +70,15 @@ class PromptHead(Head):
         return head.requires_grad_(False)
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        names, now = read_of(classes), texts or self.texts
+        names, now = read_of(classes), self.texts if texts is None else texts or TEMPLATE
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:
-            behind = now if isinstance(now, Mapping) else f"{self.rest} {NAME}".strip()
+            behind = now if isinstance(now, Mapping) else self._template()
             self.name_tokens = self.encoder.tokenize_names(names, len(self.text_prompts[0]), behind)
         self._keep(classes, now)
+
+    def _template(self) -> str:
+        return f"{self.rest} {NAME}".strip() if self.text_prompts else TEMPLATE
 
     def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""

@@ -56,10 +56,13 @@ def cast_frozen(model: Head, precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The autocast context of a precision; a null context for float32. ZooError for an unknown precision."""
+    """The autocast context of a precision, none for float32, in place of the caller's: features are kept. ZooError for
+    an unknown precision."""
     check_choice("precision", precision, PRECISIONS)
     dtype = computed_in(precision, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    if dtype != torch.float32:
+        return torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def needs_checkpointing(model: Head, batch: int) -> bool:

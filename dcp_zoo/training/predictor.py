@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.classes import NO_CLASSES
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images
@@ -56,8 +57,10 @@ def torch_predictor(
     head: Head, features: bool = False, precision: str = AUTO, reject: float | None = None, images: int | None = None
 ) -> Predictor:
     """A head on its device: in batches with stored statistics, otherwise each image alone. `reject`: see
-    `Head.rejection_threshold`; None measures no distances. `images`: how many there are, if known. ZooError for an
-    unknown precision, or features without stored statistics."""
+    `Head.rejection_threshold`; None measures no distances. `images`: how many there are, if known. ZooError without
+    classes, for an unknown precision, or for features without stored statistics."""
+    if not head.classes:
+        raise ZooError(NO_CLASSES)
     precision = pick_precision(precision, head.encoder.architecture, head.device)
     alone = head.stats != "stored"  # then each image is a batch
     if features and alone:

@@ -65,7 +65,7 @@ def _load(name: str, clip: FrozenCLIP) -> ImageEncoder:
     check_encoders([name])
     failed = (
         f"The image encoder {name} cannot be loaded: {{}}. Its weights are downloaded once, by timm: connect to the "
-        "internet, or omit --encoder."
+        "internet, or choose another: dcp-zoo list --encoders."
     )
     with as_zoo_error(failed, Exception):
         size, options = _size(name, clip.pretrained_cfg["input_size"][1:])
@@ -74,12 +74,16 @@ def _load(name: str, clip: FrozenCLIP) -> ImageEncoder:
 
 
 def _size(name: str, size: Sequence[int]) -> tuple[tuple[int, int], Values]:
-    """The pixels that a model shall read, for images of this size, and timm's options for it."""
+    """The pixels that a model shall read, for images of this size, and timm's options for it: this size, where the
+    model has a fixed one a multiple of its patches, or its own where it has no patches."""
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
     height, width = size
     if not model.pretrained_cfg.get("fixed_input_size"):
         return (height, width), {}
-    patch = model.patch_embed.patch_size
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple):
+        own: tuple[int, int] = model.pretrained_cfg["input_size"][1:]
+        return own, {}
     fitting = height // patch[0] * patch[0], width // patch[1] * patch[1]
     return fitting, {"img_size": fitting}

@@ -162,6 +162,14 @@ class TextProbe(nn.Module):
                 d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
             row = row + evidence * d
         self.weight[-1] = row.to(self.weight)
+        self.arrange(classes)
+
+    def arrange(self, classes: Sequence[Class]) -> None:
+        """Keep its rows in the order of these classes, if they are its own: then its state is that of a checkpoint."""
+        if set(classes) == set(self.classes):
+            rows = self.weight, self.bias, self.means
+            self.weight, self.bias, self.means = (self._ordered(each, classes) for each in rows)
+            self.classes = list(classes)
 
     def remove(self, one: Class) -> None:
         """Forget a class, if it is known."""
