@@ -886,6 +886,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
             "x.onnx is run as it was exported: omit --classes, --stats, or pass the head itself.",
         ),
         (["--head", "x.onnx", "--reject-rate", "0.2"], "omit --reject-rate, or"),
+        (["--reject", "--reject-rate", "0"], "--reject-rate 0 rejects nothing: omit it"),
         (["--head", "x.onnx", "--reject"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
         (["--count"], "--count counts what the other images refine: add --together."),

@@ -33,6 +33,30 @@ def test_a_folder_too_far_up_or_of_videos_is_explained(flowers):
         load_split("folder", flowers)
 
 
+def test_what_is_not_read_is_said(flowers, run, tmp_path):
+    """Reserved names, links to folders, and parts that are called in another way."""
+    shutil.copytree(flowers / "rose", flowers / "not sure")
+    (flowers / "rose" / "more").symlink_to(flowers / "tulip", target_is_directory=True)
+    (flowers / "rose" / "gone.jpg").symlink_to("nowhere.jpg")
+    Path("changes.csv").write_text("file,change\n")
+    said = [
+        " ".join(run("inspect", flowers, *more)[2].split())
+        for more in (("--fix", "changes.csv", "--output", "FIXED"), ())
+    ]
+    assert all("Left out: the images in not sure, as these names are reserved" in each for each in said)
+    assert "rose/more is a link to a folder, and is not read: pass it itself" in said[0]
+    assert "keyword" in run.refused("inspect", flowers, "--labels", "xmp:rose,tulip", "--overwrite")
+    assert "Cannot read nope.csv" in run.refused("inspect", flowers, "--names", "nope.csv", "--overwrite")
+    for command in ("inspect", "train"):
+        assert "is among the images of" in run.refused(command, flowers, "--output", flowers / "new")
+    for part in ("Train", "Test"):
+        shutil.copytree(flowers / "tulip", tmp_path / "CAPITALS" / part / "tulip")
+        shutil.copytree(flowers / "tulip", tmp_path / "CAPITALS" / part / "lily")
+    found = load_labelled("folder", tmp_path / "CAPITALS")
+    assert "these do not look like one: Test, Train" in readers.unlike_classes(found.classnames, found.items)
+    assert not readers.unlike_classes(["bus", "train"], [])
+
+
 def test_what_computers_add_to_folders_is_skipped(flowers):
     before = load_split("folder", flowers)
     for name in ("__MACOSX/rose/._0.jpg", ".Trash/x.jpg", "rose/._0.jpg", "rose/.thumbs/y.jpg", "rose/__MACOSX/z.jpg"):

@@ -500,6 +500,46 @@ def test_only_what_the_table_lacks(card, run):
     assert "Cannot read p.csv ('error'): --only-new adds to a .csv that predict wrote." in err
 
 
+def test_a_photograph_that_was_replaced_is_new(card, run):
+    """Its row is another then; after the rest was moved, a name that is free again is not given twice."""
+    sort = ("--sort-into", "SORTED", "--sheet", "SORTED/sheet.html")
+    predict(run, *sort, "--only-new")
+    for path in ("CARD/IMG_1.JPG", "CARD/IMG_5.jpg"):
+        Path(path).write_bytes(picture(7))
+    os.utime("CARD/IMG_1.JPG", (1_500_000_000, 1_500_000_000))  # before the table was written
+    os.utime("CARD/IMG_5.jpg", (2_500_000_000, 2_500_000_000))
+    err = predict(run, *sort, "--only-new", "--overwrite")
+    assert "Changed since SORTED/predictions.csv, and classified again: 2 images." in " ".join(err.split())
+    images = [row["image"] for row in read_csv("SORTED/predictions.csv")]
+    assert sorted(images) == sorted({*images})
+    assert Path("SORTED/emu/IMG_1-3.JPG").read_bytes() == picture(7)
+    shutil.rmtree("SORTED")
+    predict(run, *sort, "--move")
+    Review(Path("SORTED/sheet.html")).say("SORTED/emu/IMG_1.JPG", "crab")
+    for number, free in ((8, "emu/IMG_1-3.JPG"), (9, "emu/IMG_1-4.JPG")):
+        (card / "IMG_1.JPG").write_bytes(picture(number))
+        predict(run, *sort, "--move", "--only-new", "--overwrite")
+        assert Path("SORTED", free).read_bytes() == picture(number)
+    images = [row["image"] for row in read_csv("SORTED/predictions.csv") if not row["error"]]
+    assert sorted(images) == sorted({*images})
+
+
+def test_copies_are_told_apart_by_what_is_in_them(card):
+    """Not by size and time, which two cameras may share; what was copied, but not moved, is no other file."""
+    for number in (1, 2):
+        Path(f"{number}").mkdir()
+        Path(f"{number}/a.bmp").write_bytes(bytes([number]) * 9)
+        os.utime(f"{number}/a.bmp", (1_700_000_000, 1_700_000_000))
+    sort_into(["1/a.bmp", "2/a.bmp"], ["emu", "emu"], Path("SORTED"))
+    assert Path("SORTED/emu/a-2.bmp").read_bytes() == b"\2" * 9
+    journal = Journal(Path("x.undo.jsonl"))
+    journal.note({"from": str(Path("1/a.bmp").resolve()), "to": str(Path("moved/a.bmp").resolve())})
+    Path("moved").mkdir()
+    shutil.copy2("1/a.bmp", "moved/a.bmp")
+    assert undo(journal.file) == (1, [])
+    assert (Path("1/a.bmp").read_bytes(), Path("moved").exists()) == (b"\1" * 9, False)
+
+
 # -------------------------------------------------------------------------------------------------------------- review
 
 
@@ -598,6 +638,19 @@ def test_a_script_of_a_strangers_page_does_not_run(card, run, review, chromium):
     assert "was written by another version of dcp_zoo" in run.refused("review", "sheet.html")
     page.write_text("<p>")
     assert "sheet.html is not the sheet.html of predict --sheet" in run.refused("review", "sheet.html")
+
+
+def test_a_later_page_means_its_own_photographs(card, run):
+    sort = ("--sort-into", "SORTED", "--sheet", "SORTED/sheet.html", "--overwrite")
+    predict(run, *sort)
+    Review(Path("SORTED/sheet.html")).say("CARD/IMG_1.JPG", "crab")
+    assert Path("SORTED/crab/IMG_1.JPG").exists()
+    (card / "IMG_1.JPG").write_bytes(picture(8))
+    predict(run, *sort)
+    later = Review(Path("SORTED/sheet.html"))  # the name has an answer, which is the other photograph's
+    later.say("CARD/IMG_1.JPG", "ant")
+    assert Path("SORTED/crab/IMG_1.JPG").read_bytes() == picture(1)
+    assert Path("SORTED/ant/IMG_1.JPG").read_bytes() == picture(8)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 7, 8])

@@ -64,11 +64,12 @@ def export(options: ExportOptions) -> None:
         else:
             path = export_hub(model, file, precision=precision)
             next_step = f"{path / 'README.md'} shows how to use it."
-        output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}")
+        output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}", markup=False)
         return
     path = files.export(model, file, preprocessing=preprocessing, precision=precision)
     megabytes = path.stat().st_size / 1e6
-    output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
+    size = f"{megabytes:.0f} MB, {model.num_classes} classes"
+    output.print(f"Wrote {path} ({size}), verified against the model.", markup=False)
 
 
 def file_stem(name: str) -> str:

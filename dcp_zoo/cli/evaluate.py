@@ -19,6 +19,7 @@ from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
+from dcp_zoo.files import printable
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
@@ -75,6 +76,8 @@ def evaluate(
     claims = claimed(name, model) if claim else None
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
+    if images.note:
+        log(printable(images.note))
     (test, title), shown = test_images(images, model, head, claim), str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
@@ -100,7 +103,7 @@ def evaluate(
         print(json.dumps({"head": head, "dataset": dataset, **conditions, **as_values(evaluation)}))
         return
     kind = title.removesuffix("top-1")
-    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:")
+    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:", markup=False)
     show_evaluation(evaluation, title)
     if claims:
         compare(claims, metrics)

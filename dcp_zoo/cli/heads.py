@@ -62,8 +62,8 @@ def classes(
         model.remove_class(str(removed))
         done, note = f"{removed} removed", LOST
     model.save_pretrained(output_dir)
-    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True)
-    output.print(f"Saved in {output_dir}.")
+    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True, markup=False)
+    output.print(f"Saved in {output_dir}.", markup=False)
 
 
 def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir: Path) -> str:

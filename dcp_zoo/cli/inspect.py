@@ -12,7 +12,7 @@ from dcp_zoo.cli.console import advise, log, output, print_error, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Port, Threads, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
-from dcp_zoo.data.paths import check_output
+from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
@@ -67,13 +67,17 @@ def inspect(
         from dcp_zoo.inspection.fixed import fix as write_copy
 
         moved, left_out = write_copy(root, fix, output_dir, labels)
-        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.")
+        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.", markup=False)
         return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
+    if not labels:
+        check_outside(folder, root, "--output")
     for name in (INSPECTION_TABLE, INSPECTION_PAGE):
         check_output(folder / name, overwrite)
     if not no_labels:
         data = load_labelled("folder", root, labels)
+        if data.note:
+            log(printable(data.note))
         if not labels and (doubt := unlike_classes(data.classnames, data.items)):
             log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
@@ -92,7 +96,8 @@ def inspect(
         log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
     if new_names:
         _say_gains(found.gains, [] if labels else renaming(found.data, new_names))
-    output.print(f"Look at {page}." if no_labels else f"Look at {page}; to change labels: dcp-zoo review {page}")
+    review = "" if no_labels else f"; to change labels: dcp-zoo review {shlex.quote(str(page))}"
+    output.print(f"Look at {page}{review}", markup=False)
     advise_larger(model)
 
 
@@ -187,7 +192,7 @@ def review(
             raise ZooError(f"Another process is reviewing {page}: use its page in the browser, or stop it.")
         found = Review(page)
         marked = f" {len(found.said):,} are there already." if found.said else ""
-        output.print(f"Corrections are saved in {found.table}.{marked}", soft_wrap=True)
+        output.print(f"Corrections are saved in {found.table}.{marked}", soft_wrap=True, markup=False)
         serve_review(found, port, lambda url: print(f"Open {url} in the browser. Stop with Ctrl-C.", flush=True))
 
 

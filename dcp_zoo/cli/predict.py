@@ -95,7 +95,7 @@ class PredictOptions:
     @property
     def rejects(self) -> float:
         """The argument `reject` of `Head.rejection_threshold`; False if nothing is rejected."""
-        return self.reject_rate or self.reject
+        return self.reject if self.reject_rate is None else self.reject_rate
 
     @property
     def keywords(self) -> float | None:
@@ -118,6 +118,7 @@ class PredictOptions:
         fixed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
+            "--reject-rate 0 rejects nothing: omit it.": self.reject_rate == 0,
             "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
             "--by-date works only with --sort-into FOLDER: add it.": self.by_date and not self.sort_into,
             "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
@@ -247,12 +248,13 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     for source in sources:
         if options.sort_into:
             check_outside(options.sort_into, source, "--sort-into")
-    found = find_images(sources)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = options.table or default
     names = "features sheet sort_into move by_date only_new keywords overwrite".split()
     outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
+    outputs.check_stopped()
+    found = find_images(sources)
     outputs.check(found)  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table
 

@@ -1,5 +1,6 @@
 """`dcp-zoo train`."""
 
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
-from dcp_zoo.data.paths import check_output
+from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
@@ -127,6 +128,8 @@ def train(options: TrainOptions) -> None:
         options.check_recipe(dataset)
     output_dir = options.folder
     check_writable(output_dir)
+    if options.photos and not options.labels:
+        check_outside(output_dir, options.photos, "--output")
     check_free(output_dir, options.overwrite, resumes=True)
     if options.report:
         check_output(options.report, options.overwrite, "--report")
@@ -154,7 +157,8 @@ def train(options: TrainOptions) -> None:
         raise
     if note := rejection_note(head.info):
         output.print(f"With predict --reject, {note}", soft_wrap=True)
-    output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name_of(output_dir)}")
+    name = shlex.quote(str(name_of(output_dir)))
+    output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name}", markup=False)
     advise_larger(options.model)
 
 

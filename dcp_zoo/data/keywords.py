@@ -92,7 +92,7 @@ def labelled_by_keywords(spec: DatasetSpec, folder: Path, labels: Path) -> Split
     belonging = cache(companions)
     keywords = dict[str, set[str]]()
     for file in map(Path, files):
-        holding = {file, *filter(Path.exists, keyword_files(file, belonging(file.parent)[file.name]))}
+        holding = {file, *filter(Path.exists, keyword_files(file, belonging(file.parent).get(file.name, ())))}
         keywords[str(file)] = set[str]().union(*(_leaves(_of_people(each)) for each in holding))
     counts = Counter(name for of_image in keywords.values() for name in of_image)
     names = [name for name in split_list(str(labels)[4:]) if name]

@@ -113,13 +113,16 @@ def is_visible(name: str) -> bool:
 
 
 def visible_files(folder: str | Path) -> Iterator[str]:
-    """The user's own files in a folder and its subfolders, sorted within each; ZooError if one cannot be listed."""
+    """The user's own files in a folder and its subfolders, sorted within each; ZooError if one cannot be listed. Links
+    to folders, which may lead back here, are not followed: a warning names them."""
 
     def cannot_list(error: OSError) -> None:
         raise ZooError(f"Cannot list {error.filename}: {error.strerror}.") from error
 
     for place, folders, files in os.walk(str(folder), onerror=cannot_list):
         folders[:] = sorted(filter(is_visible, folders))
+        for linked in filter(os.path.islink, (os.path.join(place, each) for each in folders)):  # noqa: PTH118
+            warnings.warn(f"{linked} is a link to a folder, and is not read: pass it itself.", stacklevel=3)
         yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118
 
 

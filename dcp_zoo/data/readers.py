@@ -30,6 +30,7 @@ LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("proba
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
+PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # a train is a class, too
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
 
 
@@ -276,7 +277,8 @@ def _read_sheet(file: Path) -> list[list[str]]:
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
     """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
-    if not (odd := [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]):
+    odd = [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]
+    if not (odd := list(classnames) if {name.lower() for name in classnames} <= PART_NAMES else odd):
         return ""
     doubt = f"Each folder becomes a class, but these do not look like one: {shorten(odd)}."
     if inner := {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames):

@@ -1,5 +1,6 @@
 """`inspect --fix`: a copy of the images with the changes that a person wrote into a table. Without torch."""
 
+import warnings
 from pathlib import Path
 
 from dcp_zoo.data import Split, load_labelled
@@ -19,6 +20,8 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: Label
     place = Path(output)
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
+    if data.note:
+        warnings.warn(data.note, stacklevel=2)
     changes, folders = _changes(Path(table), data), class_folders(data.classnames)
     left_out = sum(change == LEAVE_OUT for change in changes.values())
     if left_out == len(data.items):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dcp_zoo.data.splits import Split
-from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
 from dcp_zoo.inspection.labels import OutOfFold
 from dcp_zoo.texts import class_name, folder_name, read_csv
 from dcp_zoo.training.accuracy import Accuracy
@@ -67,8 +67,9 @@ def read_names(given: Iterable[str], classnames: Sequence[str]) -> dict[str, str
     """The new names in OLD=NEW, or in files with the columns class and name; ZooError for what is no class."""
     pairs = list[tuple[str, str]]()
     for text in given:
-        rows = read_csv(Path(text))[1:] if text.endswith(".csv") else [[*text.partition("=")[::2]]]
-        pairs += [(old, new) for old, new, *_ in rows]
+        with as_zoo_error(f"Cannot read {text} ({{}}): pass a .csv with the columns class and name."):
+            rows = read_csv(Path(text))[1:] if text.endswith(".csv") else [[*text.partition("=")[::2]]]
+            pairs += [(old, new) for old, new, *_ in rows]
     for old, new in pairs:
         if old not in classnames or not new:
             hint = nearest_hint(old, classnames)

@@ -1,6 +1,7 @@
 """What a run changes in the user's own files, and the way back: a line for each change, written before it is made."""
 
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -90,8 +91,11 @@ def _move_back(entry: Values) -> str:
     if not os.path.lexists(target):
         return "" if os.path.lexists(source) else f"{target} is not there any more."
     if os.path.lexists(source):
-        return f"{source} exists again: {target} stays."
-    _move(target, source)
+        if not filecmp.cmp(source, target, shallow=False):
+            return f"{source} exists again: {target} stays."
+        target.unlink()  # copied to another file system, but not moved
+    else:
+        _move(target, source)
     remove_emptied(target.parent)
     return ""
 

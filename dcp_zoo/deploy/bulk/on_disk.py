@@ -26,7 +26,7 @@ from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Rows, Summary
 from dcp_zoo.deploy.bulk.journal import Journal
-from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, move_into, sort_into
+from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, move_into, replaced_since, sort_into
 from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.fields import Values
@@ -49,17 +49,24 @@ class OutputFiles:
     embed: bool = False  # in JPEGs themselves, not beside them
     overwrite: bool = False  # replace files that exist
 
+    def check_stopped(self) -> None:
+        """Raise ZooError after a run that was stopped while it moved the images, which says how to undo it."""
+        if self.move and self.undo_file.exists():
+            advice = f"dcp-zoo undo {self.undo_file}, and then repeat the command"
+            raise ZooError(f"A run was stopped while it moved these images: {advice}.")
+
     def check(self, images: Sequence[Found]) -> None:
-        """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
+        """Raise ZooError as of `check_stopped`, and for unknown suffixes, results that exist, and places that cannot be
+        written."""
+        self.check_stopped()
         if self.sort_into:
             check_sortable(images, self.sort_into)
         for image in images if self.move or (self.keywords and not self.sort_into) else ():
             if image.path != image.name or os.path.islink(image.path):  # noqa: PTH114
                 where = f"{image.name} is a link, or in an archive"
                 raise ZooError(f"{where}: only files themselves can be moved or get keywords. Pass these.")
-        if self.move and self.undo_file.exists():
-            advice = f"dcp-zoo undo {self.undo_file}, and then repeat the command"
-            raise ZooError(f"A run was stopped while it moved these images: {advice}.")
+        for folder in {os.path.dirname(image.path) for image in images if self.move}:  # noqa: PTH120
+            check_writable(Path(folder), "omit --move, to copy the images")
         formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         files = {option: file for option, file in given.items() if file}
@@ -73,14 +80,24 @@ class OutputFiles:
         if self.sort_into:
             check_writable(self.sort_into)
 
-    def earlier(self) -> list[Values]:
-        """The rows of the table that `only_new` adds to, but those of images that could not be read."""
+    def earlier(self, images: Sequence[Found]) -> list[Values]:
+        """The rows of the table that `only_new` adds to, but those of images that could not be read, or that are others
+        since: cameras give their names again. A warning counts these."""
         if not (self.only_new and self.table.exists()):
             return []
+        written = self.table.stat().st_mtime
+        files = {os.path.abspath(image.name): Path(image.path) for image in images}  # noqa: PTH100
+        changed = {name for name, file in files.items() if file.exists() and file.stat().st_mtime > written}
+        if self.sort_into and not self.move:
+            changed |= replaced_since(self.sort_into, files)
         with as_zoo_error(f"Cannot read {self.table} ({{}}): --only-new adds to a .csv that predict wrote."):
             header, *rows = read_csv(self.table)
             cells = [dict(zip(header, row, strict=True)) for row in rows]
-            return [row for row in cells if not row["error"]]
+            known = [row for row in cells if not row["error"]]
+            stay = [row for row in known if os.path.abspath(row["image"]) not in changed]  # noqa: PTH100
+        if left := len(known) - len(stay):
+            warnings.warn(f"Changed since {self.table}, and classified again: {left:,} images.", stacklevel=3)
+        return stay
 
     @property
     def undo_file(self) -> Path:
@@ -105,7 +122,7 @@ def run(
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
     are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
     outputs.check(images)
-    earlier = outputs.earlier()
+    earlier = outputs.earlier(images)
     classified = {os.path.abspath(row["image"]) for row in earlier}  # noqa: PTH100
     images = [image for image in images if os.path.abspath(image.name) not in classified]  # noqa: PTH100
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
@@ -122,7 +139,8 @@ def run(
             refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
         journal = Journal(outputs.undo_file) if outputs.move or outputs.keywords else None
-        places = _sorted(images, answers(), outputs, journal)
+        known = {os.path.splitext(os.path.abspath(row["image"]))[0] for row in earlier}  # noqa: PTH100, PTH122
+        places = _sorted(images, answers(), outputs, journal, known)
         if outputs.move:
             images = [Found(str(to), str(to)) if to else image for image, to in zip(images, places, strict=True)]
             answers = partial(_renamed, answers, images)
@@ -152,9 +170,10 @@ def run(
 
 
 def _sorted(
-    images: Sequence[Found], answers: Iterable[Row], outputs: OutputFiles, journal: Journal | None
+    images: Sequence[Found], answers: Iterable[Row], outputs: OutputFiles, journal: Journal | None, known: set[str]
 ) -> Sequence[Path | None]:
-    """Where each image is, after they are sorted into folders if they are to be."""
+    """Where each image is, after they are sorted into folders if they are to be. Moved ones get none of the `known`
+    names, those of the table, even if a person has moved these on."""
     if outputs.sort_into is None:
         return [Path(image.path) for image in images]
     classes = [None if "error" in row else label(row) for row in answers]
@@ -165,7 +184,7 @@ def _sorted(
         named = [folder and f"{folder}/{day}" for folder, day in zip(named, days, strict=True)]
     paths = [image.path for image in images]
     if journal and outputs.move:
-        return move_into(paths, named, outputs.sort_into, journal)
+        return move_into(paths, named, outputs.sort_into, journal, known)
     names = [os.path.abspath(image.name) for image in images]  # noqa: PTH100
     return sort_into(paths, named, outputs.sort_into, names)
 

@@ -51,7 +51,12 @@ class Review:
         if self.script not in self.html:
             raise ZooError(f"{page} was written by another version of dcp_zoo: write it again with this one.")
         self.journal = Journal(self.table.with_suffix(".undo.jsonl"))
-        lines = lines_of(self.journal.file) if self.journal.file.exists() else []
+        self.mark = f"{sha256(self.html.encode(errors='replace')).hexdigest()[:12]} "  # names return on later pages
+        lines = [
+            line | {"of": line["of"].removeprefix(self.mark)}
+            for line in (lines_of(self.journal.file) if self.journal.file.exists() else ())
+            if line["of"].startswith(self.mark)
+        ]
         moves = {(line["of"], line["from"]): line["to"] for line in lines if "from" in line}
         self.root = os.path.normpath(here / (self.run.get("sorted") or "."))
         self.first = {name: os.path.normpath(here / place) for name, place in about["places"].items()}
@@ -79,13 +84,13 @@ class Review:
 
     def say(self, name: str, answer: str | None) -> None:
         """Save what an image shows, or with None that nothing is said of it. ZooError if it is not there any more."""
-        journal, file = replace(self.journal, of=name), self._file(name)
+        journal, file = replace(self.journal, of=self.mark + name), self._file(name)
         if not self._is_there(name):
             raise ZooError(f"{self.places[name]} is not there any more: start dcp-zoo review again.")
         if answer is not None and (not answer or is_reserved(answer)) and answer != self.none:
             raise ZooError(f"{answer!r} is not a class: choose another name.")
         journal.note({"said": answer, "was": file})
-        undo(journal.file, name)
+        undo(journal.file, journal.of)
         if name in self.places:
             if not self._is_there(name):  # it is back
                 self.places[name] = self.first[name]

@@ -7,11 +7,12 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import companions
@@ -87,15 +88,15 @@ def sort_into(
 def move_into(
     files: Sequence[str], folders: Iterable[str | None], place: Path, journal: Journal, reserved: Container[str] = ()
 ) -> list[Path | None]:
-    """Move each image to `place/FOLDER/NAME`, with a number if that or what belongs there is taken, or the path without
-    its suffix is `reserved`; those without a folder stay. Returns where each image is that was moved."""
+    """Move each image to `place/FOLDER/NAME`, with a number if that or what belongs there is taken, or its whole path
+    without its suffix is `reserved`; those without a folder stay. Returns where each image is that was moved."""
     targets, together = list[Path | None](), partial(_together, cache(companions))
     for source, folder in zip(map(Path, files), folders, strict=True):
         targets.append(None)
         if folder is None or not source.exists():  # it was given twice
             continue
         named = (place / folder / _numbered(source, number) for number in count(1))
-        free = (path for path in named if str(path.with_suffix("")) not in reserved)
+        free = (path for path in named if os.path.abspath(path.with_suffix("")) not in reserved)  # noqa: PTH100
         targets[-1] = target = next(
             path for path in free if not any(map(os.path.lexists, together(source, path).values()))
         )
@@ -116,18 +117,33 @@ def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path],
     """Of images by their names, the copies that earlier calls made and nobody changed, and the names of those whose
     copy a person moved, changed or deleted. A warning counts these."""
     own, left = dict[str, Path](), set[str]()
-    for line in (place / RECORD).read_text().splitlines() if (place / RECORD).is_file() else ():
-        with suppress(ValueError, TypeError):  # half a line, which a kill may leave
-            folder, file, name, size, seconds = json.loads(line)
-            stays = partial(_is_unchanged, size=int(size), seconds=float(seconds))
-            inside = all(part and part == Path(part).name != ".." for part in (*folder.split("/"), file))
-            if inside and name in sources and stays(sources[name]):  # cameras give a name to another image later
-                own[name] = place / folder / file  # the last line counts
-                (left.discard if stays(own[name]) else left.add)(name)
+    for folder, file, name, size, seconds in _record(place):
+        stays = partial(_is_unchanged, size=size, seconds=seconds)
+        if name in sources and stays(sources[name]):  # cameras give a name to another image later
+            own[name] = place / folder / file  # the last line counts
+            (left.discard if stays(own[name]) else left.add)(name)
     if left:
         what = "which you moved, changed or deleted: they are not copied again, unless you delete"
         warnings.warn(f"Images in {place} {what} {place / RECORD}: {len(left):,}.", stacklevel=3)
     return {name: path for name, path in own.items() if name not in left}, left
+
+
+def replaced_since(place: Path, sources: Mapping[str, Path]) -> set[str]:
+    """Of images by their names, those that are others than when an earlier `sort_into` copied them under this name."""
+    differ = set[str]()
+    for _, _, name, size, seconds in _record(place):
+        if name in sources:
+            (differ.discard if _is_unchanged(sources[name], size, seconds) else differ.add)(name)
+    return differ
+
+
+def _record(place: Path) -> Iterator[tuple[Any, ...]]:
+    """What `sort_into` wrote of each copy: folder, file, the image's name, its size and its time."""
+    for line in (place / RECORD).read_text().splitlines() if (place / RECORD).is_file() else ():
+        with suppress(ValueError, TypeError):  # half a line, which a kill may leave
+            folder, file, name, size, seconds = json.loads(line)
+            if all(part and part == Path(part).name != ".." for part in (*folder.split("/"), file)):
+                yield folder, file, name, int(size), float(seconds)
 
 
 def _is_unchanged(file: Path, size: int, seconds: float) -> bool:
@@ -135,7 +151,7 @@ def _is_unchanged(file: Path, size: int, seconds: float) -> bool:
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
+    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
 
 
 def _numbered(file: Path, number: int) -> str:
