@@ -37,6 +37,7 @@ from dcp_zoo.data.seen import note_images
 from dcp_zoo.deploy.together import together as refine_together
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.fields import Values
+from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
 from dcp_zoo.model.config import alone_in, is_checkpoint
 from dcp_zoo.model.head import Head
@@ -110,7 +111,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         self.verbose = verbose
 
     @fair_threads()
-    @torch.inference_mode(False)
+    @out_of_inference_mode()
     def fit(
         self, images: Images, labels: Labels = None, sample_weight: Weights = None, *, validation: Images = None
     ) -> "FewShotClassifier":

@@ -26,6 +26,7 @@ from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
+from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
@@ -51,7 +52,7 @@ class Prediction(NamedTuple):
 
 
 @fair_threads()
-@torch.inference_mode(False)
+@out_of_inference_mode()
 def train(
     model: str,
     images: Images,

@@ -106,6 +106,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """To train where the caller only computes."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
 class WeightCache:
     """Caches one value for each change of weights, by the tensors' identity, storage, dtype, device and version
     counter, or of mode; not while gradients are enabled or code is traced. Writes that torch does not count, such as

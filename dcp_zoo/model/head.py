@@ -25,7 +25,7 @@ from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model._torch import WeightCache, in_eval_mode
+from dcp_zoo.model._torch import WeightCache, in_eval_mode, out_of_inference_mode
 from dcp_zoo.model.classes import (
     NO_CLASSES,
     TEMPLATE,
@@ -273,7 +273,7 @@ class Head(TimmContract, ABC):
                 each.read = each.name
         self._classify_into(classes, texts)
 
-    @torch.inference_mode(False)  # fits the class
+    @out_of_inference_mode()
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
         reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.

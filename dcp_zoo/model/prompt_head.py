@@ -70,7 +70,8 @@ class PromptHead(Head):
         return head.requires_grad_(False)
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        names, now = read_of(classes), self.texts if texts is None else texts or TEMPLATE
+        texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
+        names, now = read_of(classes), texts or self.texts
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:
             behind = now if isinstance(now, Mapping) else self._template()
