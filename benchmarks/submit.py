@@ -16,7 +16,7 @@ from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.cli.evaluate import test_images, trained_on
 from dcp_zoo.data import list_datasets, load_labelled, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Checked, check, problems
+from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
 from dcp_zoo.release.cards import holds
@@ -71,6 +71,7 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto",
     if not is_checkpoint(folder):
         return submission
     model, name = as_model(f"local-dir:{folder}", device), str(folder)
+    check_same(submission, model.info, folder)
     images = load_labelled(trained_on(name, model, data_root), data_root)
     items, _ = test_images(images, model, name, True)
     source = image_source(model.frozen, items, "none", workers, progress_bar)
@@ -78,6 +79,15 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto",
     if not holds(submission.reported, measured):
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {measured:.2f} % was measured here.")
     return replace(submission, measured=measured)
+
+
+def check_same(submission: Submission, info: Values, folder: Path) -> None:
+    """ZooError unless the head was trained as the submission says."""
+    said = {name: getattr(submission, name) for name in ("dataset", "shots", "split_sha256")}
+    said["seed"] = info.get("seed") if info.get("seed") in submission.seeds else submission.seeds
+    for name, value in said.items():
+        if info.get(name) != value:
+            raise ZooError(f"{SUBMISSION} says {name}: {value}, but the head in {folder} has {info.get(name)}.")
 
 
 def split_sha256(dataset: str) -> str | None:

@@ -347,7 +347,7 @@ def test_a_class_that_cannot_be_added_leaves_all_as_it_was(pictures, fitted, mon
     assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4}
 
 
-def test_folder_names_stand_for_labels(folder, pictures, tmp_path):
+def test_folder_names_stand_for_labels(folder, pictures, fitted, tmp_path):
     paths, names = pictures
     numbers = FewShotClassifier(classnames={3: "blue", 5: "red"}).fit(paths, [5 if n == "red" else 3 for n in names])
     assert numbers.score(folder) == 1
@@ -361,8 +361,27 @@ def test_folder_names_stand_for_labels(folder, pictures, tmp_path):
     numbers.model_.info["labels"] = [["blue", 3], ["red", 5]]  # as `save` stores them
     numbers.model_.rename_class("blue", "azure")
     assert numbers.model_.info["labels"] == [["azure", 3], ["red", 5]]
+    again = FewShotClassifier.load(numbers.model_.save_pretrained(tmp_path / "head"))
+    assert again.classes_.tolist() == [3, 5]
     with pytest.warns(UserWarning, match="Repeated class names"):
-        numbers.model_.set_classnames(["red", "azure", "red"])
+        twins = FewShotClassifier(classnames=["a", "a", "b"]).fit(paths[:6], [*range(3)] * 2)
+    for edit, labels in (
+        (lambda model: model.rename_class("b", "z"), [0, 1, 2]),
+        (lambda model: model.rename_class(1, "0"), [0, 1, 2]),
+        (lambda model: model.remove_class(0), [1, 2]),
+        (lambda model: model.remove_class("b"), [0, 1]),
+    ):
+        with warnings.catch_warnings():  # of repeated names
+            warnings.simplefilter("ignore")
+            model = dcp_zoo.create_model(str(twins.save(tmp_path / "twins", overwrite=True)), True)
+            edit(model)
+            assert FewShotClassifier.load(model.save_pretrained(tmp_path / "edited")).classes_.tolist() == labels
+    model = dcp_zoo.create_model(str(fitted.save(tmp_path / "named")), True)
+    model.rename_class("blue", "zaffre")  # in order of the labels again
+    loaded = FewShotClassifier.load(model.save_pretrained(tmp_path / "renamed"))
+    assert loaded.classes_.tolist() == ["red", "zaffre"] == loaded.model_.classnames
+    assert loaded.predict_proba(paths) == pytest.approx(fitted.predict_proba(paths)[:, ::-1], abs=1e-3)
+    numbers.model_.classes[0].name = "red"  # of two
     with pytest.raises(ZooError, match="Several classes are named red, so that this label fits each"):
         dcp_zoo.evaluate(numbers.model_, paths[-1:], ["red"])
 

@@ -12,6 +12,7 @@ from publish import prepare
 from shared import CommandLine
 
 import dcp_zoo
+from dcp_zoo import ZooError
 from dcp_zoo.data import load_split
 from dcp_zoo.release import cards
 from dcp_zoo.training.evaluation import measure
@@ -165,11 +166,22 @@ def test_what_is_not_admitted(tmp_path, submitted, changes, message):
     assert message in submitted.refused(tmp_path)
 
 
-def test_a_submission_is_measured(head, data, submitted):
+@pytest.mark.parametrize("other", [{"dataset": "food101"}, {"shots": 4}, {"split_sha256": "0" * 64}, {"seed": 2}])
+def test_a_submission_is_of_its_head(other):
+    said = submit.Submission(**SUBMISSION)
+    own = {name: SUBMISSION[name] for name in ("dataset", "shots", "split_sha256")} | {"seed": 1}
+    submit.check_same(said, own, Path("head"))
+    with pytest.raises(ZooError, match=f"says {next(iter(other))}: "):
+        submit.check_same(said, own | other, Path("head"))
+
+
+def test_a_submission_is_measured(head, data, submitted, monkeypatch):
     file = head / "submission.yaml"
     assert "cannot be read" in submitted.refused(head)
     measured = json.loads((head / "config.json").read_text())["dcp"]["metrics"]["top1_stored"]
     file.write_text(yaml.safe_dump(SUBMISSION | {"reported": measured}))
+    assert "says dataset: dtd, but the head in" in submitted.refused(head, "--data-root", data)
+    monkeypatch.setattr(submit, "check_same", lambda *_: None)  # this head is of a dataset that no leaderboard has
     assert f'"measured": {measured}' in submitted.ok(head, "--data-root", data)
     file.write_text(yaml.safe_dump(SUBMISSION | {"reported": min(100.0, measured + 1) if measured < 99 else 1.0}))
     assert f"but {measured:.2f} % was measured here" in submitted.refused(head, "--data-root", data)

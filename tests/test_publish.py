@@ -182,6 +182,10 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     text = cards.make_card(head, "me/pets", "mit", 1_000_000).text
     assert "A classifier trained by gda" in text
     assert "The method is DCP" not in text
+    head.info = {"dataset": "folder", "shots": 4, "seed": 1, "metrics": {"top1_stored": 50.0}}
+    card = cards.make_card(head, "me/pets", "mit", 1_000_000)
+    assert "datasets" not in card.data.to_dict()
+    assert "**folder**" not in card.text
     head.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
         publish.prepare(tmp_path, "me")

@@ -213,9 +213,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         model.add_class(name, torch.stack([transform(load_image(item.path)) for item in items]))
         note_images(model.info, items)
         self.classes_ = np.append(self.classes_, label)
-        order = np.argsort(self.classes_, kind="stable")
-        self.classes_ = self.classes_[order]
-        model._classify_into([model.classes[i] for i in order], None)
+        self._sort()
         return self
 
     def remove_class(self, label: object) -> "FewShotClassifier":
@@ -251,7 +249,14 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         self = cls(model.encoder.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))
+        self._sort()
         return self
+
+    def _sort(self) -> None:
+        """Keep the labels sorted, as scikit-learn's scores expect them, and the model's classes in their order."""
+        order = np.argsort(self.classes_, kind="stable")
+        self.classes_ = self.classes_[order]
+        self.model_._classify_into([self.model_.classes[i] for i in order], None)
 
     def _head(self) -> Head:
         check_is_fitted(self)
@@ -317,6 +322,8 @@ def _labels(model: Head) -> list[Any]:
     if [name for name, _ in pairs] == model.classnames:
         return [label for _, label in pairs]
     known = dict(pairs)
+    if len(known) < len(pairs):
+        raise ZooError("Several classes have one name, and it is not known which label is whose: fit again.")
     if all(isinstance(label, str) for label in known.values()):
         return [known.get(name, name) for name in model.classnames]
     if added := [name for name in model.classnames if name not in known]:

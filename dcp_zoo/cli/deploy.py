@@ -54,8 +54,9 @@ def export(options: ExportOptions) -> None:
         check_empty(file)
         check_writable(file.parent)
     else:
+        file = file if file.suffix else file.with_suffix(".onnx")
         check_output(file, options.overwrite)
-        check_choice("suffix", file.suffix or ".onnx", (".onnx",))
+        check_choice("suffix", file.suffix, (".onnx",))
     model = create_model(name, True, classnames=names).eval()
     if in_folder:
         if chosen == "web":

@@ -56,14 +56,19 @@ def classes(
     if added is not None:
         done, note = _add(model, added, found, head, output_dir), LOST
     elif renamed is not None:
-        model.rename_class(*renamed)
+        model.rename_class(_of(model, renamed[0]), renamed[1])
         done, note = "{} is now {}".format(*renamed), KEPT
     else:
-        model.remove_class(str(removed))
+        model.remove_class(_of(model, str(removed)))
         done, note = f"{removed} removed", LOST
     model.save_pretrained(output_dir)
     output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True, markup=False)
     output.print(f"Saved in {output_dir}.", markup=False)
+
+
+def _of(model: "Head", name: str) -> str | int:
+    """A class by its name, or if none has this name by a position."""
+    return int(name) if name.isdecimal() and name not in model.classnames else name
 
 
 def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir: Path) -> str:

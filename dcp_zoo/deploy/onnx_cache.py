@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dcp_zoo._version import __version__
 from dcp_zoo.errors import import_extra
-from dcp_zoo.files import cache_folder, check_writable, sha256_of
+from dcp_zoo.files import cache_folder, check_writable, locked, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 FOLDER = f"onnx-{__version__}"  # in the user's cache
+WAIT = 300  # seconds, for another process that exports the same
 
 
 def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = print) -> Path:
@@ -30,6 +31,8 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
         from dcp_zoo.zoo.factory import create_model
 
         check_export()
-        log(f"Exporting {name} to ONNX, once, which takes up to a minute: {path}")
-        export(create_model(name, True, classnames=classnames).eval(), path)
+        with locked(path.with_suffix(".lock"), WAIT):  # of another process that exports it
+            if not path.exists():
+                log(f"Exporting {name} to ONNX, once, which takes up to a minute: {path}")
+                export(create_model(name, True, classnames=classnames).eval(), path)
     return path

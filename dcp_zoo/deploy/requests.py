@@ -21,6 +21,7 @@ DISCARDED = 10
 PAUSE = 0.002  # seconds between the parts that are discarded, of all requests together: others come first
 JSON_KEYS = ("images", "image", "inputs", "instances")
 JSON_HELP = 'Expected {"images": ["<base64>", ...]}, or "inputs" or "instances" in its place.'
+OPTIONS_HELP = "Options belong into the URL, such as ?top_k=1."
 
 T = TypeVar("T")
 Named = tuple[str, bytes]
@@ -90,6 +91,8 @@ async def _read(request: Request, limits: Limits) -> list[Named]:
     if kind == "multipart/form-data":
         try:
             async with request.form(max_files=limits.max_images, max_fields=limits.max_images) as form:
+                if any(not isinstance(part, UploadFile) for part in form.values()):
+                    raise HTTPException(400, OPTIONS_HELP)
                 parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
                 return [((part.filename or name)[:100], await part.read()) for name, part in parts]
         except MultipartParseError as error:  # of which older versions of starlette make no answer
@@ -105,8 +108,11 @@ def _from_json(body: bytes, limits: Limits) -> list[Named]:
     try:
         document = json.loads(body)
         value = next(document[key] for key in JSON_KEYS if key in document)
+        options = document.get("parameters")
     except (ValueError, TypeError, LookupError, StopIteration, RecursionError):
         raise HTTPException(400, f"No image in this JSON. {JSON_HELP}") from None
+    if options:
+        raise HTTPException(400, OPTIONS_HELP)
     entries = value if isinstance(value, list) else [value]
     if len(entries) > limits.max_images:
         raise HTTPException(413, f"More than {limits.max_images} images in one request.")

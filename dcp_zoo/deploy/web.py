@@ -43,7 +43,8 @@ def export_web(
     ZooError as of `export`, and for a folder that is not empty or not writable, or where onnxruntime-web cannot be had.
 
     Args:
-        model, precision, calibration: as in `export`. With float16 probabilities stay within 1e-3 of Python's.
+        model, precision, calibration: as in `export`. With float16 probabilities stay within 1e-3 of Python's, but
+            for images with transparent parts, which browsers make black.
         folder: created; must not exist, or be empty.
         title: of the page. Default: the head's model and tag.
     """

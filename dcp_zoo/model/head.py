@@ -229,8 +229,8 @@ class Head(TimmContract, ABC):
         if reject is True or reject == REFUSED:
             return probe.threshold.item()
         thresholds = self.info.get("text_probe", {}).get("thresholds", {REFUSED: 0.0})
-        if f"{reject:g}" not in thresholds:
-            problem = f"This head has no threshold that refuses {reject:g} of the images of its classes"
+        if not isinstance(reject, (int, float)) or f"{reject:g}" not in thresholds:
+            problem = f"This head has no threshold that refuses {reject} of the images of its classes"
             advice = "or train a head on more images"
             raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
         return float(thresholds[f"{reject:g}"])
@@ -321,7 +321,7 @@ class Head(TimmContract, ABC):
         at = position(name, self.classes)
         one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
         check_classnames(names_of(left))
-        self._noted(one.name)
+        self._noted(at)
         self._classify_into(left, None)
         if self.text_probe is not None:
             self.text_probe.remove(one)
@@ -330,27 +330,32 @@ class Head(TimmContract, ABC):
     def rename_class(self, name: str | int, new: str) -> None:
         """Change the name of a class and nothing else: CLIP goes on reading the old one, so that predictions, accuracy
         and threshold stay. ZooError for an unknown class, or a new name that is another's."""
-        one = self.classes[position(name, self.classes)]
+        at = position(name, self.classes)
         if new in self.classnames:
             raise ZooError(f"The class {new} exists already: choose another name, or remove that class first.")
-        new = check_classnames([new])[0]
-        self._noted(one.name, new)
-        one.name = new
+        self._noted(at, check_classnames([new])[0])
+        self.classes[at].name = new
 
     @property
     def class_images(self) -> dict[str, int | None]:
         """How many images of each class it has seen, by name; None where that is not known."""
         return self.info.get("class_images") or dict.fromkeys(self.classnames, self.info.get("shots"))
 
-    def _noted(self, name: str, new: str = "") -> None:
-        """What `info` says of a class alone of its name, under a new one, or no longer."""
-        if self.classnames.count(name) > 1:
-            return
-        for key in ("class_images", "labels"):  # the labels, of a `FewShotClassifier`, are pairs
-            if stored := dict(self.info.get(key) or ()):
-                kept = {new if each == name else each: value for each, value in stored.items()}
-                kept.pop("", None)
-                self.info[key] = kept if key == "class_images" else [list(pair) for pair in kept.items()]
+    def _noted(self, at: int, new: str = "") -> None:
+        """What `info` says of the class at this position, under a new name, or no longer."""
+        name, names = self.classnames[at], self.classnames
+        for key in (
+            "class_images",
+            "labels",
+        ):  # the labels, of a `FewShotClassifier`, are pairs, whose names may repeat
+            stored = self.info.get(key) or {}
+            pairs = [*(stored.items() if isinstance(stored, dict) else stored)]
+            known = [each for each, _ in pairs]
+            if known != names and not names.count(name) == known.count(name) == 1:
+                continue  # which one is not known
+            i = at if known == names else known.index(name)
+            pairs[i : i + 1] = [[new, pairs[i][1]]] if new else []
+            self.info[key] = dict(pairs) if isinstance(stored, dict) else pairs
 
     def _template(self) -> str:
         """What CLIP reads of a class without sentences, where the others have some."""

@@ -40,7 +40,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
-        dataset=model.info.get("dataset"),
+        dataset=_dataset(model),
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
         rows=_seed_rows(model),
@@ -49,7 +49,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
 
 
 def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    dataset, results = model.info.get("dataset"), list[EvalResult]()
+    dataset, results = _dataset(model), list[EvalResult]()
     measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
     for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
         data: Values = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
@@ -66,6 +66,12 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> Mode
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
     )
+
+
+def _dataset(model: Head) -> str | None:
+    """The name of a dataset that others know, not of a folder."""
+    name = model.info.get("dataset")
+    return None if name == "folder" else name
 
 
 def _seed_rows(model: Head) -> list[Values]:

@@ -26,7 +26,7 @@ ALONE = 4.0
 
 @dataclass(frozen=True)
 class LinearProbeRecipe(BaseRecipe):
-    C: float = option(10.0, "inverse strength of the L2 penalty")
+    C: float = option(10.0, "inverse strength of the L2 penalty", min=1e-9)
     max_iter: int = count(1000, "steps of L-BFGS, at most")
 
 
