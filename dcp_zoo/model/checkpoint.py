@@ -9,7 +9,7 @@ statistics, and those of its text probe, if it has one: `classifier.weight` and 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
@@ -77,6 +77,18 @@ def _valid(head: "Head", info: Values) -> Values:
         measured = ("thresholds", "like_accepted", "others_accepted")
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
     return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
+
+
+def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> None:
+    """Change what `info` says of the class at this position: its name is `new`, or it is no class any more."""
+    for key in ("class_images", "labels"):  # the labels, of a `FewShotClassifier`, are pairs, whose names may repeat
+        stored = info.get(key) or {}
+        pairs = [*(stored.items() if isinstance(stored, dict) else stored)]
+        known = [name for name, _ in pairs]
+        if known == names or names.count(names[at]) == known.count(names[at]) == 1:  # else it is not known which one
+            i = at if known == names else known.index(names[at])
+            pairs[i : i + 1] = [[new, pairs[i][1]]] if new else []
+            info[key] = dict(pairs) if isinstance(stored, dict) else pairs
 
 
 def head_config(head: "Head", info: Values) -> Values:

@@ -321,7 +321,7 @@ class Head(TimmContract, ABC):
         at = position(name, self.classes)
         one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
         check_classnames(names_of(left))
-        self._noted(at)
+        checkpoint.note_class(self.info, self.classnames, at)
         self._classify_into(left, None)
         if self.text_probe is not None:
             self.text_probe.remove(one)
@@ -333,29 +333,13 @@ class Head(TimmContract, ABC):
         at = position(name, self.classes)
         if new in self.classnames:
             raise ZooError(f"The class {new} exists already: choose another name, or remove that class first.")
-        self._noted(at, check_classnames([new])[0])
+        checkpoint.note_class(self.info, self.classnames, at, check_classnames([new])[0])
         self.classes[at].name = new
 
     @property
     def class_images(self) -> dict[str, int | None]:
         """How many images of each class it has seen, by name; None where that is not known."""
         return self.info.get("class_images") or dict.fromkeys(self.classnames, self.info.get("shots"))
-
-    def _noted(self, at: int, new: str = "") -> None:
-        """What `info` says of the class at this position, under a new name, or no longer."""
-        name, names = self.classnames[at], self.classnames
-        for key in (
-            "class_images",
-            "labels",
-        ):  # the labels, of a `FewShotClassifier`, are pairs, whose names may repeat
-            stored = self.info.get(key) or {}
-            pairs = [*(stored.items() if isinstance(stored, dict) else stored)]
-            known = [each for each, _ in pairs]
-            if known != names and not names.count(name) == known.count(name) == 1:
-                continue  # which one is not known
-            i = at if known == names else known.index(name)
-            pairs[i : i + 1] = [[new, pairs[i][1]]] if new else []
-            self.info[key] = dict(pairs) if isinstance(stored, dict) else pairs
 
     def _template(self) -> str:
         """What CLIP reads of a class without sentences, where the others have some."""
