@@ -229,11 +229,12 @@ class Head(TimmContract, ABC):
         if reject is True or reject == REFUSED:
             return probe.threshold.item()
         thresholds = self.info.get("text_probe", {}).get("thresholds", {REFUSED: 0.0})
-        if not isinstance(reject, (int, float)) or f"{reject:g}" not in thresholds:
-            problem = f"This head has no threshold that refuses {reject} of the images of its classes"
+        rate = f"{reject:g}" if isinstance(reject, (int, float)) else str(reject)
+        if rate not in thresholds:
+            problem = f"This head has no threshold that refuses {rate} of the images of its classes"
             advice = "or train a head on more images"
             raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
-        return float(thresholds[f"{reject:g}"])
+        return float(thresholds[rate])
 
     def distances(self, features: Tensor) -> Tensor:
         """f (B, F) -> how far each image is from what the head has seen (B,), see `TextProbe.distance`; of a head that
