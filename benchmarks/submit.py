@@ -83,11 +83,11 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto",
 
 def check_same(submission: Submission, info: Values, folder: Path) -> None:
     """ZooError unless the head was trained as the submission says."""
-    said = {name: getattr(submission, name) for name in ("dataset", "shots", "split_sha256")}
-    said["seed"] = info.get("seed") if info.get("seed") in submission.seeds else submission.seeds
-    for name, value in said.items():
-        if info.get(name) != value:
-            raise ZooError(f"{SUBMISSION} says {name}: {value}, but the head in {folder} has {info.get(name)}.")
+    said = {name: [getattr(submission, name)] for name in ("dataset", "shots", "split_sha256")}
+    for name, values in (said | {"seed": submission.seeds}).items():
+        if info.get(name) not in values:
+            listed = ", ".join(map(str, values))
+            raise ZooError(f"{SUBMISSION} says {name}: {listed}, but the head in {folder} has {info.get(name)}.")
 
 
 def split_sha256(dataset: str) -> str | None:

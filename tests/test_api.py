@@ -347,7 +347,7 @@ def test_a_class_that_cannot_be_added_leaves_all_as_it_was(pictures, fitted, mon
     assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4}
 
 
-def test_folder_names_stand_for_labels(folder, pictures, fitted, tmp_path):
+def test_folder_names_stand_for_labels(folder, pictures, tmp_path):
     paths, names = pictures
     numbers = FewShotClassifier(classnames={3: "blue", 5: "red"}).fit(paths, [5 if n == "red" else 3 for n in names])
     assert numbers.score(folder) == 1
@@ -358,6 +358,15 @@ def test_folder_names_stand_for_labels(folder, pictures, fitted, tmp_path):
     shutil.copytree(folder / "blue", tmp_path / "green")
     with pytest.raises(ZooError, match="No class green: the classes are 3, 5"):
         numbers.score(tmp_path)
+    numbers.model_.classes[0].name = "red"  # of two
+    with pytest.raises(ZooError, match="Several classes are named red, so that this label fits each"):
+        dcp_zoo.evaluate(numbers.model_, paths[-1:], ["red"])
+
+
+def test_labels_outlive_edits_of_a_head(pictures, fitted, tmp_path):
+    """Also where names repeat; a classifier has its labels in order, as scikit-learn expects."""
+    paths, names = pictures
+    numbers = FewShotClassifier(classnames={3: "blue", 5: "red"}).fit(paths, [5 if n == "red" else 3 for n in names])
     numbers.model_.info["labels"] = [["blue", 3], ["red", 5]]  # as `save` stores them
     numbers.model_.rename_class("blue", "azure")
     assert numbers.model_.info["labels"] == [["azure", 3], ["red", 5]]
@@ -377,13 +386,10 @@ def test_folder_names_stand_for_labels(folder, pictures, fitted, tmp_path):
             edit(model)
             assert FewShotClassifier.load(model.save_pretrained(tmp_path / "edited")).classes_.tolist() == labels
     model = dcp_zoo.create_model(str(fitted.save(tmp_path / "named")), True)
-    model.rename_class("blue", "zaffre")  # in order of the labels again
+    model.rename_class("blue", "zaffre")
     loaded = FewShotClassifier.load(model.save_pretrained(tmp_path / "renamed"))
     assert loaded.classes_.tolist() == ["red", "zaffre"] == loaded.model_.classnames
     assert loaded.predict_proba(paths) == pytest.approx(fitted.predict_proba(paths)[:, ::-1], abs=1e-3)
-    numbers.model_.classes[0].name = "red"  # of two
-    with pytest.raises(ZooError, match="Several classes are named red, so that this label fits each"):
-        dcp_zoo.evaluate(numbers.model_, paths[-1:], ["red"])
 
 
 def test_images_of_none_of_the_classes_are_examples(folder, pictures, tmp_path):
@@ -505,11 +511,10 @@ def test_features_take_the_place_of_images(pictures, fitted):
 
 
 def test_the_callers_autocast_does_not_enter_what_is_kept(pictures, fitted, tmp_path):
-    classifier = pickle.loads(pickle.dumps(fitted)).set_params(memory=tmp_path)
+    keeping, plain = (pickle.loads(pickle.dumps(fitted)).set_params(memory=place) for place in (tmp_path, False))
     with torch.autocast("cpu", torch.bfloat16):
-        found = classifier.transform(pictures[0])
-    assert np.array_equal(found, fitted.set_params(memory=False).transform(pictures[0]))
-    fitted.set_params(memory=None)
+        found = keeping.transform(pictures[0])
+    assert np.array_equal(found, plain.transform(pictures[0]))
 
 
 def test_tables_with_one_column(pictures):

@@ -153,7 +153,7 @@ def test_images_in_json(ask):
         ({"images": ["aGVsbG8="]}, 415, "image 1 is not an image in a supported format"),
         ({"images": [text] * 4}, 413, "More than 3"),
         ({"image": "http://example.org/x.jpg"}, 400, "does not fetch URLs"),
-        ({"inputs": text, "parameters": {"top_k": 1}}, 400, "Options belong into the URL, such as ?top_k=1"),
+        ({"inputs": text, "parameters": {"top_k": 1}}, 400, "Options belong in the URL, such as ?top_k=1"),
     ):
         found, answer = ask(json.dumps(document), **JSON)
         assert found == status

@@ -277,8 +277,8 @@ def _read_sheet(file: Path) -> list[list[str]]:
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
     """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
-    odd = [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]
-    if not (odd := list(classnames) if {name.lower() for name in classnames} <= PART_NAMES else odd):
+    parts = {name.lower() for name in classnames} <= PART_NAMES
+    if not (odd := [name for name in classnames if parts or DATE.fullmatch(name) or name.lower() in NOT_CLASSES]):
         return ""
     doubt = f"Each folder becomes a class, but these do not look like one: {shorten(odd)}."
     if inner := {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames):

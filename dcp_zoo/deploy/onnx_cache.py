@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcp_zoo._version import __version__
 from dcp_zoo.errors import import_extra
-from dcp_zoo.files import cache_folder, check_writable, locked, sha256_of
+from dcp_zoo.files import LOCK, cache_folder, check_writable, locked, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
@@ -31,7 +31,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
         from dcp_zoo.zoo.factory import create_model
 
         check_export()
-        with locked(path.with_suffix(".lock"), WAIT):  # of another process that exports it
+        with locked(path.with_name(f".{path.name}{LOCK}"), WAIT):  # of another process that exports it
             if not path.exists():
                 log(f"Exporting {name} to ONNX, once, which takes up to a minute: {path}")
                 export(create_model(name, True, classnames=classnames).eval(), path)

@@ -21,7 +21,7 @@ DISCARDED = 10
 PAUSE = 0.002  # seconds between the parts that are discarded, of all requests together: others come first
 JSON_KEYS = ("images", "image", "inputs", "instances")
 JSON_HELP = 'Expected {"images": ["<base64>", ...]}, or "inputs" or "instances" in its place.'
-OPTIONS_HELP = "Options belong into the URL, such as ?top_k=1."
+OPTIONS_HELP = "Options belong in the URL, such as ?top_k=1."
 
 T = TypeVar("T")
 Named = tuple[str, bytes]

@@ -300,7 +300,8 @@ class Head(TimmContract, ABC):
         if known and seen is not None:
             count += known
             mean += (seen.float() - mean) * (known / count)
-        before, rows = (self.classes, self.texts, {**self.info}), (probe.classes, probe.weight, probe.bias, probe.means)
+        classes, texts, info = self.classes, self.texts, {**self.info}
+        rows = probe.classes, probe.weight, probe.bias, probe.means
         try:
             if not exists:
                 if isinstance(self.texts, Mapping):  # sentences of the others: of this one CLIP reads the name
@@ -309,8 +310,8 @@ class Head(TimmContract, ABC):
             with torch.no_grad():
                 probe.add(one, mean, count, self.classes, join(self.reads))
         except BaseException:
-            self._classify_into(before[0], None)
-            _, self.texts, self.info = before
+            self._classify_into(classes, None)
+            self.texts, self.info = texts, info
             probe.classes, probe.weight, probe.bias, probe.means = rows
             raise
         self.info["class_images"] = self.class_images | {one.name: count}
