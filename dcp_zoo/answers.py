@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.errors import ZooError, as_zoo_error, check_range, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import read_yaml
 from dcp_zoo.texts import NONE, NOT_SURE, is_reserved
@@ -74,6 +74,9 @@ class Answering:
     top_k: int = 5  # classes per image
     threshold: float | None = None  # of `in_distribution_score`; without one nothing is rejected
     rank: Ranking = top_classes
+
+    def __post_init__(self) -> None:
+        check_range("top_k", self.top_k, 1)
 
     def __call__(self, logits: np.ndarray, classnames: Sequence[str], distances: np.ndarray | None = None) -> list[Row]:
         """Logits (n, C) and `TextProbe.distance` (n,) -> the answers for n images."""

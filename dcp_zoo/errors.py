@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -52,6 +53,13 @@ def check_choice(what: str, value: object, valid: Sequence[object]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:
         raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(map(str, valid))}.")
+
+
+def check_range(what: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise ZooError unless `value` is from `least` to `most`."""
+    if not least <= value <= most:
+        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ZooError(f"{what} must be {limits}, not {value}.")
 
 
 @contextmanager

@@ -177,7 +177,13 @@ def test_class_weights_are_by_label(pictures):
 
     assert weights({"red": 6}) == (1, 6)
     assert weights("balanced") is None  # a text probe is that anyway
-    for wrong, message in (({"green": 1}, "unknown classes: green"), ({"red": -1}, "at least 0"), ("red", "balanced")):
+    for wrong, message in (
+        ({"green": 1}, "unknown classes: green"),
+        ({"red": -1}, "at least 0"),
+        ({"red": float("nan")}, "finite numbers"),
+        ({"red": 0, "blue": 0}, "not all 0"),
+        ("red", "balanced"),
+    ):
         with pytest.raises(ZooError, match=message):
             weights(wrong)
 
@@ -201,6 +207,15 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ callbacks
+
+
+@pytest.mark.parametrize("name", ["batch_size", "top_k"])
+def test_batches_and_predictions_have_at_least_one_entry(pictures, fitted, name):
+    for options in ({name: 0}, {name: -1}):
+        with pytest.raises(ZooError, match=f"{name} must be at least 1, not {options[name]}"):
+            dcp_zoo.predict(fitted.model_, pictures[0], **options)
+    with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
+        dcp_zoo.evaluate(fitted.model_, *pictures, batch_size=0)
 
 
 def test_callbacks_see_every_epoch_and_can_end_a_training(pictures, fitted):
@@ -565,6 +580,7 @@ def test_features_of_another_tower_are_refused(pictures):
     for refused in (
         lambda: dcp_zoo.train("dcp_mini", features, labels),
         lambda: dcp_zoo.evaluate(plain.model_, features, labels),
+        lambda: dcp_zoo.compare(features, labels, cv=2),
         lambda: FewShotClassifier().fit(paths, labels, validation=(features, labels)),
     ):
         with pytest.raises(ZooError, match="features of dcp_mini .bundled., changed by prolip"):

@@ -65,6 +65,14 @@ def test_options_make_a_grid_of_the_methods_that_have_them():
         "coupling=text_to_vision",
     ]
     assert [t.changes for t in trials if t.method == "zero-shot"] == [""]
+    # no text probe can follow a method that is fitted to features
+    options = {"classifier": ["text-probe"]}
+    trials = plan_trials("few-shot", ["dcp_vitb16"], ["coop", "tip-adapter", "text-probe"], ["dtd"], [1], [1], options)
+    assert {t.method: t.changes for t in trials} == {
+        "coop": "classifier=text-probe",
+        "tip-adapter": "",
+        "text-probe": "",
+    }
 
 
 def test_domain_shift_and_cross_dataset_targets():
@@ -87,6 +95,7 @@ def test_domain_shift_and_cross_dataset_targets():
         ({"datasets": ["caltech-101"]}, "Nearest: caltech101"),
         ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe is limited to the classes"),
         ({"protocol": "domain-shift", "datasets": ["dtd"]}, "choose from imagenet, pacs_photo"),
+        ({"seeds": [2**32]}, "The seed must be from 0 to 4294967295, not 4294967296"),
         ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
         (
             {"methods": ["dcp"], "options": {"depth": ["deep"]}},

@@ -24,7 +24,7 @@ from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError, check_range, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.head import Head
@@ -204,6 +204,7 @@ def outputs_of(
     reject: float | None = None,
 ) -> Outputs:
     """What a model computes of the items' images; features are kept by `kept_features`."""
+    check_range("batch_size", batch_size, 1)
     given = next((len(item.path) for item in items if isinstance(item.path, torch.Tensor)), model.num_features)
     if given != model.num_features:
         raise ZooError(f"This model reads {model.num_features} features of an image, not {given}: pass the images.")

@@ -1,6 +1,7 @@
 """What is trained, and on which images: all that is decided, and checked, before any work starts. `train`,
 `FewShotClassifier.fit`, `benchmark` and `build` all plan a `Run`, which alone makes a `Task`."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.splits import subset_sha256, warn_of_tiny_classes
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
@@ -21,7 +22,7 @@ from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe
+from dcp_zoo.training.recipes import AUTO, LARGEST_SEED, MANY, PROBE_REFUSED, BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.encoders import check_encoders, load_encoders
 from dcp_zoo.zoo.registry import SIZES
@@ -148,13 +149,14 @@ def plan(
         encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
         options: further attributes of `Run`.
     """
-    if not 0 <= seed < 2**32:
-        raise ZooError(f"The seed must be from 0 to {2**32 - 1}, not {seed}.")
+    check_range("The seed", seed, 0, LARGEST_SEED)
     model, place = SIZES.get(model, model), pick_device(device)
     precision = pick_precision(precision, model, place)
     per_class = shots or max(1, len(split.train) // len(split.classnames))
     fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
     fitting = fitting.updated(changes or {}, where="--set")
+    if fitting.classifier != "none" and METHODS[method].abilities.fitted:
+        raise ZooError(PROBE_REFUSED.format(method))
     if is_own(split.name):
         warn_of_tiny_classes(split)
     encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())
@@ -178,8 +180,8 @@ def _class_weights(class_weight: ClassWeights, labels: Sequence[object]) -> tupl
     if unknown := sorted(map(str, class_weight.keys() - set(labels))):
         raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
     weights = tuple(float(class_weight.get(label, 1)) for label in labels)
-    if min(weights) < 0 or not any(weights):
-        raise ZooError("class_weight must be at least 0, and not all 0.")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ZooError("class_weight takes finite numbers of at least 0, not all 0.")
     return weights
 
 

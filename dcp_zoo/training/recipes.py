@@ -11,6 +11,7 @@ from dcp_zoo.fields import Checked, Values, changed, check, count, option, probl
 from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
+LARGEST_SEED = 2**32 - 1  # of NumPy
 OPTIMIZERS = ("sgd", "adamw")
 AS_RELEASED = "release"  # float16 weights, and no scaled loss
 PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"

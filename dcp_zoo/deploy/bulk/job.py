@@ -24,7 +24,7 @@ from dcp_zoo.data.images import load_image
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.together import Count, count, together
-from dcp_zoo.errors import ZooError, nearest_hint, shorten
+from dcp_zoo.errors import ZooError, check_range, nearest_hint, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.texts import NONE, is_reserved
 from dcp_zoo.threads import available_cores
@@ -37,6 +37,7 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 def decode_batches(paths: Sequence[str], preprocessing: Values, batch_size: int, workers: int) -> Iterator[Decoded]:
     """Batches of the images at these paths, in order, cropped by timm's input_size and crop_pct. `workers` are
     processes; with 0, threads decode each batch when it is asked for. ZooError if a worker died."""
+    check_range("batch_size", batch_size, 1)
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     if workers == 0:
         with ThreadPoolExecutor(available_cores()) as pool:

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
-from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, FAST, PROBE_REFUSED, BaseRecipe, Recipe, named_recipe
+from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, FAST, BaseRecipe, Recipe, named_recipe
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
@@ -97,8 +97,6 @@ def fit_head(name: str, task: "Task") -> "Head":
     if task.train is not None:
         task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
     probed = task.recipe.classifier != "none"
-    if probed and method.abilities.fitted:
-        raise ZooError(PROBE_REFUSED.format(name))
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method, head.abilities = name, method.abilities
