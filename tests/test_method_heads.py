@@ -11,6 +11,7 @@ from helpers import StoppedState, close
 from safetensors.torch import load_file, save_file
 from test_baselines import NAMES, logits_of, pixels, task
 
+from dcp_zoo.data import Split
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
@@ -20,6 +21,7 @@ from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
+from dcp_zoo.training.planning import plan
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import create_model, trained_head
@@ -208,7 +210,7 @@ def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     assert close(head.text_probe.weight, weight, 1e-3)
     for method in ("linear-probe", "gda"):  # said before anything is trained
         with pytest.raises(ZooError, match=f"A head of {method} is fitted to features.*method text-probe"):
-            fit_head(method, replace(small(method, clip, photos, classifier="text-probe"), train=None))
+            plan(Split("folder", NAMES, given.train.items), "dcp_mini", method, classifier="text-probe")
     same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
     with pytest.raises(ZooError, match="same image features"):
         fit_probe(head, same)

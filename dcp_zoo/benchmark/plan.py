@@ -219,8 +219,8 @@ def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:
     probe after one that is fitted to features; without shots and seed if the method does not train, and without targets
     whose classes the method cannot handle."""
     method, default = METHODS[trial.method], trial.default_recipe
-    own = default.as_dict().keys() - {"classifier"} if method.abilities.fitted else default.as_dict()
-    valid = {name: value for name, value in options.items() if name in own}
+    lacking = {"classifier"} if method.abilities.fitted else set()
+    valid = {name: value for name, value in options.items() if name in default.as_dict().keys() - lacking}
     recipe = default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.abilities.transfers:
