@@ -206,9 +206,6 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
         dcp_zoo.train("dcp_mini", *pictures, output=tmp_path / "head")
 
 
-# ------------------------------------------------------------------------------------------------------------ callbacks
-
-
 @pytest.mark.parametrize("name", ["batch_size", "top_k"])
 def test_batches_and_predictions_have_at_least_one_entry(pictures, fitted, name):
     for options in ({name: 0}, {name: -1}):
@@ -216,6 +213,9 @@ def test_batches_and_predictions_have_at_least_one_entry(pictures, fitted, name)
             dcp_zoo.predict(fitted.model_, pictures[0], **options)
     with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
         dcp_zoo.evaluate(fitted.model_, *pictures, batch_size=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ callbacks
 
 
 def test_callbacks_see_every_epoch_and_can_end_a_training(pictures, fitted):
