@@ -11,12 +11,12 @@ from pathlib import Path
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, check_choice, check_range
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import LARGEST_SEED, BaseRecipe, TrainingRecipe, batch_sizes
+from dcp_zoo.training.recipes import BaseRecipe, TrainingRecipe, batch_sizes, check_seed
 from dcp_zoo.zoo.registry import SHOTS, get_spec
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
@@ -194,7 +194,7 @@ def plan_trials(
     for dataset in datasets:
         find_spec(dataset)
     for seed in seeds:
-        check_range("The seed", seed, 0, LARGEST_SEED)
+        check_seed(seed)
     methods = methods or [name for name, m in METHODS.items() if m.abilities.transfers or not chosen.new_classes]
     methods = sorted(methods, key=list(METHODS).index)
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
@@ -219,8 +219,8 @@ def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:
     probe after one that is fitted to features; without shots and seed if the method does not train, and without targets
     whose classes the method cannot handle."""
     method, default = METHODS[trial.method], trial.default_recipe
-    lacking = {"classifier"} if method.abilities.fitted else set()
-    valid = {name: value for name, value in options.items() if name in default.as_dict().keys() - lacking}
+    known = default.as_dict().keys() - ({"classifier"} if method.abilities.fitted else set())
+    valid = {name: value for name, value in options.items() if name in known}
     recipe = default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.abilities.transfers:

@@ -13,7 +13,7 @@ from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.splits import subset_sha256, warn_of_tiny_classes
-from dcp_zoo.errors import ZooError, check_choice, check_range
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts
 from dcp_zoo.model.clip import FrozenCLIP
@@ -22,7 +22,7 @@ from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import AUTO, LARGEST_SEED, MANY, PROBE_REFUSED, BaseRecipe
+from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.encoders import check_encoders, load_encoders
 from dcp_zoo.zoo.registry import SIZES
@@ -149,7 +149,7 @@ def plan(
         encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
         options: further attributes of `Run`.
     """
-    check_range("The seed", seed, 0, LARGEST_SEED)
+    check_seed(seed)
     model, place = SIZES.get(model, model), pick_device(device)
     precision = pick_precision(precision, model, place)
     per_class = shots or max(1, len(split.train) // len(split.classnames))

@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from dcp_zoo.data.specs import find_spec
+from dcp_zoo.errors import check_range
 from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
 from dcp_zoo.model.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
-LARGEST_SEED = 2**32 - 1  # of NumPy
 OPTIMIZERS = ("sgd", "adamw")
 AS_RELEASED = "release"  # float16 weights, and no scaled loss
 PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"
@@ -43,6 +43,11 @@ TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 IMAGENET_EPOCHS = 5  # of DCP's schedule of 20, which its script of tests on other datasets loads
 R = TypeVar("R", bound="BaseRecipe")
 T = TypeVar("T", bound="TrainingRecipe")
+
+
+def check_seed(seed: int) -> None:
+    """ZooError unless NumPy can draw from it, too."""
+    check_range("The seed", seed, 0, 2**32 - 1)
 
 
 def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
