@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -55,10 +54,18 @@ def check_choice(what: str, value: object, valid: Sequence[object]) -> None:
         raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(map(str, valid))}.")
 
 
-def check_range(what: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raise ZooError unless `value` is from `least` to `most`."""
-    if not least <= value <= most:
-        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+def beyond(value: float, least: float | None = None, most: float | None = None) -> str:
+    """The limits that a value is outside of, in words; "" if it is not."""
+    if (least is None or value >= least) and (most is None or value <= most):
+        return ""
+    if least is None or most is None:
+        return f"at least {least}" if most is None else f"at most {most}"
+    return f"from {least} to {most}"
+
+
+def check_range(what: str, value: float, least: float | None = None, most: float | None = None) -> None:
+    """Raise ZooError unless `value` is within the limits."""
+    if limits := beyond(value, least, most):
         raise ZooError(f"{what} must be {limits}, not {value}.")
 
 

@@ -9,7 +9,7 @@ from reprlib import repr as shortened
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, beyond
 
 NUMBERS: dict[object, Any] = {int: (Integral, 2**63), float: (Real, 1e300)}  # below which NaN is not, either
 Values = dict[str, Any]  # by their names, as in JSON or in keyword arguments
@@ -99,8 +99,4 @@ def mismatch(value: Any, kind: Any) -> str:
 
 
 def _beyond(value: Any, choices: tuple = (), min: float | None = None, max: float | None = None, **_: object) -> str:
-    if choices and value not in choices:
-        return " or ".join(map(str, choices))
-    if min is not None and value < min:
-        return f"at least {min}"
-    return f"at most {max}" if max is not None and value > max else ""
+    return " or ".join(map(str, choices)) if choices and value not in choices else beyond(value, min, max)

@@ -155,7 +155,7 @@ SUBMISSION = {
         ({"split_sha256": "0" * 64}, "split_sha256 does not match CoOp's split of dtd"),
         ({"by": ""}, "by must be a string, not None"),
         ({"seeds": [], "shots": "16"}, "shots must be an integer, not '16'; seeds must be a list"),
-        ({"reported": 101}, "reported must be at most 100, not 101"),
+        ({"reported": 101}, "reported must be from 0 to 100, not 101"),
         ({"dataset": "cifar10"}, "dataset must be imagenet or "),
         ({"measured": 50.0}, "must not state `measured`"),
     ],

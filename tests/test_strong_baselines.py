@@ -678,7 +678,7 @@ def adamw(trained: list[torch.Tensor], loss_of) -> list[float]:
 def test_two_stage_shares_out_its_steps(clip, photos):
     recipe = METHODS["2sfs"].recipe("dcp_vitb16", "caltech101", 4, "few-shot")
     assert (recipe.steps, recipe.first_stage) == (1200, 0.6)
-    with pytest.raises(ZooError, match=r"first_stage must be at most 1, not 1\.5"):
+    with pytest.raises(ZooError, match=r"first_stage must be from 0 to 1, not 1\.5"):
         recipe.updated({"first_stage": 1.5})
     given = task("2sfs", clip, photos, steps=2, first_stage=1.0)
     model = fit_head("2sfs", given)
