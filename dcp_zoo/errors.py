@@ -63,7 +63,7 @@ def beyond(value: float, least: float | None = None, most: float | None = None) 
     return f"from {least} to {most}"
 
 
-def check_range(what: str, value: float, least: float | None = None, most: float | None = None) -> None:
+def check_range(what: str, value: float, least: float, most: float | None = None) -> None:
     """Raise ZooError unless `value` is within the limits."""
     if limits := beyond(value, least, most):
         raise ZooError(f"{what} must be {limits}, not {value}.")
