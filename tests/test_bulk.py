@@ -29,7 +29,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.answers import Hierarchy, Outputs, Predictor, label, read_hierarchy
 from dcp_zoo.cli import console
-from dcp_zoo.data import load_image, load_labelled
+from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
@@ -549,7 +549,7 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    write_sheet(Path("out/s.html"), images, FAKE.classnames, rows, "s.html")
+    write_sheet(Path("out/s.html"), images, rows, "s.html")
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d">(\w+)\s*<small>(.*?)</small>', page, re.DOTALL) == [
         ("bright", "11 images, the 10 least certain"),
@@ -563,81 +563,6 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     assert page.count("data:image/jpeg;base64,") == len(shown) == 20
     assert "Cannot read the image photos/a/04.jpg" in page
     assert not re.search(r'(?:src|href)="(?!data:|#|\.\./photos/)', page)
-
-
-def labelled_by_keys(page, keys: str) -> str:
-    """Press these keys one after the other; what the page then says."""
-    for key in keys.split():
-        page.keyboard.press(key)
-    return page.get_by_role("status").inner_text()
-
-
-def test_predictions_are_corrected_by_keyboard(photos, chromium):
-    """Also of names that a spreadsheet or another system would misread; what is saved is a labels file."""
-    for i, name in {13: "=1+2.jpg", 14: 'a, "b".jpg', 15: os.fsdecode(b"\xe4.jpg")}.items():
-        Path(f"photos/b/{i}.jpg").rename(f"photos/b/{name}")
-    images, classes = find_images(["photos"]), [*FAKE.classnames, *(f"class {i}" for i in range(998))]
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    write_sheet(Path("s.html"), images, classes, rows, "s.html")
-    context = chromium.new_context(viewport={"width": 390, "height": 900}, color_scheme="dark")
-    page, asked, failed = context.new_page(), [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: failed.append(str(error)))
-    page.goto(Path("s.html").absolute().as_uri())
-    for _ in range(5):  # the button, three links, the first image
-        page.keyboard.press("Tab")
-    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert labelled_by_keys(page, "Enter") == "bright is right. 1 checked."
-    assert labelled_by_keys(page, "d Enter") == "dark, not bright. 2 checked."
-    page.keyboard.type("class 99")
-    assert page.get_by_role("option", selected=True).inner_text() == "class 99"
-    assert labelled_by_keys(page, "ArrowDown Enter") == "class 990, not bright. 3 checked."
-    page.keyboard.type("Twilight")
-    assert page.get_by_role("option").all_inner_texts() == ["new class: Twilight"]
-    assert labelled_by_keys(page, "Enter") == "Twilight, not bright. 4 checked."
-    assert labelled_by_keys(page, "n o n e Enter") == "none of these, not bright. 5 checked."
-    assert labelled_by_keys(page, "Enter Space Escape ArrowLeft Delete") == "Not checked. 5 checked."
-    assert labelled_by_keys(page, "t Enter") == "Twilight, not bright. 6 checked."
-    tops = []
-    for keys in ("Home", "ArrowDown", "ArrowUp"):
-        labelled_by_keys(page, keys)
-        tops.append(page.evaluate("document.activeElement.getBoundingClientRect().top + scrollY"))
-    assert tops[0] == tops[2] < tops[1]
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    for keys, width, scheme in (("", 390, "dark"), ("ArrowLeft Space", 1280, "light")):  # the page, and its dialogue
-        labelled_by_keys(page, keys)
-        page.set_viewport_size({"width": width, "height": 900})
-        page.emulate_media(color_scheme=scheme)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert axe.run(page).response["violations"] == []
-    page.reload()
-    assert page.get_by_role("button", name="→ dark, corrected, photos/b/").count() == 1
-    assert page.get_by_role("button", name=re.compile("not checked")).count() == 17
-    with page.expect_download() as download:
-        labelled_by_keys(page, "Control+s")
-    assert download.value.suggested_filename == "corrections.csv"
-    found = load_labelled("folder", "photos", download.value.path())
-    context.close()
-    expected = {"=1+2.jpg": "bright", 'a, "b".jpg': "dark", os.fsdecode(b"\xe4.jpg"): "class 990"}
-    labels = {item.key.removeprefix("b/"): found.classnames[item.label] for item in found.items}
-    assert labels == expected | {"16.jpg": "Twilight", "18.jpg": "Twilight"}
-    assert len(found.none) == 1
-    assert (failed, [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]) == ([], [])
-
-
-def test_corrections_work_where_the_browser_keeps_nothing(photos, chromium):
-    images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    write_sheet(Path("s.html"), images, FAKE.classnames, rows, "s.html")
-    page = chromium.new_page()
-    page.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('refused'); }})")
-    page.goto(Path("s.html").absolute().as_uri())
-    page.get_by_role("button", name=re.compile("12.jpg")).press("Enter")
-    assert "This browser does not keep them" in page.get_by_role("status").inner_text()
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Save corrections.csv").click()
-    assert download.value.path().read_text("utf-8-sig") == "file,class\nphotos/b/12.jpg,dark\n"
-    page.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ together

@@ -15,7 +15,6 @@ import pytest
 import torch
 from helpers import Count, read_csv
 from PIL import Image, ImageFilter, ImageOps
-from shared import opened, press
 
 import dcp_zoo
 from dcp_zoo import ZooError
@@ -284,43 +283,6 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
     assert (tmp_path / "fixed" / place / "wrong.png").read_bytes() == (folder / "cat" / "wrong.png").read_bytes()
     assert sorted(folder.rglob("*")) == before
-
-
-def test_labels_are_changed_by_keyboard(folder, cache, tmp_path, run, review, chromium):
-    """On the page alone, whose marks the browser keeps, and where each is saved; `--fix` takes what both write.
-
-    The page suits narrow screens and screen readers.
-    """
-    file, _ = dcp_zoo.inspect(folder).write(tmp_path)
-    page, running = chromium.new_page(), review(file)
-    page.goto(file.as_uri())
-    assert page.get_by_text(NAME).count() > 1
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    for width, scheme in ((390, "dark"), (1280, "light")):
-        page.set_viewport_size({"width": width, "height": 800})
-        page.emulate_media(color_scheme=scheme)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert axe.run(page).response["violations"] == []
-    page.get_by_role("button", name="cat/wrong.png").first.press("Enter")
-    with page.expect_download() as download:
-        page.keyboard.press("Control+s")
-    assert download.value.suggested_filename == "changes.csv"
-    assert [*read_csv(download.value.path())] == [{"file": "cat/wrong.png", "change": NAME}]
-    opened(running, page)
-    assert press(page, "Enter") == f"{NAME} is right. Saved. 1 checked."
-    page.get_by_role("button", name="cat/twin.png").first.focus()
-    assert press(page, "x", "Enter") == f"{NAME} is right. Saved. 1 checked.", "it is no class"
-    assert press(page, "Escape", "Enter") == "leave out is right. Saved. 2 checked."
-    page.get_by_role("button", name="flower/blurred.png").first.focus()
-    assert press(page, "l", "Enter") == "leave out, not flower. Saved. 3 checked."
-    assert press(page, "Control+z") == "Not checked. Saved. 2 checked."
-    page.close()
-    assert read_csv(tmp_path / "changes.csv") == [
-        {"file": "cat/wrong.png", "change": NAME},
-        {"file": "cat/twin.png", "change": "leave out"},
-    ]
-    out = run.ok("inspect", folder, "--fix", tmp_path / "changes.csv", "--output", tmp_path / "fixed")
-    assert "Images moved: 1, left out: 1." in out
 
 
 def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):

@@ -3,29 +3,24 @@
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from helpers import encoded, read_csv
-from PIL import ExifTags, Image
-from shared import BUNDLED, opened, press
+from PIL import Image
+from shared import BUNDLED
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import load_image, load_labelled, paths
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.paths import companions
-from dcp_zoo.deploy.bulk import journal as journal_module
 from dcp_zoo.deploy.bulk.journal import Journal, undo
 from dcp_zoo.deploy.bulk.journal import _write as write
-from dcp_zoo.deploy.bulk.review import Review
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 
 LIGHTROOM = """<x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk="Adobe XMP Core 7.0">
@@ -165,42 +160,6 @@ MOVED = {
     "none of these/IMG_5.jpg",
 }
 NEW_SIDECARS = {"emu/IMG_1-2.JPG.xmp", "emu/RAW_4.xmp", "ant/Fähre 3.jpg.xmp", "crab/phone.HEIC.xmp"}
-
-
-def test_the_tree_after_undo_is_the_tree_before(card, run, monkeypatch):
-    """All the way: inspect, train, predict, review."""
-    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", create_model)
-    before = tree(card)
-    run.ok("inspect", card, "--labels", "said.csv")
-    run.ok("train", card, "--labels", "said.csv", "--output", "my_head", "--test", 0)
-    sort = ("--head", "my_head", "--sort-into", "SORTED", "--move", "--xmp", "--sheet", "SORTED/sheet.html")
-    err = predict(run, *sort)
-    assert "emu 3, crab 2, ant 1, none of these 1 Keywords were written into 7 files." in err
-    assert "To take back what was changed: dcp-zoo undo SORTED/predictions.undo.jsonl" in err
-    tables = {"predictions.csv", "predictions.undo.jsonl", "sheet.html"}
-    assert names(Path("SORTED")) == MOVED | NEW_SIDECARS | tables
-    assert names(card) == {"bad.jpg", "clip.mov", "notes.txt"}
-    assert {row["image"] for row in read_csv("SORTED/predictions.csv") if row["labelled"] == "True"} == {
-        f"SORTED/{name}" for name in MOVED if name.endswith(("jpg", "JPG", "dng", "HEIC"))
-    }
-    assert 'href="emu/IMG_1-2.JPG"' in Path("SORTED/sheet.html").read_text()
-    assert keywords("SORTED/ant/Fähre 3.jpg.xmp") == {key: ["ant"] for key in keywords("SORTED/emu/RAW_4.xmp")}
-    assert keywords("SORTED/emu/IMG_1.xmp") == {
-        "dc.subject": ["Müritz", "trip, 2024", "007", "emu"],
-        "lr.hierarchicalSubject": ["places|Müritz", "emu"],
-        "digiKam.TagsList": ["places/Müritz", "emu"],
-    }
-    predicted = tree(Path("SORTED"))
-    Review(Path("SORTED/sheet.html")).say("SORTED/emu/IMG_1.JPG", "crab")
-    assert keywords("SORTED/crab/IMG_1.xmp")["lr.hierarchicalSubject"] == ["places|Müritz", "crab"]
-    run.ok("undo", "SORTED/corrections.undo.jsonl")
-    assert tree(Path("SORTED")) == predicted
-    assert run("predict", "CARD", *sort, "--overwrite")[0] == 1  # of what comes later
-    assert names(Path("SORTED")) == MOVED | NEW_SIDECARS | tables
-    assert "taken back: 19 changes" in run("undo", "SORTED/predictions.undo.jsonl")[2].lower()
-    assert tree(card) == before
-    assert names(Path("SORTED")) == tables - {"predictions.undo.jsonl"}
-    assert not Path("SORTED/emu").exists()
 
 
 def test_keywords_in_the_images_themselves(card, run):
@@ -444,33 +403,6 @@ def test_links_are_not_moved(card, run):
     assert "links/1.jpg is a link, or in an archive: only files themselves can be moved" in err
 
 
-def test_by_class_and_date(card, run, monkeypatch):
-    """That of the EXIF, or else of the file; undone, nothing is left, and a review stays on the day."""
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2021:02:03 10:00:00"
-    Image.open(card / "IMG_1.JPG").save(card / "IMG_1.JPG", exif=exif)
-    for path in card.rglob("*.*"):
-        os.utime(path, (1_700_000_000, 1_700_000_000))
-    monkeypatch.setenv("TZ", "UTC")
-    before, sort = tree(card), ("--sort-into", "SORTED", "--by-date", "--sheet", "SORTED/sheet.html")
-    err = predict(run, *sort, "--move")
-    assert "Images without a date, sorted by that of their file: 6." in err
-    assert {"emu/2021-02-03/IMG_1.JPG", "emu/2021-02-03/IMG_1.xmp", "crab/2023-11-14/IMG_2.MOV"} <= names(
-        Path("SORTED")
-    )
-    Review(Path("SORTED/sheet.html")).say("SORTED/emu/2021-02-03/IMG_1.JPG", "crab")
-    assert {"crab/2021-02-03/IMG_1.JPG", "crab/2021-02-03/IMG_1.DNG"} <= names(Path("SORTED"))
-    run.ok("undo", "SORTED/corrections.undo.jsonl")
-    run.ok("undo", "SORTED/predictions.undo.jsonl")
-    assert tree(card) == before
-    assert [path.name for path in Path("SORTED").iterdir() if path.is_dir()] == []
-    predict(run, *sort, "--overwrite")
-    Path("said.csv").write_text(Path("said.csv").read_text().replace("IMG_1.JPG,emu", "IMG_1.JPG,ant"))
-    predict(run, *sort, "--overwrite")
-    assert "ant/2021-02-03/IMG_1.JPG" in names(Path("SORTED"))
-    assert not any(name.startswith("emu/2021") for name in names(Path("SORTED")))
-
-
 def test_only_what_the_table_lacks(card, run):
     """What is in it stays, also where a person moved the copy; what could not be read is tried again."""
     only_new = ("--sort-into", "SORTED", "--only-new")
@@ -524,156 +456,4 @@ def test_a_photograph_that_was_replaced_is_new(card, run):
     assert sorted(images) == sorted({*images})
 
 
-def test_copies_are_told_apart_by_what_is_in_them(card):
-    """Not by size and time, which two cameras may share; what was copied, but not moved, is no other file."""
-    for number in (1, 2):
-        Path(f"{number}").mkdir()
-        Path(f"{number}/a.bmp").write_bytes(bytes([number]) * 9)
-        os.utime(f"{number}/a.bmp", (1_700_000_000, 1_700_000_000))
-    sort_into(["1/a.bmp", "2/a.bmp"], ["emu", "emu"], Path("SORTED"))
-    assert Path("SORTED/emu/a-2.bmp").read_bytes() == b"\2" * 9
-    journal = Journal(Path("x.undo.jsonl"))
-    journal.note({"from": str(Path("1/a.bmp").resolve()), "to": str(Path("moved/a.bmp").resolve())})
-    Path("moved").mkdir()
-    shutil.copy2("1/a.bmp", "moved/a.bmp")
-    assert undo(journal.file) == (1, [])
-    assert (Path("1/a.bmp").read_bytes(), Path("moved").exists()) == (b"\1" * 9, False)
-
-
 # -------------------------------------------------------------------------------------------------------------- review
-
-
-def corrections(file: str = "SORTED/corrections.csv") -> dict[str, str]:
-    return {Path(row["file"]).name: row["class"] for row in read_csv(file)}
-
-
-def test_a_review_saves_each_correction(card, run, review, chromium):
-    """By keyboard alone, killed and started again; both undo files then lead back."""
-    before = tree(card)
-    predict(run, "--sort-into", "SORTED", "--move", "--xmp", "--sheet", "SORTED/sheet.html")
-    predicted = tree(Path("SORTED"))
-    running, page, failed = review("SORTED/sheet.html"), chromium.new_page(), []
-    page.on("pageerror", lambda error: failed.append(str(error)))
-    opened(running, page)
-    assert press(page, *"emu", "Enter") == "emu, not ant. Saved. 1 checked."
-    assert press(page, "Enter") == "crab is right. Saved. 2 checked."
-    assert press(page, *"dusk", "Enter") == "dusk, not crab. Saved. 3 checked."
-    assert press(page, *"none", "Enter") == "none of these, not emu. Saved. 4 checked."
-    assert names(Path("SORTED")) >= {
-        *("emu/Fähre 3.jpg", "emu/Fähre 3.jpg.xmp", "dusk/phone.HEIC", "dusk/phone.HEIC.xmp"),
-        *(f"none of these/IMG_1.{end}" for end in ("JPG", "DNG", "xmp")),
-    }
-    assert keywords("SORTED/none of these/IMG_1.xmp")["dc.subject"] == ["Müritz", "trip, 2024", "007"]
-    assert keywords("SORTED/dusk/phone.HEIC.xmp")["lr.hierarchicalSubject"] == ["dusk"]
-    said = {"Fähre 3.jpg": "emu", "IMG_2.jpg": "crab", "phone.HEIC": "dusk", "IMG_1.JPG": "none of these"}
-    assert corrections() == said
-    assert press(page, "Control+z") == "Not checked. Saved. 3 checked."
-    assert Path("SORTED/emu/IMG_1.xmp").read_bytes() == predicted["SORTED/emu/IMG_1.xmp"]
-    running.kill()
-    assert press(page, "Enter").startswith(
-        "Not saved: dcp-zoo review has ended. Start it again, and open its new address"
-    )
-    running = review("SORTED/sheet.html")
-    assert "3 are there already" in running.said
-    opened(running, page)
-    assert page.get_by_role("button", name="→ dusk, corrected, SORTED/crab/phone.HEIC").count() == 1
-    assert press(page, "Delete") == "Not checked. Saved. 2 checked."
-    assert corrections() == {name: said[name] for name in ("IMG_2.jpg", "phone.HEIC")}
-    data = load_labelled("folder", "SORTED", ["SORTED/corrections.csv"])
-    assert [item.key for item in data.items] == ["crab/IMG_2.jpg", "dusk/phone.HEIC"]
-    press(page, " ")
-    large = pytest.importorskip("playwright.sync_api").expect(page.locator("#picture"))
-    large.to_have_js_property("naturalWidth", 320)  # of a HEIC file, too
-    page.close()
-    running.kill()
-    assert failed == []
-    run.ok("undo", "SORTED/corrections.undo.jsonl")
-    Path("SORTED/.sheet.html.lock").unlink()  # which a kill leaves
-    assert tree(Path("SORTED")) == predicted
-    run.ok("undo", "SORTED/predictions.undo.jsonl")
-    assert tree(card) == before
-
-
-def test_nobody_else_reaches_a_review(card, run, review):
-    predict(run, "--output", "p.csv", "--sheet", "sheet.html")
-    running = review("sheet.html")
-    said = b'["CARD/IMG_1.JPG", "crab"]'
-    origin = running.url[: running.url.index("/", 8)]
-    host = origin.removeprefix("http://")
-    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": f"evil.example:{host[10:]}"}):
-        assert running.ask("say", said, **headers) == (403, "Open the address that dcp-zoo review has printed.")
-        assert running.ask("", **headers)[0] == 403
-    assert running.ask("../say", said)[0] == running.ask("../aaaa/say", said)[0] == running.ask("other")[0] == 403
-    assert not Path("corrections.csv").exists()
-    with socket.socket() as other:
-        other.settimeout(1)
-        outside = next(iter({*socket.gethostbyname_ex(socket.gethostname())[2]} - {"127.0.0.1", "127.0.1.1"}), None)
-        assert outside is None or other.connect_ex((outside, int(host[10:]))) != 0
-    with pytest.raises(HTTPError, match="403"):
-        urlopen(f"{origin}/")
-    assert running.ask("say", said, Origin=origin) == (200, "")
-    assert corrections("corrections.csv") == {"IMG_1.JPG": "crab"}
-    for wrong, why in {
-        b"[": "Expecting",
-        b'["CARD/IMG_1.JPG", "leave out"]': "is not a class",
-        b"[1]": "argument",
-    }.items():
-        status, text = running.ask("say", wrong)
-        assert status == 409
-        assert why in text
-    assert "Another process is reviewing" in run.refused("review", "sheet.html")
-
-
-def test_a_script_of_a_strangers_page_does_not_run(card, run, review, chromium):
-    predict(run, "--output", "p.csv", "--sheet", "sheet.html")
-    page = Path("sheet.html")
-    page.write_text(page.read_text().replace("<main>", "<main><script>document.title = 'evil'</script>"))
-    shown = chromium.new_page()
-    running = review("sheet.html")
-    opened(running, shown)
-    assert "Contact sheet" in shown.title()
-    shown.close()
-    running.kill()
-    page.write_text(page.read_text().replace("const about", "fetch('say'); const about"))
-    assert "was written by another version of dcp_zoo" in run.refused("review", "sheet.html")
-    page.write_text("<p>")
-    assert "sheet.html is not the sheet.html of predict --sheet" in run.refused("review", "sheet.html")
-
-
-def test_a_later_page_means_its_own_photographs(card, run):
-    sort = ("--sort-into", "SORTED", "--sheet", "SORTED/sheet.html", "--overwrite")
-    predict(run, *sort)
-    Review(Path("SORTED/sheet.html")).say("CARD/IMG_1.JPG", "crab")
-    assert Path("SORTED/crab/IMG_1.JPG").exists()
-    (card / "IMG_1.JPG").write_bytes(picture(8))
-    predict(run, *sort)
-    later = Review(Path("SORTED/sheet.html"))  # the name has an answer, which is the other photograph's
-    later.say("CARD/IMG_1.JPG", "ant")
-    assert Path("SORTED/crab/IMG_1.JPG").read_bytes() == picture(1)
-    assert Path("SORTED/ant/IMG_1.JPG").read_bytes() == picture(8)
-
-
-@pytest.mark.parametrize("step", [1, 3, 5, 7, 8])
-def test_a_correction_that_was_cut_is_finished(card, run, monkeypatch, step):
-    """Killed before any of the changes to files that it makes."""
-    before = tree(card)
-    predict(run, "--sort-into", "SORTED", "--move", "--xmp", "--sheet", "SORTED/sheet.html")
-    Review(Path("SORTED/sheet.html")).say("SORTED/emu/IMG_1.JPG", "ant")
-    calls = iter(range(1, 100))
-
-    def killed(function):
-        return lambda *args: 1 / 0 if next(calls) == step else function(*args)
-
-    with monkeypatch.context() as patch:
-        for name in ("_move", "_write", "write_file"):
-            patch.setattr(f"dcp_zoo.deploy.bulk.journal.{name}", killed(getattr(journal_module, name)))
-        with pytest.raises(ZeroDivisionError):
-            Review(Path("SORTED/sheet.html")).say("SORTED/emu/IMG_1.JPG", "crab")
-    found = Review(Path("SORTED/sheet.html"))
-    assert found.marks == {"SORTED/emu/IMG_1.JPG": "crab"}
-    assert corrections() == {"IMG_1.JPG": "crab"}
-    assert {f"crab/IMG_1.{end}" for end in ("JPG", "DNG", "xmp")} <= names(Path("SORTED"))
-    assert keywords("SORTED/crab/IMG_1.xmp")["dc.subject"] == ["Müritz", "trip, 2024", "007", "crab"]
-    run.ok("undo", "SORTED/corrections.undo.jsonl")
-    run.ok("undo", "SORTED/predictions.undo.jsonl")
-    assert tree(card) == before

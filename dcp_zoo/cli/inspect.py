@@ -1,4 +1,4 @@
-"""`dcp-zoo inspect` and `dcp-zoo search`; `dcp-zoo review` of what predict and inspect found, and `dcp-zoo undo`."""
+"""`dcp-zoo inspect` and `dcp-zoo search`, and `dcp-zoo undo`."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from rich.markup import escape
 from typer import Argument, Exit, Option
 
 from dcp_zoo.cli.console import advise, log, output, print_error, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Port, Threads, data_source, head_name
+from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import LOCK, locked, printable
+from dcp_zoo.files import printable
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
@@ -88,7 +88,7 @@ def inspect(
     new_names = read_names(names, data.classnames) if names else None
     how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
     found = find(root, False if no_labels else labels, **how)
-    page, _ = found.write(folder)
+    page, table = found.write(folder)
     _say_found(found, no_labels)
     if found.unknown:
         offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
@@ -96,8 +96,8 @@ def inspect(
         log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
     if new_names:
         _say_gains(found.gains, [] if labels else renaming(found.data, new_names))
-    review = "" if no_labels else f"; to change labels: dcp-zoo review {shlex.quote(str(page))}"
-    output.print(f"Look at {page}{review}", markup=False)
+    change = "" if no_labels else f"; to change labels, fill in the column change of {table}"
+    output.print(f"Look at {page}{change}", markup=False)
     advise_larger(model)
 
 
@@ -134,7 +134,7 @@ def search(
     to_label: bool = Option(False, "--to-label", help="Find what to label next: images that stand for most others."),
     labelled: Path | None = Option(None, metavar="FOLDER", help="With --to-label: images that have a label, to omit."),
     labels: list[Path] | None = Option(
-        None, metavar="FILE", help="With --to-label: corrections.csv, to omit its images."
+        None, metavar="FILE", help="With --to-label: a table of labels, to omit its images."
     ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
@@ -171,29 +171,6 @@ def search(
         advise(MINIATURE)
     if to_label and output_dir is not None:
         log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")
-
-
-def review(
-    page: Path = Argument(help="The page of predict --sheet, or the inspection.html of inspect."), port: Port = 0
-) -> None:
-    """Correct predictions, or labels, on a page in the browser that saves each correction at once. Stop with Ctrl-C.
-
-    The corrections are in corrections.csv, or of labels in changes.csv, next to the page. Images that predict sorted
-    into folders move to the folder of the right class, and keywords that it wrote are changed; dcp-zoo undo takes that
-    back. Nobody but you can open the page: its address works on this machine only, and has a secret.
-
-    [dim]dcp-zoo review SORTED/sheet.html[/]
-    [dim]dcp-zoo review MY_PHOTOS_inspection/inspection.html[/]
-    """
-    from dcp_zoo.deploy.bulk.review import Review, serve_review
-
-    with locked(page.with_name(f".{page.name}{LOCK}")) as free:
-        if not free:
-            raise ZooError(f"Another process is reviewing {page}: use its page in the browser, or stop it.")
-        found = Review(page)
-        marked = f" {len(found.said):,} are there already." if found.said else ""
-        output.print(f"Corrections are saved in {found.table}.{marked}", soft_wrap=True, markup=False)
-        serve_review(found, port, lambda url: print(f"Open {url} in the browser. Stop with Ctrl-C.", flush=True))
 
 
 def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:

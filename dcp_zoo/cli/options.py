@@ -33,8 +33,8 @@ MODEL = "small, medium or large (what they stand for is printed), or a model's n
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
-    "to this file, or in the current folder. Images outside PHOTOS, such as those of the corrections.csv of a contact "
-    "sheet, are added to its class folders. Or xmp:cat,dog: images with these keywords. May be repeated: of several "
+    "to this file, or in the current folder. Images outside PHOTOS, such as corrected predictions, are added to its "
+    "class folders. Or xmp:cat,dog: images with these keywords. May be repeated: of several "
     "classes of an image, the last one counts."
 )
 PRECISION = (

@@ -39,7 +39,7 @@ ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
 LABELS = (
-    "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
+    "A .csv or .xlsx file with the columns file and class, such as corrections of predictions. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
 )
 
@@ -67,7 +67,7 @@ class PredictOptions:
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz file.")
-    sheet: Path | None = to_file("Write an HTML contact sheet; dcp-zoo review corrects it by keyboard.")
+    sheet: Path | None = to_file("Write a page to look at: the images of each class, the least certain first.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
     by_date: bool = opt.option(
@@ -175,8 +175,6 @@ def predict(options: PredictOptions) -> None:
             log(f"Keywords were written into {done.keywords:,} files.")
         if done.undo and done.undo.exists():
             log(f"To take back what was changed: dcp-zoo undo {done.undo}")
-        if options.sheet:
-            log(f"To correct predictions: dcp-zoo review {options.sheet}")
         say_together(done.changed, done.images, done.counts, options)
     else:
         failed = show_on_screen(find_images(sources), options)

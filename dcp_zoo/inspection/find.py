@@ -129,7 +129,7 @@ def suggest(
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
-        labels: tables of what was said of images, such as the corrections.csv of a contact sheet, see
+        labels: tables of what was said of images, such as corrections of predictions, see
             `dcp-zoo predict --labels`: these are not suggested either.
         count: how many images.
         output: a new folder for found.csv, found.html with pictures, and copies of the images in a folder for each

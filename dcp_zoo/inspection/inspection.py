@@ -16,7 +16,6 @@ from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import shorten
-from dcp_zoo.deploy.bulk.outputs import page_key
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.fixed import parts_of
@@ -108,8 +107,6 @@ class Inspection:
         lists = self.suspects, self.of_no_class, odd
         shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
-        key = page_key([*(item.key for item in items), *names])
-        about = {"key": key, "classes": names, "none": LEAVE_OUT, "column": "change", "run": {}, "places": {}}
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
             title=f"Inspection of {Path(self.data.place).name}",
@@ -124,7 +121,6 @@ class Inspection:
             shown=SHOWN,
             weakest=weakest,
             labelled=names != UNLABELLED,
-            about=about if names != UNLABELLED and self.data.name == "folder" else None,
         )
 
 

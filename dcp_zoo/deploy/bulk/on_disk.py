@@ -128,7 +128,7 @@ def run(
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
-        predictor = job.load() if resumed < len(images) or job.together or outputs.sheet else None
+        predictor = job.load() if resumed < len(images) or job.together else None
         if predictor and resumed < len(images):
             computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
@@ -151,12 +151,8 @@ def run(
         if outputs.features and kept is not None:
             names = [image.name for image in images]
             rows.write(outputs.features, lambda temporary: writers.write_features(temporary, names, kept))
-        if outputs.sheet and predictor:
-            about = outputs.sheet, images, predictor.classnames, answers()
-            keywords = {"embed": outputs.embed, "hierarchy": job.plan.get("hierarchy")} if outputs.keywords else None
-            folder = outputs.sort_into and writers.relative(outputs.sort_into, outputs.sheet.parent)
-            done = {"sorted": folder, "moved": outputs.move, "keywords": keywords}
-            rows.write(outputs.sheet, partial(writers.write_sheet, *about, places=places, run=done))
+        if outputs.sheet:
+            rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, answers()))
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
         columns = dict.fromkeys([*(name for row in earlier[:1] for name in row), *writers.columns(answers())])
         rows.write(outputs.table, lambda temporary: write_table(temporary, chain(earlier, answers()), [*columns]))

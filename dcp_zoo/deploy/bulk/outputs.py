@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
@@ -72,14 +71,10 @@ SIZE = 128  # pixels of a thumbnail's longer side
 def write_sheet(
     path: Path,
     images: Sequence[Found],
-    classnames: Sequence[str],
     rows: Iterable[Row],
     temporary: str,
-    places: Sequence[Path | None] = (),
-    run: Values | None = None,
 ) -> None:
-    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place. For a
-    `Review`: `places`, where each image is if that is known, and what the `run` did with them."""
+    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place."""
     counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):
         if "error" in row:
@@ -90,13 +85,12 @@ def write_sheet(
         entry = (-2.0 if row.get("labelled") else -row["predictions"][0]["probability"], -index, row)
         (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
 
+    classes = len(counts.keys() - {NONE})
+
     def pictures(name: str) -> Iterator[Values]:
         """Of one class, the least certain first, and those that a person labelled last."""
         shown = sorted(least[name], reverse=True)
         entries = [(images[-index], row) for _, index, row in shown]
-        for _, index, _ in shown if places else ():
-            if place := places[-index]:
-                about["places"][images[-index].name] = relative(place, path.parent)
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
             yield {
@@ -109,34 +103,19 @@ def write_sheet(
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
-    key = page_key([*(image.name for image in images), *classnames])
-    about: Values = {"key": key, "classes": classnames, "none": NONE, "column": "class", "run": run or {}, "places": {}}
     content = {
+        "title": f"{len(images):,} image{'s' * (len(images) != 1)} in {classes} class{'es' * (classes != 1)}",
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
-        "classes": len(counts.keys() - {NONE}),
         "pictures": pictures,
         "errors": errors,
-        "total": len(images),
-        "about": about,
     }
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
 
 
-def page_key(names: Iterable[str]) -> str:
-    """By what a browser keeps the marks of a page: those of the same images and classes."""
-    return f"dcp_zoo {sha256(chr(10).join(names).encode('utf-8', 'surrogatepass')).hexdigest()}"
-
-
 def _link(path: str, folder: Path) -> str:
     """The address of an image file on a page in the folder."""
-    found = relative(path, folder)
-    return Path(found).as_uri() if os.path.isabs(found) else quote(os.fsencode(found))  # noqa: PTH117
-
-
-def relative(path: str | Path, folder: Path) -> str:
-    """A path that starts in a folder, if it is not on another drive of Windows."""
     try:
-        return os.path.relpath(path, folder)
-    except ValueError:
-        return str(Path(path).absolute())
+        return quote(os.fsencode(os.path.relpath(path, folder)))
+    except ValueError:  # another drive of Windows
+        return Path(path).absolute().as_uri()
