@@ -130,9 +130,6 @@ def parse_command(line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks(page, scratch, run):
-    if page.name == "walk_catalogue.md":
-        for module in ("exiv2", "pillow_heif"):
-            pytest.importorskip(module)
     namespace: dict = {"__name__": "__main__"}
     for block in blocks(page):
         where = f"{page}:{block.line}"

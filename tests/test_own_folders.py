@@ -46,7 +46,6 @@ def test_what_is_not_read_is_said(flowers, run, tmp_path):
     ]
     assert all("Left out: the images in not sure, as these names are reserved" in each for each in said)
     assert "rose/more is a link to a folder, and is not read: pass it itself" in said[0]
-    assert "keyword" in run.refused("inspect", flowers, "--labels", "xmp:rose,tulip", "--overwrite")
     assert "Cannot read nope.csv" in run.refused("inspect", flowers, "--names", "nope.csv", "--overwrite")
     for command in ("inspect", "train"):
         assert "is among the images of" in run.refused(command, flowers, "--output", flowers / "new")

@@ -174,9 +174,9 @@ def search(
 
 
 def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:
-    """Take back what a run of predict with --move, --xmp or --xmp-embed did.
+    """Take back what a run of predict with --move did.
 
-    Images and what belongs to them go where they were; sidecars and JPEGs are as they were. What was changed since
+    Images and what belongs to them go where they were. What was changed since
     stays, and the exit code is 1.
 
     [dim]dcp-zoo undo SORTED/predictions.undo.jsonl[/]

@@ -19,7 +19,7 @@ from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
-from dcp_zoo.errors import ZooError, import_extra, shorten
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
@@ -60,9 +60,7 @@ class PredictOptions:
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
     hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
-    error_rate: float = opt.option(
-        0.1, "With --hierarchy or --xmp: the share of wrong answers or keywords.", min=0.001, max=0.49
-    )
+    error_rate: float = opt.option(0.1, "With --hierarchy: the share of wrong answers.", min=0.001, max=0.49)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
@@ -76,10 +74,6 @@ class PredictOptions:
     only_new: bool = opt.option(
         False, "Only images that --output lacks, which gets them, too.", rich_help_panel="Files"
     )
-    xmp: bool = opt.option(
-        False, "Write the class as keyword into XMP sidecars; dcp-zoo undo.", rich_help_panel="Files"
-    )
-    xmp_embed: bool = opt.option(False, "As --xmp, but into JPEGs themselves.", rich_help_panel="Files")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
     workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
@@ -96,11 +90,6 @@ class PredictOptions:
     def rejects(self) -> float:
         """The argument `reject` of `Head.rejection_threshold`; False if nothing is rejected."""
         return self.reject if self.reject_rate is None else self.reject_rate
-
-    @property
-    def keywords(self) -> float | None:
-        """The share of wrong keywords, if they are to be written."""
-        return self.error_rate if self.xmp or self.xmp_embed else None
 
     @property
     def on_onnx(self) -> bool:
@@ -124,11 +113,6 @@ class PredictOptions:
             "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
                 self.only_new and (self.features or not (self.table or self.sort_into))
             ),
-            "--xmp-embed changes the images, not copies: add --move, or omit --sort-into.": self.xmp_embed
-            and self.sort_into
-            and not self.move,
-            "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER.": self.keywords
-            and not (self.table or self.sort_into),
             "--count counts what the other images refine: add --together.": self.count and not self.together,
             "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
@@ -137,8 +121,6 @@ class PredictOptions:
         }
         if found := [problem for problem, holds in problems.items() if holds]:
             raise ZooError(found[0])
-        if self.keywords:
-            import_extra("exiv2", "photos")
 
 
 @opt.takes_options
@@ -151,7 +133,7 @@ def predict(options: PredictOptions) -> None:
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
-    [dim]dcp-zoo predict PHOTOS --head my_head --reject --sort-into SORTED --move --xmp[/]
+    [dim]dcp-zoo predict PHOTOS --head my_head --reject --sort-into SORTED --move[/]
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
@@ -168,11 +150,9 @@ def predict(options: PredictOptions) -> None:
         parts += [f"{failed:,} cannot be read"] if failed else []
         bad = f", of which {' and '.join(parts)}" if parts else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        if done.classes and (options.sort_into or options.keywords):
+        if done.classes and options.sort_into:
             counts = sorted(done.classes.items(), key=lambda pair: (pair[0] == NONE, -pair[1]))
             log(printable(shorten([f"{name} {images:,}" for name, images in counts], 20)))
-        if options.keywords:
-            log(f"Keywords were written into {done.keywords:,} files.")
         if done.undo and done.undo.exists():
             log(f"To take back what was changed: dcp-zoo undo {done.undo}")
         say_together(done.changed, done.images, done.counts, options)
@@ -249,8 +229,8 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
     table = options.table or default
-    names = "features sheet sort_into move by_date only_new keywords overwrite".split()
-    outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
+    names = "features sheet sort_into move by_date only_new overwrite".split()
+    outputs = OutputFiles(table, **{name: getattr(options, name) for name in names})
     outputs.check_stopped()
     found = find_images(sources)
     outputs.check(found)  # before PyTorch is imported

@@ -11,7 +11,6 @@ from pathlib import Path
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.images import check_complete
-from dcp_zoo.data.keywords import labelled_by_keywords
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
@@ -43,7 +42,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
     its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
-    images that these CSV files list, or that have keywords (`xmp:cat,dog`); `digits` needs no root. ZooError for an
+    images that these CSV files list; `digits` needs no root. ZooError for an
     unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
@@ -70,22 +69,14 @@ def load_for_training(
 
 
 def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:
-    """The images that labels files list, see `readers.read_labels`, or that have keywords, see `labelled_by_keywords`;
-    the last one counts. They are in place of class folders, but if no file is in the folder and one lists images
-    outside of it, they add to its class folders."""
+    """The images that labels files list, see `readers.read_labels`; the last one counts. They are in place of class
+    folders, but if no file is in the folder and one lists images outside of it, they add to its class folders."""
     files = _files(labels)
-    listed = [
-        (labelled_by_keywords if is_keywords(file) else readers.read_labels)(spec, folder, file) for file in files
-    ]
-    elsewhere = not any(is_keywords(file) or file.resolve().parent == folder.resolve() for file in files)
+    listed = [readers.read_labels(spec, folder, file) for file in files]
+    elsewhere = not any(file.resolve().parent == folder.resolve() for file in files)
     if elsewhere and any(item.key.startswith("../") for split in listed for item in split.items):
         listed = [readers.read_folder(spec, folder), *listed]
     return reduce(with_labels, listed)
-
-
-def is_keywords(labels: Path) -> bool:
-    """Whether `labels` are the keywords in the images, `xmp:cat,dog`, and no file."""
-    return str(labels).partition(":")[0] == "xmp"
 
 
 def _files(labels: LabelFiles) -> list[Path]:

@@ -149,9 +149,8 @@ def inspect(
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
-        labels: one per image; for a folder omitted, a CSV file with the columns file and class, or `xmp:cat,dog`, which
-            keywords in its images are classes. False for an unsorted folder, of which only duplicates and bad images
-            are found.
+        labels: one per image; for a folder omitted, or a CSV file with the columns file and class. False for an unsorted
+            folder, of which only duplicates and bad images are found.
         names: other names for some of the classes, to compare with those that they have.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".

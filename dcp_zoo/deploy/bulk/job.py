@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcp_zoo.answers import Answering, Hierarchy, Predictor, Ranking, Row, label, labelled, log_softmax, top_classes
+from dcp_zoo.answers import Answering, Predictor, Ranking, Row, label, labelled, log_softmax, top_classes
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.pixels import crop
@@ -26,7 +26,7 @@ from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.together import Count, count, together
 from dcp_zoo.errors import ZooError, check_range, nearest_hint, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.texts import NONE, is_reserved
+from dcp_zoo.texts import NONE
 from dcp_zoo.threads import available_cores
 
 Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
@@ -158,16 +158,6 @@ class Job:
             rows[i] |= {} if rows[i].get("labelled") else {"predictions": classes}
         return rows, count(probabilities, classnames)
 
-    def keywords(self, row: Row, error_rate: float) -> list[str] | None:
-        """The class of a row, below what is above it in a hierarchy, or nothing if that is not certain enough; None for
-        an image that cannot be read."""
-        if "error" in row:
-            return None
-        probability = row["predictions"][0]["probability"]
-        if (probability is not None and probability < 1 - error_rate) or is_reserved(name := label(row)):
-            return []
-        return self.rank.path_to(name) if isinstance(self.rank, Hierarchy) else [name]
-
     def plan_of(self, images: Iterable[str], **more: object) -> Values:
         """All that determines the results for these images."""
         digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
@@ -186,6 +176,5 @@ class Summary:
     counts: Sequence[Count] = ()
     labelled: int = 0  # by a person
     classes: Mapping[str, int] = field(default_factory=dict, compare=False)  # images by class, or `NONE`
-    keywords: int = 0  # files into which keywords were written
     undo: Path | None = None  # the file by which `journal.undo` takes back what was changed
     errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -20,8 +20,7 @@ import numpy as np
 from dcp_zoo.answers import Row, is_changed, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import days_of
-from dcp_zoo.data.keywords import keyword_files, with_keywords
-from dcp_zoo.data.paths import check_output, companions
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Rows, Summary
@@ -45,8 +44,6 @@ class OutputFiles:
     move: bool = False  # the images themselves instead of copies
     by_date: bool = False  # in each class a folder per day
     only_new: bool = False  # leave out images that the table has, and add the others to it
-    keywords: float | None = None  # write the classes as keywords, up to this share of wrong ones
-    embed: bool = False  # in JPEGs themselves, not beside them
     overwrite: bool = False  # replace files that exist
 
     def check_stopped(self) -> None:
@@ -61,10 +58,10 @@ class OutputFiles:
         self.check_stopped()
         if self.sort_into:
             check_sortable(images, self.sort_into)
-        for image in images if self.move or (self.keywords and not self.sort_into) else ():
+        for image in images if self.move else ():
             if image.path != image.name or os.path.islink(image.path):  # noqa: PTH114
                 where = f"{image.name} is a link, or in an archive"
-                raise ZooError(f"{where}: only files themselves can be moved or get keywords. Pass these.")
+                raise ZooError(f"{where}: only files themselves can be moved. Pass these.")
         for folder in {os.path.dirname(image.path) for image in images if self.move}:  # noqa: PTH120
             check_writable(Path(folder), "omit --move, to copy the images")
         formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
@@ -138,16 +135,12 @@ def run(
         if predictor and job.together and kept is not None:
             refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
-        journal = Journal(outputs.undo_file) if outputs.move or outputs.keywords else None
+        journal = Journal(outputs.undo_file) if outputs.move else None
         known = {os.path.splitext(os.path.abspath(row["image"]))[0] for row in earlier}  # noqa: PTH100, PTH122
         places = _sorted(images, answers(), outputs, journal, known)
         if outputs.move:
             images = [Found(str(to), str(to)) if to else image for image, to in zip(images, places, strict=True)]
             answers = partial(_renamed, answers, images)
-        written = 0
-        if outputs.keywords and journal:
-            classes = (job.keywords(row, outputs.keywords) for row in answers())
-            written = write_keywords(places, classes, outputs.embed, journal)
         if outputs.features and kept is not None:
             names = [image.name for image in images]
             rows.write(outputs.features, lambda temporary: writers.write_features(temporary, names, kept))
@@ -162,7 +155,7 @@ def run(
         classes_of = Counter(label(row) for row in answers() if "error" not in row)
     rows.remove()
     numbers = len(images), resumed, len(failed), changed, tuple(counts), labelled
-    return Summary(*numbers, classes_of, written, journal.file if journal else None, failed[:NAMED])
+    return Summary(*numbers, classes_of, journal.file if journal else None, failed[:NAMED])
 
 
 def _sorted(
@@ -188,29 +181,6 @@ def _sorted(
 def _renamed(answers: Callable[[], Iterator[Row]], images: Sequence[Found]) -> Iterator[Row]:
     for row, image in zip(answers(), images, strict=True):
         yield row | {"image": image.name}
-
-
-def write_keywords(
-    places: Iterable[Path | None], classes: Iterable[list[str] | None], embed: bool, journal: Journal
-) -> int:
-    """Write the class of each image into its files of keywords; returns into how many. A warning counts those that
-    cannot be read."""
-    belonging, written, problems = cache(companions), 0, list[str]()
-    for image, path in zip(places, classes, strict=True):
-        if image is None or path is None:
-            continue
-        for file in keyword_files(image, belonging(image.parent).get(image.name, ()), embed):
-            try:
-                content = with_keywords(file, path, image)
-            except ZooError as error:
-                problems.append(str(error))
-                continue
-            if content is not None:
-                journal.write(file, content)
-                written += 1
-    if problems:
-        warnings.warn(f"Files without the new keywords: {len(problems):,}. {problems[0]}", stacklevel=3)
-    return written
 
 
 @contextmanager
