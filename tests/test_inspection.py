@@ -18,18 +18,15 @@ from PIL import Image, ImageFilter, ImageOps
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_image
+from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.names import gain, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.text_probe import Read
-from dcp_zoo.texts import folder_name
 from dcp_zoo.zoo.factory import plain_clip
 
 NAME = '<b>cup & "saucer"'
@@ -119,7 +116,7 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert 'id="twice"' in page
     assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect"))
-    assert "omit --labels, --fix and --names" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
+    assert "omit --labels, or" in run.refused("inspect", folder, "--no-labels", "--labels", "x.csv")
 
 
 def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
@@ -213,30 +210,13 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
 
 
 def test_names_that_say_little(cache, folder, tmp_path, run):
-    """Codes, for which the words are offered: what they gain, and how to rename the folders."""
-    place = tmp_path / "my photos"
+    place = tmp_path / "photos"
     shutil.copytree(folder, place)
     for name, code in {NAME: "zq-01", "cat": "zq-02", "flower": "zq-03"}.items():
         (place / name).rename(place / code)
-    (tmp_path / "names.csv").write_text("class,name\nzq-01,cup\nzq-02,cat\n")
-    names = ("--names", tmp_path / "names.csv", "--names", "zq-03=flower")
-    code, out, err = run("inspect", place, "--output", tmp_path / "found", *names)
-    assert code == 0
+    err = run("inspect", place, "--output", tmp_path / "found")[2]
     assert re.search(r"Names that say dcp_mini little about the images: zq-0\d", err)
-    assert re.search(r"my photos' --overwrite --names 'zq-0\d=ANOTHER NAME'", err)
-    number = r"\(?[+-]?[\d.]+ ?"
-    line = (
-        rf"{number}% with the old names, {number}% with the new ones, {number}{number}to {number}\) percentage points"
-    )
-    assert re.search(f"By the names alone: {line}\nBy a text probe: {line}\n", out)
-    assert f"mv '{place / 'zq-02'}' '{place / 'cat'}'" in out
-    page = (tmp_path / "found" / "inspection.html").read_text()
-    assert "Names that say CLIP little about the images: zq-0" in page
-    assert "By the names alone: " in page
-    again = ("inspect", place, "--output", tmp_path / "found", "--overwrite", "--names")
-    assert "The new names are not significantly better." in run.ok(*again, "zq-02=zq-05")
-    assert "not 'zq-4'. Nearest: zq-0" in run.refused(*again, "zq-4=cat")
-    assert "--names takes CLASS=NAME, or a .csv" in run.refused(*again, "zq-02")
+    assert "Names that say CLIP little about the images: zq-0" in (tmp_path / "found" / "inspection.html").read_text()
 
 
 def test_a_name_is_known_by_pairs_of_images():
@@ -244,88 +224,34 @@ def test_a_name_is_known_by_pairs_of_images():
     text[labels == 1, 1] += 2
     shares = [(text[labels == c, c][:, None] > text[labels != c, c][None]).double().mean().item() for c in range(4)]
     assert unknown(text, labels) == [c for c in range(4) if shares[c] < 0.7] == [0, 2, 3]
-    right = torch.tensor([0, 0, 1, 1, 2])
-    found = gain("x", torch.tensor([0, 1, 0, 0, 2]), right, right)
-    assert (found.old.correct, found.new.correct) == (2, 5)
-    half = 1.96 * np.std([0, 1, 1, 1, 0], ddof=1) / 5**0.5
-    assert (found.low, found.high) == pytest.approx((60 - 100 * half, 60 + 100 * half))
 
 
-# ----------------------------------------------------------------------------------------------------------------- fix
+# ------------------------------------------------------------------------------------------------------------- changes
 
 
-def changed(table: Path, **changes: str) -> Path:
-    """The CSV file with values in its column `change`, by the start of the file's name."""
-    rows = read_csv(table)
-    for row in rows:
-        row["change"] = next((value for start, value in changes.items() if Path(row["file"]).stem == start), "")
-    with table.open("w") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return table
-
-
-def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_path, run):
-    before = sorted(folder.rglob("*"))
-    _, table = dcp_zoo.inspect(folder).write(tmp_path)
-    changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
+def test_the_table_is_a_labels_file_with_the_changes_of_a_person(folder, cache, tmp_path, run):
+    """Also of a folder with parts, and with examples of none of the classes; and no image is touched."""
+    place = tmp_path / "photos"
+    for part in ("train", "test"):
+        shutil.copytree(folder, place / part)
+    shutil.copytree(folder / "cat", place / "train" / "none of these")
+    before = {path: path.read_bytes() for path in place.rglob("*.*")}
+    run.ok("inspect", place, "--output", tmp_path / "found")
+    said = {"train/cat/wrong.png": NAME, "test/cat/twin.png": "leave out"}
+    header, *rows = csv.reader((tmp_path / "found" / "inspection.csv").open(encoding="utf-8-sig", newline=""))
+    rows = [[*row[:-1], "leave out" if "cannot be read" in row[3] else said.get(row[0], "")] for row in rows]
     book = openpyxl.Workbook()
-    for row in csv.reader(table.open(newline="", encoding="utf-8-sig")):
+    for row in (header, *rows):
         book.active.append(row)
     book.save(tmp_path / "edited.xlsx")
-    for file, copy in ((tmp_path / "edited.xlsx", "from_sheet"), (table, "fixed")):
-        out = run.ok("inspect", folder, "--fix", file, "--output", tmp_path / copy)
-        assert "Images moved: 1, left out: 2." in out
-    names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
-    place = folder_name(NAME)
-    expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
-    assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
-    assert (tmp_path / "fixed" / place / "wrong.png").read_bytes() == (folder / "cat" / "wrong.png").read_bytes()
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
-    _, table = (found := dcp_zoo.inspect(folder)).write(tmp_path)
-    command = "inspect", folder, "--fix", table
-    assert "pass --output FOLDER" in run(*command)[2]
-    waiting = sum(bool(row.suggestion) for row in found.rows)
-    said = run.refused(*command, "--output", tmp_path / "fixed")
-    assert (
-        f"nothing would change: {waiting} suggestions wait. Write there those you agree with; to take all, copy" in said
-    )
-    assert "is among the images" in run(*command, "--output", folder / "new")[2]
-    assert "exists already" in run(*command, "--output", tmp_path)[2]
-    table.write_text("file,change\n" + "\n".join(f"{item.key},leave out" for item in found.data.items))
-    assert "leaves out every image" in run(*command, "--output", tmp_path / "fixed")[2]
-    _, table = found.write(tmp_path)
-    changed(table, wrong="flour")
-    assert (
-        "'flour' in the column change is neither a class nor 'leave out'. Nearest: flower."
-        in run(*command, "--output", tmp_path / "fixed")[2]
-    )
-    table.write_text("file,change\nother.jpg,\n")
-    assert "images that are not in" in run(*command, "--output", tmp_path / "fixed")[2]
-    table.write_text("no,columns\n1,2\n")
-    assert "pass the inspection.csv" in run(*command, "--output", tmp_path / "fixed")[2]
-
-
-def test_a_copy_that_was_killed_begins_again(folder, cache, tmp_path, run):
-    """In a folder of its own, which nobody takes for the copy; one of the user's is not touched."""
-    (tmp_path / "table.csv").write_text("file,change\ncat/0.jpg,leave out\n")
-    command = "inspect", folder, "--fix", tmp_path / "table.csv", "--output", tmp_path / "fixed"
-    left = tmp_path / "fixed.unfinished" / "own" / "cat" / "old.png"
-    left.parent.mkdir(parents=True)
-    left.touch()
-    assert f"fixed.unfinished is needed while {tmp_path / 'fixed'} is written: rename it" in run.refused(*command)
-    left.parent.parent.rename(tmp_path / "fixed.unfinished" / "new")
-    left = tmp_path / "fixed.unfinished" / "new" / "cat" / "old.png"
-    with locked(tmp_path / "fixed.unfinished" / ".lock"):
-        assert f"Another process is writing {tmp_path / 'fixed'}: wait" in run.refused(*command)
-    assert left.exists()
-    run.ok(*command)
-    assert not (tmp_path / "fixed" / "cat" / "old.png").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"fixed", "table.csv"}
+    found, old = load_labelled("folder", place, tmp_path / "edited.xlsx"), load_labelled("folder", place)
+    for part in ("train", "test"):
+        keys = {item.key: old.classnames[item.label] for item in getattr(old, part) if "broken" not in item.key}
+        keys |= {"train/cat/wrong.png": NAME} if part == "train" else {}
+        keys.pop("test/cat/twin.png", None)
+        assert {item.key: found.classnames[item.label] for item in getattr(found, part)} == keys
+    assert [item.key for item in found.none] == [item.key for item in old.none]
+    assert {path: path.read_bytes() for path in place.rglob("*.*")} == before
 
 
 # -------------------------------------------------------------------------------------------------------------- search

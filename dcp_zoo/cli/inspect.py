@@ -1,6 +1,5 @@
 """`dcp-zoo inspect` and `dcp-zoo search`, and `dcp-zoo undo`."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,6 @@ from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.inspection.inspection import Inspection
-    from dcp_zoo.inspection.names import Gain
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
@@ -30,18 +28,7 @@ MINIATURE = "dcp_mini knows names of everyday things, but does not understand se
 def inspect(
     photos: Photos = None,
     labels: Labels = None,
-    output_dir: Path | None = Option(None, "--output", help="Folder for page and table, or the copy of --fix."),
-    fix: Path | None = Option(
-        None,
-        metavar="FILE",
-        help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
-        "name of another class, or `leave out`. Nothing is changed in place.",
-    ),
-    names: list[str] | None = Option(
-        None,
-        metavar="CLASS=NAME",
-        help="Compare another name for a class on its images; may be repeated. Or a .csv with the columns class, name.",
-    ),
+    output_dir: Path | None = Option(None, "--output", help="Folder for page and table."),
     no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
@@ -50,25 +37,15 @@ def inspect(
 ) -> None:
     """Look for wrong labels, duplicates and bad images before training, and say what accuracy to expect.
 
-    Writes a page with pictures, and a CSV file with a row for each image.
+    Writes a page with pictures, and a CSV file with a row for each image: train --labels takes it, with your changes.
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
-    [dim]dcp-zoo inspect MY_PHOTOS --overwrite --names "Turdus merula=blackbird"[/]
-    [dim]dcp-zoo inspect MY_PHOTOS --fix MY_PHOTOS_inspection/inspection.csv --output FIXED[/]
     """
     _, root = data_source(photos, None, None, labels)
     if root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
-    if no_labels and (labels or fix or names):
-        raise ZooError("--no-labels is for a folder without classes: omit --labels, --fix and --names, or --no-labels.")
-    if fix is not None:
-        if output_dir is None:
-            raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
-        from dcp_zoo.inspection.fixed import fix as write_copy
-
-        moved, left_out = write_copy(root, fix, output_dir, labels)
-        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.", markup=False)
-        return
+    if no_labels and labels:
+        raise ZooError("--no-labels is for a folder without classes: omit --labels, or --no-labels.")
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     if not labels:
         check_outside(folder, root, "--output")
@@ -81,21 +58,14 @@ def inspect(
         if not labels and (doubt := unlike_classes(data.classnames, data.items)):
             log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
-    from dcp_zoo.inspection.names import read_names, renaming
 
     say_model(model)
     use_threads(threads)
-    new_names = read_names(names, data.classnames) if names else None
-    how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
-    found = find(root, False if no_labels else labels, **how)
+    found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     _say_found(found, no_labels)
     if found.unknown:
-        offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
         log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
-        log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
-    if new_names:
-        _say_gains(found.gains, [] if labels else renaming(found.data, new_names))
     change = "" if no_labels else f"; to change labels, fill in the column change of {table}"
     output.print(f"Look at {page}{change}", markup=False)
     advise_larger(model)
@@ -115,16 +85,6 @@ def _say_found(found: "Inspection", no_labels: bool) -> None:
     output.print(f"{text[0].upper()}{text[1:]}.")
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
-
-
-def _say_gains(gains: "Sequence[Gain]", commands: Sequence[str]) -> None:
-    """Print what other class names gain, and if they are better, the commands that rename the class folders."""
-    output.print(*(escape(str(gain)) for gain in gains), sep="\n", soft_wrap=True)
-    if max(gain.low for gain in gains) > 0 and min(gain.high for gain in gains) >= 0:
-        advice = commands or ["Rename the classes where you gave the labels."]
-    else:
-        advice = ["The new names are not significantly better."]
-    output.print(*map(escape, advice), sep="\n", soft_wrap=True)
 
 
 def search(

@@ -93,7 +93,7 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
     answers, others = dict[str, str](), list[str]()
     for file in _files(labels):
         of_file = dict[str, str]()
-        for where, image, name, unreadable, _ in readers.label_rows(file):
+        for where, image, name, unreadable, *_ in readers.label_rows(file):
             if unreadable or (is_reserved(name) and name != NONE):
                 continue
             paths = (os.path.abspath(Path(place, image)) for place in ("", *sources, str(file.parent)))  # noqa: PTH100

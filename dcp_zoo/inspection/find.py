@@ -18,11 +18,11 @@ from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
+from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.inspection.fixed import check_new
+from dcp_zoo.files import check_empty, check_writable, templates, unfinished, write_file
 from dcp_zoo.inspection.look import look
 from dcp_zoo.model.head import Head
 from dcp_zoo.texts import class_folders, write_csv
@@ -73,7 +73,7 @@ def search(
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", --like photo.jpg or --to-label.')
     if output is not None:
-        check_new(Path(output), Path(folder))
+        _check_new(Path(output), Path(folder))
     paths = [image.path for image in find_images([str(folder)])]
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
@@ -137,7 +137,7 @@ def suggest(
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
     if output is not None:
-        check_new(Path(output), Path(images))
+        _check_new(Path(output), Path(images))
     paths = [image.path for image in find_images([str(images)])]
     answers = read_answers(labels, paths, [str(images)])
     paths = paths[:: -(-len(paths) // MOST)]
@@ -163,6 +163,13 @@ def suggest(
         places = [folders[row.guess or UNSORTED] for row in found]
         _write(Path(output), f"{len(found)} images to label", found, places)
     return found
+
+
+def _check_new(place: Path, images: str | Path) -> None:
+    """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
+    check_empty(place)
+    check_writable(place)
+    check_outside(place, images, "--output")
 
 
 def _write(output: Path, title: str, found: Sequence[Match | Suggestion], places: Sequence[str]) -> None:
