@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import hashlib
 import json
 import os
 import random
@@ -15,12 +14,11 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
-from helpers import Count, classify, encoded, photo, read_csv
+from helpers import classify, encoded, photo, read_csv
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -37,9 +35,7 @@ from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
-from dcp_zoo.deploy.bulk.sorted_folders import RECORD, sort_into
 from dcp_zoo.deploy.together import _average, count, together
-from dcp_zoo.texts import class_folders
 from dcp_zoo.training.predictor import torch_predictor
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -201,7 +197,6 @@ def test_names_of_strangers_are_no_formulas(photos):
         ({"table": "p.csv", "features": "f.csv"}, "--features f.csv: its suffix must be .npz"),
         ({"table": "p.csv", "sheet": "p.csv"}, "p.csv is named twice"),
         ({"table": "old.csv"}, "old.csv exists already: choose another --output, or pass --overwrite"),
-        ({"table": "p.csv", "sort_into": "photos"}, "--sort-into photos is where the images are"),
         ({"table": "old.csv/p.csv"}, "Cannot write to old.csv: .*Choose another --output"),
     ],
 )
@@ -376,172 +371,7 @@ def test_a_killed_worker_is_explained(photos):
         list(batches)
 
 
-# ---------------------------------------------------------------------------------------------------- folders and sheet
-
-
-def classes_of(rows):
-    return [None if "error" in row else label(row) for row in rows]
-
-
-def test_images_are_sorted_into_folders(photos):
-    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
-    images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    for _ in range(2):
-        sort_into([image.path for image in images], classes_of(rows), Path("sorted"))
-        sorted_ = {str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.jpg")}
-        assert len(sorted_) == 23
-        assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
-        assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
-
-
-CLASSES = {  # and the names of their folders
-    "a/b": "a%2Fb",
-    "a_b": "a_b",
-    "a%2Fb": "a%252Fb",
-    "50 %": "50 %",
-    "..": "%2E%2E",
-    ".net": "%2Enet",
-    "CON?": "CON%3F",
-    "café ": "café%20",
-    "CON": "%43ON",
-    "aux": "%61ux",
-    "nul.txt": "%6Eul.txt",
-    "com1 .a.b": "%63om1 .a.b",
-    "LPT¹": "%4CPT¹",
-    "console": "console",
-    "auxiliary.con": "auxiliary.con",
-    "evil\x1b[2J\u202egpj\x85\n": "evil%1B[2J%E2%80%AEgpj%C2%85%0A",
-    "\ud800": "%ED%A0%80",
-    "x" * 300: "x" * 120 + "-" + hashlib.sha256(b"x" * 300).hexdigest()[:8],
-    "猫" * 100: "猫" * 40 + "-" + hashlib.sha256(("猫" * 100).encode()).hexdigest()[:8],
-}
-
-
-def test_class_names_are_folders_on_every_system(photos):
-    images = find_images(["photos/a"])
-    Path("photos/a/00.jpg").rename(long := Path("photos/a", "ü" * 125 + ".jpg"))
-    images[0] = Found(str(long), str(long))
-    sort_into([image.path for image in images], ["x"] * len(images), Path("sorted"))
-    sort_into([images[0].path] * 2, ["x"] * 2, Path("sorted"))
-    assert max(len(os.fsencode(path.name)) for path in Path("sorted/x").iterdir()) <= 255
-    assert len(list(Path("sorted/x").iterdir())) == 13
-    sort_into([images[0].path] * len(CLASSES), CLASSES.values(), Path("others"))
-    assert {path.name for path in Path("others").iterdir()} == set(CLASSES.values())
-    assert class_folders(CLASSES) == CLASSES
-    apart = class_folders(["Cat", "cat", "caf\u00e9", "cafe\u0301", "dog"])  # some systems make one folder of two
-    assert len({normalize("NFC", folder).casefold() for folder in apart.values()}) == 5
-    assert apart["dog"] == "dog"
-
-
-def test_sorting_replaces_no_file(photos):
-    """Neither one's own photo of that name, nor an image of the same call whose name ends with a number."""
-    own = Path("sorted/dark/00.jpg")
-    own.parent.mkdir(parents=True)
-    own.write_bytes(b"my own photo")
-    Path("photos/b/12.jpg").rename("photos/b/00.jpg")
-    shutil.copy("photos/a/00.jpg", "photos/a/00-2.jpg")
-    images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    for _ in range(2):
-        sort_into([image.path for image in images], classes_of(rows), Path("sorted"))
-        assert own.read_bytes() == b"my own photo"
-        assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
-
-
-def in_folders(place: Path) -> set[str]:
-    return {path.relative_to(place).as_posix() for path in place.rglob("*.*") if path.parent != place}
-
-
-def sort_again(predictor: Predictor) -> None:
-    outputs = OutputFiles(Path("sorted/p.csv"), sort_into=Path("sorted"), overwrite=True)
-    run_bulk(find_images(["photos"]), lambda: predictor, outputs, {"head": id(predictor)})
-
-
-OTHER = replace(FAKE, classnames=["bright", "dark"])  # of the opposite opinion
-
-
-def test_sorting_again_moves_the_copies_of_the_first_run(photos):
-    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
-    sort_again(FAKE)
-    first = in_folders(Path("sorted"))
-    sort_again(FAKE)
-    assert in_folders(Path("sorted")) == first
-    assert len(Path("sorted", RECORD).read_text().split()) == len(first) * 5, "a record of the same copies grows"
-    sort_again(OTHER)
-    opposite = {"bright": "dark", "dark": "bright"}
-    assert in_folders(Path("sorted")) == {f"{opposite[Path(name).parent.name]}/{Path(name).name}" for name in first}
-    sort_again(replace(FAKE, classnames=["grey", "grey too"]))
-    assert not Path("sorted/dark").exists(), "an empty folder would be a class without images"
-    assert len(in_folders(Path("sorted"))) == len(first) == 23
-    assert Path("sorted/grey/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
-    Path("photos/b/23.jpg").write_bytes(jpeg(22))
-    os.utime("photos/b/23.jpg", (0, 0))
-    sort_again(FAKE)
-    assert Path("sorted/bright/23.jpg").read_bytes() == jpeg(22), "another image of the name of an earlier one"
-    assert Path("sorted/grey too/23.jpg").read_bytes() == jpeg(23)
-
-
-def test_sorting_again_leaves_what_a_person_did(photos):
-    sort_again(FAKE)
-    place = Path("sorted")
-    (place / "dark/00.jpg").rename(place / "bright/zero.jpg")
-    (place / "dark/01.jpg").unlink()
-    (place / "dark/02.jpg").unlink()
-    (place / "dark/02.jpg").write_bytes(b"edited")
-    (place / "mine").mkdir()
-    shutil.copy2("photos/a/03.jpg", place / "mine/03.jpg")  # beside the copy that was made
-    (place / "dark/own.jpg").write_bytes(b"own")
-    with pytest.warns(UserWarning, match=r"moved, changed or deleted: they are not copied again.*: 3\."):
-        sort_again(OTHER)
-    assert (place / "dark/02.jpg").read_bytes() == b"edited"
-    assert (place / "dark/own.jpg").read_bytes() == b"own"
-    found = in_folders(place)
-    assert {"bright/zero.jpg", "mine/03.jpg", "bright/03.jpg"} <= found
-    assert not {"bright/00.jpg", "dark/00.jpg", "dark/01.jpg", "bright/01.jpg", "bright/02.jpg", "dark/03.jpg"} & found
-    assert len(found) == 23 - 1 + 2
-    Path("sorted", RECORD).unlink()
-    sort_again(OTHER)
-    assert "bright/01.jpg" in in_folders(place)
-
-
-def test_a_record_leads_to_no_file_outside_its_folder(photos):
-    """Whoever wrote it; and half a line in it, as a kill may leave, is ignored."""
-    Path("mine").mkdir()
-    shutil.copy2("photos/a/00.jpg", "mine/00.jpg")
-    shutil.copy2("photos/a/00.jpg", "00.jpg")
-    sort_again(FAKE)
-    name, found = os.path.abspath("photos/a/00.jpg"), Path("photos/a/00.jpg").stat()  # noqa: PTH100
-    lines = [["..", "mine/00.jpg"], ["../mine", "00.jpg"], [os.path.abspath("mine"), "00.jpg"], ["..", "00.jpg"]]  # noqa: PTH100
-    record = Path("sorted", RECORD)
-    record.write_text("\n".join(json.dumps([*line, name, found.st_size, found.st_mtime]) for line in lines) + "\n[1, 2")
-    sort_again(OTHER)
-    assert Path("mine/00.jpg").exists()
-    assert Path("00.jpg").exists()
-    sort_again(FAKE)
-    assert Path("sorted/dark/01.jpg").exists()
-    assert not Path("sorted/bright/01.jpg").exists()
-
-
-def test_sorting_that_was_stopped_goes_on(photos, monkeypatch):
-    """Between the record of a copy and its move: no image is lost, or there twice."""
-    sort_again(FAKE)
-    calls, rename = Count(monkeypatch, Path, "rename"), Path.rename
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda *paths: 1 / 0 if calls.calls == 5 else rename(*paths))
-        with pytest.raises(ZeroDivisionError):
-            sort_again(OTHER)
-    sort_again(OTHER)
-    assert len(in_folders(Path("sorted"))) == 23
-    assert Path("sorted/bright/05.jpg").exists()
-
-
-def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
-    Path("file").write_text("")
-    image = find_images(["photos"])[0]
-    rows = [row for batch in classify([image], FAKE) for row in batch.rows]
-    with pytest.raises(ZooError, match="Choose another --sort-into"):
-        sort_into([image.path], classes_of(rows), Path("file"))
+# ---------------------------------------------------------------------------------------------------- sheet
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
@@ -584,13 +414,12 @@ DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, 
 
 def test_images_of_a_folder_help_each_other(photos):
     images = find_images(["photos"])
-    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
+    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"))
     done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
     rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
     assert [(row["alone"], label(row)) for row in done.changed] == [("bright", "dark"), ("dark", "bright")]
     assert (rows["04"]["alone"], rows["04"]["error"] != "") == ("", True)
-    assert Path("sorted/dark/07.jpg").exists()
     assert Path("s.html").read_text().count("<small>alone ") == 2
     assert np.load("f.npz")["features"].shape == (24, 3)
     ((alone, _),) = classify(images[7:8], DOUBTFUL)
@@ -707,32 +536,21 @@ def test_predict_a_folder(run, photos, loaded, bundled):
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]
 
 
-def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
-    run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out")
-    for row in read_csv("out/predictions.csv"):
-        assert Path("out", row["class"], Path(row["image"]).name).is_file()
-    err = run.refused("predict", "photos/b", "--head", BUNDLED, "--sort-into", "photos/b/sorted")
-    assert "photos/b/sorted is among the images of photos/b: choose a folder elsewhere for --sort-into" in err
-    run.ok("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")
-    assert Path("sheet.csv").exists()
-
-
 def test_what_a_person_said_is_the_answer(run, photos, loaded):
     """In every output, and without a probability; paths start here or at the images, and the last table counts."""
     Path("1.csv").write_text("file,class\nphotos/b/12.jpg,emu\nphotos/b/13.jpg,none of these\nphotos/b/14.jpg,emu\n")
     Path("2.csv").write_text(f"file,class\nb/14.jpg,crab\n{Path('photos/b/15.jpg').absolute()},ant\nx.jpg,emu\n")
     said = {"12": "emu", "13": "none of these", "14": "crab", "15": "ant"}
     labels = ("--head", BUNDLED, "--labels", "1.csv", "--labels", "2.csv")
-    place = ("--sort-into", "out", "--sheet", "s.html", "--together", "--top-k", 2)
+    place = ("--output", "p.csv", "--sheet", "s.html", "--together", "--top-k", 2)
     code, _, err = run("predict", "photos", *labels, *place)
     assert code == 1, err
     assert "24 images, of which 4 labelled by --labels and 1 cannot be read" in err
     assert "Images in 1.csv, 2.csv that are not among these: 1 (x.jpg)" in err
-    rows = {Path(row["image"]).stem: row for row in read_csv("out/predictions.csv")}
+    rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert {name: row["class"] for name, row in rows.items() if row["labelled"] == "True"} == said
     assert {(rows[name]["probability"], rows[name]["class_2"]) for name in said} == {("", "")}
     assert all(0 < float(row["probability"]) < 1 for row in rows.values() if row["labelled"] == "False")
-    assert [name for name, answer in said.items() if Path("out", answer, f"{name}.jpg").exists()] == list(said)
     page = Path("s.html").read_text()
     assert re.findall(r"labelled: (\d\d).jpg", page[page.index("<main>") :]) == ["15", "14", "12", "13"]
     shown = json.loads(run.ok("predict", "photos/b", *labels, "--json"))
@@ -847,12 +665,11 @@ def test_images_of_other_things_are_rejected(photos):
     with pytest.raises(ZooError, match="no threshold to reject images"):
         next(classify(images, FAKE, reject=True))
     picky = Predictor("fake", FAKE.classnames, CFG, unsure, threshold=4 * 5.5 - 0.01)
-    outputs = OutputFiles(Path("p.jsonl"), sort_into=Path("sorted"), sheet=Path("s.html"))
+    outputs = OutputFiles(Path("p.jsonl"), sheet=Path("s.html"))
     run_bulk(images, lambda: picky, outputs, {}, reject=True)
     rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
     assert [row.get("rejected") for row in rows] == [True, True, True, True, None, True, *[False] * 6]
     assert {label(row) for row in rows if "error" not in row} == {"bright", "none of these"}
-    assert len(list(Path("sorted/none of these").iterdir())) == 5
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d+">(.*)', page) == ["bright", "none of these"]
     assert ">none of these\n<small>5 images" in page

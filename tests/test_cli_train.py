@@ -209,18 +209,14 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     rows += [{"image": "x.jpg", "error": "damaged"}]
     rows[0]["rejected"] = True
     rows[1]["predictions"] = [{"class": "not sure"}]
-    Path("SORTED").mkdir()
-    TABLES[".csv"]("SORTED/predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
+    TABLES[".csv"]("predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
     for place in ([], [flowers]):
-        err = run("train", *place, "--labels", "SORTED/predictions.csv")[2]
+        err = run("train", *place, "--labels", "predictions.csv")[2]
         assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read." in err
-        assert "SORTED/predictions.csv has the answers of a head: unless you corrected" in err
+        assert "predictions.csv has the answers of a head: unless you corrected" in err
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)
-    assert "answers of a head" not in run("train", flowers)[2]
-    (flowers / "predictions.csv").touch()
-    assert "MY_PHOTOS/predictions.csv has the answers of a head: unless you corrected" in run("train", flowers)[2]
     changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
     write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
     found = load_labelled("folder", flowers, "inspection.csv")

@@ -17,7 +17,7 @@ from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import classes
-from dcp_zoo.cli.inspect import inspect, search, undo
+from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.show import info, list_
@@ -45,7 +45,7 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, undo, inspect, search, train, evaluate, classes, benchmark, report),
+    *(list_, info, predict, inspect, search, train, evaluate, classes, benchmark, report),
     *(demo, export, serve),
 ):
     epilog = recipe_help() if command is train else None

@@ -1,13 +1,13 @@
-"""`dcp-zoo inspect` and `dcp-zoo search`, and `dcp-zoo undo`."""
+"""`dcp-zoo inspect` and `dcp-zoo search`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
-from dcp_zoo.cli.console import advise, log, output, print_error, progress_bar
+from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
@@ -98,7 +98,7 @@ def search(
     ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
-    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and copies of the images."),
+    output_dir: Path | None = Option(None, "--output", help="New folder for a page and a table."),
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
@@ -130,23 +130,5 @@ def search(
     if text and model == "dcp_mini":
         advise(MINIATURE)
     if to_label and output_dir is not None:
-        log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")
-
-
-def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:
-    """Take back what a run of predict with --move did.
-
-    Images and what belongs to them go where they were. What was changed since
-    stays, and the exit code is 1.
-
-    [dim]dcp-zoo undo SORTED/predictions.undo.jsonl[/]
-    """
-    from dcp_zoo.deploy.bulk.journal import undo as take_back
-
-    done, stay = take_back(file)
-    for problem in stay:
-        print_error(printable(problem))
-    log(f"Taken back: {done:,} changes of files.")
-    if stay:
-        log(f"Not taken back: {len(stay):,}. Repeat the command when what is in their way is gone.")
-        raise Exit(1)
+        page, table = output_dir / find.PAGE, output_dir / find.TABLE
+        log(f"Look at {page}, fill in the column class of {table}, and pass the table to train --labels.")

@@ -16,14 +16,12 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
-from dcp_zoo.texts import NONE, SORTED_TABLE
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -66,14 +64,6 @@ class PredictOptions:
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz file.")
     sheet: Path | None = to_file("Write a page to look at: the images of each class, the least certain first.")
-    sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
-    move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
-    by_date: bool = opt.option(
-        False, "With --sort-into: in each class one folder per day, of the photograph's EXIF.", rich_help_panel="Files"
-    )
-    only_new: bool = opt.option(
-        False, "Only images that --output lacks, which gets them, too.", rich_help_panel="Files"
-    )
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
     workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
@@ -84,7 +74,7 @@ class PredictOptions:
     @property
     def files(self) -> list[Path]:
         """The table first if it is named."""
-        return [file for file in (self.table, self.features, self.sheet, self.sort_into) if file]
+        return [file for file in (self.table, self.features, self.sheet) if file]
 
     @property
     def rejects(self) -> float:
@@ -108,11 +98,6 @@ class PredictOptions:
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--reject-rate 0 rejects nothing: omit it.": self.reject_rate == 0,
-            "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
-            "--by-date works only with --sort-into FOLDER: add it.": self.by_date and not self.sort_into,
-            "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
-                self.only_new and (self.features or not (self.table or self.sort_into))
-            ),
             "--count counts what the other images refine: add --together.": self.count and not self.together,
             "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
@@ -132,8 +117,7 @@ def predict(options: PredictOptions) -> None:
     [dim]dcp-zoo predict --sample[/]
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
-    [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
-    [dim]dcp-zoo predict PHOTOS --head my_head --reject --sort-into SORTED --move[/]
+    [dim]dcp-zoo predict PHOTOS --head my_head --reject --output predictions.csv --sheet sheet.html[/]
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
@@ -150,11 +134,6 @@ def predict(options: PredictOptions) -> None:
         parts += [f"{failed:,} cannot be read"] if failed else []
         bad = f", of which {' and '.join(parts)}" if parts else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        if done.classes and options.sort_into:
-            counts = sorted(done.classes.items(), key=lambda pair: (pair[0] == NONE, -pair[1]))
-            log(printable(shorten([f"{name} {images:,}" for name, images in counts], 20)))
-        if done.undo and done.undo.exists():
-            log(f"To take back what was changed: dcp-zoo undo {done.undo}")
         say_together(done.changed, done.images, done.counts, options)
     else:
         failed = show_on_screen(find_images(sources), options)
@@ -223,17 +202,10 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     """The counts, and the table's file."""
     from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 
-    for source in sources:
-        if options.sort_into:
-            check_outside(options.sort_into, source, "--sort-into")
-    # without --output, the table is in the folder of sorted images, or named after the other file
-    default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
-    table = options.table or default
-    names = "features sheet sort_into move by_date only_new overwrite".split()
-    outputs = OutputFiles(table, **{name: getattr(options, name) for name in names})
-    outputs.check_stopped()
+    table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
+    outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)
     found = find_images(sources)
-    outputs.check(found)  # before PyTorch is imported
+    outputs.check()  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table
 
 

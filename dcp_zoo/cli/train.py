@@ -17,12 +17,11 @@ from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
 from dcp_zoo.data.paths import check_output, check_outside
-from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
+from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import STATE_NAME, check_free, rejection_note
-from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
@@ -170,8 +169,6 @@ def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split
     if dataset == "folder":
         check_images(split.items)
         _check_classes(options, split)
-        if data_root and not options.labels and (data_root / SORTED_TABLE).is_file():
-            log(f"{data_root / SORTED_TABLE} has {ANSWERS}.")
     return split
 
 

@@ -1,21 +1,18 @@
 """Load the image at an item's path."""
 
 import os
-import re
 import struct
-import warnings
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import date
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
@@ -104,27 +101,6 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
     """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(read, images))
-
-
-def days_of(paths: Sequence[str]) -> list[str]:
-    """The days on which photographs were taken, such as 2024-05-01, by their EXIF or else, with a warning, by the times
-    of the files; "" for no file."""
-    days, without = in_threads(_day, paths), 0
-    for i, path in enumerate(paths):
-        if path and not days[i]:
-            days[i], without = date.fromtimestamp(Path(path).stat().st_mtime).isoformat(), without + 1
-    if without:
-        warnings.warn(f"Images without a date, sorted by that of their file: {without:,}.", stacklevel=4)
-    return days
-
-
-def _day(path: str) -> str:
-    with suppress(ZooError), _opened_image(path) as image:
-        exif = image.getexif()
-        taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or exif.get(ExifTags.Base.DateTime)
-        if found := re.match(r"(?!0000|1970:01:01)(\d{4}):(\d\d):(\d\d)", str(taken)):  # those of no clock
-            return "-".join(found.groups())
-    return ""
 
 
 def thumbnails(paths: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
-from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import ZipFile
@@ -19,9 +18,9 @@ from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, by_label, labels_of, shorten
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
-from dcp_zoo.fields import Values, mismatch
+from dcp_zoo.fields import mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
-from dcp_zoo.texts import NONE, active, class_name, is_none, is_reserved, read_csv, read_text
+from dcp_zoo.texts import NONE, active, is_none, is_reserved, read_csv, read_text
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
@@ -166,19 +165,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     none = [item for key in examples for item in _images(folder, key, NO_CLASS)]
     left_out = ", ".join(key for key in reserved if key not in examples)
     note = f"Left out: the images in {left_out}, as these names are reserved." if left_out else ""
-    return _by_class(Split(spec.name, classes, train, val, test, none, note, place=str(folder)))
-
-
-def _by_class(split: Split) -> Split:
-    """A split with the names of folders, which `class_name` makes those of classes: two folders may be one class."""
-    names = [class_name(folder) for folder in split.classnames]
-    classes = sorted(set(names))
-    numbers = [classes.index(name) for name in names]
-    parts: Values = {
-        part: sorted((item._replace(label=numbers[item.label]) for item in getattr(split, part)), key=itemgetter(2))
-        for part in PARTS
-    }
-    return replace(split, classnames=classes, **parts)
+    return Split(spec.name, classes, train, val, test, none, note, place=str(folder))
 
 
 class LabelRow(NamedTuple):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from multiprocessing.connection import wait
-from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -175,6 +174,4 @@ class Summary:
     changed: Sequence[Row] = ()  # that other images changed, of answers together
     counts: Sequence[Count] = ()
     labelled: int = 0  # by a person
-    classes: Mapping[str, int] = field(default_factory=dict, compare=False)  # images by class, or `NONE`
-    undo: Path | None = None  # the file by which `journal.undo` takes back what was changed
     errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those
