@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
 
-from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, picture_formats
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
 
@@ -24,7 +23,6 @@ LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 ImageLike = str | Image.Image  # a path, or an image of PIL
-SMALLEST_PREVIEW = 224  # pixels of its shorter side, which is the input of most models
 SIDE = 160  # pixels of a thumbnail's longer side
 S = TypeVar("S")
 T = TypeVar("T")
@@ -135,7 +133,7 @@ def check_complete(path: ImageLike) -> None:
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
     try:
-        with _picture(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
+        with _stream(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
             if max(image.size) > LONGEST * min(image.size):
@@ -169,23 +167,6 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
     if is_heif(start):
         raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
-
-
-def _picture(path: str) -> IO[bytes]:
-    """What PIL reads of an image: the file, or of a camera's RAW file the preview; where there is no large one, the RAW
-    file itself at half its size."""
-    if not is_raw(path):
-        return _stream(path)
-    rawpy, picture = import_extra("rawpy", "photos"), BytesIO()
-    with _stream(path) as file, rawpy.imread(file) as raw:
-        with suppress(rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError):
-            preview = raw.extract_thumb()  # LibRaw adds the orientation to it
-            is_jpeg = preview.format == rawpy.ThumbFormat.JPEG
-            if is_jpeg and min(JpegImageFile(BytesIO(preview.data)).size) >= SMALLEST_PREVIEW:
-                return BytesIO(preview.data)
-        Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True)).save(picture, "BMP")
-    picture.seek(0)
-    return picture
 
 
 def _stream(path: str) -> IO[bytes]:

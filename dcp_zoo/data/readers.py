@@ -323,7 +323,7 @@ def _images(base: Path, key: str, label: int, others: Counter[str] | None = None
     found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
     if others is not None:
         others.update(paths.kind_of(file) for file in found if not paths.is_image(file))
-    files = sorted(paths.one_per_photo(filter(paths.is_image, found)))
+    files = sorted(filter(paths.is_image, found))
     return [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
 
 
