@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dcp_zoo.files import read_plain
 
-NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
+NONE, LEAVE_OUT = "none of these", "leave out"  # what stands in tables in place of a class
 INSPECTION_PAGE, INSPECTION_TABLE = "inspection.html", "inspection.csv"
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
 # an entry of a list, in quotes or with braces in it, and what ends it
@@ -19,7 +19,7 @@ _ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')
 
 def is_reserved(name: str) -> bool:
     """Whether a name is an answer besides the classes, so that it can be none of them."""
-    return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
+    return name.strip().casefold() in (NONE, LEAVE_OUT)
 
 
 def is_none(name: str) -> bool:

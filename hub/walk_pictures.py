@@ -67,7 +67,7 @@ def opened(browser: Browser, page: Path) -> Page:
 
 def save(view: Page, name: str, top: int, height: int) -> None:
     """Save a part of the page, from `top` on; text without photographs as PNG."""
-    shown = view.screenshot(clip={"x": 0, "y": top, "width": WIDTH, "height": height})
+    shown = view.screenshot(full_page=True, clip={"x": 0, "y": top, "width": WIDTH, "height": height})
     save_picture(Image.open(io.BytesIO(shown)), DOCS / "images" / name)
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Hierarchy, Outputs, Predictor, label, read_hierarchy
+from dcp_zoo.answers import Outputs, Predictor, label
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
@@ -35,7 +34,7 @@ from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
-from dcp_zoo.deploy.together import _average, count, together
+from dcp_zoo.deploy.together import _average, together
 from dcp_zoo.training.predictor import torch_predictor
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -424,7 +423,7 @@ def test_images_of_a_folder_help_each_other(photos):
     assert np.load("f.npz")["features"].shape == (24, 3)
     ((alone, _),) = classify(images[7:8], DOUBTFUL)
     batches = classify(images[7:8], DOUBTFUL, together=True)
-    rows, _ = Job(lambda: DOUBTFUL, {}, together=True).collect(batches, DOUBTFUL.classnames)
+    rows = Job(lambda: DOUBTFUL, {}, together=True).collect(batches, DOUBTFUL.classnames)
     assert rows == [alone[0] | {"alone": "bright"}]
 
 
@@ -451,10 +450,9 @@ def test_rejected_images_lend_nothing(photos):
     for images in (24, 21):  # the last three are rejected
         batches = classify(find_images(["photos"])[:images], DOUBTFUL, reject=True, together=True)
         found.append(Job(lambda: DOUBTFUL, {}, reject=True, together=True).collect(batches, DOUBTFUL.classnames))
-    (rows, counts), (fewer, _) = found
+    rows, fewer = found
     assert rows[:21] == fewer
     assert [row["alone"] for row in rows[21:]] == ["none of these"] * 3
-    assert [of.answers for of in counts] == [11, 9, 0, 0]
 
 
 def test_folders_without_evidence_stay_as_they_are():
@@ -496,11 +494,6 @@ def test_parts_of_a_large_folder_are_compared_with_all_of_it(monkeypatch):
     cosines = features @ features.T - 3 * np.eye(40)
     found = np.sort(cosines[in_parts > 0].reshape(40, 8))
     np.testing.assert_allclose(found, np.sort(cosines)[:, -8:], atol=1e-6)
-
-
-def test_images_are_counted():
-    p = np.array([[0.9, 0.1, 0.0]] * 10 + [[0.35, 0.65, 0.0]] * 10, np.float32)
-    assert count(p, ["a", "b", "c"]) == [("a", 10.6, 3, 18, 10), ("b", 9.4, 3, 16, 10), ("c", 0.0, 0, 0, 0)]
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -576,21 +569,19 @@ def test_what_a_person_said_is_not_rejected_and_lends_its_class(photos):
     labels = {f"photos/b/{i}.jpg": name for i, name in {12: "dark", 20: "none of these", 23: "bright"}.items()}
     job = Job(lambda: DOUBTFUL, {}, reject=True, together=True, labels=labels)
     alone = [row for batch in job.classify(images, DOUBTFUL) for row in batch.rows]
-    rows, counts = job.collect(job.classify(images, DOUBTFUL), DOUBTFUL.classnames)
+    rows = job.collect(job.classify(images, DOUBTFUL), DOUBTFUL.classnames)
     for found in (alone, rows):
         answers = {row["image"]: label(row) for row in found}
         assert answers | labels == answers
         assert [row["rejected"] for row in found] == [i in (20, 21, 22) for i in range(12, 24)]
         assert [row["labelled"] for row in found] == [row["image"] in labels for row in found]
-    assert sum(of.answers for of in counts) == 9
 
 
 def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
-    code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together", "--count")
+    code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together")
     assert (code, "The other images changed" in err) == (0, True), err
-    assert re.search(r"class +images +90 % interval +predictions\n", out)
     Path("list.txt").write_text("x.jpg\n" * 1001)
     err = run.refused("predict", "list.txt", "--head", BUNDLED)
     assert "1,001 images are too many for the screen: pass --output predictions.csv" in err
@@ -632,8 +623,6 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--reject", "--reject-rate", "0"], "--reject-rate 0 rejects nothing: omit it"),
         (["--head", "x.onnx", "--reject"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count counts what the other images refine: add --together."),
-        (["--count", "--together", "--json"], "--count prints a table: omit it, or --json"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )
@@ -674,54 +663,6 @@ def test_images_of_other_things_are_rejected(photos):
     assert re.findall(r'<h2 id="\d+">(.*)', page) == ["bright", "none of these"]
     assert ">none of these\n<small>5 images" in page
     assert "images in 1 class" in page
-
-
-def test_a_hierarchy_answers_with_what_is_sure(photos):
-    """The parent where its classes share the probability; nothing where no node is sure."""
-    names, tree = ["beagle", "pug", "owl", "saw"], {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}}
-    Path("tree.yaml").write_text(json.dumps(tree))
-    rank = Hierarchy(read_hierarchy(Path("tree.yaml")), 0.1)
-    p = np.array([[0.95, 0.01, 0.02, 0.02], [0.5, 0.45, 0.03, 0.02], [0.3, 0.3, 0.35, 0.05], [0.3, 0.2, 0.1, 0.4]])
-    rows = rank(p, names, 3)
-    assert [row[0] for row in rows] == [
-        {"class": "beagle", "probability": 0.95},
-        {"class": "dog", "probability": 0.95},
-        {"class": "animal", "probability": 0.95},
-        {"class": "not sure", "probability": 0.6},
-    ]
-    assert [entry["class"] for entry in rows[1]] == ["dog", "beagle", "pug"]
-    assert [len(row) for row in rank(p, names, 9)] == [4] * 4
-    with pytest.raises(ZooError, match="has 'pug', which is not a class"):
-        rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
-    with pytest.raises(ZooError, match="the class 'dog' is above 'beagle': rename one of them"):
-        rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
-    for text, message in (
-        *(("[a, a]", "only once"), ("", "only once"), ("{a: [b], b: [c]}", "only once")),
-        *(
-            ("{a: {x: [b]}, c: {x: [d]}}", "only once"),
-            ("{not sure: [a]}", "the name 'not sure', which is reserved"),
-        ),
-        *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),
-        (
-            "\n".join(["a: &a [x]", *(f"{b}: &{b} [*{a}, *{a}]" for a, b in pairwise("abcdefghijklmnop"))]),
-            "aliases such",
-        ),
-    ):
-        Path("tree.yaml").write_text(text)
-        with pytest.raises(ZooError, match=message):
-            read_hierarchy(Path("tree.yaml"))
-
-
-def test_rejection_and_hierarchy_on_the_command_line(run, photos):
-    Path("tree.json").write_text('{"animal": ["cat", "dog"], "thing": ["cup", "saw"]}')
-    args = ("predict", *sample_images()[:2], "--classes", "cat,dog,cup,saw", "--hierarchy", "tree.json", "--json")
-    code, out, err = run(*args, "--error-rate", "0.2")
-    answers = [row["predictions"][0] for row in json.loads(out)]
-    assert code == 0, err
-    assert all(answer["class"] == "not sure" or answer["probability"] >= 0.8 for answer in answers)
-    assert {answer["class"] for answer in answers} & {"animal", "thing", "cat", "cup"}
-    Path("tree.json").write_text('{"animal": ["cat", "dgo"]}')
-    assert "has 'dgo', which is not a class. Nearest: dog" in run.refused(*args)
 
 
 def test_rejection_is_for_the_classes_of_the_head(run, photos):

@@ -208,11 +208,11 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     ]
     rows += [{"image": "x.jpg", "error": "damaged"}]
     rows[0]["rejected"] = True
-    rows[1]["predictions"] = [{"class": "not sure"}]
+    rows[1]["predictions"] = [{"class": "leave out"}]
     TABLES[".csv"]("predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
     for place in ([], [flowers]):
         err = run("train", *place, "--labels", "predictions.csv")[2]
-        assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read." in err
+        assert "csv: 1 'none of these', 1 'leave out', 1 that cannot be read." in err
         assert "predictions.csv has the answers of a head: unless you corrected" in err
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])

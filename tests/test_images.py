@@ -17,7 +17,6 @@ from timm.data import create_transform as timm_transform
 from torchvision.transforms import v2
 
 import dcp_zoo
-from dcp_zoo.answers import read_hierarchy
 from dcp_zoo.data import Item, check_images, load_image, load_labelled, load_split
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.images import UnsupportedImage, check_complete
@@ -100,7 +99,7 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
     NOT_REGULAR[kind](text := tmp_path / "x.csv")
     for read in (
         partial(load_labelled, "folder", tmp_path),
-        *(read_classnames, read_descriptions, read_hierarchy),
+        *(read_classnames, read_descriptions),
     ):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             read(text)

@@ -35,11 +35,11 @@ def test_a_folder_too_far_up_or_of_videos_is_explained(flowers):
 
 def test_what_is_not_read_is_said(flowers, run, tmp_path):
     """Reserved names, links to folders, and parts that are called in another way."""
-    shutil.copytree(flowers / "rose", flowers / "not sure")
+    shutil.copytree(flowers / "rose", flowers / "leave out")
     (flowers / "rose" / "more").symlink_to(flowers / "tulip", target_is_directory=True)
     (flowers / "rose" / "gone.jpg").symlink_to("nowhere.jpg")
     said = " ".join(run("inspect", flowers)[2].split())
-    assert "Left out: the images in not sure, as these names are reserved" in said
+    assert "Left out: the images in leave out, as these names are reserved" in said
     assert "rose/more is a link to a folder, and is not read: pass it itself" in said
     for command in ("inspect", "train"):
         assert "is among the images of" in run.refused(command, flowers, "--output", flowers / "new")
@@ -119,12 +119,12 @@ def test_given_parts_with_subfolders(tmp_path):
 
 
 def test_answers_are_no_classes(flowers, tmp_path):
-    for folder in ("none of these", "Not sure"):
+    for folder in ("none of these", "Leave out"):
         photo(flowers / folder / "new.jpg")
     found = load_labelled("folder", flowers)
     assert found.classnames == ["rose", "tulip"]
     assert [item.key for item in found.none] == ["none of these/new.jpg"]
-    assert "Left out: the images in Not sure, as these names are reserved." in found.note
+    assert "Left out: the images in Leave out, as these names are reserved." in found.note
     for part in ("train", "test"):
         photo(tmp_path / "PARTS" / part / "none of these" / "day" / "a.jpg")
         for name in ("rose", "tulip"):

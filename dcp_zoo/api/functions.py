@@ -184,7 +184,7 @@ def predict(
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    rows, _ = job.collect(batches, predictor.classnames)
+    rows = job.collect(batches, predictor.classnames)
     for row in rows:
         if "error" in row:
             raise ZooError(row["error"])

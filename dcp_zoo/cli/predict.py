@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.markup import escape
 from rich.table import Table
@@ -29,7 +29,6 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
-    from dcp_zoo.deploy.together import Count
 
 FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
@@ -56,9 +55,6 @@ class PredictOptions:
     )
     labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
-    count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
-    hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
-    error_rate: float = opt.option(0.1, "With --hierarchy: the share of wrong answers.", min=0.001, max=0.49)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
@@ -98,8 +94,6 @@ class PredictOptions:
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
             "--reject-rate 0 rejects nothing: omit it.": self.reject_rate == 0,
-            "--count counts what the other images refine: add --together.": self.count and not self.together,
-            "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
@@ -134,7 +128,7 @@ def predict(options: PredictOptions) -> None:
         parts += [f"{failed:,} cannot be read"] if failed else []
         bad = f", of which {' and '.join(parts)}" if parts else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        say_together(done.changed, done.images, done.counts, options)
+        say_together(done.changed, done.images, options)
     else:
         failed = show_on_screen(find_images(sources), options)
     if failed:
@@ -143,20 +137,13 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: those to classify, if they are known."""
-    from dcp_zoo.answers import Hierarchy, read_hierarchy, top_classes
     from dcp_zoo.deploy.bulk.job import Job
 
-    rank: Callable[..., Any] = top_classes
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
     many = len(images) > 2 * options.batch_size
     workers = (available_cores() if many else 0) if options.workers is None else options.workers
-    if options.hierarchy:
-        rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
-        plan |= {"hierarchy": asdict(rank)}
     answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(
-        load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank, options.together, answers
-    )
+    return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), options.together, answers)
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
@@ -220,7 +207,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
-    rows, counts = job.collect(batches, predictor.classnames)
+    rows = job.collect(batches, predictor.classnames)
     failed = [row["error"] for row in rows if "error" in row]
     if options.as_json:
         print(json.dumps(rows, indent=1))
@@ -235,14 +222,14 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         print_error(printable(error))
     if failed and len(rows) > 1:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
-    say_together([row for row in rows if is_changed(row)], len(rows), counts, options)
+    say_together([row for row in rows if is_changed(row)], len(rows), options)
     if predictor.architecture == "dcp_mini" and not options.as_json:
         advise(MINIATURE_NOTE)
     return len(failed)
 
 
-def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]", options: PredictOptions) -> None:
-    """Say how many predictions the other images changed, with examples, and how many images each class has."""
+def say_together(changed: "Sequence[Row]", images: int, options: PredictOptions) -> None:
+    """Say how many predictions the other images changed, with examples."""
     if not options.together:
         return
     from dcp_zoo.answers import label
@@ -253,10 +240,6 @@ def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]
         log(printable(f"The other images changed {len(changed):,} of {images:,} predictions, {such}."))
     else:
         log("The other images changed nothing: they can only where a folder holds few of the head's classes.")
-    if options.count:
-        found = sorted((of for of in counts if of.high), key=lambda of: -of.images)
-        cells = [(of.name, f"{of.images:,.0f}", f"{of.low:,} to {of.high:,}", f"{of.answers:,}") for of in found]
-        output.print(plain_table(("class", "images", "90 % interval", "predictions"), cells))
 
 
 def predictions_table(row: "Row") -> Table:

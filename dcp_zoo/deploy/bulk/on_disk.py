@@ -19,7 +19,6 @@ from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Rows, Summary
-from dcp_zoo.deploy.together import Count
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
@@ -71,10 +70,10 @@ def run(
             computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
             rows.keep(batches, part_seconds)
-        answers, counts = rows.rows, list[Count]()
+        answers = rows.rows
         kept = rows.features() if job.together or outputs.features else None
         if predictor and job.together and kept is not None:
-            refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
+            refined = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
         if outputs.features and kept is not None:
             names = [image.name for image in images]
@@ -87,7 +86,7 @@ def run(
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
         labelled = sum(row.get("labelled", False) for row in answers()) if job.labels else 0
     rows.remove()
-    return Summary(len(images), resumed, len(failed), changed, tuple(counts), labelled, failed[:NAMED])
+    return Summary(len(images), resumed, len(failed), changed, labelled, failed[:NAMED])
 
 
 @contextmanager
