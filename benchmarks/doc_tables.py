@@ -35,7 +35,6 @@ FORMATS = {
     "speed": "speed",
     "difference": "difference",
     "same_answer": "same prediction",
-    "top1": "top-1",
 }
 SERVING = {
     "part": "part",

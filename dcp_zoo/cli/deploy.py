@@ -45,7 +45,6 @@ def export(options: ExportOptions) -> None:
     in_folder = chosen != "onnx"
     precision = options.precision or ("float16" if chosen == "web" else "float32")
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
-    check_choice("precision", precision, ("float32", "float16"))
     files.check_export(preprocessing, precision)
     if in_folder and preprocessing == "outside":
         raise ZooError(f"The format {chosen} always has the preprocessing inside: omit --preprocessing.")

@@ -15,9 +15,7 @@ from pathlib import Path
 from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
-from dcp_zoo.fields import Values
 from dcp_zoo.files import cache_folder, cache_root, check_empty, printable, sha256_of, unfinished, write_file
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
@@ -36,14 +34,13 @@ def export_web(
     folder: str | Path,
     *,
     precision: str = "float16",
-    calibration: Calibration | None = None,
     title: str = "",
 ) -> Path:
     """Write a folder for any static web host: page, ONNX file with the preprocessing inside, and onnxruntime-web.
     ZooError as of `export`, and for a folder that is not empty or not writable, or where onnxruntime-web cannot be had.
 
     Args:
-        model, precision, calibration: as in `export`. With float16 probabilities stay within 1e-3 of Python's, but
+        model, precision: as in `export`. With float16 probabilities stay within 1e-3 of Python's, but
             for images with transparent parts, which browsers make black.
         folder: created; must not exist, or be empty.
         title: of the page. Default: the head's model and tag.
@@ -54,8 +51,7 @@ def export_web(
         shutil.copytree(PAGE, new, dirs_exist_ok=True)
         for source in runtime_files():
             shutil.copyfile(source, new / source.name)
-        how: Values = {"preprocessing": "inside", "precision": precision, "calibration": calibration}
-        file = export(model, new / "model.onnx", **how)
+        file = export(model, new / "model.onnx", preprocessing="inside", precision=precision)
         exported = OnnxClassifier(file)
         about = {
             "name": title or exported.name,
