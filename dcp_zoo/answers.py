@@ -94,6 +94,11 @@ def label(row: Row) -> str:
     return NONE if row.get("rejected") else row["predictions"][0]["class"]
 
 
+def written(row: Row) -> Row:
+    """An answer as tables and --json have it: `class` is what was decided, a class or `NONE`."""
+    return row if "error" in row else {"image": row["image"], "class": label(row)} | row
+
+
 def labelled(row: Row, said: str | None) -> Row:
     """An answer of a run with labels: as it is, or what a person said of the image, a class or `NONE`."""
     if "error" in row:

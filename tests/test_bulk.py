@@ -24,12 +24,13 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Outputs, Predictor, label
+from dcp_zoo.answers import Outputs, Predictor, label, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
+from dcp_zoo.data.readers import label_rows
 from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
@@ -156,9 +157,10 @@ def test_all_formats_hold_the_same(photos):
         summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
         assert summary == Summary(24, 0, 1)
     rows = [row for batch in classify(images, FAKE, top_k=2) for row in batch.rows]
-    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
-    assert rows[1] == {
+    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == [*map(written, rows)]
+    assert written(rows[1]) == {
         "image": "photos/a/01.jpg",
+        "class": "dark",
         "predictions": [{"class": "dark", "probability": 0.960784}, {"class": "bright", "probability": 0.039216}],
     }
     table = pd.read_csv("p.csv")
@@ -288,7 +290,8 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        message = f"No space left on device. Run the same command again later: {kept} finished rows are kept."
+        classified = kept + 4 if seconds == 0 else 24
+        message = f"of {classified} images that were classified, the rows of {kept} are kept."
         with pytest.raises(ZooError, match=re.escape(message)):
             run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept
@@ -547,8 +550,9 @@ def test_what_a_person_said_is_the_answer(run, photos, loaded):
     page = Path("s.html").read_text()
     assert re.findall(r"labelled: (\d\d).jpg", page[page.index("<main>") :]) == ["15", "14", "12", "13"]
     shown = json.loads(run.ok("predict", "photos/b", *labels, "--json"))
-    assert shown[0] == {"image": "photos/b/12.jpg", "predictions": [{"class": "emu", "probability": None}]} | {
-        "labelled": True
+    assert shown[0] == {"image": "photos/b/12.jpg", "class": "emu"} | {
+        "predictions": [{"class": "emu", "probability": None}],
+        "labelled": True,
     }
     assert "none of these  labelled" in run.ok("predict", "photos/b", *labels)
     assert "labelled" in run.ok("predict", "photos/b/12.jpg", *labels)
@@ -663,6 +667,28 @@ def test_images_of_other_things_are_rejected(photos):
     assert re.findall(r'<h2 id="\d+">(.*)', page) == ["bright", "none of these"]
     assert ">none of these\n<small>5 images" in page
     assert "images in 1 class" in page
+
+
+def test_one_column_says_what_was_decided(run, photos):
+    """In every output; and the table, with a class for a rejected image, is a labels file."""
+    head, files = ("--head", "dcp_mini.caltech101-16shot", "--reject"), ("photos/b/12.jpg", *sample_images())
+    run.ok("predict", *files, *head, "--output", "p.csv")
+    run.ok("predict", *files, *head, "--output", "p.jsonl")
+    said = dcp_zoo.predict(head[1], list(files), reject=True)
+    decided = ["none of these" if row is None else row[0].name for row in said]
+    shown = json.loads(run.ok("predict", *files, *head, "--json"))
+    table, lines = read_csv("p.csv"), [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    for rows in (table, lines, shown):
+        assert [row["class"] for row in rows] == decided
+    assert lines == shown
+    assert 0 < decided.count("none of these") < len(decided)
+    assert [row["best"] for row in table] == [row["predictions"][0]["class"] for row in lines]
+    assert all(float(row["probability"]) > 0 for row in table)
+    assert {answer for _, _, answer, *_ in label_rows(Path("p.csv"))} == {*decided}
+    Path("p.csv").write_text(Path("p.csv").read_text("utf-8-sig").replace("True,none of these", "True,otter", 1))
+    read = [row.is_answer for row in label_rows(Path("p.csv"))]
+    assert read.count(False) == 1
+    assert not read[decided.index("none of these")]
 
 
 def test_rejection_is_for_the_classes_of_the_head(run, photos):

@@ -208,7 +208,7 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     ]
     rows += [{"image": "x.jpg", "error": "damaged"}]
     rows[0]["rejected"] = True
-    rows[1]["predictions"] = [{"class": "leave out"}]
+    rows[1]["predictions"] = [{"class": "leave out", "probability": None}]
     TABLES[".csv"]("predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
     for place in ([], [flowers]):
         err = run("train", *place, "--labels", "predictions.csv")[2]

@@ -200,7 +200,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.answers import is_changed, label
+    from dcp_zoo.answers import is_changed, label, written
 
     job = job_of(options, found)
     predictor = job.load()
@@ -210,11 +210,11 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     rows = job.collect(batches, predictor.classnames)
     failed = [row["error"] for row in rows if "error" in row]
     if options.as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([*map(written, rows)], indent=1))
     elif len(rows) - len(failed) > FEW:
         read = (row for row in rows if "predictions" in row)
-        best = [(row["image"], label(row), certainty(row["predictions"][0])) for row in read]
-        output.print(plain_table(("image", "class", "probability"), best))
+        shown = [(row["image"], label(row), certainty(row["predictions"][0])) for row in read]
+        output.print(plain_table(("image", "class", "of the most probable"), shown))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
         output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")

@@ -181,8 +181,8 @@ class LabelRow(NamedTuple):
 
 def label_rows(file: Path) -> Iterator[LabelRow]:
     """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
-    without a header. A `change` of inspection.csv replaces the class, and its `part` counts; "none of these" is the
-    class of a rejected image."""
+    without a header. A `change` of inspection.csv replaces the class, and its `part` counts. A class of an
+    image that a head rejected is a person's."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = [[cell.strip() for cell in row] for row in read_table(file)]
         header = [cell.lower() for cell in rows[0]]
@@ -197,12 +197,12 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
     for number, row in enumerate(rows[1:], first):
         image, name, change, error, rejected, probability, part = ("" if i < 0 else row[i] for i in columns)
         is_rejected = rejected.lower() == "true"
-        name = NONE if is_rejected or is_none(name) else change or name
+        name = NONE if is_none(change or name) else change or name
         wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
         wrong = wrong or part not in ("", *PARTS)
         if wrong and not error:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-        is_answer = is_rejected if name == NONE else bool(probability)
+        is_answer = is_rejected if name == NONE else bool(probability) and not is_rejected  # but a person's class
         yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer, part or PARTS[0])
 
 

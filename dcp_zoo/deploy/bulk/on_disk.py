@@ -119,12 +119,13 @@ class UnfinishedRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = sorted(folder.glob("part-*.jsonl"))
-        self.done = sum(1 for _ in self.rows())
+        self.done = self.classified = sum(1 for _ in self.rows())
 
     @property
     def later(self) -> str:
         """Advice after an error."""
-        return f"run the same command again later: {self.done:,} finished rows are kept"
+        kept = f"of {self.classified:,} images that were classified, the rows of {self.done:,} are kept"
+        return f"run the same command again later: {kept}"
 
     def keep(self, batches: Iterable[Rows], seconds: float) -> None:
         """Write parts at an interval, and what is left at the end or when the run is stopped."""
@@ -132,6 +133,7 @@ class UnfinishedRun:
         try:
             for batch in batches:
                 rows += batch.rows
+                self.classified += len(batch.rows)
                 features += [] if batch.features is None else [*batch.features]
                 if time.monotonic() - written >= seconds:
                     written, ready = time.monotonic(), (rows, features)

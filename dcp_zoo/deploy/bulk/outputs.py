@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.answers import Row, is_changed, label
+from dcp_zoo.answers import Row, is_changed, label, written
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
@@ -21,27 +21,24 @@ from dcp_zoo.texts import NONE, write_csv
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
-    """The columns of a table of these rows: the best class has no number."""
+    """The columns of a table of these rows. `class` is what was decided; `best`, of a run that rejects, is the most
+    probable class, and `probability` its probability."""
     names, ranks = set[str](), 1
     for row in rows:
         names |= row.keys()
         ranks = max(ranks, len(row.get("predictions", ())))
-    suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
-    first, last = [name for name in ("rejected", "labelled") if name in names], ["alone"] if "alone" in names else []
-    return [
-        "image",
-        *first,
-        *(name + suffix for suffix in suffixes for name in ("class", "probability")),
-        *last,
-        "error",
-    ]
+    others = (f"{name}_{rank}" for rank in range(2, ranks + 1) for name in ("class", "probability"))
+    more = [name for name in ("rejected", "labelled") if name in names]
+    best, alone = ["best"] * ("rejected" in names), ["alone"] * ("alone" in names)
+    return ["image", *more, "class", *best, "probability", *others, *alone, "error"]
 
 
 def _cells(row: Row) -> Values:
     """The values of a row by their columns, without those that it lacks."""
-    flat = dict(row)
+    flat = written(row)
     for rank, prediction in enumerate(flat.pop("predictions", []), 1):
-        flat |= {f"{name}_{rank}" if rank > 1 else name: value for name, value in prediction.items()}
+        names = (f"class_{rank}", f"probability_{rank}") if rank > 1 else ("best", "probability")
+        flat |= dict(zip(names, prediction.values(), strict=True))
     return flat
 
 
@@ -51,7 +48,7 @@ def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
 
 def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(written(row)) + "\n" for row in rows)
 
 
 TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl}
@@ -100,6 +97,7 @@ def write_sheet(
                 "link": _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
                 "labelled": row.get("labelled"),
+                "rejected": row.get("rejected"),
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
