@@ -254,7 +254,6 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
     [
         (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
-        (["predict", "--sample", "--head", "HEAD", "--stats", "average"], "batch, stored"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
         ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),

@@ -56,7 +56,6 @@ def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
 @pytest.mark.parametrize(
     "command",
     [
-        ["predict", "--sample", "--head", "my_head"],
         ["train", "MY_PHOTOS", "--shots", "2"],
         ["eval", "--head", "my_head", "--data-root", "MY_PHOTOS"],
         ["benchmark", "few-shot", "--datasets=folder", "--data-root=MY_PHOTOS", "--methods=zero-shot", "--output=out"],

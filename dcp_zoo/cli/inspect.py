@@ -8,7 +8,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from dcp_zoo.cli.console import advise, log, output, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Threads, data_source, head_name
+from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output, check_outside
@@ -33,7 +33,6 @@ def inspect(
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Look for wrong labels, duplicates and bad images before training, and say what accuracy to expect.
 
@@ -60,7 +59,7 @@ def inspect(
     from dcp_zoo.inspection.inspection import inspect as find
 
     say_model(model)
-    use_threads(threads)
+    use_threads(None)
     found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     _say_found(found, no_labels)
@@ -101,7 +100,6 @@ def search(
     output_dir: Path | None = Option(None, "--output", help="New folder for a page and a table."),
     model: Model = "dcp_mini",
     device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Find images by words, by another image, or to label them. Features are kept in the user's cache.
 
@@ -114,7 +112,7 @@ def search(
         raise ZooError("--to-label needs no text and no --like: omit them, or --to-label.")
     if (head or labelled or labels) and not to_label:
         raise ZooError("--head, --labelled and --labels work only with --to-label: add it.")
-    use_threads(threads)
+    use_threads(None)
     from dcp_zoo.inspection import find
 
     say_model(model)

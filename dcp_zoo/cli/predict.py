@@ -16,12 +16,11 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
-from dcp_zoo.model.config import REFUSED, read_config, rejection_note
+from dcp_zoo.model.config import read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
 
+BATCH, MANY = 32, 64  # images: at a time; from which on processes decode them, whose start takes a while
 FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
@@ -46,36 +46,23 @@ class PredictOptions:
     images: Annotated[list[str] | None, Argument(help=IMAGES)] = None
     head: opt.HeadName = DEFAULT_HEAD
     classes: opt.Classes = None
-    descriptions: opt.DescriptionsFile = None
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`.")
-    reject_rate: float | None = opt.option(
-        None, f"As --reject, but reject this share of the images of the head's classes, not {REFUSED}."
-    )
     labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
-    stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz file.")
     sheet: Path | None = to_file("Write a page to look at: the images of each class, the least certain first.")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
-    batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
-    workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
-    threads: opt.Threads = None
 
     @property
     def files(self) -> list[Path]:
         """The table first if it is named."""
         return [file for file in (self.table, self.features, self.sheet) if file]
-
-    @property
-    def rejects(self) -> float:
-        """The argument `reject` of `Head.rejection_threshold`; False if nothing is rejected."""
-        return self.reject if self.reject_rate is None else self.reject_rate
 
     @property
     def on_onnx(self) -> bool:
@@ -84,16 +71,15 @@ class PredictOptions:
     @property
     def classnames(self) -> list[str] | None:
         """The names in place of the head's, if any: of the sample, unless to reject, which needs the head's own."""
-        only_sample = self.sample and not (self.images or self.rejects) and self.head == DEFAULT_HEAD
+        only_sample = self.sample and not (self.images or self.reject) and self.head == DEFAULT_HEAD
         return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 
     def check(self) -> None:
         """Raise ZooError for options that do not fit together."""
-        names = ("classes", "descriptions", "stats", "reject_rate", "precision")  # what an export has decided
-        fixed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
+        names = ("classes", "precision")  # what an export has decided
+        fixed = [f"--{name}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
-            "--reject-rate 0 rejects nothing: omit it.": self.reject_rate == 0,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
@@ -115,9 +101,9 @@ def predict(options: PredictOptions) -> None:
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.rejects and not (options.on_onnx or options.as_json or options.classnames):
+    if options.reject and not (options.on_onnx or options.as_json or options.classnames):
         config = read_config(head_folder(opt.head_name(options.head)))
-        if note := rejection_note(config["dcp"], options.rejects):
+        if note := rejection_note(config["dcp"], options.reject):
             log(note)
     if options.files:
         done, place = write_files(sources, options)
@@ -140,10 +126,9 @@ def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
     from dcp_zoo.deploy.bulk.job import Job
 
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
-    many = len(images) > 2 * options.batch_size
-    workers = (available_cores() if many else 0) if options.workers is None else options.workers
+    workers = available_cores() if len(images) > MANY else 0
     answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), options.together, answers)
+    return Job(load, plan, options.top_k, BATCH, workers, options.reject, options.together, answers)
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
@@ -155,18 +140,14 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     file, features = Path(options.head), options.together or options.features is not None
     if not file.is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    threads = options.threads or available_cores()
     plan = {"runtime": "onnx", "file": sha256_of(file)}
-    return lambda: onnx_predictor(file, threads, features, options.device), plan
+    return lambda: onnx_predictor(file, available_cores(), features, options.device), plan
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     name = opt.head_name(options.head)
     from dcp_zoo.training.device import pick_device, pick_precision
     from dcp_zoo.training.predictor import torch_predictor
-
-    sentences = read_descriptions(options.descriptions) if options.descriptions else None
-    texts: Values = {"classnames": options.classnames, "descriptions": sentences}
 
     precision = options.precision
     if precision == AUTO:  # part of the plan: a run is only continued in the same one
@@ -176,13 +157,13 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     def load() -> "Predictor":
         from dcp_zoo.zoo.factory import create_model
 
-        use_threads(options.threads)
-        model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
+        use_threads(None)
+        model = create_model(name, True, classnames=options.classnames).eval().to(pick_device(options.device))
         features = options.together or options.features is not None
-        return torch_predictor(model, features, precision, options.rejects, images or None)
+        return torch_predictor(model, features, precision, options.reject, images or None)
 
-    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
-    return load, plan | {"stats": options.stats, "precision": precision, "reject_rate": options.rejects}
+    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), "classnames": options.classnames}
+    return load, plan | {"precision": precision}
 
 
 def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":

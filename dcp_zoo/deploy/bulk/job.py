@@ -56,7 +56,7 @@ def decode_batches(paths: Sequence[str], preprocessing: Values, batch_size: int,
             yield running.popleft().result()
     except BrokenProcessPool as error:
         problem = "A process that decodes images was killed, perhaps for lack of memory."
-        raise ZooError(f"{problem} Run the same command again, with fewer --workers.") from error
+        raise ZooError(f"{problem} Close other programs, and run the same command again: it goes on.") from error
     finally:
         processes.shutdown(cancel_futures=True)
 
