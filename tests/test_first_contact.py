@@ -81,7 +81,7 @@ def test_a_model_from_the_hub(model, flowers, run):
         error = run.refused("info", model.name, "--check")
     assert later == online
     assert f"{model.name} recognises" in error  # random weights do not
-    assert f"dcp-zoo cache remove {model.clip_repo}" in error
+    assert f"hf cache rm model/{model.clip_repo}" in error
 
 
 # --- CLIPs of a field: the configurations of their repos --------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
 def test_a_renamed_repo_is_followed(uploads, large, run):
     """Its weights are none, which is said with what removes them."""
     uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
-    assert f"dcp-zoo cache remove {CLIP}, and try again" in run.refused("info", "small", "--check")
+    assert f"hf cache rm model/{CLIP}, and try again" in run.refused("info", "small", "--check")
     assert "Removed" in run.ok("cache", "remove", CLIP)
     uploads.renamed = {}
     assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")

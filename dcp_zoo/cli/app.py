@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from typer import Exit, Option, Typer
 
-from dcp_zoo.cli import cache, data
+from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
@@ -51,7 +51,6 @@ for command in (
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
 app.add_typer(data.commands, name="data")
-app.add_typer(cache.commands, name="cache")
 
 
 def main(program: Typer = app) -> None:

@@ -213,7 +213,7 @@ def check_model(name: str) -> Values:
     right = sum(answer == label for label, answer in enumerate(answers))
     if right < ENOUGH:
         given = ", ".join(f"{SAMPLE_CLASSES[label]}: {SAMPLE_CLASSES[answer]}" for label, answer in enumerate(answers))
-        again = f"dcp-zoo cache remove {get_spec(name).clip_repo or name}, and try again"
+        again = f"hf cache rm model/{get_spec(name).clip_repo or name}, and try again"
         raise ZooError(
             f"{name} recognises {right} of {len(images)} sample photographs ({given}). Unless it is a CLIP of another "
             f"field, its weights, tokenizer or preprocessing are not what they should be: {again}."

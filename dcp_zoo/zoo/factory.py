@@ -266,7 +266,7 @@ def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None
     repo = source.get("hf_hub", "").rpartition("/")[0]
     failed = (
         f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, "
-        f"{f'dcp-zoo cache remove {repo}' if repo else 'replace them'}, and try again. Other weights are other models: "
+        f"{f'hf cache rm model/{repo}' if repo else 'replace them'}, and try again. Other weights are other models: "
         "open_clip:ARCH/TAG."
     )
     other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
