@@ -42,6 +42,8 @@ def main() -> None:
         save(opened(browser, folder / "to_label" / "found.html"), "walk_suggest.webp", 0, 500)
         save_whole(browser, f"<style>{STYLE}</style><pre>{html.escape(said)}</pre>", folder, "walk_train.png")
         view = opened(browser, folder / "sheet.html")
+        view.evaluate("[...document.images].forEach(image => image.loading = 'eager')")
+        view.wait_for_function("[...document.images].every(image => image.complete)")
         save(view, "walk_sheet.webp", view.get_by_role("heading", name=NONE).evaluate("e => e.offsetTop") - 16, SHEET)
         view = opened(browser, inspected(folder / "inspected"))
         top, bottom = (view.get_by_role("heading", name=name).evaluate("e => e.offsetTop") for name in SHOWN)

@@ -193,9 +193,10 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     if options.as_json:
         print(json.dumps([*map(written, rows)], indent=1))
     elif len(rows) - len(failed) > FEW:
-        read = (row for row in rows if "predictions" in row)
-        shown = [(row["image"], label(row), certainty(row["predictions"][0])) for row in read]
-        output.print(plain_table(("image", "class", "of the most probable"), shown))
+        read = [row for row in rows if "predictions" in row]
+        sure = ("" if row.get("rejected") else certainty(row["predictions"][0]) for row in read)
+        cells = [(row["image"], label(row), probability) for row, probability in zip(read, sure, strict=True)]
+        output.print(plain_table(("image", "class", "probability"), cells))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
         output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
