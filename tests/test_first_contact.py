@@ -5,6 +5,7 @@ import errno
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -59,9 +60,7 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
 def test_a_model_from_the_hub(model, flowers, run):
     """Downloaded, trained on, exported, and all of it again without a network."""
     photo, weights = flowers / "rose" / "1.jpg", flowers.parent / "repo"
-    assert model.clip_repo not in run.ok("cache", "list")
     assert "Saved in head" in run.ok("train", flowers, "--model", model.name, "--output", "head")
-    assert model.clip_repo in run.ok("cache", "list")
     (file,) = (flowers.parent / "cache").glob("*/snapshots/*/open_clip_[mp]*")
     assert sha256_of(file) == file.resolve().name == sha256_of(weights / file.name)
     clip = plain_clip(model.name).clip
@@ -210,11 +209,11 @@ def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
     assert [int(wanted[6:-1]) > 2**20 for wanted in uploads.ranges] == [True]
 
 
-def test_a_renamed_repo_is_followed(uploads, large, run):
+def test_a_renamed_repo_is_followed(uploads, large, run, tmp_path):
     """Its weights are none, which is said with what removes them."""
     uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
     assert f"hf cache rm model/{CLIP}, and try again" in run.refused("info", "small", "--check")
-    assert "Removed" in run.ok("cache", "remove", CLIP)
+    shutil.rmtree(tmp_path / "cache" / f"models--{CLIP.replace('/', '--')}")  # as that does
     uploads.renamed = {}
     assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")
 
