@@ -9,6 +9,7 @@ import published
 import pytest
 import timm
 import torch
+from helpers import offline
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
@@ -95,6 +96,17 @@ def test_every_trained_head_has_a_source_and_metrics(name):
     else:
         assert sha256_of(head.bundled_dir / WEIGHTS_NAME) == head.sha256
     assert replace(head, org="other").repo_id.startswith("other/")
+
+
+def test_a_part_does_not_stand_for_the_whole():
+    """The whole dataset's head is planned, and the error names the one that exists."""
+    assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
+    with offline(), pytest.raises(ZooError) as error:
+        dcp_zoo.create_model("dcp_mini", pretrained="oxford_flowers-16shot")
+    assert str(error.value).startswith("dcp_mini.oxford_flowers-16shot is planned: nobody has trained it.")
+    assert "- load dcp_mini.oxford_flowers50-16shot: oxford_flowers50 is a part of oxford_flowers: 50 of 102" in str(
+        error.value
+    )
 
 
 def test_planned_heads_claim_nothing():

@@ -717,7 +717,7 @@ def test_statistics_that_are_stored_after_a_measurement_are_the_default(tiny_cli
 
 @torch.no_grad()
 def test_the_papers_logits_are_one_argument_away():
-    head, plain = (create_model("dcp_mini.eurosat-16shot", True, classifier=c).eval() for c in (None, "none"))
+    head, plain = (create_model("dcp_mini.eurosat_small-16shot", True, classifier=c).eval() for c in (None, "none"))
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
     assert close(
@@ -725,4 +725,4 @@ def test_the_papers_logits_are_one_argument_away():
     )
     assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
-        create_model("dcp_mini.eurosat-16shot", True, classifier="gaussian")
+        create_model("dcp_mini.eurosat_small-16shot", True, classifier="gaussian")

@@ -179,9 +179,10 @@ class CheckRow:
 
 
 def check(root: str | os.PathLike | None, names: Sequence[str] | None = None) -> list[CheckRow]:
-    """Check the datasets under the data root: a row for each of `names`, by default all that have a folder, with their
-    counts and images, see `check_complete`."""
-    specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
+    """Check the datasets under the data root: a row for each of `names`, by default all that have a folder and are no
+    part of another, with their counts and images, see `check_complete`."""
+    whole = (name for name, spec in DATASETS.items() if spec.folder and not spec.part_of)
+    specs = [find_spec(name) for name in names or whole]
     return [_check_one(spec, root) for spec in specs]
 
 

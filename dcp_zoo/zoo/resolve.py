@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
@@ -144,6 +145,16 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_zoos else name
 
 
+def _on_parts(head: HeadEntry) -> str:
+    """A line of advice for each head that was trained on a part of the same dataset."""
+    found = (
+        other
+        for other in registry.trained_heads().values()
+        if (other.model, other.shots) == (head.model, head.shots) and find_spec(other.dataset).part_of == head.dataset
+    )
+    return "".join(f"- load {other.name}: {find_spec(other.dataset).part_note}\n" for other in found)
+
+
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     """The folder of a registered head at its pinned revision, or unpinned with a warning."""
     from dcp_zoo.hub import download_head  # slow to import
@@ -160,7 +171,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         raise ZooError(
             f"{problem}\n"
             "What you can do:\n"
-            f"- train it: {head.train_command}\n"
+            f"- train it: {head.train_command}\n{_on_parts(head)}"
             "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
             "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
             "- start from CLIP's weights and fresh prompts: pretrained='clip'"
