@@ -29,6 +29,7 @@ from dcp_zoo.model.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
     NEW_WEIGHTS,
+    NO_CLASSIFIER,
     WEIGHTS_NAME,
     HeadConfig,
     alone_in,
@@ -77,6 +78,15 @@ def _valid(head: "Head", info: Values) -> Values:
         measured = ("thresholds", "like_accepted", "others_accepted")
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
     return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
+
+
+def without_probe(info: Values) -> Values:
+    """`info` of a head that has lost its text probe: its accuracy is the one that was measured without."""
+    kept = {name: value for name, value in info.items() if name not in ("text_probe", *MEASURED)}
+    if (alone := (info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")) is None:
+        return kept
+    tested = {name: info[name] for name in ("test_images",) if name in info}
+    return kept | {"metrics": {"top1_stored": alone}} | tested
 
 
 def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> None:

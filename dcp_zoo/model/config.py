@@ -20,6 +20,7 @@ STATS = ("batch", "stored")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
 STATE_NAME = "training.state"  # of a training that was stopped
 NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
+NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 

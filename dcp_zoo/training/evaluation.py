@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.model.clip import parts_of
+from dcp_zoo.model.config import NO_CLASSIFIER
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.predictor import read
-from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
+from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics

@@ -20,7 +20,7 @@ from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, imp
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.checkpoint import load_head, tensor_shapes
+from dcp_zoo.model.checkpoint import load_head, tensor_shapes, without_probe
 from dcp_zoo.model.classes import TEMPLATE, Descriptions
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig, is_checkpoint
@@ -117,7 +117,8 @@ def create_model(
         reading.encoder.pretrained_cfg |= pretrained_cfg_overlay or {}
     told_timm(model, origin)
     model.stats = stats
-    model.text_probe = None if classifier == "none" else model.text_probe
+    if classifier == "none" and model.text_probe is not None:
+        model.text_probe, model.info = None, without_probe(model.info)
     if num_classes is not None:
         model.reset_classifier(num_classes)
     if checkpoint_path:
