@@ -19,7 +19,7 @@ from small_zoo import write_manifest
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import DATASETS
-from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.data.packaged import classnames, sample_images, split_sha256
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead
@@ -238,6 +238,10 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     head.info = {"dataset": "caltech101", "shots": 16, "seed": 2}
     card = cards.make_card(head, "me/pets", "mit", 1_000_000)  # it may be of other classes as it has no accuracy
     assert "datasets" not in card.data.to_dict()
+    own = LinearHead(clip.encoder, classnames("caltech101"), torch.ones(100, 512), torch.zeros(100))
+    own.method, own.info = "gda", head.info | {"split_sha256": split_sha256("caltech101")}
+    card = cards.make_card(own, "me/pets", "mit", 1_000_000)
+    assert card.data.datasets == ["caltech101"]
     assert "| seed |" not in card.text, "accuracies of DCP's heads"
     head.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
