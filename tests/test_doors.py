@@ -2,7 +2,10 @@
 with classes that share a name, were renamed, added and removed."""
 
 import copy
+import json
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from helpers import served, told
 from PIL import Image
 
 import dcp_zoo
-from dcp_zoo import FewShotClassifier
+from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.head import Head
@@ -36,11 +39,16 @@ def pictures(tmp_path_factory):
     folder, paths, labels, rng = tmp_path_factory.mktemp("colours"), [], [], np.random.default_rng(0)
     for i in range(8):
         label = [*COLORS][i % 4]
-        noise = rng.normal(0, 25, (140, 150, 3)) + COLORS[label]
-        paths.append(str(folder / f"{i:02}.png"))
+        paths.append(str(picture(folder / f"{i:02}.png", label, rng)))
         labels.append(label)
-        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(paths[-1])
     return paths, labels
+
+
+def picture(path: Path, label: str, rng: np.random.Generator) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = rng.normal(0, 25, (140, 150, 3)) + COLORS[label]
+    Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +146,31 @@ def test_a_file_and_a_server_answer_like_the_head(kind, pictures, heads, tmp_pat
     ranked, file = -np.sort(-plainly(head, paths)), export(head, tmp_path / "head.onnx")
     for answers in (told(run, file, paths), served(file, paths)):
         assert in_order(answers, head.classnames) == pytest.approx(ranked, abs=PRECISIONS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", ["text-probe", "tip-adapter", "dcp"])
+def test_a_folder_of_some_classes_is_judged_among_all(kind, heads, tmp_path, run, monkeypatch):
+    """By the command, also with a table of the images, and in Python: classes without images stay possible answers."""
+    monkeypatch.chdir(tmp_path)
+    head, rng, names = heads(kind), np.random.default_rng(1), {"green": "leaf", "white": "snow"}
+    head.rename_class(0, "egret")  # now their names differ
+    head.save_pretrained("head")
+    head = dcp_zoo.create_model("head", True)
+    for i in range(8):  # half of the images are of classes without a folder
+        picture(Path("some", [*names.values()][i % 2], f"{i}.png"), [*COLORS][i // 2], rng)
+    found = dcp_zoo.evaluate(head, "some")
+    assert head.classnames == found.classnames
+    assert {pair.predicted for pair in found.confused_pairs} - {*names.values()}, "otherwise nothing is tested"
+    rows = [f"{path},{path.parent.name}" for path in Path("some").rglob("*.png")]
+    Path("table.csv").write_text("\n".join(["file,class", *rows]))
+    for images in (["some"], ["--labels", "table.csv"], ["--dataset", "folder", "--data-root", "some"]):
+        told = json.loads(run.ok("eval", *images, "--head", "head", "--json"))
+        assert told["top1"] == round(found.accuracy.percent, 2)
+        assert told["per_class"] == {row.name: [row.correct, row.images] for row in found.per_class}
+        assert told["confused_pairs"] == [list(pair) for pair in found.confused_pairs]
+
+    shutil.copytree("some/leaf", "some/rose")
+    problem = f"No class rose: the classes are {', '.join(head.classnames)}. Pass images of these only."
+    assert problem in run.refused("eval", "some", "--head", "head")
+    with pytest.raises(ZooError, match=problem):
+        dcp_zoo.evaluate(head, "some")

@@ -111,12 +111,22 @@ def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: 
     return _items(as_images(images, features=True), list(labels), classes, keys)
 
 
+def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -> list[Item]:
+    """Images whose labels count these class names, with the labels of the classes of a head; ZooError for an image of a
+    class that it does not have."""
+    if list(names) == list(classes):  # of which some may be repeated
+        return list(items)
+    values = [names[item.label] for item in items]
+    return _items([item.path for item in items], values, classes, [item.key for item in items])
+
+
 def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], keys: list[str] | None) -> list[Item]:
     index = {label: i for i, label in enumerate(classes)}
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
-        raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
+        known = f"the classes are {shorten(list(map(str, classes)))}"
+        raise ZooError(f"No class {shorten(unknown)}: {known}. Pass images of these only.")
     if repeated := [str(label) for label, count in Counter(classes).items() if count > 1 and label in values]:
         advice = "give each a name of its own: model.rename_class(POSITION, NAME)"
         raise ZooError(f"Several classes are named {', '.join(repeated)}, so that this label fits each: {advice}.")
