@@ -123,6 +123,12 @@ def _kind(error: Exception) -> object:
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
 
 
+def is_absent(error: ZooError) -> bool:
+    """Whether a repo is not on the Hub, as far as can be seen: where there is no network, it is not in the cache."""
+    cause, absent = error.__cause__, (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
+    return isinstance(cause, CLIENT_ERRORS) and _kind(cause) in (*absent, NO_NETWORK)
+
+
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 CLIP_WEIGHTS_NAMES = (CLIP_WEIGHTS_NAME, "open_clip_pytorch_model.bin")
 HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in requests, which it counts

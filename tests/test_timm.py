@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.distributed as dist
 from helpers import loud, vision_blocks
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from shared import build_tiny_clip
 from timm.data import create_transform, resolve_model_data_config
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.api.attention import attention_weights
+from dcp_zoo.hub import explained
 from dcp_zoo.model.timm_contract import DROP_RATES
 from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
@@ -77,7 +79,8 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
     assert dcp_zoo.get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
 
     def refuse(repo_id, *_, **__):
-        raise ZooError(f"{repo_id} is not on the Hub.")
+        with explained(repo_id):
+            raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("dcp_zoo.hub.download_head", refuse)
     with pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is planned: nobody has trained it"):

@@ -1,6 +1,6 @@
 """From a name to a model's row in the table and its checkpoint. Only here are names taken apart, without torch."""
 
-import os.path
+import os
 import warnings
 from dataclasses import dataclass
 from hashlib import sha256
@@ -61,7 +61,7 @@ def parse_name(name: str) -> Name:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
     hint = nearest_hint(name, [*beside, *registry.list_models(pretrained=True), *registry.list_models()])
-    problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint}"
+    problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{registry.open_clip_hint(name) or hint}"
     raise ZooError(f"{problem} All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}.")
 
 
@@ -145,19 +145,18 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_zoos else name
 
 
-def _on_parts(head: HeadEntry) -> str:
-    """A line of advice for each head that was trained on a part of the same dataset."""
-    found = (
-        other
-        for other in registry.trained_heads().values()
-        if (other.model, other.shots) == (head.model, head.shots) and find_spec(other.dataset).part_of == head.dataset
-    )
-    return "".join(f"- load {other.name}: {find_spec(other.dataset).part_note}\n" for other in found)
+def _instead_of(head: HeadEntry) -> str:
+    """A head in the package: of a part of the same dataset if there is one."""
+    for other in registry.trained_heads().values():
+        spec = find_spec(other.dataset)
+        if (other.model, other.shots, spec.part_of) == (head.model, head.shots, head.dataset):
+            return f"{other.name} ({spec.part_note})"
+    return registry.list_heads(status="bundled")[0]
 
 
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     """The folder of a registered head at its pinned revision, or unpinned with a warning."""
-    from dcp_zoo.hub import download_head  # slow to import
+    from dcp_zoo.hub import download_head, is_absent  # slow to import
 
     revision, sha256 = head.pin
     if revision is not None:
@@ -165,17 +164,11 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     try:
         folder = download_head(head.repo_id, cache_dir=cache_dir)
     except ZooError as error:
-        problem = f"{head.name} was published in {head.org}, but is not available: {error}"
-        if head.status == "planned":
-            problem = f"{head.name} is planned: nobody has trained it. Nor is it on the Hub: {error}"
-        raise ZooError(
-            f"{problem}\n"
-            "What you can do:\n"
-            f"- train it: {head.train_command}\n{_on_parts(head)}"
-            "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
-            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
-            "- start from CLIP's weights and fresh prompts: pretrained='clip'"
-        ) from error
+        if head.status != "planned" or os.environ.get("DCP_ZOO_HUB_ORG") or not is_absent(error):
+            raise
+        problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
+        advice = f"Or load a head that exists, such as {_instead_of(head)}: dcp-zoo list shows all."
+        raise ZooError(f"{problem}. {advice}") from None  # the Hub's answer says no more
     warnings.warn(
         f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
         "Hub.",
