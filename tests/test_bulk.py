@@ -294,7 +294,8 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        message = f"No space left on device. Run the same command again later: {kept} finished rows are kept."
+        rows = f"{kept} finished rows are kept" if kept else "the finished rows could not be kept"
+        message = f"No space left on device. Run the same command again later: {rows}."
         with pytest.raises(ZooError, match=re.escape(message)):
             run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept

@@ -269,6 +269,7 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
         ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),
+        ([*DIGITS, "--model", "ViT-B-32"], "Unknown model 'ViT-B-32'. open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG"),
         (["train", "--output", "OUT", "--dataset", "caltec101"], "caltech101"),
         (["train", "--output", "OUT", "--dataset", "caltech101"], "--data-root"),
         (["train", "--output", "OUT", "--dataset", "caltech101", "--data-root", "ROOT"], "caltech-101"),

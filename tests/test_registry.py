@@ -133,6 +133,12 @@ def test_each_seed_has_its_own_head(monkeypatch):
         ("dcp_vitb16.imagnet-16shot", False, "Nearest: imagenet-16shot"),
         ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "pass only one"),
         ("web:dcp_vitb16", True, "hf-hub:org/repo"),
+        (
+            "ViT-B-32",
+            "clip",
+            "open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG, with a tag of open_clip.list_pretrained()",
+        ),
+        ("ViT-B-32/openai", "clip", "open_clip:ViT-B-32/openai"),
     ],
 )
 def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):

@@ -252,7 +252,8 @@ class UnfinishedRun:
     @property
     def later(self) -> str:
         """Advice after an error."""
-        return f"run the same command again later: {self.done:,} finished rows are kept"
+        kept = f"{self.done:,} finished rows are kept" if self.done else "the finished rows could not be kept"
+        return f"run the same command again later: {kept}"
 
     def keep(self, batches: Iterable[Rows], seconds: float) -> None:
         """Write parts at an interval, and what is left at the end or when the run is stopped."""
