@@ -116,7 +116,7 @@ def _fit_and_measure(
     _check_learnt(task, head)
     metrics: dict[str, float] = {}
     evaluation, found = None, dict(measured or {})
-    seconds = round(earlier + time.perf_counter() - started, 1)
+    seconds = round(earlier + time.perf_counter() - started, 2)
     if measured is None and options.test and run.split.test:
         once = head.stats_modes == ("stored",)
         test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)

@@ -113,7 +113,7 @@ class TrainingState:
             return ""
         return (
             f"The state after step {self._saved_steps} is saved in {self.path.parent}: the same command resumes from "
-            "there; with --overwrite it starts again."
+            "there. To start again, delete this folder."
         )
 
     def _save(self) -> None:
