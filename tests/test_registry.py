@@ -104,7 +104,7 @@ def test_a_part_does_not_stand_for_the_whole():
     with offline(), pytest.raises(ZooError) as error:
         dcp_zoo.create_model("dcp_mini", pretrained="oxford_flowers-16shot")
     assert str(error.value).startswith("dcp_mini.oxford_flowers-16shot is planned: nobody has trained it.")
-    assert "- load dcp_mini.oxford_flowers50-16shot: oxford_flowers50 is a part of oxford_flowers: 50 of 102" in str(
+    assert "load dcp_mini.oxford_flowers50-16shot: oxford_flowers50 is a part of oxford_flowers: 50 of 102" in str(
         error.value
     )
 

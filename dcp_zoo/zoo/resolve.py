@@ -146,12 +146,12 @@ def name_of(folder: Path) -> str:
 
 
 def _instead_of(head: HeadEntry) -> str:
-    """A head in the package: of a part of the same dataset if there is one."""
+    """A head that exists: of a part of the same dataset if there is one."""
     for other in registry.trained_heads().values():
         spec = find_spec(other.dataset)
         if (other.model, other.shots, spec.part_of) == (head.model, head.shots, head.dataset):
-            return f"{other.name} ({spec.part_note})"
-    return registry.list_heads(status="bundled")[0]
+            return f"{other.name}: {spec.part_note}"
+    return f"a head that exists, such as {registry.list_heads(status='bundled')[0]}: dcp-zoo list shows all."
 
 
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
@@ -167,8 +167,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         if head.status != "planned" or os.environ.get("DCP_ZOO_HUB_ORG") or not is_absent(error):
             raise
         problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
-        advice = f"Or load a head that exists, such as {_instead_of(head)}: dcp-zoo list shows all."
-        raise ZooError(f"{problem}. {advice}") from None  # the Hub's answer says no more
+        raise ZooError(f"{problem}. Or load {_instead_of(head)}") from None  # the Hub's answer says no more
     warnings.warn(
         f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
         "Hub.",
