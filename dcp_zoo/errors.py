@@ -14,14 +14,24 @@ class ZooError(ValueError):
     """Bad input: the message names the cause, the valid choices and the next step."""
 
     def __init__(self, message: str = "") -> None:
-        if message.startswith("Caught ZooError in "):  # torch's DataLoader adds its worker's traceback
-            message = message.rpartition("ZooError: ")[2].rstrip()
+        kind = type(self).__name__
+        if message.startswith(f"Caught {kind} in "):  # torch's DataLoader adds its worker's traceback
+            message = message.rpartition(f"{kind}: ")[2].rstrip()
         super().__init__(message)
 
     @property
     def reason(self) -> str:
         """Its cause alone, which others may share, or the whole message."""
         return str(self.__cause__ or self) or "damaged"
+
+
+class UnreadableImages(ZooError):
+    """Images that cannot be read. `reasons` says why of each, by its path; of one in memory by its place among the
+    images, such as "image 3", counted from 0."""
+
+    def __init__(self, message: str = "", reasons: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})
 
 
 def shorten(names: Sequence[str], n: int = 10) -> str:
