@@ -123,13 +123,13 @@ def test_images_in_other_forms_are_taken(pictures):
         (item,) = unlabelled(form)
         assert np.array_equal(load_image(item.path), load_image(Image.fromarray(rgba)))
     with pytest.raises(ZooError, match="Cannot read the image bytes: not in a supported format"):
-        unlabelled(b"no image")
+        dcp_zoo.predict("dcp_mini.digits-16shot", b"no image")
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (["a.png", float("nan"), None], r"no image \(None or NaN\) in row 1, 2, counted from 0"),
+        (["a.png", float("nan"), None], r"image 1, image 2 \(there is no image \(None or NaN\)"),
         (
             pandas.DataFrame({"path": ["a.png"] * 3, "label": list("aba")}),
             r"columns path, label: pass one, as df\['path'",

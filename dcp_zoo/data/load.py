@@ -5,21 +5,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.keywords import labelled_by_keywords
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
-from dcp_zoo.errors import ZooError, by_reason, shorten
+from dcp_zoo.data.unreadable import damaged, without_unreadable
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.texts import NONE, is_reserved
-from dcp_zoo.threads import available_cores
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -61,10 +59,17 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
 
 
 def load_for_training(
-    dataset: str, data_root: str | os.PathLike | None, labels: LabelFiles = None, test: float | None = None
+    dataset: str,
+    data_root: str | os.PathLike | None,
+    labels: LabelFiles = None,
+    test: float | None = None,
+    skip_unreadable: bool = False,
 ) -> Split:
-    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`."""
+    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`. With
+    `skip_unreadable`, see `without_unreadable`."""
     images = load_labelled(dataset, data_root, labels)
+    if skip_unreadable:
+        images = without_unreadable(images)
     check_test_share(images, test)
     return training_split(images, test)
 
@@ -197,29 +202,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    if damaged := _damaged(split.name, split.items):
-        problems.append(f"{_and_first(list(damaged))} are damaged")
+    if broken := damaged(split.items, progress=bar, name=split.name):
+        problems.append(f"{_and_first([split.items[i].path for i in broken])} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
-
-
-def check_images(items: list[Item], progress: Progress = bar) -> None:
-    """Raise one ZooError for all images that are not images or are truncated."""
-    if damaged := _damaged("images", items, progress):
-        found = f"{len(damaged)} of {len(items)} images cannot be read: {by_reason(damaged)}"
-        raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
-
-
-def _damaged(name: str, items: list[Item], progress: Progress = bar) -> dict[str, str]:
-    """Why images cannot be read, by path: those that `check_complete` refuses."""
-
-    def problem(item: Item) -> str:
-        try:
-            check_complete(item.path)
-        except ZooError as error:
-            return error.reason
-        return ""
-
-    with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
-        problems = progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
-        return {item.path: found for item, found in zip(items, problems, strict=True) if found}

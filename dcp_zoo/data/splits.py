@@ -4,9 +4,10 @@ import hashlib
 import math
 import os
 import random
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ class Split:
     note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
     place: str = ""  # where the images were found, for messages
     held_out: bool = False  # whether the test images are a share of each class, chosen here
+    unreadable: int = 0  # images that were left out, as they cannot be read
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
@@ -195,6 +197,13 @@ def warn_of_tiny_classes(split: Split) -> None:
     if tiny:
         text = f"Other classes have up to {most} training images, these very few: {shorten(tiny)}."
         warnings.warn(f"{text} Expect more mistakes on them.", stacklevel=3)
+
+
+def warn_of_numbers(classnames: Sequence[str]) -> None:
+    """Warn of class names that are all numbers, or True and False, of which CLIP knows nothing."""
+    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?|True|False", name) for name in classnames):
+        advice = 'rename the folders or, in Python, say what the numbers mean, as in classnames={0: "cat", 1: "dog"}'
+        warnings.warn(f"CLIP reads the class names, which are {shorten(classnames, 3)}: {advice}.", stacklevel=2)
 
 
 def all_for_training(split: Split) -> Split:

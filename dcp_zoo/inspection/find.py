@@ -156,7 +156,7 @@ def suggest(
         raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
     found = [Suggestion(file) for file in files]
     if known is not None:
-        guesses = [row[0] for row in predict(known, files) if row]
+        guesses = [row[0] for row in predict(known, files) if isinstance(row, list)]
         found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
     if output is not None:
         folders = class_folders({row.guess or UNSORTED for row in found})
