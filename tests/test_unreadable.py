@@ -92,6 +92,7 @@ def test_the_others_are_answered_as_if_alone(pictures, any_bad, fitted):
     assert [rows[i] for i in good] == dcp_zoo.predict(head, paths)
     for i, path in ((3, any_bad[0]), (13, any_bad[1])):
         assert isinstance(rows[i], UnreadableImages)
+        assert list(rows[i].reasons) == [path]
         assert path in str(rows[i])
     with pytest.warns(UserWarning, match=r"2 of 14 images cannot be read: .*a\.png"):
         keep.fit(images, named)

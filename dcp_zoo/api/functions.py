@@ -214,7 +214,7 @@ def predict(
         check_images(items, no_progress, KEEP)
     predictor = torch_predictor(model, together, precision, reject, len(items))
     job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
-    found = [Found(item.key, item.path) for item in items]
+    found = [Found(item.path if isinstance(item.path, str) else item.key, item.path) for item in items]
     batches = by_image(progress, job.classify(found, predictor), "images", len(found))
     rows, _ = job.collect(batches, predictor.classnames)
     answers = [_answer(row) for row in rows]

@@ -10,6 +10,7 @@ from dcp_zoo.data.images import ImageLike, check_complete, load_image
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import PARTS, Item, Split
 from dcp_zoo.errors import UnreadableImages, ZooError, by_reason, shorten
+from dcp_zoo.fields import Values
 from dcp_zoo.threads import available_cores
 
 ERRORS = ("raise", "keep")  # for images that cannot be read
@@ -78,7 +79,7 @@ def without_unreadable(split: Split, progress: Progress = bar) -> Split:
     if not (found := damaged(items, load_image, progress)):
         return split
     gone = {id(items[i]) for i in found}
-    parts = {part: [item for item in getattr(split, part) if id(item) not in gone] for part in (*PARTS, "none")}
+    parts: Values = {part: [item for item in getattr(split, part) if id(item) not in gone] for part in (*PARTS, "none")}
     if empty := {item.label for item in split.train} - {item.label for item in parts["train"]}:
         names = shorten([split.classnames[label] for label in sorted(empty)])
         raise ZooError(f"{told(items, found)}. {names} has no other image: add some, or remove the class.")
