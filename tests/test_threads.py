@@ -43,7 +43,7 @@ def test_functions_choose_the_threads_of_their_own_thread_only():
 
 def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
     pools: list[int] = []
-    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.load")):
+    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.unreadable")):
         monkeypatch.setattr(f"{place}.{kind.__name__}", lambda n, kind=kind: pools.append(n) or kind(n))
     monkeypatch.setattr("joblib.cpu_count", lambda: 3)
     for granted in ("", "2,1"):
