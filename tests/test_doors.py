@@ -137,6 +137,29 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
     assert in_order(told(run, tmp_path / "head", paths[:2]), names) == pytest.approx(ranked[:2], abs=loose)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_loads_as_a_whole_or_not_at_all(kind, pictures, heads):
+    """Also into a head without a text probe, and for classes that the text probe was not fitted on."""
+    whole, (paths, _) = heads(kind), pictures
+    edit(whole, paths)
+    for names in ([*whole.classnames], [*reversed(whole.classnames)][:-1], ["rose", "daisy", "iris", "lily"]):
+        if names[-1] != "lily" or whole.texts:
+            whole.set_classnames(names)
+        state, other = {name: t.clone() for name, t in whole.state_dict().items()}, copied(whole)
+        with torch.no_grad():
+            for tensor in other.to_state().values():
+                tensor.mul_(0.5)
+        other.text_probe = None
+        assert plainly(other, paths[:2]) != pytest.approx(plainly(whole, paths[:2]), abs=1e-4)
+        assert not any(other.load_state_dict(state))
+        assert plainly(other, paths[:2]) == pytest.approx(plainly(whole, paths[:2]), abs=1e-6)
+        other.text_probe = None
+        with pytest.raises(RuntimeError, match=r"text_probe\.other"):
+            other.load_state_dict(state | {"text_probe.other": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="name_tokens.other"):
+        whole.load_state_dict(state | {"name_tokens.other": torch.ones(1)})
+
+
 @pytest.mark.scripts  # exports take seconds; every run has that of a head with all readings, in test_encoders.py
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tip-adapter"])
 def test_a_file_and_a_server_answer_like_the_head(kind, pictures, heads, tmp_path, run):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from torch import Tensor
 from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.classes import NO_CLASSES, class_texts, matched, names_of, read_of, saved_texts
+from dcp_zoo.model.classes import NO_CLASSES, names_of, read_of, saved_texts
 from dcp_zoo.model.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -33,15 +33,13 @@ from dcp_zoo.model.config import (
     WEIGHTS_NAME,
     HeadConfig,
     alone_in,
-    made,
     read_config,
     settle,
 )
-from dcp_zoo.model.text_probe.probe import PREFIX, TextProbe
+from dcp_zoo.model.head_state import HeadState
+from dcp_zoo.model.text_probe.probe import PREFIX
 
-if TYPE_CHECKING:
-    from dcp_zoo.model.head import Head
-
+H = TypeVar("H", bound=HeadState)
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model and in a file
 IN_MODEL = {stored: own for own, stored in IN_FILE.items()}
@@ -55,12 +53,11 @@ TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin")}
 
 
-def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
+def save(head: HeadState, directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
     """See `Head.save_pretrained`."""
     if not head.classes:
         raise ZooError(NO_CLASSES)
-    tensors = head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
-    state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in tensors.items()}
+    state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in head.to_state().items()}
     return write(directory, state, head_config(head, _valid(head, info)))
 
 
@@ -72,7 +69,7 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
     return dtype or (torch.float16 if same else torch.float32)
 
 
-def _valid(head: "Head", info: Values) -> Values:
+def _valid(head: HeadState, info: Values) -> Values:
     """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
         measured = ("thresholds", "like_accepted", "others_accepted")
@@ -101,9 +98,9 @@ def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> No
             info[key] = dict(pairs) if isinstance(stored, dict) else pairs
 
 
-def head_config(head: "Head", info: Values) -> Values:
+def head_config(head: HeadState, info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
-    options, block = head._method_config()
+    options, block = head.method_config()
     names, read = names_of(head.classes), read_of(head.classes)
     read_beside = head.image_encoders if head.text_probe is not None else ()
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
@@ -128,37 +125,22 @@ def head_config(head: "Head", info: Values) -> Values:
     }
 
 
-def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = None) -> "Head":
+def load_head(head: H, directory: str | Path, config: HeadConfig | None = None) -> H:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly, and what it
     says of how it was made. `config` is its `config.json`, if it has been read. ZooError for a missing or damaged file,
     or tensors that do not fit; the head then stays as it was."""
     config = config or read_config(directory)
-    block, names = config["dcp"], config["label_names"]
-    shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
-    classes, probe = matched(names, head.classes), None
-    if any(name.startswith(PREFIX) for name in shapes):
-        means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
-        probe = head._probe_of(classes, means.shape[-1], len(examples)).to(head.device)
-    check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
-    state = read_tensors(directory, config["weights_sha256"])
-    given = head.texts if isinstance(head.texts, Mapping) else None
-    wanted, read = head.classes, dict(zip(classes, block.get("read", names), strict=True))
-    class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])  # ZooError before any change
-    for one in classes:
-        one.read = read[one]
-    head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
-    head._load_trained(state, config)
-    head.info = made(config)
-    head._classify_into(wanted, given)
+    # nothing large is read before it is known to fit
+    check_fits(head, tensor_shapes(directory), Path(directory) / WEIGHTS_NAME, config["label_names"])
+    head.from_state(read_tensors(directory, config["weights_sha256"]), config)
     return head
 
 
-def check_fits(head: "Head", shapes: Mapping[str, Tensor], path: str | Path, probe: TextProbe | None = None) -> None:
-    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
-    options = ", ".join(f"{name}={value!r}" for name, value in head._method_config()[0].items())
-    expected = head._expected_state(shapes) | ({} if probe is None else probe.tensors())
+def check_fits(head: HeadState, shapes: Mapping[str, Tensor], path: str | Path, names: Sequence[str] = ()) -> None:
+    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's for classes of these names."""
+    options = ", ".join(f"{name}={value!r}" for name, value in head.method_config()[0].items())
     model = f"{head.encoder.architecture} with {options}" if options else head.encoder.architecture
-    check_shapes(shapes, expected, path, model)
+    check_shapes(shapes, head.expected_state(shapes, names), path, model)
 
 
 def library_versions() -> dict[str, str]:

@@ -292,18 +292,12 @@ class DCP(Head):
         self.stored_stats = torch.stack(pooled) if pooled else None
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
-        """A state with statistics or a classifier brings it; one with prompts alone leaves nothing behind."""
+        """A state with statistics brings them; one with prompts alone leaves none behind."""
         found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
         if found is not None and self.stored_stats is None:
             self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `found` does not fit
-        if f"{prefix}prompts.text" in state_dict:
-            self.stored_stats = None if found is None else self.stored_stats
-            weight, own = state_dict.get(f"{prefix}text_probe.weight"), self.text_probe
-            examples = state_dict.get(f"{prefix}text_probe.examples", ())
-            if weight is None:
-                self.text_probe = None
-            elif own is None or (own.weight.shape, len(own.examples)) != (weight.shape, len(examples)):
-                self.text_probe = self._probe_of(self.classes, weight.shape[1], len(examples)).to(weight.device)
+        elif found is None and f"{prefix}prompts.text" in state_dict:
+            self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
@@ -359,7 +353,7 @@ class DCP(Head):
         stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return self.config.as_dict(), {"head": "dcp"}
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:

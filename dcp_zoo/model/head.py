@@ -40,16 +40,17 @@ from dcp_zoo.model.classes import (
     same_texts,
 )
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
-from dcp_zoo.model.config import REFUSED, Abilities, HeadConfig
+from dcp_zoo.model.config import REFUSED, Abilities
 from dcp_zoo.model.fused import FusedHead
+from dcp_zoo.model.head_state import HeadState
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
 
 
-class Head(TimmContract, ABC):
+class Head(HeadState, TimmContract, ABC):
     """See the module. The kinds of heads: `LinearHead`, `CacheHead`, `PromptHead` and `DCP`. A kind defines the methods
-    that are abstract here; all else follows from these.
+    that are abstract here and in `HeadState`; all else follows from these.
 
     Args:
         clip: whose features and texts it reads.
@@ -86,26 +87,6 @@ class Head(TimmContract, ABC):
     @abstractmethod
     def _own_reading(self) -> Reading:
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
-
-    @abstractmethod
-    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        """`set_classnames` for classes of which some may be among the present ones."""
-
-    @abstractmethod
-    def _trained_state(self) -> dict[str, Tensor]:
-        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
-
-    @abstractmethod
-    def _method_config(self) -> tuple[Values, Values]:
-        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
-
-    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`_trained_state` as a file with these tensors has it."""
-        return self._trained_state()
-
-    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
-        self.load_state_dict(state, strict=False)  # without CLIP
 
     @property
     def stats_modes(self) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ class LinearHead(Head):
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
         super()._load_trained(state, config)
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "linear"}
 
 
@@ -172,5 +172,5 @@ class CacheHead(LinearHead):
     def _trained_state(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("weight", *CACHED)}
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "cache"}

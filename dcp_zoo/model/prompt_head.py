@@ -118,5 +118,5 @@ class PromptHead(Head):
             if name.startswith(("text_prompts.", "vision_prompts."))
         }
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "prompts", "rest": self.rest}

@@ -40,7 +40,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model._method_config()
+    options, _ = model.method_config()
     about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base, dataset),

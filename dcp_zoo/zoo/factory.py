@@ -16,7 +16,7 @@ from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
@@ -117,12 +117,14 @@ def create_model(
         reading.encoder.pretrained_cfg |= pretrained_cfg_overlay or {}
     told_timm(model, origin)
     model.stats = stats
-    if classifier == "none" and model.text_probe is not None:
-        model.text_probe, model.info = None, without_probe(model.info)
-    if num_classes is not None:
+    if num_classes:
         model.reset_classifier(num_classes)
     if checkpoint_path:
         _load_state(model, Path(checkpoint_path))
+    if classifier == "none" and model.text_probe is not None:  # also that of the checkpoint
+        model.text_probe, model.info = None, without_probe(model.info)
+    if num_classes == 0:
+        model.reset_classifier(0)
     model.to(device=device, dtype=dtype)
     return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
 
@@ -152,9 +154,13 @@ def _load_state(model: Head, path: Path) -> None:
     if not path.is_file():
         raise ZooError(f"There is no file or checkpoint folder {path}: pass the path of one.")
     name = model.encoder.architecture
-    wrong = f"{path} does not have the tensors of this {name}: pass a file that was saved with its options."
+    wrong = f"{path} does not have the tensors of this {name}: {{}} Pass a file that was saved with its options."
     with as_zoo_error(wrong, RuntimeError, UnpicklingError, *UNREADABLE):
-        load_checkpoint(model, str(path), weights_only=True)
+        try:
+            load_checkpoint(model, str(path), weights_only=True)
+        except RuntimeError as error:  # torch names all keys
+            lines = [shorten(line.strip().split('", "'), 4) for line in str(error).splitlines()]
+            raise RuntimeError(shorten(lines, 4)) from error
 
 
 def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
