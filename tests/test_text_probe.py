@@ -188,7 +188,7 @@ def test_without_a_text_probe_a_class_is_its_name(plain):
     with pytest.raises(ZooError, match="no text probe.*Train a head with one.*set_classnames"):
         plain.add_class("zebra", images(2))
     with pytest.raises(
-        ZooError, match="cannot reject images: it has no text probe. Train one that has: dcp-zoo train.$"
+        ZooError, match="cannot reject images: it has no text probe. Train one that can: dcp-zoo train.$"
     ):
         plain.predict(images(2), reject=True)
 

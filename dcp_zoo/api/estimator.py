@@ -285,7 +285,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """Keep the labels sorted, as scikit-learn's scores expect them, and the model's classes in their order."""
         order = np.argsort(self.classes_, kind="stable")
         self.classes_ = self.classes_[order]
-        self.model_._classify_into([self.model_.classes[i] for i in order], None)
+        self.model_.classify_into([self.model_.classes[i] for i in order])
 
     def _head(self) -> Head:
         check_is_fitted(self)

@@ -4,7 +4,9 @@ these tensors by their hash: one head replaces another at the moment when its `c
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,),
 `.evidence` (K,), the scalars `.text_scale`, `.threshold` and `.spread`, and, if it was given images of no class,
-`.examples` (M, F') of them with the scalar `.margin`. CLIP's are never included.
+`.examples` (M, F') of them with the scalar `.margin`. A head with a layer of `reset_classifier` also has `fc.weight`
+(C, F) and `fc.bias` (C,) for its classes; the other tensors are then for the classes that `config.json` calls `named`.
+CLIP's are never included.
 """
 
 import json
@@ -101,7 +103,7 @@ def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> No
 def head_config(head: HeadState, info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head.method_config()
-    names, read = names_of(head.classes), read_of(head.classes)
+    names, named, read = names_of(head.classes), names_of(head.named), read_of(head.named)
     read_beside = head.image_encoders if head.text_probe is not None else ()
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
     return {
@@ -119,7 +121,8 @@ def head_config(head: HeadState, info: Values) -> Values:
             **info,
             **block,
             "texts": saved_texts(read, head.texts),
-            **({} if read == names else {"read": read}),
+            **({} if read == named else {"read": read}),
+            **({} if head.fc is None else {"named": named}),
             "versions": library_versions(),
         },
     }
@@ -131,16 +134,18 @@ def load_head(head: H, directory: str | Path, config: HeadConfig | None = None) 
     or tensors that do not fit; the head then stays as it was."""
     config = config or read_config(directory)
     # nothing large is read before it is known to fit
-    check_fits(head, tensor_shapes(directory), Path(directory) / WEIGHTS_NAME, config["label_names"])
+    check_fits(head, tensor_shapes(directory), Path(directory) / WEIGHTS_NAME, config)
     head.from_state(read_tensors(directory, config["weights_sha256"]), config)
     return head
 
 
-def check_fits(head: HeadState, shapes: Mapping[str, Tensor], path: str | Path, names: Sequence[str] = ()) -> None:
-    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's for classes of these names."""
+def check_fits(
+    head: HeadState, shapes: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None
+) -> None:
+    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's, with this `config.json`."""
     options = ", ".join(f"{name}={value!r}" for name, value in head.method_config()[0].items())
     model = f"{head.encoder.architecture} with {options}" if options else head.encoder.architecture
-    check_shapes(shapes, head.expected_state(shapes, names), path, model)
+    check_shapes(shapes, head.expected_state(shapes, config), path, model)
 
 
 def library_versions() -> dict[str, str]:

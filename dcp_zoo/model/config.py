@@ -93,6 +93,7 @@ class HeadInfo(_Identity, total=False):
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
     read: list[str]  # the names that CLIP reads, where classes have been renamed
+    named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
     dataset: str | None
     shots: Annotated[int | None, COUNT]
     seed: int
@@ -176,8 +177,8 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    names = config["label_names"]
-    check(path, [] if names else ["label_names is empty"], advice)
+    names = own_names(config)
+    check(path, [] if names and config["label_names"] else ["label_names is empty"], advice)
     if len(read := config["dcp"].get("read", names)) != len(names):
         check(path, [f"dcp.read has {len(read)} names for {len(names)} classes"], advice)
     if config["dcp"]["head"] == "dcp":
@@ -186,9 +187,14 @@ def read_config(directory: str | Path) -> HeadConfig:
     return config
 
 
+def own_names(config: HeadConfig) -> list[str]:
+    """The names of the classes that the method's own classifier has."""
+    return config["dcp"].get("named", config["label_names"])
+
+
 def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = ("format_version", "clip", "method", "head", "rest", "abilities", "texts", "read", "versions", "encoders")
+    omitted = "format_version clip method head rest abilities texts read named versions encoders".split()
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 

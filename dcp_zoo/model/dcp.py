@@ -19,7 +19,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool, pool_stream
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined, parts_of
-from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
+from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images, Inputs, as_inputs
@@ -118,12 +118,12 @@ class DCP(Head):
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "DCP":
         """The head of a checkpoint, by its `config.json`, which `load_head` then loads."""
         options = DCPConfig.from_options(config["model_args"])
-        return cls(clip, config["label_names"], options, texts=config["dcp"]["texts"])
+        return cls(clip, own_names(config), options, texts=config["dcp"]["texts"])
 
     def forward(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), normalised as `create_transform` does, or other `Inputs` -> logits (B, C), without
         classes features. Tokens are those that enter `first_block`."""
-        if self.num_classes == 0 or self.stats == "stored":
+        if self.num_classes == 0 or self.fc is not None or self.stats == "stored":
             return super().forward(images)
         inputs = as_inputs(images)
         features, text = self.encode(inputs)
@@ -351,7 +351,8 @@ class DCP(Head):
     def _trained_state(self) -> dict[str, Tensor]:
         """Prompts and CMPA, and the stored statistics if there are any."""
         stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
+        own = {name: p.detach() for name, p in self.named_parameters() if name.startswith(("prompts.", "cmpa."))}
+        return own | stats
 
     def method_config(self) -> tuple[Values, Values]:
         return self.config.as_dict(), {"head": "dcp"}

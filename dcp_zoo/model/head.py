@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode, out_of_inference_mode
@@ -60,6 +60,8 @@ class Head(HeadState, TimmContract, ABC):
         encoder: the CLIP that the method's own features and the texts of classes come from.
         image_encoders: `ImageEncoder`s that a text probe reads besides.
         classes: in the order of the logits.
+        named: the classes of the method's own classifier: these, unless `reset_classifier` replaced it.
+        fc: the layer of `reset_classifier`, or None.
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
@@ -74,7 +76,10 @@ class Head(HeadState, TimmContract, ABC):
         self.register_module("_original", original)
         self.text_probe: TextProbe | None
         self.register_module("text_probe", None)
+        self.fc: nn.Linear | None
+        self.register_module("fc", None)
         self.classes: list[Class] = []
+        self.named: list[Class] = []
         self.texts: Texts = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
@@ -142,7 +147,7 @@ class Head(HeadState, TimmContract, ABC):
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by its image features."""
-        clip, names, texts = self.frozen, read_of(self.classes), self.texts or TEMPLATE
+        clip, names, texts = self.frozen, read_of(self.named), self.texts or TEMPLATE
         text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
         return clip.scaled(text)
 
@@ -171,6 +176,8 @@ class Head(HeadState, TimmContract, ABC):
         `DCP.encode_text`."""
         if not self.classes:
             raise ZooError(NO_CLASSES)
+        if self.fc is not None:
+            return self.fc.weight, self.fc.bias
         start = join(self.reads)
         return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
 
@@ -226,8 +233,9 @@ class Head(HeadState, TimmContract, ABC):
     @property
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
-        if self.text_probe is None:
-            return "This head cannot reject images: it has no text probe. Train one that has: dcp-zoo train."
+        if self.text_probe is None or self.fc is not None:
+            reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
+            return f"This head cannot reject images: {reason}. Train one that can: dcp-zoo train."
         return self.text_probe.cannot_reject(self.classes)
 
     # --- classes ---
@@ -248,12 +256,28 @@ class Head(HeadState, TimmContract, ABC):
             texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
         """
         names = check_classnames(classnames)
-        classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
+        known = [] if self.text_probe is None else self.text_probe.classes
+        classes = matched(names, self.classes) if self.fc is not None else matched(names, self.named, known)
         if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
                 each.read = each.name
-        self._classify_into(classes, texts)
+        self.classify_into(classes, texts)
+
+    def classify_into(self, classes: list[Class], texts: Texts | None = None) -> None:
+        """`set_classnames` for classes of which some may be among the present ones."""
+        if self.fc is None:
+            self._classify_into(classes, texts)
+            return
+        if new := names_of(each for each in classes if each not in self.classes):
+            problem = f"This head has a linear layer for its classes, which has no row for {shorten(new, 5)}"
+            advice = "Rename its classes (model.rename_class), or let CLIP read names: model.reset_classifier([...])"
+            raise ZooError(f"{problem}. {advice}.")
+        if classes != self.classes:  # else the layer stays, as an optimizer may have it
+            rows = [self.classes.index(each) for each in classes]
+            layer = nn.Linear(self.num_features, len(rows), device="meta")
+            layer.weight, layer.bias = (nn.Parameter(t.detach()[rows]) for t in self.linear())
+            self._replace_fc(classes, layer)
 
     @out_of_inference_mode()
     def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
@@ -265,8 +289,9 @@ class Head(HeadState, TimmContract, ABC):
             images: (n, 3, H, W), normalised as `create_transform` does.
             known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
         """
-        if (probe := self.text_probe) is None:
-            problem = "This head cannot add a class by its images: it has no text probe."
+        if (probe := self.text_probe) is None or self.fc is not None:
+            reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
+            problem = f"This head cannot add a class by its images: {reason}."
             advice = "Train a head with one, or call model.set_classnames to classify by names"
             raise ZooError(f"{problem} {advice}.")
         with torch.no_grad():
@@ -305,7 +330,7 @@ class Head(HeadState, TimmContract, ABC):
         one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
         check_classnames(names_of(left))
         checkpoint.note_class(self.info, self.classnames, at)
-        self._classify_into(left, None)
+        self.classify_into(left)
         if self.text_probe is not None:
             self.text_probe.remove(one)
         self._outdate(f"the class {one.name} was removed")
@@ -334,11 +359,11 @@ class Head(HeadState, TimmContract, ABC):
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if set(classes) != set(self.classes):
+        if set(classes) != set(self.named):
             self._outdate("the classes were changed")
         if probe is not None:
             probe.arrange(classes)
-        self.classes, self.texts = classes, texts
+        self.classes, self.named, self.texts = classes, classes, texts
 
     def _batch(self, images: object) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""

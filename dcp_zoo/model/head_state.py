@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Class, Texts, class_texts, matched
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import Abilities, HeadConfig, made
+from dcp_zoo.model.clip import FrozenCLIP, Reading
+from dcp_zoo.model.config import Abilities, HeadConfig, made, own_names
 from dcp_zoo.model.text_probe.probe import PREFIX, TextProbe
 
 
@@ -21,12 +21,18 @@ class HeadState(nn.Module):
     image_encoders: Any
     text_probe: TextProbe | None
     classes: list[Class]
+    named: list[Class]
+    fc: nn.Linear | None
     texts: Texts
     method: str
     abilities: Abilities
     info: Values
     pretrained_cfg: Values
     _probe_of: Callable[[Sequence[Class], int, int], TextProbe]
+
+    @property
+    @abstractmethod
+    def readings(self) -> list[Reading]: ...
 
     @property
     @abstractmethod
@@ -55,36 +61,50 @@ class HeadState(nn.Module):
     # --- in a checkpoint ---
 
     def to_state(self) -> dict[str, Tensor]:
-        """The trained tensors by name: the method's, and the text probe's, with rows in the order of the classes."""
-        return self._trained_state() | ({} if self.text_probe is None else self.text_probe.tensors(self.classes))
+        """The trained tensors by name: the method's, the text probe's, with rows in the order of the method's classes,
+        and those of the layer of `reset_classifier`."""
+        layer = {} if self.fc is None else {f"fc.{name}": p.detach() for name, p in self.fc.named_parameters()}
+        return self._trained_state() | ({} if self.text_probe is None else self.text_probe.tensors(self.named)) | layer
 
-    def expected_state(self, shapes: Mapping[str, Tensor], names: Sequence[str] = ()) -> dict[str, Tensor]:
-        """What `to_state` gives once a checkpoint is loaded with tensors of these shapes, for classes of these names:
-        it may bring a text probe, and statistics."""
-        probe = self._probe_like(shapes, [Class(name) for name in names])
-        return self._expected_state(shapes) | ({} if probe is None else probe.tensors())
+    def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
+        """What `to_state` gives once a checkpoint with these shapes, and this `config.json`, is loaded: it may
+        bring statistics, a text probe and a layer."""
+        probe = self._probe_like(shapes, [Class(name) for name in own_names(config)] if config else self.named)
+        layer: dict[str, Tensor] = {}
+        if config and "named" in config["dcp"]:
+            columns = self.readings[0].widths[0] if probe is None else probe.weight.shape[1]
+            weight = torch.empty(len(config["label_names"]), columns, device="meta")
+            layer = {"fc.weight": weight, "fc.bias": weight[:, 0]}
+        return self._expected_state(shapes) | ({} if probe is None else probe.tensors()) | layer
 
     def from_state(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         """Take over a checkpoint: tensors that match `expected_state`, and what its `config.json` says of texts and of
-        training. The head keeps its classes. ZooError, before any change, for a class without sentences."""
-        block, names = config["dcp"], config["label_names"]
-        classes, given = matched(names, self.classes), self.texts if isinstance(self.texts, Mapping) else None
-        wanted, read = self.classes, dict(zip(classes, block.get("read", names), strict=True))
+        training. The head keeps its classes, or gets those of the checkpoint's layer. ZooError, before any change, for
+        a class without sentences."""
+        block, names = config["dcp"], own_names(config)
+        classes, given = matched(names, self.named), self.texts if isinstance(self.texts, Mapping) else None
+        wanted, read = self.named, dict(zip(classes, block.get("read", names), strict=True))
         class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])
         for one in classes:
             one.read = read[one]
-        self.text_probe, self.classes, self.texts = None, classes, block["texts"]  # those of the tensors
+        self.text_probe, self.fc = None, None
+        self.classes, self.named, self.texts = classes, classes, block["texts"]  # those of the tensors
+        if "fc.weight" in state:
+            rows, columns = state["fc.weight"].shape
+            self.fc = nn.Linear(columns, rows, device=self.encoder.device)
         self._load_trained(state, config)
         self.info = made(config)
         self._classify_into(wanted, given)
+        if self.fc is not None:
+            self.classes = [Class(name) for name in config["label_names"]]
 
     # --- in torch's state dict ---
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """torch's. The rows of the text probe are those of the present classes, as in a checkpoint."""
+        """torch's. The text probe has rows for the head's present classes, as in a checkpoint."""
         state, probe = super().state_dict(*args, prefix=prefix, **kwargs), self.text_probe
-        if probe is not None and self.classes and probe.classes != self.classes:
-            own = probe.tensors(self.classes)
+        if probe is not None and probe.classes != self.named:
+            own = probe.tensors(self.named)
             state.update((f"{prefix}{PREFIX}{name}", own[f"{PREFIX}{name}"]) for name in ("weight", "bias", "means"))
         return state
 
@@ -102,8 +122,7 @@ class HeadState(nn.Module):
         any other module that this head lacks is unexpected: torch would drop it, as the module's name is known."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         if f"{PREFIX}weight" in own:
-            classes = self.classes or (self.text_probe.classes if self.text_probe else [])
-            probe = self._probe_like(own, classes)
+            probe = self._probe_like(own, self.named)
             if self.text_probe is None or probe is None or not self.text_probe.is_like(probe):
                 self.text_probe = probe
         elif own.keys() & self._trained_state():

@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, class_texts, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
-from dcp_zoo.model.config import HeadConfig
+from dcp_zoo.model.config import HeadConfig, own_names
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.text import TextChunks, prompted_text
@@ -66,7 +66,7 @@ class PromptHead(Head):
             for tower in ("text_prompts.", "vision_prompts.")
         }
         block = config["dcp"]
-        head = cls(clip, config["label_names"], *prompts.values(), texts=block["texts"], rest=block["rest"])
+        head = cls(clip, own_names(config), *prompts.values(), texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
@@ -84,14 +84,14 @@ class PromptHead(Head):
     def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""
         if self.name_tokens is None:
-            return self.encoder.zero_shot_classifier(read_of(self.classes), self.texts)
+            return self.encoder.zero_shot_classifier(read_of(self.named), self.texts)
         tower = self.encoder.text_tower
         return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:
         tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
-        depends_on = self.name_tokens, read_of(self.classes), self.texts
+        depends_on = self.name_tokens, read_of(self.named), self.texts
         return self.encoder.scaled(self._cache(self.encode_text, tensors, *depends_on))
 
     def image_prompts(self) -> list[Tensor]:

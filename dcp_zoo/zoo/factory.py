@@ -78,8 +78,8 @@ def create_model(
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
         num_classes, checkpoint_path, features_only, out_indices, device, dtype, pretrained_cfg_overlay: as of
-            `timm.create_model`. Another number of classes than the names' is refused, but 0 is not: then logits are
-            features. A checkpoint may also be a folder of the zoo.
+            `timm.create_model`. For another number of classes than the head has, see `Head.reset_classifier`; with 0
+            logits are features. A checkpoint may also be a folder of the zoo.
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
             timm's in_chans, img_size, global_pool and drop rates, with the only values that a CLIP can have.
 
@@ -117,8 +117,8 @@ def create_model(
         reading.encoder.pretrained_cfg |= pretrained_cfg_overlay or {}
     told_timm(model, origin)
     model.stats = stats
-    if num_classes:
-        model.reset_classifier(num_classes)
+    if num_classes and num_classes != model.num_classes:
+        model.reset_classifier(num_classes, classnames=classnames)
     if checkpoint_path:
         _load_state(model, Path(checkpoint_path))
     if classifier == "none" and model.text_probe is not None:  # also that of the checkpoint
@@ -181,6 +181,7 @@ def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
 def told_timm(head: Head, origin: Mapping[str, Any] = {}) -> None:
     """Let a head say what timm reads of a model: its encoder's preprocessing, its classes and its origin."""
     own = {"num_classes": head.num_classes, "label_names": head.classnames}
+    own |= {"classifier": "text_probe" if head.fc is None else "fc"}
     head.pretrained_cfg = head.default_cfg = {**origin, **head.encoder.pretrained_cfg, **own}
 
 
@@ -256,7 +257,7 @@ def load_clip(
 
 def _timm_cfg(clip: nn.Module, spec: ModelSpec) -> Values:
     """What timm reads of a model: its preprocessing, and the names of its first convolution and of the module that
-    belongs to the classes. As no head has a linear layer for them, that is the text probe, which may be None."""
+    belongs to the classes: the text probe, which may be None, until `reset_classifier` makes a linear layer."""
     visual = clip.get_submodule("visual").named_modules(prefix="encoder.clip.visual")
     first_conv = next((name for name, module in visual if isinstance(module, nn.Conv2d)), None)
     own = {"architecture": spec.name, "first_conv": first_conv, "classifier": "text_probe"}
