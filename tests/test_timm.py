@@ -28,7 +28,9 @@ import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.api.attention import attention_weights
 from dcp_zoo.hub import explained
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.linear_head import CacheHead, LinearHead
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES
 from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
@@ -705,6 +707,14 @@ def test_the_models_register_once_whatever_is_imported_first():
     command = [sys.executable, "-c", EACH_IN_A_FORK, json.dumps(IMPORTS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"{way}: 100: {len(MODELS)}" for way in IMPORTS], done.stdout + done.stderr
+
+
+def test_torch_export_names_what_can_be_exported(golden):
+    head = PromptHead(FrozenCLIP(build_tiny_clip(golden)), NAMES, texts="a photo of a {}.").eval()
+    with pytest.raises(ZooError, match=r"torch.export.export\(model.fuse\(\), ...\) reads images alone"):
+        torch.export.export(head, (SMALL,), strict=False)
+    exported = torch.export.export(head.fuse(), (SMALL,), strict=False).module()
+    torch.testing.assert_close(exported(SMALL), head(SMALL))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer
