@@ -260,6 +260,8 @@ def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
     head, logits = copy.deepcopy(five), five(IMAGES)
     with pytest.raises(ZooError, match=r"no row for red fox\. Rename its classes"):
         head.set_classnames(["class 0", "red fox"])
+    with pytest.raises(ZooError, match="which reads no texts"):
+        head.set_classnames(head.classnames, {name: ["a photo."] for name in head.classnames})
     head.rename_class("class 3", "red fox")
     head.set_classnames(["red fox", "class 0"])
     torch.testing.assert_close(head(IMAGES), logits[:, [3, 0]])

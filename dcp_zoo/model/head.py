@@ -248,7 +248,7 @@ class Head(HeadState, TimmContract, ABC):
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         """Classify into these classes from now on: those that the head knows by these names, of repeated ones the first
         first, and new ones, which CLIP reads. ZooError for no names or empty ones, texts that the text tower cannot
-        read, and for names that the head does not know, if it reads none.
+        read, and for names that the head does not know, if it reads none, as after `reset_classifier(n)`.
 
         Args:
             classnames: one per class. Classes of the same name stay classes of their own, with a warning: each has a
@@ -269,8 +269,9 @@ class Head(HeadState, TimmContract, ABC):
         if self.fc is None:
             self._classify_into(classes, texts)
             return
-        if new := names_of(each for each in classes if each not in self.classes):
-            problem = f"This head has a linear layer for its classes, which has no row for {shorten(new, 5)}"
+        if (new := names_of(each for each in classes if each not in self.classes)) or texts:
+            limit = f"has no row for {shorten(new, 5)}" if new else "reads no texts"
+            problem = f"This head has a linear layer for its classes, which {limit}"
             advice = "Rename its classes (model.rename_class), or let CLIP read names: model.reset_classifier([...])"
             raise ZooError(f"{problem}. {advice}.")
         if classes != self.classes:  # else the layer stays, as an optimizer may have it
@@ -292,7 +293,7 @@ class Head(HeadState, TimmContract, ABC):
         if (probe := self.text_probe) is None or self.fc is not None:
             reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
             problem = f"This head cannot add a class by its images: {reason}."
-            advice = "Train a head with one, or call model.set_classnames to classify by names"
+            advice = "Train a head with one, or call model.reset_classifier([...]) to classify by names"
             raise ZooError(f"{problem} {advice}.")
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
