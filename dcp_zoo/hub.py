@@ -67,6 +67,7 @@ def explained(
         fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
         # the repo of a CLIP has its weights in other formats, too
         fields |= {"files": f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id}
+        fields["files"] += f" --revision {revision}" if revision else ""
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
 
@@ -168,16 +169,22 @@ def check_connection(endpoint: str) -> None:
         raise errors.LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
 
 
-def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
-    """Download CLIP's weights for open_clip, which hides reasons of failures: at "org/repo/file", or at "org/repo/" as
-    safetensors or else pickled."""
+def fetch_clip(
+    place: str, cache_dir: str | Path | None = None, revision: str | None = None, otherwise: str = ""
+) -> Path:
+    """The file with CLIP's weights, downloaded if missing: at "org/repo/file", or at "org/repo/" as safetensors or else
+    pickled; open_clip would hide reasons of failures. `revision`: a commit, by default the newest; `otherwise` is the
+    advice where the repo has lost it."""
     repo_id, _, filename = place.rpartition("/")
     problems = []
     for name in [filename] if filename else CLIP_WEIGHTS_NAMES:
         try:
-            download_file(repo_id, name, None, cache_dir)
-            return
+            return download_file(repo_id, name, revision, cache_dir)
         except ZooError as error:
+            if isinstance(error.__cause__, errors.RevisionNotFoundError):
+                raise ZooError(
+                    f"{repo_id} does not have the pinned revision {revision} any more. {otherwise}"
+                ) from error
             if not isinstance(error.__cause__, errors.EntryNotFoundError):
                 raise
             problems.append(error)

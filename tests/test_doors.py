@@ -1,5 +1,5 @@
 """Every door asks the same head about the same images, and gets the same answer: all kinds of heads, in all precisions,
-with classes that share a name, were renamed, added and removed."""
+with classes that share a name, were renamed, added and removed. No door opens on another CLIP."""
 
 import copy
 import json
@@ -12,12 +12,15 @@ import pytest
 import torch
 from helpers import served, told
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.deploy.export import export
+from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.model.head import Head
+from dcp_zoo.zoo.factory import plain_clip
 
 COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
 NAMES = {"red": "crane", "blue": "crane", "green": "leaf", "white": "snow"}
@@ -197,3 +200,54 @@ def test_a_folder_of_some_classes_is_judged_among_all(kind, heads, tmp_path, run
     assert problem in run.refused("eval", "some", "--head", "head")
     with pytest.raises(ZooError, match=problem):
         dcp_zoo.evaluate(head, "some")
+@pytest.fixture
+def other_clip(tmp_path, monkeypatch):
+    """The miniature gets other weights from now on: two of its blocks change places."""
+    blocks = [f"visual.transformer.resblocks.{i}." for i in (1, 2)]
+    weights = load_file(MINI_WEIGHTS)
+    names = [name.removeprefix(blocks[0]) for name in weights if name.startswith(blocks[0])]
+    for name in names:
+        first, second = (block + name for block in blocks)
+        weights[first], weights[second] = weights[second], weights[first]
+    save_file(weights, tmp_path / "clip.safetensors")
+    return lambda: monkeypatch.setattr("dcp_zoo.zoo.factory.MINI_WEIGHTS", tmp_path / "clip.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["text-probe", "prolip", "dcp"])  # the second changes CLIP's weights
+def test_no_door_opens_on_other_weights_of_clip(kind, pictures, heads, tmp_path, run, other_clip):
+    """Of whatever precision the head was when it was saved."""
+    head, image, plain = heads(kind), pictures[0][0], plain_clip("dcp_mini").fingerprint()
+    folder = head.half().save_pretrained(tmp_path / "head")
+    assert dcp_zoo.create_model(str(folder), True).frozen.fingerprint() == plain
+    other_clip()
+    now = plain_clip("dcp_mini").fingerprint()
+    assert now[:16] == plain[:16]  # the sum of all words is the same
+    assert now[16:] != plain[16:]
+    message = f"was trained on other weights.* {plain}, .*'bundled' weights.* of dcp_mini, have {now}.*train the head"
+    host = dcp_zoo.create_model("dcp_mini", "clip", classnames=["red", "blue"], n_ctx=2, depth=2)
+    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    doors = [
+        lambda: dcp_zoo.create_model(str(folder), True),
+        lambda: FewShotClassifier.load(folder),
+        lambda: dcp_zoo.predict(str(folder), image),
+        lambda: dcp_zoo.load_head(host, folder),
+    ]
+    for open_door in doors if kind == "dcp" else doors[:-1]:  # the last takes a head of its own kind
+        with pytest.raises(ZooError, match=message):
+            open_door()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
+    assert "other weights" in run.refused("predict", image, "--head", folder)
+
+
+def test_an_older_head_does_not_know_its_clip(heads, tmp_path):
+    """It loads, and says so once."""
+    folder = heads("gda").save_pretrained(tmp_path / "head")
+    config = json.loads((folder / "config.json").read_text())
+    del config["dcp"]["clip_fingerprint"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="trained on is unknown: .* older than fingerprints .*save_pretrained") as told:
+        head = dcp_zoo.create_model(str(folder), True)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dcp_zoo.create_model(str(head.save_pretrained(folder)), True)

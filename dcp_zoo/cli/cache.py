@@ -70,6 +70,7 @@ def prune() -> None:
 
     old = [entry for entry in own_entries() if entry.name not in (FOLDER, RUNTIME_FOLDER, "features")]
     info, pinned = scan(), {head.revision for head in trained_heads().values()}
+    pinned |= {spec.clip_revision for spec in MODELS.values()}
     ours = {repo.repo_id: repo for repo in our_repos(info)}
     folders = {f"models--{repo.replace('/', '--')}" for repo in (*ours, *(str(s.clip_repo) for s in MODELS.values()))}
     for file in getattr(info, "incomplete_files", ()):

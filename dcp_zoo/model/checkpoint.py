@@ -11,6 +11,7 @@ CLIP's are never included.
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -27,6 +28,7 @@ from dcp_zoo.errors import ZooError, shorten, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.classes import NO_CLASSES, names_of, read_of, saved_texts
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -34,6 +36,7 @@ from dcp_zoo.model.config import (
     NO_CLASSIFIER,
     WEIGHTS_NAME,
     HeadConfig,
+    HeadInfo,
     alone_in,
     read_config,
     settle,
@@ -115,6 +118,7 @@ def head_config(head: HeadState, info: Values) -> Values:
         "dcp": {
             "format_version": FORMAT_VERSION,
             "clip": head.encoder.source,
+            **({"clip_fingerprint": fingerprint} if (fingerprint := head.frozen.fingerprint()) else {}),
             "method": head.method,
             "abilities": head.abilities.as_dict(),
             **({"encoders": encoders} if encoders else {}),
@@ -131,12 +135,29 @@ def head_config(head: HeadState, info: Values) -> Values:
 def load_head(head: H, directory: str | Path, config: HeadConfig | None = None) -> H:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly, and what it
     says of how it was made. `config` is its `config.json`, if it has been read. ZooError for a missing or damaged file,
-    or tensors that do not fit; the head then stays as it was."""
+    tensors that do not fit, or another CLIP than it was trained on; the head then stays as it was."""
     config = config or read_config(directory)
     # nothing large is read before it is known to fit
     check_fits(head, tensor_shapes(directory), Path(directory) / WEIGHTS_NAME, config)
+    check_clip(head.frozen, config["dcp"], directory)
     head.from_state(read_tensors(directory, config["weights_sha256"]), config)
     return head
+
+
+def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None:
+    """ZooError if the weights of this CLIP are not those that a head was trained on; a warning where nobody knows."""
+    before, now, weights = block.get("clip_fingerprint"), clip.fingerprint(), f"the {clip.source!r} weights of CLIP"
+    if not before or not now:
+        unknown = "the head is older than fingerprints of CLIP" if now else "this CLIP was not loaded in float32"
+        advice = f"Save the head again to store it: head.save_pretrained({str(directory)!r})."
+        text = f"Whether {weights} are those that the head in {directory} was trained on is unknown: {unknown}."
+        warnings.warn(f"{text} {advice if now else ''}".rstrip(), stacklevel=5)  # the caller of `create_model`
+    elif before != now:
+        raise ZooError(
+            f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint {before}, "
+            f"and {weights} here, of {clip.architecture}, have {now}. Load CLIP as it was, from the same revision of "
+            "its Hub repo or the same file (damaged downloads: dcp-zoo cache remove MODEL), or train the head again."
+        )
 
 
 def check_fits(

@@ -90,6 +90,7 @@ class _Identity(TypedDict):
 class HeadInfo(_Identity, total=False):
     """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
 
+    clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; older heads have none
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
     read: list[str]  # the names that CLIP reads, where classes have been renamed
@@ -194,7 +195,7 @@ def own_names(config: HeadConfig) -> list[str]:
 
 def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = "format_version clip method head rest abilities texts read named versions encoders".split()
+    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "rest", "read", "versions"}
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 

@@ -32,6 +32,10 @@ class HeadState(nn.Module):
 
     @property
     @abstractmethod
+    def frozen(self) -> FrozenCLIP: ...
+
+    @property
+    @abstractmethod
     def readings(self) -> list[Reading]: ...
 
     @property

@@ -30,7 +30,6 @@ OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
 PATIENCE = 5.0  # seconds that another process may hold the file
 WHOLE = ("locked", "readonly", "full", "unable to open")  # in SQLite's errors about a file that is not damaged
 SEAL = 32  # bytes of a checksum before each value
-PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 SIZE = """SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"""
 DELETE_OLDEST = "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER BY rowid LIMIT 10)"
@@ -179,8 +178,7 @@ def image_key(image: str | Path | Image.Image) -> str:
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:
     """What features of a frozen encoder depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
-    preprocessing = [model.pretrained_cfg.get(name) for name in PREPROCESSING]
-    return f"{what} {model.fingerprint()} {model.device.type} {preprocessing} {computed_by()}"
+    return f"{what} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
 
 
 @cache

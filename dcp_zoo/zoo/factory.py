@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -252,7 +253,8 @@ def load_clip(
     """The CLIP of a model's row with its weights, or random ones; see `create_model`."""
     tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
     built = build_clip(spec, with_weights, cache_dir)
-    return FrozenCLIP(built, tokenizer, _timm_cfg(built, spec), spec.name, spec.clip_pretrained)
+    clip = FrozenCLIP(built, tokenizer, _timm_cfg(built, spec), spec.name, spec.clip_pretrained)
+    return clip.remember_weights() if with_weights else clip
 
 
 def _timm_cfg(clip: nn.Module, spec: ModelSpec) -> Values:
@@ -269,8 +271,7 @@ def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
     source, config = described(spec.clip, spec.clip_pretrained, cache_dir)
-    if with_weights and source.get("hf_hub"):
-        fetch_clip(source["hf_hub"], cache_dir)
+    file = _weights_file(spec, source, cache_dir) if with_weights else ""
     repo = source.get("hf_hub", "").rpartition("/")[0]
     failed = (
         f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, "
@@ -282,8 +283,23 @@ def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None
         with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
-            load_weights(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
+            load_weights(clip, file)
     return clip.eval()
+
+
+def _weights_file(spec: ModelSpec, source: Values, cache_dir: str | Path | None) -> str | Path:
+    """The file with CLIP's weights, downloaded if needed, from the row's pinned revision if it has one; `source` is
+    open_clip's description of it. ZooError if open_clip has moved the weights to another repo."""
+    if not (place := source.get("hf_hub")):
+        return open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir))
+    repo = place.rpartition("/")[0]
+    advice = f"Upgrade dcp_zoo, or take the weights as they are now: {OPEN_CLIP}{spec.clip}/{spec.clip_pretrained}."
+    if spec.clip_revision and repo != spec.clip_repo:
+        moved = (
+            f"open_clip {version('open_clip_torch')} has the {spec.clip_pretrained} weights of {spec.clip} in {repo}"
+        )
+        raise ZooError(f"{moved}, and {spec.name} has them from {spec.clip_repo}. {advice}")
+    return fetch_clip(place, cache_dir, spec.clip_revision, advice)
 
 
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:

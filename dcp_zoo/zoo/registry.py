@@ -42,6 +42,7 @@ class ModelSpec:
     std: tuple[float, ...] = OPENAI_STD
     interpolation: str = "bicubic"  # of the test images, in timm's terms, as the next
     crop_mode: str = "center"  # "center" resizes the short side and crops, "squash" resizes both sides
+    clip_revision: str | None = None  # commit of `clip_repo`, see hub/pin_clips.py; None: the newest, whatever it is
     parameters: int | None = None  # of both towers, in millions
     gflops: float | None = None  # of the image tower, for one image, as torch's `FlopCounterMode` counts them
     # published zero-shot top-1 in percent, not measured here; None: no table has it
