@@ -56,10 +56,13 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
     build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
     folder, name = Path(folder), f"local-dir:{folder}"
-    head = entry_of(resolve(name))
+    source = resolve(name)
+    head = entry_of(source)
     with warnings.catch_warnings(), skip_init():
         warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
-        model = load_head(create_model(name, False), folder)
+        model = create_model(name, False)
+        model.encoder.remember_weights(source.config["dcp"].get("clip_fingerprint", ""))
+        load_head(model, folder)
     if problem := not_of_dataset(model):
         raise ZooError(f"{folder} cannot be published. {problem}")
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME

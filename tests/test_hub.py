@@ -13,18 +13,22 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import open_clip
+import pin_clips
 import pytest
 import timm
 import torch
 from helpers import http_server, offline, until, use_endpoint
 from hub_server import Hub, serve
 from safetensors.torch import save_file
+from shared import CommandLine
+from upload_hub import Repo
 
 import dcp_zoo
 from dcp_zoo import ZooError, hub
@@ -32,6 +36,7 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.hub import explained
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import registry
+from dcp_zoo.zoo.factory import plain_clip
 
 MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)
@@ -82,6 +87,24 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
         )
         server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
         yield model
+
+
+def set_row(monkeypatch, **changes: Any) -> str:
+    """The name of a model whose row in models.yaml has these changes."""
+    row = registry.MODELS["dcp_datacomp_b16"]
+    monkeypatch.setitem(registry.MODELS, row.name, replace(row, **changes))
+    return row.name
+
+
+@pytest.fixture
+def moved(narrow, client, tmp_path) -> tuple[str, list[str]]:
+    """A repo with weights of a CLIP, which were replaced by others, and its two commits."""
+    repo, commits = registry.MODELS["dcp_datacomp_b16"].clip_repo, []
+    for factor in (1, 2):
+        weights = {name: factor * t for name, t in narrow.encoder.clip.state_dict().items()}
+        save_file(weights, tmp_path / hub.CLIP_WEIGHTS_NAME)
+        commits.append(client.add(repo, {hub.CLIP_WEIGHTS_NAME: tmp_path / hub.CLIP_WEIGHTS_NAME}))
+    return repo, commits
 
 
 @pytest.fixture
@@ -225,6 +248,62 @@ def test_a_pinned_head(client, monkeypatch):
     assert dcp_zoo.get_pretrained_cfg(MINI)["hf_hub_id"] == f"{MINI_REPO}@{client.first}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # pinned and cached: no request
+
+
+def test_weights_of_clip_are_of_their_pinned_revision(moved, tmp_path, monkeypatch):
+    """Not the newest; also without a network."""
+    repo, (first, second) = moved
+    newest = plain_clip(name := set_row(monkeypatch)).fingerprint()
+    head = tmp_path / "head"
+    for revision in (second, first):
+        clip = plain_clip(set_row(monkeypatch, clip_revision=revision))
+        assert (clip.fingerprint() == newest) == (revision == second)
+    dcp_zoo.create_model(name, "clip", classnames=["cat"], n_ctx=2, depth=1).save_pretrained(head)
+    with offline():
+        dcp_zoo.create_model(str(head), True)
+        set_row(monkeypatch, clip_revision=None)
+        with pytest.raises(ZooError, match="trained on other weights"):
+            dcp_zoo.create_model(str(head), True)
+        set_row(monkeypatch, clip_revision=first)
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(ZooError, match=f"hf download {repo} {hub.CLIP_WEIGHTS_NAME} --revision {first}`"):
+            plain_clip(name)
+
+
+def test_a_revision_that_is_gone_and_weights_that_moved_name_the_way_out(uploads, monkeypatch):
+    name = set_row(monkeypatch)
+    repo = registry.MODELS[name].clip_repo
+    uploads.repos |= {place: Repo(private=False) for place in (repo, "dcp-zoo/half")}
+    uploads.repos["dcp-zoo/half"].commit({CONFIG_NAME: b"{}"})
+    first = uploads.repos[repo].commit({hub.CLIP_WEIGHTS_NAME: b"weights"})
+    way_out = "Upgrade dcp_zoo, or take the weights as they are now: open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+    set_row(monkeypatch, clip_revision="0" * 40)
+    with pytest.raises(ZooError, match=rf"{repo} does not have the pinned revision 0{{40}} any more\. {way_out}"):
+        plain_clip(name)
+    with pytest.raises(ZooError, match="dcp-zoo/half has neither open_clip_model.safetensors nor"):
+        pin_clips.newest_commit("dcp-zoo/half")
+    set_row(monkeypatch, clip_revision=first, clip_repo="else/where")
+    with pytest.raises(ZooError, match=f"of ViT-B-16 in {repo}, and {name} has them from else/where. {way_out}"):
+        plain_clip(name)
+
+
+def test_maintainers_pin_what_the_hub_has(moved, monkeypatch, capsys, tmp_path):
+    repo, (first, second) = moved
+    table = pin_clips.MODELS_FILE.read_text()
+    assert {repo for repo, _ in pin_clips.REPO.findall(table)} == {s.clip_repo for s in registry.MODELS.values()} - {
+        None
+    }
+    (rows := tmp_path / "models.yaml").write_text(row := f"a:\n  clip: A\n  clip_repo: {repo}\n  image_size: 9\n\n")
+    monkeypatch.setattr(pin_clips, "MODELS_FILE", rows)
+    script = CommandLine(monkeypatch, capsys, pin_clips.app)
+    for before in ("", f"  clip_revision: {first}\n"):
+        rows.write_text(row.replace("  image", f"{before}  image"))
+        assert f"{repo}: {second}, before {first if before else None}" in script.ok()
+        assert rows.read_text() == row.replace("  image", f"  clip_revision: {second}\n  image")
+    assert script.ok() == ""
+    rows.write_text(other := rows.read_text() + row.replace(repo, "dcp-zoo/none"))
+    assert "has no repo dcp-zoo/none" in script.refused()
+    assert rows.read_text() == other
 
 
 def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):

@@ -45,9 +45,10 @@ class Frozen(nn.Module):
         getattr(self, self.held).eval()
         return self
 
-    def remember_weights(self: Self) -> Self:
-        """Keep the `fingerprint` of the weights as they are now, for when they are cast to another precision."""
-        self._fingerprint = self.fingerprint()
+    def remember_weights(self: Self, fingerprint: str = "") -> Self:
+        """Keep the `fingerprint` of the weights as they are now, for when they are cast to another precision; or this
+        one, of weights which the encoder stands for."""
+        self._fingerprint = fingerprint or self.fingerprint()
         return self
 
     def fingerprint(self) -> str:
