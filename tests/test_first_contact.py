@@ -54,7 +54,7 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
     with small_timm(SMALL_TIMM):
         files = write_repo(tmp_path / "repo", spec, write_tokenizer)
         uploads.repos[spec.clip_repo] = Repo(private=False)
-        uploads.repos[spec.clip_repo].commit(files)
+        uploads.repos[spec.clip_repo].commit(files, spec.clip_revision)
         yield spec
 
 
@@ -242,7 +242,7 @@ def large(uploads) -> bytes:
     """What the repo of `--model small` holds here in place of weights, larger than the client's buffer."""
     content = random.Random(0).randbytes(2**25)
     uploads.repos[CLIP] = Repo(private=False)
-    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content})
+    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content}, get_spec("small").clip_revision)
     return content
 
 

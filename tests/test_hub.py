@@ -75,6 +75,7 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.MODELS, "dcp_vitb16", replace(registry.MODELS["dcp_vitb16"], clip_revision=None))
         patch.setitem(CONFIGS, "ViT-B-16", SMALL)
         model = dcp_zoo.create_model("dcp_vitb16").eval()
         for tensor in model.state_dict().values():
@@ -92,7 +93,7 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
 def set_row(monkeypatch, **changes: Any) -> str:
     """The name of a model whose row in models.yaml has these changes."""
     row = registry.MODELS["dcp_datacomp_b16"]
-    monkeypatch.setitem(registry.MODELS, row.name, replace(row, **changes))
+    monkeypatch.setitem(registry.MODELS, row.name, replace(row, **{"clip_revision": None} | changes))
     return row.name
 
 
@@ -109,7 +110,10 @@ def moved(narrow, client, tmp_path) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def client(server, tmp_path, monkeypatch) -> Hub:
-    """The client of this process uses `server` and starts with an empty cache."""
+    """The client of this process uses `server`, starts with an empty cache, and has no weights of CLIP pinned, as
+    `server` has other commits than the Hub."""
+    for name, row in registry.MODELS.items():
+        monkeypatch.setitem(registry.MODELS, name, replace(row, clip_revision=None))
     use_endpoint(monkeypatch, server.url, tmp_path / "cache")
     monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
     return server
@@ -129,9 +133,17 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
     return torch.equal(a.prompts["text"], b.prompts["text"])
 
 
+UNPINNED = """
+from dataclasses import replace
+from dcp_zoo.zoo.registry import MODELS
+MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.items()}
+"""
+
+
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
+    """A process for which no weights of CLIP are pinned, as `server` has other commits than the Hub."""
     env = {**os.environ, **env}
-    command = [sys.executable, "-W", "always", "-c", code, *map(str, args)]
+    command = [sys.executable, "-W", "always", "-c", UNPINNED + code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -261,7 +273,7 @@ def test_weights_of_clip_are_of_their_pinned_revision(moved, tmp_path, monkeypat
     dcp_zoo.create_model(name, "clip", classnames=["cat"], n_ctx=2, depth=1).save_pretrained(head)
     with offline():
         dcp_zoo.create_model(str(head), True)
-        set_row(monkeypatch, clip_revision=None)
+        set_row(monkeypatch)
         with pytest.raises(ZooError, match="trained on other weights"):
             dcp_zoo.create_model(str(head), True)
         set_row(monkeypatch, clip_revision=first)
