@@ -66,8 +66,8 @@ def explained(
         fields["why"] = f" ({error.__cause__})" if isinstance(error.__cause__, HTTP_ERRORS) else ""
         fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
         # the repo of a CLIP has its weights in other formats, too
-        fields |= {"files": f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id}
-        fields["files"] += f" --revision {revision}" if revision else ""
+        files = f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id
+        fields["files"] = f"{files} --revision {revision}" if revision else files
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
 

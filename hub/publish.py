@@ -57,6 +57,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
     folder, name = Path(folder), f"local-dir:{folder}"
     source = resolve(name)
+    assert source.config is not None
     head = entry_of(source)
     with warnings.catch_warnings(), skip_init():
         warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn

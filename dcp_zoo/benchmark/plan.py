@@ -140,9 +140,10 @@ def folder_label(root: Path | None) -> str:
 
 @cache
 def weights_id(model: str) -> str:
-    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag."""
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag and its pin."""
     spec = get_spec(model)
-    return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
+    pin = f"@{spec.clip_revision[:12]}" if spec.clip_revision else ""
+    return f"{spec.clip_pretrained}{pin}" if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
 
 
 SEEDS = (1, 2, 3)
