@@ -200,6 +200,8 @@ def test_a_folder_of_some_classes_is_judged_among_all(kind, heads, tmp_path, run
     assert problem in run.refused("eval", "some", "--head", "head")
     with pytest.raises(ZooError, match=problem):
         dcp_zoo.evaluate(head, "some")
+
+
 @pytest.fixture
 def other_clip(tmp_path, monkeypatch):
     """The miniature gets other weights from now on: two of its blocks change places."""
