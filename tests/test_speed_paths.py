@@ -1,6 +1,7 @@
 """The fast paths against plain equations, and the caches against every way to change their inputs."""
 
 import copy
+from itertools import product
 
 import open_clip
 import pytest
@@ -42,15 +43,23 @@ def build(clip: nn.Module, **options) -> DCP:
 # ------------------------------------------------------------------------------------------------------ matrix products
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_and_its_gradient(bias):
-    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(6, 8)
-    b = torch.randn(6) if bias else None
-    fast, plain = linear(x, weight, b), F.linear(x, weight, b)
-    assert torch.allclose(fast, plain, atol=1e-5)
-    g = torch.randn_like(plain)
-    assert torch.allclose(*(torch.autograd.grad(y, x, g)[0] for y in (fast, plain)), atol=1e-5)
-    assert linear(x[:, :0], weight, b).shape == (2, 0, 6)
+@pytest.mark.parametrize("shape", [(2, 5, 8), (5, 8), (8,), (2, 0, 8)], ids=str)
+@pytest.mark.parametrize("trained", list(product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_and_its_gradients(shape, trained, with_bias):
+    """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
+    tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][: 2 + with_bias]
+    found = []
+    for product_of in (linear, F.linear):
+        inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
+        out = product_of(*inputs)
+        if out.requires_grad:
+            out.sin().sum().backward()
+        found.append((out.detach(), *(t.grad for t in inputs)))
+    for fast, plain in zip(*found, strict=True):
+        assert (fast is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_linear_is_differentiated_twice_and_by_torch_func():
