@@ -21,10 +21,14 @@ from dcp_zoo.data import Item
 from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model._torch import call_linear, linear, skip_init
+from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.towers.open_clip import attend
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
+from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import load_weights
 
@@ -261,6 +265,41 @@ def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkey
     model.set_grad_checkpointing(True)
     assert all(close(g, expected[n]) for n, g in gradients(model, model(IMAGES)).items())
     assert recomputed.calls == len(vision_blocks(model)) + len(model.name_tokens)
+
+
+def kept_for_backward(model: Head) -> int:
+    """Bytes of the activations that a step keeps, as autograd saves them."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t  # kept, so that no other tensor gets its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = model(IMAGES).sum()
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+
+
+def prompted(kind: str, clip: nn.Module, n_ctx: int) -> Head:
+    if kind == "dcp":
+        return DCP(clip, NAMES, n_ctx=n_ctx)
+    vision, text = torch.randn(4, n_ctx, 128), torch.randn(4, n_ctx, 64)
+    if kind == "vpt-deep":
+        return PromptHead(FrozenCLIP(clip), NAMES, vision_prompts=vision, texts=TEMPLATE)
+    head = MaPLe(FrozenCLIP(clip), NAMES, text, texts=TEMPLATE)
+    head.couplings = nn.ModuleList(nn.Linear(64, 128) for _ in range(4))
+    return head
+
+
+@pytest.mark.parametrize("kind", ["dcp", "vpt-deep", "maple"])
+def test_memory_of_a_step_grows_with_prompts_as_estimated(golden, kind):
+    clip = build_tiny_clip(golden, vision_cfg={"layers": 12})  # as deep as CLIP's
+    few, many = (prompted(kind, clip, n_ctx).train() for n_ctx in (4, 24))
+    kept = [kept_for_backward(model) for model in (few, many)]
+    estimated = [activation_bytes(model, len(IMAGES)) for model in (few, many)]
+    assert estimated[1] / estimated[0] == pytest.approx(kept[1] / kept[0], rel=0.15)
+    assert all(true < estimate < 2.5 * true for true, estimate in zip(kept, estimated, strict=True))
 
 
 def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):

@@ -226,6 +226,10 @@ class DCP(Head):
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
     @property
+    def num_image_prompts(self) -> int:
+        return self.config.n_ctx
+
+    @property
     def stats_modes(self) -> tuple[str, ...]:
         return ("batch",) if self.stored_stats is None else ("stored", "batch")
 

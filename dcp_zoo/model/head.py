@@ -94,6 +94,11 @@ class Head(HeadState, TimmContract, ABC):
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
 
     @property
+    def num_image_prompts(self) -> int:
+        """Prompts beside the tokens of each image."""
+        return 0
+
+    @property
     def stats_modes(self) -> tuple[str, ...]:
         """The statistics that it can be evaluated with, the default first."""
         return ("stored",)
