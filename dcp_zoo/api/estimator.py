@@ -67,7 +67,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision, encoder: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
-        batch_size: images per batch when it classifies; it does not affect the predictions.
+        batch_size: images per forward pass when it classifies: fewer need less memory; it does not affect the
+            predictions.
         random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
             own, from which each fit takes a seed.
         memory: a folder, or joblib.Memory, that keeps image features for later processes; False keeps none. By default

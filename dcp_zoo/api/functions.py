@@ -167,7 +167,8 @@ def evaluate(
     Args:
         model: a head, its name, or the folder of a checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
-        batch_size: images per batch; with batch statistics it affects the predictions.
+        batch_size: images per forward pass: fewer need less memory. Only with batch statistics, of `model.stats`, it
+            affects the predictions.
         device, precision, progress: see `train`; default: the device where the model is, or "auto" for a name.
         errors: "raise" `dcp_zoo.UnreadableImages`, which names all images that cannot be read, before anything is
             computed if few bytes of the files tell; or "keep" the others and measure these, with a warning.
@@ -203,7 +204,7 @@ def predict(
         reject: return None for images that belong to none of the classes: True, or the share of right images that may
             be refused as well.
         together: refine each prediction with the other images; those that are rejected have no influence.
-        batch_size: images per batch; it does not affect the predictions.
+        batch_size: images per forward pass: fewer need less memory; it does not affect the predictions.
         errors: "raise", see `evaluate`; or "keep" the predictions of the others, with a `dcp_zoo.UnreadableImages`,
             not raised, in the place of each image that cannot be read.
     """
@@ -279,7 +280,7 @@ def _computed(
         raise ZooError(f"This model reads {model.num_features} features of an image, not {given}: pass the images.")
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.frozen, items, once=once, precision=precision)
+    source = image_source(model.frozen, items, once=once, precision=precision, pass_size=batch_size)
     return read(model, source, batch_size, progress, bool(reject))
 
 
