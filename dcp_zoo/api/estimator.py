@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.metrics import accuracy_score
@@ -19,7 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
-from dcp_zoo.api.functions import as_model, outputs_of, plain_features, plan_own, read_by
+from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by
 from dcp_zoo.api.inputs import (
     Images,
     Labelled,
@@ -51,7 +50,6 @@ from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.planning import ClassWeights
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import Progress
-from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
 Weights = ArrayLike | None  # of images
@@ -237,10 +235,9 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             raise ZooError(f"The label {label!r} has another type than {known[0]!r}: give all the same type.")
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
-        transform = create_transform(model)
         check_images(items := unlabelled(images), self._progress(), LEAVE_OUT, load_image)
         items = hashed(items)
-        model.add_class(name, torch.stack([transform(load_image(item.path)) for item in items]))
+        model.add_class(name, pixels_of(model, items, self.batch_size))
         note_images(model.info, items)
         self.classes_ = np.append(self.classes_, label)
         self._sort()

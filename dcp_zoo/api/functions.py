@@ -1,7 +1,7 @@
 """Train a head on your own images, measure it, and classify with it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dcp_zoo.answers import Outputs, Row
 from dcp_zoo.api.inputs import (
@@ -32,6 +33,7 @@ from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.inputs import VIEW_BATCH
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
@@ -282,6 +284,12 @@ def _computed(
     precision = pick_precision(precision, model.encoder.architecture, model.device)
     source = image_source(model.frozen, items, once=once, precision=precision, pass_size=batch_size)
     return read(model, source, batch_size, progress, bool(reject))
+
+
+def pixels_of(model: Head, items: Sequence[Item], batch_size: int = VIEW_BATCH) -> Iterator[Tensor]:
+    """The items' images for a model, in batches (b, 3, H, W), each read when it is asked for."""
+    source = image_source(model.frozen, items, once=True)
+    return (inputs.x for inputs, _ in source.batches(batch_size))
 
 
 def plain_features(model: str) -> str:

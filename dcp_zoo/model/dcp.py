@@ -326,7 +326,7 @@ class DCP(Head):
         width, prompts = self.encoder.num_features, self.image_prompts
         return Reading(self.encoder, (width,), self._encode_own, self._text_linear, prompts, self.first_block)
 
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics."""
         stats, self._stats = self._stats, None  # stored
         try:

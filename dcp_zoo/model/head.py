@@ -13,7 +13,7 @@ it, see `VisionTower.read`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined, parts_
 from dcp_zoo.model.config import REFUSED, Abilities
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head_state import HeadState
-from dcp_zoo.model.inputs import Images
+from dcp_zoo.model.inputs import VIEW_BATCH, Images
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
 
@@ -286,13 +286,14 @@ class Head(HeadState, TimmContract, ABC):
             self._replace_fc(classes, layer)
 
     @out_of_inference_mode()
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
         reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
 
         Args:
             name: of the class; that of one that the model already has, or its position, gives it new images.
-            images: (n, 3, H, W), normalised as `create_transform` does.
+            images: (n, 3, H, W), normalised as `create_transform` does, of which 32 are encoded at a time; or batches
+                of them, for more than fit into memory.
             known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
         """
         if (probe := self.text_probe) is None or self.fc is not None:
@@ -301,7 +302,7 @@ class Head(HeadState, TimmContract, ABC):
             advice = "Train a head with one, or call model.reset_classifier([...]) to classify by names"
             raise ZooError(f"{problem} {advice}.")
         with torch.no_grad():
-            features = self.encode_image(self._batch(images))
+            features = self._encode_batches(images)
         if exists := isinstance(name, int) or name in self.classnames:
             one = self.classes[position(name, self.classes)]
         else:
@@ -370,6 +371,12 @@ class Head(HeadState, TimmContract, ABC):
         if probe is not None:
             probe.arrange(classes)
         self.classes, self.named, self.texts = classes, classes, texts
+
+    def _encode_batches(self, images: Tensor | Iterable[Tensor]) -> Tensor:
+        """`encode_image` of images (n, 3, H, W), a part of them at a time, or of batches of them."""
+        batches = images.split(VIEW_BATCH) if isinstance(images, Tensor) and images.ndim else images
+        features = [self.encode_image(self._batch(batch)) for batch in batches]
+        return torch.cat(features) if features else self._batch(images)
 
     def _batch(self, images: object) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""

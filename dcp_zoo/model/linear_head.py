@@ -10,7 +10,7 @@ ProKeR (Bendou et al., CVPR 2025) solves for other values.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -95,7 +95,7 @@ class LinearHead(Head):
         self.weight, self.bias = weight[index], bias[index]
         self._keep(classes, now)
 
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
         if isinstance(name, str) and name not in self.classnames and not self.texts:
             raise self._limited(f"does not know {name}")

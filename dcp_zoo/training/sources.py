@@ -19,7 +19,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels, packed, unpacked
+from dcp_zoo.model.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
@@ -27,7 +27,6 @@ from dcp_zoo.zoo.factory import create_transform
 
 Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if there are any
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
-VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 
 def by_image(
