@@ -18,7 +18,7 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.deploy.export import export
-from dcp_zoo.model.config import MINI_WEIGHTS
+from dcp_zoo.model.config import MINI_WEIGHTS, rejection_note
 from dcp_zoo.model.head import Head
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -161,6 +161,41 @@ def test_a_state_dict_loads_as_a_whole_or_not_at_all(kind, pictures, heads):
             other.load_state_dict(state | {"text_probe.other": torch.ones(1)})
     with pytest.raises(RuntimeError, match="name_tokens.other"):
         whole.load_state_dict(state | {"name_tokens.other": torch.ones(1)})
+
+
+EDITS = {  # and whether what was measured of the classes holds after it
+    "rename": (lambda head, x: head.rename_class("dog", "hound"), True),
+    "other order": (lambda head, x: head.set_classnames(head.classnames[::-1]), True),
+    "add": (lambda head, x: head.add_class("colour", x), False),
+    "more images": (lambda head, x: head.add_class("dog", x), False),
+    "remove": (lambda head, x: head.remove_class("dog"), False),
+    "fewer": (lambda head, x: head.set_classnames(["house", "horse", "guitar"]), False),
+    "other texts": (
+        lambda head, x: head.set_classnames(head.classnames, {n: [f"a {n}"] for n in head.classnames}),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_after_an_edit_of_the_classes_doors_agree_and_say_nothing_old(change, pictures, tmp_path, run):
+    head, (edit, holds) = dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True).eval(), EDITS[change]
+    told_before, transform = rejection_note(head.info), dcp_zoo.create_transform(head)
+    assert "Of things much like its classes it accepts" in told_before
+    edit(head, torch.stack([transform(load_image(path)) for path in pictures[0][:2]]))
+    head.save_pretrained(tmp_path)
+    found = json.loads(run.ok("info", tmp_path, "--json"))
+    assert rejection_note(found) == (told_before if holds else "")
+    assert ("metrics" in found, "not_measured" in found) == (holds, not holds)
+    assert (told_before in " ".join(run.ok("info", tmp_path).split())) is holds
+    names, paths = head.classnames, pictures[0][:3]
+    ranked, loaded = -np.sort(-plainly(head, paths)), dcp_zoo.create_model(str(tmp_path), True).eval()
+    close = PRECISIONS[torch.float32]
+    assert loaded.classnames == names
+    assert plainly(loaded, paths) == pytest.approx(plainly(head, paths), abs=close)
+    assert in_order(dcp_zoo.predict(head, paths, top_k=len(names)), names) == pytest.approx(ranked, abs=close)
+    best = [[p for _, p in row] for row in told(run, tmp_path, paths)]
+    assert np.array(best) == pytest.approx(ranked[:, : len(best[0])], abs=close)
 
 
 @pytest.mark.scripts  # exports take seconds; every run has that of a head with all readings, in test_encoders.py

@@ -30,6 +30,7 @@ from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.classes import NO_CLASSES, names_of, read_of, saved_texts
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import (
+    ACCEPTED,
     CONFIG_NAME,
     FORMAT_VERSION,
     NEW_WEIGHTS,
@@ -77,7 +78,7 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
 def _valid(head: HeadState, info: Values) -> Values:
     """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-        measured = ("thresholds", "like_accepted", "others_accepted")
+        measured = ("thresholds", *ACCEPTED)
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
     return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
 

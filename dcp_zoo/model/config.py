@@ -21,6 +21,7 @@ WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a
 STATE_NAME = "training.state"  # of a training that was stopped
 NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
+ACCEPTED = ("like_accepted", "others_accepted")  # what a head's `ProbeInfo` says of images of no class
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 
@@ -202,14 +203,16 @@ def made(config: HeadConfig) -> Values:
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
     rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
-    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ("like_accepted", "others_accepted"))
+    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
     said = []
     if like is not None:
         said += [f"Of things much like its classes it accepts about {like:.0f} %, as measured by leaving classes out"]
         said[0] += "." if others is None else f"; of thirty everyday pictures {others:.0f} %."
     if examples := fitted.get("examples"):
         said += [f"It rejects what is much like its {examples:,} examples of none of these."]
-    return " ".join([f"{100 * rate:g} % of the images of the head's classes are rejected.", *said]) if said else ""
+    measured = bool(fitted.keys() & set(ACCEPTED))  # for these classes
+    known = [f"{100 * rate:g} % of the images of the head's classes are rejected."] * measured
+    return " ".join([*known, *said]) if said else ""
 
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"

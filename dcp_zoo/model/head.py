@@ -40,7 +40,7 @@ from dcp_zoo.model.classes import (
     same_texts,
 )
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
-from dcp_zoo.model.config import REFUSED, Abilities
+from dcp_zoo.model.config import ACCEPTED, REFUSED, Abilities
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head_state import HeadState
 from dcp_zoo.model.inputs import VIEW_BATCH, Images
@@ -361,12 +361,12 @@ class Head(HeadState, TimmContract, ABC):
         return TEMPLATE
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
-        """These classes and texts from now on. The accuracy goes if the classes change, and the rejection threshold if
+        """These classes and texts from now on. What was measured goes if either changes, and the rejection threshold if
         the classes that it was fitted for have other texts now."""
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if set(classes) != set(self.named):
+        if set(classes) != set(self.named) or not same_texts(read_of(classes), texts, self.texts):
             self._outdate("the classes were changed")
         if probe is not None:
             probe.arrange(classes)
@@ -389,7 +389,9 @@ class Head(HeadState, TimmContract, ABC):
     # --- how it was made ---
 
     def _outdate(self, change: str) -> None:
-        """Take the accuracy out of `info`: it was measured before this change."""
+        """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
+        if (fitted := self.info.get("text_probe", {})).keys() & set(ACCEPTED):
+            self.info = self.info | {"text_probe": {k: v for k, v in fitted.items() if k not in ACCEPTED}}
         if self.info.keys() & {"metrics", "not_measured"}:
             reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
             valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
