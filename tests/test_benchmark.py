@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Count, StoppedState, made_up_result, no_images, until
+from PIL import Image
 from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, plan, plan_trials, store, sweep
@@ -401,6 +402,19 @@ def test_results_of_fewer_targets_are_rejected(tmp_path, fake):
     sweep.sweep(few, Settings(tmp_path / "few"))
     with pytest.raises(ZooError, match="has no test on eurosat: choose another --output"):
         sweep.sweep(more, Settings(tmp_path / "few"))
+
+
+def test_a_later_sweep_sees_that_the_folder_has_changed(tmp_path, flowers):
+    trials = plan_trials("few-shot", methods=["zero-shot"], datasets=["folder"])
+    settings = Settings(tmp_path / "out", flowers, device="cpu")
+    assert not sweep.sweep(trials, settings)
+    assert not sweep.sweep(trials, settings), "nothing is left to do"
+    Image.new("RGB", (60, 60), "red").save(next((flowers / "rose").iterdir()))
+    with pytest.raises(ZooError, match="was made with folder .*: choose another --output"):
+        sweep.sweep(trials, settings)
+    assert not sweep.sweep(trials, replace(settings, output=tmp_path / "other"))
+    one, other = (store.results(tmp_path / name) for name in ("out", "other"))
+    assert [one[trial.key]["folder"] for trial in trials] != [other[trial.key]["folder"] for trial in trials]
 
 
 def test_a_folder_that_is_not_writable_stops_the_sweep(tmp_path, fake):

@@ -110,10 +110,18 @@ class Settings:
         }
 
 
-@cache
+_split = cache(load_split)
+
+
 def read_split(dataset: str, data_root: Path | None) -> Split:
-    """`load_split`, once for all trials of a process."""
-    return load_split(dataset, data_root)
+    """`load_split`, once for all trials of a sweep in this process."""
+    return _split(dataset, data_root)
+
+
+def forget_images() -> None:
+    """Read all images again, as a sweep does first: folders may have changed since the one before."""
+    _split.cache_clear()
+    folder_label.cache_clear()
 
 
 def check_data(trials: Sequence[Trial], data_root: Path | None) -> None:

@@ -272,6 +272,8 @@ def sweep(
 ) -> dict[Trial, str]:
     """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
     display them, given their number. Returns the trials that failed, with their error messages."""
+    plan.forget_images()
+    shared_images.cache_clear()
     todo = [trial for trial in trials if not store.finished(trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
     return {event.item: event.message for event in events if event.state == "failed"}
