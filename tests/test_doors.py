@@ -3,6 +3,9 @@ with classes that share a name, were renamed, added and removed. No door opens o
 
 import copy
 import json
+import logging
+import os
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -16,10 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
-from dcp_zoo.data import load_image
+from dcp_zoo.api.attention import attention_maps
+from dcp_zoo.data import Item, load_image
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.config import MINI_WEIGHTS, rejection_note
 from dcp_zoo.model.head import Head
+from dcp_zoo.training.evaluation import measure
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
 
 COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
@@ -196,6 +202,50 @@ def test_after_an_edit_of_the_classes_doors_agree_and_say_nothing_old(change, pi
     assert in_order(dcp_zoo.predict(head, paths, top_k=len(names)), names) == pytest.approx(ranked, abs=close)
     best = [[p for _, p in row] for row in told(run, tmp_path, paths)]
     assert np.array(best) == pytest.approx(ranked[:, : len(best[0])], abs=close)
+
+
+DOORS = {
+    "predict": lambda head, paths, place: dcp_zoo.predict(head, paths, device="cpu"),
+    "predict many": lambda head, paths, place: dcp_zoo.predict(head, paths * 3),
+    "evaluate": lambda head, paths, place: dcp_zoo.evaluate(head, paths[:4], head.classnames[:4]),
+    "measure": lambda head, paths, place: measure(head, image_source(head.frozen, [Item(paths[0], "", 0)])),
+    "head.predict": lambda head, paths, place: head.predict(torch.zeros(1, 3, 192, 192)),
+    "suggest": lambda head, paths, place: dcp_zoo.suggest(str(Path(paths[0]).parent), head, count=2),
+    "search": lambda head, paths, place: dcp_zoo.search(Path(paths[0]).parent, "red", count=2),
+    "inspect": lambda head, paths, place: dcp_zoo.inspect(paths, list("ab") * 4),
+    "compare": lambda head, paths, place: dcp_zoo.compare(paths, list("ab") * 4, methods=["text-probe"], cv=2),
+    "explain": lambda head, paths, place: attention_maps(head, torch.zeros(1, 3, 192, 192)),
+    "save": lambda head, paths, place: head.save_pretrained(place),
+    "fuse": lambda head, paths, place: head.fuse(),
+    "train": lambda head, paths, place: dcp_zoo.train("dcp_mini", paths, list("ab") * 4),
+}
+
+
+@pytest.mark.parametrize("door", [*DOORS, pytest.param("export", marks=pytest.mark.scripts)])
+@pytest.mark.filterwarnings("ignore")
+def test_doors_leave_the_head_and_the_process_as_they_were(door, pictures, heads, tmp_path):
+    """A guest in the user's process; here with a head in training, of which one part is not."""
+    head = heads("dcp").train()
+    head.cmpa.eval()
+    head.rename_class(0, "egret")  # accuracy needs names that differ
+    tensors = {**dict(head.named_parameters()), **dict(head.named_buffers())}
+
+    def state() -> list[object]:
+        return [
+            *[(name, module.training) for name, module in head.named_modules()],
+            *[(name, t.device, t.dtype, t.requires_grad, t._version) for name, t in tensors.items()],
+            *(head.stats, head._stats, [*head.classes], head.info, head.texts),
+            *(random.getstate(), np.random.get_state()[1].tobytes(), bytes(torch.get_rng_state())),
+            *(torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            *(dict(os.environ), list(warnings.filters), warnings.showwarning, logging.root.manager.disable),
+        ]
+
+    dcp_zoo.list_models()  # what is imported on first use may filter warnings for good, as torch does
+    before = copy.copy(state())
+    (DOORS | {"export": lambda head, paths, place: export(head, place / "head.onnx")})[door](
+        head, pictures[0], tmp_path
+    )
+    assert state() == before
 
 
 @pytest.mark.scripts  # exports take seconds; every run has that of a head with all readings, in test_encoders.py

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, told, with
 from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import out_of_inference_mode
+from dcp_zoo.model._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import VIEW_BATCH
 from dcp_zoo.threads import fair_threads
@@ -167,7 +168,8 @@ def evaluate(
     that is none of its classes, or images that cannot be read.
 
     Args:
-        model: a head, its name, or the folder of a checkpoint.
+        model: a head, which is in its own mode and on its own device again afterwards; its name; or the folder of a
+            checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
         batch_size: images per forward pass: fewer need less memory. Only with batch statistics, of `model.stats`, it
             affects the predictions.
@@ -175,13 +177,13 @@ def evaluate(
         errors: "raise" `dcp_zoo.UnreadableImages`, which names all images that cannot be read, before anything is
             computed if few bytes of the files tell; or "keep" the others and measure these, with a warning.
     """
-    model = as_model(model, device)
-    check_features(images, read_by(model))
-    items = with_classes(images, labels, model.classnames)
-    found, rows = outputs_of(model, items, batch_size, precision, progress, errors=errors)
-    if not rows:
-        check_images(items, no_progress, KEEP, load_image)
-    return Evaluation(model.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
+    with lent(model, device) as head:
+        check_features(images, read_by(head))
+        items = with_classes(images, labels, head.classnames)
+        found, rows = outputs_of(head, items, batch_size, precision, progress, errors=errors)
+        if not rows:
+            check_images(items, no_progress, KEEP, load_image)
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
 
 
 def predict(
@@ -211,15 +213,15 @@ def predict(
             not raised, in the place of each image that cannot be read.
     """
     check_choice("errors", errors, ERRORS)
-    model = as_model(model, device)
     items = unlabelled(images)
     if errors == "raise":
         check_images(items, no_progress, KEEP)
-    predictor = torch_predictor(model, together, precision, reject, len(items))
-    job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
     found = [Found(item.path if isinstance(item.path, str) else item.key, item.path) for item in items]
-    batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    rows, _ = job.collect(batches, predictor.classnames)
+    with lent(model, device) as head:
+        predictor = torch_predictor(head, together, precision, reject, len(items))
+        job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
+        batches = by_image(progress, job.classify(found, predictor), "images", len(found))
+        rows, _ = job.collect(batches, predictor.classnames)
     answers = [_answer(row) for row in rows]
     if errors == "raise":
         with all_named(items):
@@ -305,8 +307,21 @@ def read_by(head: Head) -> str:
     return f"{plain}, changed by {head.method}" if head.has_own_features else plain
 
 
-def as_model(model: Head | str, device: str | None) -> Head:
-    """The model, or the head with this name or in this folder, on the device."""
-    if isinstance(model, Head):
-        return model.eval() if device is None else model.eval().to(pick_device(device))
-    return create_model(str(model), True).eval().to(pick_device(device or "auto"))
+def as_model(name: str, device: str | None) -> Head:
+    """The head with this name or in this folder, to classify with, on the device; None: "auto"."""
+    return create_model(name, True).eval().to(pick_device(device or "auto"))
+
+
+@contextmanager
+def lent(model: Head | str, device: str | None) -> Iterator[Head]:
+    """`as_model`; or the user's own head in evaluation mode, on the device if one is given, then again as it was."""
+    if not isinstance(model, Head):
+        yield as_model(str(model), device)
+        return
+    place = model.device
+    with in_eval_mode(model):
+        try:
+            yield model if device is None else model.to(pick_device(device))
+        finally:
+            if model.device != place:
+                model.to(place)

@@ -90,7 +90,8 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch}
 
-    logging.disable(logging.WARNING)  # advice to pre-process the file, which is done
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))  # advice to pre-process the file, which is done
     try:
         with tempfile.TemporaryDirectory() as folder:
             optimised = str(Path(folder) / "optimised.onnx")
@@ -113,7 +114,7 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
                 nodes_to_exclude=[*convolutions[:FIRST], *attention, *(node.name for node in products[-last:])],
             )
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def _in_runs(images: np.ndarray) -> list[np.ndarray]:

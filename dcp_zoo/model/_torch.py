@@ -98,12 +98,14 @@ def skip_init(skip: bool = True) -> AbstractContextManager[object]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    """Inside; then every module is in the mode in which it was."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
+from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.clip import parts_of
 from dcp_zoo.model.config import NO_CLASSIFIER
 from dcp_zoo.model.head import Head
@@ -130,17 +131,20 @@ def predict_modes(
     """Logits (n, C) of all images in each way that a head is measured, the default first: with the stored statistics,
     with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
     found, without = dict[str, Tensor](), dict[str, Tensor]()
-    before = head.eval().stats
-    default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
-    for stats in head.stats_modes:
-        head.stats = stats
-        outputs = read(head, source, batch_size, progress)
-        found[stats] = torch.from_numpy(outputs.logits)
-        if outputs.features is not None and head.text_probe is not None:
-            weight, bias = (part.detach().float().cpu() for part in head.own_linear())
-            own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
-            without[NO_CLASSIFIER] = F.linear(own, weight, bias)
-    head.stats = None if default else before
+    with in_eval_mode(head):
+        before = head.stats
+        default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
+        try:
+            for stats in head.stats_modes:
+                head.stats = stats
+                outputs = read(head, source, batch_size, progress)
+                found[stats] = torch.from_numpy(outputs.logits)
+                if outputs.features is not None and head.text_probe is not None:
+                    weight, bias = (part.detach().float().cpu() for part in head.own_linear())
+                    own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
+                    without[NO_CLASSIFIER] = F.linear(own, weight, bias)
+        finally:
+            head.stats = None if default else before
     return found | without
 
 
