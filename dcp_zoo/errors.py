@@ -3,10 +3,13 @@
 import difflib
 import importlib
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+PACKAGE = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120  as frames have it
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
 
 
@@ -32,6 +35,16 @@ class UnreadableImages(ZooError):
     def __init__(self, message: str = "", reasons: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.reasons = dict(reasons or {})
+
+
+def warn(text: str) -> None:
+    """A warning at the line of the user's code that called this package, also through decorators."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and (
+        frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_filename.endswith("contextlib.py")
+    ):  # the second are the standard library's and torch's, of context managers that decorate functions
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def shorten(names: Sequence[str], n: int = 10) -> str:

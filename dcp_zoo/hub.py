@@ -5,7 +5,6 @@ import errno
 import json
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +16,7 @@ from urllib.request import getproxies
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import read_plain, sha256_of
 
@@ -85,7 +84,7 @@ def retried(call: Callable[[], T]) -> T:
             wait = max(wait, int(after) if after.isdecimal() else 0)
             problem = next(iter(str(error).splitlines()), type(error).__name__)
             attempts = f"attempt {attempt} of {len(WAITS) + 1} follows in {wait} s"
-            warnings.warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.", stacklevel=2)
+            warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.")
             time.sleep(wait)
     return call()
 

@@ -4,7 +4,6 @@ import codecs
 import csv
 import hashlib
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
@@ -12,6 +11,7 @@ from pathlib import Path
 from unicodedata import normalize
 from urllib.parse import unquote
 
+from dcp_zoo.errors import warn
 from dcp_zoo.files import HIDDEN, read_plain
 
 NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
@@ -89,7 +89,7 @@ def read_text(file: Path) -> str:
         return data.decode()
     except UnicodeDecodeError:
         text = data.decode("cp1252")
-    warnings.warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.", stacklevel=2)
+    warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.")
     return text
 
 

@@ -204,6 +204,32 @@ def test_after_an_edit_of_the_classes_doors_agree_and_say_nothing_old(change, pi
     assert np.array(best) == pytest.approx(ranked[:, : len(best[0])], abs=close)
 
 
+def test_warnings_point_at_the_line_of_the_user(pictures, heads):
+    """Not into this package, or the context managers that decorate its functions."""
+    (paths, _), labels, head = pictures, [0, 1] * 4, heads("text-probe")
+    for call, about in (
+        (lambda: dcp_zoo.train("dcp_mini", paths, labels), "CLIP reads the class names"),
+        (lambda: FewShotClassifier().fit(paths, labels), "CLIP reads the class names"),
+        (lambda: dcp_zoo.compare(paths, labels, methods=["zero-shot"], cv=2), "CLIP reads the class names"),
+        (lambda: dcp_zoo.create_model("dcp_mini", "clip", classnames=["a", "a"]), "Repeated class names"),
+        (lambda: head.set_classnames(["a", "a"]), "Repeated class names"),
+        (lambda: dcp_zoo.inspect(paths, ["a", "a "] * 4), "Repeated class names"),
+    ):
+        with pytest.warns(UserWarning, match=about) as caught:
+            call()
+        assert {warning.filename for warning in caught if about in str(warning.message)} == {__file__}
+
+
+def test_results_are_shown_in_a_line(pictures, heads):
+    head = heads("text-probe")
+    head.rename_class(0, "egret")
+    found = dcp_zoo.inspect(pictures[0], ["a", "b"] * 4)
+    assert repr(found).startswith("<Inspection of 8 images: ")
+    evaluated = dcp_zoo.evaluate(head, pictures[0][:4], [head.classnames[0]] * 4)
+    assert repr(evaluated) == f"<Evaluation: {evaluated.accuracy.correct} of 4 images right, 4 classes>"
+    assert all(len(repr(each)) < 200 for each in (found, evaluated))
+
+
 DOORS = {
     "predict": lambda head, paths, place: dcp_zoo.predict(head, paths, device="cpu"),
     "predict many": lambda head, paths, place: dcp_zoo.predict(head, paths * 3),

@@ -1,6 +1,5 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -37,7 +36,7 @@ from dcp_zoo.data.progress import bar
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.deploy.together import together as refine_together
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
@@ -141,7 +140,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         if self.memory is None and parent_process():
             advice = 'memory="FOLDER" shares them, and is faster from the second fit on'
-            warnings.warn(f"Each process computes image features of its own: {advice}.", stacklevel=2)
+            warn(f"Each process computes image features of its own: {advice}.")
         run = plan_own(data, validation, self.model, self.method, **options)
         kept = [lambda model, epoch: epochs.append(epoch)] if run.recipe.is_trained else []
         callbacks = [*kept, *(self.callbacks or ())]

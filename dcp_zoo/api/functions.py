@@ -1,6 +1,5 @@
 """Train a head on your own images, measure it, and classify with it."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -30,7 +29,7 @@ from dcp_zoo.data.images import load_image
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, told, without_unreadable
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range
+from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.model.head import Head
@@ -148,7 +147,7 @@ def plan_own(
             raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
         if run.recipe.image_augment != "none" and len(split.train) <= MANY:
             differs = "a fit on the images also reads their mirror images, and may answer otherwise"
-            warnings.warn(f"Features are fitted as they are: {differs}.", stacklevel=3)
+            warn(f"Features are fitted as they are: {differs}.")
     return run
 
 
@@ -261,7 +260,7 @@ def outputs_of(
         broken = damaged(items, load_image)
         found = compute([item for i, item in enumerate(items) if i not in broken])
     if broken:
-        warnings.warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.", stacklevel=3)
+        warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
     return found, [i for i in range(len(items)) if i not in broken]
 
 

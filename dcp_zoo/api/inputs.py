@@ -1,7 +1,6 @@
 """Images and labels in the forms that people have them, as items."""
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -17,7 +16,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError, as_zoo_error, shorten
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.texts import NONE, is_none
 
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
@@ -61,7 +60,7 @@ def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str]
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
     if doubt := unlike_classes(found.classnames, found.items):
-        warnings.warn(doubt, stacklevel=3)
+        warn(doubt)
     items, none = all_for_training(found).train, found.none if examples else []
     labels = [found.classnames[x.label] for x in items] + [NONE] * len(none)
     items = [*items, *none]

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from dcp_zoo.data import Split, check_images, is_own, load_for_training
 from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
 from dcp_zoo.data.unreadable import all_named
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import STATE_NAME, check_free, rejection_note
@@ -225,4 +224,4 @@ def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
         without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} percentage points."
     text = f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as"
     such = f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high"
-    warnings.warn(f"{text} {such}. {without} dcp-zoo inspect shows them all.", stacklevel=2)
+    warn(f"{text} {such}. {without} dcp-zoo inspect shows them all.")

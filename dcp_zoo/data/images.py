@@ -4,7 +4,6 @@ import math
 import os
 import re
 import struct
-import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
-from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error, import_extra, warn
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
 
@@ -182,7 +181,7 @@ def days_of(paths: Sequence[str]) -> list[str]:
         if path and not days[i]:
             days[i], without = date.fromtimestamp(Path(path).stat().st_mtime).isoformat(), without + 1
     if without:
-        warnings.warn(f"Images without a date, sorted by that of their file: {without:,}.", stacklevel=4)
+        warn(f"Images without a date, sorted by that of their file: {without:,}.")
     return days
 
 

@@ -1,7 +1,6 @@
 """Load a dataset by name, and check the files on disk."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -16,7 +15,7 @@ from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.texts import NONE, is_reserved
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
@@ -54,7 +53,7 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
     if spec.names and images.classnames != (known := classnames(name)):
         pairs = enumerate(zip(images.classnames, known, strict=True))
         first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
-        warnings.warn(f"{name}: label {first} in the zoo's class names, which its heads use.", stacklevel=2)
+        warn(f"{name}: label {first} in the zoo's class names, which its heads use.")
     return images
 
 
@@ -122,9 +121,7 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
         advice = "Pass the images that have a label, or run the command where their paths start."
         raise ZooError(f"{files} names none of these images, but {shorten(others, 3) or 'no image at all'}. {advice}")
     if others:
-        warnings.warn(
-            f"Images in {files} that are not among these: {len(others):,} ({shorten(others, 3)}).", stacklevel=3
-        )
+        warn(f"Images in {files} that are not among these: {len(others):,} ({shorten(others, 3)}).")
     return answers
 
 

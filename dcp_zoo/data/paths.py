@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, as_zoo_error, shorten, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn, writing_to
 from dcp_zoo.files import check_regular, check_writable
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
@@ -122,7 +121,7 @@ def visible_files(folder: str | Path) -> Iterator[str]:
     for place, folders, files in os.walk(str(folder), onerror=cannot_list):
         folders[:] = sorted(filter(is_visible, folders))
         for linked in filter(os.path.islink, (os.path.join(place, each) for each in folders)):  # noqa: PTH118
-            warnings.warn(f"{linked} is a link to a folder, and is not read: pass it itself.", stacklevel=3)
+            warn(f"{linked} is a link to a folder, and is not read: pass it itself.")
         yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118
 
 
@@ -140,4 +139,4 @@ def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
     """Warn of files that are not read, if there are any, but not of the sidecars of photo managers."""
     if kinds := kinds - Counter({".xmp": kinds[".xmp"]}):
         raw = " RAW files are read after pip install 'dcp_zoo[photos]'." * (not kinds.keys().isdisjoint(RAW_SUFFIXES))
-        warnings.warn(f"Ignored in {folder}: {counted(kinds)}.{raw}", stacklevel=3)
+        warn(f"Ignored in {folder}: {counted(kinds)}.{raw}")

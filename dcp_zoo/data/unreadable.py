@@ -1,6 +1,5 @@
 """Images that cannot be read: all are named in one error, or left out."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +8,7 @@ from multiprocessing.pool import ThreadPool
 from dcp_zoo.data.images import ImageLike, check_complete, load_image
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import PARTS, Item, Split
-from dcp_zoo.errors import UnreadableImages, ZooError, by_reason, shorten
+from dcp_zoo.errors import UnreadableImages, ZooError, by_reason, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.threads import available_cores
 
@@ -83,5 +82,5 @@ def without_unreadable(split: Split, progress: Progress = bar) -> Split:
     if empty := {item.label for item in split.train} - {item.label for item in parts["train"]}:
         names = shorten([split.classnames[label] for label in sorted(empty)])
         raise ZooError(f"{told(items, found)}. {names} has no other image: add some, or remove the class.")
-    warnings.warn(f"{told(items, found)}. Training goes on without them.", stacklevel=3)
+    warn(f"{told(items, found)}. Training goes on without them.")
     return replace(split, unreadable=len(found), **parts)

@@ -1,6 +1,5 @@
 """`inspect --fix`: a copy of the images with the changes that a person wrote into a table. Without torch."""
 
-import warnings
 from pathlib import Path
 
 from dcp_zoo.data import Split, load_labelled
@@ -9,7 +8,7 @@ from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.readers import read_table
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.sorted_folders import sort_into
-from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint, warn
 from dcp_zoo.files import check_empty, check_writable, unfinished
 from dcp_zoo.texts import LEAVE_OUT, NONE, class_folders
 
@@ -21,7 +20,7 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: Label
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
     if data.note:
-        warnings.warn(data.note, stacklevel=2)
+        warn(data.note)
     changes, folders = _changes(Path(table), data), class_folders(data.classnames)
     left_out = sum(change == LEAVE_OUT for change in changes.values())
     if left_out == len(data.items):

@@ -66,6 +66,16 @@ class Inspection:
     unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `names.unknown`
     gains: Sequence[Gain] = ()  # by the names alone, and by the text probe, if new names are to be compared
 
+    def __repr__(self) -> str:
+        found = {
+            "labels probably wrong": len(self.suspects),
+            "may show no class": len(self.of_no_class),
+            "groups of the same picture": len(self.groups),
+            "with other problems": len(self.problems),
+        }
+        counts = ", ".join(f"{count} {what}" for what, count in found.items())
+        return f"<Inspection of {len(self.data.items)} images: {counts}>"
+
     @cached_property
     def rows(self) -> list[Inspected]:
         """One for each image, those with a suggestion first."""

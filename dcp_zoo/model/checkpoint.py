@@ -11,7 +11,6 @@ CLIP's are never included.
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dcp_zoo.errors import ZooError, shorten, writing_to
+from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.classes import NO_CLASSES, names_of, read_of, saved_texts
@@ -152,7 +151,7 @@ def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None
         unknown = "the head is older than fingerprints of CLIP" if now else "this CLIP was not loaded in float32"
         advice = f"Save the head again to store it: head.save_pretrained({str(directory)!r})."
         text = f"Whether {weights} are those that the head in {directory} was trained on is unknown: {unknown}."
-        warnings.warn(f"{text} {advice if now else ''}".rstrip(), stacklevel=5)  # the caller of `create_model`
+        warn(f"{text} {advice if now else ''}".rstrip())
     elif before != now:
         raise ZooError(
             f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint {before}, "

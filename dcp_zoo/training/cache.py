@@ -3,7 +3,6 @@
 import os
 import sqlite3
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from torch import Tensor
 from dcp_zoo._version import __version__
 from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
+from dcp_zoo.errors import warn
 from dcp_zoo.files import cache_folder
 from dcp_zoo.model.clip import Encoder
 
@@ -88,7 +88,7 @@ class FeatureCache:
         self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
         problem = f"Cannot write to {self.place}: {getattr(error, 'strerror', None) or error}."
         advice = f"Choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1."
-        warnings.warn(f"Image features are not cached for the next run. {problem} {advice}", stacklevel=2)
+        warn(f"Image features are not cached for the next run. {problem} {advice}")
         return self._memory
 
 

@@ -2,7 +2,6 @@
 mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
+from dcp_zoo.errors import warn
 from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.clip import parts_of
 from dcp_zoo.model.config import NO_CLASSIFIER
@@ -65,6 +65,11 @@ class Evaluation:
     classnames: Sequence[str]
     items: Sequence[Item]
     logits: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"<Evaluation: {self.accuracy.correct} of {len(self.items)} images right, {len(self.classnames)} classes>"
+        )
 
     @cached_property
     def labels(self) -> Tensor:
@@ -161,11 +166,10 @@ def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> No
     """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's; the field `length` is `value`."""
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
-        warnings.warn(
+        warn(
             f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
             f"gives {guess:.2f}. Train longer (--set {length}={3 * value}; in Python "
-            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right.",
-            stacklevel=3,
+            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right."
         )
 
 

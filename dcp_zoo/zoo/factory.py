@@ -17,7 +17,7 @@ from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
@@ -112,7 +112,7 @@ def create_model(
         model = _fresh(clip, source, config, classnames, descriptions)
         if source.folder and not pretrained:
             text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
-            warnings.warn(text, stacklevel=2)
+            warn(text)
     origin = source.head.pretrained_cfg if source.head and pretrained not in (False, "clip") else {}
     for reading in model.readings:  # whose preprocessing images get
         reading.encoder.pretrained_cfg |= pretrained_cfg_overlay or {}

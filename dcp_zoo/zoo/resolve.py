@@ -1,14 +1,13 @@
 """From a name to a model's row in the table and its checkpoint. Only here are names taken apart, without torch."""
 
 import os
-import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import (
@@ -128,7 +127,7 @@ def trained_here(head: HeadEntry, name: str) -> Path | None:
     folder, is_head = Path(places[0]).absolute(), head.status == "planned" and places[0] == head.name
     other = f"the {head.status} head {head.name}, not the one in {folder}: that is local-dir:{places[0]}"
     text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
-    warnings.warn(text, stacklevel=1)
+    warn(text)
     return folder if is_head else None
 
 
@@ -168,10 +167,9 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
             raise
         problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
         raise ZooError(f"{problem}. Or load {_instead_of(head)}") from None  # the Hub's answer says no more
-    warnings.warn(
+    warn(
         f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
-        "Hub.",
-        stacklevel=4,  # the caller of create_model
+        "Hub."
     )
     return folder
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from dcp_zoo.deploy.bulk.job import NAMED, Job, Rows, Summary
 from dcp_zoo.deploy.bulk.journal import Journal
 from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, move_into, replaced_since, sort_into
 from dcp_zoo.deploy.together import Count
-from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, warn, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, check_writable, locked, write_file
 from dcp_zoo.texts import class_folders, read_csv
@@ -96,7 +95,7 @@ class OutputFiles:
             known = [row for row in cells if not row["error"]]
             stay = [row for row in known if os.path.abspath(row["image"]) not in changed]  # noqa: PTH100
         if left := len(known) - len(stay):
-            warnings.warn(f"Changed since {self.table}, and classified again: {left:,} images.", stacklevel=3)
+            warn(f"Changed since {self.table}, and classified again: {left:,} images.")
         return stay
 
     @property
@@ -213,7 +212,7 @@ def write_keywords(
                 journal.write(file, content)
                 written += 1
     if problems:
-        warnings.warn(f"Files without the new keywords: {len(problems):,}. {problems[0]}", stacklevel=3)
+        warn(f"Files without the new keywords: {len(problems):,}. {problems[0]}")
     return written
 
 

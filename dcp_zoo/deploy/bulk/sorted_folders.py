@@ -5,7 +5,6 @@ import filecmp
 import json
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import Any
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import companions
 from dcp_zoo.deploy.bulk.journal import Journal, remove_emptied
-from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.errors import ZooError, warn, writing_to
 from dcp_zoo.files import check_writable, unfinished, write_file
 
 RECORD = ".copies.jsonl"  # in the folder: a line for each copy, by which later runs know it
@@ -124,7 +123,7 @@ def _earlier(place: Path, sources: Mapping[str, Path]) -> tuple[dict[str, Path],
             (left.discard if stays(own[name]) else left.add)(name)
     if left:
         what = "which you moved, changed or deleted: they are not copied again, unless you delete"
-        warnings.warn(f"Images in {place} {what} {place / RECORD}: {len(left):,}.", stacklevel=3)
+        warn(f"Images in {place} {what} {place / RECORD}: {len(left):,}.")
     return {name: path for name, path in own.items() if name not in left}, left
 
 
