@@ -292,8 +292,7 @@ class Head(HeadState, TimmContract, ABC):
 
         Args:
             name: of the class; that of one that the model already has, or its position, gives it new images.
-            images: (n, 3, H, W), normalised as `create_transform` does, of which 32 are encoded at a time; or batches
-                of them, for more than fit into memory.
+            images: (n, 3, H, W), normalised as `create_transform` does, or batches of such images.
             known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
         """
         if (probe := self.text_probe) is None or self.fc is not None:
@@ -361,8 +360,7 @@ class Head(HeadState, TimmContract, ABC):
         return TEMPLATE
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
-        """These classes and texts from now on. What was measured goes if either changes, and the rejection threshold if
-        the classes that it was fitted for have other texts now."""
+        """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
@@ -385,8 +383,6 @@ class Head(HeadState, TimmContract, ABC):
             problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}"
             raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
         return images.to(self.device)
-
-    # --- how it was made ---
 
     def _outdate(self, change: str) -> None:
         """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
