@@ -3,11 +3,11 @@
 import codecs
 import csv
 import re
-import warnings
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 
+from dcp_zoo.errors import warn
 from dcp_zoo.files import read_plain
 
 NONE, LEAVE_OUT = "none of these", "leave out"  # what stands in tables in place of a class
@@ -75,7 +75,7 @@ def read_text(file: Path) -> str:
         return data.decode()
     except UnicodeDecodeError:
         text = data.decode("cp1252")
-    warnings.warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.", stacklevel=2)
+    warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.")
     return text
 
 

@@ -156,7 +156,7 @@ def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch)
     assert all(f"broken{i:02}.png" in err for i in range(12))
     assert re.search(r"broken00.png, .*broken10.png \(not in a supported format", err)  # each with its own reason
     assert re.search(r"broken01.png, .*broken11.png \(\w", err)
-    assert "Replace them, or move them out of their class folders" in err
+    assert "Replace them, or leave them out by --skip-unreadable" in err
     assert not Path("MY_PHOTOS_head").exists()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -21,7 +22,8 @@ from test_open_clip_models import write_tokenizer
 from test_tower_kinds import small_timm
 from upload_hub import Repo
 
-from dcp_zoo import create_model, hub
+import dcp_zoo
+from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.zoo.factory import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
@@ -53,7 +55,7 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
     with small_timm(SMALL_TIMM):
         files = write_repo(tmp_path / "repo", spec, write_tokenizer)
         uploads.repos[spec.clip_repo] = Repo(private=False)
-        uploads.repos[spec.clip_repo].commit(files)
+        uploads.repos[spec.clip_repo].commit(files, spec.clip_revision)
         yield spec
 
 
@@ -166,6 +168,47 @@ def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
         assert "tulip" in run.ok("predict", flowers / "rose/1.jpg", "--head", "head", "--json")
 
 
+REPAIRS = {  # of a description of the same weights
+    "activation": {"model_cfg": {"quick_gelu": True}},
+    "heads": {"model_cfg": {"vision_cfg": {"head_width": 16}}},
+    "epsilon": {"model_cfg": {"vision_cfg": {"norm_kwargs": {"eps": 0.1}}}},
+    "pooling": {"model_cfg": {"vision_cfg": {"pool_type": "avg"}}},
+    "pixels": {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}},
+}
+
+
+@pytest.mark.parametrize("repair", REPAIRS.values(), ids=REPAIRS)
+def test_a_repaired_description_makes_another_clip(repair, flowers, tmp_path):
+    """Features that were kept before are not served, and a training that was stopped does not go on."""
+    folder, images, labels = tmp_path / "clip", sorted(flowers.glob("*/[01].jpg")), ["rose"] * 2 + ["tulip"] * 2
+    described = {"model_cfg": small(open_clip.get_model_config("ViT-B-32")), "preprocess_cfg": {}}
+    name, options = f"open_clip:local-dir:{folder}", {"method": "dcp", "recipe": {"epochs": 2, "depth": 1, "n_ctx": 1}}
+
+    def write() -> None:
+        (folder / "open_clip_config.json").write_text(json.dumps(described))
+
+    def features(memory: object) -> np.ndarray:
+        return FewShotClassifier(name, method="gda", memory=memory).fit(images, labels).transform(images)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder.mkdir()
+    write()
+    save_file(build_open_clip(described["model_cfg"], False).state_dict(), folder / hub.CLIP_WEIGHTS_NAME)
+    before = features(tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        dcp_zoo.train(name, images, labels, output=tmp_path / "head", callbacks=[stop], **options)
+    for part, changes in repair.items():
+        described[part] |= {k: described[part][k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    write()
+    plain = features(False)
+    assert np.abs(before - plain).max() > 1e-3
+    assert features(tmp_path / "kept") == pytest.approx(plain, abs=1e-5)
+    with pytest.raises(ZooError, match="the state of another run: (CLIP architecture|preprocessing) .* instead of"):
+        dcp_zoo.train(name, images, labels, output=tmp_path / "head", **options)
+
+
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-B-16-SigLIP2"])
 def test_a_clip_in_a_folder(architecture, flowers, run, tmp_path, monkeypatch):
     """As docs/models.md makes one of RemoteCLIP's weights, or a clone of a repo, with its tokenizer; a head of it
@@ -196,7 +239,7 @@ def large(uploads) -> bytes:
     """What the repo of `--model small` holds here in place of weights, larger than the client's buffer."""
     content = random.Random(0).randbytes(2**25)
     uploads.repos[CLIP] = Repo(private=False)
-    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content})
+    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content}, get_spec("small").clip_revision)
     return content
 
 

@@ -82,6 +82,7 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "<b>cup" not in page
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
+    assert ("the text probe that" in page, "Gaussian" in page) == (True, False)
     looked = Count(monkeypatch, look_module, "_measured")
     with monkeypatch.context() as patch:  # before anything slow is imported
         patch.setitem(sys.modules, "dcp_zoo.inspection.inspection", None)

@@ -23,6 +23,7 @@ from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import wait_passively
 
 app = Typer(name="dcp-zoo", cls=Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -55,6 +56,7 @@ app.add_typer(data.commands, name="data")
 
 def main(program: Typer = app) -> None:
     """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
+    wait_passively()  # before a command imports torch
     warnings.showwarning = lambda text, *_, **__: errors.print(
         f"[yellow]Note:[/] {escape(from_here(str(text)))}", soft_wrap=True
     )

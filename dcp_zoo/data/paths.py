@@ -1,7 +1,6 @@
 """What a path stands for, by its name: an image, a video, an archive, or another file."""
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, shorten, writing_to
+from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.files import check_regular, check_writable
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
@@ -81,7 +80,7 @@ def visible_files(folder: str | Path) -> Iterator[str]:
     for place, folders, files in os.walk(str(folder), onerror=cannot_list):
         folders[:] = sorted(filter(is_visible, folders))
         for linked in filter(os.path.islink, (os.path.join(place, each) for each in folders)):  # noqa: PTH118
-            warnings.warn(f"{linked} is a link to a folder, and is not read: pass it itself.", stacklevel=3)
+            warn(f"{linked} is a link to a folder, and is not read: pass it itself.")
         yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118
 
 
@@ -98,4 +97,4 @@ def counted(kinds: Counter[str]) -> str:
 def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
     """Warn of files that are not read, if there are any."""
     if kinds:
-        warnings.warn(f"Ignored in {folder}: {counted(kinds)}.", stacklevel=3)
+        warn(f"Ignored in {folder}: {counted(kinds)}.")

@@ -130,7 +130,7 @@ def to_batch(model: Head, photos: Sequence[Photo]) -> torch.Tensor:
 def head_answers(model: Head, photos: Sequence[Photo]) -> list[Answers]:
     """The answers for each photograph, with the model's default statistics."""
     rows = predict(model, [photo.image for photo in photos], top_k=model.num_classes)
-    return [dict(row or ()) for row in rows]
+    return [dict(row if isinstance(row, list) else ()) for row in rows]
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ more weight for it raised the accuracy on one set of other images and lowered it
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.api.functions import as_model, predict
+from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
@@ -141,23 +142,22 @@ def suggest(
     paths = [image.path for image in find_images([str(images)])]
     answers = read_answers(labels, paths, [str(images)])
     paths = paths[:: -(-len(paths) // MOST)]
-    known = None if head is None else as_model(head, device)
-    clip = plain_clip(model) if known is None else known.frozen
-    clip = clip.to(pick_device(device))
-    seen = look(paths, clip, True, progress)
-    usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
-    usable &= [path not in answers for path in paths]
-    paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
-    done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
-    others = look(done, clip, True, progress).joined if done else seen.joined[:0]
-    features, of_labelled = map(torch.from_numpy, (seen.joined[usable], others[~np.isnan(others[:, 0])]))
-    files = [paths[i] for i in spread(features, of_labelled, count)]
-    if not files:
-        raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
-    found = [Suggestion(file) for file in files]
-    if known is not None:
-        guesses = [row[0] for row in predict(known, files) if row]
-        found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
+    with nullcontext() if head is None else lent(head, device) as known:
+        clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
+        seen = look(paths, clip, True, progress)
+        usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
+        usable &= [path not in answers for path in paths]
+        paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
+        done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
+        others = look(done, clip, True, progress).joined if done else seen.joined[:0]
+        features, of_labelled = map(torch.from_numpy, (seen.joined[usable], others[~np.isnan(others[:, 0])]))
+        files = [paths[i] for i in spread(features, of_labelled, count)]
+        if not files:
+            raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
+        found = [Suggestion(file) for file in files]
+        if known is not None:
+            guesses = [row[0] for row in predict(known, files) if isinstance(row, list)]
+            found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
     if output is not None:
         rows = [[row.file, "", row.guess, row.probability] for row in found]
         _write(Path(output), f"{len(found)} images to label", found, TO_LABEL, rows)

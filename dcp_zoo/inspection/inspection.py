@@ -62,6 +62,16 @@ class Inspection:
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
     unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `labels.unknown`
 
+    def __repr__(self) -> str:
+        found = {
+            "labels probably wrong": len(self.suspects),
+            "may show no class": len(self.of_no_class),
+            "groups of the same picture": len(self.groups),
+            "with other problems": len(self.problems),
+        }
+        counts = ", ".join(f"{count} {what}" for what, count in found.items())
+        return f"<Inspection of {len(self.data.items)} images: {counts}>"
+
     @cached_property
     def rows(self) -> list[Inspected]:
         """One for each image, those with a suggestion first."""
