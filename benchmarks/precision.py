@@ -100,7 +100,7 @@ def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]
     import torch
 
     from dcp_zoo.deploy.onnx_classifier import onnx_predictor
-    from dcp_zoo.training.predictor import torch_predictor
+    from dcp_zoo.prediction.heads import torch_predictor
 
     torch.set_num_threads(1)
     if runtime == "onnx":

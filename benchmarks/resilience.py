@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import Predictor
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.sweep import shared_images, sweep, sweep_on_ray
 from dcp_zoo.cli.console import output as console
@@ -42,8 +41,9 @@ from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.head import Head
+from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.training.loop import train
-from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
@@ -161,7 +161,7 @@ def weights(folder: Path) -> bytes:
 
 def predict_in(folder: Path, photos: Path, predictor: Predictor) -> None:
     outputs = OutputFiles(folder / "predictions.csv", folder / "features.npz")
-    run(find_images([str(photos)]), Job(lambda: predictor, {}, batch_size=2, workers=2), outputs, part_seconds=0.05)
+    run(find_images([str(photos)]), Job(lambda: predictor, {}, batch_size=2), outputs, part_seconds=0.05)
 
 
 def predict_round(

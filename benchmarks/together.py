@@ -9,7 +9,7 @@
 DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A
 text probe is fitted to K images per class, other ones in each draw; a folder is a part of the test images.
 
-How `dcp_zoo.deploy.together` was chosen. Its form, `CONFIDENT`, and what is listed below, come from the sets for
+How `dcp_zoo.prediction.together` was chosen. Its form, `CONFIDENT`, and what is listed below, come from the sets for
 choosing alone, four draws. The constants that came with it (`SHARES` 2) lost 1.3 points in the worst tenth of all runs
 on the other sets, 4.9 on one of them. The constants of `GRID` were therefore chosen on all 18 sets, each left out in
 turn: those that lose no more than `LOSS` on the 17 others, and of these the ones that gain most. The same come out for
@@ -53,12 +53,12 @@ from tuning import GrowingTable, of_class
 from dcp_zoo.answers import top_classes
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.progress import no_progress
-from dcp_zoo.deploy import together as rule
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.together import together
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.prediction import together as rule
+from dcp_zoo.prediction.together import together
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source

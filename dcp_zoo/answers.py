@@ -1,6 +1,6 @@
 """From logits to answers: probabilities, the best classes, whether an image is of none; in NumPy, without torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,14 +33,33 @@ def in_distribution_score(logits: np.ndarray, distances: np.ndarray) -> np.ndarr
     return (np.exp(logs) * logs).sum(1) - DISTANCE_WEIGHT * distances
 
 
-def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
+class Prediction(NamedTuple):
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Prediction]]:
     """Probabilities (n, C) -> the `top_k` classes of each image, best first, or in their order if equally probable."""
     order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
     values = np.take_along_axis(probabilities, order, 1)
     return [
-        [{"class": classnames[i], "probability": round(p, 6)} for i, p in zip(*pair, strict=True)]
+        [Prediction(classnames[i], p) for i, p in zip(*pair, strict=True)]
         for pair in zip(order.tolist(), values.tolist(), strict=True)
     ]
+
+
+def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
+    """`best`, as it is written: rounded."""
+    found = best(probabilities, classnames, top_k)
+    return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in found]
+
+
+def is_rejected(logits: np.ndarray, distances: np.ndarray | None, threshold: float) -> np.ndarray:
+    """Whether each of n images (n,) belongs to none of the classes: its `in_distribution_score` is too low."""
+    assert distances is not None
+    return in_distribution_score(logits, distances) < threshold
 
 
 class Outputs(NamedTuple):
@@ -52,20 +71,8 @@ class Outputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """A classifier that is ready, by PyTorch or ONNX Runtime."""
-
-    architecture: str  # name of its model
-    classnames: list[str]
-    preprocessing: Values  # timm's, see `dcp_zoo.data.pixels`
-    compute: Callable[[np.ndarray], Outputs]  # pixels, uint8 (n, 3, H, W) -> their outputs
-    threshold: float | None = None  # images whose in_distribution_score is below it are of no class; None: not known
-    cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
-
-
-@dataclass(frozen=True)
 class Answering:
-    """How logits become answers."""
+    """How logits become the rows of a table or of JSON."""
 
     top_k: int = 5  # classes per image
     threshold: float | None = None  # of `in_distribution_score`; without one nothing is rejected
@@ -78,15 +85,9 @@ class Answering:
         ranked = top_classes(np.exp(log_softmax(logits)), classnames, self.top_k)
         rows: list[Row] = [{"predictions": classes} for classes in ranked]
         if self.threshold is not None:
-            unknown = self.rejects(logits, distances)
+            unknown = is_rejected(logits, distances, self.threshold)
             rows = [row | {"rejected": bool(no)} for row, no in zip(rows, unknown, strict=True)]
         return rows
-
-    def rejects(self, logits: np.ndarray, distances: np.ndarray | None) -> np.ndarray:
-        """Whether each of n images (n,) belongs to none of the classes."""
-        assert distances is not None
-        assert self.threshold is not None
-        return in_distribution_score(logits, distances) < self.threshold
 
 
 def label(row: Row) -> str:

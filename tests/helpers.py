@@ -31,7 +31,7 @@ from PIL import Image, ImageFile
 from safetensors.torch import save_file
 from torch import nn
 
-from dcp_zoo.answers import Predictor, in_distribution_score
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial, plan
 from dcp_zoo.data import Split, load_for_training, load_image
 from dcp_zoo.data.find import Found
@@ -40,6 +40,7 @@ from dcp_zoo.deploy.bulk.job import Job, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.state import TrainingState

@@ -7,11 +7,13 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +26,20 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Outputs, Predictor, label, written
+from dcp_zoo.answers import Outputs, label, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.data.readers import label_rows
-from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
+from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
-from dcp_zoo.deploy.together import _average, together
-from dcp_zoo.training.predictor import torch_predictor
+from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.predictor import Predictor, decode, decoded
+from dcp_zoo.prediction.together import _average, together
 
 BUNDLED = "dcp_mini.caltech101-1shot"
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -122,17 +125,27 @@ def test_a_folder_that_cannot_be_listed_is_not_skipped(photos, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def test_processes_decode_as_threads_do(photos):
+def test_images_are_decoded_in_batches_and_in_order(photos):
     paths = [image.path for image in find_images(["photos"])]
-    for workers in (0, 2):
-        batches = [(pixels.copy(), errors) for pixels, errors in decode_batches(paths, CFG, 5, workers)]
-        assert [len(errors) for _, errors in batches] == [5, 5, 5, 5, 4]
-        errors = [error for _, errors in batches for error in errors]
-        assert [i for i, error in enumerate(errors) if error] == [4]
-        assert "photos/a/04.jpg" in errors[4]
-        pixels = np.concatenate([pixels for pixels, _ in batches])
-        expected = [crop(load_image(path), CFG) for i, path in enumerate(paths) if i != 4]
-        np.testing.assert_array_equal(np.delete(pixels, 4, 0), expected)
+    batches = list(decoded(paths, CFG, 5))
+    assert [len(errors) for _, errors in batches] == [5, 5, 5, 5, 4]
+    errors = [error for _, errors in batches for error in errors]
+    assert [i for i, error in enumerate(errors) if error is not None] == [4]
+    assert "photos/a/04.jpg" in str(errors[4])
+    pixels = np.concatenate([pixels for pixels, _ in batches])
+    expected = [crop(load_image(path), CFG) for i, path in enumerate(paths) if i != 4]
+    np.testing.assert_array_equal(np.delete(pixels, 4, 0), expected)
+
+
+def test_other_processes_decode_to_the_pixels_of_the_transform():
+    """Of a path, its bytes or an image: nothing of the model goes with them."""
+    cfg, path = dcp_zoo.get_pretrained_cfg("dcp_mini"), sample_images()[0]
+    work = partial(decode, preprocessing={name: cfg[name] for name in ("input_size", "crop_pct", "interpolation")})
+    expected = dcp_zoo.create_transform("dcp_mini")(load_image(path)).numpy()
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        for pixels in pool.map(work, [path, Path(path).read_bytes(), load_image(path)]):
+            assert pixels.dtype == np.uint8
+            np.testing.assert_allclose(normalise(pixels, cfg), expected, atol=1e-6)
 
 
 def test_pixels_and_normalisation_are_the_transform_of_every_model():
@@ -299,14 +312,15 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
 
 def test_a_run_survives_kills(photos):
-    """SIGKILL at random times, until the run finishes. No process is left behind."""
+    """SIGKILL at random times, until the run finishes."""
     script = f"""
 import time
 from pathlib import Path
 from unicodedata import normalize
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.answers import Outputs, Predictor
+from dcp_zoo.answers import Outputs
+from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 from dcp_zoo.data.find import find_images
@@ -316,7 +330,7 @@ def compute(pixels):
     bright = means.mean(1)
     return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 fake = Predictor("fake", ["dark", "bright"], {CFG}, compute)
-job = Job(lambda: fake, {{}}, batch_size=1, workers=1)
+job = Job(lambda: fake, {{}}, batch_size=1)
 run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), part_seconds=0)
 """
 
@@ -335,14 +349,6 @@ run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), par
             process.kill()
             kills += 1
         process.wait()
-        for _ in range(200):  # its workers end by themselves
-            try:
-                os.killpg(process.pid, signal.SIGCONT)
-            except ProcessLookupError:
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("a worker outlives the killed process")
     assert kills >= 2
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
@@ -355,22 +361,10 @@ def test_an_image_beyond_memory_is_an_error_of_its_own(photos, monkeypatch):
             raise MemoryError
         return load_image(path)
 
-    monkeypatch.setattr("dcp_zoo.deploy.bulk.job.load_image", load)
+    monkeypatch.setattr("dcp_zoo.prediction.predictor.load_image", load)
     rows = [row for batch in classify(find_images(["photos"]), FAKE) for row in batch.rows]
     errors = [row["error"] for row in rows if "too large for the memory" in row.get("error", "")]
     assert errors == ["photos/a/01.jpg is too large for the memory that is left."]
-
-
-def test_a_killed_worker_is_explained(photos):
-    paths = [image.path for image in find_images(["photos"])]
-    batches = decode_batches(paths, CFG, 1, 1)
-    next(batches)
-    import multiprocessing.process
-
-    for child in multiprocessing.process.active_children():
-        child.kill()
-    with pytest.raises(ZooError, match="A process that decodes images was killed, perhaps for lack of memory"):
-        list(batches)
 
 
 # ---------------------------------------------------------------------------------------------------- sheet
@@ -441,7 +435,7 @@ def test_a_stopped_run_together_gives_the_same_answers(photos):
         return doubtful(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        run_bulk(images, lambda: replace(DOUBTFUL, compute=stop), OutputFiles(Path("p.csv")), {}, **options)
+        run_bulk(images, lambda: replace(DOUBTFUL, encode=stop), OutputFiles(Path("p.csv")), {}, **options)
     with pytest.raises(ZooError, match="another run, which differs in together"):
         run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("p.csv")), {})
     assert run_bulk(images, lambda: DOUBTFUL, OutputFiles(Path("p.csv")), {}, **options).resumed == 10
@@ -482,7 +476,7 @@ def test_parts_of_a_large_folder_are_compared_with_all_of_it(monkeypatch):
     features[:20] = features[0]
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     shown: list[int] = []
-    monkeypatch.setattr("dcp_zoo.deploy.together.ROWS", 7)
+    monkeypatch.setattr("dcp_zoo.prediction.together.ROWS", 7)
 
     def progress(parts, what, total, size, **options):
         for part in parts:

@@ -170,7 +170,7 @@ def test_samples_are_named_right_and_rejected_by_a_head_for_other_things():
 def test_answers_are_those_of_the_command_line():
     from dcp_zoo.data.find import find_images
     from dcp_zoo.data.packaged import sample_images
-    from dcp_zoo.training.predictor import torch_predictor
+    from dcp_zoo.prediction.heads import torch_predictor
 
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     ((rows, _),) = classify(find_images(sample_images()[:2]), torch_predictor(model))

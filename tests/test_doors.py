@@ -111,7 +111,7 @@ def edit(head: Head, paths: list[str]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
     """In float32, in which heads are saved, also those of a checkpoint."""
-    monkeypatch.setattr("dcp_zoo.training.predictor.FEW", 4)  # images, of more than which a head is fused
+    monkeypatch.setattr("dcp_zoo.prediction.heads.FEW", 4)  # images, of more than which a head is fused
     whole, (paths, _) = heads(kind), pictures
     edit(whole, paths)
     names, expected = whole.classnames, plainly(whole, paths)

@@ -28,7 +28,7 @@ from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, onnx_predictor,
 from dcp_zoo.deploy.server import application
 from dcp_zoo.model.config import MINI_CFG
 from dcp_zoo.model.mini import STEM_STAGES, build_mini_clip
-from dcp_zoo.training.predictor import torch_predictor
+from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]

@@ -18,8 +18,8 @@ from dcp_zoo.api.attention import attention_maps
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import candidates, probe
+from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.predictor import torch_predictor
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

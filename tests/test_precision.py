@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from dcp_zoo.cli.predict import PredictOptions, torch_head
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.job import decode_batches
+from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.predictor import decoded
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.device import pick_precision
-from dcp_zoo.training.predictor import torch_predictor
 from dcp_zoo.training.sources import image_source
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_features_are_kept_by_their_precision(clip, photos):
 def test_logits_are_those_of_rounded_features_exactly(tiny_head):
     """A classifier in bfloat16 would round logits, too."""
     cfg = tiny_head.pretrained_cfg
-    ((pixels, _),) = decode_batches(sample_images()[:3], cfg, 3, 0)
+    ((pixels, _),) = decoded(sample_images()[:3], cfg, 3)
     found = torch_predictor(tiny_head, features=True, precision="bfloat16").compute(pixels)
     features, (weight, bias) = torch.from_numpy(found.features), tiny_head.linear()
     torch.testing.assert_close(torch.from_numpy(found.logits), F.linear(features, weight, bias), rtol=1e-5, atol=1e-4)

@@ -16,8 +16,8 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from dcp_zoo.answers import Answering, Outputs, log_softmax
-from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by
+from dcp_zoo.answers import Outputs, is_rejected
+from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by, warn_of
 from dcp_zoo.api.inputs import (
     Images,
     Labelled,
@@ -35,13 +35,13 @@ from dcp_zoo.data import check_images, load_image
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
-from dcp_zoo.deploy.together import together as refine_together
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
 from dcp_zoo.model.config import alone_in, is_checkpoint
 from dcp_zoo.model.head import Head
+from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.loop import Callback, Epoch
@@ -152,10 +152,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`; `together`: see `dcp_zoo.predict`."""
         found, placed = self._outputs(images)
-        probabilities = np.exp(log_softmax(found.logits))
-        if together and found.features is not None and len(probabilities):
-            probabilities = refine_together(probabilities, found.features)
-        return placed(probabilities)
+        return placed(refined(found, np.full(len(found.logits), together)))
 
     def decision_function(self, images: Images) -> np.ndarray:
         """Logits (n, C) in the order of `classes_`; of two classes, how far the second is ahead (n,)."""
@@ -184,7 +181,9 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         check_features(images, read_by(head))
         with self._kept_features():
             options = self.batch_size, self.precision, self._progress(), reject, self.errors
-            found, rows = outputs_of(head, items, *options)
+            found, rows, broken = outputs_of(head, items, *options, features=head.stats == "stored")
+        if broken:
+            warn_of(items, broken)
 
         def placed(values: np.ndarray) -> np.ndarray:
             if len(rows) == len(items):
@@ -200,12 +199,12 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
         head = self._head()  # says if nothing is fitted
-        answering = Answering(threshold=head.rejection_threshold(reject)) if reject else None
+        threshold = head.rejection_threshold(reject) if reject else None
         found, placed = self._outputs(images, reject)
         labels = self.classes_[found.logits.argmax(-1)]
-        if answering:
+        if threshold is not None:
             labels = labels.astype(object)
-            labels[answering.rejects(found.logits, found.distances)] = None
+            labels[is_rejected(found.logits, found.distances, threshold)] = None
         return placed(labels)
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:

@@ -1,17 +1,16 @@
 """Train a head on your own images, measure it, and classify with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import Outputs, Row
+from dcp_zoo.answers import Outputs, Prediction, best, is_rejected
 from dcp_zoo.api.inputs import (
     ClassNames,
     Images,
@@ -24,37 +23,27 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.find import Found
-from dcp_zoo.data.images import load_image
-from dcp_zoo.data.progress import Progress, bar, no_progress
-from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, told, without_unreadable
-from dcp_zoo.deploy.bulk.job import Job
+from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import VIEW_BATCH
+from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device, pick_precision
+from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.planning import ClassWeights, Run, plan
-from dcp_zoo.training.predictor import read, torch_predictor
 from dcp_zoo.training.recipes import AUTO, MANY
 from dcp_zoo.training.run import RunOptions, train_head
-from dcp_zoo.training.sources import by_image, image_source
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import get_spec
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
-KEPT = 1000  # images; more in one call would only push others out of memory
-
-
-class Prediction(NamedTuple):
-    """A class and its probability."""
-
-    name: str
-    probability: float
 
 
 @fair_threads()
@@ -179,9 +168,11 @@ def evaluate(
     with lent(model, device) as head:
         check_features(images, read_by(head))
         items = with_classes(images, labels, head.classnames)
-        found, rows = outputs_of(head, items, batch_size, precision, progress, errors=errors)
+        found, rows, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
+        if broken:
+            warn_of(items, broken)
         if not rows:
-            check_images(items, no_progress, KEEP, load_image)
+            refuse(items, broken)
         return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
 
 
@@ -211,80 +202,70 @@ def predict(
         errors: "raise", see `evaluate`; or "keep" the predictions of the others, with a `dcp_zoo.UnreadableImages`,
             not raised, in the place of each image that cannot be read.
     """
-    check_choice("errors", errors, ERRORS)
+    check_range("top_k", top_k, 1)
     items = unlabelled(images)
-    if errors == "raise":
-        check_images(items, no_progress, KEEP)
-    found = [Found(item.path if isinstance(item.path, str) else item.key, item.path) for item in items]
     with lent(model, device) as head:
-        predictor = torch_predictor(head, together, precision, reject, len(items))
-        job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
-        batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-        rows = job.collect(batches, predictor.classnames)
-    answers = [_answer(row) for row in rows]
-    if errors == "raise":
-        with all_named(items):
-            for answer in answers:
-                if isinstance(answer, UnreadableImages):
-                    raise answer
-    return answers
+        options = batch_size, precision, progress, reject, errors
+        found, read, broken = outputs_of(head, items, *options, features=together)
+        names, threshold = head.classnames, head.rejection_threshold(reject) if reject else None
+    none = np.zeros(len(read), bool) if threshold is None else is_rejected(found.logits, found.distances, threshold)
+    ranked = best(refined(found, ~none & together), names, top_k)
+    answers: dict[int, Any] = {i: None if no else row for i, row, no in zip(read, ranked, none, strict=True)}
+    for i, error in broken.items():
+        name = items[i].path if isinstance(items[i].path, str) else items[i].key
+        answers[i] = UnreadableImages(str(error), {name: str(error)})
+    return [answers[i] for i in range(len(items))]
 
 
-def _answer(row: Row) -> list[Prediction] | UnreadableImages | None:
-    if "error" in row:
-        return UnreadableImages(row["error"], {row["image"]: row["error"]})
-    return None if row.get("rejected") else [Prediction(p["class"], p["probability"]) for p in row["predictions"]]
-
-
+@fair_threads()
 def outputs_of(
-    model: Head,
+    head: Head,
     items: Sequence[Item],
     batch_size: int,
     precision: str,
     progress: Progress = bar,
     reject: float | None = None,
     errors: str = "raise",
-) -> tuple[Outputs, list[int]]:
-    """What a model computes of the items' images that can be read, and their positions; features are kept by
-    `kept_features`. `errors`: see `evaluate`."""
+    features: bool = False,
+    alone: bool = True,
+) -> tuple[Outputs, list[int], dict[int, ZooError]]:
+    """What a head computes of the items' images that can be read, and their positions; and why others cannot. `errors`:
+    see `evaluate`; other arguments as of `torch_predictor`."""
     check_choice("errors", errors, ERRORS)
-    compute = partial(_computed, model, batch_size, precision, progress, reject)
-    if errors == "raise":
-        check_images(items, no_progress, KEEP)
-        with all_named(items):
-            return compute(items), list(range(len(items)))
-    broken = damaged(items)
-    try:
-        found = compute([item for i, item in enumerate(items) if i not in broken])
-    except UnreadableImages:  # which few bytes of the file did not tell
-        broken = damaged(items, load_image)
-        found = compute([item for i, item in enumerate(items) if i not in broken])
-    if broken:
-        warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
-    return found, [i for i in range(len(items)) if i not in broken]
-
-
-@fair_threads()
-def _computed(
-    model: Head,
-    batch_size: int,
-    precision: str,
-    progress: Progress,
-    reject: float | None,
-    items: Sequence[Item],
-) -> Outputs:
     check_range("batch_size", batch_size, 1)
-    if not items:
-        nothing = np.zeros((0, model.num_classes), np.float32)
-        features = np.zeros((0, model.num_features), np.float32) if model.stats == "stored" else None
-        return Outputs(nothing, np.zeros(0, np.float32) if reject else None, features)
-    given = next((len(item.path) for item in items if isinstance(item.path, torch.Tensor)), model.num_features)
-    if given != model.num_features:
-        raise ZooError(f"This model reads {model.num_features} features of an image, not {given}: pass the images.")
-    once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
-    precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.frozen, items, once=once, precision=precision, pass_size=batch_size)
-    return read(model, source, batch_size, progress, bool(reject))
+    broken = damaged(items)  # those that few bytes of the file tell
+    if errors == "raise":
+        refuse(items, broken)
+    sound = [i for i in range(len(items)) if i not in broken]
+    paths = [items[i].path for i in sound]
+    with in_eval_mode(head):
+        predictor = torch_predictor(head, features, precision, reject, len(paths), alone)
+        if reject and predictor.threshold is None:
+            raise ZooError(predictor.cannot_reject)
+        if paths and isinstance(paths[0], Tensor):
+            found, problems = predictor.classify(given_features(head, paths)), [None] * len(paths)
+        else:
+            found, problems = predictor.outputs(paths, batch_size, progress)
+    broken |= {i: problem for i, problem in zip(sound, problems, strict=True) if problem is not None}
+    if errors == "raise":
+        refuse(items, broken)
+    return found, [i for i in range(len(items)) if i not in broken], broken
+
+
+def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
+    warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
+
+
+def given_features(head: Head, rows: Sequence[Tensor]) -> Tensor:
+    """Features (n, F) that are given in place of images; ZooError if they do not fit the head."""
+    widths, reads = {len(row) for row in rows}, head.reads
+    if widths != {head.num_features}:
+        raise ZooError(
+            f"This model reads {head.num_features} features of an image, not {min(widths)}: pass the images."
+        )
+    if len(reads) > 1 or reads[0].encoder is not head.frozen or reads[0].prompts is not None:
+        raise ZooError("Features do not fit: this model reads images alone, not only what plain CLIP says of them.")
+    return torch.stack(list(rows))
 
 
 def pixels_of(model: Head, items: Sequence[Item], batch_size: int = VIEW_BATCH) -> Iterator[Tensor]:

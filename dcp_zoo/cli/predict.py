@@ -27,9 +27,10 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
-    from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
+    from dcp_zoo.deploy.bulk.job import Job, Summary
+    from dcp_zoo.prediction.predictor import Predictor
 
-BATCH, MANY = 32, 64  # images: at a time; from which on processes decode them, whose start takes a while
+BATCH = 32  # images at a time
 FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
@@ -126,9 +127,8 @@ def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
     from dcp_zoo.deploy.bulk.job import Job
 
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
-    workers = available_cores() if len(images) > MANY else 0
     answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(load, plan, options.top_k, BATCH, workers, options.reject, options.together, answers)
+    return Job(load, plan, options.top_k, BATCH, options.reject, options.together, answers)
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
@@ -146,8 +146,8 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     name = opt.head_name(options.head)
+    from dcp_zoo.prediction.heads import torch_predictor
     from dcp_zoo.training.device import pick_device, pick_precision
-    from dcp_zoo.training.predictor import torch_predictor
 
     precision = options.precision
     if precision == AUTO:  # part of the plan: a run is only continued in the same one

@@ -1,8 +1,10 @@
 """Progress bars where somebody watches: in a terminal or a notebook. They vanish at the end."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 # (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
@@ -23,3 +25,14 @@ def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **opti
         from tqdm import tqdm  # here, as the server's container lacks it
     settings = {"disable": not (in_notebook or sys.stderr.isatty()), "leave": False, "delay": DELAY}
     return tqdm(items, what, total, **settings | options)
+
+
+def by_image(
+    progress: Progress, batches: Iterable[Any], description: str, images: int, cached: int = 0
+) -> Iterator[Any]:
+    """The batches (inputs, ...) of the images that are not cached; the progress bar counts all `images`."""
+    counted = iter(progress(range(images), description, images))
+    deque(islice(counted, 1 + cached), 0)  # the first starts the bar at 0
+    for batch in batches:
+        yield batch
+        deque(islice(counted, len(batch[0])), 0)

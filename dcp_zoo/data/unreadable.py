@@ -47,7 +47,12 @@ def check_images(
     read: Callable[[ImageLike], object] = check_complete,
 ) -> None:
     """Raise one `UnreadableImages` for all images that are not images or are truncated, see `damaged`."""
-    if found := damaged(items, read, progress):
+    refuse(items, damaged(items, read, progress), advice)
+
+
+def refuse(items: Sequence[Item], found: Mapping[int, ZooError], advice: str = KEEP) -> None:
+    """Raise one `UnreadableImages` for the images that cannot be read, if there are any: why, by their positions."""
+    if found:
         raise found[0] if len(items) == 1 else UnreadableImages(f"{told(items, found)}. {advice}", _named(items, found))
 
 

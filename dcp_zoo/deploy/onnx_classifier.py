@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dcp_zoo.answers import Answering, Outputs, Predictor, log_softmax
+from dcp_zoo.answers import Answering, Outputs, log_softmax
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.fields import Values
+from dcp_zoo.prediction.predictor import Predictor
 
 SMALLEST = np.finfo(np.float32).tiny
 INPUT = "pixel_values"  # of normalised images, as other programs call it
@@ -114,4 +115,4 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, d
     advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
     cannot_reject = f"{path} has no threshold to reject images. {advice}"
     given = info["model"], exported.classnames, info["preprocessing"]
-    return Predictor(*given, compute, info.get("threshold"), cannot_reject)
+    return Predictor(*given, compute, threshold=info.get("threshold"), cannot_reject=cannot_reject)

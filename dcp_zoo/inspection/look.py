@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from dcp_zoo.data.images import ImageLike, in_threads, load_image
+from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
-from dcp_zoo.training.sources import Progress, by_image, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images

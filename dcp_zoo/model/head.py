@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import Answering
+from dcp_zoo.answers import is_rejected
 from dcp_zoo.errors import ZooError, check_choice, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
@@ -207,8 +207,9 @@ class Head(HeadState, TimmContract, ABC):
             logits = self(images) if stored is None else self.classify(stored)
             if reject:
                 distances = self.distances(self.encode_image(images) if stored is None else stored).cpu().numpy()
-        rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
-        return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
+        found, names = logits.float().cpu().numpy(), self.classnames
+        none = [False] * len(found) if threshold is None else is_rejected(found, distances, threshold)
+        return [None if no else names[i] for i, no in zip(found.argmax(-1), none, strict=True)]
 
     # --- images of none of the classes ---
 

@@ -131,6 +131,11 @@ def kept_features(folder: str | os.PathLike[str] | None = None) -> Iterator[None
         _active.reset(token)
 
 
+def keeps_features() -> bool:
+    """Whether this is inside `kept_features`."""
+    return _active.get() is not None
+
+
 def per_image(
     images: Sequence[str | Path | Image.Image],
     setting: Callable[[], str],

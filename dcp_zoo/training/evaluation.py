@@ -13,17 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
+from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
 from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.clip import parts_of
 from dcp_zoo.model.config import NO_CLASSIFIER
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.predictor import read
+from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NOT_LEARNT
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import ImageSource, features_of
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
+FEATURES_AT_A_TIME = 1000  # that are classified
 BINS = 15
 
 
@@ -127,7 +129,25 @@ class Evaluation:
 
 def predict(head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
     """The logits (n, C) of `read`."""
-    return torch.from_numpy(read(head, source, batch_size, progress).logits)
+    return read(head, source, batch_size, progress)[0]
+
+
+@torch.no_grad()
+def read(
+    head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress
+) -> tuple[Tensor, Tensor | None]:
+    """The logits (n, C) of all images of a source, in order, with the current statistics; and with the stored ones the
+    features (n, F). With others a batch has `batch_size` images."""
+    with in_eval_mode(head):
+        if head.stats == "stored":
+            features = features_of(head, source, 1, progress)[0].float()
+            chunks = features.split(FEATURES_AT_A_TIME)
+            return torch.cat([head.classify(x.to(head.device)).float().cpu() for x in chunks]), features
+        logits = []
+        for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
+            with autocast(head.device, source.precision):
+                logits.append(head(inputs.to(head.device)).float().cpu())
+    return torch.cat(logits), None
 
 
 def predict_modes(
@@ -142,11 +162,10 @@ def predict_modes(
         try:
             for stats in head.stats_modes:
                 head.stats = stats
-                outputs = read(head, source, batch_size, progress)
-                found[stats] = torch.from_numpy(outputs.logits)
-                if outputs.features is not None and head.text_probe is not None:
+                found[stats], features = read(head, source, batch_size, progress)
+                if features is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.own_linear())
-                    own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
+                    own = features[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
                     without[NO_CLASSIFIER] = F.linear(own, weight, bias)
         finally:
             head.stats = None if default else before

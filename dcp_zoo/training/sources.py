@@ -1,11 +1,9 @@
 """The images that a model reads: loaded, transformed, shuffled, and run through a frozen stem only once."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, d
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
@@ -27,17 +25,6 @@ from dcp_zoo.zoo.factory import create_transform
 
 Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if there are any
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
-
-
-def by_image(
-    progress: Progress, batches: Iterable[Any], description: str, images: int, cached: int = 0
-) -> Iterator[Any]:
-    """The batches (inputs, ...) of the images that are not cached; the progress bar counts all `images`."""
-    counted = iter(progress(range(images), description, images))
-    deque(islice(counted, 1 + cached), 0)  # the first starts the bar at 0
-    for batch in batches:
-        yield batch
-        deque(islice(counted, len(batch[0])), 0)
 
 
 @dataclass

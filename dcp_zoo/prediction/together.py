@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dcp_zoo.answers import Outputs, log_softmax
 from dcp_zoo.data.progress import Progress, no_progress
 
 NEAREST, ROUNDS = 8, 10
@@ -47,6 +48,15 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
     return z
+
+
+def refined(found: Outputs, own: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
+    """The probabilities (n, C) of images: of those that are of the classes, `own` (n,), refined by each other."""
+    probabilities, features = np.exp(log_softmax(found.logits)), found.features
+    if features is not None and own.any():
+        lengths = np.linalg.norm(features[own], axis=1, keepdims=True)
+        probabilities[own] = together(probabilities[own], features[own] / lengths, progress)
+    return probabilities
 
 
 def _share_of_classes(probabilities: np.ndarray) -> float:
