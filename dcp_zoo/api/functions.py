@@ -243,7 +243,10 @@ def outputs_of(
         if reject and predictor.threshold is None:
             raise ZooError(predictor.cannot_reject)
         if paths and isinstance(paths[0], Tensor):
-            found, problems = predictor.classify(given_features(head, paths)), [None] * len(paths)
+            found, problems = (
+                predictor.classify(given_features(head, paths)),
+                list[ZooError | None]([None] * len(paths)),
+            )
         else:
             found, problems = predictor.outputs(paths, batch_size, progress)
     broken |= {i: problem for i, problem in zip(sound, problems, strict=True) if problem is not None}

@@ -17,6 +17,7 @@ from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
+from dcp_zoo.data.unreadable import MOVE, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
@@ -66,11 +67,13 @@ def evaluate(
     if report:
         check_output(report, overwrite, "--report")
     sentences = read_descriptions(descriptions) if descriptions else None
-    from dcp_zoo.api.functions import as_model
+    import torch
+
+    from dcp_zoo.api.functions import as_model, outputs_of
     from dcp_zoo.api.inputs import among
     from dcp_zoo.release.cards import claimed
     from dcp_zoo.training.device import pick_precision
-    from dcp_zoo.training.evaluation import Evaluation, measure, predict
+    from dcp_zoo.training.evaluation import Evaluation, measure
     from dcp_zoo.training.sources import image_source
 
     use_threads(threads)
@@ -97,11 +100,13 @@ def evaluate(
     if claim and precision == AUTO:  # as it was measured
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.frozen, test, progress=progress_bar, precision=precision)
     if claims:
+        source = image_source(model.frozen, test, progress=progress_bar, precision=precision)
         metrics, evaluation = measure(model, source, batch_size, progress_bar)
     else:
-        evaluation = Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar))
+        found, _, broken = outputs_of(model, test, batch_size, precision, progress_bar, errors="keep", alone=False)
+        refuse(test, broken, MOVE)
+        evaluation = Evaluation(model.classnames, test, torch.from_numpy(found.logits))
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")

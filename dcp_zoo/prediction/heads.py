@@ -68,10 +68,16 @@ def torch_predictor(
     fast = head.abilities.linear and stored and not keeps_features() and (images is None or images > FEW)
     rejects = bool(reject) and not head.cannot_reject
     runs = TorchHead(head, head.fuse() if fast else head, precision, stored, alone, rejects, features)
-    steps = (runs.encode, runs.classify) if stored else (np.asarray, runs.classify_pixels)
-    threshold = head.rejection_threshold(reject) if rejects and reject else None
-    about = head.encoder.architecture, head.classnames, head.pretrained_cfg
-    return HeadPredictor(*about, *steps, threshold, head.cannot_reject, runs=runs)
+    return HeadPredictor(
+        head.encoder.architecture,
+        head.classnames,
+        head.pretrained_cfg,
+        encode=runs.encode if stored else np.asarray,
+        classify=runs.classify if stored else runs.classify_pixels,
+        threshold=head.rejection_threshold(reject) if rejects and reject else None,
+        cannot_reject=head.cannot_reject,
+        runs=runs,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class TorchHead:
         distances = [self.head.distances(self.encode(image[None])) for image in pixels] if self.rejects else []
         return Outputs(logits, torch.cat(distances).cpu().numpy() if distances else None)
 
+    @torch.no_grad()
     def kept(self, images: Sequence[ImageLike], batch_size: int, progress: Progress) -> tuple[Tensor, Errors]:
         """The features of images, NaN of those that cannot be read, and their errors. What frozen encoders give is kept
         by `per_image`, as in training."""
@@ -133,7 +140,6 @@ class TorchHead:
         plain = reading.encoder is frozen and reading.prompts is None
         encode = frozen.read if plain else reading.encode  # all parts, which other heads may read
 
-        @torch.no_grad()
         def compute(rows: Sequence[int]) -> Iterator[Tensor]:
             batches, left = decoded([images[i] for i in rows], frozen.pretrained_cfg, batch_size), iter(rows)
             known = len(images) - len(rows)

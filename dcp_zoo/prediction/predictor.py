@@ -88,12 +88,12 @@ class Predictor:
         batches = decoded(images, self.preprocessing, batch_size)
         for pixels, problems in by_image(progress, batches, "images", len(images)):
             errors += problems
-            if not all(problems):
-                parts.append(
-                    self.compute(pixels[[problem is None for problem in problems]] if any(problems) else pixels)
-                )
-        if not parts:  # the arrays of no image
-            found = self.compute(np.zeros((1, *self.preprocessing["input_size"]), np.uint8))
-            return Outputs(*(None if part is None else part[:0] for part in found)), errors
-        found = Outputs(*(None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)))
-        return found, errors
+            read = [problem is None for problem in problems]
+            if any(read):
+                parts.append(self.compute(pixels if all(read) else pixels[read]))
+        # of no image the arrays are empty
+        parts = parts or [self.compute(np.zeros((1, *self.preprocessing["input_size"]), np.uint8))]
+        arrays: list[Any] = [None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)]
+        if None not in errors:
+            arrays = [None if array is None else array[:0] for array in arrays]
+        return Outputs(*arrays), errors
