@@ -81,16 +81,3 @@ def test_a_head_is_trained_from_its_name_alone(trained, run):
     assert trained["recipe"] == Recipe(ctx_init=PHRASE, classifier="text-probe")
     run.ok("train", "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", "--set", "lr=0.1", "--output", "o")
     assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1, ctx_init=PHRASE, classifier="text-probe"), "o")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--head", "dcp_vitb16.dtd-1shot", "--shots", "2"], "already sets --shots"),
-        (["--head", "dcp_vitb16.dtd-3shot"], "has no head 'dtd-3shot'"),
-        (["--dataset", "digits"], "--output DIR"),
-    ],
-)
-def test_contradictions_are_rejected(trained, run, args, message):
-    assert message in run.refused("train", *args)
-    assert not trained
