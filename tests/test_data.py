@@ -130,13 +130,6 @@ def test_malformed_split_is_rejected(tmp_path, content, message):
     assert str(file) in str(error.value)
 
 
-def test_warning_for_other_class_names_than_the_heads_use(tmp_path):
-    content = {p: [[k, y, "Lake" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
-    write_listed(tmp_path, "eurosat", content)
-    with pytest.warns(UserWarning, match="label 9 is 'Lake' here but 'Sea or Lake' in the zoo"):
-        assert load_split("eurosat", tmp_path).classnames[9] == "Lake"
-
-
 def test_sha256_depends_only_on_contents(tmp_path):
     write_listed(tmp_path / "a", "eurosat")
     write_listed(tmp_path / "b", "eurosat").write_text(json.dumps(rows("eurosat"), indent=3))
@@ -258,25 +251,6 @@ def test_small_classes_are_named(tmp_path):
     assert "The accuracy says nothing about ant: no test image." in split.note
     with pytest.warns(UserWarning, match=r"Other classes have up to 24 training images, these very few: ant \(2\)\."):
         warn_of_tiny_classes(split)
-
-
-def test_given_test_images_stay(tmp_path):
-    for part in ("train", "test"):
-        write_folders(tmp_path / part, ["dog", "cat"], ("a.jpg",))
-    images = load_labelled("folder", tmp_path)
-    assert training_split(images) == load_split("folder", tmp_path)
-    with pytest.raises(ZooError, match="own test images: omit --test"):
-        check_test_share(images, 0)
-
-
-@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val", "test")])
-def test_folder_with_given_splits(tmp_path, parts):
-    for part in parts:
-        write_folders(tmp_path / part, ["b", "a"], (f"{part}.jpg",))
-    split = load_split("folder", tmp_path)
-    assert (split.classnames, split.note) == (["a", "b"], "")
-    assert [(item.key, item.label) for item in split.test] == [("test/a/test.jpg", 0), ("test/b/test.jpg", 1)]
-    assert len(split.val) == (2 if "val" in parts else 0)
 
 
 @pytest.mark.parametrize(
