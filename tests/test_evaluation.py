@@ -17,7 +17,7 @@ from dcp_zoo import FewShotClassifier
 from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import evaluate
-from dcp_zoo.data import Item, load_split
+from dcp_zoo.data import Item
 from dcp_zoo.model.config import read_config
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
@@ -142,15 +142,6 @@ def test_a_folder_has_the_same_hashes_in_python_and_on_the_command_line(run, flo
         assert by_command[name] == in_python[name], name
 
 
-def test_images_of_features_are_not_known(run, flowers):
-    """Neither by name nor by content: nothing is claimed about a test."""
-    FewShotClassifier().fit(np.eye(12, 512), dcp_zoo.list_labelled_images(flowers)[1]).save("head")
-    assert not read_config("head")["dcp"]["image_hashes"]
-    out = run.ok("eval", "MY_PHOTOS", "--head", "head")
-    assert "on 12 images of MY_PHOTOS" in out
-    assert "test" not in out
-
-
 def test_images_that_are_added_to_a_head_count_as_trained_on(run, flowers):
     shutil.copytree("MY_PHOTOS/rose", "NEW/rose")
     for name in ("daisy", "poppy", "lily"):
@@ -168,11 +159,3 @@ def test_eval_names_the_folder_it_needs(run, my_head, flowers):
     assert "my_head was trained on your own images: pass a folder with images of its classes, rose, tulip" in err
     err = run.refused("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
     assert "digits needs no --data-root" in err
-
-
-def test_eval_names_all_damaged_images(run, my_head, flowers):
-    tests = load_split("folder", flowers).test
-    for item in tests:
-        Path(item.path).write_bytes(b"")
-    err = run.refused("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
-    assert f"{len(tests)} of 12 images cannot be read" in err

@@ -13,11 +13,9 @@ from helpers import photo, png_that_claims
 from PIL import EpsImagePlugin, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from timm.data import create_transform as timm_transform
-from torchvision.transforms import v2
 
 import dcp_zoo
-from dcp_zoo.data import Item, check_images, load_image, load_labelled, load_split
-from dcp_zoo.data.dataset import ImageDataset
+from dcp_zoo.data import check_images, load_image, load_labelled, load_split
 from dcp_zoo.data.images import UnsupportedImage, check_complete
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
@@ -61,11 +59,7 @@ def test_load_image_is_upright(tmp_path):
 
 
 def test_load_image_names_bad_files(tmp_path):
-    with pytest.raises(ZooError, match=f"No image at {tmp_path}/no.jpg: check the path"):
-        load_image(f"{tmp_path}/no.jpg")
-    (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(ZooError, match=r"text.jpg: not in a supported format \(.*PNG.*\). Replace the file"):
-        load_image(f"{tmp_path}/text.jpg")
+    """Other bad files: test_unreadable.py."""
     for suffix in ("jpg", "png"):
         path = tmp_path / f"cut.{suffix}"
         Image.effect_noise((200, 200), 50).save(path)
@@ -117,36 +111,6 @@ def test_other_programs_are_not_started(tmp_path, monkeypatch):
             path.write_bytes(data)
             with pytest.raises(UnsupportedImage, match="not in a supported format"):
                 load_image(str(path))
-
-
-@pytest.mark.parametrize("level", [np.nan, np.inf, -0.1, 3e38])
-def test_grey_levels_without_a_meaning_are_refused(tmp_path, level):
-    values = np.zeros((6, 8), np.float32)
-    values[2, 3] = level
-    Image.fromarray(values).save(tmp_path / "a.tif")
-    with pytest.raises(ZooError, match=r"a.tif: its grey levels go from .*: save it in 8 bits"):
-        load_image(str(tmp_path / "a.tif"))
-
-
-@pytest.mark.parametrize("cache_bytes", [0, 10**6])
-def test_image_dataset_gives_tensors_to_transforms_that_take_them(tmp_path, cache_bytes):
-    items = []
-    for label in range(3):
-        path = tmp_path / f"{label}.png"
-        Image.effect_noise((8, 6), 50).convert("RGB").save(path)
-        items.append(Item(str(path), path.name, label))
-    data = ImageDataset(items, v2.Compose([v2.ToDtype(torch.float32)]), cache_bytes)
-    for _ in range(2):
-        batch = data.__getitems__([2, 0])
-        assert [label for _, label in batch] == [2, 0]
-        np.testing.assert_array_equal(batch[0][0].permute(1, 2, 0), np.asarray(load_image(items[2].path)))
-        assert torch.equal(data[0][0], batch[1][0])
-    (tmp_path / "0.png").unlink()
-    if cache_bytes:
-        assert torch.equal(data[0][0], batch[1][0])
-    else:
-        with pytest.raises(ZooError, match="No image at"):
-            data[0]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif"])
