@@ -28,19 +28,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 
 
-@pytest.fixture
-def changed(tmp_path):
-    """Write the golden checkpoint with changes: None deletes a tensor."""
-
-    def write(**changes: torch.Tensor | None):
-        checkpoint = torch.load(CHECKPOINT, weights_only=True)
-        state = checkpoint["state_dict"] | {name.replace("/", "."): t for name, t in changes.items()}
-        torch.save(checkpoint | {"state_dict": {k: t for k, t in state.items() if t is not None}}, tmp_path / "c.pth")
-        return tmp_path / "c.pth"
-
-    return write
-
-
 def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
     case = load_file(GOLDEN / "case1.safetensors")
     model = convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], clip=tiny_clip)
@@ -100,22 +87,6 @@ def test_other_class_names_are_refused(golden, tiny_clip):
         convert_cmpa_checkpoint(CHECKPOINT, classnames=names[:4], clip=tiny_clip)
     with pytest.raises(ZooError, match="another class in place of 'brontosaurus'"):
         convert_cmpa_checkpoint(CHECKPOINT, classnames=[names[1], names[0], *names[2:]], clip=tiny_clip)
-
-
-@pytest.mark.scripts
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompt_learner/prompts_text": None}, "has no prompts.text"),
-        ({"prompt_learner/prompts_text": torch.zeros(1, 64).expand(10**9, 64)}, "n_ctx"),
-        ({"prompt_learner/prompts_visual": torch.full((16, 128), float("nan"))}, "NaN"),
-        ({"prompt_learner/prompts_visual": torch.zeros(1, 1).expand(16, 10**9)}, "of another shape"),
-        ({"../../outside": torch.zeros(1)}, "unknown tensors"),
-    ],
-)
-def test_damaged_checkpoints_are_refused(golden, tiny_clip, changed, changes, message):
-    with pytest.raises(ZooError, match=message):
-        convert_cmpa_checkpoint(changed(**changes), classnames=golden["classnames"], clip=tiny_clip)
 
 
 class Harmful:

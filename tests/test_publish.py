@@ -78,14 +78,6 @@ def test_a_busy_hub_is_asked_again(folder, uploads):
     assert publish.publish(publish.prepare(folder, "our-org")) == revision  # nothing has changed: no new commit
 
 
-@pytest.mark.scripts
-def test_dry_run_sends_and_writes_nothing(folder, uploads, run):
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert run.ok(folder, "--org", "our-org", "--dry-run").startswith("---\n")
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    assert uploads.requests == []
-
-
 def test_the_card_is_valid_metadata(folder):
     """Read back by the Hub's client, which rejects a model-index that it cannot parse."""
     made = publish.prepare(folder, "our-org").card
