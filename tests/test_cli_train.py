@@ -86,20 +86,6 @@ def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, 
         assert (code, err.count("Text probe on dcp_mini"), "fitted on all" in err) == (0, 1, False), err
 
 
-def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch):
-    for i in range(12):
-        broken = photo(flowers / "rose" / f"broken{i:02}.png")
-        broken.write_bytes(broken.read_bytes()[:-100] if i % 2 else b"")
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda *args, **options: pytest.fail("training started"))
-    err = run.refused("train", "MY_PHOTOS")
-    assert "12 of 24 images cannot be read: " in err
-    assert all(f"broken{i:02}.png" in err for i in range(12))
-    assert re.search(r"broken00.png, .*broken10.png \(not in a supported format", err)  # each with its own reason
-    assert re.search(r"broken01.png, .*broken11.png \(\w", err)
-    assert "Replace them, or leave them out by --skip-unreadable" in err
-    assert not Path("MY_PHOTOS_head").exists()
-
-
 @pytest.mark.parametrize("kind", ["zip", "gztar"])
 def test_an_archive_is_like_its_folder(run, flowers, my_head, kind):
     """Whether the folder itself is in it or only what it holds."""
