@@ -247,7 +247,7 @@ def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
 
 
 def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted, monkeypatch):
-    """Also where nothing may require gradients, and with the state in the order of the classes."""
+    """Also where nothing may require gradients."""
     classifier = pickle.loads(pickle.dumps(fitted))
     green, before = [Image.new("RGB", (150, 140), (10, 9 * i, 30)) for i in range(3)], fitted.predict_proba(pictures[0])
     info = {**classifier.model_.info}
@@ -261,6 +261,7 @@ def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted, monkeypatch):
         classifier.add_class("azure", green)
         assert FewShotClassifier().fit(*pictures).score(*pictures) == 1
     assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4, "azure": 3}
+    assert classifier.classes_.tolist() == ["azure", "blue", "red"], "in order, as scikit-learn expects"
     assert classifier.predict([*pictures[0], green[0]]).tolist() == [*pictures[1], "azure"]
     for args, message in ((("azure",), "azure exists"), (("teal", "blue"), "teal exists"), ((5,), "another type")):
         with pytest.raises(ZooError, match=message):

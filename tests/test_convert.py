@@ -22,7 +22,6 @@ from torch import nn
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.model.clip import FrozenCLIP
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
@@ -143,19 +142,6 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
     pickle.loads(pickle.dumps(HARMFUL[0]))  # what an unguarded reader would have done
     assert (tmp_path / "executed").exists()
-
-
-def test_class_name_files(tmp_path):
-    file = tmp_path / "names"
-    for text in ("tench\ngreat white shark\n\n", "n01440764 tench\nn01484850 great white shark\n"):
-        file.write_text(text)
-        assert read_classnames(file) == ["tench", "great white shark"]
-    file.write_text("tench\ngreat white shark", encoding="utf-8-sig")  # as of Windows
-    assert read_classnames(file) == ["tench", "great white shark"]
-    for text in ("", "[1, 2]", "["):
-        file.write_text(text)
-        with pytest.raises(ZooError, match="names"):
-            read_classnames(file)
 
 
 @pytest.mark.scripts

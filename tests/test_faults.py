@@ -5,35 +5,12 @@ from pathlib import Path
 
 import pytest
 from helpers import made_up_result, no_images
-from PIL import Image
 
 from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store
-from dcp_zoo.benchmark.sweep import shared_images, sweep
-from dcp_zoo.data import few_shot, load_split
+from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.errors import ZooError
 
 TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1, 2, 3])
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    shared_images.cache_clear()
-    for name in ("black", "white"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(5):
-            Image.new("RGB", (32, 32), name).save(tmp_path / "photos" / name / f"{i}.png")
-    return tmp_path / "photos"
-
-
-def test_an_unreadable_image_fails_only_its_trial(photos: Path, tmp_path: Path) -> None:
-    first, second = (few_shot(load_split("folder", photos), 1, seed).train for seed in (1, 2))
-    damaged = next(item.path for item in first if item not in second)
-    Path(damaged).write_bytes(b"no image")
-    trials = plan_trials("few-shot", methods=["linear-probe"], datasets=["folder"], shots=[1], seeds=[1, 2])
-    failed = sweep(trials, Settings(tmp_path / "sweep", photos))
-    assert {trial.seed for trial in failed} == {1}
-    assert f"Cannot read the image {damaged}" in failed[trials[0]]
-    assert store.done(tmp_path / "sweep") == {trials[1].key}
 
 
 # ------------------------------------------------------------------------------------------- trials that take no time

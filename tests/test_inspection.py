@@ -20,7 +20,6 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.inspection import look as look_module
-from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
@@ -100,7 +99,7 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     assert {row["same_as"] for row in rows.values() if row["problems"]} == {"twin.png", "0.jpg"}
 
 
-def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
+def test_images_in_memory(cache):
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "darkred", "blue", "darkblue")]
     found = dcp_zoo.inspect(images, ["a", "a", "b", "b"])
     assert [row.file for row in found.rows if "small" not in row.problems] == [f"image {i}" for i in range(4)]
@@ -286,16 +285,3 @@ def test_a_black_image_is_never_worth_a_label(tmp_path):
     for name, color in {"black": (0, 0, 0), "blue": (0, 0, 120), "red": (200, 0, 0)}.items():
         Image.fromarray(np.uint8(noise + np.uint8(color))).save(tmp_path / f"{name}.png")
     assert sorted(Path(row.file).stem for row in dcp_zoo.suggest(tmp_path, count=3)) == ["blue", "red"]
-
-
-def test_suggestions_stand_for_the_others():
-    centres = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    noise = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
-    of = torch.arange(60) % 3
-    features = torch.nn.functional.normalize(centres[of] + 0.05 * noise, dim=1)
-    assert sorted(of[spread(features, features[:0], 3)].tolist()) == [0, 1, 2]
-    assert of[spread(features, features[of != 1], 1)].item() == 1
-    assert (
-        len(spread(features[[0, 0, 1]], features[1:2], 3)) == 1
-    )  # a copy of another or of a labelled one adds nothing
-    assert spread(features, features, 3) == []
