@@ -128,7 +128,7 @@ def test_calibration_error_and_likelihood_by_hand():
 
 
 @pytest.fixture(scope="module")
-def few_digits():
+def digits():
     """The digits with one test image per class, also under the names of other datasets; read once, as in a sweep."""
 
     @cache
@@ -139,11 +139,16 @@ def few_digits():
         return replace(split, name=name, test=test, classnames=names)
 
     sweep.shared_images.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "read_split", load)
-        patch.setattr(promptsrc, "TEMPLATES", promptsrc.TEMPLATES[:3])  # 60 take longer than the rest
-        yield load
+    yield load
     sweep.shared_images.cache_clear()
+
+
+@pytest.fixture
+def few_digits(digits, monkeypatch):
+    """The digits for the sweeps of one test; others read what is there."""
+    monkeypatch.setattr(plan, "read_split", digits)
+    monkeypatch.setattr(promptsrc, "TEMPLATES", promptsrc.TEMPLATES[:3])  # 60 take longer than the rest
+    return digits
 
 
 QUICK = {"epochs": [1], "steps": [2]}
@@ -397,9 +402,8 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run, monkeypatch):
+def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run):
     """All in one error, also by a dry run."""
-    monkeypatch.setattr(plan, "read_split", load_split)
     command = (
         "benchmark",
         "cross-dataset",
