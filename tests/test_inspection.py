@@ -26,6 +26,7 @@ from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.zoo.factory import plain_clip
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
 NAME = '<b>cup & "saucer"'
 
 
