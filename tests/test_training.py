@@ -159,16 +159,13 @@ def test_patch_maps_replace_the_images(sources):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize(
-    ("precision", "augment"),
-    [("float32", "crop-flip"), ("bfloat16", "flip")],
-)
-def test_training_learns(sources, precision, augment):
+def test_training_learns(sources):
+    """In half precision: see `test_half_precision_trains_on_cast_weights_and_calibrates_in_float32`."""
     model = mini()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 6, "augment": augment}))
-    source = sources(augment)
-    losses = train(model, source, recipe, precision=precision)
+    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 6, "augment": "crop-flip"}))
+    source = sources("crop-flip")
+    losses = train(model, source, recipe)
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
