@@ -20,7 +20,7 @@ from dcp_zoo.zoo.registry import MODELS, SIZES, get_spec, trained_heads
 commands = Typer(
     help="List and remove CLIP models and heads from the Hub, features, and exports.", no_args_is_help=True
 )
-FOLDERS = {"features": "features of images", "onnx": "heads for demo and serve", "onnxruntime-web": "for --format web"}
+FOLDERS = {"features": "features of images", "onnx": "heads for demo and serve"}
 
 
 class Entry(NamedTuple):
@@ -66,9 +66,8 @@ def prune() -> None:
     [dim]dcp-zoo cache prune[/]
     """
     from dcp_zoo.deploy.onnx_cache import FOLDER
-    from dcp_zoo.deploy.web import RUNTIME_FOLDER
 
-    old = [entry for entry in own_entries() if entry.name not in (FOLDER, RUNTIME_FOLDER, "features")]
+    old = [entry for entry in own_entries() if entry.name not in (FOLDER, "features")]
     info, pinned = scan(), {head.revision for head in trained_heads().values()}
     ours = {repo.repo_id: repo for repo in our_repos(info)}
     folders = {f"models--{repo.replace('/', '--')}" for repo in (*ours, *(str(s.clip_repo) for s in MODELS.values()))}
