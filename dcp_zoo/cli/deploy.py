@@ -110,7 +110,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
 
 
 def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD) -> None:
-    """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
+    """Try heads in the browser: train on a few photographs, classify, reject. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
