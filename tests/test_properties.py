@@ -19,7 +19,7 @@ from test_download import zipped
 from trees import write_tree
 
 from dcp_zoo.data import DATASETS, load_labelled, load_split
-from dcp_zoo.data.archives import unpack
+from dcp_zoo.data.download import unpack
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.data.specs import Archive
