@@ -177,7 +177,7 @@ BAD = {
         form(*[("a.png", encoded(Image.new("L", (1000, 1000))))] * 3),
         FORM,
         422,
-        "More than 2,000,000 pixels in one",
+        "3,000,000 pixels in one",
     ),
     "strange host": (NOISE, {"Host": "example.org"}, 400, ""),
     "length that is no number": (NOISE, {"Content-Length": "many"}, 400, ""),
@@ -344,6 +344,22 @@ def test_large_requests_do_not_fill_the_memory_or_shut_out_small_ones(onnx_file,
             upload.sendall(b"x")
             assert status(upload) == 415
         assert status(send(b"x" * 300_000)) == 415
+
+
+def test_large_images_leave_threads_to_small_ones(onnx_file, monkeypatch):
+    gate, original = threading.Event(), deploy_server.decode_image
+
+    def decode(data, *rest):
+        assert data != NOISE or gate.wait(20)
+        return original(data, *rest)
+
+    monkeypatch.setattr(deploy_server, "LARGE", 1_000)
+    monkeypatch.setattr(deploy_server, "decode_image", decode)
+    with started(onnx_file) as (_, send):
+        large = send(NOISE)
+        assert status(send(encoded(Image.new("RGB", (9, 9))))) == 200
+        gate.set()
+        assert status(large) == 200
 
 
 def test_slow_clients_keep_nobody_waiting(onnx_file):

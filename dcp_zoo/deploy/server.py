@@ -23,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.data.images import UnsupportedImage, decode_image
+from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
 from dcp_zoo.data.paths import is_heif, picture_formats
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
@@ -35,6 +35,7 @@ from dcp_zoo.files import sha256_of
 BYTES = 64_000_000  # of the bodies of all requests in progress
 BATCH, WAITING = 16, 256  # images per batch, and images that may wait; further ones get status 503
 REQUEST_IMAGES = 2  # of the most pixels, which a request may have
+LARGE = 4_000_000  # pixels of a request, which then leaves threads to the others
 
 
 class Service:
@@ -45,7 +46,7 @@ class Service:
             ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
         self.classifier, self.limits = OnnxClassifier(path, threads, device), limits
         self.free = max(BYTES, 2 * limits.max_bytes)
-        self.decoding = ThreadPoolExecutor(threads, "decode")
+        self.small, self.large = ThreadPoolExecutor(threads), ThreadPoolExecutor(max(1, threads // 2))
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
@@ -54,7 +55,7 @@ class Service:
         self.batcher = Batcher(self._compute, sizes.observe)
         Gauge("dcp_waiting_images", "Images that wait.", registry=registry).set_function(self.batcher.queue.qsize)
         versions = {"python": platform.python_version()} | {name: version(name) for name in ("dcp_zoo", "onnxruntime")}
-        self.info = {
+        self.info: Values = {
             "head": name if name and not name.endswith(".onnx") else self.classifier.name,
             "classes": self.classifier.classnames,
             "file": path.name,
@@ -65,7 +66,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        with self.decoding:
+        with self.small, self.large:
             self.batching = asyncio.create_task(self.batcher.run())
             yield
             self.batching.cancel()
@@ -99,28 +100,29 @@ class Service:
 
     async def classify(self, images: Sequence[Named], top_k: int) -> list[Values]:
         """The names of a request's images with their most probable classes."""
-        inputs = await asyncio.get_running_loop().run_in_executor(self.decoding, self._decode, images)
+        run, most = asyncio.get_running_loop().run_in_executor, REQUEST_IMAGES * self.limits.max_pixels
+        if (pixels := sum(await run(self.small, self._read, count_pixels, images))) > most:
+            raise HTTPException(422, f"{pixels:,} pixels in one request, more than the limit of {most:,}.")
+        pool = self.large if pixels > LARGE else self.small
+        inputs = await run(pool, self._read, lambda *image: self.classifier.preprocess(decode_image(*image)), images)
         outputs = await asyncio.gather(*map(self.batcher, inputs))
         answer = Answering(top_k, self.classifier.info.get("threshold"))
         rows = [answer(logits, self.classifier.classnames, distance)[0] for logits, distance in outputs]
         return [{"name": name} | row for (name, _), row in zip(images, rows, strict=True)]
 
-    def _decode(self, images: Sequence[Named]) -> list[np.ndarray]:
-        """The model's inputs; HTTPException 415 for no image, 422 for a damaged one or too many pixels."""
-        inputs, pixels, most = [], 0, REQUEST_IMAGES * self.limits.max_pixels
+    def _read(self, read: Callable, images: Sequence[Named]) -> list[Any]:
+        """What `read` makes of each image; HTTPException 415 for none, 422 for a damaged one or too many pixels."""
+        results = []
         for name, data in images:
             try:
-                image = decode_image(data, name, self.limits.max_pixels)
+                results.append(read(data, name, self.limits.max_pixels))
             except UnsupportedImage as error:
                 what = "HEIC, not" if is_heif(data[:12]) else "not an image in"
                 detail = f"{name} is {what} a supported format ({', '.join(picture_formats())})."
                 raise HTTPException(415, detail) from error
             except ZooError as error:
                 raise HTTPException(422, str(error)) from error
-            if (pixels := pixels + image.width * image.height) > most:
-                raise HTTPException(422, f"More than {most:,} pixels in one request.")
-            inputs.append(self.classifier.preprocess(image))
-        return inputs
+        return results
 
     def _compute(self, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Logits (1, C) of each image, and its distance (1,)."""
@@ -139,8 +141,7 @@ def application(
     """The server for a file from `dcp-zoo export`: so many `threads` run the model, and as many decode. It shows
     `name`, by default the file's; clients may call the server by the names `hosts`, such as "*.example.org"."""
     service = Service(path, limits, threads, name, device)
-    about = {"title": service.info["head"], "version": version("dcp_zoo")}
-    app = FastAPIOffline(**about, lifespan=service.running, redoc_url=None)
+    app = FastAPIOffline(title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     @app.get("/", include_in_schema=False)
