@@ -88,12 +88,12 @@ def bare(folder: Path, onnx: Path, workers: int, threads: int, passive: bool) ->
 
 
 def zoo(folder: Path, onnx: Path, workers: int, threads: int) -> None:
-    """`dcp-zoo predict`."""
+    """`dcp-zoo predict`, with as many workers as threads."""
     from dcp_zoo.cli import main
 
     output = folder.with_name(f"{time.time_ns()}.csv")
     sys.argv = ["dcp-zoo", "predict", str(folder), "--head", str(onnx), "--output", str(output)]
-    sys.argv += ["--workers", str(workers), "--threads", str(threads), "--batch-size", str(BATCH)]
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     with suppress(SystemExit):
         main()
     print(sum(1 for _ in output.open()) - 1)

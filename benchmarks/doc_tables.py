@@ -15,7 +15,7 @@ from typer.cli import get_docs_for_click
 
 from dcp_zoo.benchmark import report
 from dcp_zoo.cli.app import app
-from dcp_zoo.model.config import REFUSED, read_config
+from dcp_zoo.model.config import NO_CLASSIFIER, REFUSED, read_config
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, trained_heads
 
@@ -35,7 +35,6 @@ FORMATS = {
     "speed": "speed",
     "difference": "difference",
     "same_answer": "same prediction",
-    "top1": "top-1",
 }
 SERVING = {
     "part": "part",
@@ -114,13 +113,13 @@ def every_clip_table() -> str:
 
 def heads_table() -> str:
     heads = sorted(trained_heads().values(), key=lambda head: (head.model, head.dataset, head.shots, head.seed))
-    configs = [read_config(WEIGHTS / head.name) for head in heads]
-    sizes = [(config["num_classes"], f"{config['dcp']['test_images']:,}") for config in configs]
-    rows = [
-        [f"`{head.name}`", *size, *(_percent(head.metrics, c) for c in ("stored", "batch")), head.license]
-        for head, size in zip(heads, sizes, strict=True)
-    ]
-    return table(["head", "classes", "test images", "stored statistics", "batch statistics", "licence"], rows)
+    rows = []
+    for head in heads:
+        config = read_config(WEIGHTS / head.name)
+        top1 = (_percent(head.metrics, mode) for mode in (NO_CLASSIFIER, "stored", "batch"))
+        rows.append([f"`{head.name}`", config["num_classes"], f"{config['dcp']['test_images']:,}", *top1, head.license])
+    names = ["DCP alone", "with text probes", "the same, batch statistics"]
+    return table(["head", "classes", "test images", *names, "licence"], rows)
 
 
 def _percent(metrics: Mapping[str, float], stats: str) -> str:

@@ -67,8 +67,8 @@ def main() -> None:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as temporary, serve_uploads() as hub:
             folder, spec = Path(temporary), get_spec(name)
-            hub.repos[str(spec.clip_repo)] = Repo(private=False)
-            hub.repos[str(spec.clip_repo)].commit(write_repo(folder / "repo", spec, write_tokenizer))
+            hub.repos[str(spec.clip_repo)] = repo = Repo(private=False)
+            repo.commit(write_repo(folder / "repo", spec, write_tokenizer), spec.clip_revision)
             for number in range(12):
                 photo(folder / "photos" / ("rose", "tulip")[number % 2] / f"{number}.jpg", number)
             rows += rehearse(name, folder, hub.url)

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-import numpy as np
 from PIL import Image
 
 from dcp_zoo.data.images import check_complete, load_image
@@ -61,10 +60,6 @@ INFO = {  # of heads, besides what they have
     **{"image_hashes": {"files": "0123456789ab cdef01234567", "pixels": "0123456789ab"}},
 }
 NAMES = ["cat", "dog", "owl", "saw"]
-TREES = (
-    '{"animal": {"pet": ["cat", "dog"], "bird": ["owl"]}, "tool": ["saw"]}',
-    "animal:\n  pet: [cat, dog]\n  bird:\n  - owl\ntool: &t [saw]\nother: *t\n",
-)
 NUMBERS = (0.0, -1.0, 1e-30, 6e4, 1e14, 1e30, float("nan"), float("inf"))
 
 
@@ -202,20 +197,6 @@ def _replaced(value: Any, chance: random.Random) -> Any:
     return chance.choice(VALUES)
 
 
-def trees() -> list[bytes]:
-    return [text.encode() for text in TREES]
-
-
-def fuzz_tree(corpus: list[bytes], chance: random.Random, folder: Path) -> Callable[[], object]:
-    from dcp_zoo.answers import Hierarchy, read_hierarchy
-
-    file, text = folder / "tree.yaml", damaged(chance.choice(corpus), corpus, chance)
-    if chance.random() < 0.5:
-        text = json.dumps(_replaced(json.loads(TREES[0]), chance)).encode()
-    file.write_bytes(text)
-    return lambda: Hierarchy(read_hierarchy(file), 0.1)(np.full((1, len(NAMES)), 0.25), NAMES, 3)
-
-
 def labels() -> list[tuple[str, bytes]]:
     """Files that people write, by their names."""
     from openpyxl import Workbook
@@ -293,7 +274,6 @@ def fuzz_cache(corpus: list[bytes], chance: random.Random, folder: Path) -> Call
 KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Random, Path], Callable[[], object]]]] = {
     "pictures": (pictures, fuzz_picture),
     "checkpoints": (checkpoints, fuzz_checkpoint),
-    "hierarchies": (trees, fuzz_tree),
     "labels": (labels, fuzz_labels),
     "caches": (caches, fuzz_cache),
 }

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import PROTOCOLS, SEEDS
-from dcp_zoo.training.recipes import NO_CLASSIFIER
+from dcp_zoo.model.config import NO_CLASSIFIER
 
 RESULTS = Path(__file__).parent / "results"
 TEN = range(1, 11)  # draws of methods that only read features

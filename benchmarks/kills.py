@@ -74,8 +74,6 @@ def cases(root: Path) -> dict[str, Case]:
         ["classes", str(small), "--add", "zebra", str(zebras), "--output", str(big)],
     ):
         small_zoo.finish_or_kill(args, lambda: False)
-    table = root / "inspection.csv"
-    table.write_text("file,change\nred/0.png,blue\nred/1.png,leave out\n")
     editing = ["classes", "{}/head", "--output", "{}/head", "--overwrite"]
     return {
         "train --overwrite": Case(
@@ -83,11 +81,7 @@ def cases(root: Path) -> dict[str, Case]:
         ),
         "classes add": Case(small.parent, [*editing, "--add", "zebra", str(zebras)], head),
         "classes remove": Case(big.parent, [*editing, "--remove", "zebra"], head),
-        "inspect --fix": Case(empty, ["inspect", str(photos), "--fix", str(table), "--output", "{}/fixed"], tree),
-        "export": Case(empty, ["export", "--head", str(small), "--output", "{}/head.onnx"], partial(tree, hidden=True)),
-        "predict --sort-into": Case(
-            empty, ["predict", str(photos), "--head", str(small), "--sort-into", "{}/sorted"], partial(sorted_, photos)
-        ),
+        "export": Case(empty, ["export", "--head", str(small), "--output", "{}/head.onnx"], tree),
     }
 
 
@@ -97,19 +91,11 @@ def head(place: Path) -> object:
     return tuple(model.classnames), sha256_of(place / "head" / WEIGHTS_NAME)
 
 
-def tree(place: Path, hidden: bool = False) -> dict[str, str]:
-    """The files, those in OUTPUT.unfinished left out, hidden ones only if asked for."""
+def tree(place: Path) -> dict[str, str]:
+    """The files, those in OUTPUT.unfinished left out."""
     names = {str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()}
-    names = {name: path for name, path in names.items() if ".unfinished" not in name and (hidden or "/." not in name)}
+    names = {name: path for name, path in names.items() if ".unfinished" not in name}
     return {name: sha256_of(path) for name, path in sorted(names.items())}
-
-
-def sorted_(photos: Path, place: Path) -> object:
-    """Every file is whole, and the run is not complete or complete: the table is there."""
-    known, found = set(tree(photos).values()), tree(place)
-    table = found.pop("sorted/predictions.csv", None)
-    assert set(found.values()) <= known, "a file is not whole"
-    return (table, sorted(found)) if table else {}
 
 
 def names(place: Path) -> dict[str, int]:

@@ -29,7 +29,7 @@ from dcp_zoo.zoo.registry import MODELS
 RESULTS = Path(__file__).parent / "results"
 BATCH, REPEATS, CLASSES = 8, 5, 100
 ENOUGH = 20  # seconds, after which a large model is not repeated more than once
-RUNS = [("torch", "float32"), ("torch", "bfloat16"), ("onnx", "float32"), ("onnx", "float16"), ("onnx", "int8")]
+RUNS = [("torch", "float32"), ("torch", "bfloat16"), ("onnx", "float32"), ("onnx", "float16")]
 HEAD, IMAGES = "dcp_mini.caltech101-16shot", 2000
 FOLDER_IMAGES, TURNS = 200, 3
 
@@ -91,16 +91,9 @@ def pixels(model: str) -> Any:
 
 
 def export_file(name: str, precision: str, folder: Path) -> None:
-    import numpy as np
-
     from dcp_zoo.deploy.export import export
-    from dcp_zoo.deploy.onnx_classifier import normalise
-    from dcp_zoo.deploy.quantize import Calibration
 
-    model = random_model(name)
-    images = normalise(pixels(name), model.pretrained_cfg)
-    data = Calibration(images, images, np.zeros(BATCH, int), "random", max_drop=100)
-    export(model, folder / f"{precision}.onnx", precision=precision, calibration=data if precision == "int8" else None)
+    export(random_model(name), folder / f"{precision}.onnx", precision=precision)
 
 
 def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:

@@ -462,16 +462,6 @@ def folder(keys: str = "", last: bool = False) -> str:
     )
 
 
-def counts() -> str:
-    """The numbers per class of a folder as a whole, by its composition."""
-    rows = results("together_counts")
-    columns = {"coverage": "in the range, %", "error_plain": "error of predictions alone"}
-    columns |= {"error_together": "of refined predictions", "error_count": "of --count"}
-    means = rows.groupby("composition", sort=False)[[*columns]].mean()
-    lines = [[name, *map("{:.1f}".format, line)] for name, line in zip(means.index, means.values, strict=True)]
-    return as_table(["composition", *columns.values()], lines)
-
-
 def rounds() -> str:
     """Rounds of corrections: accuracy before and after them, and paired differences from random choices, after the
     first and the last round; of each set, and over the means of sets."""

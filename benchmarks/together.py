@@ -3,7 +3,6 @@
     python benchmarks/together.py features DATA FEATURES     features of the miniature, kept in a folder
     python benchmarks/together.py choose CLIP FEATURES       writes results/together_choice.csv
     python benchmarks/together.py measure CLIP FEATURES      writes results/together.csv
-    python benchmarks/together.py counts CLIP FEATURES       writes results/together_counts.csv
     python benchmarks/together.py size 100000                adds to results/together_size.csv
     python benchmarks/together.py authors CHECKOUT CLIP      writes results/together_authors.csv
 
@@ -56,7 +55,7 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.progress import no_progress
 from dcp_zoo.deploy import together as rule
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.together import count, together
+from dcp_zoo.deploy.together import together
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.text_probe import Read, fit_on_features
@@ -78,7 +77,6 @@ LOSS = 0.4  # in percentage points, allowed in the worst tenth of the runs of ea
 IMAGES, DRAWS, POOL, SMALLEST = (1, 2, 4, 16), range(1, 11), 50, 20  # the last: of a folder that is counted
 COLUMNS = ("set", "images_per_class", "draw", "composition", "images", "rule", "top1", "change", "ece", "ece_change")
 CHOICES = ("set", *GRID, "runs", "change", "worst_tenth")
-COUNTED = (*COLUMNS[:5], "coverage", "error_plain", "error_together", "error_count")
 COMPARED_IMAGES, COMPARED = (
     500,
     ("set", "images_per_class", "composition", "rule", "images", "apart", "same_predictions"),
@@ -385,32 +383,6 @@ def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple
         if len(f) < SMALLEST:
             continue
         yield composition, f, labels, F.linear(f, weight, bias), means
-
-
-@app.command()
-def counts(clip: Path, kept: Path, draws: int = 3) -> None:
-    """Measure the numbers per class of --count on small sets, without foreign images."""
-    table = GrowingTable(RESULTS / "together_counts.csv", COUNTED, COUNTED[:3])
-    sets = {f"{MINI}{name}": miniature(name, kept) for name in REPORTING if (kept / f"{name}.npz").exists()}
-    sets |= {name: real_clip(name, clip) for name in CLIP_REPORTING if name.endswith("_named")}
-    for draw, images, (name, data) in product(DRAWS[:draws], IMAGES, sets.items()):
-        if images <= int(torch.bincount(data.train_labels).max()) and (name, images, draw) not in table:
-            table.add((name, images, draw, *row) for row in counted(data, images, draw))
-
-
-def counted(data: Set, images: int, draw: int) -> Iterator[tuple[Any, ...]]:
-    """For each composition: the share of classes whose number is in its interval, in percent; and the sum of the errors
-    of answers counted without and with the others, and of the estimates, in percent of the images."""
-    for composition, f, labels, logits, means in folders(data, images, draw, data.test[:0]):
-        if composition != "10 % foreign":
-            classes = logits.shape[1]
-            truth = np.bincount(labels.numpy(), minlength=classes)
-            found = count(own(Folder(logits.softmax(1), f, means)).numpy(), ["" for _ in truth])
-            right = [of.low <= number <= of.high for of, number in zip(found, truth, strict=True)]
-            plain = np.bincount(logits.argmax(1).numpy(), minlength=classes)
-            estimates = plain, [of.answers for of in found], [of.images for of in found]
-            errors = [100 * np.abs(np.array(each) - truth).sum() / len(f) for each in estimates]
-            yield composition, len(f), *(round(float(x), 1) for x in (100 * np.mean(right), *errors))
 
 
 @app.command()

@@ -4,8 +4,5 @@ names are in `__init__.pyi` and imported on first use; the models register with 
 import lazy_loader
 import wrapt
 
-from dcp_zoo.threads import wait_passively
-
-wait_passively()
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 wrapt.register_post_import_hook("dcp_zoo.zoo.dcp:register", "timm")

@@ -7,6 +7,7 @@ from .api.inputs import list_labelled_images as list_labelled_images
 from .benchmark.compare import compare as compare
 from .data.specs import list_datasets as list_datasets
 from .deploy.export import export as export
+from .errors import UnreadableImages as UnreadableImages
 from .errors import ZooError as ZooError
 from .inspection.find import search as search
 from .inspection.find import suggest as suggest

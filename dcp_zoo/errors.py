@@ -3,10 +3,13 @@
 import difflib
 import importlib
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+PACKAGE = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120  as frames have it
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
 
 
@@ -14,14 +17,34 @@ class ZooError(ValueError):
     """Bad input: the message names the cause, the valid choices and the next step."""
 
     def __init__(self, message: str = "") -> None:
-        if message.startswith("Caught ZooError in "):  # torch's DataLoader adds its worker's traceback
-            message = message.rpartition("ZooError: ")[2].rstrip()
+        kind = type(self).__name__
+        if message.startswith(f"Caught {kind} in "):  # torch's DataLoader adds its worker's traceback
+            message = message.rpartition(f"{kind}: ")[2].rstrip()
         super().__init__(message)
 
     @property
     def reason(self) -> str:
         """Its cause alone, which others may share, or the whole message."""
         return str(self.__cause__ or self) or "damaged"
+
+
+class UnreadableImages(ZooError):
+    """Images that cannot be read. `reasons` says why of each, by its path; of one in memory by its place among the
+    images, such as "image 3", counted from 0."""
+
+    def __init__(self, message: str = "", reasons: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})
+
+
+def warn(text: str) -> None:
+    """A warning at the line of the user's code that called this package, also through decorators."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and (
+        frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_filename.endswith("contextlib.py")
+    ):  # the second are the standard library's and torch's, of context managers that decorate functions
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def shorten(names: Sequence[str], n: int = 10) -> str:

@@ -5,7 +5,6 @@ import errno
 import json
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +16,7 @@ from urllib.request import getproxies
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import read_plain, sha256_of
 
@@ -66,7 +65,8 @@ def explained(
         fields["why"] = f" ({error.__cause__})" if isinstance(error.__cause__, HTTP_ERRORS) else ""
         fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
         # the repo of a CLIP has its weights in other formats, too
-        fields |= {"files": f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id}
+        files = f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id
+        fields["files"] = f"{files} --revision {revision}" if revision else files
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
 
@@ -84,7 +84,7 @@ def retried(call: Callable[[], T]) -> T:
             wait = max(wait, int(after) if after.isdecimal() else 0)
             problem = next(iter(str(error).splitlines()), type(error).__name__)
             attempts = f"attempt {attempt} of {len(WAITS) + 1} follows in {wait} s"
-            warnings.warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.", stacklevel=2)
+            warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.")
             time.sleep(wait)
     return call()
 
@@ -121,6 +121,12 @@ def _kind(error: Exception) -> object:
     if not isinstance(error, errors.LocalEntryNotFoundError) and _is_offline(error):
         return NO_NETWORK
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
+
+
+def is_absent(error: ZooError) -> bool:
+    """Whether a repo is not on the Hub, as far as can be seen: where there is no network, it is not in the cache."""
+    cause, absent = error.__cause__, (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
+    return isinstance(cause, CLIENT_ERRORS) and _kind(cause) in (*absent, NO_NETWORK)
 
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -162,16 +168,22 @@ def check_connection(endpoint: str) -> None:
         raise errors.LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
 
 
-def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
-    """Download CLIP's weights for open_clip, which hides reasons of failures: at "org/repo/file", or at "org/repo/" as
-    safetensors or else pickled."""
+def fetch_clip(
+    place: str, cache_dir: str | Path | None = None, revision: str | None = None, otherwise: str = ""
+) -> Path:
+    """The file with CLIP's weights, downloaded if missing: at "org/repo/file", or at "org/repo/" as safetensors or else
+    pickled; open_clip would hide reasons of failures. `revision`: a commit, by default the newest; `otherwise` is the
+    advice where the repo has lost it."""
     repo_id, _, filename = place.rpartition("/")
     problems = []
     for name in [filename] if filename else CLIP_WEIGHTS_NAMES:
         try:
-            download_file(repo_id, name, None, cache_dir)
-            return
+            return download_file(repo_id, name, revision, cache_dir)
         except ZooError as error:
+            if isinstance(error.__cause__, errors.RevisionNotFoundError):
+                raise ZooError(
+                    f"{repo_id} does not have the pinned revision {revision} any more. {otherwise}"
+                ) from error
             if not isinstance(error.__cause__, errors.EntryNotFoundError):
                 raise
             problems.append(error)

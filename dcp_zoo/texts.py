@@ -1,32 +1,25 @@
-"""Names of users in CSV files, in lists and as folders: what is written here is read back the same."""
+"""Names of users in CSV files and in lists: what is written here is read back the same."""
 
 import codecs
 import csv
-import hashlib
 import re
-import warnings
-from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
-from unicodedata import normalize
-from urllib.parse import unquote
 
-from dcp_zoo.files import HIDDEN, read_plain
+from dcp_zoo.errors import warn
+from dcp_zoo.files import read_plain
 
-NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
-INSPECTION_PAGE, INSPECTION_TABLE, SORTED_TABLE = "inspection.html", "inspection.csv", "predictions.csv"
+NONE, LEAVE_OUT = "none of these", "leave out"  # what stands in tables in place of a class
+INSPECTION_PAGE, INSPECTION_TABLE = "inspection.html", "inspection.csv"
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
 # an entry of a list, in quotes or with braces in it, and what ends it
 _ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')
-NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
-_UNSAFE = re.compile(rf'[<>:"/\\|?*]|{HIDDEN.pattern}|%(?=[0-9A-Fa-f]{{2}})|\A[ .]|[ .]\Z')  # in a folder's name
-_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
 
 
 def is_reserved(name: str) -> bool:
     """Whether a name is an answer besides the classes, so that it can be none of them."""
-    return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
+    return name.strip().casefold() in (NONE, LEAVE_OUT)
 
 
 def is_none(name: str) -> bool:
@@ -53,13 +46,6 @@ def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[object]
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(map(inert, row) for row in rows)
-
-
-def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
-    """What `write_csv` writes."""
-    text = StringIO(newline="")
-    csv.writer(text).writerows([columns, *(map(inert, row) for row in rows)])
-    return text.getvalue().encode("utf-8-sig", "surrogateescape")
 
 
 def read_csv(file: Path) -> list[list[str]]:
@@ -89,7 +75,7 @@ def read_text(file: Path) -> str:
         return data.decode()
     except UnicodeDecodeError:
         text = data.decode("cp1252")
-    warnings.warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.", stacklevel=2)
+    warn(f"{file} was read as Windows-1252, not UTF-8: check its names, or save it in UTF-8.")
     return text
 
 
@@ -106,37 +92,3 @@ def split_list(text: str) -> list[str]:
 def quoted(name: str) -> str:
     """A name as an entry for `split_list`, in quotes if it needs them."""
     return '"{}"'.format(name.replace('"', '""')) if re.search(r'[",{}\n]|\A\s|\s\Z', name) else name
-
-
-def folder_name(classname: str) -> str:
-    """A class name as the name of a folder that every system allows and that is not hidden: with codes such as %2F for
-    what is not allowed. `class_name` is the way back, but for names that are too long: they end with a hash."""
-    name = _UNSAFE.sub(lambda found: _codes(found[0]), classname) or "_"
-    if _DEVICE.match(name):
-        name = _codes(name[0]) + name[1:]
-    if len(name.encode()) > NAME_BYTES:
-        name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{_short_hash(classname)}"
-    return name
-
-
-def class_name(folder: str) -> str:
-    """The class name of a folder: what `folder_name` made it of, or the name itself."""
-    name = unquote(folder)
-    return name if folder_name(name) == folder else folder
-
-
-def class_folders(classnames: Iterable[str]) -> dict[str, str]:
-    """The folder of each class: `folder_name`, and a hash where the system would take two for one."""
-    folders = {name: folder_name(name) for name in classnames}
-    keys = {name: normalize("NFC", folder).casefold() for name, folder in folders.items()}
-    times = Counter(keys.values())
-    hashes = {name: f"-{_short_hash(name)}" if times[key] > 1 else "" for name, key in keys.items()}
-    return {name: folder + hashes[name] for name, folder in folders.items()}
-
-
-def _codes(text: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

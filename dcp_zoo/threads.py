@@ -10,7 +10,8 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 
 def wait_passively() -> None:
-    """Let waiting threads sleep, not spin, which blocks others; OpenMP reads this when torch is imported."""
+    """Let waiting threads sleep, not spin, which blocks others; OpenMP reads this when torch is imported. For a process
+    of the package's own: what is set stays set."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
 

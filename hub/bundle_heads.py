@@ -2,8 +2,8 @@
 
     python hub/bundle_heads.py --data-root DATA
 
-DATA holds `caltech-101` in CoOp's layout, `pacs/photo` with one folder per class, and of EuroSAT and Oxford Flowers the
-parts that `images.parquet` in `eurosat` and `oxford_flowers` holds (columns image, label, file, use). Each head is
+DATA holds `caltech-101` in CoOp's layout, `pacs/photo` with one folder per class, and the images of `eurosat_small` and
+`oxford_flowers50` in `eurosat/images.parquet` and `oxford_flowers/images.parquet` (columns image, file). Each head is
 trained as by `dcp-zoo train`; its hash and measured accuracy are written to the manifest.
 """
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import typer
 
 from dcp_zoo.cli.console import log, progress_bar
-from dcp_zoo.data import Item, Split, load_for_training
+from dcp_zoo.data import find_spec, load_for_training
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.config import read_config
@@ -27,7 +27,7 @@ from dcp_zoo.zoo.registry import MANIFEST, WEIGHTS
 
 LICENSE = "apache-2.0"
 SHOTS = (1, 4, 8, 16)  # of Caltech-101
-PARTS = ("eurosat", "oxford_flowers")  # datasets of which a part is at hand
+PARTS = ("eurosat_small", "oxford_flowers50")  # of datasets that are not at hand as a whole
 
 
 def main(
@@ -51,21 +51,20 @@ def planned(data_root: Path, images: Path) -> list[Run]:
     """The runs whose heads are bundled; the parts of datasets are unpacked into the folder `images`."""
     splits = [(load_for_training("caltech101", data_root), shots) for shots in SHOTS]
     splits += [(load_for_training("pacs_photo", data_root), 16)]
-    splits += [(unpacked(name, data_root / name / "images.parquet", images / name), 16) for name in PARTS]
+    for name in PARTS:
+        unpack(data_root, name, images)
+        splits.append((load_for_training(name, images), 16))
     return [plan(split, "dcp_mini", shots=shots, seed=1) for split, shots in splits]
 
 
-def unpacked(name: str, table: Path, images: Path) -> Split:
-    """The images of a table as a split; they are written to the folder `images`."""
-    rows = pq.read_table(table).to_pylist()
-    names = sorted({row["label"] for row in rows})
-    split = Split(name, names, [], [], [])
-    for row in rows:
-        path = images / row["file"]
+def unpack(data_root: Path, name: str, images: Path) -> None:
+    """Write the images of a dataset's table in its layout below the folder `images`."""
+    spec = find_spec(name)
+    assert spec.folder
+    for row in pq.read_table(data_root / spec.folder / "images.parquet", columns=["image", "file"]).to_pylist():
+        path = images / spec.folder / spec.images / row["file"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(row["image"])
-        getattr(split, row["use"]).append(Item(str(path), row["file"], names.index(row["label"])))
-    return split
 
 
 def bundle(run: Run, name: str, trained: Path | None) -> None:

@@ -18,7 +18,7 @@ from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import WEIGHTS_NAME
-from dcp_zoo.release.cards import CARD_NAME, make_card
+from dcp_zoo.release.cards import CARD_NAME, make_card, not_of_dataset
 from dcp_zoo.release.push import LICENSE, ONNX_FILES, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
@@ -56,10 +56,16 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
     build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
     folder, name = Path(folder), f"local-dir:{folder}"
-    head = entry_of(resolve(name))
+    source = resolve(name)
+    assert source.config is not None
+    head = entry_of(source)
     with warnings.catch_warnings(), skip_init():
         warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
-        model = load_head(create_model(name, False), folder)
+        model = create_model(name, False)
+        model.encoder.remember_weights(source.config["dcp"].get("clip_fingerprint", ""))
+        load_head(model, folder)
+    if problem := not_of_dataset(model):
+        raise ZooError(f"{folder} cannot be published. {problem}")
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILES["float32"]).exists())
     return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)

@@ -28,10 +28,9 @@ SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these he
 WIDTH, SHEET, SCALE = 620, 580, 1.5  # in CSS pixels; the second is the height of the contact sheet
 QUALITY = 70  # of WebP
 WIDE = {"COLUMNS": "84"}  # of the terminal
-CORRECTED = 5  # otters, in the picture of the contact sheet
 STYLE = """body { font: 15px system-ui; margin: 8px } h2 { font-size: 15px; margin: 10px 0 4px }
 img { width: 71px; height: 54px; object-fit: cover } pre { white-space: pre-wrap }"""
-TRAIN = "dcp-zoo train LABELLED --output my_head\n"
+TRAIN = "dcp-zoo train UNSORTED --labels labels.csv --output my_head\n"
 
 
 def main() -> None:
@@ -41,12 +40,11 @@ def main() -> None:
         said = walk(folder)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         save(opened(browser, folder / "to_label" / "found.html"), "walk_suggest.webp", 0, 500)
-        save_whole(browser, as_page(folder / "LABELLED"), folder, "walk_label.webp")
         save_whole(browser, f"<style>{STYLE}</style><pre>{html.escape(said)}</pre>", folder, "walk_train.png")
-        view = opened(browser, folder / "SORTED" / "sheet.html")
-        correct(view)
-        save(view, "walk_sheet.webp", 0, SHEET)
-        save_whole(browser, as_page(folder / "SORTED"), folder, "walk_sorted.webp")
+        view = opened(browser, folder / "sheet.html")
+        view.evaluate("[...document.images].forEach(image => image.loading = 'eager')")
+        view.wait_for_function("[...document.images].every(image => image.complete)")
+        save(view, "walk_sheet.webp", view.get_by_role("heading", name=NONE).evaluate("e => e.offsetTop") - 16, SHEET)
         view = opened(browser, inspected(folder / "inspected"))
         top, bottom = (view.get_by_role("heading", name=name).evaluate("e => e.offsetTop") for name in SHOWN)
         save(view, "inspection.webp", top - 16, bottom - top)
@@ -71,7 +69,7 @@ def opened(browser: Browser, page: Path) -> Page:
 
 def save(view: Page, name: str, top: int, height: int) -> None:
     """Save a part of the page, from `top` on; text without photographs as PNG."""
-    shown = view.screenshot(clip={"x": 0, "y": top, "width": WIDTH, "height": height})
+    shown = view.screenshot(full_page=True, clip={"x": 0, "y": top, "width": WIDTH, "height": height})
     save_picture(Image.open(io.BytesIO(shown)), DOCS / "images" / name)
 
 
@@ -88,27 +86,6 @@ def save_whole(browser: Browser, content: str, folder: Path, name: str) -> None:
     (folder / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{content}")
     view = opened(browser, folder / "page.html")
     save(view, name, 0, view.evaluate("document.body.offsetHeight") + 16)
-
-
-def correct(view: Page) -> None:
-    """Name otters that were rejected, by keyboard, and leave the sheet where they are."""
-    view.set_viewport_size({"width": WIDTH, "height": SHEET})
-    buttons = view.locator("section").last.get_by_role("button")
-    for number in range(CORRECTED):
-        buttons.nth(number).focus()
-        view.keyboard.type("otter")
-        view.keyboard.press("Enter")
-    view.get_by_role("heading", name=NONE).evaluate("heading => heading.scrollIntoView()")
-
-
-def as_page(folder: Path) -> str:
-    """A page with the pictures in each folder of a folder."""
-    rows = [f"<style>{STYLE}</style>"]
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = sorted(place.iterdir())
-        rows.append(f"<h2>{folder.name}/{place.name}, {len(files)} files</h2>")
-        rows += [f'<img src="{file.as_uri()}" alt="">' for file in files]
-    return "\n".join(rows)
 
 
 def inspected(folder: Path) -> Path:

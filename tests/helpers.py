@@ -49,8 +49,8 @@ from dcp_zoo.zoo.factory import create_transform
 class StoppedState(TrainingState):
     """That of a training which is stopped after a step, as by Ctrl-C."""
 
-    def __init__(self, last: int, path: Path, **options: Any) -> None:
-        super().__init__(path, **options)
+    def __init__(self, last: int, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.last = last
 
     def step(self, loss: float) -> None:

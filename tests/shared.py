@@ -4,14 +4,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import huggingface_hub
 import numpy as np
@@ -238,57 +233,6 @@ def chromium():
         )
         yield browser
         browser.close()
-
-
-class Reviewing:
-    """`dcp-zoo review` in a process of its own."""
-
-    def __init__(self, page: str) -> None:
-        command = [sys.executable, "-m", "dcp_zoo", "review", page]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.said = self.process.stdout.readline()
-        self.url = re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", self.process.stdout.readline())[0]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def ask(self, path: str = "", body: bytes | None = None, **headers: str) -> tuple[int, str]:
-        try:
-            with urlopen(Request(self.url + path, body, headers)) as answer:
-                return answer.status, answer.read().decode()
-        except HTTPError as error:
-            return error.code, error.read().decode()
-
-
-@pytest.fixture
-def review():
-    started = []
-
-    def start(page: str) -> Reviewing:
-        started.append(Reviewing(page))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.kill()
-
-
-def press(page: Any, *keys: str) -> str:
-    """What the page says when all is saved."""
-    for key in keys:
-        page.keyboard.press(key)
-    status = page.get_by_role("status")
-    pytest.importorskip("playwright.sync_api").expect(status).not_to_contain_text("Saving")
-    return status.inner_text()
-
-
-def opened(running: Reviewing, page: Any) -> None:
-    """The page, with its first picture in focus."""
-    page.goto(running.url)
-    page.locator("#bar").wait_for()
-    while page.evaluate("document.activeElement.closest('figure')") is None:
-        page.keyboard.press("Tab")
 
 
 @pytest.fixture

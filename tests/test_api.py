@@ -122,14 +122,15 @@ def test_images_in_other_forms_are_taken(pictures):
     for form in (rgba, [rgba], rgba / 255):
         (item,) = unlabelled(form)
         assert np.array_equal(load_image(item.path), load_image(Image.fromarray(rgba)))
+    (item,) = unlabelled(b"no image")
     with pytest.raises(ZooError, match="Cannot read the image bytes: not in a supported format"):
-        unlabelled(b"no image")
+        load_image(item.path)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (["a.png", float("nan"), None], r"no image \(None or NaN\) in row 1, 2, counted from 0"),
+        (["a.png", float("nan"), None], r"image 1, image 2 \(there is no image \(None or NaN\)"),
         (
             pandas.DataFrame({"path": ["a.png"] * 3, "label": list("aba")}),
             r"columns path, label: pass one, as df\['path'",
@@ -213,6 +214,34 @@ def test_batches_and_predictions_have_at_least_one_entry(pictures, fitted, name)
             dcp_zoo.predict(fitted.model_, pictures[0], **options)
     with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
         dcp_zoo.evaluate(fitted.model_, *pictures, batch_size=0)
+
+
+@pytest.mark.parametrize("method", ["dcp", "text-probe"])
+def test_a_batch_is_what_one_forward_pass_reads(pictures, fitted, method):
+    classifier = FewShotClassifier(batch_size=3, memory=False)
+    classifier.model_, classifier.classes_ = fitted.model_, fitted.classes_
+    if method != "dcp":
+        classifier.fit(*pictures)
+    head, sizes = classifier.model_, []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        for module in head.encoder.clip.visual.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    doors = (
+        lambda size: classifier.set_params(batch_size=size).predict_proba(pictures[0]),
+        lambda size: dcp_zoo.evaluate(head, *pictures, batch_size=size).logits.softmax(-1),
+        lambda size: np.array([row[0].probability for row in dcp_zoo.predict(head, pictures[0], batch_size=size)]),
+    )
+    for door in doors:
+        found = []
+        for size in (3, 8):
+            sizes.clear()
+            found.append(door(size))
+            assert max(sizes) == size
+        assert found[0] == pytest.approx(found[1], abs=1e-4)
+    for hook in hooks:
+        hook.remove()
 
 
 # ------------------------------------------------------------------------------------------------------------ callbacks

@@ -6,12 +6,13 @@ import multiprocessing
 import re
 import time
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import made_up_result, no_images, until
+from helpers import Count, StoppedState, made_up_result, no_images, until
+from PIL import Image
 from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, plan, plan_trials, store, sweep
@@ -25,6 +26,7 @@ from dcp_zoo.training.planning import Run
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import train_head
 from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import plain_clip
 
 TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfers]
@@ -84,6 +86,8 @@ def test_domain_shift_and_cross_dataset_targets():
     assert {t.targets for t in pacs} == {("pacs_photo", "pacs_art_painting", "pacs_cartoon", "pacs_sketch")}
     (cross,) = plan_trials("cross-dataset", methods=["zero-shot"])
     assert cross.targets == tuple(list_datasets())
+    (cross,) = plan_trials("cross-dataset", methods=["zero-shot"], targets=["eurosat", "dtd"])
+    assert cross.targets == ("dtd", "eurosat")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,12 @@ def test_domain_shift_and_cross_dataset_targets():
         ({"datasets": ["caltech-101"]}, "Nearest: caltech101"),
         ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe is limited to the classes"),
         ({"protocol": "domain-shift", "datasets": ["dtd"]}, "choose from imagenet, pacs_photo"),
+        ({"protocol": "domain-shift", "targets": ["dtd"]}, "Unknown target 'dtd': choose from imagenet, imagenetv2"),
+        ({"targets": ["dtd"]}, "few-shot tests on the dataset itself: omit --targets"),
+        (
+            {"protocol": "domain-shift", "methods": ["linear-probe"], "targets": ["imagenet_a"]},
+            "linear-probe is limited to the classes of imagenet, and imagenet_a has others: choose other --targets",
+        ),
         ({"seeds": [2**32]}, "The seed must be from 0 to 4294967295, not 4294967296"),
         ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
         (
@@ -223,6 +233,59 @@ def test_cross_dataset_uses_the_class_names_of_the_target(few_digits, tmp_path, 
     assert names == {"digits": "3", "dtd": "number 3"}
 
 
+@pytest.mark.parametrize("method", ["zero-shot", "text-probe", "clip-lora", "dcp"])
+def test_a_trial_resumes_with_the_targets_that_are_left(few_digits, tmp_path, monkeypatch, tested, method):
+    """After an error in one of them, and after a stop of the training, with the same results as without."""
+    there = {"eurosat": True}
+
+    def load(name, root=None):
+        if not there.get(name, True):
+            raise ZooError(f"{name} is missing")
+        split = few_digits(name)
+        return replace(split, classnames=[f"no {c}" for c in split.classnames]) if name == "eurosat" else split
+
+    monkeypatch.setattr(plan, "read_split", load)
+    monkeypatch.setattr(plan, "list_datasets", lambda: ["digits", "dtd", "eurosat"])
+    options = {"epochs": [2]} if method == "dcp" else {"steps": [2]} if method == "clip-lora" else None
+    grid = {"datasets": ["digits"], "shots": [1], "seeds": [1], "options": options}
+    (trial,) = plan_trials("cross-dataset", methods=[method], **grid)
+    whole, settings = Settings(tmp_path / "whole"), Settings(tmp_path / "resumed")
+    steps = Count(monkeypatch, TrainingState, "step")
+    assert sweep.execute(trial, whole).state == "done"
+
+    trained = steps.calls
+    if method == "dcp":
+        with monkeypatch.context() as patch:
+            patch.setattr("dcp_zoo.training.run.TrainingState", partial(StoppedState, 1))
+            with pytest.raises(KeyboardInterrupt):
+                sweep.execute(trial, settings)
+    there["eurosat"] = False
+    assert sweep.execute(trial, settings).message == "eurosat is missing"
+    there["eurosat"] = True
+    assert steps.calls == 2 * trained  # none twice
+    monkeypatch.setattr(sweep, "train_head", lambda *args, **options: pytest.fail("trained again"))
+    tested.clear()
+    event = sweep.execute(trial, settings)
+    assert event.state == "done", event.message
+    assert {names[3] for names in tested} == {"no 3"}
+    before, after = (store.results(each.output)[trial.key] for each in (whole, settings))
+    assert after["results"] == before["results"]
+    assert after.keys() == before.keys()
+    assert after["info"].keys() == before["info"].keys()
+    assert not [*(tmp_path / "resumed" / "unfinished").iterdir()]
+
+
+def test_what_other_settings_computed_is_not_resumed(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("dcp_zoo.benchmark.plan.list_datasets", lambda: ["digits", "dtd"])
+    (trial,) = plan_trials("cross-dataset", methods=["zero-shot"], datasets=["digits"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "predict_modes", no_images)  # a bug
+        assert sweep.execute(trial, Settings(tmp_path)).state == "failed"
+    event = sweep.execute(trial, Settings(tmp_path, precision="bfloat16"))
+    assert "was made with precision float32, not bfloat16: choose another --output" in event.message
+    assert sweep.execute(trial, Settings(tmp_path)).state == "done"
+
+
 def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
     recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 1, "few-shot"), epochs=2)
     assert isinstance(recipe, Recipe)
@@ -332,6 +395,28 @@ def test_results_of_other_images_of_a_dataset_are_rejected(tmp_path, fake, monke
         sweep.sweep(TRIALS, Settings(tmp_path))
 
 
+def test_results_of_fewer_targets_are_rejected(tmp_path, fake):
+    few, more = (plan_trials("cross-dataset", methods=["zero-shot"], targets=t) for t in (["dtd"], ["dtd", "eurosat"]))
+    sweep.sweep(more, Settings(tmp_path))
+    assert sweep.sweep(few, Settings(tmp_path)) == {}
+    sweep.sweep(few, Settings(tmp_path / "few"))
+    with pytest.raises(ZooError, match="has no test on eurosat: choose another --output"):
+        sweep.sweep(more, Settings(tmp_path / "few"))
+
+
+def test_a_later_sweep_sees_that_the_folder_has_changed(tmp_path, flowers):
+    trials = plan_trials("few-shot", methods=["zero-shot"], datasets=["folder"])
+    settings = Settings(tmp_path / "out", flowers, device="cpu")
+    assert not sweep.sweep(trials, settings)
+    assert not sweep.sweep(trials, settings), "nothing is left to do"
+    Image.new("RGB", (60, 60), "red").save(next((flowers / "rose").iterdir()))
+    with pytest.raises(ZooError, match="was made with folder .*: choose another --output"):
+        sweep.sweep(trials, settings)
+    assert not sweep.sweep(trials, replace(settings, output=tmp_path / "other"))
+    one, other = (store.results(tmp_path / name) for name in ("out", "other"))
+    assert [one[trial.key]["folder"] for trial in trials] != [other[trial.key]["folder"] for trial in trials]
+
+
 def test_a_folder_that_is_not_writable_stops_the_sweep(tmp_path, fake):
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match="Cannot write to .*Choose another --output"):
@@ -434,6 +519,30 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run):
     said = run.ok(*COMMAND, "--methods", "dcp,zero-shot", "--output", tmp_path / "sweep", "--dry-run")
     assert re.search(r"176 trials, 176 to run: \d+,\d+ training steps\.", said)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run, monkeypatch):
+    """All in one error, also by a dry run."""
+    monkeypatch.setattr(plan, "read_split", load_split)
+    command = (
+        "benchmark",
+        "cross-dataset",
+        "--methods",
+        "zero-shot",
+        "--datasets",
+        "digits",
+        "--output",
+        tmp_path / "x",
+    )
+    assert "Pass --data-root DIR, the folder with imagenet, caltech101" in run.refused(*command)
+    for options in ((), ("--dry-run",)):
+        err = run.refused(*command, "--data-root", tmp_path, *options)
+        assert err.count("Error:") == 1
+        assert err.count(" does not exist") == 11
+        assert "choose others by --datasets and --targets" in err
+        assert not (tmp_path / "x" / "results").exists()
+    assert "1 trials, 1 to run" in run.ok(*command, "--dry-run")  # without a folder nothing is looked for
+    assert "1 trials, 1 to run" in run.ok(*command, "--targets", "digits", "--data-root", tmp_path, "--dry-run")
 
 
 def test_lists_may_have_commas_or_repeat_the_option(tmp_path, run):

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import hashlib
 import json
 import os
 import random
@@ -13,33 +12,30 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
-from helpers import Count, classify, encoded, photo, read_csv
+from helpers import classify, encoded, photo, read_csv
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Hierarchy, Outputs, Predictor, label, read_hierarchy
+from dcp_zoo.answers import Outputs, Predictor, label, written
 from dcp_zoo.cli import console
-from dcp_zoo.data import load_image, load_labelled
+from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
+from dcp_zoo.data.readers import label_rows
 from dcp_zoo.deploy.bulk.job import Job, Summary, decode_batches
 from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
-from dcp_zoo.deploy.bulk.sorted_folders import RECORD, sort_into
-from dcp_zoo.deploy.together import _average, count, together
-from dcp_zoo.texts import class_folders
+from dcp_zoo.deploy.together import _average, together
 from dcp_zoo.training.predictor import torch_predictor
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -161,9 +157,10 @@ def test_all_formats_hold_the_same(photos):
         summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
         assert summary == Summary(24, 0, 1)
     rows = [row for batch in classify(images, FAKE, top_k=2) for row in batch.rows]
-    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
-    assert rows[1] == {
+    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == [*map(written, rows)]
+    assert written(rows[1]) == {
         "image": "photos/a/01.jpg",
+        "class": "dark",
         "predictions": [{"class": "dark", "probability": 0.960784}, {"class": "bright", "probability": 0.039216}],
     }
     table = pd.read_csv("p.csv")
@@ -191,7 +188,7 @@ def test_names_of_strangers_are_no_formulas(photos):
     assert [row[1] for row in table] == shown
     assert [row[0] for row in table] == [*files, "'-x.jpg"]
     assert (table[0][2], table[-1][3]) == ("-0.5", "'=1+1")
-    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
+    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == [*map(written, rows)]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +198,6 @@ def test_names_of_strangers_are_no_formulas(photos):
         ({"table": "p.csv", "features": "f.csv"}, "--features f.csv: its suffix must be .npz"),
         ({"table": "p.csv", "sheet": "p.csv"}, "p.csv is named twice"),
         ({"table": "old.csv"}, "old.csv exists already: choose another --output, or pass --overwrite"),
-        ({"table": "p.csv", "sort_into": "photos"}, "--sort-into photos is where the images are"),
         ({"table": "old.csv/p.csv"}, "Cannot write to old.csv: .*Choose another --output"),
     ],
 )
@@ -294,7 +290,8 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        message = f"No space left on device. Run the same command again later: {kept} finished rows are kept."
+        classified = kept + 4 if seconds == 0 else 24
+        message = f"of {classified} images that were classified, the rows of {kept} are kept."
         with pytest.raises(ZooError, match=re.escape(message)):
             run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
     assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept
@@ -376,172 +373,7 @@ def test_a_killed_worker_is_explained(photos):
         list(batches)
 
 
-# ---------------------------------------------------------------------------------------------------- folders and sheet
-
-
-def classes_of(rows):
-    return [None if "error" in row else label(row) for row in rows]
-
-
-def test_images_are_sorted_into_folders(photos):
-    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
-    images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    for _ in range(2):
-        sort_into([image.path for image in images], classes_of(rows), Path("sorted"))
-        sorted_ = {str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.jpg")}
-        assert len(sorted_) == 23
-        assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
-        assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
-
-
-CLASSES = {  # and the names of their folders
-    "a/b": "a%2Fb",
-    "a_b": "a_b",
-    "a%2Fb": "a%252Fb",
-    "50 %": "50 %",
-    "..": "%2E%2E",
-    ".net": "%2Enet",
-    "CON?": "CON%3F",
-    "café ": "café%20",
-    "CON": "%43ON",
-    "aux": "%61ux",
-    "nul.txt": "%6Eul.txt",
-    "com1 .a.b": "%63om1 .a.b",
-    "LPT¹": "%4CPT¹",
-    "console": "console",
-    "auxiliary.con": "auxiliary.con",
-    "evil\x1b[2J\u202egpj\x85\n": "evil%1B[2J%E2%80%AEgpj%C2%85%0A",
-    "\ud800": "%ED%A0%80",
-    "x" * 300: "x" * 120 + "-" + hashlib.sha256(b"x" * 300).hexdigest()[:8],
-    "猫" * 100: "猫" * 40 + "-" + hashlib.sha256(("猫" * 100).encode()).hexdigest()[:8],
-}
-
-
-def test_class_names_are_folders_on_every_system(photos):
-    images = find_images(["photos/a"])
-    Path("photos/a/00.jpg").rename(long := Path("photos/a", "ü" * 125 + ".jpg"))
-    images[0] = Found(str(long), str(long))
-    sort_into([image.path for image in images], ["x"] * len(images), Path("sorted"))
-    sort_into([images[0].path] * 2, ["x"] * 2, Path("sorted"))
-    assert max(len(os.fsencode(path.name)) for path in Path("sorted/x").iterdir()) <= 255
-    assert len(list(Path("sorted/x").iterdir())) == 13
-    sort_into([images[0].path] * len(CLASSES), CLASSES.values(), Path("others"))
-    assert {path.name for path in Path("others").iterdir()} == set(CLASSES.values())
-    assert class_folders(CLASSES) == CLASSES
-    apart = class_folders(["Cat", "cat", "caf\u00e9", "cafe\u0301", "dog"])  # some systems make one folder of two
-    assert len({normalize("NFC", folder).casefold() for folder in apart.values()}) == 5
-    assert apart["dog"] == "dog"
-
-
-def test_sorting_replaces_no_file(photos):
-    """Neither one's own photo of that name, nor an image of the same call whose name ends with a number."""
-    own = Path("sorted/dark/00.jpg")
-    own.parent.mkdir(parents=True)
-    own.write_bytes(b"my own photo")
-    Path("photos/b/12.jpg").rename("photos/b/00.jpg")
-    shutil.copy("photos/a/00.jpg", "photos/a/00-2.jpg")
-    images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    for _ in range(2):
-        sort_into([image.path for image in images], classes_of(rows), Path("sorted"))
-        assert own.read_bytes() == b"my own photo"
-        assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
-
-
-def in_folders(place: Path) -> set[str]:
-    return {path.relative_to(place).as_posix() for path in place.rglob("*.*") if path.parent != place}
-
-
-def sort_again(predictor: Predictor) -> None:
-    outputs = OutputFiles(Path("sorted/p.csv"), sort_into=Path("sorted"), overwrite=True)
-    run_bulk(find_images(["photos"]), lambda: predictor, outputs, {"head": id(predictor)})
-
-
-OTHER = replace(FAKE, classnames=["bright", "dark"])  # of the opposite opinion
-
-
-def test_sorting_again_moves_the_copies_of_the_first_run(photos):
-    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
-    sort_again(FAKE)
-    first = in_folders(Path("sorted"))
-    sort_again(FAKE)
-    assert in_folders(Path("sorted")) == first
-    assert len(Path("sorted", RECORD).read_text().split()) == len(first) * 5, "a record of the same copies grows"
-    sort_again(OTHER)
-    opposite = {"bright": "dark", "dark": "bright"}
-    assert in_folders(Path("sorted")) == {f"{opposite[Path(name).parent.name]}/{Path(name).name}" for name in first}
-    sort_again(replace(FAKE, classnames=["grey", "grey too"]))
-    assert not Path("sorted/dark").exists(), "an empty folder would be a class without images"
-    assert len(in_folders(Path("sorted"))) == len(first) == 23
-    assert Path("sorted/grey/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
-    Path("photos/b/23.jpg").write_bytes(jpeg(22))
-    os.utime("photos/b/23.jpg", (0, 0))
-    sort_again(FAKE)
-    assert Path("sorted/bright/23.jpg").read_bytes() == jpeg(22), "another image of the name of an earlier one"
-    assert Path("sorted/grey too/23.jpg").read_bytes() == jpeg(23)
-
-
-def test_sorting_again_leaves_what_a_person_did(photos):
-    sort_again(FAKE)
-    place = Path("sorted")
-    (place / "dark/00.jpg").rename(place / "bright/zero.jpg")
-    (place / "dark/01.jpg").unlink()
-    (place / "dark/02.jpg").unlink()
-    (place / "dark/02.jpg").write_bytes(b"edited")
-    (place / "mine").mkdir()
-    shutil.copy2("photos/a/03.jpg", place / "mine/03.jpg")  # beside the copy that was made
-    (place / "dark/own.jpg").write_bytes(b"own")
-    with pytest.warns(UserWarning, match=r"moved, changed or deleted: they are not copied again.*: 3\."):
-        sort_again(OTHER)
-    assert (place / "dark/02.jpg").read_bytes() == b"edited"
-    assert (place / "dark/own.jpg").read_bytes() == b"own"
-    found = in_folders(place)
-    assert {"bright/zero.jpg", "mine/03.jpg", "bright/03.jpg"} <= found
-    assert not {"bright/00.jpg", "dark/00.jpg", "dark/01.jpg", "bright/01.jpg", "bright/02.jpg", "dark/03.jpg"} & found
-    assert len(found) == 23 - 1 + 2
-    Path("sorted", RECORD).unlink()
-    sort_again(OTHER)
-    assert "bright/01.jpg" in in_folders(place)
-
-
-def test_a_record_leads_to_no_file_outside_its_folder(photos):
-    """Whoever wrote it; and half a line in it, as a kill may leave, is ignored."""
-    Path("mine").mkdir()
-    shutil.copy2("photos/a/00.jpg", "mine/00.jpg")
-    shutil.copy2("photos/a/00.jpg", "00.jpg")
-    sort_again(FAKE)
-    name, found = os.path.abspath("photos/a/00.jpg"), Path("photos/a/00.jpg").stat()  # noqa: PTH100
-    lines = [["..", "mine/00.jpg"], ["../mine", "00.jpg"], [os.path.abspath("mine"), "00.jpg"], ["..", "00.jpg"]]  # noqa: PTH100
-    record = Path("sorted", RECORD)
-    record.write_text("\n".join(json.dumps([*line, name, found.st_size, found.st_mtime]) for line in lines) + "\n[1, 2")
-    sort_again(OTHER)
-    assert Path("mine/00.jpg").exists()
-    assert Path("00.jpg").exists()
-    sort_again(FAKE)
-    assert Path("sorted/dark/01.jpg").exists()
-    assert not Path("sorted/bright/01.jpg").exists()
-
-
-def test_sorting_that_was_stopped_goes_on(photos, monkeypatch):
-    """Between the record of a copy and its move: no image is lost, or there twice."""
-    sort_again(FAKE)
-    calls, rename = Count(monkeypatch, Path, "rename"), Path.rename
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda *paths: 1 / 0 if calls.calls == 5 else rename(*paths))
-        with pytest.raises(ZeroDivisionError):
-            sort_again(OTHER)
-    sort_again(OTHER)
-    assert len(in_folders(Path("sorted"))) == 23
-    assert Path("sorted/bright/05.jpg").exists()
-
-
-def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
-    Path("file").write_text("")
-    image = find_images(["photos"])[0]
-    rows = [row for batch in classify([image], FAKE) for row in batch.rows]
-    with pytest.raises(ZooError, match="Choose another --sort-into"):
-        sort_into([image.path], classes_of(rows), Path("file"))
+# ---------------------------------------------------------------------------------------------------- sheet
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
@@ -549,7 +381,7 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    write_sheet(Path("out/s.html"), images, FAKE.classnames, rows, "s.html")
+    write_sheet(Path("out/s.html"), images, rows, "s.html")
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d">(\w+)\s*<small>(.*?)</small>', page, re.DOTALL) == [
         ("bright", "11 images, the 10 least certain"),
@@ -563,81 +395,6 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     assert page.count("data:image/jpeg;base64,") == len(shown) == 20
     assert "Cannot read the image photos/a/04.jpg" in page
     assert not re.search(r'(?:src|href)="(?!data:|#|\.\./photos/)', page)
-
-
-def labelled_by_keys(page, keys: str) -> str:
-    """Press these keys one after the other; what the page then says."""
-    for key in keys.split():
-        page.keyboard.press(key)
-    return page.get_by_role("status").inner_text()
-
-
-def test_predictions_are_corrected_by_keyboard(photos, chromium):
-    """Also of names that a spreadsheet or another system would misread; what is saved is a labels file."""
-    for i, name in {13: "=1+2.jpg", 14: 'a, "b".jpg', 15: os.fsdecode(b"\xe4.jpg")}.items():
-        Path(f"photos/b/{i}.jpg").rename(f"photos/b/{name}")
-    images, classes = find_images(["photos"]), [*FAKE.classnames, *(f"class {i}" for i in range(998))]
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    write_sheet(Path("s.html"), images, classes, rows, "s.html")
-    context = chromium.new_context(viewport={"width": 390, "height": 900}, color_scheme="dark")
-    page, asked, failed = context.new_page(), [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: failed.append(str(error)))
-    page.goto(Path("s.html").absolute().as_uri())
-    for _ in range(5):  # the button, three links, the first image
-        page.keyboard.press("Tab")
-    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert labelled_by_keys(page, "Enter") == "bright is right. 1 checked."
-    assert labelled_by_keys(page, "d Enter") == "dark, not bright. 2 checked."
-    page.keyboard.type("class 99")
-    assert page.get_by_role("option", selected=True).inner_text() == "class 99"
-    assert labelled_by_keys(page, "ArrowDown Enter") == "class 990, not bright. 3 checked."
-    page.keyboard.type("Twilight")
-    assert page.get_by_role("option").all_inner_texts() == ["new class: Twilight"]
-    assert labelled_by_keys(page, "Enter") == "Twilight, not bright. 4 checked."
-    assert labelled_by_keys(page, "n o n e Enter") == "none of these, not bright. 5 checked."
-    assert labelled_by_keys(page, "Enter Space Escape ArrowLeft Delete") == "Not checked. 5 checked."
-    assert labelled_by_keys(page, "t Enter") == "Twilight, not bright. 6 checked."
-    tops = []
-    for keys in ("Home", "ArrowDown", "ArrowUp"):
-        labelled_by_keys(page, keys)
-        tops.append(page.evaluate("document.activeElement.getBoundingClientRect().top + scrollY"))
-    assert tops[0] == tops[2] < tops[1]
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    for keys, width, scheme in (("", 390, "dark"), ("ArrowLeft Space", 1280, "light")):  # the page, and its dialogue
-        labelled_by_keys(page, keys)
-        page.set_viewport_size({"width": width, "height": 900})
-        page.emulate_media(color_scheme=scheme)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert axe.run(page).response["violations"] == []
-    page.reload()
-    assert page.get_by_role("button", name="→ dark, corrected, photos/b/").count() == 1
-    assert page.get_by_role("button", name=re.compile("not checked")).count() == 17
-    with page.expect_download() as download:
-        labelled_by_keys(page, "Control+s")
-    assert download.value.suggested_filename == "corrections.csv"
-    found = load_labelled("folder", "photos", download.value.path())
-    context.close()
-    expected = {"=1+2.jpg": "bright", 'a, "b".jpg': "dark", os.fsdecode(b"\xe4.jpg"): "class 990"}
-    labels = {item.key.removeprefix("b/"): found.classnames[item.label] for item in found.items}
-    assert labels == expected | {"16.jpg": "Twilight", "18.jpg": "Twilight"}
-    assert len(found.none) == 1
-    assert (failed, [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]) == ([], [])
-
-
-def test_corrections_work_where_the_browser_keeps_nothing(photos, chromium):
-    images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    write_sheet(Path("s.html"), images, FAKE.classnames, rows, "s.html")
-    page = chromium.new_page()
-    page.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('refused'); }})")
-    page.goto(Path("s.html").absolute().as_uri())
-    page.get_by_role("button", name=re.compile("12.jpg")).press("Enter")
-    assert "This browser does not keep them" in page.get_by_role("status").inner_text()
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Save corrections.csv").click()
-    assert download.value.path().read_text("utf-8-sig") == "file,class\nphotos/b/12.jpg,dark\n"
-    page.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ together
@@ -659,18 +416,17 @@ DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, 
 
 def test_images_of_a_folder_help_each_other(photos):
     images = find_images(["photos"])
-    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"), Path("sorted"))
+    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"))
     done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
     rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
     assert [(row["alone"], label(row)) for row in done.changed] == [("bright", "dark"), ("dark", "bright")]
     assert (rows["04"]["alone"], rows["04"]["error"] != "") == ("", True)
-    assert Path("sorted/dark/07.jpg").exists()
     assert Path("s.html").read_text().count("<small>alone ") == 2
     assert np.load("f.npz")["features"].shape == (24, 3)
     ((alone, _),) = classify(images[7:8], DOUBTFUL)
     batches = classify(images[7:8], DOUBTFUL, together=True)
-    rows, _ = Job(lambda: DOUBTFUL, {}, together=True).collect(batches, DOUBTFUL.classnames)
+    rows = Job(lambda: DOUBTFUL, {}, together=True).collect(batches, DOUBTFUL.classnames)
     assert rows == [alone[0] | {"alone": "bright"}]
 
 
@@ -697,10 +453,9 @@ def test_rejected_images_lend_nothing(photos):
     for images in (24, 21):  # the last three are rejected
         batches = classify(find_images(["photos"])[:images], DOUBTFUL, reject=True, together=True)
         found.append(Job(lambda: DOUBTFUL, {}, reject=True, together=True).collect(batches, DOUBTFUL.classnames))
-    (rows, counts), (fewer, _) = found
+    rows, fewer = found
     assert rows[:21] == fewer
     assert [row["alone"] for row in rows[21:]] == ["none of these"] * 3
-    assert [of.answers for of in counts] == [11, 9, 0, 0]
 
 
 def test_folders_without_evidence_stay_as_they_are():
@@ -744,11 +499,6 @@ def test_parts_of_a_large_folder_are_compared_with_all_of_it(monkeypatch):
     np.testing.assert_allclose(found, np.sort(cosines)[:, -8:], atol=1e-6)
 
 
-def test_images_are_counted():
-    p = np.array([[0.9, 0.1, 0.0]] * 10 + [[0.35, 0.65, 0.0]] * 10, np.float32)
-    assert count(p, ["a", "b", "c"]) == [("a", 10.6, 3, 18, 10), ("b", 9.4, 3, 16, 10), ("c", 0.0, 0, 0, 0)]
-
-
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
@@ -766,7 +516,7 @@ def loaded(bundled, monkeypatch) -> None:
 def test_predict_a_folder(run, photos, loaded, bundled):
     images = find_images(["photos"])
     files = ["--output", "p.csv", "--features", "f.npz", "--sheet", "s.html"]
-    code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--workers", 1, "--top-k", 2)
+    code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--top-k", 2)
     assert code == 1, err
     assert "Cannot read the image photos/a/04.jpg" in err
     assert "24 images, of which 1 cannot be read: p.csv" in err
@@ -782,37 +532,27 @@ def test_predict_a_folder(run, photos, loaded, bundled):
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]
 
 
-def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
-    run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out")
-    for row in read_csv("out/predictions.csv"):
-        assert Path("out", row["class"], Path(row["image"]).name).is_file()
-    err = run.refused("predict", "photos/b", "--head", BUNDLED, "--sort-into", "photos/b/sorted")
-    assert "photos/b/sorted is among the images of photos/b: choose a folder elsewhere for --sort-into" in err
-    run.ok("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")
-    assert Path("sheet.csv").exists()
-
-
 def test_what_a_person_said_is_the_answer(run, photos, loaded):
     """In every output, and without a probability; paths start here or at the images, and the last table counts."""
     Path("1.csv").write_text("file,class\nphotos/b/12.jpg,emu\nphotos/b/13.jpg,none of these\nphotos/b/14.jpg,emu\n")
     Path("2.csv").write_text(f"file,class\nb/14.jpg,crab\n{Path('photos/b/15.jpg').absolute()},ant\nx.jpg,emu\n")
     said = {"12": "emu", "13": "none of these", "14": "crab", "15": "ant"}
     labels = ("--head", BUNDLED, "--labels", "1.csv", "--labels", "2.csv")
-    place = ("--sort-into", "out", "--sheet", "s.html", "--together", "--top-k", 2)
+    place = ("--output", "p.csv", "--sheet", "s.html", "--together", "--top-k", 2)
     code, _, err = run("predict", "photos", *labels, *place)
     assert code == 1, err
     assert "24 images, of which 4 labelled by --labels and 1 cannot be read" in err
     assert "Images in 1.csv, 2.csv that are not among these: 1 (x.jpg)" in err
-    rows = {Path(row["image"]).stem: row for row in read_csv("out/predictions.csv")}
+    rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert {name: row["class"] for name, row in rows.items() if row["labelled"] == "True"} == said
     assert {(rows[name]["probability"], rows[name]["class_2"]) for name in said} == {("", "")}
     assert all(0 < float(row["probability"]) < 1 for row in rows.values() if row["labelled"] == "False")
-    assert [name for name, answer in said.items() if Path("out", answer, f"{name}.jpg").exists()] == list(said)
     page = Path("s.html").read_text()
     assert re.findall(r"labelled: (\d\d).jpg", page[page.index("<main>") :]) == ["15", "14", "12", "13"]
     shown = json.loads(run.ok("predict", "photos/b", *labels, "--json"))
-    assert shown[0] == {"image": "photos/b/12.jpg", "predictions": [{"class": "emu", "probability": None}]} | {
-        "labelled": True
+    assert shown[0] == {"image": "photos/b/12.jpg", "class": "emu"} | {
+        "predictions": [{"class": "emu", "probability": None}],
+        "labelled": True,
     }
     assert "none of these  labelled" in run.ok("predict", "photos/b", *labels)
     assert "labelled" in run.ok("predict", "photos/b/12.jpg", *labels)
@@ -833,21 +573,19 @@ def test_what_a_person_said_is_not_rejected_and_lends_its_class(photos):
     labels = {f"photos/b/{i}.jpg": name for i, name in {12: "dark", 20: "none of these", 23: "bright"}.items()}
     job = Job(lambda: DOUBTFUL, {}, reject=True, together=True, labels=labels)
     alone = [row for batch in job.classify(images, DOUBTFUL) for row in batch.rows]
-    rows, counts = job.collect(job.classify(images, DOUBTFUL), DOUBTFUL.classnames)
+    rows = job.collect(job.classify(images, DOUBTFUL), DOUBTFUL.classnames)
     for found in (alone, rows):
         answers = {row["image"]: label(row) for row in found}
         assert answers | labels == answers
         assert [row["rejected"] for row in found] == [i in (20, 21, 22) for i in range(12, 24)]
         assert [row["labelled"] for row in found] == [row["image"] in labels for row in found]
-    assert sum(of.answers for of in counts) == 9
 
 
 def test_many_images_on_the_screen(run, photos, loaded):
     out = run.ok("predict", "photos/b", "--head", BUNDLED)
     assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
-    code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together", "--count")
+    code, out, err = run("predict", "photos/b", "--head", BUNDLED, "--together")
     assert (code, "The other images changed" in err) == (0, True), err
-    assert re.search(r"class +images +90 % interval +predictions\n", out)
     Path("list.txt").write_text("x.jpg\n" * 1001)
     err = run.refused("predict", "list.txt", "--head", BUNDLED)
     assert "1,001 images are too many for the screen: pass --output predictions.csv" in err
@@ -882,15 +620,11 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
     ("args", "message"),
     [
         (
-            ["--head", "x.onnx", "--classes", "a,b", "--stats", "batch", "--precision", "float32"],
-            "x.onnx is run as it was exported: omit --classes, --stats, or pass the head itself.",
+            ["--head", "x.onnx", "--classes", "a,b", "--precision", "float32"],
+            "x.onnx is run as it was exported: omit --classes, or pass the head itself.",
         ),
-        (["--head", "x.onnx", "--reject-rate", "0.2"], "omit --reject-rate, or"),
-        (["--reject", "--reject-rate", "0"], "--reject-rate 0 rejects nothing: omit it"),
         (["--head", "x.onnx", "--reject"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
-        (["--count"], "--count counts what the other images refine: add --together."),
-        (["--count", "--together", "--json"], "--count prints a table: omit it, or --json"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],
 )
@@ -922,64 +656,37 @@ def test_images_of_other_things_are_rejected(photos):
     with pytest.raises(ZooError, match="no threshold to reject images"):
         next(classify(images, FAKE, reject=True))
     picky = Predictor("fake", FAKE.classnames, CFG, unsure, threshold=4 * 5.5 - 0.01)
-    outputs = OutputFiles(Path("p.jsonl"), sort_into=Path("sorted"), sheet=Path("s.html"))
+    outputs = OutputFiles(Path("p.jsonl"), sheet=Path("s.html"))
     run_bulk(images, lambda: picky, outputs, {}, reject=True)
     rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
     assert [row.get("rejected") for row in rows] == [True, True, True, True, None, True, *[False] * 6]
     assert {label(row) for row in rows if "error" not in row} == {"bright", "none of these"}
-    assert len(list(Path("sorted/none of these").iterdir())) == 5
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d+">(.*)', page) == ["bright", "none of these"]
     assert ">none of these\n<small>5 images" in page
     assert "images in 1 class" in page
 
 
-def test_a_hierarchy_answers_with_what_is_sure(photos):
-    """The parent where its classes share the probability; nothing where no node is sure."""
-    names, tree = ["beagle", "pug", "owl", "saw"], {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}}
-    Path("tree.yaml").write_text(json.dumps(tree))
-    rank = Hierarchy(read_hierarchy(Path("tree.yaml")), 0.1)
-    p = np.array([[0.95, 0.01, 0.02, 0.02], [0.5, 0.45, 0.03, 0.02], [0.3, 0.3, 0.35, 0.05], [0.3, 0.2, 0.1, 0.4]])
-    rows = rank(p, names, 3)
-    assert [row[0] for row in rows] == [
-        {"class": "beagle", "probability": 0.95},
-        {"class": "dog", "probability": 0.95},
-        {"class": "animal", "probability": 0.95},
-        {"class": "not sure", "probability": 0.6},
-    ]
-    assert [entry["class"] for entry in rows[1]] == ["dog", "beagle", "pug"]
-    assert [len(row) for row in rank(p, names, 9)] == [4] * 4
-    with pytest.raises(ZooError, match="has 'pug', which is not a class"):
-        rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
-    with pytest.raises(ZooError, match="the class 'dog' is above 'beagle': rename one of them"):
-        rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
-    for text, message in (
-        *(("[a, a]", "only once"), ("", "only once"), ("{a: [b], b: [c]}", "only once")),
-        *(
-            ("{a: {x: [b]}, c: {x: [d]}}", "only once"),
-            ("{not sure: [a]}", "the name 'not sure', which is reserved"),
-        ),
-        *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),
-        (
-            "\n".join(["a: &a [x]", *(f"{b}: &{b} [*{a}, *{a}]" for a, b in pairwise("abcdefghijklmnop"))]),
-            "aliases such",
-        ),
-    ):
-        Path("tree.yaml").write_text(text)
-        with pytest.raises(ZooError, match=message):
-            read_hierarchy(Path("tree.yaml"))
-
-
-def test_rejection_and_hierarchy_on_the_command_line(run, photos):
-    Path("tree.json").write_text('{"animal": ["cat", "dog"], "thing": ["cup", "saw"]}')
-    args = ("predict", *sample_images()[:2], "--classes", "cat,dog,cup,saw", "--hierarchy", "tree.json", "--json")
-    code, out, err = run(*args, "--error-rate", "0.2")
-    answers = [row["predictions"][0] for row in json.loads(out)]
-    assert code == 0, err
-    assert all(answer["class"] == "not sure" or answer["probability"] >= 0.8 for answer in answers)
-    assert {answer["class"] for answer in answers} & {"animal", "thing", "cat", "cup"}
-    Path("tree.json").write_text('{"animal": ["cat", "dgo"]}')
-    assert "has 'dgo', which is not a class. Nearest: dog" in run.refused(*args)
+def test_one_column_says_what_was_decided(run, photos):
+    """In every output; and the table, with a class for a rejected image, is a labels file."""
+    head, files = ("--head", "dcp_mini.caltech101-16shot", "--reject"), ("photos/b/12.jpg", *sample_images())
+    run.ok("predict", *files, *head, "--output", "p.csv")
+    run.ok("predict", *files, *head, "--output", "p.jsonl")
+    said = dcp_zoo.predict(head[1], list(files), reject=True)
+    decided = ["none of these" if row is None else row[0].name for row in said]
+    shown = json.loads(run.ok("predict", *files, *head, "--json"))
+    table, lines = read_csv("p.csv"), [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    for rows in (table, lines, shown):
+        assert [row["class"] for row in rows] == decided
+    assert lines == shown
+    assert 0 < decided.count("none of these") < len(decided)
+    assert [row["best"] for row in table] == [row["predictions"][0]["class"] for row in lines]
+    assert all(float(row["probability"]) > 0 for row in table)
+    assert {answer for _, _, answer, *_ in label_rows(Path("p.csv"))} == {*decided}
+    Path("p.csv").write_text(Path("p.csv").read_text("utf-8-sig").replace("True,none of these", "True,otter", 1))
+    read = [row.is_answer for row in label_rows(Path("p.csv"))]
+    assert read.count(False) == 1
+    assert not read[decided.index("none of these")]
 
 
 def test_rejection_is_for_the_classes_of_the_head(run, photos):
@@ -1020,11 +727,12 @@ def damaged(tmp_path) -> list[Path]:
     return [cut, tmp_path / "text.jpg", tmp_path / "nothing.jpg"]
 
 
-def test_predict_goes_on_after_damaged_images(run, damaged, my_head):
+def test_predict_goes_on_after_damaged_images(run, damaged, my_head, monkeypatch):
     good = sample_images()[:2]
     paths = [damaged[0], good[0], *damaged[1:], good[1]]
     for batch_size in (1, 2, 32):  # one batch has no readable image
-        code, out, err = run("predict", *paths, "--head", "my_head", "--json", "--batch-size", batch_size)
+        monkeypatch.setattr("dcp_zoo.cli.predict.BATCH", batch_size)
+        code, out, err = run("predict", *paths, "--head", "my_head", "--json")
         assert code == 1
         answers = json.loads(out)
         assert [answer["image"] for answer in answers] == list(map(str, paths))

@@ -130,7 +130,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
 @pytest.mark.parametrize("committed", [False, True])
 def test_a_save_that_was_killed_is_undone_or_finished(folder, tmp_path, committed):
     """Between its weights and its config.json, or after both; whoever comes first does it."""
-    other = create_model("dcp_mini", classnames=["cup"], n_ctx=4).save_pretrained(tmp_path / "other")
+    other = create_model("dcp_mini", "clip", classnames=["cup"], n_ctx=4).save_pretrained(tmp_path / "other")
     shutil.copy(other / WEIGHTS_NAME, folder / NEW_WEIGHTS)
     if committed:
         shutil.copy(other / CONFIG_NAME, folder)
@@ -302,7 +302,7 @@ WRONG = {
     "nested": {"ant": {"ant": "text"}},
 }
 TEXTS = (
-    "dcp.clip dcp.method dcp.texts dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
+    "dcp.clip dcp.clip_fingerprint dcp.method dcp.texts dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
     "dcp.text_probe.split_sha256 weights_sha256"
 )
 RIGHT = {  # what of `WRONG` a field may be

@@ -116,6 +116,24 @@ def test_one_of_two_classes_gets_other_images(clip, pictures):
     assert head(new).argmax(1).tolist() == [1] * 5
 
 
+@torch.no_grad()
+def test_images_of_a_new_class_are_encoded_a_few_at_a_time(clip, pictures):
+    whole, x = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
+    many, sizes = x.repeat(14, 1, 1, 1), []
+    heads = [copy.deepcopy(whole) for _ in range(3)]
+    stem = next(module for module in heads[0].encoder.clip.visual.modules() if isinstance(module, torch.nn.Conv2d))
+    stem.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for head, images in zip(heads, (many, (many[i : i + 7] for i in range(0, 70, 7)), x), strict=True):
+        head.add_class("new", images)
+    assert max(sizes) == 32
+    assert close(heads[1](x), heads[0](x))
+    assert heads[0].info["class_images"]["new"] == len(many)
+    assert close(heads[0].text_probe.means[-1], heads[2].text_probe.means[-1])
+    for nothing in ([], many[:0]):
+        with pytest.raises(ZooError, match=r"Expected images \(n, 3, H, W\)"):
+            whole.add_class("new", nothing)
+
+
 def test_a_classifier_of_classes_with_the_same_name(pictures, tmp_path):
     """By the public doors alone."""
     images = [Image.open(item.path).convert("RGB") for item in pictures]

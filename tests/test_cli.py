@@ -73,6 +73,10 @@ def test_list(run):
     for text in ("dcp_vitl14_336", "ViT-L-14-336", "dcp_mini.caltech101-16shot", "90.1 %", "1, 2, 4, 8, 16"):
         assert text in out
     assert "dcp_vitb16." not in out
+    shown = " ".join(out.split())
+    assert "head status method alone with text probe" in shown
+    assert "dcp_mini.caltech101-16shot bundled 77.2 % 90.1 %" in shown
+    assert "oxford_flowers50 is a part of oxford_flowers: 50 of 102 classes, 400 of 2,463 test images" in shown
     _, out, _ = run("list", "*b32*")
     assert "dcp_vitb32" in out
     assert "dcp_vitb16" not in out
@@ -171,7 +175,14 @@ def test_info_says_how_good_of_what_and_when(head, run):
         assert text in out
     assert "sha256" not in out
     assert json.loads(run("info", head, "--json")[1])["metrics"] == stored["metrics"]
-    assert "90.1 % (2222 of 2465; 95 % interval 89 to 91)" in run("info", "dcp_mini.caltech101-16shot")[1]
+    for name, text in (
+        (
+            "dcp_mini.caltech101-16shot",
+            "90.1 % (2222 of 2465; 95 % interval 89 to 91) with the text probe; 77.2 % without",
+        ),
+        ("dcp_mini.oxford_flowers50-16shot", "oxford_flowers50 is a part of oxford_flowers: 50 of 102 classes"),
+    ):
+        assert text in " ".join(run.ok("info", name).replace("│", "").split())
 
 
 def test_train_with_every_kind_of_flag(head, animals, run):
@@ -254,10 +265,10 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
     [
         (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
-        (["predict", "--sample", "--head", "HEAD", "--stats", "average"], "batch, stored"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
         ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),
+        ([*DIGITS, "--model", "ViT-B-32"], "Unknown model 'ViT-B-32'. open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG"),
         (["train", "--output", "OUT", "--dataset", "caltec101"], "caltech101"),
         (["train", "--output", "OUT", "--dataset", "caltech101"], "--data-root"),
         (["train", "--output", "OUT", "--dataset", "caltech101", "--data-root", "ROOT"], "caltech-101"),
@@ -428,10 +439,10 @@ def test_commands_without_a_model_import_nothing_heavy():
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        ("eval --head dcp_mini.eurosat-16shot --dataset digits --report FILE", "page.html"),
+        ("eval --head dcp_mini.eurosat_small-16shot --dataset digits --report FILE", "page.html"),
         ("train --dataset digits --output head --report FILE", "page.html"),
         ("predict --sample --sheet FILE", "page.html"),
-        ("export --head dcp_mini.eurosat-16shot --output FILE", "head.onnx"),
+        ("export --head dcp_mini.eurosat_small-16shot --output FILE", "head.onnx"),
         ("inspect photos --output .", "inspection.csv"),
         ("report . --output .", "report.md"),
     ],

@@ -156,7 +156,7 @@ def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch)
     assert all(f"broken{i:02}.png" in err for i in range(12))
     assert re.search(r"broken00.png, .*broken10.png \(not in a supported format", err)  # each with its own reason
     assert re.search(r"broken01.png, .*broken11.png \(\w", err)
-    assert "Replace them, or move them out of their class folders" in err
+    assert "Replace them, or leave them out by --skip-unreadable" in err
     assert not Path("MY_PHOTOS_head").exists()
 
 
@@ -208,19 +208,15 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
     ]
     rows += [{"image": "x.jpg", "error": "damaged"}]
     rows[0]["rejected"] = True
-    rows[1]["predictions"] = [{"class": "not sure"}]
-    Path("SORTED").mkdir()
-    TABLES[".csv"]("SORTED/predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
+    rows[1]["predictions"] = [{"class": "leave out", "probability": None}]
+    TABLES[".csv"]("predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
     for place in ([], [flowers]):
-        err = run("train", *place, "--labels", "SORTED/predictions.csv")[2]
-        assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read." in err
-        assert "SORTED/predictions.csv has the answers of a head: unless you corrected" in err
+        err = run("train", *place, "--labels", "predictions.csv")[2]
+        assert "csv: 1 'none of these', 1 'leave out', 1 that cannot be read." in err
+        assert "predictions.csv has the answers of a head: unless you corrected" in err
         split = planned["run"].split
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)
-    assert "answers of a head" not in run("train", flowers)[2]
-    (flowers / "predictions.csv").touch()
-    assert "MY_PHOTOS/predictions.csv has the answers of a head: unless you corrected" in run("train", flowers)[2]
     changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
     write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
     found = load_labelled("folder", flowers, "inspection.csv")

@@ -35,7 +35,8 @@ from dcp_zoo.data import (
     load_split,
     training_split,
 )
-from dcp_zoo.data.splits import check_test_share, warn_of_tiny_classes
+from dcp_zoo.data.packaged import split_rows, split_sha256
+from dcp_zoo.data.splits import PARTS, check_test_share, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -46,6 +47,22 @@ def test_list_datasets_are_the_eleven():
         "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
     )
     assert " ".join(dcp_zoo.list_datasets()) == names
+
+
+@pytest.mark.parametrize("name", [name for name, spec in DATASETS.items() if spec.part_of])
+def test_a_part_is_read_from_the_folder_of_the_whole(name, tmp_path):
+    """Its images are the whole's, in the same parts and classes, and it says how many."""
+    spec = DATASETS[name]
+    whole = {(part, key, known) for part, rows in split_rows(spec.part_of).items() for key, _, known in rows}
+    folder = tmp_path / DATASETS[spec.part_of].folder / DATASETS[spec.part_of].images
+    for key in (key for part in split_rows(name).values() for key, *_ in part):
+        touch(folder / key)
+    split = load_split(name, tmp_path)
+    own = {(part, item.key, split.classnames[item.label]) for part in PARTS for item in getattr(split, part)}
+    assert own < whole
+    assert f"{name} is a part of {spec.part_of}: {len(split.classnames)} of " in spec.part_note
+    assert f"{len(split.test)} of {DATASETS[spec.part_of].counts[2]:,} test images" in spec.part_note
+    assert split_sha256(name) == split.sha256 != split_sha256(spec.part_of)
 
 
 @pytest.mark.parametrize("spec", DATASETS.values(), ids=list(DATASETS))
@@ -389,7 +406,7 @@ def test_check_reports_every_dataset(tmp_path, monkeypatch):
     write_listed(tmp_path, "eurosat", make=picture)
     write_listed(tmp_path, "dtd", make=str)  # makes no file
     found = {row.name: row for row in check(tmp_path)}
-    assert list(found) == [name for name, spec in DATASETS.items() if spec.folder]
+    assert list(found) == [name for name, spec in DATASETS.items() if spec.folder and not spec.part_of]
     assert {name for name, row in found.items() if row.status != "missing"} == {"eurosat", "dtd"}
     assert "Get it from" in found["ucf101"].message
     assert found["dtd"].status == "broken"

@@ -137,7 +137,7 @@ def test_files_that_are_no_descriptions(content, problem, tmp_path):
 
 
 def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
-    """Train on folders with such names and sentences, then measure and predict; other sentences, other answers."""
+    """Train on folders with such names and sentences, then measure and predict."""
     folder, texts = tmp_path / "photos", tmp_path / "texts.json"
     for item in photos[:9]:  # three of each class
         (folder / SCRIPTS[item.label]).mkdir(parents=True, exist_ok=True)
@@ -154,11 +154,6 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
         out = run.ok("eval", "--head", head, "--data-root", folder, "--descriptions", texts, "--json")
         assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_stored"]
         assert "6 sentences" in run("info", head)[1]
-    texts.write_text(json.dumps({name: [f"not {name}"] for name in SCRIPTS}), "utf-8")
-    out = run.ok("predict", photos[0].path, "--head", head, "--descriptions", texts, "--json")
-    assert json.loads(out)[0]["predictions"] != answers
-    err = run.refused("predict", photos[0].path, "--descriptions", texts, "--classes", "cat,dog")
-    assert "no sentences for 'cat', 'dog'" in err
 
 
 @pytest.mark.parametrize("kind", ["dcp", "zero-shot"])

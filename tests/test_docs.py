@@ -87,7 +87,6 @@ def scratch(tmp_path, monkeypatch, quick_probe):
     monkeypatch.setattr("dcp_zoo.training.recipes.steps_needed", lambda *sizes: 5)  # examples run, but not for long
     monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST_STEPS", 5)
     monkeypatch.setattr("dcp_zoo.training.recipes.Recipe.num_epochs", 2)  # whatever a page asks for
-    monkeypatch.setattr("dcp_zoo.deploy.bulk.review.serve_review", lambda *args: None)  # until Ctrl-C
     monkeypatch.setattr("dcp_zoo.benchmark.plan.read_split", cache(few_test_images))
     for c, name in enumerate(["cat", "dog"]):
         Path("MY_PHOTOS", name).mkdir(parents=True)
@@ -131,9 +130,6 @@ def parse_command(line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks(page, scratch, run):
-    if page.name == "walk_catalogue.md":
-        for module in ("exiv2", "pillow_heif"):
-            pytest.importorskip(module)
     namespace: dict = {"__name__": "__main__"}
     for block in blocks(page):
         where = f"{page}:{block.line}"

@@ -1,5 +1,6 @@
 """The answers of a head on labelled images: intervals, classes, confusions, mistakes, and the page that shows them."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import photo
+from helpers import photo, three_digits
 from PIL import Image
 
 import dcp_zoo
@@ -94,16 +95,32 @@ def test_top_classes_are_sorted_and_ties_keep_the_order_of_the_classes():
     assert len(top_classes(np.ones((1, 4)), list("abcd"), 9)[0]) == 4
 
 
-def test_eval_says_that_the_classes_differ(run, my_head, flowers):
+def test_eval_keeps_the_classes_of_the_head(run, my_head, flowers):
     shutil.copytree(flowers / "rose", flowers / "daisy")
+    err = run.refused("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
+    assert "No class daisy: the classes are rose, tulip. Pass images of these only." in err
+    shutil.rmtree(flowers / "daisy")
     code, out, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert code == 0
-    assert "Note: my_head was trained on 2 classes, and is tested with the 3 class names of MY_PHOTOS" in err
-    assert "on 18 images of MY_PHOTOS" in out  # all, as this head does not say which it has seen
+    assert "Note:" not in err
+    assert "on 12 images of MY_PHOTOS" in out  # all, as this head does not say which it has seen
     assert "test" not in out
     assert "does not say which images it was trained on: if these are among them, the accuracy is too high" in err
-    shutil.rmtree(flowers / "daisy")
-    assert "Note:" not in run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")[2]
+
+
+def test_eval_on_a_dataset_of_other_classes_is_the_cross_dataset_protocol(run, flowers, monkeypatch):
+    """The head gets the dataset's class names, in its template, as in `dcp-zoo benchmark`."""
+    FewShotClassifier().fit(flowers).save("head")
+    digits = three_digits()
+    monkeypatch.setattr(evaluate, "load_labelled", lambda *_: digits)
+    monkeypatch.setattr(evaluate, "as_values", lambda evaluation: {"logits": evaluation.logits.tolist()})
+    code, out, err = run("eval", "--head", "head", "--dataset", "digits", "--json")
+    assert code == 0, err
+    assert "Note: head was trained on 2 classes, and is tested with the 3 class names of digits" in err
+    head = dcp_zoo.create_model("head", True).eval()
+    head.set_classnames(digits.classnames, "a photo of the number {}.")
+    expected = dcp_zoo.evaluate(head, [x.path for x in digits.test], [digits.classnames[x.label] for x in digits.test])
+    assert json.loads(out)["logits"] == pytest.approx(expected.logits.numpy(), abs=1e-3)
 
 
 def test_the_share_that_training_held_out_of_a_dataset_is_measured():

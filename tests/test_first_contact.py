@@ -5,11 +5,13 @@ import errno
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -20,7 +22,8 @@ from test_open_clip_models import write_tokenizer
 from test_tower_kinds import small_timm
 from upload_hub import Repo
 
-from dcp_zoo import create_model, hub
+import dcp_zoo
+from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.zoo.factory import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
@@ -52,16 +55,14 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
     with small_timm(SMALL_TIMM):
         files = write_repo(tmp_path / "repo", spec, write_tokenizer)
         uploads.repos[spec.clip_repo] = Repo(private=False)
-        uploads.repos[spec.clip_repo].commit(files)
+        uploads.repos[spec.clip_repo].commit(files, spec.clip_revision)
         yield spec
 
 
 def test_a_model_from_the_hub(model, flowers, run):
     """Downloaded, trained on, exported, and all of it again without a network."""
     photo, weights = flowers / "rose" / "1.jpg", flowers.parent / "repo"
-    assert model.clip_repo not in run.ok("cache", "list")
     assert "Saved in head" in run.ok("train", flowers, "--model", model.name, "--output", "head")
-    assert model.clip_repo in run.ok("cache", "list")
     (file,) = (flowers.parent / "cache").glob("*/snapshots/*/open_clip_[mp]*")
     assert sha256_of(file) == file.resolve().name == sha256_of(weights / file.name)
     clip = plain_clip(model.name).clip
@@ -81,7 +82,7 @@ def test_a_model_from_the_hub(model, flowers, run):
         error = run.refused("info", model.name, "--check")
     assert later == online
     assert f"{model.name} recognises" in error  # random weights do not
-    assert f"dcp-zoo cache remove {model.clip_repo}" in error
+    assert f"hf cache rm model/{model.clip_repo}" in error
 
 
 # --- CLIPs of a field: the configurations of their repos --------------------------------------------------------------
@@ -164,9 +165,48 @@ def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
             preprocess["std"],
             crop_mode,
         )
-        (tmp_path / "tree.json").write_text('{"plants": ["rose", "tulip"]}')
-        sure = ("--hierarchy", tmp_path / "tree.json", "--error-rate", 0.001)
-        assert "plants" in run.ok("predict", flowers / "rose/1.jpg", "--head", "head", *sure, "--json")
+        assert "tulip" in run.ok("predict", flowers / "rose/1.jpg", "--head", "head", "--json")
+
+
+REPAIRS = {  # of a description of the same weights
+    "activation": {"model_cfg": {"quick_gelu": True}},
+    "heads": {"model_cfg": {"vision_cfg": {"head_width": 16}}},
+    "epsilon": {"model_cfg": {"vision_cfg": {"norm_kwargs": {"eps": 0.1}}}},
+    "pooling": {"model_cfg": {"vision_cfg": {"pool_type": "avg"}}},
+    "pixels": {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}},
+}
+
+
+@pytest.mark.parametrize("repair", REPAIRS.values(), ids=REPAIRS)
+def test_a_repaired_description_makes_another_clip(repair, flowers, tmp_path):
+    """Features that were kept before are not served, and a training that was stopped does not go on."""
+    folder, images, labels = tmp_path / "clip", sorted(flowers.glob("*/[01].jpg")), ["rose"] * 2 + ["tulip"] * 2
+    described = {"model_cfg": small(open_clip.get_model_config("ViT-B-32")), "preprocess_cfg": {}}
+    name, options = f"open_clip:local-dir:{folder}", {"method": "dcp", "recipe": {"epochs": 2, "depth": 1, "n_ctx": 1}}
+
+    def write() -> None:
+        (folder / "open_clip_config.json").write_text(json.dumps(described))
+
+    def features(memory: object) -> np.ndarray:
+        return FewShotClassifier(name, method="gda", memory=memory).fit(images, labels).transform(images)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder.mkdir()
+    write()
+    save_file(build_open_clip(described["model_cfg"], False).state_dict(), folder / hub.CLIP_WEIGHTS_NAME)
+    before = features(tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        dcp_zoo.train(name, images, labels, output=tmp_path / "head", callbacks=[stop], **options)
+    for part, changes in repair.items():
+        described[part] |= {k: described[part][k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    write()
+    plain = features(False)
+    assert np.abs(before - plain).max() > 1e-3
+    assert features(tmp_path / "kept") == pytest.approx(plain, abs=1e-5)
+    with pytest.raises(ZooError, match="the state of another run: (CLIP architecture|preprocessing) .* instead of"):
+        dcp_zoo.train(name, images, labels, output=tmp_path / "head", **options)
 
 
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-B-16-SigLIP2"])
@@ -199,7 +239,7 @@ def large(uploads) -> bytes:
     """What the repo of `--model small` holds here in place of weights, larger than the client's buffer."""
     content = random.Random(0).randbytes(2**25)
     uploads.repos[CLIP] = Repo(private=False)
-    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content})
+    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content}, get_spec("small").clip_revision)
     return content
 
 
@@ -212,11 +252,11 @@ def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
     assert [int(wanted[6:-1]) > 2**20 for wanted in uploads.ranges] == [True]
 
 
-def test_a_renamed_repo_is_followed(uploads, large, run):
+def test_a_renamed_repo_is_followed(uploads, large, run, tmp_path):
     """Its weights are none, which is said with what removes them."""
     uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
-    assert f"dcp-zoo cache remove {CLIP}, and try again" in run.refused("info", "small", "--check")
-    assert "Removed" in run.ok("cache", "remove", CLIP)
+    assert f"hf cache rm model/{CLIP}, and try again" in run.refused("info", "small", "--check")
+    shutil.rmtree(tmp_path / "cache" / f"models--{CLIP.replace('/', '--')}")  # as that does
     uploads.renamed = {}
     assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")
 

@@ -10,20 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import open_clip
+import pin_clips
 import pytest
 import timm
 import torch
 from helpers import http_server, offline, until, use_endpoint
 from hub_server import Hub, serve
 from safetensors.torch import save_file
+from shared import CommandLine
+from upload_hub import Repo
 
 import dcp_zoo
 from dcp_zoo import ZooError, hub
@@ -31,6 +36,7 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.hub import explained
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import registry
+from dcp_zoo.zoo.factory import plain_clip
 
 MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)
@@ -69,6 +75,7 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.MODELS, "dcp_vitb16", replace(registry.MODELS["dcp_vitb16"], clip_revision=None))
         patch.setitem(CONFIGS, "ViT-B-16", SMALL)
         model = dcp_zoo.create_model("dcp_vitb16").eval()
         for tensor in model.state_dict().values():
@@ -83,9 +90,30 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
         yield model
 
 
+def set_row(monkeypatch, **changes: Any) -> str:
+    """The name of a model whose row in models.yaml has these changes."""
+    row = registry.MODELS["dcp_datacomp_b16"]
+    monkeypatch.setitem(registry.MODELS, row.name, replace(row, **{"clip_revision": None} | changes))
+    return row.name
+
+
+@pytest.fixture
+def moved(narrow, client, tmp_path) -> tuple[str, list[str]]:
+    """A repo with weights of a CLIP, which were replaced by others, and its two commits."""
+    repo, commits = registry.MODELS["dcp_datacomp_b16"].clip_repo, []
+    for factor in (1, 2):
+        weights = {name: factor * t for name, t in narrow.encoder.clip.state_dict().items()}
+        save_file(weights, tmp_path / hub.CLIP_WEIGHTS_NAME)
+        commits.append(client.add(repo, {hub.CLIP_WEIGHTS_NAME: tmp_path / hub.CLIP_WEIGHTS_NAME}))
+    return repo, commits
+
+
 @pytest.fixture
 def client(server, tmp_path, monkeypatch) -> Hub:
-    """The client of this process uses `server` and starts with an empty cache."""
+    """The client of this process uses `server`, starts with an empty cache, and has no weights of CLIP pinned, as
+    `server` has other commits than the Hub."""
+    for name, row in registry.MODELS.items():
+        monkeypatch.setitem(registry.MODELS, name, replace(row, clip_revision=None))
     use_endpoint(monkeypatch, server.url, tmp_path / "cache")
     monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
     return server
@@ -105,9 +133,17 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
     return torch.equal(a.prompts["text"], b.prompts["text"])
 
 
+UNPINNED = """
+from dataclasses import replace
+from dcp_zoo.zoo.registry import MODELS
+MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.items()}
+"""
+
+
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
+    """A process for which no weights of CLIP are pinned, as `server` has other commits than the Hub."""
     env = {**os.environ, **env}
-    command = [sys.executable, "-W", "always", "-c", code, *map(str, args)]
+    command = [sys.executable, "-W", "always", "-c", UNPINNED + code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -226,6 +262,62 @@ def test_a_pinned_head(client, monkeypatch):
     assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # pinned and cached: no request
 
 
+def test_weights_of_clip_are_of_their_pinned_revision(moved, tmp_path, monkeypatch):
+    """Not the newest; also without a network."""
+    repo, (first, second) = moved
+    newest = plain_clip(name := set_row(monkeypatch)).fingerprint()
+    head = tmp_path / "head"
+    for revision in (second, first):
+        clip = plain_clip(set_row(monkeypatch, clip_revision=revision))
+        assert (clip.fingerprint() == newest) == (revision == second)
+    dcp_zoo.create_model(name, "clip", classnames=["cat"], n_ctx=2, depth=1).save_pretrained(head)
+    with offline():
+        dcp_zoo.create_model(str(head), True)
+        set_row(monkeypatch)
+        with pytest.raises(ZooError, match="trained on other weights"):
+            dcp_zoo.create_model(str(head), True)
+        set_row(monkeypatch, clip_revision=first)
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(ZooError, match=f"hf download {repo} {hub.CLIP_WEIGHTS_NAME} --revision {first}`"):
+            plain_clip(name)
+
+
+def test_a_revision_that_is_gone_and_weights_that_moved_name_the_way_out(uploads, monkeypatch):
+    name = set_row(monkeypatch)
+    repo = registry.MODELS[name].clip_repo
+    uploads.repos |= {place: Repo(private=False) for place in (repo, "dcp-zoo/half")}
+    uploads.repos["dcp-zoo/half"].commit({CONFIG_NAME: b"{}"})
+    first = uploads.repos[repo].commit({hub.CLIP_WEIGHTS_NAME: b"weights"})
+    way_out = "Upgrade dcp_zoo, or take the weights as they are now: open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+    set_row(monkeypatch, clip_revision="0" * 40)
+    with pytest.raises(ZooError, match=rf"{repo} does not have the pinned revision 0{{40}} any more\. {way_out}"):
+        plain_clip(name)
+    with pytest.raises(ZooError, match="dcp-zoo/half has neither open_clip_model.safetensors nor"):
+        pin_clips.newest_commit("dcp-zoo/half")
+    set_row(monkeypatch, clip_revision=first, clip_repo="else/where")
+    with pytest.raises(ZooError, match=f"of ViT-B-16 in {repo}, and {name} has them from else/where. {way_out}"):
+        plain_clip(name)
+
+
+def test_maintainers_pin_what_the_hub_has(moved, monkeypatch, capsys, tmp_path):
+    repo, (first, second) = moved
+    table = pin_clips.MODELS_FILE.read_text()
+    assert {repo for repo, _ in pin_clips.REPO.findall(table)} == {s.clip_repo for s in registry.MODELS.values()} - {
+        None
+    }
+    (rows := tmp_path / "models.yaml").write_text(row := f"a:\n  clip: A\n  clip_repo: {repo}\n  image_size: 9\n\n")
+    monkeypatch.setattr(pin_clips, "MODELS_FILE", rows)
+    script = CommandLine(monkeypatch, capsys, pin_clips.app)
+    for before in ("", f"  clip_revision: {first}\n"):
+        rows.write_text(row.replace("  image", f"{before}  image"))
+        assert f"{repo}: {second}, before {first if before else None}" in script.ok()
+        assert rows.read_text() == row.replace("  image", f"  clip_revision: {second}\n  image")
+    assert script.ok() == ""
+    rows.write_text(other := rows.read_text() + row.replace(repo, "dcp-zoo/none"))
+    assert "has no repo dcp-zoo/none" in script.refused()
+    assert rows.read_text() == other
+
+
 def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
     patch_manifest(monkeypatch, revision=client.second, sha256="0" * 64)
     for _ in range(2):
@@ -276,18 +368,23 @@ def test_another_organisation(client, monkeypatch):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
 
 
-def test_a_planned_head_explains_what_you_can_do(client):
-    with pytest.raises(ZooError) as error:
-        dcp_zoo.create_model("dcp_vitb32", pretrained="eurosat-4shot-seed2")
-    assert str(error.value).startswith("dcp_vitb32.eurosat-4shot-seed2 is planned: nobody has trained it. ")
-    for part in (
-        "has no repo dcp-zoo/dcp_vitb32.eurosat-4shot-seed2",
-        "DCP_ZOO_HUB_ORG",
-        "HF_ENDPOINT",
-        "hf-hub:",
-    ):
-        assert part in str(error.value)
-    assert "dcp-zoo train --head dcp_vitb32.eurosat-4shot-seed2 --data-root DIR" in str(error.value)
+def test_a_planned_head_says_once_what_works(client, monkeypatch):
+    """Also without a network; but what another organisation lacks, or denies, is no planned head."""
+    head = "dcp_vitb32.eurosat-4shot-seed2"
+    for endpoint in (client.url, "http://127.0.0.1:9"):
+        use_endpoint(monkeypatch, endpoint, client.root / "none")
+        with pytest.raises(ZooError) as error:
+            dcp_zoo.create_model("dcp_vitb32", pretrained="eurosat-4shot-seed2")
+        assert str(error.value) == (
+            f"{head} is planned: nobody has trained it. Train it: dcp-zoo train --head {head} --data-root DIR. "
+            "Or load a head that exists, such as dcp_mini.caltech101-16shot: dcp-zoo list shows all."
+        )
+        shown = "".join(traceback.format_exception(error.value))
+        assert (shown.count("nobody has trained it"), "hf download" in shown) == (1, False)
+    use_endpoint(monkeypatch, client.url, client.root / "none")
+    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
+    with pytest.raises(ZooError, match=f"has no repo own/{head}, or it is private"):
+        dcp_zoo.create_model(head, True)
 
 
 # ------------------------------------------------------------------------------------------------------------- failures

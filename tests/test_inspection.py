@@ -15,22 +15,18 @@ import pytest
 import torch
 from helpers import Count, read_csv
 from PIL import Image, ImageFilter, ImageOps
-from shared import opened, press
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_image
+from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.files import locked
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.names import gain, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.text_probe import Read
-from dcp_zoo.texts import folder_name
 from dcp_zoo.zoo.factory import plain_clip
 
 NAME = '<b>cup & "saucer"'
@@ -86,6 +82,7 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "<b>cup" not in page
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
+    assert ("the text probe that" in page, "Gaussian" in page) == (True, False)
     looked = Count(monkeypatch, look_module, "_measured")
     with monkeypatch.context() as patch:  # before anything slow is imported
         patch.setitem(sys.modules, "dcp_zoo.inspection.inspection", None)
@@ -120,7 +117,7 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert 'id="twice"' in page
     assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect"))
-    assert "omit --labels, --fix and --names" in run.refused("inspect", folder, "--no-labels", "--fix", "x.csv")
+    assert "omit --labels, or" in run.refused("inspect", folder, "--no-labels", "--labels", "x.csv")
 
 
 def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
@@ -214,30 +211,13 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
 
 
 def test_names_that_say_little(cache, folder, tmp_path, run):
-    """Codes, for which the words are offered: what they gain, and how to rename the folders."""
-    place = tmp_path / "my photos"
+    place = tmp_path / "photos"
     shutil.copytree(folder, place)
     for name, code in {NAME: "zq-01", "cat": "zq-02", "flower": "zq-03"}.items():
         (place / name).rename(place / code)
-    (tmp_path / "names.csv").write_text("class,name\nzq-01,cup\nzq-02,cat\n")
-    names = ("--names", tmp_path / "names.csv", "--names", "zq-03=flower")
-    code, out, err = run("inspect", place, "--output", tmp_path / "found", *names)
-    assert code == 0
+    err = run("inspect", place, "--output", tmp_path / "found")[2]
     assert re.search(r"Names that say dcp_mini little about the images: zq-0\d", err)
-    assert re.search(r"my photos' --overwrite --names 'zq-0\d=ANOTHER NAME'", err)
-    number = r"\(?[+-]?[\d.]+ ?"
-    line = (
-        rf"{number}% with the old names, {number}% with the new ones, {number}{number}to {number}\) percentage points"
-    )
-    assert re.search(f"By the names alone: {line}\nBy a text probe: {line}\n", out)
-    assert f"mv '{place / 'zq-02'}' '{place / 'cat'}'" in out
-    page = (tmp_path / "found" / "inspection.html").read_text()
-    assert "Names that say CLIP little about the images: zq-0" in page
-    assert "By the names alone: " in page
-    again = ("inspect", place, "--output", tmp_path / "found", "--overwrite", "--names")
-    assert "The new names are not significantly better." in run.ok(*again, "zq-02=zq-05")
-    assert "not 'zq-4'. Nearest: zq-0" in run.refused(*again, "zq-4=cat")
-    assert "--names takes CLASS=NAME, or a .csv" in run.refused(*again, "zq-02")
+    assert "Names that say CLIP little about the images: zq-0" in (tmp_path / "found" / "inspection.html").read_text()
 
 
 def test_a_name_is_known_by_pairs_of_images():
@@ -245,125 +225,34 @@ def test_a_name_is_known_by_pairs_of_images():
     text[labels == 1, 1] += 2
     shares = [(text[labels == c, c][:, None] > text[labels != c, c][None]).double().mean().item() for c in range(4)]
     assert unknown(text, labels) == [c for c in range(4) if shares[c] < 0.7] == [0, 2, 3]
-    right = torch.tensor([0, 0, 1, 1, 2])
-    found = gain("x", torch.tensor([0, 1, 0, 0, 2]), right, right)
-    assert (found.old.correct, found.new.correct) == (2, 5)
-    half = 1.96 * np.std([0, 1, 1, 1, 0], ddof=1) / 5**0.5
-    assert (found.low, found.high) == pytest.approx((60 - 100 * half, 60 + 100 * half))
 
 
-# ----------------------------------------------------------------------------------------------------------------- fix
+# ------------------------------------------------------------------------------------------------------------- changes
 
 
-def changed(table: Path, **changes: str) -> Path:
-    """The CSV file with values in its column `change`, by the start of the file's name."""
-    rows = read_csv(table)
-    for row in rows:
-        row["change"] = next((value for start, value in changes.items() if Path(row["file"]).stem == start), "")
-    with table.open("w") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return table
-
-
-def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_path, run):
-    before = sorted(folder.rglob("*"))
-    _, table = dcp_zoo.inspect(folder).write(tmp_path)
-    changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
+def test_the_table_is_a_labels_file_with_the_changes_of_a_person(folder, cache, tmp_path, run):
+    """Also of a folder with parts, and with examples of none of the classes; and no image is touched."""
+    place = tmp_path / "photos"
+    for part in ("train", "test"):
+        shutil.copytree(folder, place / part)
+    shutil.copytree(folder / "cat", place / "train" / "none of these")
+    before = {path: path.read_bytes() for path in place.rglob("*.*")}
+    run.ok("inspect", place, "--output", tmp_path / "found")
+    said = {"train/cat/wrong.png": NAME, "test/cat/twin.png": "leave out"}
+    header, *rows = csv.reader((tmp_path / "found" / "inspection.csv").open(encoding="utf-8-sig", newline=""))
+    rows = [[*row[:-1], "leave out" if "cannot be read" in row[3] else said.get(row[0], "")] for row in rows]
     book = openpyxl.Workbook()
-    for row in csv.reader(table.open(newline="", encoding="utf-8-sig")):
+    for row in (header, *rows):
         book.active.append(row)
     book.save(tmp_path / "edited.xlsx")
-    for file, copy in ((tmp_path / "edited.xlsx", "from_sheet"), (table, "fixed")):
-        out = run.ok("inspect", folder, "--fix", file, "--output", tmp_path / copy)
-        assert "Images moved: 1, left out: 2." in out
-    names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
-    place = folder_name(NAME)
-    expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
-    assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
-    assert (tmp_path / "fixed" / place / "wrong.png").read_bytes() == (folder / "cat" / "wrong.png").read_bytes()
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_labels_are_changed_by_keyboard(folder, cache, tmp_path, run, review, chromium):
-    """On the page alone, whose marks the browser keeps, and where each is saved; `--fix` takes what both write.
-
-    The page suits narrow screens and screen readers.
-    """
-    file, _ = dcp_zoo.inspect(folder).write(tmp_path)
-    page, running = chromium.new_page(), review(file)
-    page.goto(file.as_uri())
-    assert page.get_by_text(NAME).count() > 1
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    for width, scheme in ((390, "dark"), (1280, "light")):
-        page.set_viewport_size({"width": width, "height": 800})
-        page.emulate_media(color_scheme=scheme)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert axe.run(page).response["violations"] == []
-    page.get_by_role("button", name="cat/wrong.png").first.press("Enter")
-    with page.expect_download() as download:
-        page.keyboard.press("Control+s")
-    assert download.value.suggested_filename == "changes.csv"
-    assert [*read_csv(download.value.path())] == [{"file": "cat/wrong.png", "change": NAME}]
-    opened(running, page)
-    assert press(page, "Enter") == f"{NAME} is right. Saved. 1 checked."
-    page.get_by_role("button", name="cat/twin.png").first.focus()
-    assert press(page, "x", "Enter") == f"{NAME} is right. Saved. 1 checked.", "it is no class"
-    assert press(page, "Escape", "Enter") == "leave out is right. Saved. 2 checked."
-    page.get_by_role("button", name="flower/blurred.png").first.focus()
-    assert press(page, "l", "Enter") == "leave out, not flower. Saved. 3 checked."
-    assert press(page, "Control+z") == "Not checked. Saved. 2 checked."
-    page.close()
-    assert read_csv(tmp_path / "changes.csv") == [
-        {"file": "cat/wrong.png", "change": NAME},
-        {"file": "cat/twin.png", "change": "leave out"},
-    ]
-    out = run.ok("inspect", folder, "--fix", tmp_path / "changes.csv", "--output", tmp_path / "fixed")
-    assert "Images moved: 1, left out: 1." in out
-
-
-def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
-    _, table = (found := dcp_zoo.inspect(folder)).write(tmp_path)
-    command = "inspect", folder, "--fix", table
-    assert "pass --output FOLDER" in run(*command)[2]
-    waiting = sum(bool(row.suggestion) for row in found.rows)
-    said = run.refused(*command, "--output", tmp_path / "fixed")
-    assert (
-        f"nothing would change: {waiting} suggestions wait. Write there those you agree with; to take all, copy" in said
-    )
-    assert "is among the images" in run(*command, "--output", folder / "new")[2]
-    assert "exists already" in run(*command, "--output", tmp_path)[2]
-    table.write_text("file,change\n" + "\n".join(f"{item.key},leave out" for item in found.data.items))
-    assert "leaves out every image" in run(*command, "--output", tmp_path / "fixed")[2]
-    _, table = found.write(tmp_path)
-    changed(table, wrong="flour")
-    assert (
-        "'flour' in the column change is neither a class nor 'leave out'. Nearest: flower."
-        in run(*command, "--output", tmp_path / "fixed")[2]
-    )
-    table.write_text("file,change\nother.jpg,\n")
-    assert "images that are not in" in run(*command, "--output", tmp_path / "fixed")[2]
-    table.write_text("no,columns\n1,2\n")
-    assert "pass the inspection.csv" in run(*command, "--output", tmp_path / "fixed")[2]
-
-
-def test_a_copy_that_was_killed_begins_again(folder, cache, tmp_path, run):
-    """In a folder of its own, which nobody takes for the copy; one of the user's is not touched."""
-    (tmp_path / "table.csv").write_text("file,change\ncat/0.jpg,leave out\n")
-    command = "inspect", folder, "--fix", tmp_path / "table.csv", "--output", tmp_path / "fixed"
-    left = tmp_path / "fixed.unfinished" / "own" / "cat" / "old.png"
-    left.parent.mkdir(parents=True)
-    left.touch()
-    assert f"fixed.unfinished is needed while {tmp_path / 'fixed'} is written: rename it" in run.refused(*command)
-    left.parent.parent.rename(tmp_path / "fixed.unfinished" / "new")
-    left = tmp_path / "fixed.unfinished" / "new" / "cat" / "old.png"
-    with locked(tmp_path / "fixed.unfinished" / ".lock"):
-        assert f"Another process is writing {tmp_path / 'fixed'}: wait" in run.refused(*command)
-    assert left.exists()
-    run.ok(*command)
-    assert not (tmp_path / "fixed" / "cat" / "old.png").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"fixed", "table.csv"}
+    found, old = load_labelled("folder", place, tmp_path / "edited.xlsx"), load_labelled("folder", place)
+    for part in ("train", "test"):
+        keys = {item.key: old.classnames[item.label] for item in getattr(old, part) if "broken" not in item.key}
+        keys |= {"train/cat/wrong.png": NAME} if part == "train" else {}
+        keys.pop("test/cat/twin.png", None)
+        assert {item.key: found.classnames[item.label] for item in getattr(found, part)} == keys
+    assert [item.key for item in found.none] == [item.key for item in old.none]
+    assert {path: path.read_bytes() for path in place.rglob("*.*")} == before
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -399,9 +288,7 @@ def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeyp
     assert "does not understand sentences" in err
     assert [row["path"] for row in read_csv(tmp_path / "cats" / "found.csv")] == files
     assert (tmp_path / "cats" / "found.html").read_text().count("<img") == 4
-    assert {path.read_bytes() for path in (tmp_path / "cats").glob("*.[jp]*g")} == {
-        Path(file).read_bytes() for file in files
-    }
+    assert {path.name for path in (tmp_path / "cats").iterdir()} == {"found.csv", "found.html"}
     looked = Count(monkeypatch, look_module, "load_image")
     best = dcp_zoo.search(folder, like=folder / "cat" / "0.jpg", count=2)
     assert looked.calls == 2  # the photo and the broken one: the features of the others are stored
@@ -429,38 +316,33 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
 # ------------------------------------------------------------------------------------------------------------ to label
 
 
-def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_path, run):
+def test_suggested_images_are_labelled_in_the_table_and_trained_on(folder, cache, tmp_path, run):
     first, second, head = tmp_path / "first", tmp_path / "second", "dcp_mini.caltech101-1shot"
     out = run.ok("search", folder, "--to-label", "--count", 3, "--output", first)
     found = out.splitlines()
     assert len({Path(file).parent for file in found}) == 3  # pictures of three things
-    originals = {Path(file).read_bytes(): Path(file) for file in found}
-    copies = {path: path.read_bytes() for path in (first / "unsorted").iterdir()}
-    assert {*copies.values()} == originals.keys()
-    for copy, content in copies.items():
-        place = first / originals[content].parent.name
-        place.mkdir(exist_ok=True)
-        copy.rename(place / copy.name)
-    (first / "unsorted").rmdir()
-    run.ok("search", folder, "--to-label", "--head", head, "--labelled", first, "--count", 99, "--output", second)
+    said = [[row["file"], Path(row["file"]).parent.name, row["guess"]] for row in read_csv(first / "found.csv")]
+    with (labels := first / "found.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["file", "class", "guess"], *said])
+    run.ok("search", folder, "--to-label", "--head", head, "--labels", labels, "--count", 99, "--output", second)
     rows = read_csv(second / "found.csv")
     files = {row["file"] for row in rows}
     assert not files & set(found)
     assert len(files) == 17 - len(found) - 2  # without the broken and the black one
-    assert all(0 < float(row["probability"]) <= 1 and list(second.glob(f"{row['guess']}/*")) for row in rows)
+    assert all(0 < float(row["guess_probability"]) <= 1 and row["guess"] and not row["class"] for row in rows)
     page = (second / "found.html").read_text()
     assert NAME not in page
     assert page.count("<img") == len(rows)
     table = tmp_path / "corrections.csv"
     table.write_text("file,class\n" + "".join(f"{file},none of these\n" for file in sorted(files)[1:]))
-    assert run.ok("search", folder, "--to-label", "--labels", table, "--labelled", first).strip() == min(files)
+    assert run.ok("search", folder, "--to-label", "--labels", table, "--labels", labels).strip() == min(files)
     table.write_text("file,class\n" + "".join(f"{file.name},cat\n" for file in (folder / "cat").iterdir()))
     for options in ({"labelled": folder}, {"labels": table}):
         with pytest.raises(ZooError, match="left to label: all have a label, are black, or cannot be read"):
             dcp_zoo.suggest(folder / "cat", **options)
     with pytest.raises(ZooError, match="exists already"):
         dcp_zoo.suggest(folder, output=first)
-    run.ok("train", first, "--test", 0, "--output", tmp_path / "head")
+    run.ok("train", folder, "--labels", labels, "--test", 0, "--output", tmp_path / "head")
 
 
 def test_a_black_image_is_never_worth_a_label(tmp_path):

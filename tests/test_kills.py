@@ -12,7 +12,7 @@ def cases(tmp_path_factory) -> dict[str, kills.Case]:
 
 
 @pytest.mark.scripts
-@pytest.mark.parametrize("name", ["classes add", "inspect --fix"])
+@pytest.mark.parametrize("name", ["classes add", "export"])
 def test_a_kill_leaves_the_old_state_or_the_new_one(cases, tmp_path, name):
     counts = kills.run_case(cases[name], 1, tmp_path, random.Random())
     assert (counts["third"], counts["broken"]) == (0, 0)

@@ -6,11 +6,12 @@ import open_clip
 import pytest
 import reference
 import torch
-from helpers import close, gradients, loud
+from helpers import Count, close, gradients, loud
 from shared import build_tiny_clip
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo.model import clip as model_clip
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
@@ -245,3 +246,29 @@ def test_vits_at_full_size():
     assert all(type(b.mlp.gelu).__name__ == "QuickGELU" for b in model.encoder.visual.transformer.resblocks)
     assert sum(p.numel() for p in one_way.parameters() if p.requires_grad) < 8_000_000
     assert (len(large.encoder.visual.transformer.resblocks), large.num_coupled) == (24, 11)
+
+
+def test_every_change_of_the_image_tower_is_noticed(clip, monkeypatch):
+    """Also by a write that torch does not count, and where the sum of all weights stays; its weights are read anew only
+    then."""
+    reads = Count(monkeypatch, model_clip, "fingerprint")
+    visual, seen = clip.visual, []
+    weight = visual.conv1.weight
+
+    def flip_channels() -> None:
+        weight.copy_(weight.flip(1))
+
+    def swap_blocks() -> None:
+        first, second = (visual.transformer.resblocks[i].state_dict() for i in (0, 1))
+        first = {name: tensor.clone() for name, tensor in first.items()}
+        visual.transformer.resblocks[0].load_state_dict(second)
+        visual.transformer.resblocks[1].load_state_dict(first)
+
+    def cast() -> None:
+        clip.half()
+
+    with torch.no_grad():
+        for change in (lambda: None, flip_channels, swap_blocks, lambda: weight.data.mul_(2), cast):
+            change()
+            seen += [clip.identity(), clip.identity()]
+    assert len({*seen}) == len(seen) / 2 == reads.calls

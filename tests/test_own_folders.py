@@ -14,7 +14,6 @@ from PIL import Image
 
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_image, load_labelled, load_split, readers
-from dcp_zoo.texts import class_folders
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -36,18 +35,12 @@ def test_a_folder_too_far_up_or_of_videos_is_explained(flowers):
 
 def test_what_is_not_read_is_said(flowers, run, tmp_path):
     """Reserved names, links to folders, and parts that are called in another way."""
-    shutil.copytree(flowers / "rose", flowers / "not sure")
+    shutil.copytree(flowers / "rose", flowers / "leave out")
     (flowers / "rose" / "more").symlink_to(flowers / "tulip", target_is_directory=True)
     (flowers / "rose" / "gone.jpg").symlink_to("nowhere.jpg")
-    Path("changes.csv").write_text("file,change\n")
-    said = [
-        " ".join(run("inspect", flowers, *more)[2].split())
-        for more in (("--fix", "changes.csv", "--output", "FIXED"), ())
-    ]
-    assert all("Left out: the images in not sure, as these names are reserved" in each for each in said)
-    assert "rose/more is a link to a folder, and is not read: pass it itself" in said[0]
-    assert "keyword" in run.refused("inspect", flowers, "--labels", "xmp:rose,tulip", "--overwrite")
-    assert "Cannot read nope.csv" in run.refused("inspect", flowers, "--names", "nope.csv", "--overwrite")
+    said = " ".join(run("inspect", flowers)[2].split())
+    assert "Left out: the images in leave out, as these names are reserved" in said
+    assert "rose/more is a link to a folder, and is not read: pass it itself" in said
     for command in ("inspect", "train"):
         assert "is among the images of" in run.refused(command, flowers, "--output", flowers / "new")
     for part in ("Train", "Test"):
@@ -125,16 +118,13 @@ def test_given_parts_with_subfolders(tmp_path):
     assert [item.key for item in split.test] == ["test/rose/day/a.jpg", "test/tulip/a.jpg"]
 
 
-def test_sorted_images_are_classes_again(flowers, tmp_path):
-    """More images of a class may be sorted into its folder, whatever it is called; answers are no classes."""
-    (flowers / "tulip").rename(flowers / "red: white?")
-    for folder in (*class_folders(["red: white?", "none of these"]).values(), "Not sure"):
+def test_answers_are_no_classes(flowers, tmp_path):
+    for folder in ("none of these", "Leave out"):
         photo(flowers / folder / "new.jpg")
     found = load_labelled("folder", flowers)
-    assert found.classnames == ["red: white?", "rose"]
-    assert [item.label for item in found.items] == [0] * 7 + [1] * 6
+    assert found.classnames == ["rose", "tulip"]
     assert [item.key for item in found.none] == ["none of these/new.jpg"]
-    assert "Left out: the images in Not sure, as these names are reserved." in found.note
+    assert "Left out: the images in Leave out, as these names are reserved." in found.note
     for part in ("train", "test"):
         photo(tmp_path / "PARTS" / part / "none of these" / "day" / "a.jpg")
         for name in ("rose", "tulip"):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from convert import convert_cmpa_checkpoint
+from PIL import Image
 from second_device import second_device
 from shared import CFG, COLORS, GOLDEN, build_tiny_clip
 from test_baselines import logits_of
@@ -141,3 +142,12 @@ def test_the_estimator(photos, device):
         names = ["red", "blue", "green"]
         estimator = FewShotClassifier("dcp_mini", method, recipe=recipe, classnames=names, device=device.type)
         estimator.fit(paths, labels).predict_proba(paths[:2])
+
+
+def test_a_head_is_on_its_own_device_again_after_it_was_asked_elsewhere(device, tmp_path):
+    head, path = dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True), str(tmp_path / "red.png")
+    Image.new("RGB", (200, 200), "red").save(path)
+    for door in (dcp_zoo.predict, lambda head, paths, device: dcp_zoo.evaluate(head, paths, ["dog"], device=device)):
+        door(head, [path], device=device.type)
+        assert {t.device.type for t in (*head.parameters(), *head.buffers())} == {"cpu"}
+        assert head.training

@@ -18,8 +18,10 @@ from small_zoo import write_manifest
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.data import DATASETS
+from dcp_zoo.data.packaged import classnames, sample_images, split_sha256
 from dcp_zoo.model._torch import skip_init
+from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.release import cards
 from dcp_zoo.zoo import registry
@@ -149,22 +151,69 @@ def test_the_card_is_valid_metadata(folder):
     assert data.datasets == ["caltech101"]
     metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
     found = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert found == {"top-1, stored statistics": metrics["top1_stored"]}, "one result for the task"
+    assert found == {
+        "top-1, stored statistics, with a text probe": metrics["top1_stored"],
+        "top-1, without the text probe": metrics["top1_no_classifier"],
+    }
 
 
 def test_contents_of_the_card(folder, monkeypatch):
-    seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
+    seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_no_classifier": 12.5})
     monkeypatch.setattr(cards, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
     assert "coupling `bidirectional`, the paper's" in text
     config = json.loads((folder / "config.json").read_text())["dcp"]
-    assert f"| 1 | {config['metrics']['top1_stored']} | {config['metrics']['top1_batch']} |" in text
+    alone, stored, batch = (config["metrics"][f"top1_{mode}"] for mode in ("no_classifier", "stored", "batch"))
+    assert "| seed | DCP alone | with the text probe, stored statistics |" in text
+    assert f"| 1 | {alone} | {stored} | {batch} |" in text
+    assert f"**top-1 is {alone} % by DCP alone and {stored} % with the text probe**" in text
     assert "| 2 | 12.5 | not measured |" in text
     size = f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
     for part in ("## Intended use and limits", config["split_sha256"], f"| lr | {config['recipe']['lr']} |", size):
         assert part in text
     code = text.split("```python\n")[1].split("```")[0].replace(f"hf-hub:our-org/{MINI}", f"local-dir:{folder}")
     exec(code.replace('"photo.jpg"', repr(sample_images()[0])), {})  # the card's snippet runs
+
+
+def test_without_its_text_probe_a_head_claims_what_it_has_alone():
+    model = dcp_zoo.create_model(MINI, True, classifier="none")
+    alone = registry.get_head(MINI).metrics["top1_no_classifier"]
+    assert model.info["metrics"] == {"top1_stored": alone}
+    card = cards.make_card(model, "me/photos", "mit", 1_000_000)
+    assert [result.metric_value for result in card.data.eval_results] == [alone]
+    assert f"| 1 | {alone} | not measured |" in card.text
+    assert "text probe" not in card.text
+
+
+@pytest.mark.parametrize("name", registry.trained_heads())
+def test_a_trained_head_is_of_the_dataset_it_names(name):
+    """As the card claims: its classes, split and test images."""
+    head = registry.get_head(name)
+    release, spec = publish.prepare(head.bundled_dir, "our-org"), DATASETS[head.dataset]
+    assert release.repo_id == f"our-org/{name}"
+    assert f"the {spec.num_classes} classes of **{head.dataset}**" in release.card.text
+    assert release.card.data.datasets == [head.dataset]
+    assert spec.part_note in release.card.text
+    assert dcp_zoo.get_pretrained_cfg(name)["num_classes"] == len(read_config(head.bundled_dir)["label_names"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("dcp_mini.oxford_flowers50-16shot", {"dataset": "oxford_flowers"}, "its 50 classes are not the 102 of oxford"),
+        ("dcp_mini.eurosat_small-16shot", {"dataset": "eurosat"}, "on another split: its sha256 is 5fcd.*, not "),
+        (MINI, {"test_images": 400}, "tested on 400 images, not on the 2,465 of caltech101"),
+    ],
+)
+def test_a_part_is_not_published_as_the_whole(name, change, reason, tmp_path, uploads):
+    folder = Path(shutil.copytree(registry.WEIGHTS / name, tmp_path / "head"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dcp": config["dcp"] | change}))
+    with pytest.raises(ZooError, match=f"cannot be published.*{reason}.*dcp-zoo train FOLDER"):
+        publish.prepare(folder, "our-org")
+    with pytest.raises(ZooError, match=reason):
+        dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
+    assert uploads.requests == []
 
 
 def test_base_model_of_a_clip_head(tmp_path):
@@ -186,6 +235,14 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     card = cards.make_card(head, "me/pets", "mit", 1_000_000)
     assert "datasets" not in card.data.to_dict()
     assert "**folder**" not in card.text
+    head.info = {"dataset": "caltech101", "shots": 16, "seed": 2}
+    card = cards.make_card(head, "me/pets", "mit", 1_000_000)  # it may be of other classes as it has no accuracy
+    assert "datasets" not in card.data.to_dict()
+    own = LinearHead(clip.encoder, classnames("caltech101"), torch.ones(100, 512), torch.zeros(100))
+    own.method, own.info = "gda", head.info | {"split_sha256": split_sha256("caltech101")}
+    card = cards.make_card(own, "me/pets", "mit", 1_000_000)
+    assert card.data.datasets == ["caltech101"]
+    assert "| seed |" not in card.text, "accuracies of DCP's heads"
     head.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
         publish.prepare(tmp_path, "me")
@@ -219,6 +276,7 @@ def test_push_to_hub(uploads, tmp_path):
     again = dcp_zoo.create_model(f"hf-hub:me/photos@{commit}", True)
     assert again.classnames == ["temple", "flower"]
     assert again.info == saved.info
+    assert "caltech101" not in uploads.files("me/photos")["README.md"].decode()
     with pytest.raises(ZooError, match="is not a Hub repo id"):
         dcp_zoo.push_to_hub(model, "me/../photos")
 

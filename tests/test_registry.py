@@ -9,6 +9,7 @@ import published
 import pytest
 import timm
 import torch
+from helpers import offline
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
@@ -97,6 +98,17 @@ def test_every_trained_head_has_a_source_and_metrics(name):
     assert replace(head, org="other").repo_id.startswith("other/")
 
 
+def test_a_part_does_not_stand_for_the_whole():
+    """The whole dataset's head is planned, and the error names the one that exists."""
+    assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
+    with offline(), pytest.raises(ZooError) as error:
+        dcp_zoo.create_model("dcp_mini", pretrained="oxford_flowers-16shot")
+    assert str(error.value).startswith("dcp_mini.oxford_flowers-16shot is planned: nobody has trained it.")
+    assert "load dcp_mini.oxford_flowers50-16shot: oxford_flowers50 is a part of oxford_flowers: 50 of 102" in str(
+        error.value
+    )
+
+
 def test_planned_heads_claim_nothing():
     for name in dcp_zoo.list_heads(status="planned"):
         head = all_heads()[name]
@@ -121,6 +133,12 @@ def test_each_seed_has_its_own_head(monkeypatch):
         ("dcp_vitb16.imagnet-16shot", False, "Nearest: imagenet-16shot"),
         ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "pass only one"),
         ("web:dcp_vitb16", True, "hf-hub:org/repo"),
+        (
+            "ViT-B-32",
+            "clip",
+            "open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG, with a tag of open_clip.list_pretrained()",
+        ),
+        ("ViT-B-32/openai", "clip", "open_clip:ViT-B-32/openai"),
     ],
 )
 def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):

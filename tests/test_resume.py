@@ -234,12 +234,13 @@ def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(start,
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(start, photos, workers):
+@pytest.mark.parametrize(("path", "message"), [("/nowhere.png", "No image at"), (__file__, "Cannot read the image")])
+def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(start, photos, workers, path, message):
     model, source = start()
-    missing = replace(source, items=[*photos[:3], Item("/nowhere.png", "nowhere.png", 0)], workers=workers)
+    missing = replace(source, items=[*photos[:3], Item(path, "bad", 0)], workers=workers)
     with pytest.raises(ZooError) as failure:
         train(model, missing, RECIPE)
-    assert str(failure.value).startswith("No image at /nowhere.png")
+    assert str(failure.value).startswith(f"{message} {path}")
     assert "Traceback" not in str(failure.value)
 
 

@@ -1,10 +1,13 @@
 """The images that a model reads."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
+from dcp_zoo.data.dataset import seeded
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.sources import image_source
@@ -35,6 +38,50 @@ def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos)
         found.append([torch.cat([inputs.x for inputs, _ in source.batches(8)]) for _ in range(2)])
     assert not torch.equal(*found[0])
     assert all(map(torch.equal, *found))
+
+
+class TwoDevices:
+    """In place of `torch.cuda`, with a generator for each of two devices, of which the first is the current one."""
+
+    def __init__(self) -> None:
+        self.default_generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        self.current = 0
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def at(self, device: torch.device | None = None) -> torch.Generator:
+        return self.default_generators[self.current if device is None else device.index]
+
+    def manual_seed(self, seed: int) -> None:
+        self.at().manual_seed(seed)
+
+    def get_rng_state(self, device: torch.device | None = None) -> torch.Tensor:
+        return self.at(device).get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device | None = None) -> None:
+        self.at(device).set_state(state)
+
+
+def test_the_chosen_gpu_is_seeded_not_the_current_one(monkeypatch):
+    devices = TwoDevices()
+    monkeypatch.setattr(torch, "cuda", devices)
+
+    def states() -> list[bytes]:
+        of_devices = [generator.get_state() for generator in devices.default_generators]
+        return [bytes(state) for state in (*of_devices, torch.get_rng_state())] + [np.random.get_state()[1].tobytes()]
+
+    before, drawn = states(), []
+    for _ in range(2):
+        with seeded(5, torch.device("cuda", 1)):
+            drawn.append(float(torch.rand(1, generator=devices.default_generators[1])))
+            assert states()[0] == before[0], "the other device"
+            assert devices.current == 0
+        assert states() == before
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize(("device", "workers", "pinned"), [("cuda", 1, True), ("cuda", 0, False), ("cpu", 1, False)])

@@ -1,6 +1,7 @@
 """The fast paths against plain equations, and the caches against every way to change their inputs."""
 
 import copy
+from itertools import product
 
 import open_clip
 import pytest
@@ -20,10 +21,14 @@ from dcp_zoo.data import Item
 from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model._torch import call_linear, linear, skip_init
+from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.towers.open_clip import attend
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
+from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import load_weights
 
@@ -42,15 +47,23 @@ def build(clip: nn.Module, **options) -> DCP:
 # ------------------------------------------------------------------------------------------------------ matrix products
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_and_its_gradient(bias):
-    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(6, 8)
-    b = torch.randn(6) if bias else None
-    fast, plain = linear(x, weight, b), F.linear(x, weight, b)
-    assert torch.allclose(fast, plain, atol=1e-5)
-    g = torch.randn_like(plain)
-    assert torch.allclose(*(torch.autograd.grad(y, x, g)[0] for y in (fast, plain)), atol=1e-5)
-    assert linear(x[:, :0], weight, b).shape == (2, 0, 6)
+@pytest.mark.parametrize("shape", [(2, 5, 8), (5, 8), (8,), (2, 0, 8)], ids=str)
+@pytest.mark.parametrize("trained", list(product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_and_its_gradients(shape, trained, with_bias):
+    """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
+    tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][: 2 + with_bias]
+    found = []
+    for product_of in (linear, F.linear):
+        inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
+        out = product_of(*inputs)
+        if out.requires_grad:
+            out.sin().sum().backward()
+        found.append((out.detach(), *(t.grad for t in inputs)))
+    for fast, plain in zip(*found, strict=True):
+        assert (fast is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_linear_is_differentiated_twice_and_by_torch_func():
@@ -252,6 +265,41 @@ def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkey
     model.set_grad_checkpointing(True)
     assert all(close(g, expected[n]) for n, g in gradients(model, model(IMAGES)).items())
     assert recomputed.calls == len(vision_blocks(model)) + len(model.name_tokens)
+
+
+def kept_for_backward(model: Head) -> int:
+    """Bytes of the activations that a step keeps, as autograd saves them."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t  # kept, so that no other tensor gets its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = model(IMAGES).sum()
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+
+
+def prompted(kind: str, clip: nn.Module, n_ctx: int) -> Head:
+    if kind == "dcp":
+        return DCP(clip, NAMES, n_ctx=n_ctx)
+    vision, text = torch.randn(4, n_ctx, 128), torch.randn(4, n_ctx, 64)
+    if kind == "vpt-deep":
+        return PromptHead(FrozenCLIP(clip), NAMES, vision_prompts=vision, texts=TEMPLATE)
+    head = MaPLe(FrozenCLIP(clip), NAMES, text, texts=TEMPLATE)
+    head.couplings = nn.ModuleList(nn.Linear(64, 128) for _ in range(4))
+    return head
+
+
+@pytest.mark.parametrize("kind", ["dcp", "vpt-deep", "maple"])
+def test_memory_of_a_step_grows_with_prompts_as_estimated(golden, kind):
+    clip = build_tiny_clip(golden, vision_cfg={"layers": 12})  # as deep as CLIP's
+    few, many = (prompted(kind, clip, n_ctx).train() for n_ctx in (4, 24))
+    kept = [kept_for_backward(model) for model in (few, many)]
+    estimated = [activation_bytes(model, len(IMAGES)) for model in (few, many)]
+    assert estimated[1] / estimated[0] == pytest.approx(kept[1] / kept[0], rel=0.15)
+    assert all(true < estimate < 2.5 * true for true, estimate in zip(kept, estimated, strict=True))
 
 
 def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):

@@ -188,7 +188,7 @@ def test_without_a_text_probe_a_class_is_its_name(plain):
     with pytest.raises(ZooError, match="no text probe.*Train a head with one.*set_classnames"):
         plain.add_class("zebra", images(2))
     with pytest.raises(
-        ZooError, match="cannot reject images: it has no text probe. Train one that has: dcp-zoo train.$"
+        ZooError, match="cannot reject images: it has no text probe. Train one that can: dcp-zoo train.$"
     ):
         plain.predict(images(2), reject=True)
 
@@ -717,7 +717,7 @@ def test_statistics_that_are_stored_after_a_measurement_are_the_default(tiny_cli
 
 @torch.no_grad()
 def test_the_papers_logits_are_one_argument_away():
-    head, plain = (create_model("dcp_mini.eurosat-16shot", True, classifier=c).eval() for c in (None, "none"))
+    head, plain = (create_model("dcp_mini.eurosat_small-16shot", True, classifier=c).eval() for c in (None, "none"))
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
     assert close(
@@ -725,4 +725,4 @@ def test_the_papers_logits_are_one_argument_away():
     )
     assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
-        create_model("dcp_mini.eurosat-16shot", True, classifier="gaussian")
+        create_model("dcp_mini.eurosat_small-16shot", True, classifier="gaussian")

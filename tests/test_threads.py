@@ -43,7 +43,7 @@ def test_functions_choose_the_threads_of_their_own_thread_only():
 
 def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
     pools: list[int] = []
-    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.load")):
+    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.unreadable")):
         monkeypatch.setattr(f"{place}.{kind.__name__}", lambda n, kind=kind: pools.append(n) or kind(n))
     monkeypatch.setattr("joblib.cpu_count", lambda: 3)
     for granted in ("", "2,1"):
@@ -56,7 +56,6 @@ def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
 @pytest.mark.parametrize(
     "command",
     [
-        ["predict", "--sample", "--head", "my_head"],
         ["train", "MY_PHOTOS", "--shots", "2"],
         ["eval", "--head", "my_head", "--data-root", "MY_PHOTOS"],
         ["benchmark", "few-shot", "--datasets=folder", "--data-root=MY_PHOTOS", "--methods=zero-shot", "--output=out"],
@@ -75,10 +74,20 @@ def test_threads_on_ray_are_cores(run, flowers, no_work):
     assert "with --ray, use --cpus" in run.refused("benchmark", "few-shot", *args)
 
 
-@pytest.mark.parametrize("own", [{}, {"KMP_BLOCKTIME": "200"}])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(own):
-    """In Python as on the command line, as both import the package before torch."""
+def printed(program: str, own: dict[str, str]) -> list[str]:
+    """What a program prints of the environment variables, and whether it has imported torch before."""
     env = {name: value for name, value in os.environ.items() if name not in threads.PASSIVE} | own
-    program = "import os, sys, dcp_zoo; print('torch' in sys.modules, *map(os.environ.get, dcp_zoo.threads.PASSIVE))"
-    found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
+    show = f"print('torch' in sys.modules, *map(os.environ.get, {[*threads.PASSIVE]}))"
+    command = [sys.executable, "-c", f"import os, sys\n{program.format(show=show)}"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("own", [{}, {"KMP_BLOCKTIME": "200"}])
+def test_waiting_threads_of_a_command_sleep_unless_the_user_says_otherwise(own):
+    found = printed("from dcp_zoo.cli import main\nmain(lambda: {show})", own)
+    assert found == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
+
+
+def test_an_import_changes_nothing_in_the_environment():
+    """So that it does not matter whether torch or this package comes first."""
+    assert printed("import dcp_zoo\ndcp_zoo.FewShotClassifier\n{show}", {}) == ["True", "None", "None"]

@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.distributed as dist
 from helpers import loud, vision_blocks
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from shared import build_tiny_clip
 from timm.data import create_transform, resolve_model_data_config
@@ -26,6 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.api.attention import attention_weights
+from dcp_zoo.hub import explained
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.linear_head import CacheHead, LinearHead
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES
 from dcp_zoo.model.towers import open_clip as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
@@ -77,7 +82,8 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
     assert dcp_zoo.get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
 
     def refuse(repo_id, *_, **__):
-        raise ZooError(f"{repo_id} is not on the Hub.")
+        with explained(repo_id):
+            raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("dcp_zoo.hub.download_head", refuse)
     with pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is planned: nobody has trained it"):
@@ -126,11 +132,24 @@ def test_local_dir(tmp_path, model):
     ):
         assert same(again, model)
         assert again.pretrained_cfg["label_names"] == model.classnames
-    with pytest.raises(ZooError, match="num_classes=5, but there are 100 class names"):
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5)
+    with pytest.raises(ZooError, match="num_classes=5, but there are 2 class names"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5, classnames=["cat", "dog"])
     named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, classnames=["cat", "dog"])
     assert named.pretrained_cfg["label_names"] == ["cat", "dog"]
     assert named.eval()(IMAGES).shape == (2, 2)
+
+
+@torch.inference_mode()
+def test_timm_saves_what_timm_can_load(tmp_path, model):
+    assert timm.models._hub.save_for_hf is timm.models.save_for_hf  # of `push_to_hf_hub`
+    timm.models.save_for_hf(model, tmp_path / "head", safe_serialization="both")
+    again = timm.create_model(f"local-dir:{tmp_path / 'head'}", pretrained=True).eval()
+    torch.testing.assert_close(again(IMAGES), model(IMAGES))
+    with pytest.raises(ZooError, match="model_config: a head writes its own config.json"):
+        timm.models.save_for_hf(model, tmp_path / "other", {"label_names": ["cat"]})
+    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path / "vit")
+    assert sorted(path.name for path in (tmp_path / "vit").iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert [path.name for path in tmp_path.iterdir() if path.name == "other"] == []
 
 
 def test_a_config_cannot_lead_elsewhere(tmp_path, model):
@@ -177,9 +196,10 @@ def test_the_head_needs_constant_text_features():
 @torch.inference_mode()
 def test_reset_classifier():
     model = timm.create_model("dcp_mini", pretrained=True).eval()
-    model.reset_classifier(100)  # the classes that it has
-    with pytest.raises(ZooError, match="num_classes=3, but there are 100 class names"):
-        model.reset_classifier(3)
+    with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
+        model.reset_classifier(3, classnames=["cat", "dog"])
+    with pytest.raises(ZooError, match="num_classes must be at least 0, not -1"):
+        model.reset_classifier(-1)
     model.reset_classifier(3, classnames=["cat", "dog", "red fox"])
     assert model(IMAGES).shape == (2, 3)
     model.reset_classifier(["cat", "dog"])
@@ -190,6 +210,89 @@ def test_reset_classifier():
     assert isinstance(model.get_classifier(), torch.nn.Identity)
     headless = timm.create_model("dcp_mini", pretrained=True, num_classes=0).eval()
     assert torch.equal(headless(IMAGES), model(IMAGES))
+
+
+def fine_tuned(model, steps: int = 6):
+    """A plain loop of PyTorch on the live layer and all else that is trainable."""
+    labels = torch.arange(len(IMAGES)) % model.num_classes
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(model.train()(IMAGES), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def five() -> dcp_zoo.DCP:
+    """A head whose classifier was replaced as in timm's fine-tuning scripts, and trained."""
+    model = timm.create_model(DEFAULT, pretrained=True, num_classes=5)
+    layer, before = model.get_classifier(), model.get_classifier().weight.detach().clone()
+    fine_tuned(model)
+    assert model.get_classifier() is layer is getattr(model, model.default_cfg["classifier"])
+    assert not torch.equal(layer.weight, before)
+    return model
+
+
+@torch.inference_mode()
+def test_a_fresh_classifier_answers_through_every_door(five, tmp_path):
+    logits = five(IMAGES)
+    torch.testing.assert_close(five.forward_head(five.forward_features(IMAGES)), logits)
+    torch.testing.assert_close(five.get_classifier()(five.forward_features(IMAGES)), logits)
+    torch.testing.assert_close(five.fuse()(IMAGES), logits, rtol=1e-4, atol=1e-5)
+    five.save_pretrained(tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5).eval()
+    assert again.classnames == five.classnames == [f"class {i}" for i in range(5)]
+    torch.testing.assert_close(again(IMAGES), logits)
+    other = timm.create_model(DEFAULT, pretrained=True, num_classes=5).eval()
+    other.load_state_dict(five.state_dict())
+    torch.testing.assert_close(other(IMAGES), logits)
+    with pytest.raises(RuntimeError, match=r"fc\.weight"):
+        timm.create_model(DEFAULT, pretrained=True).load_state_dict(five.state_dict())
+
+
+@torch.inference_mode()
+def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
+    head, logits = copy.deepcopy(five), five(IMAGES)
+    with pytest.raises(ZooError, match=r"no row for red fox\. Rename its classes"):
+        head.set_classnames(["class 0", "red fox"])
+    with pytest.raises(ZooError, match="which reads no texts"):
+        head.set_classnames(head.classnames, {name: ["a photo."] for name in head.classnames})
+    head.rename_class("class 3", "red fox")
+    head.set_classnames(["red fox", "class 0"])
+    torch.testing.assert_close(head(IMAGES), logits[:, [3, 0]])
+    head.remove_class("class 0")
+    torch.testing.assert_close(head(IMAGES), logits[:, [3]])
+    with pytest.raises(ZooError, match="cannot add a class by its images: "):
+        head.add_class("cat", IMAGES)
+    assert "fine-tuned" in head.cannot_reject
+
+
+@pytest.mark.parametrize("kind", ["dcp", "gda", "tip-adapter"])
+@torch.inference_mode()
+def test_there_and_back(kind, model):
+    """From names to features, to a fresh classifier, and to the same names: nothing that was trained is lost."""
+    head, clip = copy.deepcopy(model), model.encoder
+    if kind == "gda":
+        head = LinearHead(clip, NAMES, torch.randn(3, 512), torch.randn(3))
+    if kind == "tip-adapter":
+        tensors = {"weight": torch.randn(3, 512), "keys": torch.randn(4, 512), "values": torch.eye(4)[:, :3]}
+        head = CacheHead(clip, NAMES, tensors | {"alpha": torch.tensor(1.0), "beta": torch.tensor(2.0)})
+    names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
+    head.reset_classifier(0)
+    head.reset_classifier(names)
+    assert head.info == {"metrics": {"top1": 50.0}}
+    torch.testing.assert_close(head(IMAGES), logits)
+    head.reset_classifier(0)
+    head.reset_classifier(7)
+    assert head(IMAGES).shape == (2, 7)
+    assert "metrics" not in head.info
+    head.reset_classifier(names)
+    torch.testing.assert_close(head(IMAGES), logits)
 
 
 # ----------------------------------------------------------------------------------------------------- timm's arguments
@@ -203,7 +306,7 @@ def test_reset_classifier():
         ({"global_pool": "avg"}, "global_pool='avg': CLIP pools its class token, only 'token'"),
         ({"drop_rate": 0.1}, "drop_rate=0.1: a DCP has no dropout, only 0"),
         ({"drop_path_rate": 0.1}, "drop_path_rate=0.1: a DCP has no dropout, only 0"),
-        ({"num_classes": 10}, "num_classes=10, but there are 100 class names"),
+        ({"num_classes": -1}, "num_classes must be at least 0, not -1"),
         ({"patch_size": 16}, "patch_size is none of n_ctx, depth, "),
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
         ({"out_indices": (1, 2)}, r"out_indices=\(1, 2\).*pass features_only=True"),
@@ -606,6 +709,14 @@ def test_the_models_register_once_whatever_is_imported_first():
     command = [sys.executable, "-c", EACH_IN_A_FORK, json.dumps(IMPORTS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"{way}: 100: {len(MODELS)}" for way in IMPORTS], done.stdout + done.stderr
+
+
+def test_torch_export_names_what_can_be_exported(golden):
+    head = PromptHead(FrozenCLIP(build_tiny_clip(golden)), NAMES, texts="a photo of a {}.").eval()
+    with pytest.raises(ZooError, match=r"torch.export.export\(model.fuse\(\), ...\) reads images alone"):
+        torch.export.export(head, (SMALL,), strict=False)
+    exported = torch.export.export(head.fuse(), (SMALL,), strict=False).module()
+    torch.testing.assert_close(exported(SMALL), head(SMALL))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer

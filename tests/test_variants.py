@@ -1,7 +1,9 @@
-"""Variants of exported ONNX files: preprocessing inside, float16, int8; and the options that make them."""
+"""Variants of exported ONNX files: preprocessing inside, float16; and the options that make them."""
 
 import json
-from dataclasses import replace
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +15,13 @@ for module in ("onnxruntime", "onnxscript"):
 
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402
-from dcp_zoo.data import Split, load_image  # noqa: E402
+from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.deploy import export as export_module  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, onnx_predictor  # noqa: E402
-from dcp_zoo.deploy.quantize import calibration  # noqa: E402
 from dcp_zoo.model.config import read_config  # noqa: E402
 
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
@@ -130,28 +131,21 @@ def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
         np.testing.assert_allclose(np.exp(log_softmax(logits)), expected, atol=tolerance)
 
 
-def test_int8(tiny_head, plain, photos, tmp_path):
-    split = Split("photos", tiny_head.classnames, photos[:8], photos[8:], [])
-    data = calibration(tiny_head, split, max_drop=100)
-    assert data.part == "validation"
-    assert calibration(tiny_head, Split("photos", tiny_head.classnames, photos[:8], [], photos[8:])).part == "test"
-    assert (len(data.images), len(data.labels)) == (8, 4)
-    file = export(tiny_head, tmp_path / "int8.onnx", precision="int8", calibration=data, preprocessing="inside")
-    assert file.stat().st_size < 0.5 * plain.path.stat().st_size
-    report = OnnxClassifier(file).info["quantization"]
-    answers = plain(data.checked).argmax(1)
-    assert report["top1_float32"] == 100 * (answers == data.labels).mean()
-    assert report["images"] == 4
-    image = load_image(sample_images()[0])
-    difference = OnnxClassifier(file)(np.asarray(image)[None]) - plain.probabilities(plain.preprocess(image)[None])
-    assert 0 < np.abs(difference).max() < 0.1
-
-    with pytest.raises(ZooError, match="images of the head's own classes"):
-        calibration(tiny_head, replace(split, classnames=tiny_head.classnames[::-1]))
-    strict = calibration(tiny_head, split, max_drop=-101)  # no file is good enough
-    with pytest.raises(ZooError, match=r"int8 lowers top-1 from .* nothing was written.*float16"):
-        export(tiny_head, tmp_path / "refused.onnx", precision="int8", calibration=strict)
-    assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+@pytest.mark.scripts
+def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
+    """docs/deploy.md by ONNX Runtime; predict takes the file."""
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    (code,) = (block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "quantize_static" in block)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(onnx_file, "my_head.onnx")
+    Path("MY_PHOTOS").mkdir()
+    for path in sample_images():
+        shutil.copy(path, "MY_PHOTOS")
+    exec(code, {"__name__": "__main__"})
+    assert "of 6 answers are the same" in capsys.readouterr().out
+    assert Path("int8.onnx").stat().st_size < 0.6 * Path("my_head.onnx").stat().st_size
+    rows = classify(find_images(["MY_PHOTOS"]), onnx_predictor(Path("int8.onnx"), 1))
+    assert sum(len(batch.rows) for batch in rows) == 6
 
 
 def test_a_variant_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
@@ -162,10 +156,8 @@ def test_a_variant_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
 
 
 def test_options(run, tmp_path, tiny_head):
-    with pytest.raises(ZooError, match="float32, float16, int8"):
+    with pytest.raises(ZooError, match="float32, float16"):
         export(tiny_head, tmp_path / "x.onnx", precision="int4")
-    with pytest.raises(ZooError, match="int8 needs images"):
-        export(tiny_head, tmp_path / "x.onnx", precision="int8")
     head = "dcp_mini.caltech101-16shot"
     for args, message in {
         ("--format", "hub", "--preprocessing", "outside"): "omit --preprocessing",

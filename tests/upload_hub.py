@@ -41,9 +41,10 @@ class Repo:
         oid = head if revision == "main" else revision
         return (oid, self.commits[oid]) if oid in self.commits else None
 
-    def commit(self, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes], oid: str | None = None) -> str:
+        """Add a commit, such as the one that a row of models.yaml has pinned; returns its name."""
         content = "".join(f"{name}{git_oid(data)}" for name, data in files.items())
-        oid = hashlib.sha1(f"{len(self.commits)}{content}".encode()).hexdigest()
+        oid = oid or hashlib.sha1(f"{len(self.commits)}{content}".encode()).hexdigest()
         self.commits[oid] = files
         return oid
 

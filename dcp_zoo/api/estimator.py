@@ -1,7 +1,6 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from multiprocessing import parent_process
@@ -11,14 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
-from dcp_zoo.api.functions import as_model, outputs_of, plain_features, plan_own, read_by
+from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by
 from dcp_zoo.api.inputs import (
     Images,
     Labelled,
@@ -26,16 +25,18 @@ from dcp_zoo.api.inputs import (
     Transformed,
     check_features,
     hashed,
-    is_folder,
+    is_nan,
     labelled,
+    one_column,
     unlabelled,
     with_classes,
 )
-from dcp_zoo.data import load_image
+from dcp_zoo.data import check_images, load_image
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.seen import note_images
+from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.deploy.together import together as refine_together
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
@@ -48,7 +49,6 @@ from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.planning import ClassWeights
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import Progress
-from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
 Weights = ArrayLike | None  # of images
@@ -64,12 +64,16 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision, encoder: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
-        batch_size: images per batch when it classifies; it does not affect the predictions.
+        batch_size: images per forward pass when it classifies: fewer need less memory; it does not affect the
+            predictions.
         random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
             own, from which each fit takes a seed.
         memory: a folder, or joblib.Memory, that keeps image features for later processes; False keeps none. By default
             up to 512 MB are kept within a process: further fits, folds and methods on the same images are fast.
         verbose: show progress bars. Default: in a terminal or notebook.
+        errors: "raise" `dcp_zoo.UnreadableImages`, as scikit-learn does for bad rows; it names all images that cannot
+            be read. Or "keep" the others, with a warning: of the bad ones labels, probabilities and features are NaN,
+            and `fit` and `score` leave them out.
 
     Attributes:
         classes_: the labels, sorted (C,).
@@ -94,6 +98,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         precision: str = "auto",
         memory: Any = None,
         verbose: bool | None = None,
+        errors: str = "raise",
     ) -> None:
         self.model = model
         self.method = method
@@ -109,6 +114,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         self.precision = precision
         self.memory = memory
         self.verbose = verbose
+        self.errors = errors
 
     @fair_threads()
     @out_of_inference_mode()
@@ -129,40 +135,41 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         data, epochs = labelled(images, labels, self.classnames), list[Epoch]()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
-        named = ("recipe", "classifier", "class_weight", "device", "precision", "encoder")
+        named = ("recipe", "classifier", "class_weight", "device", "precision", "encoder", "errors")
         options: Values = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         if self.memory is None and parent_process():
             advice = 'memory="FOLDER" shares them, and is faster from the second fit on'
-            warnings.warn(f"Each process computes image features of its own: {advice}.", stacklevel=2)
+            warn(f"Each process computes image features of its own: {advice}.")
         run = plan_own(data, validation, self.model, self.method, **options)
         kept = [lambda model, epoch: epochs.append(epoch)] if run.recipe.is_trained else []
         callbacks = [*kept, *(self.callbacks or ())]
-        with self._kept_features():
+        with self._kept_features(), all_named([*run.split.items, *run.split.none]):
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         self.history_, self.classes_ = epochs, data.classes
         return self
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`; `together`: see `dcp_zoo.predict`."""
-        found = self._outputs(images)
+        found, placed = self._outputs(images)
         probabilities = np.exp(log_softmax(found.logits))
-        if not together or found.features is None:
-            return probabilities
-        return refine_together(probabilities, found.features)
+        if together and found.features is not None and len(probabilities):
+            probabilities = refine_together(probabilities, found.features)
+        return placed(probabilities)
 
     def decision_function(self, images: Images) -> np.ndarray:
         """Logits (n, C) in the order of `classes_`; of two classes, how far the second is ahead (n,)."""
-        logits = self._outputs(images).logits
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        found, placed = self._outputs(images)
+        logits = found.logits
+        return placed(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits)
 
     def transform(self, images: Images) -> np.ndarray:
         """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
         method that trains neither prompts nor CLIP's weights are plain CLIP's, and can take the place of the images in
         another fit, which refuses the others."""
-        found = self._outputs(images).features
-        assert found is not None  # a fitted head has stored statistics
-        features = found.view(Transformed)
+        found, placed = self._outputs(images)
+        assert found.features is not None  # a fitted head has stored statistics
+        features = placed(found.features).view(Transformed)
         features.of = read_by(self._head())
         return features
 
@@ -171,31 +178,50 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """For `get_feature_names_out`, and `set_output`."""
         return self._head().num_features
 
-    def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
+    def _outputs(self, images: Images, reject: float | None = None) -> tuple[Outputs, Callable[..., np.ndarray]]:
+        """The outputs for the images that can be read, and what places their rows among those of all, else NaN."""
         head, items = self._head(), unlabelled(images, features=True)
         check_features(images, read_by(head))
         with self._kept_features():
-            return outputs_of(head, items, self.batch_size, self.precision, self._progress(), reject)
+            options = self.batch_size, self.precision, self._progress(), reject, self.errors
+            found, rows = outputs_of(head, items, *options)
+
+        def placed(values: np.ndarray) -> np.ndarray:
+            if len(rows) == len(items):
+                return values
+            kind = values.dtype if values.dtype.kind == "f" else object
+            every = np.full((len(items), *values.shape[1:]), np.nan, kind)
+            every[rows] = values
+            return every
+
+        return found, placed
 
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
         head = self._head()  # says if nothing is fitted
-        if not reject:
-            return self.classes_[self._outputs(images).logits.argmax(-1)]
-        answering, found = Answering(threshold=head.rejection_threshold(reject)), self._outputs(images, reject)
-        labels = self.classes_[found.logits.argmax(-1)].astype(object)
-        labels[answering.rejects(found.logits, found.distances)] = None
-        return labels
+        answering = Answering(threshold=head.rejection_threshold(reject)) if reject else None
+        found, placed = self._outputs(images, reject)
+        labels = self.classes_[found.logits.argmax(-1)]
+        if answering:
+            labels = labels.astype(object)
+            labels[answering.rejects(found.logits, found.distances)] = None
+        return placed(labels)
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its name or its
         label. As in scikit-learn, images of the training count as well: for an honest figure pass others. ZooError for
         a folder of another class."""
-        if is_folder(images) and labels is None:
+        if labels is None:
             items = with_classes(images, None, self.classes_.tolist(), self._head().classnames)
             images, labels = [item.path for item in items], self.classes_[[item.label for item in items]]
-        return super().score(images, labels, sample_weight)
+        predicted = self.predict(images)
+        check_consistent_length(predicted, labels, sample_weight)
+        if not (read := [i for i, label in enumerate(predicted) if not is_nan(label)]):
+            raise ZooError("None of these images can be read: pass others.")
+        weights = None if sample_weight is None else np.asarray(sample_weight)[read]
+        answers = predicted[read].astype(self.classes_.dtype)
+        return float(accuracy_score(np.asarray(one_column(labels))[read], answers, sample_weight=weights))
 
     @fair_threads()
     def add_class(self, label: Any, images: Images, name: str | None = None) -> "FewShotClassifier":
@@ -208,9 +234,9 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             raise ZooError(f"The label {label!r} has another type than {known[0]!r}: give all the same type.")
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
-        transform = create_transform(model)
-        items = hashed(unlabelled(images))
-        model.add_class(name, torch.stack([transform(load_image(item.path)) for item in items]))
+        check_images(items := unlabelled(images), self._progress(), LEAVE_OUT, load_image)
+        items = hashed(items)
+        model.add_class(name, pixels_of(model, items, self.batch_size))
         note_images(model.info, items)
         self.classes_ = np.append(self.classes_, label)
         self._sort()
@@ -256,7 +282,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """Keep the labels sorted, as scikit-learn's scores expect them, and the model's classes in their order."""
         order = np.argsort(self.classes_, kind="stable")
         self.classes_ = self.classes_[order]
-        self.model_._classify_into([self.model_.classes[i] for i in order], None)
+        self.model_.classify_into([self.model_.classes[i] for i in order])
 
     def _head(self) -> Head:
         check_is_fitted(self)

@@ -1,14 +1,17 @@
 """Train a head on your own images, measure it, and classify with it."""
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from dcp_zoo.answers import Outputs
+from dcp_zoo.answers import Outputs, Row
 from dcp_zoo.api.inputs import (
     ClassNames,
     Images,
@@ -22,12 +25,15 @@ from dcp_zoo.api.inputs import (
 )
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.images import load_image
+from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, told, without_unreadable
 from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.errors import ZooError, check_range, shorten
+from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import out_of_inference_mode
+from dcp_zoo.model._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.inputs import VIEW_BATCH
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
@@ -65,6 +71,7 @@ def train(
     validation: Images = None,
     class_weight: ClassWeights = None,
     output: str | Path | None = None,
+    errors: str = "raise",
     **options: Any,
 ) -> Head:
     """Train a head, returned in evaluation mode. ZooError for bad input, unreadable images, or diverged training.
@@ -87,6 +94,8 @@ def train(
             all equal.
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
             is written.
+        errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
+            or "keep" the others and train on these, with a warning.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
@@ -101,30 +110,44 @@ def train(
     data = labelled(images, labels, classnames)
     chosen: Values = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
     settings = RunOptions(**own)
-    run = plan_own(data, validation, model, method, progress=settings.progress, **chosen, **options)
-    return train_head(run, None if output is None else Path(output), settings)[0]
+    run = plan_own(data, validation, model, method, progress=settings.progress, errors=errors, **chosen, **options)
+    with all_named([*run.split.items, *run.split.none]):
+        return train_head(run, None if output is None else Path(output), settings)[0]
 
 
 def plan_own(
-    data: Labelled, validation: Images, model: str, method: str, *, progress: Progress = bar, **options: Any
+    data: Labelled,
+    validation: Images,
+    model: str,
+    method: str,
+    *,
+    progress: Progress = bar,
+    errors: str = "raise",
+    **options: Any,
 ) -> Run:
-    """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
-    check_images([item for item in (*data.items, *data.none) if isinstance(item.path, str)], progress)
+    """A run on labelled images, which are checked, with images for validation or None; `errors` as of `train`, and
+    `options` as of `plan`."""
     images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
     check_features(images[0], plain_features(model))
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
-    split = Split(OWN_IMAGES, data.names, hashed(data.items), hashed(val), none=hashed(data.none))
+    split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
+    check_choice("errors", errors, ERRORS)
+    if errors == "keep":
+        split = without_unreadable(split, progress)
+    else:
+        check_images([*split.items, *split.none], progress, KEEP)
+    if weights := options.get("sample_weight"):
+        left = {id(item) for item in split.train}
+        options["sample_weight"] = tuple(w for item, w in zip(data.items, weights, strict=True) if id(item) in left)
+    split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
     run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
-    if data.items and isinstance(data.items[0].path, torch.Tensor):
+    if split.train and isinstance(split.train[0].path, torch.Tensor):
         if not METHODS[method].features:
             able = ", ".join(name for name in METHODS if METHODS[name].features)
             raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
-        if run.recipe.image_augment != "none" and len(data.items) <= MANY:
+        if run.recipe.image_augment != "none" and len(split.train) <= MANY:
             differs = "a fit on the images also reads their mirror images, and may answer otherwise"
-            warnings.warn(f"Features are fitted as they are: {differs}.", stacklevel=3)
-    if data.classes.dtype.kind in "iufb" and data.names == [str(label) for label in data.classes.tolist()]:
-        advice = 'say what these numbers mean, as in classnames={0: "cat", 1: "dog"}'
-        warnings.warn(f"CLIP reads the class names, which are {shorten(data.names, 3)}: {advice}.", stacklevel=3)
+            warn(f"Features are fitted as they are: {differs}.")
     return run
 
 
@@ -137,22 +160,29 @@ def evaluate(
     device: str | None = None,
     precision: str = AUTO,
     progress: Progress = bar,
+    errors: str = "raise",
 ) -> Evaluation:
     """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. Images
     that the model was trained on count as well; `dcp-zoo eval` leaves them out. ZooError for an unknown model, a label
-    that is none of its classes, or an image that cannot be read.
+    that is none of its classes, or images that cannot be read.
 
     Args:
-        model: a head, its name, or the folder of a checkpoint.
+        model: a head, which is in its own mode and on its own device again afterwards; its name; or the folder of a
+            checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
-        batch_size: images per batch; with batch statistics it affects the predictions.
+        batch_size: images per forward pass: fewer need less memory. Only with batch statistics, of `model.stats`, it
+            affects the predictions.
         device, precision, progress: see `train`; default: the device where the model is, or "auto" for a name.
+        errors: "raise" `dcp_zoo.UnreadableImages`, which names all images that cannot be read, before anything is
+            computed if few bytes of the files tell; or "keep" the others and measure these, with a warning.
     """
-    model = as_model(model, device)
-    check_features(images, read_by(model))
-    items = with_classes(images, labels, model.classnames)
-    logits = torch.from_numpy(outputs_of(model, items, batch_size, precision, progress).logits)
-    return Evaluation(model.classnames, items, logits)
+    with lent(model, device) as head:
+        check_features(images, read_by(head))
+        items = with_classes(images, labels, head.classnames)
+        found, rows = outputs_of(head, items, batch_size, precision, progress, errors=errors)
+        if not rows:
+            check_images(items, no_progress, KEEP, load_image)
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
 
 
 def predict(
@@ -166,9 +196,10 @@ def predict(
     device: str | None = None,
     precision: str = AUTO,
     progress: Progress = bar,
-) -> list[list[Prediction] | None]:
+    errors: str = "raise",
+) -> list[list[Prediction] | UnreadableImages | None]:
     """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints. ZooError for an
-    unknown model, an image that cannot be read, or `reject` and a model without a threshold for its classes.
+    unknown model, images that cannot be read, or `reject` and a model without a threshold for its classes.
 
     Args:
         model, device, precision, progress: see `evaluate`.
@@ -176,25 +207,35 @@ def predict(
         reject: return None for images that belong to none of the classes: True, or the share of right images that may
             be refused as well.
         together: refine each prediction with the other images; those that are rejected have no influence.
-        batch_size: images per batch; it does not affect the predictions.
+        batch_size: images per forward pass: fewer need less memory; it does not affect the predictions.
+        errors: "raise", see `evaluate`; or "keep" the predictions of the others, with a `dcp_zoo.UnreadableImages`,
+            not raised, in the place of each image that cannot be read.
     """
-    model = as_model(model, device)
+    check_choice("errors", errors, ERRORS)
     items = unlabelled(images)
-    predictor = torch_predictor(model, together, precision, reject, len(items))
-    job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
-    found = [Found(item.key, item.path) for item in items]
-    batches = by_image(progress, job.classify(found, predictor), "images", len(found))
-    rows, _ = job.collect(batches, predictor.classnames)
-    for row in rows:
-        if "error" in row:
-            raise ZooError(row["error"])
-    return [
-        None if row.get("rejected") else [Prediction(p["class"], p["probability"]) for p in row["predictions"]]
-        for row in rows
-    ]
+    if errors == "raise":
+        check_images(items, no_progress, KEEP)
+    found = [Found(item.path if isinstance(item.path, str) else item.key, item.path) for item in items]
+    with lent(model, device) as head:
+        predictor = torch_predictor(head, together, precision, reject, len(items))
+        job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject), together=together)
+        batches = by_image(progress, job.classify(found, predictor), "images", len(found))
+        rows = job.collect(batches, predictor.classnames)
+    answers = [_answer(row) for row in rows]
+    if errors == "raise":
+        with all_named(items):
+            for answer in answers:
+                if isinstance(answer, UnreadableImages):
+                    raise answer
+    return answers
 
 
-@fair_threads()
+def _answer(row: Row) -> list[Prediction] | UnreadableImages | None:
+    if "error" in row:
+        return UnreadableImages(row["error"], {row["image"]: row["error"]})
+    return None if row.get("rejected") else [Prediction(p["class"], p["probability"]) for p in row["predictions"]]
+
+
 def outputs_of(
     model: Head,
     items: Sequence[Item],
@@ -202,16 +243,54 @@ def outputs_of(
     precision: str,
     progress: Progress = bar,
     reject: float | None = None,
+    errors: str = "raise",
+) -> tuple[Outputs, list[int]]:
+    """What a model computes of the items' images that can be read, and their positions; features are kept by
+    `kept_features`. `errors`: see `evaluate`."""
+    check_choice("errors", errors, ERRORS)
+    compute = partial(_computed, model, batch_size, precision, progress, reject)
+    if errors == "raise":
+        check_images(items, no_progress, KEEP)
+        with all_named(items):
+            return compute(items), list(range(len(items)))
+    broken = damaged(items)
+    try:
+        found = compute([item for i, item in enumerate(items) if i not in broken])
+    except UnreadableImages:  # which few bytes of the file did not tell
+        broken = damaged(items, load_image)
+        found = compute([item for i, item in enumerate(items) if i not in broken])
+    if broken:
+        warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
+    return found, [i for i in range(len(items)) if i not in broken]
+
+
+@fair_threads()
+def _computed(
+    model: Head,
+    batch_size: int,
+    precision: str,
+    progress: Progress,
+    reject: float | None,
+    items: Sequence[Item],
 ) -> Outputs:
-    """What a model computes of the items' images; features are kept by `kept_features`."""
     check_range("batch_size", batch_size, 1)
+    if not items:
+        nothing = np.zeros((0, model.num_classes), np.float32)
+        features = np.zeros((0, model.num_features), np.float32) if model.stats == "stored" else None
+        return Outputs(nothing, np.zeros(0, np.float32) if reject else None, features)
     given = next((len(item.path) for item in items if isinstance(item.path, torch.Tensor)), model.num_features)
     if given != model.num_features:
         raise ZooError(f"This model reads {model.num_features} features of an image, not {given}: pass the images.")
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.frozen, items, once=once, precision=precision)
+    source = image_source(model.frozen, items, once=once, precision=precision, pass_size=batch_size)
     return read(model, source, batch_size, progress, bool(reject))
+
+
+def pixels_of(model: Head, items: Sequence[Item], batch_size: int = VIEW_BATCH) -> Iterator[Tensor]:
+    """The items' images for a model, in batches (b, 3, H, W), each read when it is asked for."""
+    source = image_source(model.frozen, items, once=True)
+    return (inputs.x for inputs, _ in source.batches(batch_size))
 
 
 def plain_features(model: str) -> str:
@@ -227,8 +306,21 @@ def read_by(head: Head) -> str:
     return f"{plain}, changed by {head.method}" if head.has_own_features else plain
 
 
-def as_model(model: Head | str, device: str | None) -> Head:
-    """The model, or the head with this name or in this folder, on the device."""
-    if isinstance(model, Head):
-        return model.eval() if device is None else model.eval().to(pick_device(device))
-    return create_model(str(model), True).eval().to(pick_device(device or "auto"))
+def as_model(name: str, device: str | None) -> Head:
+    """The head with this name or in this folder, to classify with, on the device; None: "auto"."""
+    return create_model(name, True).eval().to(pick_device(device or "auto"))
+
+
+@contextmanager
+def lent(model: Head | str, device: str | None) -> Iterator[Head]:
+    """`as_model`; or the user's own head in evaluation mode, on the device if one is given, then again as it was."""
+    if not isinstance(model, Head):
+        yield as_model(str(model), device)
+        return
+    place = model.device
+    with in_eval_mode(model):
+        try:
+            yield model if device is None else model.to(pick_device(device))
+        finally:
+            if model.device != place:
+                model.to(place)

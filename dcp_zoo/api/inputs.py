@@ -1,7 +1,6 @@
 """Images and labels in the forms that people have them, as items."""
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -14,17 +13,12 @@ from PIL import Image
 
 from dcp_zoo.data import Item, all_for_training, load_labelled
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import decode_image, pixels_sha256
+from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError, as_zoo_error, shorten
-from dcp_zoo.files import MAX_PIXELS
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.texts import NONE, is_none
 
-FORMS = (
-    "an image is a path, PIL's, an open file, its bytes, or an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, "
-    "W) of uint8 or of floats 0 to 1"
-)
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
@@ -66,7 +60,7 @@ def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str]
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
     if doubt := unlike_classes(found.classnames, found.items):
-        warnings.warn(doubt, stacklevel=3)
+        warn(doubt)
     items, none = all_for_training(found).train, found.none if examples else []
     labels = [found.classnames[x.label] for x in items] + [NONE] * len(none)
     items = [*items, *none]
@@ -111,12 +105,22 @@ def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: 
     return _items(as_images(images, features=True), list(labels), classes, keys)
 
 
+def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -> list[Item]:
+    """Images whose labels count these class names, with the labels of the classes of a head; ZooError for an image of a
+    class that it does not have."""
+    if list(names) == list(classes):  # of which some may be repeated
+        return list(items)
+    values = [names[item.label] for item in items]
+    return _items([item.path for item in items], values, classes, [item.key for item in items])
+
+
 def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], keys: list[str] | None) -> list[Item]:
     index = {label: i for i, label in enumerate(classes)}
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
-        raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
+        known = f"the classes are {shorten(list(map(str, classes)))}"
+        raise ZooError(f"No class {shorten(unknown)}: {known}. Pass images of these only.")
     if repeated := [str(label) for label, count in Counter(classes).items() if count > 1 and label in values]:
         advice = "give each a name of its own: model.rename_class(POSITION, NAME)"
         raise ZooError(f"Several classes are named {', '.join(repeated)}, so that this label fits each: {advice}.")
@@ -151,7 +155,7 @@ def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, A
 def unlabelled(images: Images, features: bool = False) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
     found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images, features)
-    return [Item(image, str(i), 0) for i, image in enumerate(found)]
+    return [Item(image, f"image {i}", 0) for i, image in enumerate(found)]
 
 
 def one_column(values: Any) -> Any:
@@ -165,19 +169,26 @@ def one_column(values: Any) -> Any:
 
 
 def as_images(images: Images, features: bool = False) -> list[Any]:
-    """Paths, and images of PIL, of one image or a sequence or batch; if allowed, also `features` (E,) of length 1."""
+    """Paths, and images of PIL, of one image or a sequence or batch; if allowed, also `features` (E,) of length 1. An
+    error takes the place of what is no image: all that cannot be read are found together, by `check_images`."""
     images = one_column(images)
     if features and (rows := _unit_rows(images)) is not None:
         return list(rows)
-    if isinstance(images, (str, Path, bytes, Image.Image)) or hasattr(images, "read") or _is_array_of_one(images):
-        return [to_image(images)]
+    one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
+    if one or _is_array_of_one(images):
+        return [_attempt(images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)
     if not found:
         raise ZooError("No images: pass at least one.")
-    if missing := [str(i) for i, image in enumerate(found) if image is None or is_nan(image)]:
-        raise ZooError(f"There is no image (None or NaN) in row {shorten(missing)}, counted from 0: leave it out.")
-    return [to_image(image) for image in found]
+    return [_attempt(image) for image in found]
+
+
+def _attempt(image: Any) -> Any:
+    try:
+        return to_image(image)
+    except ZooError as error:
+        return error.with_traceback(None)  # which would keep the image in memory
 
 
 def is_nan(value: object) -> bool:
@@ -201,40 +212,6 @@ def _is_array_of_one(images: Images) -> bool:
         shape = f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W)"
         raise ZooError(f"{shape}: pass images[None] for one, list(images) for three.")
     return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3, 4)))
-
-
-def to_image(image: Any) -> str | Image.Image:
-    """A path as text, or an image in memory as PIL's; ZooError for anything else."""
-    if isinstance(image, (str, Path)):
-        return str(image)
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, bytes) or hasattr(image, "read"):
-        name, data = ("bytes", image) if isinstance(image, bytes) else (getattr(image, "name", "file"), image.read())
-        return decode_image(data, str(name), MAX_PIXELS)
-    with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
-        array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
-        raise ZooError(f"An array of shape {tuple(array.shape)} is not an image: {FORMS}.")
-    return Image.fromarray(array if array.dtype == np.uint8 else _in_8_bits(array))
-
-
-def _in_8_bits(array: np.ndarray) -> np.ndarray:
-    """Floats 0 to 1 as 0 to 255; ZooError, which says what to do, for other numbers."""
-    low, high = float(array.min()), float(array.max())
-    if array.dtype.kind == "f" and low >= 0 and high <= 1:
-        return (array * 255).round().astype(np.uint8)
-    if not low >= 0:
-        advice = "if `create_transform` made it, pass the image itself, or give the tensor to the model"
-    elif array.dtype.kind != "f" and 16 < high <= 255:
-        advice = "pass array.astype(np.uint8)"
-    else:
-        advice = f"divide it by {255 if 16 < high <= 255 else max(high, 1):g}"
-    raise ZooError(f"An array of {array.dtype} from {low:g} to {high:g} is not an image: {advice}, as {FORMS}.")
 
 
 def _names(classes: np.ndarray, classnames: ClassNames) -> list[str]:

@@ -12,8 +12,9 @@ from sklearn.model_selection import StratifiedKFold
 
 from dcp_zoo.api.functions import OWN_IMAGES, plain_features, plan_own
 from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, check_features, hashed, labelled
-from dcp_zoo.data import Split
+from dcp_zoo.data import Split, check_images
 from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import FrozenCLIP
@@ -90,6 +91,7 @@ def compare(
         seed: of the folds and of the methods.
     """
     data = labelled(images, labels, classnames)
+    check_images(data.items, progress, LEAVE_OUT)
     data = data._replace(items=hashed(data.items), none=[])
     chosen = [name for name in METHODS if METHODS[name].features] if methods is None else list(methods)
     options: Values = {"seed": seed, "device": device, "precision": precision}
@@ -103,7 +105,7 @@ def compare(
             plans[name, method] = replace(run, encoders=tuple(beside))
     clips: dict[str, FrozenCLIP] = {}
     rows = Comparison()
-    with kept_features():
+    with kept_features(), all_named(data.items, LEAVE_OUT):
         for (name, method), run in progress(plans.items(), "methods", len(plans)):
             if run.model not in clips:
                 clips = {run.model: plain_clip(run.model).to(run.device)}

@@ -110,10 +110,31 @@ class Settings:
         }
 
 
-@cache
+_split = cache(load_split)
+
+
 def read_split(dataset: str, data_root: Path | None) -> Split:
-    """`load_split`, once for all trials of a process."""
-    return load_split(dataset, data_root)
+    """`load_split`, once for all trials of a sweep in this process."""
+    return _split(dataset, data_root)
+
+
+def forget_images() -> None:
+    """Read all images again, as a sweep does first: folders may have changed since the one before."""
+    _split.cache_clear()
+    folder_label.cache_clear()
+
+
+def check_data(trials: Sequence[Trial], data_root: Path | None) -> None:
+    """One ZooError for all datasets that these trials train or test on and that cannot be read."""
+    problems = []
+    for name in dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets)):
+        try:
+            read_split(name, data_root)
+        except ZooError as error:
+            problems.append(f"- {error}")
+    if problems:
+        few = "Get what is missing, or choose others by --datasets and --targets."
+        raise ZooError("\n".join(["These trials need images that cannot be read:", *problems, few]))
 
 
 @cache
@@ -127,9 +148,10 @@ def folder_label(root: Path | None) -> str:
 
 @cache
 def weights_id(model: str) -> str:
-    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag."""
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag and its pin."""
     spec = get_spec(model)
-    return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
+    pin = f"@{spec.clip_revision[:12]}" if spec.clip_revision else ""
+    return f"{spec.clip_pretrained}{pin}" if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
 
 
 SEEDS = (1, 2, 3)
@@ -176,13 +198,15 @@ def plan_trials(
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[object]] | None = None,
     encoders: Sequence[str] = (),
+    targets: Sequence[str] = (),
 ) -> list[Trial]:
     """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
     without training come first: they are fast and reveal missing files early.
 
     By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
     `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field.
-    Methods with a text probe are also run with each of the image `encoders`, see `dcp_zoo.zoo.encoders`."""
+    Methods with a text probe are also run with each of the image `encoders`, see `dcp_zoo.zoo.encoders`. `targets` are
+    some of the protocol's."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     models = [get_spec(model).name for model in models]
@@ -200,9 +224,12 @@ def plan_trials(
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
     trials: dict[Trial, None] = {}
     for model, dataset in product(models, datasets or chosen.datasets):
-        targets, found = chosen.targets(dataset), []
+        tested, found = _chosen_targets(protocol, dataset, targets), []
         for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
-            plain = _trial(Trial(protocol, model, method, dataset, k, seed, targets), changes)
+            plain = _trial(Trial(protocol, model, method, dataset, k, seed, tested), changes)
+            if tested and not plain.targets:
+                problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
+                raise ZooError(f"{problem}: choose other --targets or --methods.")
             has_probe = plain.recipe.classifier != "none"
             found += [plain, *(replace(plain, encoder=encoder) for encoder in encoders if has_probe)]
         trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
@@ -212,6 +239,16 @@ def plan_trials(
             valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
             raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")
     return list(trials)
+
+
+def _chosen_targets(protocol: str, dataset: str, targets: Sequence[str]) -> tuple[str, ...]:
+    """The test datasets for a training dataset: all of the protocol, or the given ones."""
+    known = PROTOCOLS[protocol].targets(dataset)
+    if targets and not known:
+        raise ZooError(f"{protocol} tests on the dataset itself: omit --targets.")
+    for name in targets:
+        check_choice("target", name, known)
+    return tuple(name for name in known if name in (targets or known))
 
 
 def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:

@@ -1,9 +1,11 @@
 """The folder of a sweep: one file per finished trial, failure and lock; see also docs/benchmarks.md.
 
 OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system releases the lock with the process
+OUTPUT/unfinished/KEY*    what a trial that was stopped or failed has computed, see `Unfinished`
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -66,16 +68,45 @@ def finished(trial: Trial, settings: Settings) -> bool:
     path = settings.output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
-    result, differ = _read_json(path), []
+    result = _read_checked(path, trial, settings)
+    if untested := [name for name in trial.targets if name not in result["trial"]["targets"]]:
+        raise ZooError(f"{path} has no test on {', '.join(untested)}: choose another --output, or omit these.")
+    return trial.method != settings.save_heads or "head_sha256" in result
+
+
+def _read_checked(path: Path, trial: Trial, settings: Settings) -> Values:
+    """The content of a trial's file; ZooError if it was made under other conditions."""
+    content, differ = _read_json(path), []
     for name, value in settings.conditions(trial).items():
-        before = result.get(name, "unknown")
+        before = content.get(name, "unknown")
         if before != value and name in (FOLDER, "weights", "precision"):
             differ.append(f"{name} {before}, not {value}")
         elif before != value:
             differ.append("another recipe" if name == "recipe" else f"other images of {trial.dataset}")
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
-    return trial.method != settings.save_heads or "head_sha256" in result
+    return content
+
+
+class Unfinished:
+    """What a trial has computed, from which it resumes after a kill or an error: the folder `head`, for a training and
+    its checkpoint, and the `results` of the targets that were tested. ZooError if they were made under other conditions
+    than the settings', or the file is damaged."""
+
+    def __init__(self, trial: Trial, settings: Settings) -> None:
+        self.head = settings.output / "unfinished" / trial.key
+        self._file, self._conditions = Path(f"{self.head}.json"), settings.conditions(trial)
+        found = _read_checked(self._file, trial, settings) if self._file.is_file() else {}
+        self.results: list[Values] = found.get("results", [])
+
+    def keep(self, results: list[Values]) -> None:
+        """Write the results so far, and their conditions; before a training there are none."""
+        self.results = results
+        write_json(self._file, self._conditions | {"results": results})
+
+    def remove(self) -> None:
+        shutil.rmtree(self.head, ignore_errors=True)
+        self._file.unlink(missing_ok=True)
 
 
 def _json_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
+from dcp_zoo.model.config import is_finished
 from dcp_zoo.model.head import Head
 from dcp_zoo.training import planning
 from dcp_zoo.training.device import pick_device, pick_precision, total_memory
@@ -33,10 +35,12 @@ from dcp_zoo.training.evaluation import (
     top1,
 )
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.planning import Run
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.factory import plain_clip, trained_head
+from dcp_zoo.zoo.resolve import resolve
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 CPU = torch.device("cpu")
@@ -93,10 +97,14 @@ shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous mode
 
 
 def run_trial(
-    trial: Trial, settings: Settings, progress: Progress = no_progress, images: TrialImages | None = None
+    trial: Trial,
+    settings: Settings,
+    progress: Progress = no_progress,
+    images: TrialImages | None = None,
+    kept: store.Unfinished | None = None,
 ) -> Values:
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence.
-    `images`: what reads them, by default those that trials of a model share."""
+    `images`: what reads them, by default those that trials of a model share. `kept`: what is resumed, and added to."""
     part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
     shared = (settings.device, settings.data_root, settings.workers, settings.precision)
     images = images or shared_images(trial.model, *shared)
@@ -113,15 +121,17 @@ def run_trial(
         precision=settings.precision,
         encoder=trial.encoder or None,
     )
-    started, options = time.perf_counter(), RunOptions(test=False, progress=progress)
-    head, _ = train_head(run, None, options, clip=images.clip, subset=subset, read=images.read)
+    folder = None
+    if kept and (run.recipe.is_trained or len(trial.targets) > 1):  # otherwise it is trained again in seconds
+        folder = kept.head
+        kept.keep(kept.results)
+    head = _trained(run, folder, subset, images)
     trained = time.perf_counter()
-    results = list(_tests(trial, settings, head, images))
+    results = _tests(trial, head, images, kept)
     known = run.info(subset)
     hashes = {"split_sha256": split.sha256, "subset_sha256": known["subset_sha256"] if trial.shots else ""}
     if trial.method == settings.save_heads:
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
-        head.set_classnames(subset.classnames)
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
     own = {name: value for name, value in head.info.items() if name not in (*known, "train_seconds")}
@@ -134,31 +144,43 @@ def run_trial(
         "info": own,
         "selection": own.get("text_probe", own).get("selection") or chosen_on,
         "results": results,
-        "train_seconds": round(trained - started, 2),
+        "train_seconds": head.info["train_seconds"],
         "test_seconds": round(time.perf_counter() - trained, 2),
         "versions": library_versions(),
     }
 
 
-def _tests(trial: Trial, settings: Settings, head: Head, images: TrialImages) -> Iterator[Values]:
-    """One entry per test dataset, part of its classes, and way of measuring the head."""
+def _trained(run: Run, folder: Path | None, subset: Split, images: TrialImages) -> Head:
+    """The head that a run trains, or has trained in this folder before."""
+    if folder and is_finished(folder):
+        return trained_head(images.clip, resolve(f"local-dir:{folder}")).eval().to(images.device)
+    options = RunOptions(test=False, progress=images.progress)
+    return train_head(run, folder, options, clip=images.clip, subset=subset, read=images.read)[0]
+
+
+def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished | None) -> list[Values]:
+    """One entry per test dataset, part of its classes, and way of measuring the head; the kept ones come first."""
     batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
-    for target in trial.targets or (trial.dataset,):
-        for part in PROTOCOLS[trial.protocol].parts:
-            split = images.split(target, part)
-            if split.classnames != head.classnames:
-                head.set_classnames(split.classnames, find_spec(target).template)
-            source = images.read(split.test)
-            modes = predict_modes(head, source, batch_size, images.progress)
-            if [*modes] == ["stored"] or not head.has_own_features:
-                modes = {"": modes["stored"]}  # without its text probe it is another method
-            for mode, logits in modes.items():
-                answers = Evaluation(split.classnames, split.test, logits)
-                entry: Values = {"target": target, "classes": part, "stats": mode}
-                for name, metric in METRICS.items():
-                    entry[name] = metric(answers.logits, answers.labels)
-                entry["images"] = len(answers.labels)
-                yield entry
+    found = list(kept.results) if kept else []
+    done = {(entry["target"], entry["classes"]) for entry in found}
+    for target, part in product(trial.targets or (trial.dataset,), PROTOCOLS[trial.protocol].parts):
+        if (target, part) in done:
+            continue
+        split = images.split(target, part)
+        if split.classnames != head.classnames:
+            head.set_classnames(split.classnames, find_spec(target).template)
+        source = images.read(split.test)
+        modes = predict_modes(head, source, batch_size, images.progress)
+        if [*modes] == ["stored"] or not head.has_own_features:
+            modes = {"": modes["stored"]}  # without its text probe it is another method
+        for mode, logits in modes.items():
+            answers = Evaluation(split.classnames, split.test, logits)
+            measured = {name: metric(answers.logits, answers.labels) for name, metric in METRICS.items()}
+            entry: Values = {"target": target, "classes": part, "stats": mode}
+            found.append(entry | measured | {"images": len(answers.labels)})
+        if kept:
+            kept.keep(found)
+    return found
 
 
 BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
@@ -176,12 +198,14 @@ def execute(
         if store.finished(trial, settings):
             return Event(trial, "done", "by another process")
         try:
-            result = run_trial(trial, settings, progress=progress, images=images)
+            kept = store.Unfinished(trial, settings)
+            result = run_trial(trial, settings, progress=progress, images=images, kept=kept)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings.output, trial, message, traceback.format_exc())
             return Event(trial, "failed", message, seconds=time.perf_counter() - started)
         store.save_result(settings.output, result)
+        kept.remove()
     rows = ((e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"])
     accuracies = ", ".join(" ".join(filter(None, row)) for row in rows)
     return Event(trial, "done", accuracies, seconds=time.perf_counter() - started)
@@ -248,6 +272,8 @@ def sweep(
 ) -> dict[Trial, str]:
     """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
     display them, given their number. Returns the trials that failed, with their error messages."""
+    plan.forget_images()
+    shared_images.cache_clear()
     todo = [trial for trial in trials if not store.finished(trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
     return {event.item: event.message for event in events if event.state == "failed"}

@@ -11,18 +11,19 @@ from typing import Any
 from rich.markup import escape
 from typer import Exit, Option, Typer
 
-from dcp_zoo.cli import cache, data
+from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import classes
-from dcp_zoo.cli.inspect import inspect, review, search, undo
+from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import wait_passively
 
 app = Typer(name="dcp-zoo", cls=Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -45,17 +46,17 @@ def dcp_zoo(
 
 NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
 for command in (
-    *(list_, info, predict, review, undo, inspect, search, train, evaluate, classes, benchmark, report),
+    *(list_, info, predict, inspect, search, train, evaluate, classes, benchmark, report),
     *(demo, export, serve),
 ):
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
 app.add_typer(data.commands, name="data")
-app.add_typer(cache.commands, name="cache")
 
 
 def main(program: Typer = app) -> None:
     """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
+    wait_passively()  # before a command imports torch
     warnings.showwarning = lambda text, *_, **__: errors.print(
         f"[yellow]Note:[/] {escape(from_here(str(text)))}", soft_wrap=True
     )

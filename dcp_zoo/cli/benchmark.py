@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
+from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
@@ -36,6 +37,7 @@ class BenchmarkOptions:
     models: list[str] = several("Models of the zoo. Default: dcp_mini.")
     methods: list[str] = several(f"{', '.join(METHODS)}. Default: all that are possible.")
     datasets: list[str] = several("Default: the protocol's.")
+    targets: list[str] = several("Of cross-dataset and domain-shift, those to test on. Default: all.")
     shots: list[str] = several("Images per class. Default: the protocol's.")
     seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3.")
     changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
@@ -50,13 +52,14 @@ class BenchmarkOptions:
     dry_run: bool = opt.option(False, "Show the plan and its training steps.")
 
     def trials(self) -> list[Trial]:
-        grid: Values = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
+        lists = "methods", "datasets", "targets", "encoders"
+        grid: Values = {name: split_commas(getattr(self, name)) for name in lists}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
-        grid |= {"options": opt.parse_changes(self.changes), "encoders": split_commas(self.encoders)}
+        grid["options"] = opt.parse_changes(self.changes)
         if self.encoders:
             from dcp_zoo.zoo.encoders import check_encoders
 
-            check_encoders(split_commas(self.encoders))
+            check_encoders(grid["encoders"])
         return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
     def settings(self) -> Settings:
@@ -96,8 +99,12 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
     trials = options.trials()
+    done = store.done(options.output_dir) if options.output_dir else set()
+    todo = [trial for trial in trials if trial.key not in done]
     if options.dry_run:
-        show_grid(trials, options)
+        show_grid(trials, done)
+        if options.data_root:
+            check_data(todo, options.data_root)
         return
     from dcp_zoo.benchmark.sweep import sweep
 
@@ -106,13 +113,15 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
     use_threads(options.threads)
     run = cluster.backend()
-    needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
+    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
+    needed = list(filter(opt.uses_data_root, names))
     missing = [] if options.output_dir else ["--output DIR for the results"]
     if needed and options.data_root is None:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
     if missing or options.output_dir is None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
     check_writable(options.output_dir)
+    check_data(todo, options.data_root)
     try:
         failed = sweep(trials, options.settings(), run=run, show=show_events)
     except KeyboardInterrupt:
@@ -153,10 +162,9 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
         log(f"{trial.key}: {message}")
 
 
-def show_grid(trials: list[Trial], options: BenchmarkOptions) -> None:
-    results = store.done(options.output_dir) if options.output_dir else set()
-    todo = [trial for trial in trials if trial.key not in results]
-    output.print(*grid_tables(trials, results))
+def show_grid(trials: Sequence[Trial], done: Collection[str]) -> None:
+    output.print(*grid_tables(trials, done))
+    todo = [trial for trial in trials if trial.key not in done]
     steps = sum(trial.steps for trial in todo)
     output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
 

@@ -42,7 +42,6 @@ def export(options: ExportOptions) -> None:
     in_folder = options.format == "hub"
     precision = options.precision or "float32"
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
-    check_choice("precision", precision, ("float32", "float16"))
     files.check_export(preprocessing, precision)
     if in_folder and preprocessing == "outside":
         raise ZooError("The format hub always has the preprocessing inside: omit --preprocessing.")

@@ -12,7 +12,7 @@ from typer import Exit, Option
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
-from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, training_split
+from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.seen import unseen
@@ -35,7 +35,7 @@ UNKNOWN = "{} does not say which images it was trained on: if these are among th
 def evaluate(
     head: opt.HeadName,
     photos: opt.Photos = None,
-    dataset: str | None = Option(None, help="Default: the dataset the head was trained on."),
+    dataset: str | None = Option(None, help="Of the zoo, also one of other classes. Default: what it was trained on."),
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
     descriptions: opt.DescriptionsFile = None,
@@ -50,6 +50,8 @@ def evaluate(
 ) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
 
+    Images are classified into all classes of the head, also where a folder has images of some of them only. With a
+    --dataset of other classes, the head classifies into these instead, as in the cross-dataset protocol.
     With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05 percentage points.
     Of your own images, those that the head was trained on are left out, wherever they are and whatever they are called.
 
@@ -65,6 +67,7 @@ def evaluate(
         check_output(report, overwrite, "--report")
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.api.functions import as_model
+    from dcp_zoo.api.inputs import among
     from dcp_zoo.release.cards import claimed
     from dcp_zoo.training.device import pick_precision
     from dcp_zoo.training.evaluation import Evaluation, measure, predict
@@ -74,6 +77,7 @@ def evaluate(
     model = as_model(name, device)
     model.stats = stats or model.stats
     claims = claimed(name, model) if claim else None
+    crosses = dataset is not None and not is_own(dataset)
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
     if images.note:
@@ -81,10 +85,13 @@ def evaluate(
     (test, title), shown = test_images(images, model, head, claim), str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
-    if set(images.classnames) != set(model.classnames):
+    if crosses and set(images.classnames) != set(model.classnames):
         trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
         log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
-    model.set_classnames(images.classnames, sentences)
+        model.set_classnames(images.classnames, sentences or find_spec(dataset).template)
+    elif sentences:
+        model.set_classnames(model.classnames, sentences)
+    test = among(test, images.classnames, model.classnames)
     recipe = model.info.get("recipe", {})
     batch_size = recipe.get("eval_batch_size", 16)
     if claim and precision == AUTO:  # as it was measured
@@ -94,7 +101,7 @@ def evaluate(
     if claims:
         metrics, evaluation = measure(model, source, batch_size, progress_bar)
     else:
-        evaluation = Evaluation(images.classnames, test, predict(model, source, batch_size, progress_bar))
+        evaluation = Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar))
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")

@@ -8,9 +8,10 @@ from typer import Argument, Context, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output
-from dcp_zoo.data import Item, load_image
+from dcp_zoo.data import Item, check_images, load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.seen import note_images
+from dcp_zoo.data.unreadable import LEAVE_OUT
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import alone_in, check_free
 
@@ -72,15 +73,15 @@ def _of(model: "Head", name: str) -> str | int:
 
 
 def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir: Path) -> str:
-    import torch
+    from dcp_zoo.api.functions import pixels_of
 
-    from dcp_zoo.zoo.factory import create_transform
-
-    exists, transform = name in model.classnames, create_transform(model)
+    exists = name in model.classnames
     known = model.class_images.get(name) if exists else 0
     if exists and not known:
         instead = f"train one on images of all classes: dcp-zoo train PHOTOS --output {output_dir}"
         raise ZooError(f"{head} does not store how many images of {name} it has seen, to add some. Instead, {instead}")
-    model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known or 0)
-    note_images(model.info, [Item(image.path, image.name, 0) for image in found])
+    items = [Item(image.path, image.name, 0) for image in found]
+    check_images(items, advice=LEAVE_OUT, read=load_image)
+    model.add_class(name, pixels_of(model, items), known or 0)
+    note_images(model.info, items)
     return f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"

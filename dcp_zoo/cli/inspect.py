@@ -1,28 +1,26 @@
-"""`dcp-zoo inspect` and `dcp-zoo search`; `dcp-zoo review` of what predict and inspect found, and `dcp-zoo undo`."""
+"""`dcp-zoo inspect` and `dcp-zoo search`."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
-from dcp_zoo.cli.console import advise, log, output, print_error, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, Port, Threads, data_source, head_name
+from dcp_zoo.cli.console import advise, log, output, progress_bar
+from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import LOCK, locked, printable
+from dcp_zoo.files import printable
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.inspection.inspection import Inspection
-    from dcp_zoo.inspection.names import Gain
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
@@ -30,45 +28,23 @@ MINIATURE = "dcp_mini knows names of everyday things, but does not understand se
 def inspect(
     photos: Photos = None,
     labels: Labels = None,
-    output_dir: Path | None = Option(None, "--output", help="Folder for page and table, or the copy of --fix."),
-    fix: Path | None = Option(
-        None,
-        metavar="FILE",
-        help="Write a copy of the images to --output with the column `change` of this inspection.csv or .xlsx: the "
-        "name of another class, or `leave out`. Nothing is changed in place.",
-    ),
-    names: list[str] | None = Option(
-        None,
-        metavar="CLASS=NAME",
-        help="Compare another name for a class on its images; may be repeated. Or a .csv with the columns class, name.",
-    ),
+    output_dir: Path | None = Option(None, "--output", help="Folder for page and table."),
     no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Look for wrong labels, duplicates and bad images before training, and say what accuracy to expect.
 
-    Writes a page with pictures, and a CSV file with a row for each image.
+    Writes a page with pictures, and a CSV file with a row for each image: train --labels takes it, with your changes.
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
-    [dim]dcp-zoo inspect MY_PHOTOS --overwrite --names "Turdus merula=blackbird"[/]
-    [dim]dcp-zoo inspect MY_PHOTOS --fix MY_PHOTOS_inspection/inspection.csv --output FIXED[/]
     """
     _, root = data_source(photos, None, None, labels)
     if root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
-    if no_labels and (labels or fix or names):
-        raise ZooError("--no-labels is for a folder without classes: omit --labels, --fix and --names, or --no-labels.")
-    if fix is not None:
-        if output_dir is None:
-            raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
-        from dcp_zoo.inspection.fixed import fix as write_copy
-
-        moved, left_out = write_copy(root, fix, output_dir, labels)
-        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.", markup=False)
-        return
+    if no_labels and labels:
+        raise ZooError("--no-labels is for a folder without classes: omit --labels, or --no-labels.")
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     if not labels:
         check_outside(folder, root, "--output")
@@ -81,23 +57,16 @@ def inspect(
         if not labels and (doubt := unlike_classes(data.classnames, data.items)):
             log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
-    from dcp_zoo.inspection.names import read_names, renaming
 
     say_model(model)
-    use_threads(threads)
-    new_names = read_names(names, data.classnames) if names else None
-    how: Values = {"names": new_names, "model": model, "device": device, "progress": progress_bar}
-    found = find(root, False if no_labels else labels, **how)
-    page, _ = found.write(folder)
+    use_threads(None)
+    found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
+    page, table = found.write(folder)
     _say_found(found, no_labels)
     if found.unknown:
-        offer = shlex.quote(f"{found.unknown[0]}=ANOTHER NAME")
         log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
-        log(printable(f"To compare others: dcp-zoo inspect {shlex.quote(str(root))} --overwrite --names {offer}"))
-    if new_names:
-        _say_gains(found.gains, [] if labels else renaming(found.data, new_names))
-    review = "" if no_labels else f"; to change labels: dcp-zoo review {shlex.quote(str(page))}"
-    output.print(f"Look at {page}{review}", markup=False)
+    change = "" if no_labels else f"; to change labels, fill in the column change of {table}"
+    output.print(f"Look at {page}{change}", markup=False)
     advise_larger(model)
 
 
@@ -117,16 +86,6 @@ def _say_found(found: "Inspection", no_labels: bool) -> None:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
 
 
-def _say_gains(gains: "Sequence[Gain]", commands: Sequence[str]) -> None:
-    """Print what other class names gain, and if they are better, the commands that rename the class folders."""
-    output.print(*(escape(str(gain)) for gain in gains), sep="\n", soft_wrap=True)
-    if max(gain.low for gain in gains) > 0 and min(gain.high for gain in gains) >= 0:
-        advice = commands or ["Rename the classes where you gave the labels."]
-    else:
-        advice = ["The new names are not significantly better."]
-    output.print(*map(escape, advice), sep="\n", soft_wrap=True)
-
-
 def search(
     folder: Path = Argument(help="Folder with images, also in subfolders."),
     text: str | None = Argument(None, help="What to find, in words."),
@@ -134,14 +93,13 @@ def search(
     to_label: bool = Option(False, "--to-label", help="Find what to label next: images that stand for most others."),
     labelled: Path | None = Option(None, metavar="FOLDER", help="With --to-label: images that have a label, to omit."),
     labels: list[Path] | None = Option(
-        None, metavar="FILE", help="With --to-label: corrections.csv, to omit its images."
+        None, metavar="FILE", help="With --to-label: a table of labels, to omit its images."
     ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
-    output_dir: Path | None = Option(None, "--output", help="New folder for a page, a table and copies of the images."),
+    output_dir: Path | None = Option(None, "--output", help="New folder for a page and a table."),
     model: Model = "dcp_mini",
     device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Find images by words, by another image, or to label them. Features are kept in the user's cache.
 
@@ -154,7 +112,7 @@ def search(
         raise ZooError("--to-label needs no text and no --like: omit them, or --to-label.")
     if (head or labelled or labels) and not to_label:
         raise ZooError("--head, --labelled and --labels work only with --to-label: add it.")
-    use_threads(threads)
+    use_threads(None)
     from dcp_zoo.inspection import find
 
     say_model(model)
@@ -170,46 +128,5 @@ def search(
     if text and model == "dcp_mini":
         advise(MINIATURE)
     if to_label and output_dir is not None:
-        log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")
-
-
-def review(
-    page: Path = Argument(help="The page of predict --sheet, or the inspection.html of inspect."), port: Port = 0
-) -> None:
-    """Correct predictions, or labels, on a page in the browser that saves each correction at once. Stop with Ctrl-C.
-
-    The corrections are in corrections.csv, or of labels in changes.csv, next to the page. Images that predict sorted
-    into folders move to the folder of the right class, and keywords that it wrote are changed; dcp-zoo undo takes that
-    back. Nobody but you can open the page: its address works on this machine only, and has a secret.
-
-    [dim]dcp-zoo review SORTED/sheet.html[/]
-    [dim]dcp-zoo review MY_PHOTOS_inspection/inspection.html[/]
-    """
-    from dcp_zoo.deploy.bulk.review import Review, serve_review
-
-    with locked(page.with_name(f".{page.name}{LOCK}")) as free:
-        if not free:
-            raise ZooError(f"Another process is reviewing {page}: use its page in the browser, or stop it.")
-        found = Review(page)
-        marked = f" {len(found.said):,} are there already." if found.said else ""
-        output.print(f"Corrections are saved in {found.table}.{marked}", soft_wrap=True, markup=False)
-        serve_review(found, port, lambda url: print(f"Open {url} in the browser. Stop with Ctrl-C.", flush=True))
-
-
-def undo(file: Path = Argument(help="The undo file that predict names, TABLE.undo.jsonl.")) -> None:
-    """Take back what a run of predict with --move, --xmp or --xmp-embed did.
-
-    Images and what belongs to them go where they were; sidecars and JPEGs are as they were. What was changed since
-    stays, and the exit code is 1.
-
-    [dim]dcp-zoo undo SORTED/predictions.undo.jsonl[/]
-    """
-    from dcp_zoo.deploy.bulk.journal import undo as take_back
-
-    done, stay = take_back(file)
-    for problem in stay:
-        print_error(printable(problem))
-    log(f"Taken back: {done:,} changes of files.")
-    if stay:
-        log(f"Not taken back: {len(stay):,}. Repeat the command when what is in their way is gone.")
-        raise Exit(1)
+        page, table = output_dir / find.PAGE, output_dir / find.TABLE
+        log(f"Look at {page}, fill in the column class of {table}, and pass the table to train --labels.")

@@ -15,7 +15,6 @@ from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from dcp_zoo.data import find_spec
-from dcp_zoo.data.load import is_keywords
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice
@@ -33,8 +32,8 @@ MODEL = "small, medium or large (what they stand for is printed), or a model's n
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
-    "to this file, or in the current folder. Images outside PHOTOS, such as those of the corrections.csv of a contact "
-    "sheet, are added to its class folders. Or xmp:cat,dog: images with these keywords. May be repeated: of several "
+    "to this file, or in the current folder. Images outside PHOTOS, such as corrected predictions, are added to its "
+    "class folders. May be repeated: of several "
     "classes of an image, the last one counts."
 )
 PRECISION = (
@@ -125,8 +124,6 @@ def data_source(
     if labels and dataset not in (None, "folder"):
         raise ZooError(f"--labels is for your own images: omit it, or --dataset {dataset}.")
     if photos is None and labels:
-        if is_keywords(labels[0]):
-            raise ZooError(f"Pass the folder of the photographs that have these keywords, and --labels {labels[0]}.")
         return "folder", data_root or labels[0].parent
     if photos is None:
         if dataset and data_root and not uses_data_root(dataset):

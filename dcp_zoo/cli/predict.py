@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.markup import escape
 from rich.table import Table
@@ -16,14 +16,11 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.data.paths import check_outside
-from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
-from dcp_zoo.errors import ZooError, import_extra, shorten
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
-from dcp_zoo.model.config import REFUSED, read_config, rejection_note
-from dcp_zoo.texts import NONE, SORTED_TABLE
+from dcp_zoo.model.config import read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -31,15 +28,15 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
-    from dcp_zoo.deploy.together import Count
 
+BATCH, MANY = 32, 64  # images: at a time; from which on processes decode them, whose start takes a while
 FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
 LABELS = (
-    "A .csv or .xlsx file with the columns file and class, such as the corrections.csv of a contact sheet. What it "
+    "A .csv or .xlsx file with the columns file and class, such as corrections of predictions. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
 )
 
@@ -49,58 +46,23 @@ class PredictOptions:
     images: Annotated[list[str] | None, Argument(help=IMAGES)] = None
     head: opt.HeadName = DEFAULT_HEAD
     classes: opt.Classes = None
-    descriptions: opt.DescriptionsFile = None
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`.")
-    reject_rate: float | None = opt.option(
-        None, f"As --reject, but reject this share of the images of the head's classes, not {REFUSED}."
-    )
     labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
-    count: bool = opt.option(False, "With --together: print how many images each class has, with 90 % intervals.")
-    hierarchy: Path | None = opt.option(None, "A tree of the classes: predict the most specific confident node.")
-    error_rate: float = opt.option(
-        0.1, "With --hierarchy or --xmp: the share of wrong answers or keywords.", min=0.001, max=0.49
-    )
-    stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz file.")
-    sheet: Path | None = to_file("Write an HTML contact sheet; dcp-zoo review corrects it by keyboard.")
-    sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
-    move: bool = opt.option(False, "With --sort-into: move the images; dcp-zoo undo.", rich_help_panel="Files")
-    by_date: bool = opt.option(
-        False, "With --sort-into: in each class one folder per day, of the photograph's EXIF.", rich_help_panel="Files"
-    )
-    only_new: bool = opt.option(
-        False, "Only images that --output lacks, which gets them, too.", rich_help_panel="Files"
-    )
-    xmp: bool = opt.option(
-        False, "Write the class as keyword into XMP sidecars; dcp-zoo undo.", rich_help_panel="Files"
-    )
-    xmp_embed: bool = opt.option(False, "As --xmp, but into JPEGs themselves.", rich_help_panel="Files")
+    sheet: Path | None = to_file("Write a page to look at: the images of each class, the least certain first.")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
-    batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
-    workers: int | None = opt.option(None, "Processes that decode images. Default: one per core for many.", min=0)
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
-    threads: opt.Threads = None
 
     @property
     def files(self) -> list[Path]:
         """The table first if it is named."""
-        return [file for file in (self.table, self.features, self.sheet, self.sort_into) if file]
-
-    @property
-    def rejects(self) -> float:
-        """The argument `reject` of `Head.rejection_threshold`; False if nothing is rejected."""
-        return self.reject if self.reject_rate is None else self.reject_rate
-
-    @property
-    def keywords(self) -> float | None:
-        """The share of wrong keywords, if they are to be written."""
-        return self.error_rate if self.xmp or self.xmp_embed else None
+        return [file for file in (self.table, self.features, self.sheet) if file]
 
     @property
     def on_onnx(self) -> bool:
@@ -109,36 +71,21 @@ class PredictOptions:
     @property
     def classnames(self) -> list[str] | None:
         """The names in place of the head's, if any: of the sample, unless to reject, which needs the head's own."""
-        only_sample = self.sample and not (self.images or self.rejects) and self.head == DEFAULT_HEAD
+        only_sample = self.sample and not (self.images or self.reject) and self.head == DEFAULT_HEAD
         return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 
     def check(self) -> None:
         """Raise ZooError for options that do not fit together."""
-        names = ("classes", "descriptions", "stats", "reject_rate", "precision")  # what an export has decided
-        fixed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
+        names = ("classes", "precision")  # what an export has decided
+        fixed = [f"--{name}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
         problems = {
             "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
-            "--reject-rate 0 rejects nothing: omit it.": self.reject_rate == 0,
-            "--move works only with --sort-into FOLDER: add it.": self.move and not self.sort_into,
-            "--by-date works only with --sort-into FOLDER: add it.": self.by_date and not self.sort_into,
-            "--only-new needs a .csv to go by: pass --output FILE.csv or --sort-into FOLDER, and no --features.": (
-                self.only_new and (self.features or not (self.table or self.sort_into))
-            ),
-            "--xmp-embed changes the images, not copies: add --move, or omit --sort-into.": self.xmp_embed
-            and self.sort_into
-            and not self.move,
-            "--xmp and --xmp-embed need a table: pass --output FILE, or --sort-into FOLDER.": self.keywords
-            and not (self.table or self.sort_into),
-            "--count counts what the other images refine: add --together.": self.count and not self.together,
-            "--count prints a table: omit it, or --json.": self.count and self.as_json,
             "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
             f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
             and fixed,
         }
         if found := [problem for problem, holds in problems.items() if holds]:
             raise ZooError(found[0])
-        if self.keywords:
-            import_extra("exiv2", "photos")
 
 
 @opt.takes_options
@@ -150,14 +97,13 @@ def predict(options: PredictOptions) -> None:
     [dim]dcp-zoo predict --sample[/]
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
-    [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
-    [dim]dcp-zoo predict PHOTOS --head my_head --reject --sort-into SORTED --move --xmp[/]
+    [dim]dcp-zoo predict PHOTOS --head my_head --reject --output predictions.csv --sheet sheet.html[/]
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.rejects and not (options.on_onnx or options.as_json or options.classnames):
+    if options.reject and not (options.on_onnx or options.as_json or options.classnames):
         config = read_config(head_folder(opt.head_name(options.head)))
-        if note := rejection_note(config["dcp"], options.rejects):
+        if note := rejection_note(config["dcp"], options.reject):
             log(note)
     if options.files:
         done, place = write_files(sources, options)
@@ -168,16 +114,7 @@ def predict(options: PredictOptions) -> None:
         parts += [f"{failed:,} cannot be read"] if failed else []
         bad = f", of which {' and '.join(parts)}" if parts else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        if done.classes and (options.sort_into or options.keywords):
-            counts = sorted(done.classes.items(), key=lambda pair: (pair[0] == NONE, -pair[1]))
-            log(printable(shorten([f"{name} {images:,}" for name, images in counts], 20)))
-        if options.keywords:
-            log(f"Keywords were written into {done.keywords:,} files.")
-        if done.undo and done.undo.exists():
-            log(f"To take back what was changed: dcp-zoo undo {done.undo}")
-        if options.sheet:
-            log(f"To correct predictions: dcp-zoo review {options.sheet}")
-        say_together(done.changed, done.images, done.counts, options)
+        say_together(done.changed, done.images, options)
     else:
         failed = show_on_screen(find_images(sources), options)
     if failed:
@@ -186,20 +123,12 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: those to classify, if they are known."""
-    from dcp_zoo.answers import Hierarchy, read_hierarchy, top_classes
     from dcp_zoo.deploy.bulk.job import Job
 
-    rank: Callable[..., Any] = top_classes
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
-    many = len(images) > 2 * options.batch_size
-    workers = (available_cores() if many else 0) if options.workers is None else options.workers
-    if options.hierarchy:
-        rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
-        plan |= {"hierarchy": asdict(rank)}
+    workers = available_cores() if len(images) > MANY else 0
     answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(
-        load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank, options.together, answers
-    )
+    return Job(load, plan, options.top_k, BATCH, workers, options.reject, options.together, answers)
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
@@ -211,18 +140,14 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     file, features = Path(options.head), options.together or options.features is not None
     if not file.is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    threads = options.threads or available_cores()
     plan = {"runtime": "onnx", "file": sha256_of(file)}
-    return lambda: onnx_predictor(file, threads, features, options.device), plan
+    return lambda: onnx_predictor(file, available_cores(), features, options.device), plan
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     name = opt.head_name(options.head)
     from dcp_zoo.training.device import pick_device, pick_precision
     from dcp_zoo.training.predictor import torch_predictor
-
-    sentences = read_descriptions(options.descriptions) if options.descriptions else None
-    texts: Values = {"classnames": options.classnames, "descriptions": sentences}
 
     precision = options.precision
     if precision == AUTO:  # part of the plan: a run is only continued in the same one
@@ -232,30 +157,23 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     def load() -> "Predictor":
         from dcp_zoo.zoo.factory import create_model
 
-        use_threads(options.threads)
-        model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
+        use_threads(None)
+        model = create_model(name, True, classnames=options.classnames).eval().to(pick_device(options.device))
         features = options.together or options.features is not None
-        return torch_predictor(model, features, precision, options.rejects, images or None)
+        return torch_predictor(model, features, precision, options.reject, images or None)
 
-    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
-    return load, plan | {"stats": options.stats, "precision": precision, "reject_rate": options.rejects}
+    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), "classnames": options.classnames}
+    return load, plan | {"precision": precision}
 
 
 def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
     """The counts, and the table's file."""
     from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
 
-    for source in sources:
-        if options.sort_into:
-            check_outside(options.sort_into, source, "--sort-into")
-    # without --output, the table is in the folder of sorted images, or named after the other file
-    default = options.sort_into / SORTED_TABLE if options.sort_into else options.files[0].with_suffix(".csv")
-    table = options.table or default
-    names = "features sheet sort_into move by_date only_new keywords overwrite".split()
-    outputs = OutputFiles(table, embed=options.xmp_embed, **{name: getattr(options, name) for name in names})
-    outputs.check_stopped()
+    table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
+    outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)
     found = find_images(sources)
-    outputs.check(found)  # before PyTorch is imported
+    outputs.check()  # before PyTorch is imported
     return run(found, job_of(options, found), outputs, progress=progress_bar), table
 
 
@@ -263,21 +181,22 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.answers import is_changed, label
+    from dcp_zoo.answers import is_changed, label, written
 
     job = job_of(options, found)
     predictor = job.load()
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
-    rows, counts = job.collect(batches, predictor.classnames)
+    rows = job.collect(batches, predictor.classnames)
     failed = [row["error"] for row in rows if "error" in row]
     if options.as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([*map(written, rows)], indent=1))
     elif len(rows) - len(failed) > FEW:
-        read = (row for row in rows if "predictions" in row)
-        best = [(row["image"], label(row), certainty(row["predictions"][0])) for row in read]
-        output.print(plain_table(("image", "class", "probability"), best))
+        read = [row for row in rows if "predictions" in row]
+        sure = ("" if row.get("rejected") else certainty(row["predictions"][0]) for row in read)
+        cells = [(row["image"], label(row), probability) for row, probability in zip(read, sure, strict=True)]
+        output.print(plain_table(("image", "class", "probability"), cells))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
         output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
@@ -285,14 +204,14 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         print_error(printable(error))
     if failed and len(rows) > 1:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
-    say_together([row for row in rows if is_changed(row)], len(rows), counts, options)
+    say_together([row for row in rows if is_changed(row)], len(rows), options)
     if predictor.architecture == "dcp_mini" and not options.as_json:
         advise(MINIATURE_NOTE)
     return len(failed)
 
 
-def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]", options: PredictOptions) -> None:
-    """Say how many predictions the other images changed, with examples, and how many images each class has."""
+def say_together(changed: "Sequence[Row]", images: int, options: PredictOptions) -> None:
+    """Say how many predictions the other images changed, with examples."""
     if not options.together:
         return
     from dcp_zoo.answers import label
@@ -303,10 +222,6 @@ def say_together(changed: "Sequence[Row]", images: int, counts: "Sequence[Count]
         log(printable(f"The other images changed {len(changed):,} of {images:,} predictions, {such}."))
     else:
         log("The other images changed nothing: they can only where a folder holds few of the head's classes.")
-    if options.count:
-        found = sorted((of for of in counts if of.high), key=lambda of: -of.images)
-        cells = [(of.name, f"{of.images:,.0f}", f"{of.low:,} to {of.high:,}", f"{of.answers:,}") for of in found]
-        output.print(plain_table(("class", "images", "90 % interval", "predictions"), cells))
 
 
 def predictions_table(row: "Row") -> Table:

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import advise, log, output, plain_table
 from dcp_zoo.cli.options import AsJson, as_text, head_name
-from dcp_zoo.data import find_spec, load_image
+from dcp_zoo.data import DATASETS, find_spec, load_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
@@ -32,7 +32,7 @@ from dcp_zoo.model.config import (
 )
 from dcp_zoo.texts import quoted
 from dcp_zoo.threads import available_cores
-from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.training.accuracy import Accuracy, alone_and_probed
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import (
@@ -58,6 +58,11 @@ ACCURACY_NOTE = (
     "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
     "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
     f"{', '.join(f'--model {size} is {name}' for size, name in SIZES.items())}."
+)
+
+HEADS_NOTE = (
+    "Top-1 on the test images: of the method alone, and of the head as it is loaded, with the text probe that this "
+    "package adds."
 )
 
 
@@ -101,14 +106,20 @@ def list_(
         order, rows = list(MODELS), []
         for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
             metrics = head.metrics or made(read_config(Path(head.name))).get("metrics") or {}
-            top1 = (metrics.get(f"top1_{stats}") for stats in ("stored", "batch"))
-            rows.append((head.name, head.status, *("" if value is None else f"{value:5.1f} %" for value in top1)))
-        output.print(plain_table(("head", "status", "top-1 (stored)", "top-1 (batch)"), rows), "")
+            top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(metrics))
+            rows.append((head.name, head.status, *top1))
+        output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
+        output.print(HEADS_NOTE, *_parts(heads), "", sep="\n", style="dim")
     if not_trained:
         pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
         text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
         text += f" and not trained yet: dcp-zoo list --planned '{pattern}'"
         output.print(text, style="dim", markup=False)
+
+
+def _parts(heads: Sequence[HeadEntry]) -> list[str]:
+    """What the datasets of these heads are, where they are parts of others."""
+    return list(filter(None, dict.fromkeys(find_spec(head.dataset).part_note for head in heads)))
 
 
 def _show_encoders() -> None:
@@ -213,7 +224,7 @@ def check_model(name: str) -> Values:
     right = sum(answer == label for label, answer in enumerate(answers))
     if right < ENOUGH:
         given = ", ".join(f"{SAMPLE_CLASSES[label]}: {SAMPLE_CLASSES[answer]}" for label, answer in enumerate(answers))
-        again = f"dcp-zoo cache remove {get_spec(name).clip_repo or name}, and try again"
+        again = f"hf cache rm model/{get_spec(name).clip_repo or name}, and try again"
         raise ZooError(
             f"{name} recognises {right} of {len(images)} sample photographs ({given}). Unless it is a CLIP of another "
             f"field, its weights, tokenizer or preprocessing are not what they should be: {again}."
@@ -301,20 +312,22 @@ def describe_model(spec: ModelSpec) -> Values:
 
 def describe_head(head: HeadEntry) -> Values:
     details: Values = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
+    counts = find_spec(head.dataset).counts
+    images = counts[2] if head.metrics and counts else None
     if head.status == "bundled":
         details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         config = read_config(head.bundled_dir)
+        images = config["dcp"]["test_images"]
         recipe = Recipe().as_dict() | config["model_args"] | config["dcp"]["recipe"]  # newer fields at their defaults
     else:
         details["size"] = f"about {get_spec(head.model).head_mb:.0f} MB"
         details |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
         recipe = default_recipe(head.model, head.dataset).as_dict()
-    counts = find_spec(head.dataset).counts
     return details | {
         "seed": head.seed,
         "licence": head.license or "none yet: not trained",
         "metrics": head.metrics or "none: not measured",
-        **({"test_images": counts[2]} if head.metrics and counts else {}),
+        **({"test_images": images} if images else {}),
         "recipe": recipe,
         "train it": head.train_command,
     }
@@ -326,7 +339,12 @@ def for_people(details: Values) -> Values:
     shown = details | {"accuracy": metrics, "rejection": rejection_note(details)}
     if isinstance(metrics, dict):
         top1 = metrics.get("top1_stored", next(iter(metrics.values())))
-        shown["accuracy"] = Accuracy("", round(top1 * images / 100), images) if images else f"{top1:.1f} %"
+        accuracy = str(Accuracy("", round(top1 * images / 100), images)) if images else f"{top1:.1f} %"
+        alone, probed = alone_and_probed(metrics)
+        shown["accuracy"] = accuracy + (f" with the text probe; {alone:.1f} % without" if probed else "")
+    spec = DATASETS.get(str(details.get("dataset")))
+    if spec and spec.part_note:
+        shown["dataset"] = spec.part_note
     if per_class:
         counts = shorten([f"{count} of {quoted(name)}" for name, count in per_class.items()])
         shown |= {"images": counts, "dataset": "your own images"}

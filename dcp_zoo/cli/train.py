@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,12 @@ from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
 from dcp_zoo.data.paths import check_output, check_outside
-from dcp_zoo.data.readers import ANSWERS, read_descriptions, unlike_classes
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.data.readers import read_descriptions, unlike_classes
+from dcp_zoo.data.unreadable import all_named
+from dcp_zoo.errors import ZooError, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import STATE_NAME, check_free, rejection_note
-from dcp_zoo.texts import SORTED_TABLE
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
@@ -44,6 +43,7 @@ RECIPE = (
     "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
     "code) or paper (the same with their paper's coupling)."
 )
+SKIP = "Replace them, or leave them out by --skip-unreadable."
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
 
@@ -68,6 +68,7 @@ class TrainOptions:
     precision: opt.Precision = "auto"
     workers: opt.Workers = 0
     threads: opt.Threads = None
+    skip_unreadable: bool = opt.option(False, "Leave out images that cannot be read.")
     yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
     recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper")
@@ -148,7 +149,8 @@ def train(options: TrainOptions) -> None:
     show = partial(_show, options, run)
     settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, show=show)
     try:
-        with kept_features(features_folder()):
+        own = [*split.items, *split.none] if dataset == "folder" else []
+        with kept_features(features_folder()), all_named(own, SKIP):
             head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
     except KeyboardInterrupt:
         learnt = any(output_dir.rglob(STATE_NAME))
@@ -164,14 +166,15 @@ def train(options: TrainOptions) -> None:
 
 def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split:
     """The images, checked before PyTorch is imported."""
-    split = load_for_training(dataset, data_root, options.labels, options.test)
+    if options.skip_unreadable and dataset != "folder":
+        raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
+    split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
     if options.report and not split.test:
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
-        check_images(split.items)
+        if not options.skip_unreadable:
+            check_images([*split.items, *split.none], advice=SKIP)
         _check_classes(options, split)
-        if data_root and not options.labels and (data_root / SORTED_TABLE).is_file():
-            log(f"{data_root / SORTED_TABLE} has {ANSWERS}.")
     return split
 
 
@@ -218,4 +221,4 @@ def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
         without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} percentage points."
     text = f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as"
     such = f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high"
-    warnings.warn(f"{text} {such}. {without} dcp-zoo inspect shows them all.", stacklevel=2)
+    warn(f"{text} {such}. {without} dcp-zoo inspect shows them all.")

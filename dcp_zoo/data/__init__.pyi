@@ -2,7 +2,6 @@ from .find import find_images as find_images
 from .images import load_image as load_image
 from .load import CheckRow as CheckRow
 from .load import check as check
-from .load import check_images as check_images
 from .load import load_for_training as load_for_training
 from .load import load_labelled as load_labelled
 from .load import load_split as load_split
@@ -20,3 +19,4 @@ from .splits import few_shot as few_shot
 from .splits import subsample_classes as subsample_classes
 from .splits import subset_sha256 as subset_sha256
 from .splits import training_split as training_split
+from .unreadable import check_images as check_images

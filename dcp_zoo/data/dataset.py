@@ -85,12 +85,13 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """A context in which Python, NumPy and torch, here and on this device, draw from this seed; then as before."""
     accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    before_there = accelerator and accelerator.get_rng_state()
+    before_there = accelerator and accelerator.get_rng_state(device)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    if accelerator:
-        accelerator.manual_seed(seed)
+    if accelerator:  # `manual_seed` is for the current GPU, which may be another; there is one "mps" only
+        with accelerator.device(device) if hasattr(accelerator, "device") else nullcontext():
+            accelerator.manual_seed(seed)
     try:
         yield
     finally:
@@ -98,4 +99,4 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
         if accelerator:
-            accelerator.set_rng_state(before_there)
+            accelerator.set_rng_state(before_there, device)

@@ -26,12 +26,9 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 
     Args:
         sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
-            (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its folder). A RAW file
-            and an image of the same name are one image.
+            (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its folder).
     """
-    found = [Found(*image) for source in sources for image in _images_of(source)]
-    photos = set(paths.one_per_photo(image.name for image in found))
-    return [image for image in found if image.name in photos]
+    return [Found(*image) for source in sources for image in _images_of(source)]
 
 
 def _images_of(source: str) -> Iterator[tuple[str, str]]:

@@ -1,50 +1,113 @@
 """Load the image at an item's path."""
 
+import math
 import os
-import re
 import struct
-import warnings
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import date
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_raw, picture_formats
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, picture_formats
+from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
 
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
-ImageLike = str | Image.Image  # a path, or an image of PIL
-SMALLEST_PREVIEW = 224  # pixels of its shorter side, which is the input of most models
+ImageLike = Any  # see `FORMS`
+FORMS = (
+    "an image is a path, PIL's, an open file, its bytes, datasets' dict of bytes and path, or an array or tensor "
+    "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
+)
 SIDE = 160  # pixels of a thumbnail's longer side
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-class UnsupportedImage(ZooError):
+class UnsupportedImage(UnreadableImages):
     """A file in a format that cannot be read, or that is not allowed."""
 
 
-def load_image(path: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
+def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image, by its path or in memory, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
     `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
-    file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded."""
-    if isinstance(path, Image.Image):
-        return _rgb(path.copy())
-    with _opened_image(path, max_pixels) as image:
-        return _rgb(image)
+    file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded.
+
+    Args:
+        image: a path; PIL's; an open file, or its bytes; a dict of bytes and path, as datasets' `Image(decode=False)`
+            gives; an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1.
+        max_pixels: of files and bytes.
+    """
+    found = to_image(image, max_pixels)
+    if isinstance(found, str):
+        with _opened_image(found, max_pixels) as opened:
+            return _rgb(opened)
+    with _explained(_name(found)):
+        return _rgb(found.copy() if found is image else found)
+
+
+def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
+    """A path as text, or an image in memory as PIL's; ZooError for anything else. An error, as of an image that was
+    tried before, is raised."""
+    if isinstance(image, ZooError):
+        raise image
+    if image is None or (isinstance(image, float) and math.isnan(image)):
+        raise ZooError("there is no image (None or NaN)")
+    name = "bytes"
+    if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():
+        name, image = image["path"] or name, image["path"] if image["bytes"] is None else image["bytes"]
+    if isinstance(image, (str, Path)):
+        return str(image)
+    if isinstance(image, Image.Image):
+        return image
+    if hasattr(image, "read"):
+        name, image = getattr(image, "name", "file"), image.read()
+    if isinstance(image, bytes):
+        return decode_image(image, str(name), max_pixels)
+    return _of_array(image)
+
+
+def _of_array(image: Any) -> Image.Image:
+    import numpy as np
+
+    with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
+        array = image.detach().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
+        what = f"An array of shape {tuple(array.shape)}" if array.ndim else type(image).__name__
+        raise ZooError(f"{what} is not an image: {FORMS}.")
+    return Image.fromarray(array if array.dtype == np.uint8 else _in_8_bits(array))
+
+
+def _in_8_bits(array: Any) -> Any:
+    """Floats 0 to 1 as 0 to 255; ZooError, which says what to do, for other numbers."""
+    low, high = float(array.min()), float(array.max())
+    if array.dtype.kind == "f" and low >= 0 and high <= 1:
+        return (array * 255).round().astype("uint8")
+    if not low >= 0:
+        advice = "if `create_transform` made it, pass the image itself, or give the tensor to the model"
+    elif array.dtype.kind != "f" and 16 < high <= 255:
+        advice = "pass array.astype(np.uint8)"
+    else:
+        advice = f"divide it by {255 if 16 < high <= 255 else max(high, 1):g}"
+    raise ZooError(f"An array of {array.dtype} from {low:g} to {high:g} is not an image: {advice}, as {FORMS}.")
+
+
+def _name(image: Image.Image) -> str:
+    """What errors call an image in memory."""
+    return str(getattr(image, "filename", "") or "in memory")
 
 
 def pixels_sha256(image: Image.Image) -> str:
@@ -106,27 +169,6 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
         return list(pool.map(read, images))
 
 
-def days_of(paths: Sequence[str]) -> list[str]:
-    """The days on which photographs were taken, such as 2024-05-01, by their EXIF or else, with a warning, by the times
-    of the files; "" for no file."""
-    days, without = in_threads(_day, paths), 0
-    for i, path in enumerate(paths):
-        if path and not days[i]:
-            days[i], without = date.fromtimestamp(Path(path).stat().st_mtime).isoformat(), without + 1
-    if without:
-        warnings.warn(f"Images without a date, sorted by that of their file: {without:,}.", stacklevel=4)
-    return days
-
-
-def _day(path: str) -> str:
-    with suppress(ZooError), _opened_image(path) as image:
-        exif = image.getexif()
-        taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or exif.get(ExifTags.Base.DateTime)
-        if found := re.match(r"(?!0000|1970:01:01)(\d{4}):(\d\d):(\d\d)", str(taken)):  # those of no clock
-            return "-".join(found.groups())
-    return ""
-
-
 def thumbnails(paths: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
     """`jpeg_base64` of the images at these paths."""
     return in_threads(lambda path: jpeg_base64(load_image(path), side, quality), paths)
@@ -142,9 +184,12 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
 
 def check_complete(path: ImageLike) -> None:
     """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the rest is decoded."""
-    if isinstance(path, Image.Image):
+    found = to_image(path)
+    if isinstance(found, Image.Image):
+        with _explained(_name(found)):
+            found.load()  # what PIL has opened is not decoded before
         return
-    with _opened_image(path) as image:
+    with _opened_image(found) as image:
         file: Any = image.fp
         position = file.tell()
         file.seek(max(0, file.seek(0, 2) - 4096))
@@ -157,26 +202,38 @@ def check_complete(path: ImageLike) -> None:
 
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
-    """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
+    """The image, not yet decoded, from its bytes `data` if they are given, `_explained`."""
+    with (
+        _explained(path),
+        _stream(path) if data is None else BytesIO(data) as stream,
+        _identified(path, stream) as image,
+    ):
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
+        if max(image.size) > LONGEST * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels, one side over {LONGEST} times the other")
+        yield image
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Any error inside becomes a ZooError."""
     try:
-        with _picture(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
-            if max(image.size) > LONGEST * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels, one side over {LONGEST} times the other")
-            yield image
+        yield
     except FileNotFoundError:
         if os.path.islink(path):  # noqa: PTH114
             gone = Path(os.path.realpath(path))
             gone = next(parent for parent in (*reversed(gone.parents), gone) if not parent.exists())
             reason = f"a link to {gone}, which is gone"
-            raise ZooError(f"Cannot read the image {path}: {reason}. Restore that, or copy again.") from OSError(reason)
+            text = f"Cannot read the image {path}: {reason}. Restore that, or copy again."
+            raise UnreadableImages(text, {path: reason}) from OSError(reason)
         what = "download it" if "://" in path else "check the path, or restore the file from its dataset"
-        raise ZooError(f"No image at {path}: {what}.") from None
+        raise UnreadableImages(text := f"No image at {path}: {what}.", {path: text}) from None
     except Exception as error:  # decoders raise almost any exception for damaged files
-        kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else ZooError
+        kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else UnreadableImages
         reason = str(error) or type(error).__name__
-        raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
+        text = f"Cannot read the image {path}: {reason}. Replace the file, or leave it out."
+        raise kind(text, {path: reason}) from error
 
 
 def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
@@ -193,23 +250,6 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
     if is_heif(start):
         raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
-
-
-def _picture(path: str) -> IO[bytes]:
-    """What PIL reads of an image: the file, or of a camera's RAW file the preview; where there is no large one, the RAW
-    file itself at half its size."""
-    if not is_raw(path):
-        return _stream(path)
-    rawpy, picture = import_extra("rawpy", "photos"), BytesIO()
-    with _stream(path) as file, rawpy.imread(file) as raw:
-        with suppress(rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError):
-            preview = raw.extract_thumb()  # LibRaw adds the orientation to it
-            is_jpeg = preview.format == rawpy.ThumbFormat.JPEG
-            if is_jpeg and min(JpegImageFile(BytesIO(preview.data)).size) >= SMALLEST_PREVIEW:
-                return BytesIO(preview.data)
-        Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True)).save(picture, "BMP")
-    picture.seek(0)
-    return picture
 
 
 def _stream(path: str) -> IO[bytes]:

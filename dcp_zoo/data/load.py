@@ -1,25 +1,21 @@
 """Load a dataset by name, and check the files on disk."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.images import check_complete
-from dcp_zoo.data.keywords import labelled_by_keywords
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
-from dcp_zoo.errors import ZooError, by_reason, shorten
+from dcp_zoo.data.unreadable import damaged, without_unreadable
+from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.texts import NONE, is_reserved
-from dcp_zoo.threads import available_cores
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -43,7 +39,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
     its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
-    images that these CSV files list, or that have keywords (`xmp:cat,dog`); `digits` needs no root. ZooError for an
+    images that these CSV files list; `digits` needs no root. ZooError for an
     unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
@@ -56,36 +52,35 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
     if spec.names and images.classnames != (known := classnames(name)):
         pairs = enumerate(zip(images.classnames, known, strict=True))
         first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
-        warnings.warn(f"{name}: label {first} in the zoo's class names, which its heads use.", stacklevel=2)
+        warn(f"{name}: label {first} in the zoo's class names, which its heads use.")
     return images
 
 
 def load_for_training(
-    dataset: str, data_root: str | os.PathLike | None, labels: LabelFiles = None, test: float | None = None
+    dataset: str,
+    data_root: str | os.PathLike | None,
+    labels: LabelFiles = None,
+    test: float | None = None,
+    skip_unreadable: bool = False,
 ) -> Split:
-    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`."""
+    """The images to train on, of a dataset or a folder; `test`: the share to hold out, see `training_split`. With
+    `skip_unreadable`, see `without_unreadable`."""
     images = load_labelled(dataset, data_root, labels)
+    if skip_unreadable:
+        images = without_unreadable(images)
     check_test_share(images, test)
     return training_split(images, test)
 
 
 def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:
-    """The images that labels files list, see `readers.read_labels`, or that have keywords, see `labelled_by_keywords`;
-    the last one counts. They are in place of class folders, but if no file is in the folder and one lists images
-    outside of it, they add to its class folders."""
+    """The images that labels files list, see `readers.read_labels`; the last one counts. They are in place of class
+    folders, but if no file is in the folder and one lists images outside of it, they add to its class folders."""
     files = _files(labels)
-    listed = [
-        (labelled_by_keywords if is_keywords(file) else readers.read_labels)(spec, folder, file) for file in files
-    ]
-    elsewhere = not any(is_keywords(file) or file.resolve().parent == folder.resolve() for file in files)
+    listed = [readers.read_labels(spec, folder, file) for file in files]
+    elsewhere = not any(file.resolve().parent == folder.resolve() for file in files)
     if elsewhere and any(item.key.startswith("../") for split in listed for item in split.items):
         listed = [readers.read_folder(spec, folder), *listed]
     return reduce(with_labels, listed)
-
-
-def is_keywords(labels: Path) -> bool:
-    """Whether `labels` are the keywords in the images, `xmp:cat,dog`, and no file."""
-    return str(labels).partition(":")[0] == "xmp"
 
 
 def _files(labels: LabelFiles) -> list[Path]:
@@ -102,7 +97,7 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
     answers, others = dict[str, str](), list[str]()
     for file in _files(labels):
         of_file = dict[str, str]()
-        for where, image, name, unreadable, _ in readers.label_rows(file):
+        for where, image, name, unreadable, *_ in readers.label_rows(file):
             if unreadable or (is_reserved(name) and name != NONE):
                 continue
             paths = (os.path.abspath(Path(place, image)) for place in ("", *sources, str(file.parent)))  # noqa: PTH100
@@ -117,9 +112,7 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
         advice = "Pass the images that have a label, or run the command where their paths start."
         raise ZooError(f"{files} names none of these images, but {shorten(others, 3) or 'no image at all'}. {advice}")
     if others:
-        warnings.warn(
-            f"Images in {files} that are not among these: {len(others):,} ({shorten(others, 3)}).", stacklevel=3
-        )
+        warn(f"Images in {files} that are not among these: {len(others):,} ({shorten(others, 3)}).")
     return answers
 
 
@@ -179,9 +172,10 @@ class CheckRow:
 
 
 def check(root: str | os.PathLike | None, names: Sequence[str] | None = None) -> list[CheckRow]:
-    """Check the datasets under the data root: a row for each of `names`, by default all that have a folder, with their
-    counts and images, see `check_complete`."""
-    specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
+    """Check the datasets under the data root: a row for each of `names`, by default all that have a folder and are no
+    part of another, with their counts and images, see `check_complete`."""
+    whole = (name for name, spec in DATASETS.items() if spec.folder and not spec.part_of)
+    specs = [find_spec(name) for name in names or whole]
     return [_check_one(spec, root) for spec in specs]
 
 
@@ -196,29 +190,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    if damaged := _damaged(split.name, split.items):
-        problems.append(f"{_and_first(list(damaged))} are damaged")
+    if broken := damaged(split.items, progress=bar, name=split.name):
+        problems.append(f"{_and_first([split.items[i].path for i in broken])} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
-
-
-def check_images(items: list[Item], progress: Progress = bar) -> None:
-    """Raise one ZooError for all images that are not images or are truncated."""
-    if damaged := _damaged("images", items, progress):
-        found = f"{len(damaged)} of {len(items)} images cannot be read: {by_reason(damaged)}"
-        raise ZooError(f"{found}. Replace them, or move them out of their class folders.")
-
-
-def _damaged(name: str, items: list[Item], progress: Progress = bar) -> dict[str, str]:
-    """Why images cannot be read, by path: those that `check_complete` refuses."""
-
-    def problem(item: Item) -> str:
-        try:
-            check_complete(item.path)
-        except ZooError as error:
-            return error.reason
-        return ""
-
-    with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
-        problems = progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
-        return {item.path: found for item, found in zip(items, problems, strict=True) if found}

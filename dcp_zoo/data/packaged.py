@@ -1,5 +1,6 @@
-"""The data files of this package: class names, CoOp's splits and few-shot draws (MIT, see `coop/LICENSE`), photographs.
-Of four datasets it has no split, but the draw of one per class and seed 1, which tells whether a split is CoOp's."""
+"""The data files of this package: class names, CoOp's splits, parts of two, and few-shot draws (MIT, see
+`coop/LICENSE`), photographs. Of four datasets it has no split, but the draw of one per class and seed 1, which tells
+whether a split is CoOp's."""
 
 import json
 import lzma
@@ -28,7 +29,7 @@ def classnames(name: str) -> list[str]:
 
 @cache
 def split_rows(name: str) -> SplitRows | None:
-    """The rows of CoOp's split file; None if the package does not have it."""
+    """The rows of CoOp's split file, or a part's own; None if the package does not have them."""
     path = HERE / "coop" / f"{name}.json.xz"
     return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else None
 
@@ -38,6 +39,12 @@ def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
     names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
     train, val, test = ([Item(f"{folder}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
     return Split(name, list(names.values()), train, val, test, place=folder)
+
+
+def split_sha256(name: str) -> str | None:
+    """`Split.sha256` of these rows; None if the package does not have them."""
+    rows = split_rows(name)
+    return listed_split(name, rows).sha256 if rows else None
 
 
 @cache

@@ -1,27 +1,20 @@
-"""What a path stands for, by its name: an image, what belongs to one, an archive, or another file."""
+"""What a path stands for, by its name: an image, a video, an archive, or another file."""
 
 import os
-import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, as_zoo_error, shorten, writing_to
+from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.files import check_regular, check_writable
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 KNOWN = ", ".join(IMAGE_SUFFIXES)
-RAW_SUFFIXES = tuple(
-    ".3fr .arw .cr2 .cr3 .crw .dng .erf .kdc .mef .nef .nrw .orf .pef .raf .rw2 .rwl .srw .x3f".split()
-)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
-COMPANIONS = (*RAW_SUFFIXES, *VIDEO_SUFFIXES, *".xmp .aae .dop .pp3 .thm .wav".split())  # of an image of their name
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 
@@ -43,44 +36,9 @@ def is_heif(start: bytes) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
 
 
-@cache
-def image_suffixes() -> tuple[str, ...]:
-    """Those of the images that are read: of RAW files, if rawpy is there."""
-    return IMAGE_SUFFIXES + (RAW_SUFFIXES if find_spec("rawpy") else ())
-
-
-def is_raw(file: str) -> bool:
-    """Whether a file is a camera's RAW file, by its name."""
-    return file.lower().endswith(RAW_SUFFIXES)
-
-
 def is_image(file: str) -> bool:
     """Whether a file is an image of the user's own, by its name."""
-    return file.lower().endswith(image_suffixes()) and is_visible(file)
-
-
-def one_per_photo(files: Iterable[str]) -> list[str]:
-    """The files without the RAW files beside which there is an image of the same name: both are one photograph."""
-    files = list(files)
-    developed = {os.path.splitext(file)[0] for file in files if file.lower().endswith(IMAGE_SUFFIXES)}  # noqa: PTH122
-    return [file for file in files if not (is_raw(file) and os.path.splitext(file)[0] in developed)]  # noqa: PTH122
-
-
-def companions(folder: Path) -> dict[str, list[str]]:
-    """Of each image in a folder, by names, the files that belong to it: its RAW file, the video of a live photo, and
-    its sidecars, such as `a.jpg.xmp`, `a.xmp`, and `a_01.jpg.xmp` of darktable's duplicates."""
-    with as_zoo_error(f"Cannot list {folder}: {{}}.", OSError):
-        names = sorted(entry.name for entry in os.scandir(folder) if is_visible(entry.name) and entry.is_file())
-    images = one_per_photo(filter(is_image, names))
-    owners = {Path(name).stem: name for name in reversed(images)} | {name: name for name in images}
-    found: dict[str, list[str]] = {name: [] for name in images}
-    for name in names:
-        like = (name, re.sub(r"_\d\d(?=\.\w+\.xmp$)", "", name))
-        parts = (text[: dot.start()] for text in like for dot in reversed([*re.finditer(r"\.", text)]))
-        owner = next((owners[part] for part in parts if part in owners), None)
-        if owner and name not in found and name.lower().endswith(COMPANIONS):
-            found[owner].append(name)
-    return found
+    return file.lower().endswith(IMAGE_SUFFIXES) and is_visible(file)
 
 
 def is_archive(path: str | os.PathLike) -> bool:
@@ -94,7 +52,7 @@ def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        valued = *IMAGE_SUFFIXES, *RAW_SUFFIXES, *VIDEO_SUFFIXES, *ARCHIVE_SUFFIXES
+        valued = *IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *ARCHIVE_SUFFIXES
         precious = os.path.realpath(file).lower().endswith(valued)
         if precious or not overwrite:
             raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
@@ -122,7 +80,7 @@ def visible_files(folder: str | Path) -> Iterator[str]:
     for place, folders, files in os.walk(str(folder), onerror=cannot_list):
         folders[:] = sorted(filter(is_visible, folders))
         for linked in filter(os.path.islink, (os.path.join(place, each) for each in folders)):  # noqa: PTH118
-            warnings.warn(f"{linked} is a link to a folder, and is not read: pass it itself.", stacklevel=3)
+            warn(f"{linked} is a link to a folder, and is not read: pass it itself.")
         yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118
 
 
@@ -137,7 +95,6 @@ def counted(kinds: Counter[str]) -> str:
 
 
 def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
-    """Warn of files that are not read, if there are any, but not of the sidecars of photo managers."""
-    if kinds := kinds - Counter({".xmp": kinds[".xmp"]}):
-        raw = " RAW files are read after pip install 'dcp_zoo[photos]'." * (not kinds.keys().isdisjoint(RAW_SUFFIXES))
-        warnings.warn(f"Ignored in {folder}: {counted(kinds)}.{raw}", stacklevel=3)
+    """Warn of files that are not read, if there are any."""
+    if kinds:
+        warn(f"Ignored in {folder}: {counted(kinds)}.")

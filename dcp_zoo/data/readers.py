@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
-from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import ZipFile
@@ -19,14 +18,14 @@ from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, by_label, labels_of, shorten
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
-from dcp_zoo.fields import Values, mismatch
+from dcp_zoo.fields import mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
-from dcp_zoo.texts import NONE, active, class_name, is_none, is_reserved, read_csv, read_text
+from dcp_zoo.texts import NONE, active, is_none, is_reserved, read_csv, read_text
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
 # the last four are of the package's tables
-LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",))
+LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",), ("part",))
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
@@ -166,19 +165,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     none = [item for key in examples for item in _images(folder, key, NO_CLASS)]
     left_out = ", ".join(key for key in reserved if key not in examples)
     note = f"Left out: the images in {left_out}, as these names are reserved." if left_out else ""
-    return _by_class(Split(spec.name, classes, train, val, test, none, note, place=str(folder)))
-
-
-def _by_class(split: Split) -> Split:
-    """A split with the names of folders, which `class_name` makes those of classes: two folders may be one class."""
-    names = [class_name(folder) for folder in split.classnames]
-    classes = sorted(set(names))
-    numbers = [classes.index(name) for name in names]
-    parts: Values = {
-        part: sorted((item._replace(label=numbers[item.label]) for item in getattr(split, part)), key=itemgetter(2))
-        for part in PARTS
-    }
-    return replace(split, classnames=classes, **parts)
+    return Split(spec.name, classes, train, val, test, none, note, place=str(folder))
 
 
 class LabelRow(NamedTuple):
@@ -189,57 +176,63 @@ class LabelRow(NamedTuple):
     name: str  # of the class, or a reserved one
     unreadable: bool  # of a table that says why the image cannot be read
     is_answer: bool  # of a head, with its probability, or `NONE` by its threshold
+    part: str = "train"  # of inspection.csv
 
 
 def label_rows(file: Path) -> Iterator[LabelRow]:
     """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
-    without a header. A `change` of inspection.csv replaces the class, and "none of these" that of a rejected image."""
+    without a header. A `change` of inspection.csv replaces the class, and its `part` counts. A class of an
+    image that a head rejected is a person's."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = [[cell.strip() for cell in row] for row in read_table(file)]
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
     if "suggestion" not in header:  # it is no inspection.csv
-        columns[2] = -1
+        columns[2] = columns[6] = -1
     first = 2
     if -1 in columns[:2]:
         if len(header) != 2 or not paths.is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
-        columns, rows, first = [0, 1, -1, -1, -1, -1], [[], *rows], 1
+        columns, rows, first = [0, 1, -1, -1, -1, -1, -1], [[], *rows], 1
     for number, row in enumerate(rows[1:], first):
-        image, name, change, error, rejected, probability = ("" if i < 0 else row[i] for i in columns)
+        image, name, change, error, rejected, probability, part = ("" if i < 0 else row[i] for i in columns)
         is_rejected = rejected.lower() == "true"
-        name = NONE if is_rejected or is_none(name) else change or name
+        name = NONE if is_none(change or name) else change or name
         wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
+        wrong = wrong or part not in ("", *PARTS)
         if wrong and not error:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-        is_answer = is_rejected if name == NONE else bool(probability)
-        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer)
+        is_answer = is_rejected if name == NONE else bool(probability) and not is_rejected  # but a person's class
+        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer, part or PARTS[0])
 
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
     predict`, in the current folder. What has no class is left out: unreadable images, and those that a head rejected;
     what a person called "none of these" is an example of that."""
-    found: dict[str, tuple[str, str]] = {}  # paths and classes
+    found: dict[str, tuple[str, str, str]] = {}  # paths, classes and parts
     left_out, missing, answers = Counter[str](), [], 0
-    for where, image, name, unreadable, is_answer in label_rows(file):
+    for where, image, name, unreadable, is_answer, part in label_rows(file):
         answers += is_answer
         if unreadable or (is_reserved(name) and (is_answer or name != NONE)):
             left_out["that cannot be read" if unreadable else f"{name!r}"] += 1
         elif not (path := _listed(image, folder)):
             missing.append(image)
-        elif found.setdefault(os.path.relpath(path, folder), (path, name))[1] != name:
+        elif found.setdefault(os.path.relpath(path, folder), (path, name, part))[1] != name:
             raise ZooError(f"{where} has another class than the same file above.")
     if missing or not found:
         known = f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in"
         where = f"{folder} or the current folder: {shorten(missing)}"
         raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
-    *classes, _ = labels = labels_of(name for _, name in found.values())
-    items = [Item(path, key.replace(os.sep, "/"), labels[name]) for key, (path, name) in sorted(found.items())]
+    *classes, _ = labels = labels_of(name for _, name, _ in found.values())
+    items = {part: list[Item]() for part in PARTS}
+    for key, (path, name, part) in sorted(found.items()):
+        items[part if name != NONE else PARTS[0]].append(Item(path, key.replace(os.sep, "/"), labels[name]))
+    parts = by_label(items["train"]) | {part: by_label(items[part])["train"] for part in ("val", "test")}
     without = ", ".join(f"{count} {what}" for what, count in left_out.items())
     notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
     note = " ".join(filter(None, notes))
-    return Split(spec.name, classes, **by_label(items), note=note, place=str(file))
+    return Split(spec.name, classes, **parts, note=note, place=str(file))
 
 
 def _listed(image: str, folder: Path) -> str:
@@ -330,7 +323,7 @@ def _images(base: Path, key: str, label: int, others: Counter[str] | None = None
     found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
     if others is not None:
         others.update(paths.kind_of(file) for file in found if not paths.is_image(file))
-    files = sorted(paths.one_per_photo(filter(paths.is_image, found)))
+    files = sorted(filter(paths.is_image, found))
     return [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
 
 

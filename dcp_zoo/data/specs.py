@@ -37,6 +37,7 @@ class DatasetSpec:
     template: str = "a photo of a {}."  # the zero-shot prompt
     names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
     shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
+    part_of: str | None = None  # the dataset of which this one has only some classes or images
     source: str  # the page about the images
     terms: str = ""  # their licence, or what their page says about using them
     archives: tuple[Archive, ...] = ()  # what to download; () if nothing can be, or it needs a login
@@ -49,6 +50,18 @@ class DatasetSpec:
             return f"Needed: {self.source}"
         command = f", or by `dcp-zoo data download {self.name}`" if self.archives else ""
         return f"Get it from {self.source}{command}"
+
+    @property
+    def part_note(self) -> str:
+        """How much of another dataset it is, as a sentence; "" for a whole one."""
+        if not (self.part_of and self.counts):
+            return ""
+        whole = DATASETS[self.part_of]
+        assert whole.counts
+        return (
+            f"{self.name} is a part of {self.part_of}: {self.num_classes} of {whole.num_classes} classes, "
+            f"{self.counts[2]:,} of {whole.counts[2]:,} test images. Accuracies on the two cannot be compared."
+        )
 
 
 def _read_table() -> dict[str, DatasetSpec]:
@@ -65,7 +78,7 @@ VARIANTS = list(DATASETS["imagenet"].shifts)
 
 def list_datasets() -> list[str]:
     """Names of the 11 datasets of the few-shot protocol."""
-    return [name for name, spec in DATASETS.items() if spec.counts and name not in VARIANTS]
+    return [name for name, spec in DATASETS.items() if spec.counts and not (name in VARIANTS or spec.part_of)]
 
 
 def find_spec(name: str) -> DatasetSpec:

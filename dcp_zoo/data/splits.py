@@ -4,15 +4,15 @@ import hashlib
 import math
 import os
 import random
-import warnings
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data.specs import is_own
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.texts import NONE
 
@@ -45,6 +45,7 @@ class Split:
     note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
     place: str = ""  # where the images were found, for messages
     held_out: bool = False  # whether the test images are a share of each class, chosen here
+    unreadable: int = 0  # images that were left out, as they cannot be read
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
@@ -99,7 +100,7 @@ def few_shot(split: Split, shots: int, seed: int) -> Split:
     if empty := [name for name, size in sizes.items() if size == 0]:
         raise ZooError(f"{split.name}: no training image for {shorten(empty)}. Add images or remove these classes.")
     if small := [f"{name} ({size})" for name, size in sizes.items() if size < shots]:
-        warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=2)
+        warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}")
     rng = random.Random(seed)
     train = _draw(split.train, shots, rng)
     return replace(split, train=train, val=_draw(split.val, min(shots, 4), rng))
@@ -194,7 +195,14 @@ def warn_of_tiny_classes(split: Split) -> None:
     tiny = [f"{split.classnames[label]} ({n})" for label, n in sorted(counts.items()) if n < TINY and TINY * n < most]
     if tiny:
         text = f"Other classes have up to {most} training images, these very few: {shorten(tiny)}."
-        warnings.warn(f"{text} Expect more mistakes on them.", stacklevel=3)
+        warn(f"{text} Expect more mistakes on them.")
+
+
+def warn_of_numbers(classnames: Sequence[str]) -> None:
+    """Warn of class names that are all numbers, or True and False, of which CLIP knows nothing."""
+    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?|True|False", name) for name in classnames):
+        advice = 'rename the folders or, in Python, say what the numbers mean, as in classnames={0: "cat", 1: "dog"}'
+        warn(f"CLIP reads the class names, which are {shorten(classnames, 3)}: {advice}.")
 
 
 def all_for_training(split: Split) -> Split:

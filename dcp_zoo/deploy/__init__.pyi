@@ -1,2 +1,1 @@
 from .onnx_classifier import OnnxClassifier as OnnxClassifier
-from .quantize import calibration as calibration

@@ -14,7 +14,6 @@ from torch import nn
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
-from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, unfinished, write_file
@@ -33,22 +32,19 @@ def export(
     *,
     preprocessing: str = "outside",
     precision: str = "float32",
-    calibration: Calibration | None = None,
 ) -> Path:
     """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values", its outputs are
     "logits" and "features", the normalised image features; class names and preprocessing are in its metadata. ZooError
     for no stored statistics, a model elsewhere than on the CPU, missing packages, a file that cannot be written, or one
     that disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class; variants by more
-    than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
+    than 1e-3 in a probability, 5e-3 for float16).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
         preprocessing: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
             (B, H, W, 3), uint8 RGB of any size -> probabilities).
-        precision: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
-            quantisation; the metadata tell what it costs).
-        calibration: images for int8; see `dcp_zoo.deploy.calibration`.
+        precision: "float32", or "float16" (of stored weights; computed in float32).
     """
     check_export(preprocessing, precision)
     path, fused = Path(path), model.fuse()
@@ -67,7 +63,7 @@ def export(
             if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
                 problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
                 raise ZooError(f"The ONNX file does not match the model {problem}")
-        make_variant(temporary, preprocessing, precision, calibration)
+        make_variant(temporary, preprocessing, precision)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
@@ -116,23 +112,18 @@ def write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> None:
 
 WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height
-TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "int8": 0.05}  # in probabilities; of int8, for its preprocessing alone
+TOLERANCES = {"float32": 1e-3, "float16": 5e-3}  # in probabilities
 SMALL = 1024  # weights with at most this many numbers stay in float32
 
 
-def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
-    """Replace a plain float32 file; its metadata name the precision, and what int8 costs."""
+def make_variant(path: str, preprocessing: str, precision: str) -> None:
+    """Replace a plain float32 file; its metadata name the precision."""
     if (preprocessing, precision) == ("outside", "float32"):
         return
     import onnx
 
     plain = OnnxClassifier(path)
     info: Values = plain.info | {"precision": precision}
-    if precision == "int8":
-        if data is None:
-            raise ZooError("int8 needs images: pass calibration=dcp_zoo.deploy.calibration(model, split).")
-        info["quantization"] = quantize(path, data)  # this compares top-1
-        plain = OnnxClassifier(path)
     model = onnx.load(path)
     if precision == "float16":
         model = with_float16_weights(model)

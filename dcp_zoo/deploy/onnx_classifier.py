@@ -1,7 +1,6 @@
 """Classify with an exported ONNX file: ONNX Runtime, PIL and NumPy, no torch."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from PIL import Image
 
 from dcp_zoo.answers import Answering, Outputs, Predictor, log_softmax
 from dcp_zoo.data.pixels import crop, normalise
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.fields import Values
 
 SMALLEST = np.finfo(np.float32).tiny
@@ -28,7 +27,7 @@ def providers(device: str) -> list[Any]:
     if kind != "cpu" and CUDA in import_extra("onnxruntime", "export").get_available_providers():
         return [(CUDA, {"device_id": number or "0"}), *cpu]
     if kind == "cuda":
-        warnings.warn(NO_CUDA.format(device), stacklevel=3)
+        warn(NO_CUDA.format(device))
     return cpu
 
 
@@ -61,7 +60,7 @@ class OnnxClassifier:
             self.classnames: list[str] = self.info["classnames"]
             self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
         if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
-            warnings.warn(NO_CUDA.format(device), stacklevel=2)
+            warn(NO_CUDA.format(device))
         self.rejects = "threshold" in self.info
         taken = self.session.get_inputs()[0].name
         self.takes_pixels = taken == "pixels"

@@ -17,8 +17,7 @@ good, and where a head is unsure, they agree in what is wrong. C is the number o
 All is measured in the folder itself, without labels. What else was tried is in `benchmarks/together.py`.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,6 @@ NEAREST, ROUNDS = 8, 10
 ROWS = 2000  # images that are compared with all others at a time
 AGREEMENT, SHARES = 0.5, 1.0  # the factors in a and b
 FEW, CONFIDENT = 0.7, 0.4  # the share of the classes, and the mean confidence, for which a folder is not left as it is
-TOGETHER, ALIKE, NINETY = 3.0, 0.3, 1.645  # of `count`; the last is a normal distribution's
 
 
 def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
@@ -71,28 +69,3 @@ def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
         found.append(near[others])
     weights, ends = np.full(n * nearest, 1 / nearest, np.float32), np.arange(0, n * nearest + 1, nearest)
     return csr_array((weights, np.concatenate(found), ends), (n, n))
-
-
-class Count(NamedTuple):
-    """How many images of a folder are of a class: `images` as estimated, between `low` and `high` with a probability of
-    90 %; and how many `answers` name it."""
-
-    name: str
-    images: float
-    low: int
-    high: int
-    answers: int
-
-
-def count(refined: np.ndarray, classnames: Sequence[str]) -> list[Count]:
-    """The images of each of the C classes, from the probabilities (n, C) of `together`: three parts of the number of
-    answers and one of the sum of the probabilities, as the first overestimates frequent classes where the second
-    underestimates them. The variance is three times that of independent answers, as those of one class err together,
-    plus the square of 30 % of the estimate."""
-    n, classes = refined.shape
-    answers = np.bincount(refined.argmax(1), minlength=classes)
-    images = (3 * answers + refined.sum(0)) / 4
-    deviation = np.sqrt(TOGETHER * (refined * (1 - refined)).sum(0) + np.square(ALIKE * images))
-    low, high = (np.clip(images + sign * NINETY * deviation, 0, n).round().astype(int) for sign in (-1, 1))
-    columns = (images.round(1).tolist(), low.tolist(), high.tolist(), answers.tolist())
-    return [Count(*row) for row in zip(classnames, *columns, strict=True)]

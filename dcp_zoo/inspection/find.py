@@ -6,7 +6,8 @@ Generalized Coverage for More Robust Low-Budget Active Learning, ECCV 2024). Wha
 more weight for it raised the accuracy on one set of other images and lowered it on another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,23 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.api.functions import as_model, predict
+from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
+from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.deploy.bulk.sorted_folders import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.inspection.fixed import check_new
+from dcp_zoo.files import check_empty, check_writable, templates, write_file
 from dcp_zoo.inspection.look import look
 from dcp_zoo.model.head import Head
-from dcp_zoo.texts import class_folders, write_csv
+from dcp_zoo.texts import write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.factory import plain_clip
 
-TABLE, PAGE, UNSORTED = "found.csv", "found.html", "unsorted"
+TABLE, PAGE = "found.csv", "found.html"
+TO_LABEL = "file", "class", "guess", "guess_probability"  # the columns of that table
 MOST, SAME = 5000, 0.999  # images that are compared with each other; similarity of an image to a copy of it
 BLACK = 0.04  # of white: an image is black if 99 of 100 pixels are darker
 
@@ -68,12 +69,12 @@ def search(
         text, like: what to find, such as "red mug on a table", or a photo.
         count: how many images.
         model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
-        output: a new folder for found.csv, found.html with pictures, and copies of the images.
+        output: a new folder for found.csv, and found.html with pictures.
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", --like photo.jpg or --to-label.')
     if output is not None:
-        check_new(Path(output), Path(folder))
+        _check_new(Path(output), Path(folder))
     paths = [image.path for image in find_images([str(folder)])]
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
@@ -90,7 +91,7 @@ def search(
     if not found:
         raise ZooError(f"No image of {folder} can be read.")
     if output is not None:
-        _write(Path(output), text or f"Like {like}", found, [""] * len(found))
+        _write(Path(output), text or f"Like {like}", found, Match._fields, found)
     return found
 
 
@@ -129,52 +130,56 @@ def suggest(
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
-        labels: tables of what was said of images, such as the corrections.csv of a contact sheet, see
+        labels: tables of what was said of images, such as corrections of predictions, see
             `dcp-zoo predict --labels`: these are not suggested either.
         count: how many images.
-        output: a new folder for found.csv, found.html with pictures, and copies of the images in a folder for each
-            guess, to be sorted by hand.
+        output: a new folder for found.html, with pictures, and found.csv: a labels file, whose column `class` waits
+            for what a person sees.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
     if output is not None:
-        check_new(Path(output), Path(images))
+        _check_new(Path(output), Path(images))
     paths = [image.path for image in find_images([str(images)])]
     answers = read_answers(labels, paths, [str(images)])
     paths = paths[:: -(-len(paths) // MOST)]
-    known = None if head is None else as_model(head, device)
-    clip = plain_clip(model) if known is None else known.frozen
-    clip = clip.to(pick_device(device))
-    seen = look(paths, clip, True, progress)
-    usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
-    usable &= [path not in answers for path in paths]
-    paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
-    done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
-    others = look(done, clip, True, progress).joined if done else seen.joined[:0]
-    features, of_labelled = map(torch.from_numpy, (seen.joined[usable], others[~np.isnan(others[:, 0])]))
-    files = [paths[i] for i in spread(features, of_labelled, count)]
-    if not files:
-        raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
-    found = [Suggestion(file) for file in files]
-    if known is not None:
-        guesses = [row[0] for row in predict(known, files) if row]
-        found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
+    with nullcontext() if head is None else lent(head, device) as known:
+        clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
+        seen = look(paths, clip, True, progress)
+        usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
+        usable &= [path not in answers for path in paths]
+        paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
+        done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
+        others = look(done, clip, True, progress).joined if done else seen.joined[:0]
+        features, of_labelled = map(torch.from_numpy, (seen.joined[usable], others[~np.isnan(others[:, 0])]))
+        files = [paths[i] for i in spread(features, of_labelled, count)]
+        if not files:
+            raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
+        found = [Suggestion(file) for file in files]
+        if known is not None:
+            guesses = [row[0] for row in predict(known, files) if isinstance(row, list)]
+            found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
     if output is not None:
-        folders = class_folders({row.guess or UNSORTED for row in found})
-        places = [folders[row.guess or UNSORTED] for row in found]
-        _write(Path(output), f"{len(found)} images to label", found, places)
+        rows = [[row.file, "", row.guess, row.probability] for row in found]
+        _write(Path(output), f"{len(found)} images to label", found, TO_LABEL, rows)
     return found
 
 
-def _write(output: Path, title: str, found: Sequence[Match | Suggestion], places: Sequence[str]) -> None:
-    """Write a folder with a table and a page of the images that were found, and each of them at its place there."""
+def _check_new(place: Path, images: str | Path) -> None:
+    """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
+    check_empty(place)
+    check_writable(place)
+    check_outside(place, images, "--output")
+
+
+def _write(
+    output: Path, title: str, found: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
+) -> None:
+    """Write a folder with a table, and a page of the images that were found."""
     files = [row[0] for row in found]
     pictures = zip(thumbnails(files), (row.note for row in found), files, strict=True)
     page = templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=list(pictures))
-    with unfinished(output) as new:
-        write_file(new / TABLE, lambda temporary: write_csv(temporary, found[0]._fields, found))
-        write_file(new / PAGE, page)
-        sort_into(files, places, new)
-        new.replace(output)
+    write_file(output / PAGE, page)
+    write_file(output / TABLE, lambda temporary: write_csv(temporary, columns, rows))
 
 
 def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Inspect labelled images before training: a page and a CSV file of what was found, and a copy with changes."""
+"""Inspect labelled images before training: a page and a CSV file of what was found."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +15,15 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.data.splits import shorten
-from dcp_zoo.deploy.bulk.outputs import page_key
+from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
-from dcp_zoo.inspection.fixed import parts_of
-from dcp_zoo.inspection.labels import OutOfFold, Point, learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import Seen, look
-from dcp_zoo.inspection.names import Gain, gains_of, unknown
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import Read
-from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, write_csv
+from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, NONE, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
@@ -63,8 +60,17 @@ class Inspection:
     groups: list[list[int]]  # images that show the same picture
     problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
-    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `names.unknown`
-    gains: Sequence[Gain] = ()  # by the names alone, and by the text probe, if new names are to be compared
+    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `labels.unknown`
+
+    def __repr__(self) -> str:
+        found = {
+            "labels probably wrong": len(self.suspects),
+            "may show no class": len(self.of_no_class),
+            "groups of the same picture": len(self.groups),
+            "with other problems": len(self.problems),
+        }
+        counts = ", ".join(f"{count} {what}" for what, count in found.items())
+        return f"<Inspection of {len(self.data.items)} images: {counts}>"
 
     @cached_property
     def rows(self) -> list[Inspected]:
@@ -92,11 +98,14 @@ class Inspection:
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write the page and the CSV file into a folder; their paths. ZooError if it is not writable."""
+        """Write the page and the CSV file into a folder; their paths. The file is a labels file, in whose column
+        `change` a person writes another class, or "leave out". ZooError if it is not writable."""
         page, table = Path(folder) / INSPECTION_PAGE, Path(folder) / INSPECTION_TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:], "change"]
-        write_file(table, lambda temporary: write_csv(temporary, columns, ([*row, ""] for row in self.rows)))
+        none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "") for item in self.data.none]
+        rows = [[*row, ""] for row in (*self.rows, *none)]
+        write_file(table, lambda temporary: write_csv(temporary, columns, rows))
         return page, table
 
     def page(self) -> str:
@@ -108,8 +117,6 @@ class Inspection:
         lists = self.suspects, self.of_no_class, odd
         shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
-        key = page_key([*(item.key for item in items), *names])
-        about = {"key": key, "classes": names, "none": LEAVE_OUT, "column": "change", "run": {}, "places": {}}
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
             title=f"Inspection of {Path(self.data.place).name}",
@@ -124,7 +131,6 @@ class Inspection:
             shown=SHOWN,
             weakest=weakest,
             labelled=names != UNLABELLED,
-            about=about if names != UNLABELLED and self.data.name == "folder" else None,
         )
 
 
@@ -142,7 +148,6 @@ def inspect(
     images: Images,
     labels: Labels = None,
     *,
-    names: Mapping[str, str] | None = None,
     model: str = "dcp_mini",
     device: str = "auto",
     progress: Progress = bar,
@@ -153,10 +158,8 @@ def inspect(
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
-        labels: one per image; for a folder omitted, a CSV file with the columns file and class, or `xmp:cat,dog`, which
-            keywords in its images are classes. False for an unsorted folder, of which only duplicates and bad images
-            are found.
-        names: other names for some of the classes, to compare with those that they have.
+        labels: one per image; for a folder omitted, or a CSV file with the columns file and class. False for an
+            unsorted folder, of which only duplicates and bad images are found.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
@@ -179,13 +182,8 @@ def inspect(
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
         raise ZooError(f"{problem}. Replace them, or remove the class.")
 
-    def judge(classnames: Sequence[str]) -> OutOfFold:
-        text = on_cpu(clip.scaled(clip.zero_shot_classifier(check_classnames(classnames))))
-        return out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
-
-    judged, gains = judge(data.classnames), list[Gain]()
-    if names:
-        gains = gains_of(judged, judge([names.get(name, name) for name in data.classnames]), target)
+    text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
+    judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
     return Inspection(
         data,
         seen,
@@ -196,8 +194,12 @@ def inspect(
         problems,
         learning_curve(judged),
         [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
-        gains,
     )
+
+
+def parts_of(data: Split) -> list[str]:
+    """The part of each of `data.items`."""
+    return [part for part in PARTS for _ in getattr(data, part)]
 
 
 def unreadable(data: Split, seen: Seen) -> str:

@@ -63,7 +63,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _OneDNN(torch.autograd.Function):
-    """`_onednn` with a gradient for x only, which can be differentiated again."""
+    """`_onednn` with gradients for x and the bias, which can be differentiated again."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,9 +71,9 @@ class _OneDNN(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return linear(grad, weight.t()), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (weight,), (of_x, _, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        return linear(grad, weight.t()) if of_x else None, None, grad.sum_to_size(grad.shape[-1]) if of_bias else None
 
 
 # in-place random initialisation, called directly or through torch.nn.init
@@ -98,12 +98,14 @@ def skip_init(skip: bool = True) -> AbstractContextManager[object]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    """Inside; then every module is in the mode in which it was."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

@@ -4,7 +4,9 @@ these tensors by their hash: one head replaces another at the moment when its `c
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,),
 `.evidence` (K,), the scalars `.text_scale`, `.threshold` and `.spread`, and, if it was given images of no class,
-`.examples` (M, F') of them with the scalar `.margin`. CLIP's are never included.
+`.examples` (M, F') of them with the scalar `.margin`. A head with a layer of `reset_classifier` also has `fc.weight`
+(C, F) and `fc.bias` (C,) for its classes; the other tensors are then for the classes that `config.json` calls `named`.
+CLIP's are never included.
 """
 
 import json
@@ -14,33 +16,35 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dcp_zoo.errors import ZooError, shorten, writing_to
+from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.classes import NO_CLASSES, class_texts, matched, names_of, read_of, saved_texts
+from dcp_zoo.model.classes import NO_CLASSES, names_of, read_of, saved_texts
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import (
+    ACCEPTED,
     CONFIG_NAME,
     FORMAT_VERSION,
     NEW_WEIGHTS,
+    NO_CLASSIFIER,
     WEIGHTS_NAME,
     HeadConfig,
+    HeadInfo,
     alone_in,
-    made,
     read_config,
     settle,
 )
-from dcp_zoo.model.text_probe.probe import PREFIX, TextProbe
+from dcp_zoo.model.head_state import HeadState
+from dcp_zoo.model.text_probe.probe import PREFIX
 
-if TYPE_CHECKING:
-    from dcp_zoo.model.head import Head
-
+H = TypeVar("H", bound=HeadState)
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model and in a file
 IN_MODEL = {stored: own for own, stored in IN_FILE.items()}
@@ -54,12 +58,11 @@ TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin")}
 
 
-def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
+def save(head: HeadState, directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
     """See `Head.save_pretrained`."""
     if not head.classes:
         raise ZooError(NO_CLASSES)
-    tensors = head._trained_state() | ({} if head.text_probe is None else head.text_probe.tensors(head.classes))
-    state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in tensors.items()}
+    state = {name: tensor.to("cpu", _stored(name, tensor, dtype)) for name, tensor in head.to_state().items()}
     return write(directory, state, head_config(head, _valid(head, info)))
 
 
@@ -71,12 +74,21 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
     return dtype or (torch.float16 if same else torch.float32)
 
 
-def _valid(head: "Head", info: Values) -> Values:
+def _valid(head: HeadState, info: Values) -> Values:
     """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-        measured = ("thresholds", "like_accepted", "others_accepted")
+        measured = ("thresholds", *ACCEPTED)
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
     return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
+
+
+def without_probe(info: Values) -> Values:
+    """`info` of a head that has lost its text probe: its accuracy is the one that was measured without."""
+    kept = {name: value for name, value in info.items() if name not in ("text_probe", *MEASURED)}
+    if (alone := (info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")) is None:
+        return kept
+    tested = {name: info[name] for name in ("test_images",) if name in info}
+    return kept | {"metrics": {"top1_stored": alone}} | tested
 
 
 def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> None:
@@ -91,10 +103,10 @@ def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> No
             info[key] = dict(pairs) if isinstance(stored, dict) else pairs
 
 
-def head_config(head: "Head", info: Values) -> Values:
+def head_config(head: HeadState, info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
-    options, block = head._method_config()
-    names, read = names_of(head.classes), read_of(head.classes)
+    options, block = head.method_config()
+    names, named, read = names_of(head.classes), names_of(head.named), read_of(head.named)
     read_beside = head.image_encoders if head.text_probe is not None else ()
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
     return {
@@ -106,49 +118,55 @@ def head_config(head: "Head", info: Values) -> Values:
         "dcp": {
             "format_version": FORMAT_VERSION,
             "clip": head.encoder.source,
+            **({"clip_fingerprint": fingerprint} if (fingerprint := head.frozen.fingerprint()) else {}),
             "method": head.method,
             "abilities": head.abilities.as_dict(),
             **({"encoders": encoders} if encoders else {}),
             **info,
             **block,
             "texts": saved_texts(read, head.texts),
-            **({} if read == names else {"read": read}),
+            **({} if read == named else {"read": read}),
+            **({} if head.fc is None else {"named": named}),
             "versions": library_versions(),
         },
     }
 
 
-def load_head(head: "Head", directory: str | Path, config: HeadConfig | None = None) -> "Head":
+def load_head(head: H, directory: str | Path, config: HeadConfig | None = None) -> H:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly, and what it
     says of how it was made. `config` is its `config.json`, if it has been read. ZooError for a missing or damaged file,
-    or tensors that do not fit; the head then stays as it was."""
+    tensors that do not fit, or another CLIP than it was trained on; the head then stays as it was."""
     config = config or read_config(directory)
-    block, names = config["dcp"], config["label_names"]
-    shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
-    classes, probe = matched(names, head.classes), None
-    if any(name.startswith(PREFIX) for name in shapes):
-        means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
-        probe = head._probe_of(classes, means.shape[-1], len(examples)).to(head.device)
-    check_fits(head, shapes, Path(directory) / WEIGHTS_NAME, probe)
-    state = read_tensors(directory, config["weights_sha256"])
-    given = head.texts if isinstance(head.texts, Mapping) else None
-    wanted, read = head.classes, dict(zip(classes, block.get("read", names), strict=True))
-    class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])  # ZooError before any change
-    for one in classes:
-        one.read = read[one]
-    head.text_probe, head.classes, head.texts = probe, classes, block["texts"]  # those of the tensors
-    head._load_trained(state, config)
-    head.info = made(config)
-    head._classify_into(wanted, given)
+    # nothing large is read before it is known to fit
+    check_fits(head, tensor_shapes(directory), Path(directory) / WEIGHTS_NAME, config)
+    check_clip(head.frozen, config["dcp"], directory)
+    head.from_state(read_tensors(directory, config["weights_sha256"]), config)
     return head
 
 
-def check_fits(head: "Head", shapes: Mapping[str, Tensor], path: str | Path, probe: TextProbe | None = None) -> None:
-    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
-    options = ", ".join(f"{name}={value!r}" for name, value in head._method_config()[0].items())
-    expected = head._expected_state(shapes) | ({} if probe is None else probe.tensors())
+def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None:
+    """ZooError if the weights of this CLIP are not those that a head was trained on; a warning where nobody knows."""
+    before, now, weights = block.get("clip_fingerprint"), clip.fingerprint(), f"the {clip.source!r} weights of CLIP"
+    if not before or not now:
+        unknown = "the head is older than fingerprints of CLIP" if now else "this CLIP was not loaded in float32"
+        advice = f"Save the head again to store it: head.save_pretrained({str(directory)!r})."
+        text = f"Whether {weights} are those that the head in {directory} was trained on is unknown: {unknown}."
+        warn(f"{text} {advice if now else ''}".rstrip())
+    elif before != now:
+        raise ZooError(
+            f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint {before}, "
+            f"and {weights} here, of {clip.architecture}, have {now}. Load CLIP as it was, from the same revision of "
+            "its Hub repo or the same file (a damaged download: hf cache rm), or train the head again."
+        )
+
+
+def check_fits(
+    head: HeadState, shapes: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None
+) -> None:
+    """Raise ZooError, naming the tensors, unless those of a file are exactly this head's, with this `config.json`."""
+    options = ", ".join(f"{name}={value!r}" for name, value in head.method_config()[0].items())
     model = f"{head.encoder.architecture} with {options}" if options else head.encoder.architecture
-    check_shapes(shapes, expected, path, model)
+    check_shapes(shapes, head.expected_state(shapes, config), path, model)
 
 
 def library_versions() -> dict[str, str]:

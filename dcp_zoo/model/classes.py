@@ -1,7 +1,6 @@
 """Classes: an index with a name, and what CLIP reads of it. Names may repeat; what is read outlives a rename."""
 
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError, check_choice, shorten
+from dcp_zoo.errors import ZooError, check_choice, shorten, warn
 from dcp_zoo.texts import is_reserved
 
 NAME = "{}."  # the template after learned prompts
@@ -86,7 +85,7 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     if reserved := [name for name in names if is_reserved(name)]:
         raise ZooError(f"{reserved[0]!r} is a reserved name, and cannot be a class: choose another name.")
     if problem := repeated_names(names):
-        warnings.warn(problem, stacklevel=3)
+        warn(problem)
     return names
 
 

@@ -3,11 +3,11 @@ image tower gives features of images, its text tower those of class names and se
 scaled cosines. Encoders of images alone may stand beside it."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,68 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model import tokens, towers
+from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
+from dcp_zoo.model.fingerprint import construction, fingerprint
 from dcp_zoo.model.inputs import Features, Images, Pixels, Tokens, as_inputs
 from dcp_zoo.model.tokens import Tokenizer
 from dcp_zoo.model.towers.open_clip import VisionTower, call
 from dcp_zoo.model.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
 
+Self = TypeVar("Self", bound="Frozen")
+PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
 
-class FrozenCLIP(nn.Module):
+class Frozen(nn.Module):
+    """What both kinds of encoders are: a model whose weights never change, and which is always in eval mode."""
+
+    held: str  # the attribute with the model
+    pretrained_cfg: Values  # timm's
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fingerprint, self._identity = "", WeightCache()
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Set training mode; the model stays in eval mode."""
+        super().train(mode)
+        getattr(self, self.held).eval()
+        return self
+
+    def remember_weights(self: Self, fingerprint: str = "") -> Self:
+        """Keep the `fingerprint` of the weights as they are now, for when they are cast to another precision; or this
+        one, of weights which the encoder stands for."""
+        self._fingerprint = fingerprint or self.fingerprint()
+        return self
+
+    def fingerprint(self) -> str:
+        """Of all weights as they were loaded, in float32; "" if they are in half precision and were not remembered."""
+        state = getattr(self, self.held).state_dict()
+        if self._fingerprint or any(t.is_floating_point() and t.element_size() < 4 for t in state.values()):
+            return self._fingerprint
+        return fingerprint({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+
+    def identity(self) -> str:
+        """Of the image tower as it is now: two towers with the same one give the same features of the same pixels."""
+        tower = self.image_tower
+        tensors = dict(tower.named_parameters()) | dict(tower.named_buffers())
+        samples = [t[(0,) * t.ndim].item() for t in tensors.values() if t.numel()]  # change where torch counts no write
+        weights = self._identity(lambda: fingerprint(tensors), tensors.values(), samples)
+        return f"{weights} {construction(tower)}"
+
+    @property
+    def preprocessing(self) -> str:
+        """What images become before the image tower reads them."""
+        return str([self.pretrained_cfg.get(name) for name in PREPROCESSING])
+
+    @property
+    def image_tower(self) -> nn.Module:
+        """The module that features of images come from."""
+        return self
+
+
+class FrozenCLIP(Frozen):
     """A CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also one into
     whose towers no prompts can be inserted.
 
@@ -35,6 +87,8 @@ class FrozenCLIP(nn.Module):
         pretrained_cfg: timm's, which defines the preprocessing.
         architecture, source: the zoo's names for the model, and for the weights.
     """
+
+    held = "clip"
 
     def __init__(
         self,
@@ -55,15 +109,13 @@ class FrozenCLIP(nn.Module):
         """Another CLIP of the same kind, such as a copy that a method trains."""
         return FrozenCLIP(clip, self.tokenizer, self.pretrained_cfg, self.architecture, self.source)
 
-    def train(self, mode: bool = True) -> "FrozenCLIP":
-        """Set training mode; CLIP stays in eval mode."""
-        super().train(mode)
-        self.clip.eval()
-        return self
-
     @property
     def visual(self) -> Any:
         return self.clip.visual
+
+    @property
+    def image_tower(self) -> nn.Module:
+        return self.visual
 
     @property
     def text(self) -> Any:
@@ -109,10 +161,6 @@ class FrozenCLIP(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
-
-    def fingerprint(self) -> str:
-        """A fast one of the image tower's weights: two towers with the same one give the same features."""
-        return fingerprint(self.visual.state_dict().values())
 
     # --- images ---
 
@@ -212,7 +260,7 @@ class FrozenCLIP(nn.Module):
         return weight, bias
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Frozen):
     """A frozen model of timm beside CLIP, which knows what things look like and no words: images, normalised as CLIP's
     `create_transform` does -> normalised features (B, E), timm's before its classifier. It reads the same pixels as
     CLIP, in its own mean and deviation, so that one tensor enters the model wherever it runs.
@@ -224,6 +272,7 @@ class ImageEncoder(nn.Module):
         clip: whose normalisation the images have.
     """
 
+    held = "model"
     scale: Tensor  # (3, 1, 1), and
     shift: Tensor  # (3, 1, 1), from CLIP's normalisation to the model's
 
@@ -239,12 +288,6 @@ class ImageEncoder(nn.Module):
         self.register_buffer("scale", std / own_std, persistent=False)
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
-    def train(self, mode: bool = True) -> "ImageEncoder":
-        """Set training mode; the model stays in eval mode."""
-        super().train(mode)
-        self.model.eval()
-        return self
-
     @property
     def device(self) -> torch.device:
         return self.scale.device
@@ -252,10 +295,6 @@ class ImageEncoder(nn.Module):
     @property
     def widths(self) -> tuple[int, ...]:
         return (getattr(self.model, "head_hidden_size", self.model.num_features),)  # before a classifier
-
-    def fingerprint(self) -> str:
-        """See `FrozenCLIP.fingerprint`."""
-        return fingerprint(self.model.state_dict().values())
 
     def read(self, images: Images) -> Tensor:
         """Pixels (B, 3, H, W) -> features (B, E). ZooError for images in any other form."""
@@ -313,13 +352,3 @@ def join(readings: Sequence[Reading]) -> Linear:
         weight = [scale * starts[i][0]] if i in starts else []
         blocks += [*weight, biases.new_zeros(biases.shape[1], sum(reading.widths[len(weight) :]))]
     return torch.cat(blocks, 1), biases.mean(0)
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A fast fingerprint of weights: the sum of their 64-bit words, or of bytes if the size is not a multiple of 8."""
-    total = 0
-    for t in tensors:
-        flat = t.detach().reshape(-1)
-        in_words = flat.numel() * flat.element_size() % 8 == 0
-        total += int(flat.view(torch.int64 if in_words else torch.uint8).sum(dtype=torch.int64))
-    return f"{total % 2**64:016x}"

@@ -20,6 +20,8 @@ STATS = ("batch", "stored")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
 STATE_NAME = "training.state"  # of a training that was stopped
 NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
+NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
+ACCEPTED = ("like_accepted", "others_accepted")  # what a head's `ProbeInfo` says of images of no class
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 
@@ -89,9 +91,11 @@ class _Identity(TypedDict):
 class HeadInfo(_Identity, total=False):
     """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
 
+    clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; older heads have none
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
     read: list[str]  # the names that CLIP reads, where classes have been renamed
+    named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
     dataset: str | None
     shots: Annotated[int | None, COUNT]
     seed: int
@@ -175,8 +179,8 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    names = config["label_names"]
-    check(path, [] if names else ["label_names is empty"], advice)
+    names = own_names(config)
+    check(path, [] if names and config["label_names"] else ["label_names is empty"], advice)
     if len(read := config["dcp"].get("read", names)) != len(names):
         check(path, [f"dcp.read has {len(read)} names for {len(names)} classes"], advice)
     if config["dcp"]["head"] == "dcp":
@@ -185,23 +189,30 @@ def read_config(directory: str | Path) -> HeadConfig:
     return config
 
 
+def own_names(config: HeadConfig) -> list[str]:
+    """The names of the classes that the method's own classifier has."""
+    return config["dcp"].get("named", config["label_names"])
+
+
 def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = ("format_version", "clip", "method", "head", "rest", "abilities", "texts", "read", "versions", "encoders")
+    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "rest", "read", "versions"}
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
     rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
-    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ("like_accepted", "others_accepted"))
+    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
     said = []
     if like is not None:
         said += [f"Of things much like its classes it accepts about {like:.0f} %, as measured by leaving classes out"]
         said[0] += "." if others is None else f"; of thirty everyday pictures {others:.0f} %."
     if examples := fitted.get("examples"):
         said += [f"It rejects what is much like its {examples:,} examples of none of these."]
-    return " ".join([f"{100 * rate:g} % of the images of the head's classes are rejected.", *said]) if said else ""
+    measured = bool(fitted.keys() & set(ACCEPTED))  # for these classes
+    known = [f"{100 * rate:g} % of the images of the head's classes are rejected."] * measured
+    return " ".join([*known, *said]) if said else ""
 
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"

@@ -19,7 +19,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool, pool_stream
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined, parts_of
-from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig
+from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images, Inputs, as_inputs
@@ -118,12 +118,12 @@ class DCP(Head):
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "DCP":
         """The head of a checkpoint, by its `config.json`, which `load_head` then loads."""
         options = DCPConfig.from_options(config["model_args"])
-        return cls(clip, config["label_names"], options, texts=config["dcp"]["texts"])
+        return cls(clip, own_names(config), options, texts=config["dcp"]["texts"])
 
     def forward(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), normalised as `create_transform` does, or other `Inputs` -> logits (B, C), without
         classes features. Tokens are those that enter `first_block`."""
-        if self.num_classes == 0 or self.stats == "stored":
+        if self.num_classes == 0 or self.fc is not None or self.stats == "stored":
             return super().forward(images)
         inputs = as_inputs(images)
         features, text = self.encode(inputs)
@@ -226,6 +226,10 @@ class DCP(Head):
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
     @property
+    def num_image_prompts(self) -> int:
+        return self.config.n_ctx
+
+    @property
     def stats_modes(self) -> tuple[str, ...]:
         return ("batch",) if self.stored_stats is None else ("stored", "batch")
 
@@ -292,18 +296,12 @@ class DCP(Head):
         self.stored_stats = torch.stack(pooled) if pooled else None
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
-        """A state with statistics or a classifier brings it; one with prompts alone leaves nothing behind."""
+        """A state with statistics brings them; one with prompts alone leaves none behind."""
         found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
         if found is not None and self.stored_stats is None:
             self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `found` does not fit
-        if f"{prefix}prompts.text" in state_dict:
-            self.stored_stats = None if found is None else self.stored_stats
-            weight, own = state_dict.get(f"{prefix}text_probe.weight"), self.text_probe
-            examples = state_dict.get(f"{prefix}text_probe.examples", ())
-            if weight is None:
-                self.text_probe = None
-            elif own is None or (own.weight.shape, len(own.examples)) != (weight.shape, len(examples)):
-                self.text_probe = self._probe_of(self.classes, weight.shape[1], len(examples)).to(weight.device)
+        elif found is None and f"{prefix}prompts.text" in state_dict:
+            self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
@@ -328,7 +326,7 @@ class DCP(Head):
         width, prompts = self.encoder.num_features, self.image_prompts
         return Reading(self.encoder, (width,), self._encode_own, self._text_linear, prompts, self.first_block)
 
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics."""
         stats, self._stats = self._stats, None  # stored
         try:
@@ -357,9 +355,10 @@ class DCP(Head):
     def _trained_state(self) -> dict[str, Tensor]:
         """Prompts and CMPA, and the stored statistics if there are any."""
         stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
+        own = {name: p.detach() for name, p in self.named_parameters() if name.startswith(("prompts.", "cmpa."))}
+        return own | stats
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return self.config.as_dict(), {"head": "dcp"}
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:

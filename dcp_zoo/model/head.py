@@ -13,7 +13,7 @@ it, see `VisionTower.read`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode, out_of_inference_mode
@@ -40,16 +40,17 @@ from dcp_zoo.model.classes import (
     same_texts,
 )
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
-from dcp_zoo.model.config import REFUSED, Abilities, HeadConfig
+from dcp_zoo.model.config import ACCEPTED, REFUSED, Abilities
 from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.inputs import Images
+from dcp_zoo.model.head_state import HeadState
+from dcp_zoo.model.inputs import VIEW_BATCH, Images
 from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
 
 
-class Head(TimmContract, ABC):
+class Head(HeadState, TimmContract, ABC):
     """See the module. The kinds of heads: `LinearHead`, `CacheHead`, `PromptHead` and `DCP`. A kind defines the methods
-    that are abstract here; all else follows from these.
+    that are abstract here and in `HeadState`; all else follows from these.
 
     Args:
         clip: whose features and texts it reads.
@@ -59,6 +60,8 @@ class Head(TimmContract, ABC):
         encoder: the CLIP that the method's own features and the texts of classes come from.
         image_encoders: `ImageEncoder`s that a text probe reads besides.
         classes: in the order of the logits.
+        named: the classes of the method's own classifier: these, unless `reset_classifier` replaced it.
+        fc: the layer of `reset_classifier`, or None.
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
@@ -73,7 +76,10 @@ class Head(TimmContract, ABC):
         self.register_module("_original", original)
         self.text_probe: TextProbe | None
         self.register_module("text_probe", None)
+        self.fc: nn.Linear | None
+        self.register_module("fc", None)
         self.classes: list[Class] = []
+        self.named: list[Class] = []
         self.texts: Texts = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
@@ -87,25 +93,10 @@ class Head(TimmContract, ABC):
     def _own_reading(self) -> Reading:
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
 
-    @abstractmethod
-    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
-        """`set_classnames` for classes of which some may be among the present ones."""
-
-    @abstractmethod
-    def _trained_state(self) -> dict[str, Tensor]:
-        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
-
-    @abstractmethod
-    def _method_config(self) -> tuple[Values, Values]:
-        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
-
-    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`_trained_state` as a file with these tensors has it."""
-        return self._trained_state()
-
-    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
-        self.load_state_dict(state, strict=False)  # without CLIP
+    @property
+    def num_image_prompts(self) -> int:
+        """Prompts beside the tokens of each image."""
+        return 0
 
     @property
     def stats_modes(self) -> tuple[str, ...]:
@@ -161,7 +152,7 @@ class Head(TimmContract, ABC):
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by its image features."""
-        clip, names, texts = self.frozen, read_of(self.classes), self.texts or TEMPLATE
+        clip, names, texts = self.frozen, read_of(self.named), self.texts or TEMPLATE
         text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
         return clip.scaled(text)
 
@@ -190,6 +181,8 @@ class Head(TimmContract, ABC):
         `DCP.encode_text`."""
         if not self.classes:
             raise ZooError(NO_CLASSES)
+        if self.fc is not None:
+            return self.fc.weight, self.fc.bias
         start = join(self.reads)
         return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
 
@@ -245,8 +238,9 @@ class Head(TimmContract, ABC):
     @property
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
-        if self.text_probe is None:
-            return "This head cannot reject images: it has no text probe. Train one that has: dcp-zoo train."
+        if self.text_probe is None or self.fc is not None:
+            reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
+            return f"This head cannot reject images: {reason}. Train one that can: dcp-zoo train."
         return self.text_probe.cannot_reject(self.classes)
 
     # --- classes ---
@@ -259,7 +253,7 @@ class Head(TimmContract, ABC):
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         """Classify into these classes from now on: those that the head knows by these names, of repeated ones the first
         first, and new ones, which CLIP reads. ZooError for no names or empty ones, texts that the text tower cannot
-        read, and for names that the head does not know, if it reads none.
+        read, and for names that the head does not know, if it reads none, as after `reset_classifier(n)`.
 
         Args:
             classnames: one per class. Classes of the same name stay classes of their own, with a warning: each has a
@@ -267,29 +261,47 @@ class Head(TimmContract, ABC):
             texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
         """
         names = check_classnames(classnames)
-        classes = matched(names, self.classes, [] if self.text_probe is None else self.text_probe.classes)
+        known = [] if self.text_probe is None else self.text_probe.classes
+        classes = matched(names, self.classes) if self.fc is not None else matched(names, self.named, known)
         if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
                 each.read = each.name
-        self._classify_into(classes, texts)
+        self.classify_into(classes, texts)
+
+    def classify_into(self, classes: list[Class], texts: Texts | None = None) -> None:
+        """`set_classnames` for classes of which some may be among the present ones."""
+        if self.fc is None:
+            self._classify_into(classes, texts)
+            return
+        if (new := names_of(each for each in classes if each not in self.classes)) or texts:
+            limit = f"has no row for {shorten(new, 5)}" if new else "reads no texts"
+            problem = f"This head has a linear layer for its classes, which {limit}"
+            advice = "Rename its classes (model.rename_class), or let CLIP read names: model.reset_classifier([...])"
+            raise ZooError(f"{problem}. {advice}.")
+        if classes != self.classes:  # else the layer stays, as an optimizer may have it
+            rows = [self.classes.index(each) for each in classes]
+            layer = nn.Linear(self.num_features, len(rows), device="meta")
+            layer.weight, layer.bias = (nn.Parameter(t.detach()[rows]) for t in self.linear())
+            self._replace_fc(classes, layer)
 
     @out_of_inference_mode()
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
         reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
 
         Args:
             name: of the class; that of one that the model already has, or its position, gives it new images.
-            images: (n, 3, H, W), normalised as `create_transform` does.
+            images: (n, 3, H, W), normalised as `create_transform` does, or batches of such images.
             known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
         """
-        if (probe := self.text_probe) is None:
-            problem = "This head cannot add a class by its images: it has no text probe."
-            advice = "Train a head with one, or call model.set_classnames to classify by names"
+        if (probe := self.text_probe) is None or self.fc is not None:
+            reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
+            problem = f"This head cannot add a class by its images: {reason}."
+            advice = "Train a head with one, or call model.reset_classifier([...]) to classify by names"
             raise ZooError(f"{problem} {advice}.")
         with torch.no_grad():
-            features = self.encode_image(self._batch(images))
+            features = self._encode_batches(images)
         if exists := isinstance(name, int) or name in self.classnames:
             one = self.classes[position(name, self.classes)]
         else:
@@ -324,7 +336,7 @@ class Head(TimmContract, ABC):
         one, left = self.classes[at], [*self.classes[:at], *self.classes[at + 1 :]]
         check_classnames(names_of(left))
         checkpoint.note_class(self.info, self.classnames, at)
-        self._classify_into(left, None)
+        self.classify_into(left)
         if self.text_probe is not None:
             self.text_probe.remove(one)
         self._outdate(f"the class {one.name} was removed")
@@ -348,16 +360,21 @@ class Head(TimmContract, ABC):
         return TEMPLATE
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
-        """These classes and texts from now on. The accuracy goes if the classes change, and the rejection threshold if
-        the classes that it was fitted for have other texts now."""
+        """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""
         probe = self.text_probe
         if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if set(classes) != set(self.classes):
+        if set(classes) != set(self.named) or not same_texts(read_of(classes), texts, self.texts):
             self._outdate("the classes were changed")
         if probe is not None:
             probe.arrange(classes)
-        self.classes, self.texts = classes, texts
+        self.classes, self.named, self.texts = classes, classes, texts
+
+    def _encode_batches(self, images: Tensor | Iterable[Tensor]) -> Tensor:
+        """`encode_image` of images (n, 3, H, W), a part of them at a time, or of batches of them."""
+        batches = images.split(VIEW_BATCH) if isinstance(images, Tensor) and images.ndim else images
+        features = [self.encode_image(self._batch(batch)) for batch in batches]
+        return torch.cat(features) if features else self._batch(images)
 
     def _batch(self, images: object) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
@@ -367,10 +384,10 @@ class Head(TimmContract, ABC):
             raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
         return images.to(self.device)
 
-    # --- how it was made ---
-
     def _outdate(self, change: str) -> None:
-        """Take the accuracy out of `info`: it was measured before this change."""
+        """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
+        if (fitted := self.info.get("text_probe", {})).keys() & set(ACCEPTED):
+            self.info = self.info | {"text_probe": {k: v for k, v in fitted.items() if k not in ACCEPTED}}
         if self.info.keys() & {"metrics", "not_measured"}:
             reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
             valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}

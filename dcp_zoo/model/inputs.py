@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Self = TypeVar("Self", bound="Inputs")
+VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 
 @dataclass(frozen=True)

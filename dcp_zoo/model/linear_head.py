@@ -10,7 +10,7 @@ ProKeR (Bendou et al., CVPR 2025) solves for other values.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -21,7 +21,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import TEMPLATE, Class, Texts, check_classnames, matched, names_of, read_of, rows_of
 from dcp_zoo.model.clip import FrozenCLIP, Reading
-from dcp_zoo.model.config import HeadConfig
+from dcp_zoo.model.config import HeadConfig, own_names
 from dcp_zoo.model.head import Head
 
 CACHED = ("keys", "values", "alpha", "beta")  # tensors of a `CacheHead`, besides its weight
@@ -55,7 +55,8 @@ class LinearHead(Head):
         original: FrozenCLIP | None = None,
     ) -> None:
         super().__init__(clip, original)
-        self.classes, self.texts, self.changed = matched(check_classnames(classnames)), texts, list(changed)
+        self.classes = self.named = matched(check_classnames(classnames))
+        self.texts, self.changed = texts, list(changed)
         shapes = (self.num_classes, self.encoder.num_features), (self.num_classes,)
         if (tuple(weight.shape), tuple(bias.shape)) != shapes:
             problem = f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}"
@@ -67,7 +68,7 @@ class LinearHead(Head):
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "LinearHead":
         """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
-        names, known = config["label_names"], clip.clip.state_dict()
+        names, known = own_names(config), clip.clip.state_dict()
         changed = [name for name in shapes if name in known]
         own = clip.with_clip(copy.deepcopy(clip.clip)) if changed else clip
         empty = torch.zeros(len(names), clip.num_features), torch.zeros(len(names))
@@ -81,7 +82,7 @@ class LinearHead(Head):
         """New classes are read by their names; other texts are read for all classes, {} standing for the names."""
         texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
         now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
-        rows = rows_of(classes, self.classes) if now == self.texts else [None] * len(classes)
+        rows = rows_of(classes, self.named) if now == self.texts else [None] * len(classes)
         new = [each for each, row in zip(classes, rows, strict=True) if row is None]
         weight, bias = self.weight, self.bias
         if new:
@@ -94,7 +95,7 @@ class LinearHead(Head):
         self.weight, self.bias = weight[index], bias[index]
         self._keep(classes, now)
 
-    def add_class(self, name: str | int, images: Tensor, known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
         if isinstance(name, str) and name not in self.classnames and not self.texts:
             raise self._limited(f"does not know {name}")
@@ -113,7 +114,7 @@ class LinearHead(Head):
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
         super()._load_trained(state, config)
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "linear"}
 
 
@@ -139,13 +140,15 @@ class CacheHead(LinearHead):
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "CacheHead":
         """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
-        classes, width = len(config["label_names"]), clip.num_features
+        names, width = own_names(config), clip.num_features
         images = len(shapes["keys"]) if "keys" in shapes and shapes["keys"].ndim else 0
-        sizes: dict[str, tuple[int, ...]] = {"weight": (classes, width), "keys": (images, width)}
-        sizes |= {"values": (images, classes), "alpha": (), "beta": ()}
-        return cls(clip, config["label_names"], {name: torch.zeros(size) for name, size in sizes.items()})
+        sizes: dict[str, tuple[int, ...]] = {"weight": (len(names), width), "keys": (images, width)}
+        sizes |= {"values": (images, len(names)), "alpha": (), "beta": ()}
+        return cls(clip, names, {name: torch.zeros(size) for name, size in sizes.items()})
 
     def classify(self, features: Tensor) -> Tensor:
+        if self.fc is not None:
+            return super().classify(features)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.weight.dtype)
             return self.encoder.logits(features, self.weight) + self.alpha * self.cached(features, self.beta)
@@ -165,12 +168,12 @@ class CacheHead(LinearHead):
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """Among its own classes."""
-        before = self.classes
+        before = self.named
         super()._classify_into(classes, None)
         self.values = self.values[:, rows_of(classes, before)]
 
     def _trained_state(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("weight", *CACHED)}
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "cache"}

@@ -104,5 +104,5 @@ def build_mini_clip(state: str | Path | None = None, cfg: Values = MINI_CFG) -> 
         clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
         clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
     if state is not None:
-        clip.load_state_dict(load_file(state))
+        clip.load_state_dict({name: t.float() for name, t in load_file(state).items()}, assign=True)
     return clip

@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, class_texts, matched, read_of
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
-from dcp_zoo.model.config import HeadConfig
+from dcp_zoo.model.config import HeadConfig, own_names
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.text import TextChunks, prompted_text
@@ -66,7 +66,7 @@ class PromptHead(Head):
             for tower in ("text_prompts.", "vision_prompts.")
         }
         block = config["dcp"]
-        head = cls(clip, config["label_names"], *prompts.values(), texts=block["texts"], rest=block["rest"])
+        head = cls(clip, own_names(config), *prompts.values(), texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
@@ -84,14 +84,14 @@ class PromptHead(Head):
     def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""
         if self.name_tokens is None:
-            return self.encoder.zero_shot_classifier(read_of(self.classes), self.texts)
+            return self.encoder.zero_shot_classifier(read_of(self.named), self.texts)
         tower = self.encoder.text_tower
         return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:
         tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
-        depends_on = self.name_tokens, read_of(self.classes), self.texts
+        depends_on = self.name_tokens, read_of(self.named), self.texts
         return self.encoder.scaled(self._cache(self.encode_text, tensors, *depends_on))
 
     def image_prompts(self) -> list[Tensor]:
@@ -108,6 +108,10 @@ class PromptHead(Head):
         """Whether there are prompts in the image tower, without computing them."""
         return len(self.vision_prompts) > 0
 
+    @property
+    def num_image_prompts(self) -> int:
+        return len([*self.vision_prompts, *self.text_prompts][0]) if self._prompts_images else 0
+
     def _encode_own(self, images: Images) -> Tensor:
         return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)
 
@@ -118,5 +122,5 @@ class PromptHead(Head):
             if name.startswith(("text_prompts.", "vision_prompts."))
         }
 
-    def _method_config(self) -> tuple[Values, Values]:
+    def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": "prompts", "rest": self.rest}

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.classes import Class, names_of
+from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.inputs import Images
 from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
@@ -24,12 +24,16 @@ class TimmContract(nn.Module):
     """timm's contract for all heads, whose classifier reads features of width F. It asks a head for these:"""
 
     encoder: FrozenCLIP
+    pretrained_cfg: Values
     classes: list[Class]
+    named: list[Class]
+    fc: nn.Linear | None
     set_classnames: Callable[[Sequence[str]], None]
     encode_image: Callable[[Images], Tensor]
     classify: Callable[[Tensor], Tensor]
     linear: Callable[[], Linear]
     _own_reading: Callable[[], Reading]
+    _outdate: Callable[[str], None]
 
     @property
     @abstractmethod
@@ -131,9 +135,12 @@ class TimmContract(nn.Module):
 
     @torch.no_grad()
     def get_classifier(self) -> nn.Module:
-        """The current classifier as a linear layer, or an identity without classes. ZooError as of `encode_text`."""
+        """The layer of `reset_classifier`, which can be trained; else a copy of the current classifier as a linear
+        layer, or an identity without classes. ZooError as of `encode_text`."""
         if self.num_classes == 0:
             return nn.Identity()
+        if self.fc is not None:
+            return self.fc
         weight, bias = self.linear()
         with skip_init():  # and no draw from torch's random state
             classifier = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device=weight.device)
@@ -145,21 +152,37 @@ class TimmContract(nn.Module):
     def reset_classifier(
         self, num_classes: int | Sequence[str], global_pool: str | None = None, classnames: Sequence[str] | None = None
     ) -> None:
-        """Classify into other classes, given by their names, or with `num_classes=0` return image features. ZooError
-        for another number than that of `classnames`, by default the current ones, and another pooling than "token"."""
+        """Classify into other classes. ZooError for a number that is not that of `classnames`, and another pooling than
+        "token".
+
+        Args:
+            num_classes: n for a fresh linear layer `fc` (n, F) on the image features, which is to be trained and reads
+                no text; its classes are "class 0", "class 1", .. until `rename_class`. 0 returns image features. Names
+                bring the head's own classifier back, see `set_classnames`.
+            global_pool: None or "token".
+            classnames: the names, beside their number.
+        """
         check_only("global_pool", global_pool, *POOL)
-        if not isinstance(num_classes, int):
-            self.set_classnames(num_classes)
+        names = num_classes if classnames is None and not isinstance(num_classes, int) else classnames
+        if names is not None:
+            if isinstance(num_classes, int) and len(names) != num_classes:
+                raise ZooError(f"num_classes={num_classes}, but there are {len(names)} class names: pass one of both.")
+            self._replace_fc(self.named, None)
+            self.set_classnames(names)
             return
-        if num_classes == 0:
-            self.classes = []
-            return
-        names = names_of(self.classes) if classnames is None else list(classnames)
-        if len(names) != num_classes:
-            problem = f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names"
-            advice = "to create_model as classnames=[...], later to reset_classifier([...])"
-            raise ZooError(f"{problem}: pass {num_classes} of them, {advice}.")
-        self.set_classnames(names)
+        assert isinstance(num_classes, int)
+        check_range("num_classes", num_classes, 0)
+        classes = [Class(f"class {i}") for i in range(num_classes)]
+        dtype = self.encoder.clip.logit_scale.dtype
+        layer = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype) if classes else None
+        self._replace_fc(classes, layer)
+
+    def _replace_fc(self, classes: list[Class], layer: nn.Linear | None) -> None:
+        """Classify into these classes by this layer; None stands for the head's own classifier."""
+        self.classes, self.fc = classes, layer
+        self.pretrained_cfg["classifier"] = "text_probe" if layer is None else "fc"
+        if layer is not None:
+            self._outdate("the classifier was replaced")
 
     def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError
 
 Tokenizer = Callable[..., Tensor]
+EXPORTING: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since torch 2.7
 
 
 @cache
@@ -26,6 +28,11 @@ def last_tokens(ids: Tensor) -> Tensor:
 
 def check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int = 0) -> None:
     """ZooError for the first text that takes more tokens than there is room for next to the prompts."""
+    if EXPORTING():
+        problem = "torch.export cannot trace this head, which reads the names of its classes"
+        raise ZooError(
+            f"{problem}: torch.export.export(model.fuse(), ...) reads images alone, and gives the same logits."
+        )
     beside, fewer = (f" next to {n_ctx} prompt tokens", " or use fewer prompt tokens (n_ctx)") if n_ctx else ("", "")
     for label, length in zip(labels, lengths.tolist(), strict=True):
         if length > room:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from dcp_zoo.data.packaged import classnames, split_sha256
+from dcp_zoo.data.specs import DATASETS, is_own
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import HUB_LIBRARY, download_file
-from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.classes import read_of
+from dcp_zoo.model.config import COUPLINGS, NO_CLASSIFIER
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.recipes import NO_CLASSIFIER
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 
@@ -21,6 +23,7 @@ MODES = {  # of an accuracy, and their names in a card
     "batch": "top-1, batch statistics",
     NO_CLASSIFIER: "top-1, without the text probe",
 }
+PROBED = {mode: f"{name}, with a text probe" for mode, name in MODES.items() if mode != NO_CLASSIFIER}
 
 
 def accuracies(metrics: Values) -> dict[str, float]:
@@ -29,31 +32,59 @@ def accuracies(metrics: Values) -> dict[str, float]:
 
 
 def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients."""
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients.
+    ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
+    info, problem = model.info, not_of_dataset(model)
+    if problem and info.get("metrics"):
+        raise ZooError(problem)
+    dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model._method_config()
-    about: Values = {"model": model, "info": model.info, "spec": spec, "options": options, "base": base}
+    options, _ = model.method_config()
+    about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
-        _metadata(model, repo_id, license, base),
+        _metadata(model, repo_id, license, base, dataset),
         template_path=str(CARD_TEMPLATE),
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
-        dataset=_dataset(model),
+        dataset=dataset,
+        part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        rows=_seed_rows(model),
+        rows=_seed_rows(model, dataset),
+        alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
         **about,
     )
 
 
-def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    dataset, results = _dataset(model), list[EvalResult]()
-    measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
-    for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
+def not_of_dataset(model: Head) -> str:
+    """Why a head must not be published under the name of the dataset that it names; "" if it may, or names none of the
+    table. Its classes, split and test images must be that dataset's, as far as the package knows them."""
+    info, name = model.info, model.info.get("dataset")
+    if name not in DATASETS or is_own(name):
+        return ""
+    spec, known = DATASETS[name], split_sha256(name)
+    tested = spec.counts and info.get("test_images", spec.counts[2])
+    if spec.names and sorted(read_of(model.classes)) != sorted(classnames(name)):
+        reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
+    elif known and info.get("split_sha256") != known:
+        reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
+    elif spec.counts and tested != spec.counts[2]:
+        reason = f"it was tested on {tested:,} images, not on the {spec.counts[2]:,} of {name}"
+    else:
+        return ""
+    advice = f"Train it on {name} as it is, or on these images as a folder: dcp-zoo train FOLDER"
+    return f"This head says that it is of {name}, but {reason}. {advice}."
+
+
+def _metadata(model: Head, repo_id: str, license: str, base: str | None, dataset: str | None) -> ModelCardData:
+    results, measured = list[EvalResult](), accuracies(model.info.get("metrics") or {}) if dataset else {}
+    names = MODES | PROBED if NO_CLASSIFIER in measured else MODES
+    measured.pop("batch", None)  # what the loaded model answers, and the method alone; the text has all modes
+    for mode, top1 in measured.items():
         data: Values = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
-        data |= {"metric_type": "accuracy", "metric_name": MODES[mode], "metric_value": top1}
+        data |= {"metric_type": "accuracy", "metric_name": names[mode], "metric_value": top1}
         results.append(EvalResult(task_type="image-classification", **data))
     return ModelCardData(
         library_name=HUB_LIBRARY,
@@ -68,18 +99,13 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> Mode
     )
 
 
-def _dataset(model: Head) -> str | None:
-    """The name of a dataset that others know, not of a folder."""
-    name = model.info.get("dataset")
-    return None if name == "folder" else name
-
-
-def _seed_rows(model: Head) -> list[Values]:
-    """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
+def _seed_rows(model: Head, dataset: str | None) -> list[Values]:
+    """Accuracy per seed: this model's, and for DCP with a text probe the manifest's for the same head with other
+    seeds."""
     info = model.info
     measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
-    same = model.encoder.architecture, info.get("dataset"), info.get("shots")
-    for head in trained_heads().values():
+    same = model.encoder.architecture, dataset, info.get("shots")
+    for head in trained_heads().values() if model.method == "dcp" and model.text_probe else ():
         if (head.model, head.dataset, head.shots) == same:
             measured.setdefault(head.seed, head.metrics)
     missing = dict.fromkeys(MODES, "not measured")
@@ -99,7 +125,9 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     data = ModelCard.load(card).data if card.is_file() else ModelCardData()
     stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
     metrics = (get_head(name).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
-    found = accuracies(metrics) | {mode: stated[card_name] for mode, card_name in MODES.items() if card_name in stated}
+    found = accuracies(metrics)
+    for names in (MODES, PROBED):
+        found |= {mode: stated[card_name] for mode, card_name in names.items() if card_name in stated}
     if not found:
         raise ZooError(f"{name} claims no accuracy: there is nothing to compare with. Omit --claim.")
     return found

@@ -26,7 +26,7 @@ ONNX_FILES = {"float32": "onnx/model.onnx", "float16": "onnx/model_fp16.onnx"}  
 
 def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
-    ZooError as of `export` and `with_preprocessing`, and for a folder that is not empty or not writable.
+    ZooError as of `export`, `with_preprocessing` and `make_card`, and for a folder that is not empty or not writable.
 
     Args:
         model: with stored statistics; float32, on the CPU.
@@ -43,7 +43,8 @@ def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -
 
 
 def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE, onnx: bool = False) -> str:
-    """Upload a model's head, of any dataset, with a model card. ZooError if the Hub refuses it or cannot be reached.
+    """Upload a model's head, of any dataset, with a model card. ZooError as of `make_card`, or if the Hub refuses it or
+    cannot be reached.
 
     Args:
         model: only its trained tensors are uploaded, never CLIP, unless `onnx`.

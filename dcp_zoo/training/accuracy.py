@@ -1,8 +1,11 @@
 """An accuracy on few images, with its interval. Without torch and SciPy, as `dcp-zoo info` shows it."""
 
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import NamedTuple
+
+from dcp_zoo.model.config import NO_CLASSIFIER
 
 
 class Accuracy(NamedTuple):
@@ -27,3 +30,10 @@ class Accuracy(NamedTuple):
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.percent:.1f} % ({self.correct} of {self.images}; 95 % interval {low:.0f} to {high:.0f})"
+
+
+def alone_and_probed(metrics: Mapping[str, float]) -> tuple[float | None, float | None]:
+    """Top-1 accuracy in percent of the method alone, and of the head with its text probe; None if not measured, or
+    without one. `metrics` are those of a config.json or the manifest."""
+    stored, alone = metrics.get("top1_stored"), metrics.get(f"top1_{NO_CLASSIFIER}")
+    return (stored, None) if alone is None else (alone, stored)

@@ -3,7 +3,6 @@
 import os
 import sqlite3
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from torch import Tensor
 from dcp_zoo._version import __version__
 from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
+from dcp_zoo.errors import warn
 from dcp_zoo.files import cache_folder
 from dcp_zoo.model.clip import Encoder
 
@@ -30,7 +30,6 @@ OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
 PATIENCE = 5.0  # seconds that another process may hold the file
 WHOLE = ("locked", "readonly", "full", "unable to open")  # in SQLite's errors about a file that is not damaged
 SEAL = 32  # bytes of a checksum before each value
-PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 SIZE = """SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"""
 DELETE_OLDEST = "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER BY rowid LIMIT 10)"
@@ -89,7 +88,7 @@ class FeatureCache:
         self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
         problem = f"Cannot write to {self.place}: {getattr(error, 'strerror', None) or error}."
         advice = f"Choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1."
-        warnings.warn(f"Image features are not cached for the next run. {problem} {advice}", stacklevel=2)
+        warn(f"Image features are not cached for the next run. {problem} {advice}")
         return self._memory
 
 
@@ -179,8 +178,7 @@ def image_key(image: str | Path | Image.Image) -> str:
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:
     """What features of a frozen encoder depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
-    preprocessing = [model.pretrained_cfg.get(name) for name in PREPROCESSING]
-    return f"{what} {model.fingerprint()} {model.device.type} {preprocessing} {computed_by()}"
+    return f"{what} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
 
 
 @cache

@@ -74,7 +74,7 @@ def needs_checkpointing(model: Head, batch: int) -> bool:
 def activation_bytes(model: Head, batch: int) -> int:
     """Bytes that both towers would keep for the backward pass of a step."""
     vision, (first_v, first_t) = model.encoder.vision_tower, getattr(model, "first_blocks", (0, 0))
-    image_tokens = batch * (vision.num_tokens + getattr(model, "n_ctx", 0))
+    image_tokens = batch * (vision.num_tokens + model.num_image_prompts)
     channels = image_tokens * vision.width * (len(vision.blocks) - first_v)
     if (names := getattr(model, "name_tokens", None)) is not None:  # with learned prompts in the text
         name_tokens, text = sum(chunk.ids.numel() for chunk in names), model.encoder.text_tower

@@ -2,7 +2,6 @@
 mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
+from dcp_zoo.errors import warn
+from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.clip import parts_of
+from dcp_zoo.model.config import NO_CLASSIFIER
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.predictor import read
-from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
+from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
@@ -63,6 +65,11 @@ class Evaluation:
     classnames: Sequence[str]
     items: Sequence[Item]
     logits: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"<Evaluation: {self.accuracy.correct} of {len(self.items)} images right, {len(self.classnames)} classes>"
+        )
 
     @cached_property
     def labels(self) -> Tensor:
@@ -129,17 +136,20 @@ def predict_modes(
     """Logits (n, C) of all images in each way that a head is measured, the default first: with the stored statistics,
     with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
     found, without = dict[str, Tensor](), dict[str, Tensor]()
-    before = head.eval().stats
-    default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
-    for stats in head.stats_modes:
-        head.stats = stats
-        outputs = read(head, source, batch_size, progress)
-        found[stats] = torch.from_numpy(outputs.logits)
-        if outputs.features is not None and head.text_probe is not None:
-            weight, bias = (part.detach().float().cpu() for part in head.own_linear())
-            own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
-            without[NO_CLASSIFIER] = F.linear(own, weight, bias)
-    head.stats = None if default else before
+    with in_eval_mode(head):
+        before = head.stats
+        default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
+        try:
+            for stats in head.stats_modes:
+                head.stats = stats
+                outputs = read(head, source, batch_size, progress)
+                found[stats] = torch.from_numpy(outputs.logits)
+                if outputs.features is not None and head.text_probe is not None:
+                    weight, bias = (part.detach().float().cpu() for part in head.own_linear())
+                    own = torch.from_numpy(outputs.features)[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
+                    without[NO_CLASSIFIER] = F.linear(own, weight, bias)
+        finally:
+            head.stats = None if default else before
     return found | without
 
 
@@ -156,11 +166,10 @@ def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> No
     """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's; the field `length` is `value`."""
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
-        warnings.warn(
+        warn(
             f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
             f"gives {guess:.2f}. Train longer (--set {length}={3 * value}; in Python "
-            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right.",
-            stacklevel=3,
+            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right."
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.seen import image_hashes
-from dcp_zoo.data.splits import subset_sha256, warn_of_tiny_classes
+from dcp_zoo.data.splits import subset_sha256, warn_of_numbers, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.model.classes import Texts
@@ -110,6 +110,8 @@ class Run:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
             stored["image_hashes"] = image_hashes(subset.train + subset.val)
+        if self.split.unreadable:
+            stored["unreadable_images"] = self.split.unreadable
         if subset.none:
             stored["none_sha256"] = subset_sha256(subset.none)
         if self.test_share is not None:
@@ -159,6 +161,8 @@ def plan(
         raise ZooError(PROBE_REFUSED.format(method))
     if is_own(split.name):
         warn_of_tiny_classes(split)
+        if not options.get("descriptions"):
+            warn_of_numbers(split.classnames)
     encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())
     if encoders and fitting.classifier == "none":
         raise ZooError("An image encoder is read by the text probe: choose --classifier text-probe, or omit --encoder.")

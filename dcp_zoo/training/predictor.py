@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcp_zoo.answers import Outputs, Predictor
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.classes import NO_CLASSES
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
@@ -40,11 +41,11 @@ def read(
 ) -> Outputs:
     """What a head computes of all images of a source, in order, with the current statistics. With other than stored
     ones a batch has `batch_size` images, and there are logits alone."""
-    head.eval()
-    if head.stats == "stored":
-        return answer(head, features_of(head, source, 1, progress)[0], rejects, keep=True)
-    batches = by_image(progress, source.batches(batch_size), "test images", len(source.items))
-    logits = [_in_precision(head, inputs.to(head.device), source.precision) for inputs, _ in batches]
+    with in_eval_mode(head):
+        if head.stats == "stored":
+            return answer(head, features_of(head, source, 1, progress)[0], rejects, keep=True)
+        batches = by_image(progress, source.batches(batch_size), "test images", len(source.items))
+        logits = [_in_precision(head, inputs.to(head.device), source.precision) for inputs, _ in batches]
     return Outputs(torch.cat(logits).float().cpu().numpy())
 
 

@@ -17,7 +17,6 @@ AS_RELEASED = "release"  # float16 weights, and no scaled loss
 PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)
-NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
 PROBE_REFUSED = (

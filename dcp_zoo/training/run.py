@@ -17,8 +17,9 @@ from dcp_zoo.data.splits import all_for_training
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
-from dcp_zoo.model.clip import FrozenCLIP, fingerprint
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free
+from dcp_zoo.model.fingerprint import construction
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback
@@ -116,7 +117,7 @@ def _fit_and_measure(
     _check_learnt(task, head)
     metrics: dict[str, float] = {}
     evaluation, found = None, dict(measured or {})
-    seconds = round(earlier + time.perf_counter() - started, 1)
+    seconds = round(earlier + time.perf_counter() - started, 2)
     if measured is None and options.test and run.split.test:
         once = head.stats_modes == ("stored",)
         test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
@@ -196,6 +197,8 @@ def _identity(run: Run, clip: FrozenCLIP, subset: Split, info: Mapping[str, obje
         "model": run.model,
         "method": run.method,
         "clip": clip.source,
-        "CLIP weights": fingerprint(clip.clip.parameters()),
+        "CLIP weights": clip.fingerprint(),
+        "CLIP architecture": construction(clip.clip),
+        "preprocessing": clip.preprocessing,
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }

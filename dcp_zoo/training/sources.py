@@ -19,7 +19,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Features, Inputs, Maps, Pixels, packed, unpacked
+from dcp_zoo.model.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
@@ -27,7 +27,6 @@ from dcp_zoo.zoo.factory import create_transform
 
 Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if there are any
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
-VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 
 def by_image(
@@ -56,6 +55,7 @@ class ImageSource:
         crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
         precision: in which features are computed; they are kept in float32.
+        pass_size: images per forward pass when features are computed, which do not depend on it; 0 for `VIEW_BATCH`.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
@@ -70,6 +70,7 @@ class ImageSource:
     crops: bool = False
     once: bool = False
     precision: str = "float32"
+    pass_size: int = 0
     targets: Tensor | None = field(default=None, init=False)
     _read: Tensor | None = field(default=None, init=False)  # see `read`
 
@@ -185,6 +186,7 @@ def image_source(
     progress: Progress = no_progress,
     once: bool = False,
     precision: str = "float32",
+    pass_size: int = 0,
 ) -> ImageSource:
     """Images for a CLIP, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
@@ -198,7 +200,8 @@ def image_source(
             given = given * math.sqrt(len(clip.widths))  # each part has the length 1
         return ImageSource(clip, items, create_transform(clip), views=given[None], form=Features)
     crops = augment == "crop-flip"
-    source = ImageSource(clip, items, create_transform(clip, crops), workers=workers, crops=crops, once=once)
+    transform = create_transform(clip, crops)
+    source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, pass_size=pass_size)
     stem, views = clip.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * (math.prod(stem.grid) * stem.width + stem.backbone_width) if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
@@ -231,16 +234,14 @@ def encode_views(
     """What `encode`, inputs -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
     on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed,
     if it depends on the frozen encoder alone, `of` CLIP by default; `per_image` may know it already."""
-    device, form = source.clip.device, source.form
+    device, form, size = source.clip.device, source.form, source.pass_size or VIEW_BATCH
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
-            read: Iterable[tuple[Tensor, ...]] = zip(
-                *(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True
-            )
+            read: Iterable[tuple[Tensor, ...]] = zip(*(view.split(size) for view in part.views[:views]), strict=True)
         else:
-            pixels = (inputs.x for inputs, _ in part.batches(VIEW_BATCH))
+            pixels = (inputs.x for inputs, _ in part.batches(size))
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)
         for shown in by_image(progress, read, description, len(source.items), len(source.items) - len(rows)):
             with autocast(device, source.precision):

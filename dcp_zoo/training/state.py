@@ -21,7 +21,7 @@ from dcp_zoo.model.config import STATE_NAME
 from dcp_zoo.training.recipes import AS_RELEASED
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT, LOG_NAME = 1, "log.csv"
+STATE_FORMAT, LOG_NAME = 2, "log.csv"
 
 
 Log = Callable[[str], object]
@@ -113,7 +113,7 @@ class TrainingState:
             return ""
         return (
             f"The state after step {self._saved_steps} is saved in {self.path.parent}: the same command resumes from "
-            "there; with --overwrite it starts again."
+            "there. To start again, delete this folder."
         )
 
     def _save(self) -> None:

@@ -4,12 +4,15 @@
 imports timm, as open_clip does: that would be a circular import.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.zoo.registry import MODELS, all_heads
 
@@ -18,12 +21,36 @@ default_cfgs: Values = {}  # filled by `register`, read by timm
 
 
 def register(timm: ModuleType) -> None:
-    """Register every model of the zoo with timm, and its heads as the model's pretrained tags."""
-    from timm.models import generate_default_cfgs, register_model  # waits if another thread is importing timm
+    """Register every model of the zoo with timm, and its heads as the model's pretrained tags; let timm save heads."""
+    # waits if another thread is importing timm
+    from timm.models import _hub, generate_default_cfgs, register_model, save_for_hf
+
+    timm.models.save_for_hf = _hub.save_for_hf = _saving(save_for_hf)
 
     default_cfgs.update(generate_default_cfgs(_head_cfgs()))
     for name in MODELS:
         globals()[name] = register_model(_entrypoint(name))
+
+
+def _saving(save: Callable[..., None]) -> Callable[..., None]:
+    """timm's `save_for_hf`, which `push_to_hf_hub` calls too, and which writes the checkpoint of a head. timm itself
+    would write all tensors, CLIP's included, and a config.json that says too little to read them again; and it asks a
+    model for nothing before it writes, so that no head could refuse."""
+
+    @functools.wraps(save)
+    def save_for_hf(*args: Any, **kwargs: Any) -> None:
+        from dcp_zoo.model.head import Head
+
+        given = inspect.signature(save).bind(*args, **kwargs).arguments
+        if not isinstance(model := given["model"], Head):
+            return save(*args, **kwargs)
+        if extra := [name for name in ("model_config", "model_args", "data_config") if given.get(name)]:
+            advice = "Omit it; model.save_pretrained(directory, name=value) adds values."
+            raise ZooError(f"{extra[0]}: a head writes its own config.json. {advice}")
+        model.save_pretrained(given["save_directory"])
+        return None
+
+    return save_for_hf
 
 
 def _head_cfgs() -> Values:

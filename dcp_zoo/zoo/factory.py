@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -16,11 +17,11 @@ from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.checkpoint import load_head, tensor_shapes
+from dcp_zoo.model.checkpoint import load_head, tensor_shapes, without_probe
 from dcp_zoo.model.classes import TEMPLATE, Descriptions
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig, is_checkpoint
@@ -78,8 +79,8 @@ def create_model(
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
         num_classes, checkpoint_path, features_only, out_indices, device, dtype, pretrained_cfg_overlay: as of
-            `timm.create_model`. Another number of classes than the names' is refused, but 0 is not: then logits are
-            features. A checkpoint may also be a folder of the zoo.
+            `timm.create_model`. For another number of classes than the head has, see `Head.reset_classifier`; with 0
+            logits are features. A checkpoint may also be a folder of the zoo.
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
             timm's in_chans, img_size, global_pool and drop rates, with the only values that a CLIP can have.
 
@@ -111,17 +112,20 @@ def create_model(
         model = _fresh(clip, source, config, classnames, descriptions)
         if source.folder and not pretrained:
             text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
-            warnings.warn(text, stacklevel=2)
+            warn(text)
     origin = source.head.pretrained_cfg if source.head and pretrained not in (False, "clip") else {}
     for reading in model.readings:  # whose preprocessing images get
         reading.encoder.pretrained_cfg |= pretrained_cfg_overlay or {}
     told_timm(model, origin)
     model.stats = stats
-    model.text_probe = None if classifier == "none" else model.text_probe
-    if num_classes is not None:
-        model.reset_classifier(num_classes)
+    if num_classes and num_classes != model.num_classes:
+        model.reset_classifier(num_classes, classnames=classnames)
     if checkpoint_path:
         _load_state(model, Path(checkpoint_path))
+    if classifier == "none" and model.text_probe is not None:  # also that of the checkpoint
+        model.text_probe, model.info = None, without_probe(model.info)
+    if num_classes == 0:
+        model.reset_classifier(0)
     model.to(device=device, dtype=dtype)
     return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
 
@@ -151,9 +155,13 @@ def _load_state(model: Head, path: Path) -> None:
     if not path.is_file():
         raise ZooError(f"There is no file or checkpoint folder {path}: pass the path of one.")
     name = model.encoder.architecture
-    wrong = f"{path} does not have the tensors of this {name}: pass a file that was saved with its options."
+    wrong = f"{path} does not have the tensors of this {name}: {{}} Pass a file that was saved with its options."
     with as_zoo_error(wrong, RuntimeError, UnpicklingError, *UNREADABLE):
-        load_checkpoint(model, str(path), weights_only=True)
+        try:
+            load_checkpoint(model, str(path), weights_only=True)
+        except RuntimeError as error:  # torch names all keys
+            lines = [shorten(line.strip().split('", "'), 4) for line in str(error).splitlines()]
+            raise RuntimeError(shorten(lines, 4)) from error
 
 
 def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
@@ -174,6 +182,7 @@ def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
 def told_timm(head: Head, origin: Mapping[str, Any] = {}) -> None:
     """Let a head say what timm reads of a model: its encoder's preprocessing, its classes and its origin."""
     own = {"num_classes": head.num_classes, "label_names": head.classnames}
+    own |= {"classifier": "text_probe" if head.fc is None else "fc"}
     head.pretrained_cfg = head.default_cfg = {**origin, **head.encoder.pretrained_cfg, **own}
 
 
@@ -244,12 +253,13 @@ def load_clip(
     """The CLIP of a model's row with its weights, or random ones; see `create_model`."""
     tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
     built = build_clip(spec, with_weights, cache_dir)
-    return FrozenCLIP(built, tokenizer, _timm_cfg(built, spec), spec.name, spec.clip_pretrained)
+    clip = FrozenCLIP(built, tokenizer, _timm_cfg(built, spec), spec.name, spec.clip_pretrained)
+    return clip.remember_weights() if with_weights else clip
 
 
 def _timm_cfg(clip: nn.Module, spec: ModelSpec) -> Values:
     """What timm reads of a model: its preprocessing, and the names of its first convolution and of the module that
-    belongs to the classes. As no head has a linear layer for them, that is the text probe, which may be None."""
+    belongs to the classes: the text probe, which may be None, until `reset_classifier` makes a linear layer."""
     visual = clip.get_submodule("visual").named_modules(prefix="encoder.clip.visual")
     first_conv = next((name for name, module in visual if isinstance(module, nn.Conv2d)), None)
     own = {"architecture": spec.name, "first_conv": first_conv, "classifier": "text_probe"}
@@ -261,12 +271,11 @@ def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
     source, config = described(spec.clip, spec.clip_pretrained, cache_dir)
-    if with_weights and source.get("hf_hub"):
-        fetch_clip(source["hf_hub"], cache_dir)
+    file = _weights_file(spec, source, cache_dir) if with_weights else ""
     repo = source.get("hf_hub", "").rpartition("/")[0]
     failed = (
         f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, "
-        f"{f'dcp-zoo cache remove {repo}' if repo else 'replace them'}, and try again. Other weights are other models: "
+        f"{f'hf cache rm model/{repo}' if repo else 'replace them'}, and try again. Other weights are other models: "
         "open_clip:ARCH/TAG."
     )
     other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
@@ -274,8 +283,23 @@ def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None
         with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
-            load_weights(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
+            load_weights(clip, file)
     return clip.eval()
+
+
+def _weights_file(spec: ModelSpec, source: Values, cache_dir: str | Path | None) -> str | Path:
+    """The file with CLIP's weights, downloaded if needed, from the row's pinned revision if it has one; `source` is
+    open_clip's description of it. ZooError if open_clip has moved the weights to another repo."""
+    if not (place := source.get("hf_hub")):
+        return open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir))
+    repo = place.rpartition("/")[0]
+    advice = f"Upgrade dcp_zoo, or take the weights as they are now: {OPEN_CLIP}{spec.clip}/{spec.clip_pretrained}."
+    if spec.clip_revision and repo != spec.clip_repo:
+        moved = (
+            f"open_clip {version('open_clip_torch')} has the {spec.clip_pretrained} weights of {spec.clip} in {repo}"
+        )
+        raise ZooError(f"{moved}, and {spec.name} has them from {spec.clip_repo}. {advice}")
+    return fetch_clip(place, cache_dir, spec.clip_revision, advice)
 
 
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:

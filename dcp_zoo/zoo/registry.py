@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class ModelSpec:
     std: tuple[float, ...] = OPENAI_STD
     interpolation: str = "bicubic"  # of the test images, in timm's terms, as the next
     crop_mode: str = "center"  # "center" resizes the short side and crops, "squash" resizes both sides
+    clip_revision: str | None = None  # commit of `clip_repo`, see hub/pin_clips.py; None: the newest, whatever it is
     parameters: int | None = None  # of both towers, in millions
     gflops: float | None = None  # of the image tower, for one image, as torch's `FlopCounterMode` counts them
     # published zero-shot top-1 in percent, not measured here; None: no table has it
@@ -115,8 +117,25 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
     model = SIZES.get(model, model)
     if model not in MODELS:
         close = ", ".join(nearest(model, MODELS) or MODELS)
-        raise ZooError(f"Unknown model {model!r}. Nearest: {close}. All: `dcp-zoo list` or dcp_zoo.list_models().")
+        hint = open_clip_hint(model) or f" Nearest: {close}."
+        raise ZooError(f"Unknown model {model!r}.{hint} All: `dcp-zoo list` or dcp_zoo.list_models().")
     return MODELS[model]
+
+
+def open_clip_hint(name: str) -> str:
+    """The part of an error message that says how to write a name of open_clip's, ARCH or ARCH/TAG; "" for others."""
+    clip, _, tag = name.partition("/")
+    if clip not in _open_clip_names():
+        return ""
+    return f" open_clip's {clip} is {OPEN_CLIP}{clip}/{tag or 'TAG'}, with a tag of open_clip.list_pretrained()."
+
+
+@cache
+def _open_clip_names() -> set[str]:
+    """The architectures of open_clip, whose import would take seconds."""
+    found = find_spec("open_clip")
+    places = (found and found.submodule_search_locations) or ()
+    return {path.stem for place in places for path in Path(place, "model_configs").glob("*.json")}
 
 
 def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:

@@ -1,13 +1,13 @@
 """From a name to a model's row in the table and its checkpoint. Only here are names taken apart, without torch."""
 
-import os.path
-import warnings
+import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.data.specs import find_spec
+from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import (
@@ -60,7 +60,7 @@ def parse_name(name: str) -> Name:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
     hint = nearest_hint(name, [*beside, *registry.list_models(pretrained=True), *registry.list_models()])
-    problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint}"
+    problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{registry.open_clip_hint(name) or hint}"
     raise ZooError(f"{problem} All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}.")
 
 
@@ -127,7 +127,7 @@ def trained_here(head: HeadEntry, name: str) -> Path | None:
     folder, is_head = Path(places[0]).absolute(), head.status == "planned" and places[0] == head.name
     other = f"the {head.status} head {head.name}, not the one in {folder}: that is local-dir:{places[0]}"
     text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
-    warnings.warn(text, stacklevel=1)
+    warn(text)
     return folder if is_head else None
 
 
@@ -144,9 +144,18 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_zoos else name
 
 
+def _instead_of(head: HeadEntry) -> str:
+    """A head that exists: of a part of the same dataset if there is one."""
+    for other in registry.trained_heads().values():
+        spec = find_spec(other.dataset)
+        if (other.model, other.shots, spec.part_of) == (head.model, head.shots, head.dataset):
+            return f"{other.name}: {spec.part_note}"
+    return f"a head that exists, such as {registry.list_heads(status='bundled')[0]}: dcp-zoo list shows all."
+
+
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     """The folder of a registered head at its pinned revision, or unpinned with a warning."""
-    from dcp_zoo.hub import download_head  # slow to import
+    from dcp_zoo.hub import download_head, is_absent  # slow to import
 
     revision, sha256 = head.pin
     if revision is not None:
@@ -154,21 +163,13 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     try:
         folder = download_head(head.repo_id, cache_dir=cache_dir)
     except ZooError as error:
-        problem = f"{head.name} was published in {head.org}, but is not available: {error}"
-        if head.status == "planned":
-            problem = f"{head.name} is planned: nobody has trained it. Nor is it on the Hub: {error}"
-        raise ZooError(
-            f"{problem}\n"
-            "What you can do:\n"
-            f"- train it: {head.train_command}\n"
-            "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
-            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
-            "- start from CLIP's weights and fresh prompts: pretrained='clip'"
-        ) from error
-    warnings.warn(
+        if head.status != "planned" or os.environ.get("DCP_ZOO_HUB_ORG") or not is_absent(error):
+            raise
+        problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
+        raise ZooError(f"{problem}. Or load {_instead_of(head)}") from None  # the Hub's answer says no more
+    warn(
         f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
-        "Hub.",
-        stacklevel=4,  # the caller of create_model
+        "Hub."
     )
     return folder
 

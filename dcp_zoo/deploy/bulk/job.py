@@ -12,21 +12,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from multiprocessing.connection import wait
-from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcp_zoo.answers import Answering, Hierarchy, Predictor, Ranking, Row, label, labelled, log_softmax, top_classes
+from dcp_zoo.answers import Answering, Predictor, Row, label, labelled, log_softmax, top_classes
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.data.progress import Progress, no_progress
-from dcp_zoo.deploy.together import Count, count, together
+from dcp_zoo.deploy.together import together
 from dcp_zoo.errors import ZooError, check_range, nearest_hint, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.texts import NONE, is_reserved
+from dcp_zoo.texts import NONE
 from dcp_zoo.threads import available_cores
 
 Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
@@ -57,7 +56,7 @@ def decode_batches(paths: Sequence[str], preprocessing: Values, batch_size: int,
             yield running.popleft().result()
     except BrokenProcessPool as error:
         problem = "A process that decodes images was killed, perhaps for lack of memory."
-        raise ZooError(f"{problem} Run the same command again, with fewer --workers.") from error
+        raise ZooError(f"{problem} Close other programs, and run the same command again: it goes on.") from error
     finally:
         processes.shutdown(cancel_futures=True)
 
@@ -93,9 +92,6 @@ class Rows(NamedTuple):
     features: np.ndarray | None
 
 
-Answers = tuple[list[Row], list[Count]]  # of all images; how many there are of each class, of answers together
-
-
 @dataclass(frozen=True)
 class Job:
     """What a run computes."""
@@ -106,7 +102,6 @@ class Job:
     batch_size: int = 32  # does not affect the predictions
     workers: int = 0  # see `decode_batches`
     reject: bool = False  # say of each image whether it belongs to none of the classes
-    rank: Ranking = top_classes  # makes the predictions of probabilities; part of the plan
     together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
     labels: Mapping[str, str] = field(default_factory=dict)  # what a person said of images, by name: a class or `NONE`
 
@@ -118,7 +113,7 @@ class Job:
         for name in {*self.labels.values()} - {NONE, *predictor.classnames}:
             known = f"the head's classes ({shorten(predictor.classnames)}).{nearest_hint(name, predictor.classnames)}"
             raise ZooError(f"The label {name!r} is none of {known} Train a head with these labels first, or change it.")
-        answer = Answering(self.top_k, predictor.threshold if self.reject else None, self.rank)
+        answer = Answering(self.top_k, predictor.threshold if self.reject else None)
         paths = [image.path for image in images]
         start = 0
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
@@ -133,16 +128,16 @@ class Job:
                 rows = [labelled(row, self.labels.get(image.name)) for image, row in zip(batch, rows, strict=True)]
             yield Rows([{"image": image.name} | row for image, row in zip(batch, rows, strict=True)], features)
 
-    def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> Answers:
+    def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> list[Row]:
         """The rows of all batches of `classify`, refined if they are to be."""
         found = list(batches)
         rows = [row for batch in found for row in batch.rows]
         kept = [batch.features for batch in found if batch.features is not None]
-        return self.refined(rows, np.concatenate(kept), classnames) if self.together else (rows, [])
+        return self.refined(rows, np.concatenate(kept), classnames) if self.together else rows
 
     def refined(
         self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
-    ) -> Answers:
+    ) -> list[Row]:
         """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
         each image had without the others. Those of no class, or that cannot be read, stay so and lend nothing; those
         that a person labelled stay so and lend their class."""
@@ -154,19 +149,9 @@ class Job:
                 z[:] = [0 if name == label(rows[i]) else -np.inf for name in classnames]
         features /= np.linalg.norm(features, axis=1, keepdims=True)
         probabilities = together(np.exp(log_softmax(logits)), features, progress)
-        for i, classes in zip(own, self.rank(probabilities, classnames, self.top_k), strict=True):
+        for i, classes in zip(own, top_classes(probabilities, classnames, self.top_k), strict=True):
             rows[i] |= {} if rows[i].get("labelled") else {"predictions": classes}
-        return rows, count(probabilities, classnames)
-
-    def keywords(self, row: Row, error_rate: float) -> list[str] | None:
-        """The class of a row, below what is above it in a hierarchy, or nothing if that is not certain enough; None for
-        an image that cannot be read."""
-        if "error" in row:
-            return None
-        probability = row["predictions"][0]["probability"]
-        if (probability is not None and probability < 1 - error_rate) or is_reserved(name := label(row)):
-            return []
-        return self.rank.path_to(name) if isinstance(self.rank, Hierarchy) else [name]
+        return rows
 
     def plan_of(self, images: Iterable[str], **more: object) -> Values:
         """All that determines the results for these images."""
@@ -183,9 +168,5 @@ class Summary:
     resumed: int  # that an earlier run had done
     failed: int  # that cannot be read
     changed: Sequence[Row] = ()  # that other images changed, of answers together
-    counts: Sequence[Count] = ()
     labelled: int = 0  # by a person
-    classes: Mapping[str, int] = field(default_factory=dict, compare=False)  # images by class, or `NONE`
-    keywords: int = 0  # files into which keywords were written
-    undo: Path | None = None  # the file by which `journal.undo` takes back what was changed
     errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those

@@ -3,35 +3,25 @@ FOLDER/_plan.json says what is computed, FOLDER/part-* have the rows. A part tha
 half-written is hidden."""
 
 import json
-import os
 import shutil
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import chain, count
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dcp_zoo.answers import Row, is_changed, label
+from dcp_zoo.answers import Row, is_changed
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.images import days_of
-from dcp_zoo.data.keywords import keyword_files, with_keywords
-from dcp_zoo.data.paths import check_output, companions
+from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.job import NAMED, Job, Rows, Summary
-from dcp_zoo.deploy.bulk.journal import Journal
-from dcp_zoo.deploy.bulk.sorted_folders import check_sortable, move_into, replaced_since, sort_into
-from dcp_zoo.deploy.together import Count
-from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
+from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import LOCK, UNFINISHED, Content, check_writable, locked, write_file
-from dcp_zoo.texts import class_folders, read_csv
+from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
 
 PLAN = "_plan.json"
 
@@ -41,32 +31,10 @@ class OutputFiles:
     table: Path  # predictions: .csv or .jsonl
     features: Path | None = None  # image features, in the order of the table: .npz
     sheet: Path | None = None  # an HTML contact sheet
-    sort_into: Path | None = None  # a folder that gets a folder of images per class
-    move: bool = False  # the images themselves instead of copies
-    by_date: bool = False  # in each class a folder per day
-    only_new: bool = False  # leave out images that the table has, and add the others to it
-    keywords: float | None = None  # write the classes as keywords, up to this share of wrong ones
-    embed: bool = False  # in JPEGs themselves, not beside them
     overwrite: bool = False  # replace files that exist
 
-    def check_stopped(self) -> None:
-        """Raise ZooError after a run that was stopped while it moved the images, which says how to undo it."""
-        if self.move and self.undo_file.exists():
-            advice = f"dcp-zoo undo {self.undo_file}, and then repeat the command"
-            raise ZooError(f"A run was stopped while it moved these images: {advice}.")
-
-    def check(self, images: Sequence[Found]) -> None:
-        """Raise ZooError as of `check_stopped`, and for unknown suffixes, results that exist, and places that cannot be
-        written."""
-        self.check_stopped()
-        if self.sort_into:
-            check_sortable(images, self.sort_into)
-        for image in images if self.move or (self.keywords and not self.sort_into) else ():
-            if image.path != image.name or os.path.islink(image.path):  # noqa: PTH114
-                where = f"{image.name} is a link, or in an archive"
-                raise ZooError(f"{where}: only files themselves can be moved or get keywords. Pass these.")
-        for folder in {os.path.dirname(image.path) for image in images if self.move}:  # noqa: PTH120
-            check_writable(Path(folder), "omit --move, to copy the images")
+    def check(self) -> None:
+        """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
         formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         files = {option: file for option, file in given.items() if file}
@@ -75,35 +43,7 @@ class OutputFiles:
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(known)}.")
             if [*files.values()].count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
-            adds = self.only_new and file == self.table
-            check_output(file, self.overwrite or adds or self._has_begun(file), option)
-        if self.sort_into:
-            check_writable(self.sort_into)
-
-    def earlier(self, images: Sequence[Found]) -> list[Values]:
-        """The rows of the table that `only_new` adds to, but those of images that could not be read, or that are others
-        since: cameras give their names again. A warning counts these."""
-        if not (self.only_new and self.table.exists()):
-            return []
-        written = self.table.stat().st_mtime
-        files = {os.path.abspath(image.name): Path(image.path) for image in images}  # noqa: PTH100
-        changed = {name for name, file in files.items() if file.exists() and file.stat().st_mtime > written}
-        if self.sort_into and not self.move:
-            changed |= replaced_since(self.sort_into, files)
-        with as_zoo_error(f"Cannot read {self.table} ({{}}): --only-new adds to a .csv that predict wrote."):
-            header, *rows = read_csv(self.table)
-            cells = [dict(zip(header, row, strict=True)) for row in rows]
-            known = [row for row in cells if not row["error"]]
-            stay = [row for row in known if os.path.abspath(row["image"]) not in changed]  # noqa: PTH100
-        if left := len(known) - len(stay):
-            warnings.warn(f"Changed since {self.table}, and classified again: {left:,} images.", stacklevel=3)
-        return stay
-
-    @property
-    def undo_file(self) -> Path:
-        """Of the run that this one resumes, or a new one."""
-        files = (self.table.with_suffix(f".undo{f'-{number}' * (number > 1)}.jsonl") for number in count(1))
-        return next(file for file in files if not file.exists() or self._has_begun(file))
+            check_output(file, self.overwrite or self._has_begun(file), option)
 
     def _has_begun(self, file: Path) -> bool:
         """Whether an earlier run, which this one resumes, has written a file."""
@@ -121,100 +61,32 @@ def run(
 ) -> Summary:
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
     are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
-    outputs.check(images)
-    earlier = outputs.earlier(images)
-    classified = {os.path.abspath(row["image"]) for row in earlier}  # noqa: PTH100
-    images = [image for image in images if os.path.abspath(image.name) not in classified]  # noqa: PTH100
+    outputs.check()
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
-        predictor = job.load() if resumed < len(images) or job.together or outputs.sheet else None
+        predictor = job.load() if resumed < len(images) or job.together else None
         if predictor and resumed < len(images):
             computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
             rows.keep(batches, part_seconds)
-        answers, counts = rows.rows, list[Count]()
+        answers = rows.rows
         kept = rows.features() if job.together or outputs.features else None
         if predictor and job.together and kept is not None:
-            refined, counts = job.refined([*answers()], kept, predictor.classnames, progress)
+            refined = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
-        journal = Journal(outputs.undo_file) if outputs.move or outputs.keywords else None
-        known = {os.path.splitext(os.path.abspath(row["image"]))[0] for row in earlier}  # noqa: PTH100, PTH122
-        places = _sorted(images, answers(), outputs, journal, known)
-        if outputs.move:
-            images = [Found(str(to), str(to)) if to else image for image, to in zip(images, places, strict=True)]
-            answers = partial(_renamed, answers, images)
-        written = 0
-        if outputs.keywords and journal:
-            classes = (job.keywords(row, outputs.keywords) for row in answers())
-            written = write_keywords(places, classes, outputs.embed, journal)
         if outputs.features and kept is not None:
             names = [image.name for image in images]
             rows.write(outputs.features, lambda temporary: writers.write_features(temporary, names, kept))
-        if outputs.sheet and predictor:
-            about = outputs.sheet, images, predictor.classnames, answers()
-            keywords = {"embed": outputs.embed, "hierarchy": job.plan.get("hierarchy")} if outputs.keywords else None
-            folder = outputs.sort_into and writers.relative(outputs.sort_into, outputs.sheet.parent)
-            done = {"sorted": folder, "moved": outputs.move, "keywords": keywords}
-            rows.write(outputs.sheet, partial(writers.write_sheet, *about, places=places, run=done))
+        if outputs.sheet:
+            rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, answers()))
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
-        columns = dict.fromkeys([*(name for row in earlier[:1] for name in row), *writers.columns(answers())])
-        rows.write(outputs.table, lambda temporary: write_table(temporary, chain(earlier, answers()), [*columns]))
+        rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
         failed = [row["error"] for row in answers() if "error" in row]
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
         labelled = sum(row.get("labelled", False) for row in answers()) if job.labels else 0
-        classes_of = Counter(label(row) for row in answers() if "error" not in row)
     rows.remove()
-    numbers = len(images), resumed, len(failed), changed, tuple(counts), labelled
-    return Summary(*numbers, classes_of, written, journal.file if journal else None, failed[:NAMED])
-
-
-def _sorted(
-    images: Sequence[Found], answers: Iterable[Row], outputs: OutputFiles, journal: Journal | None, known: set[str]
-) -> Sequence[Path | None]:
-    """Where each image is, after they are sorted into folders if they are to be. Moved ones get none of the `known`
-    names, those of the table, even if a person has moved these on."""
-    if outputs.sort_into is None:
-        return [Path(image.path) for image in images]
-    classes = [None if "error" in row else label(row) for row in answers]
-    folders = class_folders({name for name in classes if name is not None})
-    named = [folders.get(name or "") for name in classes]
-    if outputs.by_date:
-        days = days_of([image.path if folder else "" for image, folder in zip(images, named, strict=True)])
-        named = [folder and f"{folder}/{day}" for folder, day in zip(named, days, strict=True)]
-    paths = [image.path for image in images]
-    if journal and outputs.move:
-        return move_into(paths, named, outputs.sort_into, journal, known)
-    names = [os.path.abspath(image.name) for image in images]  # noqa: PTH100
-    return sort_into(paths, named, outputs.sort_into, names)
-
-
-def _renamed(answers: Callable[[], Iterator[Row]], images: Sequence[Found]) -> Iterator[Row]:
-    for row, image in zip(answers(), images, strict=True):
-        yield row | {"image": image.name}
-
-
-def write_keywords(
-    places: Iterable[Path | None], classes: Iterable[list[str] | None], embed: bool, journal: Journal
-) -> int:
-    """Write the class of each image into its files of keywords; returns into how many. A warning counts those that
-    cannot be read."""
-    belonging, written, problems = cache(companions), 0, list[str]()
-    for image, path in zip(places, classes, strict=True):
-        if image is None or path is None:
-            continue
-        for file in keyword_files(image, belonging(image.parent).get(image.name, ()), embed):
-            try:
-                content = with_keywords(file, path, image)
-            except ZooError as error:
-                problems.append(str(error))
-                continue
-            if content is not None:
-                journal.write(file, content)
-                written += 1
-    if problems:
-        warnings.warn(f"Files without the new keywords: {len(problems):,}. {problems[0]}", stacklevel=3)
-    return written
+    return Summary(len(images), resumed, len(failed), changed, labelled, failed[:NAMED])
 
 
 @contextmanager
@@ -247,12 +119,13 @@ class UnfinishedRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = sorted(folder.glob("part-*.jsonl"))
-        self.done = sum(1 for _ in self.rows())
+        self.done = self.classified = sum(1 for _ in self.rows())
 
     @property
     def later(self) -> str:
         """Advice after an error."""
-        return f"run the same command again later: {self.done:,} finished rows are kept"
+        kept = f"of {self.classified:,} images that were classified, the rows of {self.done:,} are kept"
+        return f"run the same command again later: {kept}"
 
     def keep(self, batches: Iterable[Rows], seconds: float) -> None:
         """Write parts at an interval, and what is left at the end or when the run is stopped."""
@@ -260,6 +133,7 @@ class UnfinishedRun:
         try:
             for batch in batches:
                 rows += batch.rows
+                self.classified += len(batch.rows)
                 features += [] if batch.features is None else [*batch.features]
                 if time.monotonic() - written >= seconds:
                     written, ready = time.monotonic(), (rows, features)

@@ -7,13 +7,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.answers import Row, is_changed, label
+from dcp_zoo.answers import Row, is_changed, label, written
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
@@ -22,27 +21,24 @@ from dcp_zoo.texts import NONE, write_csv
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
-    """The columns of a table of these rows: the best class has no number."""
+    """The columns of a table of these rows. `class` is what was decided; `best`, of a run that rejects, is the most
+    probable class, and `probability` its probability."""
     names, ranks = set[str](), 1
     for row in rows:
         names |= row.keys()
         ranks = max(ranks, len(row.get("predictions", ())))
-    suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
-    first, last = [name for name in ("rejected", "labelled") if name in names], ["alone"] if "alone" in names else []
-    return [
-        "image",
-        *first,
-        *(name + suffix for suffix in suffixes for name in ("class", "probability")),
-        *last,
-        "error",
-    ]
+    others = (f"{name}_{rank}" for rank in range(2, ranks + 1) for name in ("class", "probability"))
+    more = [name for name in ("rejected", "labelled") if name in names]
+    best, alone = ["best"] * ("rejected" in names), ["alone"] * ("alone" in names)
+    return ["image", *more, "class", *best, "probability", *others, *alone, "error"]
 
 
 def _cells(row: Row) -> Values:
     """The values of a row by their columns, without those that it lacks."""
-    flat = dict(row)
+    flat = written(row)
     for rank, prediction in enumerate(flat.pop("predictions", []), 1):
-        flat |= {f"{name}_{rank}" if rank > 1 else name: value for name, value in prediction.items()}
+        names = (f"class_{rank}", f"probability_{rank}") if rank > 1 else ("best", "probability")
+        flat |= dict(zip(names, prediction.values(), strict=True))
     return flat
 
 
@@ -52,7 +48,7 @@ def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
 
 def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(written(row)) + "\n" for row in rows)
 
 
 TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl}
@@ -72,14 +68,10 @@ SIZE = 128  # pixels of a thumbnail's longer side
 def write_sheet(
     path: Path,
     images: Sequence[Found],
-    classnames: Sequence[str],
     rows: Iterable[Row],
     temporary: str,
-    places: Sequence[Path | None] = (),
-    run: Values | None = None,
 ) -> None:
-    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place. For a
-    `Review`: `places`, where each image is if that is known, and what the `run` did with them."""
+    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place."""
     counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):
         if "error" in row:
@@ -90,13 +82,12 @@ def write_sheet(
         entry = (-2.0 if row.get("labelled") else -row["predictions"][0]["probability"], -index, row)
         (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
 
+    classes = len(counts.keys() - {NONE})
+
     def pictures(name: str) -> Iterator[Values]:
         """Of one class, the least certain first, and those that a person labelled last."""
         shown = sorted(least[name], reverse=True)
         entries = [(images[-index], row) for _, index, row in shown]
-        for _, index, _ in shown if places else ():
-            if place := places[-index]:
-                about["places"][images[-index].name] = relative(place, path.parent)
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
             yield {
@@ -106,37 +97,23 @@ def write_sheet(
                 "link": _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
                 "labelled": row.get("labelled"),
+                "rejected": row.get("rejected"),
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
-    key = page_key([*(image.name for image in images), *classnames])
-    about: Values = {"key": key, "classes": classnames, "none": NONE, "column": "class", "run": run or {}, "places": {}}
     content = {
+        "title": f"{len(images):,} image{'s' * (len(images) != 1)} in {classes} class{'es' * (classes != 1)}",
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
-        "classes": len(counts.keys() - {NONE}),
         "pictures": pictures,
         "errors": errors,
-        "total": len(images),
-        "about": about,
     }
     page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
     page.dump(temporary, "utf-8", "replace")
 
 
-def page_key(names: Iterable[str]) -> str:
-    """By what a browser keeps the marks of a page: those of the same images and classes."""
-    return f"dcp_zoo {sha256(chr(10).join(names).encode('utf-8', 'surrogatepass')).hexdigest()}"
-
-
 def _link(path: str, folder: Path) -> str:
     """The address of an image file on a page in the folder."""
-    found = relative(path, folder)
-    return Path(found).as_uri() if os.path.isabs(found) else quote(os.fsencode(found))  # noqa: PTH117
-
-
-def relative(path: str | Path, folder: Path) -> str:
-    """A path that starts in a folder, if it is not on another drive of Windows."""
     try:
-        return os.path.relpath(path, folder)
-    except ValueError:
-        return str(Path(path).absolute())
+        return quote(os.fsencode(os.path.relpath(path, folder)))
+    except ValueError:  # another drive of Windows
+        return Path(path).absolute().as_uri()

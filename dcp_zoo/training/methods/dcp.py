@@ -79,12 +79,12 @@ def new_model(task: Task) -> DCP:
 def round_and_store_stats(model: DCP, source: ImageSource) -> None:
     """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics
     on the unaugmented training images. ZooError for numbers beyond float16's range: training diverged."""
-    for tensor in model._trained_state().values():
+    for tensor in model.to_state().values():
         tensor.copy_(tensor.half())
     model.store_stats(source.batches(64))
     if model.stored_stats is not None:
         model.stored_stats.copy_(model.stored_stats.half())
-    if not all(tensor.isfinite().all() for tensor in model._trained_state().values()):
+    if not all(tensor.isfinite().all() for tensor in model.to_state().values()):
         problem = "Training diverged: the prompts became too large for float16."
         raise ZooError(f"{problem} Lower the learning rate (--set lr=...), and start again (--overwrite).")
 

@@ -3,14 +3,13 @@
 Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/baselines.md.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, FAST, BaseRecipe, Recipe, named_recipe
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Methods(Mapping[str, "Method"]):
         for place in (*own, *entry_points(group=GROUP)):
             if self.places.setdefault(place.name, place) is not place:
                 text = f"The method {place.name!r} of {_package(place)} is left out: there is one of that name already."
-                warnings.warn(text, stacklevel=2)
+                warn(text)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -109,7 +108,7 @@ def fit_head(name: str, task: "Task") -> "Head":
         head.info = head.info | {"text_probe": found}
     elif task.none is not None:
         why = f"only a text probe learns from them, and {name} is trained without one"
-        warnings.warn(EXAMPLES_UNUSED.format(len(task.none.items), why), stacklevel=2)
+        warn(EXAMPLES_UNUSED.format(len(task.none.items), why))
     return head
 
 

@@ -5,7 +5,6 @@ fitted to features of the training images themselves: `fit_probe` gives it to a 
 zero-shot CLIP, by whose `fit` it is made, because its recipe names it.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe.fit import Read, fit_on_features, share_above
@@ -58,7 +57,7 @@ def fit_probe(
     head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical, examples)
     thresholds = info.get("thresholds")
     if none is not None and not thresholds:
-        warnings.warn(EXAMPLES_UNUSED.format(len(none.items), TOO_FEW), stacklevel=2)
+        warn(EXAMPLES_UNUSED.format(len(none.items), TOO_FEW))
     head.to(head.device)
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]

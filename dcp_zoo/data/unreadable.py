@@ -1,0 +1,86 @@
+"""Images that cannot be read: all are named in one error, or left out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
+
+from dcp_zoo.data.images import ImageLike, check_complete, load_image
+from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.splits import PARTS, Item, Split
+from dcp_zoo.errors import UnreadableImages, ZooError, by_reason, shorten, warn
+from dcp_zoo.fields import Values
+from dcp_zoo.threads import available_cores
+
+ERRORS = ("raise", "keep")  # for images that cannot be read
+MOVE = "Replace them, or move them out of their class folders."
+LEAVE_OUT = "Replace them, or leave them out."
+KEEP = 'Replace them, or pass errors="keep" to go on without them.'
+
+
+def damaged(
+    items: Sequence[Item],
+    read: Callable[[ImageLike], object] = check_complete,
+    progress: Progress = no_progress,
+    name: str = "images",
+) -> dict[int, ZooError]:
+    """Why images cannot be read, by their positions: those that `read` refuses. By default few bytes of a file tell;
+    `load_image` finds the rest."""
+
+    def problem(item: Item) -> ZooError | None:
+        try:
+            if not hasattr(item.path, "ndim"):  # features have no image
+                read(item.path)
+        except ZooError as error:
+            return error.with_traceback(None)
+        return None
+
+    with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
+        problems = enumerate(progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items)))
+        return {i: found for i, found in problems if found}
+
+
+def check_images(
+    items: Sequence[Item],
+    progress: Progress = bar,
+    advice: str = MOVE,
+    read: Callable[[ImageLike], object] = check_complete,
+) -> None:
+    """Raise one `UnreadableImages` for all images that are not images or are truncated, see `damaged`."""
+    if found := damaged(items, read, progress):
+        raise found[0] if len(items) == 1 else UnreadableImages(f"{told(items, found)}. {advice}", _named(items, found))
+
+
+def told(items: Sequence[Item], found: Mapping[int, ZooError]) -> str:
+    """How many images cannot be read, which and why."""
+    return f"{len(found)} of {len(items)} images cannot be read: {by_reason(_named(items, found))}"
+
+
+def _named(items: Sequence[Item], found: Mapping[int, ZooError]) -> dict[str, str]:
+    names = {i: items[i].path if isinstance(items[i].path, str) else items[i].key for i in found}
+    return {names[i]: error.reason for i, error in found.items()}
+
+
+@contextmanager
+def all_named(items: Sequence[Item], advice: str = KEEP) -> Iterator[None]:
+    """An error of one image, which `check_images` did not find, becomes one of all such images."""
+    try:
+        yield
+    except UnreadableImages:
+        check_images(items, no_progress, advice, load_image)
+        raise
+
+
+def without_unreadable(split: Split, progress: Progress = bar) -> Split:
+    """The images of a split that can be read, as if the others were not there; a warning names these. All are decoded.
+    ZooError for a class that has no other training image."""
+    items = [*split.items, *split.none]
+    if not (found := damaged(items, load_image, progress)):
+        return split
+    gone = {id(items[i]) for i in found}
+    parts: Values = {part: [item for item in getattr(split, part) if id(item) not in gone] for part in (*PARTS, "none")}
+    if empty := {item.label for item in split.train} - {item.label for item in parts["train"]}:
+        names = shorten([split.classnames[label] for label in sorted(empty)])
+        raise ZooError(f"{told(items, found)}. {names} has no other image: add some, or remove the class.")
+    warn(f"{told(items, found)}. Training goes on without them.")
+    return replace(split, unreadable=len(found), **parts)

@@ -1,0 +1,268 @@
+"""Images that cannot be read cost no answer for the others: each door names all of them, or leaves them out."""
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import photo
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_predict
+
+import dcp_zoo
+from dcp_zoo import FewShotClassifier, UnreadableImages, ZooError
+from dcp_zoo.data import load_image
+
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
+
+def cut(path: Path) -> bytes:
+    """A file without its end, which few of its bytes tell."""
+    return path.read_bytes()[:-100]
+
+
+def broken_inside(path: Path) -> bytes:
+    """A PNG that only those find who decode it."""
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"IDAT") + 40
+    content[middle : middle + 20] = bytes(20)
+    return bytes(content)
+
+
+@pytest.fixture
+def pictures(flowers: Path) -> tuple[list[str], list[str]]:
+    return dcp_zoo.list_labelled_images(flowers)
+
+
+def two(folder: Path, spoil: Callable[[Path], bytes]) -> list[str]:
+    places = [photo(folder / name) for name in ("a.png", "b.png")]
+    for place in places:
+        place.write_bytes(spoil(place))
+    return [str(place) for place in places]
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> list[str]:
+    return two(tmp_path / "bad", cut)
+
+
+@pytest.fixture(params=[cut, broken_inside])
+def any_bad(request, tmp_path: Path) -> list[str]:
+    return two(tmp_path / "bad", request.param)
+
+
+@pytest.fixture
+def fitted(pictures) -> FewShotClassifier:
+    return FewShotClassifier().fit(*pictures)
+
+
+def test_all_unreadable_images_are_named_at_once(pictures, any_bad, fitted):
+    """Whoever leaves these out is done."""
+    (paths, labels), head = pictures, fitted.model_
+    images, named = [*paths[:3], any_bad[0], *paths[3:], any_bad[1]], [*labels[:3], "rose", *labels[3:], "rose"]
+    for call in (
+        lambda: dcp_zoo.predict(head, images),
+        lambda: dcp_zoo.evaluate(head, images, named),
+        lambda: dcp_zoo.train("dcp_mini", images, named),
+        lambda: FewShotClassifier().fit(images, named),
+        lambda: fitted.predict(images),
+        lambda: fitted.predict_proba(images),
+        lambda: fitted.decision_function(images),
+        lambda: fitted.transform(images),
+        lambda: fitted.score(images, named),
+    ):
+        with pytest.raises(UnreadableImages, match=r'2 of 14 images cannot be read: .*errors="keep"') as failure:
+            call()
+        error = pickle.loads(pickle.dumps(failure.value))  # as it comes from another process
+        assert list(error.reasons) == any_bad
+        assert all(error.reasons.values())
+
+
+def test_the_others_are_answered_as_if_alone(pictures, any_bad, fitted):
+    (paths, labels), head = pictures, fitted.model_
+    images, good = [*paths[:3], any_bad[0], *paths[3:], any_bad[1]], [i for i in range(14) if i not in (3, 13)]
+    keep, named = clone(fitted).set_params(errors="keep"), [*labels[:3], "rose", *labels[3:], "rose"]
+    rows = dcp_zoo.predict(head, images, errors="keep")
+    assert [rows[i] for i in good] == dcp_zoo.predict(head, paths)
+    for i, path in ((3, any_bad[0]), (13, any_bad[1])):
+        assert isinstance(rows[i], UnreadableImages)
+        assert list(rows[i].reasons) == [path]
+        assert path in str(rows[i])
+    with pytest.warns(UserWarning, match=r"2 of 14 images cannot be read: .*a\.png"):
+        keep.fit(images, named)
+    assert keep.model_.info["unreadable_images"] == 2
+    for door in (FewShotClassifier.predict_proba, FewShotClassifier.decision_function, FewShotClassifier.transform):
+        with pytest.warns(UserWarning, match="2 of 14 images cannot be read"):
+            values = door(keep, images)
+        np.testing.assert_array_equal(values[good], door(fitted, paths))
+        assert np.isnan(values[[3, 13]]).all()
+    with pytest.warns(UserWarning, match="2 of 14"):
+        found = keep.predict(images)
+    assert found[good].tolist() == fitted.predict(paths).tolist()
+    assert found[3] != found[3], "NaN"
+    weights = np.arange(14.0)
+    with pytest.warns(UserWarning, match="2 of 14"):
+        assert keep.score(images, named, weights) == pytest.approx(fitted.score(paths, labels, weights[good]))
+    with pytest.warns(UserWarning, match="2 of 14"):
+        evaluation = dcp_zoo.evaluate(head, images, named, errors="keep")
+    assert torch.equal(evaluation.logits, dcp_zoo.evaluate(head, paths, labels).logits)
+    assert [item.path for item in evaluation.items] == paths
+    with pytest.warns(UserWarning, match="2 of 14"):
+        assert dcp_zoo.train("dcp_mini", images, named, errors="keep").class_images == {"rose": 6, "tulip": 6}
+
+
+def test_weights_stay_with_their_images(pictures, bad):
+    paths, labels = pictures
+    weights = np.arange(1.0, 13.0)
+    expected = FewShotClassifier().fit(paths, labels, weights).predict_proba(paths)
+    images, named = [*paths[:3], bad[0], *paths[3:]], [*labels[:3], "rose", *labels[3:]]
+    with pytest.warns(UserWarning, match="1 of 13 images cannot be read"):
+        found = FewShotClassifier(errors="keep").fit(images, named, np.insert(weights, 3, 99.0))
+    np.testing.assert_array_equal(found.predict_proba(paths), expected)
+
+
+def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
+    keep = fitted.set_params(errors="keep")
+    for together in (False, True):
+        with pytest.warns(UserWarning, match="2 of 2 images cannot be read"):
+            assert np.isnan(keep.predict_proba(bad, together=together)).all()
+        rows = dcp_zoo.predict(keep.model_, bad, together=together, errors="keep")
+        assert [type(row) for row in rows] == [UnreadableImages] * 2
+    with pytest.warns(UserWarning, match="2 of 2"):
+        assert [type(label) for label in keep.predict(bad)] == [float, float]
+    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(ZooError, match="None of these images can be read"):
+        keep.score(bad, ["rose", "tulip"])
+    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(UnreadableImages, match="2 of 2 images"):
+        dcp_zoo.evaluate(keep.model_, bad, ["rose", "tulip"], errors="keep")
+
+
+def test_images_in_memory_are_among_those_that_are_named(pictures, bad, fitted):
+    images = [pictures[0][0], b"no image", bad[0], None, np.full((9, 9), 300), Image.open(bad[1]), float("nan")]
+    for call in (lambda: dcp_zoo.predict(fitted.model_, images), lambda: fitted.predict(images)):
+        with pytest.raises(UnreadableImages, match="6 of 7 images") as failure:
+            call()
+        assert sorted(failure.value.reasons) == sorted([bad[0], *(f"image {i}" for i in (1, 3, 4, 5, 6))])
+    keep = fitted.set_params(errors="keep")
+    with pytest.warns(UserWarning, match=r"6 of 7 images .*no image \(None or NaN\)"):
+        assert [isinstance(label, str) for label in keep.predict(images)] == [True, *[False] * 6]
+    rows = dcp_zoo.predict(fitted.model_, images, errors="keep")
+    assert [isinstance(row, list) for row in rows] == [True, *[False] * 6]
+
+
+def test_scikit_learn_goes_on_too(pictures, bad):
+    paths, labels = [bad[0], *pictures[0], bad[1]], [pictures[1][0], *pictures[1], pictures[1][-1]]
+    classifier = FewShotClassifier(errors="keep")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search = GridSearchCV(classifier, {"method": ["zero-shot", "text-probe"]}, cv=2).fit(paths, labels)
+        found = cross_val_predict(classifier, paths, labels, cv=2, method="predict_proba")
+    assert np.isfinite(search.best_score_)
+    assert np.flatnonzero(np.isnan(found).any(1)).tolist() == [0, 13]
+
+
+def test_a_choice_that_is_none_is_refused(pictures, fitted):
+    for call in (
+        lambda: dcp_zoo.predict(fitted.model_, pictures[0], errors="ignore"),
+        lambda: dcp_zoo.evaluate(fitted.model_, *pictures, errors="ignore"),
+        lambda: FewShotClassifier(errors="ignore").fit(*pictures),
+    ):
+        with pytest.raises(ZooError, match="Unknown errors 'ignore': choose from raise, keep"):
+            call()
+
+
+def test_a_class_without_a_readable_image_is_not_trained(bad, pictures):
+    images, labels = [*pictures[0], *bad], [*pictures[1], "lily", "lily"]
+    with pytest.raises(ZooError, match=r"2 of 14 images cannot be read: .* lily has no other image"):
+        dcp_zoo.train("dcp_mini", images, labels, errors="keep")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def test_train_leaves_out_what_cannot_be_read(run, flowers, any_bad):
+    """As if the files were not there; without the option, it is named."""
+    others = flowers / "none of these"
+    others.mkdir()
+    for i, path in enumerate(any_bad):
+        Path(path).rename((flowers / "rose", others)[i] / Path(path).name)
+    photo(others / "0.jpg")
+    err = run.refused("train", "MY_PHOTOS")
+    assert "2 of 15 images cannot be read: " in err
+    assert "rose/a.png" in err
+    assert "none of these/b.png" in err
+    assert "leave them out by --skip-unreadable" in err
+    assert not Path("MY_PHOTOS_head").exists()
+    code, _, err = run("train", "MY_PHOTOS", "--skip-unreadable")
+    assert (code, err.count("2 of 15 images cannot be read: ")) == (0, 1), err
+    info = json.loads(Path("MY_PHOTOS_head/config.json").read_text())["dcp"]
+    assert (info["unreadable_images"], info["class_images"]) == (2, {"rose": 6, "tulip": 6})
+    assert "--skip-unreadable is for your own images" in run.refused(
+        "train", "--dataset", "digits", "--output", "x", "--skip-unreadable"
+    )
+
+
+def test_a_class_of_unreadable_images_is_not_added(run, pictures, my_head, any_bad):
+    err = run.refused("classes", "my_head", "--add", "lily", "bad", "--output", "more")
+    assert "2 of 2 images cannot be read: bad/a.png, bad/b.png" in err
+    classifier = FewShotClassifier.load("my_head")
+    with pytest.raises(UnreadableImages, match="2 of 3 images cannot be read"):
+        classifier.add_class("lily", [pictures[0][0], *any_bad])
+    with pytest.raises(UnreadableImages, match="2 of 14 images cannot be read"):
+        dcp_zoo.compare([*pictures[0], *any_bad], [*pictures[1], "rose", "tulip"], methods=["gda"], cv=2)
+
+
+def test_numbers_as_folders_are_doubted_once(run, flowers):
+    for i, name in enumerate(("rose", "tulip"), 1):
+        (flowers / name).rename(flowers / f"{i:02}")
+    message = "CLIP reads the class names, which are 01, 02: rename the folders"
+    code, _, err = run("train", "MY_PHOTOS")
+    assert (code, err.count(message)) == (0, 1), err
+    with pytest.warns(UserWarning, match=message) as told:
+        FewShotClassifier().fit("MY_PHOTOS")
+    assert sum(message in str(warning.message) for warning in told) == 1
+    with pytest.warns(UserWarning, match=message) as told:
+        dcp_zoo.train("dcp_mini", "MY_PHOTOS")
+    assert sum(message in str(warning.message) for warning in told) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- load_image
+
+
+def test_load_image_takes_every_form(flowers):
+    path = flowers / "rose" / "0.jpg"
+    expected, content = np.asarray(load_image(str(path))), path.read_bytes()
+    tensor = torch.from_numpy(expected.copy()).permute(2, 0, 1)
+    for form in (
+        *(path, content, io.BytesIO(content), Image.open(path), expected, expected / 255, tensor),
+        *({"bytes": content, "path": "gone.jpg"}, {"bytes": None, "path": str(path)}, {"bytes": content, "path": None}),
+    ):
+        assert np.array_equal(np.asarray(load_image(form)), expected), type(form)
+    with path.open("rb") as file:
+        assert load_image(file).size == (expected.shape[1], expected.shape[0])
+    Path("cut.jpg").write_bytes(content[: len(content) // 2])
+    for form, message in (
+        (Image.open("cut.jpg"), r"Cannot read the image .*cut\.jpg: image file is truncated"),
+        (Path("cut.jpg"), r"Cannot read the image cut\.jpg: image file is truncated"),
+        (b"no image", "Cannot read the image bytes: not in a supported format"),
+        ({"bytes": b"no image", "path": "a.jpg"}, r"Cannot read the image a\.jpg: not in a supported format"),
+        (Path("a.jpg"), r"No image at a\.jpg"),
+        (None, r"no image \(None or NaN\)"),
+        (object(), "object is not an image: an image is a path"),
+        ({"image": [1]}, "dict is not an image: an image is a path"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            load_image(form)
+
+
+def test_undecoded_images_of_datasets_are_images_everywhere(pictures, fitted):
+    paths, labels = pictures
+    rows = [{"bytes": Path(path).read_bytes(), "path": path} for path in paths]
+    np.testing.assert_array_equal(fitted.predict_proba(rows), fitted.predict_proba(paths))
+    assert fitted.predict(rows[0]).shape == (1,), "one image, not its two keys"
+    assert dcp_zoo.evaluate(fitted.model_, rows, labels).accuracy.images == 12
