@@ -234,7 +234,8 @@ def captions(model: Head, photos: Photos, reject: bool) -> list[tuple[str, str]]
     for path in paths:
         try:
             row = predict(model, [read(path)], top_k=2, reject=asked)[0]
-            said = [f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in row or ()]
+            best = row if isinstance(row, list) else []  # None where it is rejected
+            said = [f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in best]
             shown.append((path, ", ".join(said) or "none of these"))
         except ZooError as error:
             shown.append((path, str(error)))
