@@ -53,10 +53,13 @@ def main(
     with TemporaryDirectory() as name:
         folder, rows = Path(name), {}
         write_images(folder / "photos", data_root / "tiny-imagenet-200", images)
-        train = [sys.executable, "-m", "dcp_zoo", "train", folder / "photos", "--test", "0", "--threads", threads]
+        train = [sys.executable, "-m", "dcp_zoo", "train", folder / "photos", "--test", "0"]
+        own = {"OMP_NUM_THREADS": str(threads)}
 
         def run(cache: str, output: str, kill_after: float = 1e9) -> dict[str, Any]:
-            return watched([*train, "--output", folder / output], {"DCP_ZOO_CACHE": str(folder / cache)}, kill_after)
+            return watched(
+                [*train, "--output", folder / output], own | {"DCP_ZOO_CACHE": str(folder / cache)}, kill_after
+            )
 
         with ThreadPoolExecutor() as pool:  # at the same time, as the load of a machine changes
             bare = pool.submit(watched, [sys.executable, "-c", BARE, folder / "photos", threads], {})

@@ -238,7 +238,7 @@ def main() -> None:
                 rows.append(training_round(number, task, reference, folder, chance))
                 console.print(rows[-1], highlight=False)
         if chosen.only in (None, "killed"):
-            shared_images("dcp_mini", "auto", photos, 0, "float32")  # load once for all forks
+            shared_images("dcp_mini", "auto", photos, "float32")  # load once for all forks
             for number in range(1, chosen.rounds + 1):
                 settings = Settings(Path(temporary) / str(number), photos)
                 rows.append(killed_round(number, short_trials(chosen.trials), settings, chance))

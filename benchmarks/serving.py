@@ -12,6 +12,7 @@ In the soak one request of five is bad; memory is that of the server process, be
 import argparse
 import csv
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -126,8 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     path = args.model or onnx_file(HEAD)
     command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(path), "--port", "0"]
-    command += ["--threads", str(args.threads)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         address = server.stdout.readline().split(" at ")[1].split()[0]
         rows = measure(args, path, address, psutil.Process(server.pid))

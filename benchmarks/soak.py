@@ -227,8 +227,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "soak.csv")
     args = parser.parse_args()
     command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(onnx_file(HEAD)), "--port", "0"]
-    command += ["--threads", "2"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         process = psutil.Process(server.pid)
         if hasattr(process, "cpu_affinity"):

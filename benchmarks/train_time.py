@@ -77,7 +77,7 @@ def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tup
             "HF_HUB_CACHE": str(folder / "hub"),
             "HF_HUB_OFFLINE": "1",
         }
-        return measured([*command, "--threads", str(threads), *RUNS[method], *changes], environment)
+        return measured([*command, *RUNS[method], *changes], environment)
 
     if model == "dcp_mini" or "dcp" not in method:
         return *trained(), None

@@ -153,7 +153,6 @@ class BuildOptions:
     imagenet_from: opt.ImagenetFrom = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    workers: opt.Workers = 0
     step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run.")
     dry_run: bool = opt.option(False, "Show the heads, training steps, disk space and downloads; start nothing.")
 
@@ -189,10 +188,10 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     assert options.output
     check_writable(options.output)
     run = cluster.backend()
-    use_threads(None)
+    use_threads()
     absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]
-    settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
+    settings = Settings(options.output, options.data_root, options.device, options.precision)
     build_heads(ready, settings, options.org, log=log, run=run, show=show_events)
     heads = states(options.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}

@@ -64,7 +64,7 @@ def server(onnx_file):
     """The process and port of `dcp-zoo serve`, stopped at the end as a container is."""
     limits = ["--max-mb", "1", "--max-pixels", "1000000", "--max-images", "3", "--timeout", "2"]
     command = [sys.executable, "-O", "-c", WITHOUT.format(missing_in_container())]  # -O: without assertions
-    command += ["serve", "--head", str(onnx_file), "--port", "0", "--threads", "1", *limits]
+    command += ["serve", "--head", str(onnx_file), "--port", "0", *limits]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert " at http://127.0.0.1:" in line, line + process.stderr.read()

@@ -12,20 +12,19 @@ import torch
 from dcp_zoo import threads
 from dcp_zoo.data import check_images, load_split
 from dcp_zoo.data.images import thumbnails
+from dcp_zoo.training.device import decoders
 
 
-def test_threads_are_those_asked_for_or_the_cores(monkeypatch):
+def test_threads_are_those_granted_or_the_cores(monkeypatch):
     chosen: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr("joblib.cpu_count", lambda: 3)  # which knows the quota of a container
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    threads.use_threads(None)
-    threads.use_threads(5)
+    threads.use_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    threads.use_threads(None)
-    threads.use_threads(2)
-    assert chosen == [3, 5, 7, 2]
+    threads.use_threads()
+    assert chosen == [3, 7]
 
 
 def test_functions_choose_the_threads_of_their_own_thread_only():
@@ -62,16 +61,19 @@ def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
     ],
     ids=lambda command: command[0],
 )
-def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, command):
+def test_commands_compute_with_the_cores_they_may_use(run, flowers, my_head, monkeypatch, command):
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    run.ok(*command, "--threads", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run.ok(*command)
     assert chosen == [3]
 
 
-def test_threads_on_ray_are_cores(run, flowers, no_work):
-    args = ["--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out", "--ray", "local", "--threads", 2]
-    assert "with --ray, use --cpus" in run.refused("benchmark", "few-shot", *args)
+def test_processes_decode_where_a_gpu_would_wait(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    places = ("cuda", 2001), ("cuda", 2000), ("cpu", 50_000)
+    assert [decoders(torch.device(name), images) for name, images in places] == [3, 0, 0]
 
 
 def printed(program: str, own: dict[str, str]) -> list[str]:

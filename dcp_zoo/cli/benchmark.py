@@ -47,8 +47,6 @@ class BenchmarkOptions:
     data_root: opt.DataRoot = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    workers: opt.Workers = 0
-    threads: opt.Threads = None
     dry_run: bool = opt.option(False, "Show the plan and its training steps.")
 
     def trials(self) -> list[Trial]:
@@ -109,9 +107,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     from dcp_zoo.benchmark.sweep import sweep
 
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
-    if cluster.ray and options.threads:
-        raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
-    use_threads(options.threads)
+    use_threads()
     run = cluster.backend()
     names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
     needed = list(filter(opt.uses_data_root, names))

@@ -78,7 +78,6 @@ class ServeOptions:
     host: opt.Host = "127.0.0.1"
     classes: opt.Classes = None
     device: opt.Device = "auto"
-    threads: opt.Threads = None
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
 
 
@@ -101,7 +100,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    app = application(file, limits, options.threads or available_cores(), name, hosts, options.device)
+    app = application(file, limits, available_cores(), name, hosts, options.device)
     listening = listen(options.host, options.port)
     address = f"http://{options.host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

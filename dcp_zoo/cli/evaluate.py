@@ -43,7 +43,6 @@ def evaluate(
     stats: opt.Stats = None,
     device: opt.Device = "auto",
     precision: opt.Precision = AUTO,
-    threads: opt.Threads = None,
     report: opt.Report = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
@@ -73,7 +72,7 @@ def evaluate(
     from dcp_zoo.training.evaluation import Evaluation, measure, predict
     from dcp_zoo.training.sources import image_source
 
-    use_threads(threads)
+    use_threads()
     model = as_model(name, device)
     model.stats = stats or model.stats
     claims = claimed(name, model) if claim else None

@@ -59,7 +59,7 @@ def inspect(
     from dcp_zoo.inspection.inspection import inspect as find
 
     say_model(model)
-    use_threads(None)
+    use_threads()
     found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     _say_found(found, no_labels)
@@ -112,7 +112,7 @@ def search(
         raise ZooError("--to-label needs no text and no --like: omit them, or --to-label.")
     if (head or labelled or labels) and not to_label:
         raise ZooError("--head, --labelled and --labels work only with --to-label: add it.")
-    use_threads(None)
+    use_threads()
     from dcp_zoo.inspection import find
 
     say_model(model)

@@ -66,8 +66,6 @@ class TrainOptions:
     encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated: list --encoders.")
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
-    workers: opt.Workers = 0
-    threads: opt.Threads = None
     skip_unreadable: bool = opt.option(False, "Leave out images that cannot be read.")
     yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
@@ -138,7 +136,7 @@ def train(options: TrainOptions) -> None:
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
 
-    use_threads(options.threads)
+    use_threads()
     run = _planned(options, split)
     refit = options.refit
     if refit is None:
@@ -179,10 +177,12 @@ def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split
 
 
 def _planned(options: TrainOptions, split: Split) -> "Run":
+    from dcp_zoo.training.device import decoders, pick_device
     from dcp_zoo.training.planning import plan
 
-    names = "seed recipe device precision workers encoder".split()
+    names = "seed recipe device precision encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
+    same["workers"] = decoders(pick_device(options.device), len(split.items))
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
     shots = options.shots or (None if is_own(split.name) else DATASET_SHOTS)
