@@ -150,7 +150,6 @@ class BuildOptions:
     shots: list[str] = several("Training images per class. Default: 1,2,4,8,16.")
     seeds: list[str] = several("Seeds. Default: 1,2,3.")
     agree: opt.Agree = False
-    imagenet_from: opt.ImagenetFrom = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
     step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run.")
@@ -173,7 +172,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     Repeat the command to resume a stopped build; heads that are already published are left alone.
 
     [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
-    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
+    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --ray auto --per-trial gpus=0.5[/]
     """
     options.check()
     names = split_commas(options.datasets) or list_datasets()
@@ -189,7 +188,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     check_writable(options.output)
     run = cluster.backend()
     use_threads()
-    absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
+    absent = download_all(missing, options.data_root, options.agree)
     ready = [trial for trial in trials if trial.dataset not in absent]
     settings = Settings(options.output, options.data_root, options.device, options.precision)
     build_heads(ready, settings, options.org, log=log, run=run, show=show_events)

@@ -21,7 +21,7 @@ from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 
 from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.download import ARCHIVES, arrange, fetch_archive, unpack
+from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 
@@ -364,12 +364,10 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
 
     err = run.refused("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
     assert "https://image-net.org/download.php" in err
-    assert "--imagenet-from FOLDER" in err
+    assert f"put them into {tmp_path / 'DATA/.downloads'}" in err.replace("\n", "")
 
-    wnids, tars = packaged.wnid_names(), tmp_path / "tars"
-    tars.mkdir()
-    with pytest.raises(ZooError, match="has no ILSVRC2012_img_train.tar"):
-        arrange(tmp_path / "DATA/imagenet", tars)
+    wnids, tars = packaged.wnid_names(), tmp_path / "DATA/.downloads"
+    tars.mkdir(parents=True)
     image = encoded(Image.new("RGB", (8, 6)), "JPEG")
     synsets = [(i + 1, wnid, name, "", 0) for i, (wnid, name) in enumerate(reversed(wnids.items()))]
     types = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "i4")]
@@ -391,7 +389,7 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     }
     for name, content in made.items():
         (tars / name).write_bytes(content)
-    args = ("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--imagenet-from", tars, "--agree")
+    args = ("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
     assert "ILSVRC2012_devkit_t12.tar.gz is not present in the root directory or is corrupted" in run.refused(*args)
     assert not list((tmp_path / "DATA/imagenet/images").iterdir())
 

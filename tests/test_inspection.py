@@ -309,8 +309,8 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ZooError, match="No image of .* can be read"):
         dcp_zoo.search(tmp_path, "cat")
-    assert "omit them, or --to-label" in run.refused("search", folder, "cat", "--to-label")
-    assert "work only with --to-label" in run.refused("search", folder, "cat", "--labelled", folder)
+    assert "omit cat, or --to-label" in run.refused("search", folder, "cat", "--to-label")
+    assert "work only with --to-label" in run.refused("search", folder, "cat", "--labels", folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ to label

@@ -164,7 +164,7 @@ def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(
 def test_a_trial_larger_than_every_machine_is_rejected(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, resources: dict
 ) -> None:
-    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--cpus"):
+    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--per-trial"):
         run_all(print, settings, monkeypatch, **resources)
 
 
@@ -214,4 +214,6 @@ def test_the_longest_trials_start_first_after_those_without_training() -> None:
 
 
 def test_options_for_ray_need_ray(run: CommandLine, tmp_path: Path) -> None:
-    assert "add --ray local" in run.refused("benchmark", "few-shot", "--output", tmp_path, "--cpus", 2)
+    assert "add --ray local" in run.refused("benchmark", "few-shot", "--output", tmp_path, "--per-trial", "cpus=2")
+    wrong = run.refused("benchmark", "few-shot", "--output", tmp_path, "--ray", "local", "--per-trial", "2")
+    assert "such as cpus=2,gpus=0.5" in wrong

@@ -42,7 +42,12 @@ PHOTO = sample_images()[0]
 BOUNDARY = "b0undary"
 
 
-WITHOUT = "import sys; sys.modules.update(dict.fromkeys({})); from dcp_zoo.cli import main; main()"
+WITHOUT = """import sys
+sys.modules.update(dict.fromkeys({}))
+from functools import partial
+from dcp_zoo.cli import deploy, main
+deploy.Limits = partial(deploy.Limits, max_pixels=1_000_000, max_images=3, timeout=2)
+main()"""
 
 
 def missing_in_container() -> list[str]:
@@ -62,9 +67,8 @@ def missing_in_container() -> list[str]:
 @pytest.fixture(scope="module")
 def server(onnx_file):
     """The process and port of `dcp-zoo serve`, stopped at the end as a container is."""
-    limits = ["--max-mb", "1", "--max-pixels", "1000000", "--max-images", "3", "--timeout", "2"]
     command = [sys.executable, "-O", "-c", WITHOUT.format(missing_in_container())]  # -O: without assertions
-    command += ["serve", "--head", str(onnx_file), "--port", "0", *limits]
+    command += ["serve", "--head", str(onnx_file), "--port", "0", "--max-mb", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert " at http://127.0.0.1:" in line, line + process.stderr.read()

@@ -17,7 +17,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.texts import split_list
@@ -41,23 +41,16 @@ class BenchmarkOptions:
     shots: list[str] = several("Images per class. Default: the protocol's.")
     seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3.")
     changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
-    encoders: list[str] = several(
-        "Image models of timm, read beside CLIP by methods with a text probe in further rows."
-    )
     data_root: opt.DataRoot = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
     dry_run: bool = opt.option(False, "Show the plan and its training steps.")
 
     def trials(self) -> list[Trial]:
-        lists = "methods", "datasets", "targets", "encoders"
+        lists = "methods", "datasets", "targets"
         grid: Values = {name: split_commas(getattr(self, name)) for name in lists}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
         grid["options"] = opt.parse_changes(self.changes)
-        if self.encoders:
-            from dcp_zoo.zoo.encoders import check_encoders
-
-            check_encoders(grid["encoders"])
         return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
     def settings(self) -> Settings:
@@ -69,20 +62,24 @@ class BenchmarkOptions:
 @dataclass(frozen=True)
 class ClusterOptions:
     ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
-    cpus: float | None = on_cluster("Cores per trial. Default: 1.")
-    gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
+    per_trial: str | None = on_cluster(
+        "Cores and GPUs of a trial; with gpus=0.5, two share a GPU. Default: a core, and a GPU if there are any.",
+        metavar="cpus=N,gpus=N",
+    )
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
         from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
 
-        given: Values = {name: value for name, value in vars(self).items() if value is not None}
-        address = given.pop("ray", None)
-        if address is not None:
+        if self.ray is not None:
+            wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
+            with as_zoo_error(wrong, TypeError, ValueError):
+                parts = (part.partition("=") for part in split_list(self.per_trial or "") if part)
+                resources = Resources(**{name: float(value) for name, _, value in parts})
             import_ray()  # a missing extra is noticed before anything is written
-            return partial(sweep_on_ray, address=address, resources=Resources(**given))
-        if given:
-            raise ZooError("--cpus and --gpus apply to Ray: add --ray local, or a cluster's address.")
+            return partial(sweep_on_ray, address=self.ray, resources=resources)
+        if self.per_trial:
+            raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
         return partial(run_in_process, progress=partial(progress_bar, transient=True))
 
 
@@ -94,7 +91,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
-    [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
+    [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial gpus=0.5[/]
     """
     trials = options.trials()
     done = store.done(options.output_dir) if options.output_dir else set()

@@ -7,7 +7,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.demo import DEFAULT_HEAD, launch
-from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
+from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
@@ -78,11 +78,12 @@ class ServeOptions:
     host: opt.Host = "127.0.0.1"
     classes: opt.Classes = None
     device: opt.Device = "auto"
+    max_mb: float = opt.option(DEFAULT_LIMITS.max_mb, "Size of one request, in megabytes, at most.", min=0.001)
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
 
 
 @opt.takes_options
-def serve(options: ServeOptions, limits: Limits) -> None:
+def serve(options: ServeOptions) -> None:
     """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
 
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
@@ -100,6 +101,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
+    limits = Limits(options.max_mb)
     app = application(file, limits, available_cores(), name, hosts, options.device)
     listening = listen(options.host, options.port)
     address = f"http://{options.host}:{listening.getsockname()[1]}"

@@ -2,19 +2,19 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.columns import Columns
-from typer import Exit, Option
+from typer import Exit
 
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.seen import unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
@@ -32,25 +32,26 @@ TEST = "test top-1"  # the accuracy on images that a head has not seen
 UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
 
 
-def evaluate(
-    head: opt.HeadName,
-    photos: opt.Photos = None,
-    dataset: str | None = Option(None, help="Of the zoo, also one of other classes. Default: what it was trained on."),
-    labels: opt.Labels = None,
-    data_root: opt.DataRoot = None,
-    descriptions: opt.DescriptionsFile = None,
-    claim: bool = Option(False, "--claim", help="Compare with the accuracies that its card or checkpoint states."),
-    stats: opt.Stats = None,
-    device: opt.Device = "auto",
-    precision: opt.Precision = AUTO,
-    report: opt.Report = None,
-    overwrite: opt.Overwrite = False,
-    as_json: opt.AsJson = False,
-) -> None:
+@dataclass(frozen=True)
+class EvalOptions:
+    head: opt.HeadName
+    photos: opt.Images = None
+    labels: opt.Labels = None
+    data_root: opt.DataRoot = None
+    claim: bool = opt.option(False, "Compare with the accuracies that its card or checkpoint states.")
+    device: opt.Device = "auto"
+    precision: opt.Precision = AUTO
+    report: opt.Report = None
+    overwrite: opt.Overwrite = False
+    as_json: opt.AsJson = False
+
+
+@opt.takes_options
+def evaluate(options: EvalOptions) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
 
-    Images are classified into all classes of the head, also where a folder has images of some of them only. With a
-    --dataset of other classes, the head classifies into these instead, as in the cross-dataset protocol.
+    Images are classified into all classes of the head, also where a folder has images of some of them only. Of a
+    dataset with other classes, the head classifies into these instead, as in the cross-dataset protocol.
     With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05 percentage points.
     Of your own images, those that the head was trained on are left out, wherever they are and whatever they are called.
 
@@ -58,54 +59,38 @@ def evaluate(
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA --claim[/]
     """
-    if claim and (stats or as_json):
-        raise ZooError("--claim measures with all statistics, and prints a table: omit --stats and --json.")
+    head, report = options.head, options.report
+    if options.claim and options.as_json:
+        raise ZooError("--claim prints a table: omit --json.")
     name = opt.head_name(head)
-    dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
+    dataset, data_root = opt.data_source(options.photos, options.data_root, options.labels)
     if report:
-        check_output(report, overwrite, "--report")
-    sentences = read_descriptions(descriptions) if descriptions else None
+        check_output(report, options.overwrite, "--report")
     from dcp_zoo.api.functions import as_model
     from dcp_zoo.api.inputs import among
     from dcp_zoo.release.cards import claimed
-    from dcp_zoo.training.device import pick_precision
-    from dcp_zoo.training.evaluation import Evaluation, measure, predict
-    from dcp_zoo.training.sources import image_source
 
     use_threads()
-    model = as_model(name, device)
-    model.stats = stats or model.stats
-    claims = claimed(name, model) if claim else None
+    model = as_model(name, options.device)
+    claims = claimed(name, model) if options.claim else None
     crosses = dataset is not None and not is_own(dataset)
     dataset = dataset or trained_on(head, model, data_root)
-    images = load_labelled(dataset, data_root, labels)
+    images = load_labelled(dataset, data_root, options.labels)
     if images.note:
         log(printable(images.note))
-    (test, title), shown = test_images(images, model, head, claim), str(data_root) if dataset == "folder" else dataset
+    test, title = test_images(images, model, head, options.claim)
+    shown = str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
     if crosses and set(images.classnames) != set(model.classnames):
         trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
         log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
-        model.set_classnames(images.classnames, sentences or find_spec(dataset).template)
-    elif sentences:
-        model.set_classnames(model.classnames, sentences)
-    test = among(test, images.classnames, model.classnames)
-    recipe = model.info.get("recipe", {})
-    batch_size = recipe.get("eval_batch_size", 16)
-    if claim and precision == AUTO:  # as it was measured
-        precision = recipe.get("precision", AUTO)
-    precision = pick_precision(precision, model.encoder.architecture, model.device)
-    source = image_source(model.frozen, test, progress=progress_bar, precision=precision)
-    if claims:
-        metrics, evaluation = measure(model, source, batch_size, progress_bar)
-    else:
-        evaluation = Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar))
+        model.set_classnames(images.classnames, find_spec(dataset).template)
+    evaluation, metrics, conditions = _measured(model, among(test, images.classnames, model.classnames), options)
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")
-    if as_json:
-        conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
+    if options.as_json:
         print(json.dumps({"head": head, "dataset": dataset, **conditions, **as_values(evaluation)}))
         return
     kind = title.removesuffix("top-1")
@@ -113,6 +98,28 @@ def evaluate(
     show_evaluation(evaluation, title)
     if claims:
         compare(claims, metrics)
+
+
+def _measured(
+    model: "Head", test: Sequence[Item], options: EvalOptions
+) -> tuple["Evaluation", dict[str, float], Values]:
+    """What the head says of the images; for a claim the accuracies with all statistics; and the conditions."""
+    from dcp_zoo.training.device import decoders, pick_precision
+    from dcp_zoo.training.evaluation import Evaluation, measure, predict
+    from dcp_zoo.training.sources import image_source
+
+    recipe, precision = model.info.get("recipe", {}), options.precision
+    batch_size = recipe.get("eval_batch_size", 16)
+    if options.claim and precision == AUTO:  # as it was measured
+        precision = recipe.get("precision", AUTO)
+    precision = pick_precision(precision, model.encoder.architecture, model.device)
+    workers = decoders(model.device, len(test))
+    source = image_source(model.frozen, test, workers=workers, progress=progress_bar, precision=precision)
+    conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
+    if options.claim:
+        metrics, evaluation = measure(model, source, batch_size, progress_bar)
+        return evaluation, metrics, conditions
+    return Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar)), {}, conditions
 
 
 def as_values(evaluation: "Evaluation") -> Values:
@@ -159,11 +166,11 @@ def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[l
 def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
     dataset = model.info.get("dataset")
     if dataset is None:
-        raise ZooError(f"{head} does not store its training dataset: pass --dataset NAME.")
+        raise ZooError(f"{head} does not store its training dataset: pass your images, or the name of a dataset.")
     if dataset == "folder" and data_root is None:
         classes = shorten(model.classnames)
         raise ZooError(f"{head} was trained on your own images: pass a folder with images of its classes, {classes}.")
-    opt.data_source(None, dataset, data_root)
+    opt.check_data_root(dataset, data_root)
     return dataset
 
 

@@ -37,12 +37,12 @@ def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
     return specs
 
 
-def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
-    """Fetch and unpack a dataset's archives, check it, and delete them; for `imagenet_from` see `arrange`. ZooError as
+def download_dataset(spec: DatasetSpec, root: Path) -> CheckRow:
+    """Fetch and unpack a dataset's archives, check it, and delete them; for ImageNet see `arrange`. ZooError as
     of `fetch_archive` and `unpack`, or if it is not complete then: its archives are kept."""
     assert spec.folder
     if spec.name == "imagenet":
-        arrange(root / spec.folder, imagenet_from)
+        arrange(root / spec.folder, root / ARCHIVES)
     for archive in spec.archives:
         unpack(archive, fetch_archive(archive, root / ARCHIVES), root / spec.folder)
     row = check(root, names=[spec.name])[0]
@@ -157,18 +157,15 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 
 
-def arrange(folder: Path, archives: str | Path | None) -> None:
+def arrange(folder: Path, archives: Path) -> None:
     """Unpack ImageNet's official archives into `folder`/images/train and val, one folder per WordNet id, by
     torchvision, which checks their checksums first. ZooError if they are not there, or others."""
     site = "https://image-net.org/download.php"
-    if archives is None:
-        raise ZooError(f"ImageNet needs a login: get {', '.join(TARS)} from {site}, and pass --imagenet-from FOLDER.")
-    absent = [name for name in TARS if not (Path(archives) / name).is_file()]
-    if absent:
-        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(TARS)} are needed.")
+    if absent := [name for name in TARS if not (archives / name).is_file()]:
+        raise ZooError(f"ImageNet needs a login: get {', '.join(absent)} from {site}, and put them into {archives}.")
     from torchvision.datasets import imagenet
 
-    train, val, devkit = (str((Path(archives) / name).absolute()) for name in TARS)
+    train, val, devkit = (str((archives / name).absolute()) for name in TARS)
     with writing_to(folder, "run the same command again"):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
