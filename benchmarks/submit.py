@@ -13,13 +13,13 @@ from dcp_zoo.api.functions import as_model
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output, progress_bar
-from dcp_zoo.cli.evaluate import test_images, trained_on
+from dcp_zoo.cli.heads import test_images, trained_on
 from dcp_zoo.data import list_datasets, load_labelled, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
-from dcp_zoo.release.cards import holds
+from dcp_zoo.release import holds
 from dcp_zoo.training.device import decoders
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.sources import image_source

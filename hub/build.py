@@ -24,9 +24,8 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, numbers, several, show_events, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_tables, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
 from dcp_zoo.data.download import AGENT, SILENCE

@@ -13,8 +13,8 @@ from shared import CommandLine
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo import release as cards
 from dcp_zoo.data import load_split
-from dcp_zoo.release import cards
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo import registry

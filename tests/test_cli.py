@@ -24,7 +24,7 @@ from dcp_zoo.cli import console, main, show
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.console import progress_bar
-from dcp_zoo.cli.evaluate import show_evaluation
+from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.options import class_list, parse_changes, single_values, takes_options
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images

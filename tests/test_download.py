@@ -335,10 +335,10 @@ def test_download(server, tmp_path, monkeypatch, run, name):
 def test_terms_are_asked_for(server, tmp_path, monkeypatch, run):
     archives = offered(server, "dtd", tmp_path / "source")
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
-    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: False)
+    monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: False)
     assert "Nothing was downloaded" in run.refused("data", "download", "dtd", "--data-root", tmp_path / "DATA")
     assert server.ranges == []
-    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: True)
+    monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: True)
     run.ok("data", "download", "dtd", "--data-root", tmp_path / "DATA")
 
 

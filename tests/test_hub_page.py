@@ -19,7 +19,7 @@ for module in ("onnxruntime", "onnxscript"):
 
 from dcp_zoo import predict  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.release.push import export_hub  # noqa: E402
+from dcp_zoo.release import export_hub  # noqa: E402
 
 CDN, NPM = "https://cdn.jsdelivr.net/npm/", "https://registry.npmjs.org/"
 PACKAGES = {  # sha512 as npm has it

@@ -34,7 +34,7 @@ def export(options: ExportOptions) -> None:
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     """
     from dcp_zoo.deploy import export as files
-    from dcp_zoo.release.push import export_hub
+    from dcp_zoo.release import export_hub
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(options.head), opt.class_list(options.classes)

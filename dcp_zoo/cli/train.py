@@ -12,7 +12,7 @@ from typer import confirm
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.evaluate import show_evaluation
+from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
 from dcp_zoo.data.paths import check_output, check_outside
