@@ -38,8 +38,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_image, load_split
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
-from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.inspection.look import look, same_pictures
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import Read, fit_on_features

@@ -24,8 +24,7 @@ from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
-from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.inspection.look import look, same_pictures
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.zoo.factory import plain_clip
 

@@ -210,7 +210,7 @@ def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
 
 def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
     """Warn of test images that are also training images, and say what accuracy is without them."""
-    from dcp_zoo.inspection.twins import copies
+    from dcp_zoo.inspection.look import copies
 
     if not (found := copies(used.train + used.val, used.test)):
         return
