@@ -416,6 +416,20 @@ def commands(group, *names: str) -> list[list[str]]:
     return [list(names), *(words for name in inner for words in commands(inner[name], *names, name))]
 
 
+def options(command) -> list[str]:
+    """The options of a command, and of the commands of a group; without --help, a pair of flags once."""
+    inner = getattr(command, "commands", {}).values()
+    own = [part.opts[0] for part in command.params if part.param_type_name == "option"]
+    return [name for part in inner for name in options(part)] if inner else own
+
+
+def test_the_commands_stay_few_and_have_few_options():
+    inner = get_command(app).commands
+    assert len(options(get_command(app))) <= 100
+    assert len(options(inner["predict"])) <= 14
+    assert sum(len(getattr(part, "commands", [part])) for part in inner.values()) <= 15
+
+
 def test_commands_without_a_model_import_nothing_heavy():
     """One after the other in one process: what one imports is said of all later ones."""
     refused = [["train", "--epochs", "50"], ["train", CHECKPOINT]]  # which is no folder with a folder per class

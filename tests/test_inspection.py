@@ -310,6 +310,13 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
         dcp_zoo.search(tmp_path, "cat")
     assert "omit cat, or --to-label" in run.refused("search", folder, "cat", "--to-label")
     assert "work only with --to-label" in run.refused("search", folder, "cat", "--labels", folder)
+    assert "takes one folder" in run.refused("search", folder, "--to-label", "--labels", folder, "--labels", tmp_path)
+
+
+def test_search_takes_a_photo_as_what_to_find_and_a_folder_as_labels(folder, cache, run):
+    photo = folder / "cat" / "0.jpg"
+    assert run.ok("search", folder, photo).split("\n")[0] == f"1.000  {photo}"
+    assert "left to label" in run.refused("search", folder, "--to-label", "--labels", folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ to label

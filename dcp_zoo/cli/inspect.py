@@ -112,7 +112,7 @@ def search(
         raise ZooError("--head and --labels work only with --to-label: add it.")
     tables, folders = ([path for path in labels or () if path.is_dir() == of_kind] for of_kind in (False, True))
     if len(folders) > 1:
-        raise ZooError(f"--labels takes one folder, and any number of tables, not {shorten(map(str, folders))}.")
+        raise ZooError(f"--labels takes one folder, and any number of tables, not {shorten(list(map(str, folders)))}.")
     use_threads()
     from dcp_zoo.inspection import find
 
