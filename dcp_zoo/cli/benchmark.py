@@ -78,7 +78,8 @@ class ClusterOptions:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
             with as_zoo_error(wrong, TypeError, ValueError):
                 parts = (part.partition("=") for part in split_list(self.per_trial or "") if part)
-                resources = Resources(**{name: float(value) for name, _, value in parts})
+                given: Values = {name: float(value) for name, _, value in parts}
+                resources = Resources(**given)
             import_ray()  # a missing extra is noticed before anything is written
             return partial(sweep_on_ray, address=self.ray, resources=resources)
         if self.per_trial:

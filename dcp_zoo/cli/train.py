@@ -97,7 +97,7 @@ class TrainOptions:
     def folder(self) -> Path:
         if self.output or self.head:
             return self.output or Path(str(self.head))
-        place = Path(self.photos or (self.labels or [""])[0]).resolve()
+        place = Path(self.photos or (self.labels[0] if self.labels else "")).resolve()
         return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
 
 
@@ -114,7 +114,8 @@ def train(options: TrainOptions) -> None:
     [dim]dcp-zoo train caltech101 --data-root DATA --method dcp --set epochs=50[/]
     """
     options = options.of_head()
-    if options.head:
+    dataset: str | None
+    if options.head:  # of whose dataset no folder takes the place
         dataset, data_root = get_head(options.head).dataset, options.data_root
         opt.check_data_root(dataset, data_root)
     else:
