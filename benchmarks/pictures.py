@@ -157,7 +157,6 @@ PICTURES = {
     "predictions.webp": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]
     ),
-    "scaling.svg": Picture(script("benchmarks/scaling.py"), [doc_tables.RESULTS / "scaling_simulated.csv"]),
 }
 
 

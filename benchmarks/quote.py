@@ -77,7 +77,6 @@ FACTS = {  # no measurements, allowed on every page
     "20 seconds": "interval of parts of `predict`",
     "20 times": "validations during training",
     "4 times": "width of CMPA's MLP",
-    "30 milliseconds": "assumption of the simulation",
 }
 ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
 
@@ -546,11 +545,6 @@ def speed(start: str, machine: int = 0) -> float:
     """The figure of a statement of the speed page, named by its first words, on one of the machines."""
     figures = speed_report.Figures(speed_report.Paths().read()[machine])
     return next(s.value(figures) for s in speed_report.STATEMENTS if s.text.startswith(start))
-
-
-def hours(gpus: int, order: str = "longest first") -> float:
-    """Of DCP's full few-shot sweep, simulated."""
-    return value("scaling_simulated", "hours", methods=1, gpus=gpus, order=order)
 
 
 def zero_shot(model: str) -> float:
