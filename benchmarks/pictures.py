@@ -2,9 +2,8 @@
 
     python benchmarks/pictures.py     draws again those whose sources have changed
 
-`docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are the charts of
-benchmarks/speed.py and the screenshots of hub/walk_pictures.py, hub/demo_picture.py and
-hub/label_studio/check.py, which need Chromium.
+`docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are screenshots:
+those of hub/walk_pictures.py, hub/demo_picture.py and hub/label_studio/check.py need Chromium.
 """
 
 import hashlib
@@ -17,9 +16,11 @@ from typing import NamedTuple
 
 import doc_tables
 import quote
+import speed_report
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import dcp_zoo
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
@@ -81,6 +82,46 @@ def reads() -> None:
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8, ncols=2)
     save(figure, "reads.svg")
+
+
+# colours that the colour-blind tell apart, with markers and dashes of their own
+LINES = {
+    "plain": ("#D55E00", "s", "-"),
+    "unfused": ("#0072B2", "o", "-"),
+    "ours": ("#0072B2", "o", "-"),
+    "fused": ("#009E73", "D", "-"),
+    "encode_image": ("#000000", "x", "--"),
+    "onnxruntime": ("#CC79A7", "^", "-."),
+    "ours-bfloat16": ("#009E73", "D", "-"),
+    "ours-low-memory": ("#CC79A7", "^", "-."),
+}
+
+
+def speed() -> None:
+    """Seconds and peak memory over classes: inference on the left, training on the right."""
+    rows = speed_report.runs()[0].rows.query("model == @speed_report.LARGE")
+    figure = Figure((10.6, 7), layout="constrained")
+    for column, (task, batch) in zip(
+        figure.subplots(2, 2, sharex="col").T, (("inference", 16), ("training", 4)), strict=True
+    ):
+        chosen = rows[(rows.task == task) & (rows.batch == batch)]
+        for ax, (value, label, scale) in zip(
+            column, (("seconds", "seconds", 1), ("peak_mb", "peak memory, GB", 1000)), strict=True
+        ):
+            for variant, (color, marker, dashes) in LINES.items():
+                points = chosen[(chosen.variant == variant) & chosen[value].notna()].sort_values("classes")
+                if len(points):
+                    ax.plot(points.classes, points[value] / scale, dashes, color=color, marker=marker, label=variant)
+            ax.set(xscale="log", yscale="log", ylabel=label)
+            ax.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        column[0].set_title(f"{task}, batch {batch}")
+        column[0].legend(fontsize=8)
+        column[1].set_xlabel("classes")
+    save(figure, "speed.svg")
 
 
 OPEN, EVERY = "MIT or Apache-2.0", "every licence"
@@ -152,6 +193,7 @@ class Picture(NamedTuple):
 PICTURES = {
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
     "reads.svg": Picture(reads, [doc_tables.RESULTS / "reads.csv", ROOT / "benchmarks" / "sets.py"]),
+    "speed.svg": Picture(speed, [doc_tables.RESULTS / "speed.csv"]),
     "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
     "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
     "predictions.webp": Picture(

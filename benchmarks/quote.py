@@ -534,8 +534,8 @@ def strangers() -> str:
 
 def speed_table() -> str:
     """The figures of the speed benchmark, with a column for each machine."""
-    runs = speed_report.Paths().read()
-    figures = [(s, [s.value(speed_report.Figures(run)) for run in runs]) for s in speed_report.STATEMENTS]
+    runs = speed_report.runs()
+    figures = [(s, [s.value(speed_report.Figures(run.rows)) for run in runs]) for s in speed_report.STATEMENTS]
     rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
     header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
     return as_table(header, rows)
@@ -543,7 +543,7 @@ def speed_table() -> str:
 
 def speed(start: str, machine: int = 0) -> float:
     """The figure of a statement of the speed page, named by its first words, on one of the machines."""
-    figures = speed_report.Figures(speed_report.Paths().read()[machine])
+    figures = speed_report.Figures(speed_report.runs()[machine].rows)
     return next(s.value(figures) for s in speed_report.STATEMENTS if s.text.startswith(start))
 
 

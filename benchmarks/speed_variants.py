@@ -4,14 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime", "fused-int8")
+INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime")
 TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
 # memory of training as in the release: fixed, per class, per image; measured on smaller cases
 PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
 FILES = {
     "fused": "fused.pt",
     "onnxruntime": "fused.onnx",
-    "fused-int8": "int8.pt",
     "encode_image": "visual.pt",
 }
 CACHED_HEAD = "dcp_vitb16.caltech101-16shot"  # of the startup from the Hub client's cache
@@ -72,9 +71,6 @@ def prepare(case: Case, folder: Path) -> None:
     torch.save(model.encoder.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
         export(fused, folder / FILES["onnxruntime"])
-    if "fused-int8" in case.variants:
-        int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
-        torch.save(int8, folder / FILES["fused-int8"])
 
 
 def fill_cache(cache: Path) -> None:
@@ -123,8 +119,6 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
 
     if variant in ("fused", "encode_image"):
         return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()
-    if variant == "fused-int8":
-        return torch.load(folder / FILES[variant], weights_only=False)
     if variant == "onnxruntime":
         session = OnnxClassifier(folder / FILES[variant], threads=torch.get_num_threads())
         return lambda images: torch.from_numpy(session(images.numpy()))
