@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import typer
 from given_features import GivenCLIP, nothing_read
+from growing import GrowingTable
 from many_sets import COLUMNS, MODEL, RESULTS, TEST_IMAGES, draw, scores
 from sets import CHOOSING, REPORTING
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar

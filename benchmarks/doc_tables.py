@@ -43,8 +43,6 @@ SERVING = {
     "p50_ms": "median, ms",
     "p99_ms": "99th percentile, ms",
     "failures": "wrong predictions",
-    "rss_before_mb": "memory before, MB",
-    "rss_after_mb": "memory after, MB",
 }
 PRECISIONS = {
     "runtime": "runtime",

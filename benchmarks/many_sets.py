@@ -26,10 +26,10 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from sets import CHOOSING, REPORTING, Pool
+from growing import GrowingTable
+from sets import CHOOSING, REPORTING, Pool, of_class
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable, of_class
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar

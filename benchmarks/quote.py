@@ -43,8 +43,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
 from sets import CHOOSING, MINIATURES, REPORTING
 
 from dcp_zoo.benchmark import report
-from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.table import DEFAULT_METHOD
+from dcp_zoo.training.methods import METHODS  # noqa: F401 - for the pages' expressions
 from dcp_zoo.zoo.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -310,26 +309,6 @@ def pairs_table() -> str:
     return as_table(["dataset", "encoder", *map(str, found.columns)], lines)
 
 
-def supports() -> str:
-    """Methods on imbalanced classes: balanced accuracy and ECE, and the text probe's difference from each."""
-    rows = results("supports")
-    sets = list(rows.set.unique())
-    lines = []
-    by_draw = rows.set_index(["set", "method", "draw"]).sort_index()
-    for method in [name for name in METHODS if name in set(rows.method)]:
-        line = [report.title(method)]
-        for name in sets:
-            if (name, method) not in by_draw.index:
-                line.append("-")
-                continue
-            own, probe = by_draw.loc[name, method], by_draw.loc[name, DEFAULT_METHOD]
-            cell = f"{own.balanced.mean():.1f} ({own.ece.mean():.1f})"
-            differs = "" if method == DEFAULT_METHOD else f", {report.difference_cell(probe.balanced - own.balanced)}"
-            line.append(cell + differs)
-        lines.append(line)
-    return as_table(["balanced top-1 (ECE), text probe minus this method", *sets], lines)
-
-
 def parity() -> str:
     """The runs of `parity.py` side by side."""
     if not (RESULTS / "parity.csv").exists():
@@ -415,21 +394,6 @@ def rejection_examples() -> str:
     return as_table(header, lines)
 
 
-def rejection_corrected() -> str:
-    """What thresholds refuse and let pass after corrections: means over the reporting sets, in percent, and the paired
-    difference of near images that pass from as many random images, over the means of sets."""
-    rows = results("rejection_corrected").query("part == 'reporting'")
-    keys, columns = ["added", "threshold"], ["known_refused", "near_passed", "far_passed"]
-    sets = rows.groupby([*keys, "set"], sort=False)[columns].mean()
-    random = sets.query("added == 'random images' and threshold == 'all images'").near_passed.droplevel(keys)
-    lines = []
-    for key, means in sets.groupby(keys, sort=False):
-        gap = means.near_passed.droplevel(keys) - random
-        lines.append([*key, *map("{:.1f}".format, means.mean()), report.difference_cell(gap) if gap.any() else ""])
-    header = ["added images", "the threshold is set by", "known rejected", "near accepted", "far accepted"]
-    return as_table([*header, "near accepted, minus random images"], lines)
-
-
 def folder(keys: str = "", last: bool = False) -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns; on
     the sets for reporting, or on the last ones."""
@@ -459,23 +423,6 @@ def folder(keys: str = "", last: bool = False) -> str:
     return as_table(
         [*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines
     )
-
-
-def rounds() -> str:
-    """Rounds of corrections: accuracy before and after them, and paired differences from random choices, after the
-    first and the last round; of each set, and over the means of sets."""
-    rows = results("rounds").pivot_table("top1", ["set", "seed", "round"], "choice", sort=False)
-    last = rows.index.get_level_values("round").max()
-    gaps = rows.drop(columns="random").sub(rows["random"], axis=0)
-    header = ["dataset", "before", "random images, 1 round", f"random images, {last} rounds"]
-    header += [f"{name}, {when}" for name in gaps for when in ("1 round", f"{last} rounds")]
-    lines, means = [], rows.groupby(["set", "round"]).mean()
-    for name, of_set in [*rows.groupby(level="set", sort=False), ("mean of datasets", means)]:
-        levels = {k: of_set.xs(k, level="round") for k in (0, 1, last)}
-        cells = [f"{levels[k]['random'].mean():.1f}" for k in levels]
-        differ = [levels[k][choice] - levels[k]["random"] for choice in gaps for k in (1, last)]
-        lines.append([str(name), *cells, *map(report.difference_cell, differ)])
-    return as_table(header, lines)
 
 
 def lowest_tenth(values: "pd.Series[float]") -> float:

@@ -17,7 +17,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from speed_variants import (
-    CACHED_HEAD,
     FILES,
     INFERENCE,
     TRAINING,
     Case,
     does_not_fit,
-    fill_cache,
     inference,
     make_images,
     prepare,
@@ -44,7 +41,6 @@ COLUMNS = (
     "task,model,classes,batch,variant,seconds,fastest,cpu_seconds,repeats,peak_mb,loaded_mb,file_mb,difference,note"
 )
 NAN = float("nan")
-TASKS = ("startup", "training", "inference")
 RESULTS = Path(__file__).parent / "results"
 
 REPEATS, SPEND = 5, 12.0  # calls per variant; no further turns once they have taken this many seconds in total
@@ -227,39 +223,6 @@ def cell(value: float, spec: str) -> str:
     return "" if value != value else format(value, spec)
 
 
-# ------------------------------------------------------------------------------------------------------------- startup
-
-FIRST_LOGITS = """
-import sys, torch
-from dcp_zoo import create_model
-model = create_model(sys.argv[1], True).eval()
-with torch.inference_mode():
-    model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-"""
-STARTS = {
-    "imports alone": ("import torch, timm, open_clip", ""),
-    "bundled head": (FIRST_LOGITS, "dcp_mini.caltech101-16shot"),
-    "cached ViT-B/16": (FIRST_LOGITS, CACHED_HEAD),
-}
-
-
-def startup(threads: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Time from process start to first logits, next to a process that only imports what is unavoidable."""
-    times: dict[str, list[float]] = {name: [] for name in STARTS}
-    with tempfile.TemporaryDirectory() as cache:
-        fill_cache(Path(cache))
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-        for turn in range(repeats + 1):  # the first one fills the disk cache
-            for name, (script, head) in STARTS.items():
-                started = time.perf_counter()
-                subprocess.run([sys.executable, "-W", "ignore", "-c", script, head], check=True, env=env)
-                if turn:
-                    times[name].append(time.perf_counter() - started)
-    for name, wall in times.items():
-        calls = [Timing(None, seconds, NAN, NAN) for seconds in wall]
-        yield row(("startup", "", "", "", name), (calls, NAN), NAN, NAN)
-
-
 # -------------------------------------------------------------------------------------------------------------- results
 
 
@@ -281,22 +244,20 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def run(grid: str, tasks: list[str], threads: int, output: Path, repeats: int) -> None:
+def run(grid: str, threads: int, output: Path, repeats: int) -> None:
     """Measure, and write every row as soon as it is available."""
-    cases: list[Any] = ["startup"] * ("startup" in tasks)
-    cases += [case for case in GRIDS[grid]() if case.task in tasks]
+    cases = list(GRIDS[grid]())
     with (output / "speed.csv").open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, COLUMNS.split(","))
         writer.writeheader()
         for i, case in enumerate(cases, 1):
             print(f"{time.strftime('%X')} {i}/{len(cases)}: {case}", file=sys.stderr)
-            writer.writerows(startup(threads, repeats) if case == "startup" else compare(case, threads, repeats))
+            writer.writerows(compare(case, threads, repeats))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="check that the script works")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default: 2)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of speed.csv and speed.json")
     args = parser.parse_args()
@@ -304,7 +265,7 @@ def main() -> None:
     output = Path(tempfile.mkdtemp()) if args.smoke else args.output
     output.mkdir(parents=True, exist_ok=True)
     (output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
-    run("smoke" if args.smoke else "quick", args.tasks, args.threads, output, 1 if args.smoke else REPEATS)
+    run("smoke" if args.smoke else "quick", args.threads, output, 1 if args.smoke else REPEATS)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,6 @@ class Figures:
         found = found[(found.classes == classes) & (found.batch == batch)]
         return float(found[column].iloc[0]) if len(found) else float("nan")
 
-    def start(self, variant: str) -> float:
-        found = self.rows[(self.rows.task == "startup") & (self.rows.variant == variant)]
-        return float(found.seconds.iloc[0]) if len(found) else float("nan")
-
 
 def slope(f: Figures, variant: str, few: int, many: int) -> float:
     return (f.training(variant, many) - f.training(variant, few)) / (many - few)
@@ -86,9 +82,5 @@ STATEMENTS = (
     Statement(
         "Each additional class in a training step (ours 10 to 1,000, plain 10 to 100): faster than plain",
         lambda f: slope(f, "plain", 10, 100) / slope(f, "ours", 10, 1000),
-    ),
-    Statement(
-        "Process start to first logits of the bundled head, against imports only",
-        lambda f: f.start("bundled head") / f.start("imports alone"),
     ),
 )

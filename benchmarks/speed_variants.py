@@ -13,7 +13,6 @@ FILES = {
     "onnxruntime": "fused.onnx",
     "encode_image": "visual.pt",
 }
-CACHED_HEAD = "dcp_vitb16.caltech101-16shot"  # of the startup from the Hub client's cache
 
 
 class Case(NamedTuple):
@@ -71,19 +70,6 @@ def prepare(case: Case, folder: Path) -> None:
     torch.save(model.encoder.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
         export(fused, folder / FILES["onnxruntime"])
-
-
-def fill_cache(cache: Path) -> None:
-    """Write random weights of a ViT-B/16 and of a head for it to a cache like that of the Hub's client."""
-    import torch
-
-    from dcp_zoo import create_model
-    from dcp_zoo.zoo.registry import get_head
-
-    model = create_model(CACHED_HEAD)
-    model.store_stats(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-    cache_clip(cache, "dcp_vitb16")
-    model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
 
 
 def cache_clip(cache: Path, name: str) -> None:

@@ -98,7 +98,6 @@ def test_quick_grid_covers_every_statement():
         for batch in case.batches
         for variant in case.variants
     ]
-    rows += [{"task": "startup", "variant": name} for name in speed.STARTS]
     frame = pd.DataFrame(rows).assign(seconds=range(1, len(rows) + 1), peak_mb=100.0)
     figures = speed_report.Figures(frame)
     for statement in speed_report.STATEMENTS:
