@@ -5,7 +5,7 @@
     python benchmarks/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
 
 The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head of the
-miniature with a text probe, another with a template, files of labels, class names and sentences, and a feature cache.
+miniature with a text probe, another with a template, and files of labels, class names and sentences.
 Bytes are flipped, set, cut, repeated and taken from another input; values and types in `config.json`, and numbers of
 tensors, are replaced too. A separate process reads. Failures are its deaths, inputs that twice take longer than `HANG`
 seconds, other exceptions, files elsewhere, and more memory than `MAX_MB`; with any of them the exit code is 1.
@@ -238,42 +238,10 @@ def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: 
     return lambda: read(file)
 
 
-def caches() -> list[bytes]:
-    from dcp_zoo.training.cache import FILE_NAME, FeatureCache
-
-    with tempfile.TemporaryDirectory() as place:
-        FeatureCache(Path(place)).put(kept_tensors())
-        return [Path(place, FILE_NAME).read_bytes()]
-
-
-def kept_tensors() -> dict[str, Any]:
-    import torch
-
-    return {str(i): torch.full((500,), float(i)) for i in range(9)}
-
-
-def fuzz_cache(corpus: list[bytes], chance: random.Random, folder: Path) -> Callable[[], object]:
-    import torch
-
-    from dcp_zoo.training.cache import FILE_NAME, FeatureCache
-
-    (folder / FILE_NAME).write_bytes(damaged(corpus[0], corpus, chance))
-
-    def read() -> None:
-        values = kept_tensors()
-        for _ in range(2):  # the second one finds what the first one left
-            cache = FeatureCache(folder)
-            assert all(torch.equal(value, values[key]) for key, value in cache.get(values).items()), "another value"
-            cache.put(values)
-
-    return read
-
-
 KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Random, Path], Callable[[], object]]]] = {
     "pictures": (pictures, fuzz_picture),
     "checkpoints": (checkpoints, fuzz_checkpoint),
     "labels": (labels, fuzz_labels),
-    "caches": (caches, fuzz_cache),
 }
 
 

@@ -9,13 +9,8 @@ from dcp_zoo.cli.console import log
 
 
 class GrowingTable:
-    """A CSV file that grows while a script measures, so that the script resumes where it was stopped.
-
-    Args:
-        path: of the file; created if needed.
-        columns: its header.
-        key: the columns that say what a row measured.
-    """
+    """A CSV file with these columns, created if needed; `key` are those that say what a row measured, so that a script
+    resumes where it was stopped."""
 
     def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
         self.path = path

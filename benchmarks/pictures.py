@@ -16,13 +16,9 @@ from typing import NamedTuple
 
 import doc_tables
 import quote
-import speed_report
-import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
-import dcp_zoo
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
 
 ROOT = Path(__file__).parents[1]
@@ -68,62 +64,6 @@ def averages() -> None:
     save(figure, "averages.svg")
 
 
-def reads() -> None:
-    """What the backbone adds on each reporting set, by images per class."""
-    found = quote.reads()
-    gains = (found["embedding and backbone"] - found["embedding"]).unstack()
-    figure = Figure((5.4, 3.4), layout="constrained")
-    ax = figure.subplots()
-    for name, row in gains.iterrows():
-        ax.plot(range(len(row)), row, marker="o", label=name)
-    ax.axhline(0, color="#444444", linewidth=0.8)
-    ax.set(xlabel="images per class", ylabel="gain in top-1, points", ylim=(min(0, gains.min().min()) - 0.5, None))
-    ax.set_xticks(range(len(gains.columns)), gains.columns.astype(str))
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8, ncols=2)
-    save(figure, "reads.svg")
-
-
-# colours that the colour-blind tell apart, with markers and dashes of their own
-LINES = {
-    "plain": ("#D55E00", "s", "-"),
-    "unfused": ("#0072B2", "o", "-"),
-    "ours": ("#0072B2", "o", "-"),
-    "fused": ("#009E73", "D", "-"),
-    "encode_image": ("#000000", "x", "--"),
-    "onnxruntime": ("#CC79A7", "^", "-."),
-    "ours-bfloat16": ("#009E73", "D", "-"),
-    "ours-low-memory": ("#CC79A7", "^", "-."),
-}
-
-
-def speed() -> None:
-    """Seconds and peak memory over classes: inference on the left, training on the right."""
-    rows = speed_report.runs()[0].rows.query("model == @speed_report.LARGE")
-    figure = Figure((10.6, 7), layout="constrained")
-    for column, (task, batch) in zip(
-        figure.subplots(2, 2, sharex="col").T, (("inference", 16), ("training", 4)), strict=True
-    ):
-        chosen = rows[(rows.task == task) & (rows.batch == batch)]
-        for ax, (value, label, scale) in zip(
-            column, (("seconds", "seconds", 1), ("peak_mb", "peak memory, GB", 1000)), strict=True
-        ):
-            for variant, (color, marker, dashes) in LINES.items():
-                points = chosen[(chosen.variant == variant) & chosen[value].notna()].sort_values("classes")
-                if len(points):
-                    ax.plot(points.classes, points[value] / scale, dashes, color=color, marker=marker, label=variant)
-            ax.set(xscale="log", yscale="log", ylabel=label)
-            ax.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.minorticks_off()
-            ax.grid(alpha=0.3)
-        column[0].set_title(f"{task}, batch {batch}")
-        column[0].legend(fontsize=8)
-        column[1].set_xlabel("classes")
-    save(figure, "speed.svg")
-
-
 OPEN, EVERY = "MIT or Apache-2.0", "every licence"
 
 
@@ -160,26 +100,6 @@ def models() -> None:
     save(figure, "models.svg")
 
 
-@torch.inference_mode()
-def explained() -> None:
-    """How far CMPA moves each prompt before each coupled block, |new - old| / |old|."""
-    model = dcp_zoo.create_model(HEAD, pretrained=True).eval()
-    steps = [step for step in model.couplings(lambda i: model.stored_stats[i - 1]) if step.v is not None]
-    pairs = {"vision": [(step.v, step.new_v) for step in steps], "text": [(step.t, step.new_t) for step in steps]}
-    axes = Figure((7, 4), layout="constrained").add_subplot()
-    for (tower, changes), color in zip(pairs.items(), ("tab:blue", "tab:orange"), strict=True):
-        rows = torch.stack([(new - old).norm(dim=-1) / old.norm(dim=-1) for old, new in changes])
-        blocks = range(1, len(rows) + 1)
-        axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
-    axes.set(title=f"{HEAD}: how far CMPA moves the prompts", xlabel="before block", ylabel="|new - old| / |old|")
-    axes.set(xticks=list(blocks), yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(IMAGES / "explained.png", dpi=150, format="png")
-
-
 def script(path: str) -> Callable[[], None]:
     """The function `main` of a script."""
     return lambda: runpy.run_path(str(ROOT / path))["main"]()
@@ -192,9 +112,6 @@ class Picture(NamedTuple):
 
 PICTURES = {
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
-    "reads.svg": Picture(reads, [doc_tables.RESULTS / "reads.csv", ROOT / "benchmarks" / "sets.py"]),
-    "speed.svg": Picture(speed, [doc_tables.RESULTS / "speed.csv"]),
-    "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
     "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
     "predictions.webp": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]

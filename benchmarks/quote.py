@@ -12,7 +12,6 @@ Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- 
 measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -50,7 +49,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = 1200  # words; longer pages are listed
 COMPARING = ("README.md", "results.md", "all_results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
@@ -299,20 +297,8 @@ def reading_costs() -> str:
     return as_table(["model", *rows["head"].unique()], lines)
 
 
-def pairs_table() -> str:
-    """Two real encoders, alone and joined: top-1 by images per class, means over draws."""
-    found = results("pairs").pivot_table("top1", ["set", "encoder"], "images_per_class", sort=False)
-    lines = [
-        [*name, *("" if math.isnan(x) else f"{x:.1f}" for x in row)]
-        for name, row in zip(found.index, found.values, strict=True)
-    ]
-    return as_table(["dataset", "encoder", *map(str, found.columns)], lines)
-
-
 def parity() -> str:
     """The runs of `parity.py` side by side."""
-    if not (RESULTS / "parity.csv").exists():
-        return "*Not measured yet.*"
     rows = results("parity").sort_values(["precision", "method", "seed"], ascending=[False, True, True], kind="stable")
     runs = rows.assign(run=rows.method.map(report.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
@@ -321,8 +307,6 @@ def parity() -> str:
 
 def couplings() -> str:
     """The paper's coupling against the released code's, by set, with batch statistics and with stored ones."""
-    if not (RESULTS / "couplings.csv").exists():
-        return "*Not measured yet.*"
     rows, lines = results("couplings"), []
     for (name, shots), group in rows.groupby(["set", "shots"], sort=False):
         for stats, same in group.groupby("stats"):
@@ -347,25 +331,6 @@ def rejection(file: str = "rejection") -> str:
     shown = means[["auroc_near", "auroc_far"]].assign(worst=worst).join(means[columns])
     cells = shown.map(lambda x: "" if x != x else f"{x:.1f}").values.tolist()
     return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
-
-
-def rejection_estimates() -> str:
-    """What heads say of the images that they let pass, beside what tests show: means over seeds, in percent."""
-    rows = results("rejection").dropna(subset=["near_passed_estimate", "near_passed"])
-    means = rows.groupby(["images_per_class", "set"], sort=False).mean(numeric_only=True)
-    columns = ["near_passed_estimate", "near_passed", "far_passed_estimate", "far_passed"]
-    header = [
-        "images per class",
-        "dataset",
-        "near accepted, estimated",
-        "near accepted, tested",
-        "everyday pictures accepted",
-    ]
-    lines = [
-        [*map(str, index), *(f"{x:.0f}" for x in row)]
-        for index, row in zip(means.index, means[columns].values, strict=True)
-    ]
-    return as_table([*header, "far accepted, tested"], lines)
 
 
 def rejection_gaps(images: int = 1) -> pd.Series:
@@ -522,18 +487,6 @@ def renewed(text: str) -> str:
     return MARK.sub(lambda m: like(m["value"], eval(m["source"].strip())) + m["mark"], text)
 
 
-def without_result(text: str) -> list[str]:
-    """The expressions of a page that have no result any more."""
-    found = []
-    for pattern in (BLOCK, MARK):
-        for source in (m["source"].strip() for m in pattern.finditer(text)):
-            try:
-                eval(source)
-            except LookupError as error:
-                found.append(f"{source}: {error}")
-    return found
-
-
 def unmarked(text: str, comparing: bool = False) -> list[str]:
     """Measured numbers without a mark and, where `comparing` or in paragraphs that quote accuracies, comparisons."""
     found = []
@@ -547,13 +500,9 @@ def unmarked(text: str, comparing: bool = False) -> list[str]:
 def main() -> None:
     for page in PAGES:
         text = page.read_text()
-        if missing := without_result(text):
-            print(f"Left as it is: {page.relative_to(ROOT)}, since there is no result for", *missing, sep="\n    ")
-        elif (new := renewed(text)) != text:
+        if (new := renewed(text)) != text:
             page.write_text(new)
             print("Renewed:", page.relative_to(ROOT))
-        if (words := len(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())) > LONG:
-            print(f"Long: {page.relative_to(ROOT)}, {words:,} words")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ time too, which is the server's loss in the wall clock's ratio; images per secon
 import argparse
 import csv
 import itertools
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -117,10 +116,6 @@ def main() -> None:
         rows = measure(args, path, address, psutil.Process(server.pid))
     finally:
         server.terminate()
-    for name in ("per_second", "per_cpu_second"):
-        of = {part: [row[name] for row in rows if row["part"] == part] for part in ("onnxruntime", "server")}
-        ratio = statistics.median(of["server"]) / statistics.median(of["onnxruntime"])
-        print(f"{name}: the server has {ratio:.2f} x the images of onnxruntime alone")
     with (HERE / "results" / "serving.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()

@@ -1,7 +1,6 @@
 """Speed and memory of the method as in its release, of this package's implementations, and of CLIP alone.
 
-    python benchmarks/speed.py            about 24 minutes on two cores: every statement of docs/speed.md
-    python benchmarks/speed.py --smoke    checks that the script works
+    python benchmarks/speed.py      about 24 minutes on two cores: every statement of docs/speed.md
 
 Every variant runs in its own process. The processes of one comparison take turns, one call each, so that other load on
 the machine affects all of them equally; ratios are those of medians. All start from the same weights, and their logits
@@ -30,7 +29,6 @@ from speed_variants import (
     INFERENCE,
     TRAINING,
     Case,
-    does_not_fit,
     inference,
     make_images,
     prepare,
@@ -49,7 +47,7 @@ TOLERANCE = 1e-3  # in logits, relative to the largest
 COARSE = {"ours-bfloat16": 0.1}  # tolerance of low precision; the CSV has the actual difference
 
 
-def quick_grid() -> Iterator[Case]:
+def grid() -> Iterator[Case]:
     """The cases behind the statements of docs/speed.md, one comparison of ViT-B/32, and the miniature's inference."""
     for classes in (10, 100, 1000):
         variants = {100: TRAINING[:3], 10: TRAINING[:3], 1000: TRAINING[1:]}[classes]
@@ -65,14 +63,6 @@ def quick_grid() -> Iterator[Case]:
     for model in ("dcp_vitb32", "dcp_mini"):
         yield Case("training", model, 100, (4,), TRAINING[:3])
 
-
-def smoke_grid() -> Iterator[Case]:
-    """Covers all code with the miniature."""
-    yield Case("training", "dcp_mini", 10, (1, 2), TRAINING)
-    yield Case("inference", "dcp_mini", 10, (1, 2), INFERENCE)
-
-
-GRIDS = {"quick": quick_grid, "smoke": smoke_grid}
 
 # ------------------------------------------------------------------------------------------ one variant, in its process
 
@@ -154,16 +144,13 @@ def compare(case: Case, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
             if preparation.process.exitcode:
                 raise SystemExit(f"{case}: preparation failed")
         for batch in case.batches:
-            too_big = {v: reason for v in case.variants if (reason := does_not_fit(case, v, batch))}
-            runnable = [v for v in case.variants if v not in too_big]
-            workers |= {v: Worker(case, v, folder, threads) for v in runnable if v not in workers}
-            results = measure(case, batch, {v: workers[v] for v in runnable}, repeats)
+            workers = workers or {v: Worker(case, v, folder, threads) for v in case.variants}
+            results = measure(case, batch, workers, repeats)
             for variant in case.variants:
                 path = folder / FILES.get(variant, "")
                 file_mb = path.stat().st_size / 1e6 if path.is_file() else NAN
-                loaded_mb = workers[variant].loaded_mb if variant in workers else NAN
-                result = too_big.get(variant) or results[variant]
-                yield row((case.task, case.model, case.classes, batch, variant), result, loaded_mb, file_mb)
+                key = case.task, case.model, case.classes, batch, variant
+                yield row(key, results[variant], workers[variant].loaded_mb, file_mb)
         for worker in workers.values():
             worker.stop()
 
@@ -244,28 +231,26 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def run(grid: str, threads: int, output: Path, repeats: int) -> None:
+def run(threads: int, output: Path) -> None:
     """Measure, and write every row as soon as it is available."""
-    cases = list(GRIDS[grid]())
+    cases = list(grid())
     with (output / "speed.csv").open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, COLUMNS.split(","))
         writer.writeheader()
         for i, case in enumerate(cases, 1):
             print(f"{time.strftime('%X')} {i}/{len(cases)}: {case}", file=sys.stderr)
-            writer.writerows(compare(case, threads, repeats))
+            writer.writerows(compare(case, threads, REPEATS))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="check that the script works")
     parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default: 2)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of speed.csv and speed.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    output = Path(tempfile.mkdtemp()) if args.smoke else args.output
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
-    run("smoke" if args.smoke else "quick", args.threads, output, 1 if args.smoke else REPEATS)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
+    run(args.threads, args.output)
 
 
 if __name__ == "__main__":

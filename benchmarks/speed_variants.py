@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime")
 TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
-# memory of training as in the release: fixed, per class, per image; measured on smaller cases
-PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
 FILES = {
     "fused": "fused.pt",
     "onnxruntime": "fused.onnx",
@@ -138,16 +136,3 @@ def training(case: Case, variant: str, folder: Path) -> Call:
         return logits.detach()
 
     return step
-
-
-def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
-    """Why training as in the release is not run here, from its memory in smaller cases; None if it fits."""
-    if (case.task, variant) != ("training", "plain"):
-        return None
-    import torch
-
-    from dcp_zoo.training.device import total_memory
-
-    fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
-    needed, total = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
-    return f"not run: needs about {needed / 1e3:.0f} GB, there are {total / 1e3:.0f}" if needed > 0.9 * total else None

@@ -75,26 +75,10 @@ def test_slow_variants_take_fewer_turns_and_dead_ones_are_named():
         speed.measure(case, 1, {"plain": Scripted(1), "ours": Scripted(1, output=2.0)}, repeats=1)
 
 
-def test_what_does_not_fit_is_not_run(monkeypatch):
-    case = variants.Case("training", "dcp_vitb16", 1000, (4,), variants.TRAINING)
-    monkeypatch.setattr("dcp_zoo.training.device.total_memory", lambda device: 24 * 2**30)
-    assert "needs about 32 GB, there are 26" in variants.does_not_fit(case, "plain", 4)
-    assert variants.does_not_fit(case, "ours", 4) is None
-    assert variants.does_not_fit(case._replace(classes=100), "plain", 4) is None
-
-
-@pytest.mark.parametrize("grid", speed.GRIDS)
-def test_grids_are_valid(grid):
-    for case in speed.GRIDS[grid]():
-        assert set(case.variants) <= set(variants.INFERENCE if case.task == "inference" else variants.TRAINING)
-        assert case.batches == tuple(sorted(case.batches))
-        assert case.task == "inference" or case.model in variants.PLAIN_TRAINING_MB
-
-
-def test_quick_grid_covers_every_statement():
+def test_the_grid_covers_every_statement():
     rows = [
         {"task": case.task, "model": case.model, "classes": case.classes, "batch": batch, "variant": variant}
-        for case in speed.quick_grid()
+        for case in speed.grid()
         for batch in case.batches
         for variant in case.variants
     ]
