@@ -61,7 +61,8 @@ def test_costs_are_the_measured_ones():
 def test_pins_are_whole_commits():
     """A branch may move, and a hash that YAML takes for a number is none."""
     pins = [spec.clip_revision for spec in MODELS.values() if spec.clip_revision is not None]
-    assert pins and all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins)
+    assert pins
+    assert all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins)
 
 
 @pytest.mark.parametrize("accuracy", ["zero_shot", "imagenet"])
