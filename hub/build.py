@@ -29,7 +29,7 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.archives import AGENT, SILENCE
+from dcp_zoo.data.download import AGENT, SILENCE
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable, format_duration

@@ -266,7 +266,7 @@ def test_onnx_features_are_the_models(short, onnx_file, run, tmp_path):
 
 def test_what_is_no_onnx_file_is_refused_before_the_model_is_loaded(run, my_head, no_work):
     assert "Unknown suffix '.pt2': choose from .onnx" in run.refused("export", "--head", "my_head", "--output", "x.pt2")
-    assert "choose from onnx, web, hub" in run.refused("export", "--head", "my_head", "--format", "tflite")
+    assert "choose from onnx, hub" in run.refused("export", "--head", "my_head", "--format", "tflite")
 
 
 def test_the_default_file_is_named_after_the_head(my_head, monkeypatch):

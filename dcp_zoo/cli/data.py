@@ -55,7 +55,7 @@ def download(
 ) -> None:
     """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
 
-    Complete datasets are skipped; a stopped download resumes.
+    Complete datasets are skipped; a stopped download of a file with a checksum continues.
 
     [dim]dcp-zoo data download caltech101 dtd --data-root DATA[/]
     [dim]dcp-zoo data download all --data-root DATA --imagenet-from TARS[/]
