@@ -195,7 +195,7 @@ def test_any_request_is_read_or_refused(body, kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "inputs"), {"pictures": 60, "checkpoints": 10, "labels": 60, "caches": 30}.items())
+@pytest.mark.parametrize(("kind", "inputs"), {"pictures": 60, "checkpoints": 10, "labels": 60}.items())
 def test_the_first_inputs_of_the_fuzzing_script(kind, inputs, tmp_path):
     pytest.importorskip("openpyxl")
     make, damage = fuzz.KINDS[kind]
