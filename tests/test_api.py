@@ -26,7 +26,7 @@ from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
-from dcp_zoo.api.attention import attention_maps
+from dcp_zoo.api import attention_maps
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.benchmark.plan import Trial

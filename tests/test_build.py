@@ -94,7 +94,6 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
 
 @pytest.mark.scripts
 def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
-    """`benchmarks/kills.py` does this 20 times."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
     chance, folder = random.Random(), small / "BUILD"
     prepare = partial(small_zoo.prepare_build, publish.MANIFEST, uploads.url)

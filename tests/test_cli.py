@@ -88,6 +88,12 @@ def test_list_fits_a_screen(columns, args, most, run, monkeypatch):
     assert not any("…" in line for line in lines)
 
 
+def test_list_names_a_planned_head(run):
+    told = " ".join(run.ok("list", "*vitb32.ucf101*").split())
+    assert "5 heads for 1, 2, 4, 8, 16 images per class are planned" in told
+    assert told.endswith("How to train one: dcp-zoo info dcp_vitb32.ucf101-1shot")
+
+
 def test_shell_completion(monkeypatch):
     monkeypatch.setenv("_DCP_ZOO_COMPLETE", "complete_bash")
     for words, expected in (
@@ -154,7 +160,7 @@ def test_predict_json_and_table(head, animals, run, monkeypatch, tmp_path):
     assert "miniature" not in run("predict", path, "--head", head)[2], "said once"
 
 
-DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
+DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
 
 
 @pytest.mark.parametrize(
@@ -166,10 +172,10 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
         ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),
         ([*DIGITS, "--model", "ViT-B-32"], "Unknown model 'ViT-B-32'. open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG"),
-        (["train", "--output", "OUT", "--dataset", "caltec101"], "caltech101"),
-        (["train", "--output", "OUT", "--dataset", "caltech101"], "--data-root"),
+        (["train", "caltec101", "--output", "OUT"], "caltech101"),
+        (["train", "caltech101", "--output", "OUT"], "--data-root"),
         ([*DIGITS, "--set", "coupling=both"], "bidirectional or text_to_vision"),
-        (["train", "--dataset", "digits", "--output", "OUT", "--set", "epochs=3"], "none of augment, classifier."),
+        (["train", "digits", "--output", "OUT", "--set", "epochs=3"], "none of augment, classifier."),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
@@ -236,15 +242,28 @@ def commands(group, *names: str) -> list[list[str]]:
     return [list(names), *(words for name in inner for words in commands(inner[name], *names, name))]
 
 
+def options(command) -> list[str]:
+    """The options of a command, and of the commands of a group; without --help, a pair of flags once."""
+    inner = getattr(command, "commands", {}).values()
+    own = [part.opts[0] for part in command.params if part.param_type_name == "option"]
+    return [name for part in inner for name in options(part)] if inner else own
+
+
+def test_the_commands_stay_few_and_have_few_options():
+    inner = get_command(app).commands
+    assert len(options(get_command(app))) <= 100
+    assert len(options(inner["predict"])) <= 14
+    assert sum(len(getattr(part, "commands", [part])) for part in inner.values()) <= 15
+
+
 def test_commands_without_a_model_import_nothing_heavy():
     """One after the other in one process: what one imports is said of all later ones."""
     refused = [["train", "--epochs", "50"], ["train", CHECKPOINT]]  # which is no folder with a folder per class
-    refused += [["train", "--dataset", "digits", "--output", CHECKPOINT]]  # which is finished
+    refused += [["train", "digits", "--output", CHECKPOINT]]  # which is finished
     tried = [
         *([*words, "--help"] for words in commands(get_command(app))),
         ["--version"],
         ["list"],
-        ["list", "--planned"],
         *(["info", name] for name in (*MODELS, "dcp_mini.caltech101-16shot", "dcp_vitl14.dtd-1shot", CHECKPOINT)),
         ["data", "check", "--data-root", "."],
         *refused,
@@ -257,7 +276,7 @@ def test_commands_without_a_model_import_nothing_heavy():
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        ("eval --head dcp_mini.eurosat_small-16shot --dataset digits --report FILE", "page.html"),
+        ("eval digits --head dcp_mini.eurosat_small-16shot --report FILE", "page.html"),
         ("predict --sample --sheet FILE", "page.html"),
         ("inspect photos --output .", "inspection.csv"),
     ],

@@ -18,7 +18,7 @@ from dcp_zoo.zoo.resolve import name_of
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
-COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["export"]]
+COMMANDS = [["predict", "--sample"], ["eval", "digits"], ["export"]]
 
 
 @pytest.mark.parametrize("name", ["my_head", "my_head/", "my_head/model.safetensors", "local-dir:my_head"])

@@ -111,7 +111,7 @@ def test_eval_on_a_dataset_of_other_classes_is_the_cross_dataset_protocol(run, f
     digits = three_digits()
     monkeypatch.setattr(evaluate, "load_labelled", lambda *_: digits)
     monkeypatch.setattr(evaluate, "as_values", lambda evaluation: {"logits": evaluation.logits.tolist()})
-    code, out, err = run("eval", "--head", "head", "--dataset", "digits", "--json")
+    code, out, err = run("eval", "digits", "--head", "head", "--json")
     assert code == 0, err
     assert "Note: head was trained on 2 classes, and is tested with the 3 class names of digits" in err
     head = dcp_zoo.create_model("head", True).eval()
@@ -157,5 +157,5 @@ def test_images_that_are_added_to_a_head_count_as_trained_on(run, flowers):
 def test_eval_names_the_folder_it_needs(run, my_head, flowers):
     err = run.refused("eval", "--head", "my_head")
     assert "my_head was trained on your own images: pass a folder with images of its classes, rose, tulip" in err
-    err = run.refused("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
+    err = run.refused("eval", "digits", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert "digits needs no --data-root" in err

@@ -21,8 +21,7 @@ from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
-from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.inspection.look import look, same_pictures
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -245,7 +244,15 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
             dcp_zoo.search(folder, **options)
     with pytest.raises(ZooError, match="is among the images"):
         dcp_zoo.search(folder, "cat", output=folder / "cats")
-    assert "omit them, or --to-label" in run.refused("search", folder, "cat", "--to-label")
+    assert "omit cat, or --to-label" in run.refused("search", folder, "cat", "--to-label")
+    assert "work only with --to-label" in run.refused("search", folder, "cat", "--labels", folder)
+    assert "takes one folder" in run.refused("search", folder, "--to-label", "--labels", folder, "--labels", tmp_path)
+
+
+def test_search_takes_a_photo_as_what_to_find_and_a_folder_as_labels(folder, cache, run):
+    photo = folder / "cat" / "0.jpg"
+    assert run.ok("search", folder, photo).split("\n")[0] == f"1.000  {photo}"
+    assert "left to label" in run.refused("search", folder, "--to-label", "--labels", folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ to label

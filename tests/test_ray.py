@@ -134,11 +134,13 @@ def test_what_cannot_run_on_ray_is_said(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, run: CommandLine
 ) -> None:
     """A trial larger than every machine, an output folder that is not shared, and no cluster."""
-    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--cpus"):
+    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--per-trial"):
         run_all(print, settings, monkeypatch, cpus=3)
     with pytest.raises(ZooError, match="share"):
         run_all(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
-    assert "add --ray local" in run.refused("benchmark", "few-shot", "--output", settings.output, "--cpus", 2)
+    swept = "benchmark", "few-shot", "--output", settings.output
+    assert "add --ray local" in run.refused(*swept, "--per-trial", "cpus=2")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):
         next(sweep_on_ray(TRIALS, settings, address="127.0.0.1:9"))
+    assert "such as cpus=2,gpus=0.5" in run.refused(*swept, "--ray", "local", "--per-trial", "2")

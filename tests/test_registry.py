@@ -1,6 +1,7 @@
 """Names: what the zoo lists, what timm sees, and messages for unknown names. New table rows are covered here."""
 
 import csv
+import re
 from dataclasses import replace
 
 import published
@@ -53,6 +54,13 @@ def test_costs_are_the_measured_ones():
         row = rows.get(spec.clip)
         costs = row and (float(row["core_ms_per_image"]), int(row["peak_mb"]))
         assert (spec.core_ms, spec.memory_mb) == (costs or (None, None)), spec.name
+
+
+def test_pins_are_whole_commits():
+    """A branch may move, and a hash that YAML takes for a number is none."""
+    pins = [spec.clip_revision for spec in MODELS.values() if spec.clip_revision is not None]
+    assert pins
+    assert all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins)
 
 
 @pytest.mark.parametrize("accuracy", ["zero_shot", "imagenet"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dcp_zoo import threads
+from dcp_zoo.training.device import decoders
 
 
 def test_functions_choose_the_threads_of_their_own_thread_only():
@@ -32,11 +33,19 @@ def test_functions_choose_the_threads_of_their_own_thread_only():
     ],
     ids=lambda command: command[0],
 )
-def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, command):
+def test_commands_compute_with_the_cores_they_may_use(run, flowers, my_head, monkeypatch, command):
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    run.ok(*command, "--threads", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run.ok(*command)
     assert chosen == [3]
+
+
+def test_processes_decode_where_a_gpu_would_wait(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    places = ("cuda", 2001), ("cuda", 2000), ("cpu", 50_000)
+    assert [decoders(torch.device(name), images) for name, images in places] == [3, 0, 0]
 
 
 def printed(program: str, own: dict[str, str]) -> list[str]:

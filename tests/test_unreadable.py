@@ -197,7 +197,7 @@ def test_train_leaves_out_what_cannot_be_read(run, flowers, bad):
     info = json.loads(Path("MY_PHOTOS_head/config.json").read_text())["dcp"]
     assert (info["unreadable_images"], info["class_images"]) == (2, {"rose": 6, "tulip": 6})
     assert "--skip-unreadable is for your own images" in run.refused(
-        "train", "--dataset", "digits", "--output", "x", "--skip-unreadable"
+        "train", "digits", "--output", "x", "--skip-unreadable"
     )
 
 
