@@ -11,7 +11,6 @@ from helpers import read_csv
 from shared import CommandLine
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods.gda import gaussian_discriminant
 
 E, C = 16, 3
@@ -75,10 +74,10 @@ def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
     code, _, err = sweep(run, folder, "--methods", "zero-shot")
     assert (code, "was made with other images of caltech101: choose another --output" in err) == (2, True), err
     labels = arrays.pop("test_label")
-    for wrong, message in ((None, "no test_label"), (labels[:-1], "one label"), (labels + 1, "0 to 2")):
+    for wrong, message in ((labels[:-1], "one label"), (labels + 1, "0 to 2")):
         other = folder / "".join(message.split())
         other.mkdir()
-        np.savez(other / "caltech101.npz", **arrays, **({} if wrong is None else {"test_label": wrong}))
+        np.savez(other / "caltech101.npz", **arrays, test_label=wrong)
         code, _, err = sweep(run, other, "--methods", "linear-probe")
         assert code != 0
         assert message in err, err
@@ -106,9 +105,8 @@ def test_image_features_alone_are_enough_for_gda(without_text, run):
     ("options", "message"),
     [
         (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
-        (("--shots", "2"), "allow none of these trials: .*caltech101.npz has no train2_vector"),
-        (("--datasets", "dtd"), "no file .*dtd.npz.*has caltech101"),
-        (("--methods", "gda"), "no text_vector.*text=false"),
+        (("--shots", "2"), "lack what these trials need"),
+        (("--methods", "gda"), "lack what these trials need"),
     ],
 )
 def test_what_is_impossible_is_refused_before_anything_starts(without_text, run, options, message):
@@ -124,40 +122,10 @@ def test_defaults_are_what_the_files_allow(without_text):
     arrays |= {f"train1_{kind}": arrays.pop(f"train4_{kind}") for kind in ("vector", "label")}
     np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
     np.savez(without_text / "cats.npz", **arrays)
-    trials, left_out = plan_given(without_text, "dcp_vitb32")
-    assert {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"} == {
-        ("caltech101", 4),
-        ("dtd", 1),
-    }
+    trials = plan_given(without_text, "dcp_vitb32")
+    shots = {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"}
+    assert shots == {("caltech101", 4), ("dtd", 1)}
     assert {trial.method for trial in trials if trial.dataset == "dtd"} == ABLE
-    assert {trial.seed for trial in trials if trial.shots} == {1}
-    for part in (
-        "caltech101.npz has no text_vector; caltech101.npz has no train1_vector",
-        "dtd.npz has no train4_vector",
-        "cats.npz (not named after a dataset)",
-    ):
-        assert part in left_out
-    chosen = {"methods": ["linear-probe"], "datasets": ["dtd"], "shots": [1]}
-    assert plan_given(without_text, "dcp_vitb32", **chosen)[1] == ""
-    trials, _ = plan_given(without_text, "dcp_vitb32", ["gda"], options={"text": [True, False]})
-    assert {(t.dataset, t.changes) for t in trials} == {
-        ("caltech101", "text=False"),
-        ("dtd", "text=False"),
-        ("dtd", ""),
-    }
-    trials, left_out = plan_given(without_text, "dcp_vitb32", ["gda"], ["caltech101", "dtd"], [1])
-    assert ({trial.dataset for trial in trials}, left_out.split(";")[0]) == (
-        {"dtd"},
-        "caltech101.npz has no text_vector",
-    )
-
-
-def test_a_file_that_is_no_archive(tmp_path):
-    (tmp_path / "dtd.npz").write_text("")
-    with pytest.raises(ZooError, match=r"dtd.npz cannot be read"):
-        plan_given(tmp_path, "dcp_vitb32")
-    np.savez(tmp_path / "dtd.npz", classnames=["a"])
-    with pytest.raises(ZooError, match=r"dtd.npz has no test_vector: it has classnames"):
-        plan_given(tmp_path, "dcp_vitb32")
-    with pytest.raises(ZooError, match="no file that is named after a dataset.*no .npz files"):
-        plan_given(tmp_path / "nothing", "dcp_vitb32")
+    trials = plan_given(without_text, "dcp_vitb32", ["gda"], options={"text": [True, False]})
+    without = {("caltech101", "text=False"), ("dtd", "text=False")}
+    assert {(t.dataset, t.changes) for t in trials} == {*without, ("dtd", "")}

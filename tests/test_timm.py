@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
-from dcp_zoo.api.attention import attention_weights
+from dcp_zoo.api import attention_weights
 from dcp_zoo.hub import explained
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.linear_head import CacheHead, LinearHead

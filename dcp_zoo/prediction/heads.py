@@ -64,7 +64,9 @@ def torch_predictor(
     precision = pick_precision(precision, head.encoder.architecture, head.device)
     stored = head.stats == "stored"
     if features and not stored:
-        raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
+        raise ZooError(
+            "Only stored statistics give an image the same features in any batch: omit features, or set model.stats."
+        )
     fast = head.abilities.linear and stored and not keeps_features() and (images is None or images > FEW)
     rejects = bool(reject) and not head.cannot_reject
     runs = TorchHead(head, head.fuse() if fast else head, precision, stored, alone, rejects, features)
