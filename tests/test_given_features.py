@@ -84,18 +84,14 @@ def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
         assert message in err, err
 
 
-@pytest.fixture
-def without_text(folder):
+def test_image_features_alone_are_enough_for_gda(folder, run):
     arrays = dict(np.load(folder / "caltech101.npz"))
     del arrays["text_vector"]
     np.savez(folder / "caltech101.npz", **arrays)
-    return folder
-
-
-def test_image_features_alone_are_enough_for_gda(without_text, run):
-    arrays = dict(np.load(without_text / "caltech101.npz"))
-    assert sweep(run, without_text, "--methods", "gda", "--set", "text=false")[0] == 0
-    (row,) = read_csv(without_text / "sweep" / "results.csv")
+    code, out, err = sweep(run, folder, "--methods", "gda")
+    assert (code, "text=false" in out + err) == (2, True), err
+    assert sweep(run, folder, "--methods", "gda", "--set", "text=false")[0] == 0
+    (row,) = read_csv(folder / "sweep" / "results.csv")
     train, test = (F.normalize(torch.from_numpy(arrays[f"{p}_vector"]).float(), dim=-1) for p in ("train4", "test"))
     weight, bias = gaussian_discriminant(train, torch.from_numpy(arrays["train4_label"]), C)
     hits = (test @ weight.T + bias).argmax(-1).numpy() == arrays["test_label"]
@@ -108,48 +104,13 @@ def test_image_features_alone_are_enough_for_gda(without_text, run):
         (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
         (("--shots", "2"), "allow none of these trials: .*caltech101.npz has no train2_vector"),
         (("--datasets", "dtd"), "no file .*dtd.npz.*has caltech101"),
-        (("--methods", "gda"), "no text_vector.*text=false"),
     ],
 )
-def test_what_is_impossible_is_refused_before_anything_starts(without_text, run, options, message):
-    code, out, err = sweep(run, without_text, *options)
+def test_what_is_impossible_is_refused_before_anything_starts(folder, run, options, message):
+    code, out, err = sweep(run, folder, *options)
     assert code == 2
     assert re.search(message, out + err), err
-    assert not (without_text / "sweep").exists()
-
-
-def test_defaults_are_what_the_files_allow(without_text):
-    """A second dataset with text features and other shots, and a file of another name."""
-    arrays = dict(np.load(without_text / "caltech101.npz"))
-    arrays |= {f"train1_{kind}": arrays.pop(f"train4_{kind}") for kind in ("vector", "label")}
-    np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
-    np.savez(without_text / "cats.npz", **arrays)
-    trials, left_out = plan_given(without_text, "dcp_vitb32")
-    assert {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"} == {
-        ("caltech101", 4),
-        ("dtd", 1),
-    }
-    assert {trial.method for trial in trials if trial.dataset == "dtd"} == ABLE
-    assert {trial.seed for trial in trials if trial.shots} == {1}
-    for part in (
-        "caltech101.npz has no text_vector; caltech101.npz has no train1_vector",
-        "dtd.npz has no train4_vector",
-        "cats.npz (not named after a dataset)",
-    ):
-        assert part in left_out
-    chosen = {"methods": ["linear-probe"], "datasets": ["dtd"], "shots": [1]}
-    assert plan_given(without_text, "dcp_vitb32", **chosen)[1] == ""
-    trials, _ = plan_given(without_text, "dcp_vitb32", ["gda"], options={"text": [True, False]})
-    assert {(t.dataset, t.changes) for t in trials} == {
-        ("caltech101", "text=False"),
-        ("dtd", "text=False"),
-        ("dtd", ""),
-    }
-    trials, left_out = plan_given(without_text, "dcp_vitb32", ["gda"], ["caltech101", "dtd"], [1])
-    assert ({trial.dataset for trial in trials}, left_out.split(";")[0]) == (
-        {"dtd"},
-        "caltech101.npz has no text_vector",
-    )
+    assert not (folder / "sweep").exists()
 
 
 def test_a_file_that_is_no_archive(tmp_path):
