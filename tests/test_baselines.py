@@ -22,7 +22,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features, Maps, Pixels
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.methods import METHODS, clap, fit_head, lp_plus_plus, promptsrc
+from dcp_zoo.training.methods import METHODS, clap, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant
 from dcp_zoo.training.methods.proker import BETAS, PENALTIES
@@ -849,8 +849,3 @@ def test_options_change_a_recipe_or_are_refused():
     ):
         with pytest.raises(ZooError, match=message):
             recipe(method).updated(change)
-
-
-def test_step_sizes_of_lp_plus_plus():
-    x, text = torch.eye(2), torch.tensor([[0.6, 0.8]])
-    assert lp_plus_plus.step_sizes(x, text) == pytest.approx((8.0, 0.5))
