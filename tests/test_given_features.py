@@ -102,7 +102,7 @@ def test_image_features_alone_are_enough_for_gda(folder, run):
     ("options", "message"),
     [
         (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
-        (("--shots", "2"), "allow none of these trials: .*caltech101.npz has no train2_vector"),
+        (("--methods", "gda", "--shots", "2"), "allow none of these trials: .*caltech101.npz has no train2_vector"),
         (("--datasets", "dtd"), "no file .*dtd.npz.*has caltech101"),
     ],
 )

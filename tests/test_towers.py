@@ -94,8 +94,8 @@ def test_normalisation_in_other_parts_of_a_block_is_rejected(golden):
 
 @pytest.fixture
 def short(golden) -> DCP:
-    """A calibrated model of two blocks with prompts and one without: more are compiled like these, for seconds."""
-    model = build(build_tiny_clip(golden, vision_cfg={"layers": 3}, text_cfg={"layers": 3}), depth=2)
+    """A calibrated model of one block with prompts and one without: more are compiled like these, for seconds."""
+    model = build(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), depth=1)
     model.store_stats(IMAGES)
     return model
 
