@@ -1,5 +1,6 @@
 """The fused model: the logits of a model with stored statistics, and everything a plain module must support."""
 
+import io
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.mini import HybridPatchEmbed
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -92,6 +94,17 @@ def test_is_frozen_small_and_independent(model):
     assert close(model(IMAGES), logits)
     model.set_classnames(["other"])
     assert fused(IMAGES.half()).shape == (3, 4)
+
+
+@torch.no_grad()
+def test_pickles(model):
+    fused = model.fuse()
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert isinstance(again, FusedHead)
+    assert torch.equal(again(IMAGES), fused(IMAGES))
 
 
 @torch.no_grad()
