@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import typer
 from given_features import GivenCLIP, nothing_read
+from growing import GrowingTable
 from many_sets import COLUMNS, MODEL, RESULTS, TEST_IMAGES, draw, scores
 from sets import CHOOSING, REPORTING
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
@@ -142,19 +142,12 @@ class Known:
 
 
 @app.command()
-def measure(
-    kept: Annotated[Path, typer.Argument(help="The folder that `features` wrote.")],
-    readings: Annotated[str, typer.Option(help="What is read, between semicolons.")] = "x; stem; x+stem; x,stem",
-    methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join(NAMES),
-    images: Annotated[str, typer.Option(help="Images per class, in this order.")] = "4,1,16,2,8",
-    seeds: str = "1,2,3,4,5",
-    sets: Annotated[str, typer.Option(help="Names of sets, between semicolons.")] = "; ".join([*REPORTING, *CHOOSING]),
-) -> None:
+def measure(kept: Annotated[Path, typer.Argument(help="The folder that `features` wrote.")]) -> None:
     """Measure what the table does not have for the current weights yet."""
     table, weights = GrowingTable(RESULTS / "baselines.csv", COLUMNS, [*COLUMNS[:2], *COLUMNS[3:7]]), weights_id(MODEL)
-    for reading, name in product(readings.split("; "), sets.split("; ")):
+    for reading, name in product(("x", "stem", "x+stem", "x,stem"), (*REPORTING, *CHOOSING)):
         known = Known(kept / f"{name}.npz", reading)
-        cells = product(map(int, images.split(",")), map(int, seeds.split(",")), methods.split("; "))
+        cells = product((4, 1, 16, 2, 8), range(1, 6), NAMES)  # images per class, draws, methods
         for number, seed, method in cells:
             key = weights, name, number, seed, method, reading
             able = method == "text-probe" if "," in reading else known.has_text or method in WITHOUT_TEXT

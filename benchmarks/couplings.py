@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from growing import GrowingTable
 from many_sets import MODEL, RESULTS, draw
 from sets import SETS
-from tuning import GrowingTable
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar

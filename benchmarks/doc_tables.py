@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SUBMITTED = ROOT / "benchmarks" / "leaderboard"
 UNBROKEN = re.compile(r"(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=\d) (?=to [+-])|(?<=to) (?=[+-]\d)|(?<=\)) (?=\*)")
-NOT_MEASURED = "*Not measured yet.*"
 ACCURACIES = {
     "few-shot": report.few_shot_tables,
     "base-to-new": report.base_to_new_tables,
@@ -43,8 +42,6 @@ SERVING = {
     "p50_ms": "median, ms",
     "p99_ms": "99th percentile, ms",
     "failures": "wrong predictions",
-    "rss_before_mb": "memory before, MB",
-    "rss_after_mb": "memory after, MB",
 }
 PRECISIONS = {
     "runtime": "runtime",
@@ -64,18 +61,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return as_table(header, [[UNBROKEN.sub("\u00a0", str(cell)) for cell in row] for row in rows])
 
 
-def labelled(name: str) -> pd.DataFrame | None:
-    """A results file, ready for the report's tables; None if there is none yet."""
-    path = RESULTS / f"{name}.csv"
-    return report.with_labels(pd.read_csv(path)) if path.is_file() else None
+def labelled(name: str) -> pd.DataFrame:
+    """A results file, ready for the report's tables."""
+    return report.with_labels(pd.read_csv(RESULTS / f"{name}.csv"))
 
 
 def result_tables(name: str, part: str) -> str:
     """Tables of the report for a file: its accuracy, its `ece` or `nll` (few-shot only), or its differences from the
     text probe."""
     rows = labelled(name)
-    if rows is None:
-        return NOT_MEASURED
     if part == "differences":
         made = report.against(rows, "Text probe")
     elif part in ("ece", "nll"):
@@ -134,10 +128,7 @@ def methods_table() -> str:
 
 def columns_table(name: str, columns: Mapping[str, str]) -> str:
     """Some columns of a results file under other names, medians over the turns of each part if it has turns."""
-    path = RESULTS / f"{name}.csv"
-    if not path.is_file():
-        return NOT_MEASURED
-    rows = pd.read_csv(path)
+    rows = pd.read_csv(RESULTS / f"{name}.csv")
     if "turn" in rows:
         rows = rows.groupby("part", sort=False).median(numeric_only=True).round(1).reset_index()
     shown = rows[list(columns)].astype(object).where(rows[list(columns)].notna(), "")

@@ -9,7 +9,6 @@ again.
 
 import csv
 import json
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -143,13 +142,12 @@ def survey(folder: Path) -> None:
         for architecture, names in tags.items():
             if architecture in done:
                 continue
-            started = time.process_time()
             dcp, features = run(*small_config(architecture), folder)
             if dcp == "yes" and not has_one_size(architecture):
                 dcp = "needs images of one size, the same for open_clip and timm."
             writer.writerow([architecture, " ".join(names), dcp, features])
             file.flush()
-            print(f"{architecture}: {dcp}, {features}, {time.process_time() - started:.1f} s", flush=True)
+            print(f"{architecture}: {dcp}, {features}", flush=True)
 
 
 def run(config: dict[str, Any], timm_args: dict[str, Any], folder: Path) -> tuple[str, str]:

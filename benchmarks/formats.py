@@ -1,7 +1,6 @@
 """Size, speed and parity of a head's exported files.
 
     python benchmarks/formats.py --data-root DATA      writes results/formats.csv; DATA holds caltech-101
-    ... --files FOLDER                                 keeps the exported files, and uses those of an earlier run
 
 Every file classifies the same batches of 8 in turn, in one process with one thread. These images are already resized:
 decoding does not count. The speed is relative to the fused model in PyTorch. The difference is the largest one of a
@@ -32,7 +31,6 @@ VARIANTS = (("float32", "outside"), ("float32", "inside"), ("float16", "inside")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True)
-    parser.add_argument("--files", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = create_model(HEAD, True).eval()
@@ -45,9 +43,8 @@ def main() -> None:
         expected = fused(images).softmax(-1).numpy()
         rows, runs = [], {"PyTorch, fused": lambda: fused(images[:BATCH])}
         for precision, where in VARIANTS:
-            file = (args.files or Path(temporary)) / f"{precision}-{where}.onnx"
-            if not file.exists():
-                export(model, file, preprocessing=where, precision=precision)
+            file = Path(temporary) / f"{precision}-{where}.onnx"
+            export(model, file, preprocessing=where, precision=precision)
             exported = OnnxClassifier(file, threads=1)
             if where == "inside":
                 found = np.concatenate([exported(np.asarray(image)[None]) for image in photographs])

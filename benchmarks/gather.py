@@ -1,10 +1,9 @@
 """Gather the trials in `benchmarks/results/trials` into the CSV files used by the documentation.
 
 A method enters the few-shot results once it has all shots and three seeds, the same for all: averages over other draws
-of the training images do not compare. Results on ten draws are in a file of their own.
+of the training images do not compare.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -14,12 +13,11 @@ from dcp_zoo.benchmark.plan import PROTOCOLS, SEEDS
 from dcp_zoo.model.config import NO_CLASSIFIER
 
 RESULTS = Path(__file__).parent / "results"
-TEN = range(1, 11)  # draws of methods that only read features
 
 
-def is_complete(rows: pd.DataFrame, seeds: Iterable[int] = SEEDS) -> bool:
+def is_complete(rows: pd.DataFrame) -> bool:
     """Whether a method has all trials of the few-shot protocol; one that uses no images has one."""
-    trained = {(k, seed) for k in PROTOCOLS["few-shot"].shots for seed in seeds}
+    trained = {(k, seed) for k in PROTOCOLS["few-shot"].shots for seed in SEEDS}
     return trained <= {*zip(rows.shots, rows.seed, strict=True)} or rows.shots.eq(0).all()
 
 
@@ -32,9 +30,7 @@ def main() -> None:
     protocols = ("few-shot", "base-to-new", "domain-shift")
     parts = {name: rows[(rows.protocol == name) & (rows.options == "")] for name in protocols}
     complete = parts["few-shot"].groupby(["method", "options"], sort=False)
-    parts["few-shot-ten-draws"] = complete.filter(is_complete, seeds=TEN)
     parts["few-shot"] = complete.filter(is_complete)
-    parts["few-shot"] = parts["few-shot"][parts["few-shot"].seed.isin([0, *SEEDS])]
     for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)

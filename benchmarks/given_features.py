@@ -6,11 +6,10 @@ FEATURES has one `DATASET.npz` per dataset, with `classnames` (C,), `test_vector
 `trainK_vector` and `trainK_label` for each number K of images per class and, optionally, `valK_vector`, `valK_label`,
 `text_vector` (C, E), of the class names in the dataset's template, `test_backbone` (n, V) and `trainK_backbone`, what a
 text probe reads besides, and `logit_scale`, exp(logit_scale) of the CLIP, by default 100. Trials for which the files
-lack something are left out and listed.
+lack something are left out.
 """
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -29,10 +28,9 @@ from dcp_zoo.benchmark.sweep import execute, sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import numbers, show_events, show_results, split_commas
-from dcp_zoo.cli.console import log
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.specs import DATASETS
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable, sha256_of
 from dcp_zoo.model.classes import Texts
@@ -44,7 +42,7 @@ from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 SCALE = 100.0  # of logits, if the features come without
 DRAW = 1  # the seed of the trials: the files hold one draw of the training images
-TEXT_ARRAY = "text_vector"
+TEXT_ARRAY, TRAIN_ARRAY = "text_vector", re.compile(r"train\d+_vector")
 
 
 def nothing_read(*_: object, **__: object) -> torch.Tensor:
@@ -142,50 +140,28 @@ def plan_given(
     datasets: Sequence[str] = (),
     shots: Sequence[int] = (),
     options: Mapping[str, Sequence[Any]] | None = None,
-) -> tuple[list[Trial], str]:
-    """The trials of a grid, see `plan_trials`, that the files in a folder allow, and what was left out, or ""."""
+) -> list[Trial]:
+    """The trials of a grid, see `plan_trials`, that the files in a folder allow."""
     able = [name for name, method in METHODS.items() if method.features]
-    for method in methods:
-        if method in METHODS and method not in able:
-            raise ZooError(f"{method} needs images, not only features: choose from {', '.join(able)}.")
-    found = sorted(path.stem for path in folder.glob("*.npz"))
-    names = datasets or [name for name in DATASETS if name in found]
-    has = f"{folder} has {', '.join(found) or 'no .npz files'}"
-    if not names:
-        raise ZooError(f"There is no file that is named after a dataset, such as caltech101.npz: {has}.")
-    if absent := [name for name in names if name not in found]:
-        raise ZooError(f"There is no file {folder / absent[0]}.npz: {has}.")
-    files = {name: array_names(folder / f"{name}.npz") for name in names}
-    matches = (re.fullmatch(r"train(\d+)_vector", array) for arrays in files.values() for array in arrays)
-    shots_found = sorted({int(match[1]) for match in matches if match})
-    trials = plan_trials("few-shot", [model], methods or able, names, shots or shots_found, [DRAW], options)
-    lacking = {trial: array for trial in trials if (array := lacking_array(trial, files[trial.dataset]))}
-    left_out = [f"{name}.npz has no {a}" for name, a in dict.fromkeys((t.dataset, a) for t, a in lacking.items())]
-    if len(lacking) == len(trials):
-        problem = f"The files in {folder} allow none of these trials: {'; '.join(left_out)}."
-        alone = "Methods that read images alone, such as linear-probe, or gda with --set text=false"
-        raise ZooError(f"{problem} {alone}, need no {TEXT_ARRAY}.")
-    if not datasets and (others := [f"{name}.npz" for name in found if name not in files]):
-        left_out.append(f"{', '.join(others)} (not named after a dataset)")
-    return [trial for trial in trials if trial not in lacking], "; ".join(left_out)
+    if unable := {*methods} - {*able}:
+        raise ZooError(f"{', '.join(unable)} needs images, not only features: choose from {', '.join(able)}.")
+    names = datasets or [name for name in DATASETS if (folder / f"{name}.npz").exists()]
+    files = {name: set(_arrays(folder / f"{name}.npz")) for name in names}
+    found = sorted({int(array[5:-7]) for arrays in files.values() for array in arrays if TRAIN_ARRAY.fullmatch(array)})
+    trials = plan_trials("few-shot", [model], methods or able, names, shots or found, [DRAW], options)
+    trials = [trial for trial in trials if needed(trial, files[trial.dataset]) <= files[trial.dataset]]
+    if not trials:
+        raise ZooError(f"The files in {folder} lack what these trials need: see the arrays in `{Path(__file__).name}`.")
+    return trials
 
 
-def array_names(path: Path) -> set[str]:
-    with as_zoo_error(f"{path} cannot be read: {{}}.", OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
-        names = {name.removesuffix(".npy") for name in file.namelist()}
-    for name in ("classnames", "test_vector", "test_label"):
-        if name not in names:
-            raise ZooError(f"{path} has no {name}: it has {', '.join(sorted(names))}.")
-    return names
-
-
-def lacking_array(trial: Trial, names: set[str]) -> str:
-    """An array that a trial needs and does not have, or ""."""
+def needed(trial: Trial, names: set[str]) -> set[str]:
+    """The arrays that a trial needs of a file with these."""
     reads_names = trial.method != "linear-probe" and getattr(trial.recipe, "text", True)
-    needed = [TEXT_ARRAY] if reads_names else []
     kinds = ["vector", "label"] + ["backbone"] * ("test_backbone" in names)
-    needed += [f"train{trial.shots}_{kind}" for kind in kinds] if trial.shots else []
-    return next((name for name in needed if name not in names), "")
+    return ({TEXT_ARRAY} if reads_names else set()) | (
+        {f"train{trial.shots}_{kind}" for kind in kinds} if trial.shots else set()
+    )
 
 
 @dataclass(frozen=True)
@@ -223,9 +199,7 @@ def given(
     """Run the few-shot protocol on given features, and gather the results."""
     grid: Values = {"methods": split_commas(methods), "datasets": split_commas(datasets)}
     grid |= {"shots": numbers(shots, "--shots"), "options": opt.parse_changes(changes)}
-    trials, left_out = plan_given(features, model, **grid)
-    if left_out:
-        log(f"Left out: {left_out}.")
+    trials = plan_given(features, model, **grid)
     check_writable(output_dir)
     failed = sweep(trials, GivenSettings(output_dir, features=features), run=run_given, show=show_events)
     show_results(trials, output_dir, failed)

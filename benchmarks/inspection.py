@@ -1,22 +1,18 @@
 """`dcp-zoo inspect` and `search --to-label` measured: swapped labels, the accuracy to expect, images of none of the
-classes, suggested images, planted duplicates, and the time.
+classes, and suggested images.
 
     python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
 
 DATA is as in `sets.py`. Images of none of the classes come from the reporting sets there. Other thresholds were chosen
 on training and validation images of Caltech-101 and PACS photographs; how images are suggested, on Caltech-101's
 validation images, photographs, sketches and other classes of Tiny ImageNet. Of that only validation images are read,
-as the miniature was trained on the others. Times are of the processor.
+as the miniature was trained on the others.
 """
 
-import os
 import random
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,26 +22,22 @@ import numpy as np
 import torch
 import typer
 from cleanlab.filter import find_label_issues
-from PIL import Image, ImageOps
-from sets import REPORTING
+from growing import GrowingTable
+from sets import REPORTING, of_class, tiny_imagenet
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable, of_class, tiny_imagenet
 
-from dcp_zoo import inspect
 from dcp_zoo.benchmark.plan import weights_id
-from dcp_zoo.cli.console import log, progress_bar
-from dcp_zoo.data import Item, Split, load_image, load_split
+from dcp_zoo.cli.console import progress_bar
+from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.text_probe import Read, fit_on_features
 from dcp_zoo.training.evaluation import top1
-from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"
 COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
@@ -72,8 +64,6 @@ SETS = {  # how many images of each class the draws are from
     "50 kinds of things": Folder(TINY, 16, range(1, 100, 2)),
 }
 POOL, ROUNDS, LABELS, RANDOM = 800, 5, 10, 3  # of suggestions: images to choose from; random choices to compare with
-IMAGES, PLANTED = 5000, 100  # of the duplicates: images, and how many of them get a copy of each kind
-KINDS = ("saved again", "resized", "cropped", "mirrored")
 Measured = Iterator[tuple[str, Any]]
 
 
@@ -95,10 +85,6 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
                 if head not in table:
                     pair = [reporting(clip, each, data_root, Path(folder)) for each in (name, others)]
                     table.add((*head, *row) for row in strangers(*pair, seed))
-        for once in (duplicates, processor_time):
-            head = weights_id(MODEL), once.__name__, "Caltech-101 and PACS", 1
-            if head not in table:
-                table.add((*head, *row) for row in once(clip, data_root, Path(folder)))
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
@@ -247,73 +233,6 @@ def suggestions(images: Images, seed: int) -> Measured:
     others = [images.top1(random.Random(i).sample(pool, len(found)), None, tested) for i in range(RANDOM)]
     yield "top1 suggested", images.top1(found, None, tested)
     yield "top1 random", round(sum(others) / RANDOM, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------- duplicates
-
-
-def duplicates(clip: FrozenCLIP, data_root: Path, folder: Path) -> Measured:
-    """Copies of each kind that are found, and images that are said to be the same as another picture: natural twins
-    among the images count as such, too."""
-    rng = random.Random(1)
-    caltech = load_split("caltech101", data_root).test
-    styles = [item for style in ("art_painting", "cartoon") for item in load_split(f"pacs_{style}", data_root).test]
-    paths = [item.path for item in caltech + rng.sample(styles, IMAGES - len(caltech))]
-    planted = rng.sample(range(IMAGES), PLANTED)
-    copies = [copy for i in planted for copy in changed(load_image(paths[i]), rng)]
-    seen = look([*paths, *copies], clip, progress=progress_bar)
-    groups = same_pictures(seen.features, seen.grey)
-    group_of = {i: number for number, group in enumerate(groups) for i in group}
-    for kind, name in enumerate(KINDS):
-        places = zip(planted, range(IMAGES + kind, IMAGES + len(copies), len(KINDS)), strict=True)
-        yield f"found: {name}", sum(group_of.get(i, -1) == group_of.get(j, -2) for i, j in places) / PLANTED
-    others = [originals for group in groups if len(originals := [i for i in group if i < IMAGES]) > 1]
-    for group in others:
-        log(" ".join(paths[i] for i in group))
-    yield "images", IMAGES
-    yield "images taken for another", sum(map(len, others))
-
-
-def changed(image: Image.Image, rng: random.Random) -> Iterator[Image.Image]:
-    """One copy of each kind, saved as JPEG."""
-    w, h = image.size
-    left, top = round(rng.uniform(0, 0.05) * w), round(rng.uniform(0, 0.05) * h)
-    scale = rng.choice((0.4, 0.6, 1.5))
-    kinds = (
-        (image, rng.choice((40, 60, 80))),
-        (image.resize((max(16, int(w * scale)), max(16, int(h * scale)))), 90),
-        (image.crop((left, top, left + round(0.95 * w), top + round(0.95 * h))), 90),
-        (ImageOps.mirror(image), 90),
-    )
-    for copy, quality in kinds:
-        copy.save(buffer := BytesIO(), "JPEG", quality=quality)
-        yield Image.open(buffer).convert("RGB")
-
-
-# ---------------------------------------------------------------------------------------------------------------- time
-
-
-def processor_time(clip: FrozenCLIP, data_root: Path, folder: Path) -> Measured:
-    """Seconds for the features of 2,000 images, and for their inspection with page and CSV file."""
-    rng = random.Random(1)
-    split, root = load_split("caltech101", data_root), folder / "photos"
-    for label, name in enumerate(split.classnames):
-        own = [item for item in split.items if item.label == label]
-        for item in rng.sample(own, min(20, len(own))):
-            place = root / name / Path(item.path).name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(item.path, place)
-    paths = sorted(map(str, root.glob("*/*")))
-    started = time.process_time()
-    source = ImageSource(clip, [Item(path, path, 0) for path in paths], create_transform(clip))
-    source.features()
-    features = time.process_time() - started
-    os.environ["DCP_ZOO_CACHE"] = str(folder / "cache")
-    started = time.process_time()
-    inspect(root).write(folder / "inspection")
-    yield "images", len(paths)
-    yield "seconds, features", round(features, 1)
-    yield "seconds, inspect", round(time.process_time() - started, 1)
 
 
 if __name__ == "__main__":

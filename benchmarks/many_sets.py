@@ -1,9 +1,8 @@
 """The methods that a reader would choose from, on many sets of images with 1 to 16 training images per class.
 
-    python benchmarks/many_sets.py --data-root DATA              writes results/many_sets.csv; resumes when repeated
-    python benchmarks/many_sets.py --data-root DATA --choose     writes results/many_sets_choice.csv
+    python benchmarks/many_sets.py --data-root DATA      writes results/many_sets.csv; resumes when repeated
 
-It begins with what is left to do and what that costs. Methods of `QUICK` are trained on five draws at five numbers of
+Methods of `QUICK` are trained on five draws at five numbers of
 images, those of `SLOW` on the first two draws at two numbers: compare them with the same draws of the others. Methods
 that need nothing but features are in `baselines.py`, which reads these once.
 
@@ -16,20 +15,18 @@ probe on these features and one on the frozen tower's. CPU seconds of this last 
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 import typer
-from sets import CHOOSING, REPORTING, Pool
+from growing import GrowingTable
+from sets import REPORTING, Pool, of_class
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable, of_class
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
@@ -53,7 +50,8 @@ ON_FEATURES = ("zero-shot-ensemble", *(name for name, each in METHODS.items() if
 RECIPES = {"dcp, fast": "fast"}  # where not the method's default
 QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "dcp, fast", "coop", "prolip")
 SLOW = ("2sfs", "vpt-deep", "maple", "promptsrc", "clip-lora", "clip-svd")
-GRID = {**dict.fromkeys(QUICK, ("4,1,16,2,8", "1,2,3,4,5")), **dict.fromkeys(SLOW, ("4,16", "1,2"))}  # images, draws
+# images per class, and draws
+GRID = dict.fromkeys(QUICK, ((4, 1, 16, 2, 8), range(1, 6))) | dict.fromkeys(SLOW, ((4, 16), range(1, 3)))
 
 
 def draw(pool: Pool, images: int, seed: int) -> Split:
@@ -128,46 +126,18 @@ def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:
     )
 
 
-def main(
-    data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")],
-    choose: Annotated[bool, typer.Option("--choose", help="Measure on the sets for choosing.")] = False,
-    methods: Annotated[str, typer.Option(help="Names, between semicolons.")] = "; ".join(GRID),
-    images: Annotated[str, typer.Option(help="Images per class, in this order; default: see GRID.")] = "",
-    sets: Annotated[str, typer.Option(help="Names of sets, between semicolons; default: all.")] = "",
-    seeds: Annotated[str, typer.Option(help="Draws; default: see GRID.")] = "",
-    output: Annotated[Path | None, typer.Option(help="Another file for the rows.")] = None,
-) -> None:
+def main(data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")]) -> None:
     """Measure every set, number of images, seed and method that the table does not have for the current weights yet."""
-    file = output or RESULTS / f"many_sets{'_choice' * choose}.csv"
-    table = GrowingTable(file, COLUMNS, COLUMNS[:2] + COLUMNS[3:6])
-    weights, chosen = weights_id(MODEL), CHOOSING if choose else REPORTING
-    names, cells = [name for name in chosen if not sets or name in sets.split("; ")], []
-    for method in methods.split("; "):
-        numbers, draws = GRID.get(method, GRID["text-probe"])
-        cells += product(
-            map(int, (seeds or draws).split(",")), map(int, (images or numbers).split(",")), [method], names
-        )
-    left = [
-        cell
-        for cell in sorted(cells, key=lambda cell: cell[0])
-        if (weights, cell[3], *cell[1::-1], cell[2]) not in table
-    ]
-    log(f"{len(left)} of {len(cells)} fits are left: {cost(file, left)}.")
+    table, weights = GrowingTable(RESULTS / "many_sets.csv", COLUMNS, COLUMNS[:2] + COLUMNS[3:6]), weights_id(MODEL)
+    cells = [(seed, n, m, name) for m, (ns, seeds) in GRID.items() for seed in seeds for n in ns for name in REPORTING]
+    left = [(seed, n, m, name) for seed, n, m, name in cells if (weights, name, n, seed, m) not in table]
+    left.sort(key=lambda cell: cell[0])
+    log(f"{len(left)} of {len(cells)} fits are left.")
     with TemporaryDirectory() as folder:
-        pools = {name: chosen[name](data_root, Path(folder)) for name in {cell[3]: None for cell in left}}
+        pools = {name: REPORTING[name](data_root, Path(folder)) for name in {cell[3]: None for cell in left}}
         for seed, number, method, name in left:
             head = weights, name, len(pools[name][0]), number, seed, method
             table.add((*head, *row) for row in measured(draw(pools[name], number, seed), seed, method))
-
-
-def cost(file: Path, left: Sequence[tuple[int, int, str, str]]) -> str:
-    """CPU time of training for draws, images, methods and sets that are left, by the means in the file."""
-    rows = pd.read_csv(file)
-    known = rows.groupby(["method", "images_per_class"]).train_cpu_seconds.mean()
-    costs = [known.get((method, number)) for _, number, method, _ in left]
-    unknown = sorted({method for (*_, method, _), each in zip(left, costs, strict=True) if each is None})
-    hours = sum(each for each in costs if each is not None) / 3600
-    return f"about {hours:.1f} hours of CPU time" + f", without {', '.join(unknown)}" * bool(unknown)
 
 
 if __name__ == "__main__":

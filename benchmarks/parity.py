@@ -163,7 +163,7 @@ def design_of(method: str) -> dict[str, Any]:
     return common | {"trainer": "MaPLe", "maple_length": 2}
 
 
-def build_theirs(method: str, seed: int, folder: Path, data: Path, clip: nn.Module, epochs: int | None) -> Any:
+def build_theirs(method: str, seed: int, folder: Path, data: Path, clip: nn.Module) -> Any:
     """Their trainer, built by their code from their configuration: with the miniature, its image size, and float32."""
     sys.path[:0] = [str(folder / "authors"), str(folder / "dassl")]
     for name in UNUSED:
@@ -180,7 +180,6 @@ def build_theirs(method: str, seed: int, folder: Path, data: Path, clip: nn.Modu
     cfg = clip_config()
     options = ["INPUT.SIZE", (cfg["size"], cfg["size"]), "INPUT.PIXEL_MEAN", cfg["mean"], "INPUT.PIXEL_STD", cfg["std"]]
     options += [precision, "fp32", "DATASET.NUM_SHOTS", SHOTS, "DATALOADER.NUM_WORKERS", 0, "USE_CUDA", False]
-    options += ["OPTIM.MAX_EPOCH", epochs] if epochs else []
     args = argparse.Namespace(
         root=str(data), output_dir=str(folder / "output"), resume="", seed=seed, trainer=trainer, backbone="", head="",
         source_domains=None, target_domains=None, transforms=None, opts=options,
@@ -278,18 +277,15 @@ def maple_names(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
     return ours
 
 
-def build_ours(
-    method: str, names: list[str], state: dict[str, Tensor], epochs: int | None
-) -> tuple[Head, TrainingRecipe]:
+def build_ours(method: str, names: list[str], state: dict[str, Tensor]) -> tuple[Head, TrainingRecipe]:
     """Our head with their parameters from before the first step, and our recipe."""
     clip = plain_clip(MODEL)
-    length = {"epochs": epochs} if epochs else {}
     if method == "maple":
-        recipe: Any = MaPLeRecipe(**({"epochs": 5} | length))
+        recipe: Any = MaPLeRecipe(epochs=5)
         head: Any = new_maple(Task(clip, MODEL, names, "a photo of a {}.", None, None, recipe))
         head.load_state_dict(maple_names(state, head), strict=False)
     else:
-        recipe = Recipe(coupling="text_to_vision", **length)
+        recipe = Recipe(coupling="text_to_vision")
         head = DCP(clip, names, recipe.config)
         load_trained(head, renamed(state, "theirs"), "theirs")
         head.stats = "batch"
@@ -376,8 +372,6 @@ def main() -> None:
     parser.add_argument("--dassl", type=Path, required=True, help="checkout of Dassl.pytorch")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--epochs", type=int, help="of a shorter schedule than the published one")
-    parser.add_argument("--every", type=int, default=1, help="test on every N-th test image only")
     parser.add_argument("--float64", action="store_true", help="compute in float64 in place of float32")
     parser.add_argument("--first", type=int, default=100, help="steps, whole epochs, of the first comparison")
     args = parser.parse_args()
@@ -387,7 +381,7 @@ def main() -> None:
         changes = {name: changes.get(name, []) + FLOAT64.get(name, []) for name in changes.keys() | FLOAT64.keys()}
     split = few_shot(load_split(DATASET, args.data_root), SHOTS, args.seed)
     clip = plain_clip(MODEL)
-    tests = image_source(clip, split.test[:: args.every], once=True)
+    tests = image_source(clip, split.test, once=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
         copied(args.authors, folder / "authors", changes)
@@ -396,15 +390,13 @@ def main() -> None:
         data.mkdir(parents=True)
         for file in (args.data_root / "caltech-101").iterdir():
             (data / file.name).symlink_to(file.resolve())
-        trainer = build_theirs(args.method, args.seed, folder, data.parent, clip.clip, args.epochs)
-        loader = trainer.test_loader
-        loader.dataset.data_source = loader.sampler.data_source = loader.dataset.data_source[:: args.every]
-        theirs = run_theirs(trainer, iter(tests.batches(loader.batch_size)), args.first)
+        trainer = build_theirs(args.method, args.seed, folder, data.parent, clip.clip)
+        theirs = run_theirs(trainer, iter(tests.batches(trainer.test_loader.batch_size)), args.first)
         keys = [
             [str(Path(path).relative_to(data / "101_ObjectCategories")) for path in paths]
             for paths in (theirs.drawn, theirs.tested)
         ]
-    head, recipe = build_ours(args.method, split.classnames, theirs.before, args.epochs)
+    head, recipe = build_ours(args.method, split.classnames, theirs.before)
     same = {
         "same training images in order": keys[0] == [item.key for item in split.train],
         "same test images in order": keys[1] == [item.key for item in split.test],

@@ -2,9 +2,8 @@
 
     python benchmarks/pictures.py     draws again those whose sources have changed
 
-`docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are the charts of
-benchmarks/speed.py and the screenshots of hub/walk_pictures.py, hub/demo_picture.py and
-hub/label_studio/check.py, which need Chromium.
+`docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are screenshots:
+those of hub/walk_pictures.py, hub/demo_picture.py and hub/label_studio/check.py need Chromium.
 """
 
 import hashlib
@@ -17,11 +16,9 @@ from typing import NamedTuple
 
 import doc_tables
 import quote
-import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-import dcp_zoo
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
 
 ROOT = Path(__file__).parents[1]
@@ -67,22 +64,6 @@ def averages() -> None:
     save(figure, "averages.svg")
 
 
-def reads() -> None:
-    """What the backbone adds on each reporting set, by images per class."""
-    found = quote.reads()
-    gains = (found["embedding and backbone"] - found["embedding"]).unstack()
-    figure = Figure((5.4, 3.4), layout="constrained")
-    ax = figure.subplots()
-    for name, row in gains.iterrows():
-        ax.plot(range(len(row)), row, marker="o", label=name)
-    ax.axhline(0, color="#444444", linewidth=0.8)
-    ax.set(xlabel="images per class", ylabel="gain in top-1, points", ylim=(min(0, gains.min().min()) - 0.5, None))
-    ax.set_xticks(range(len(gains.columns)), gains.columns.astype(str))
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8, ncols=2)
-    save(figure, "reads.svg")
-
-
 OPEN, EVERY = "MIT or Apache-2.0", "every licence"
 
 
@@ -119,26 +100,6 @@ def models() -> None:
     save(figure, "models.svg")
 
 
-@torch.inference_mode()
-def explained() -> None:
-    """How far CMPA moves each prompt before each coupled block, |new - old| / |old|."""
-    model = dcp_zoo.create_model(HEAD, pretrained=True).eval()
-    steps = [step for step in model.couplings(lambda i: model.stored_stats[i - 1]) if step.v is not None]
-    pairs = {"vision": [(step.v, step.new_v) for step in steps], "text": [(step.t, step.new_t) for step in steps]}
-    axes = Figure((7, 4), layout="constrained").add_subplot()
-    for (tower, changes), color in zip(pairs.items(), ("tab:blue", "tab:orange"), strict=True):
-        rows = torch.stack([(new - old).norm(dim=-1) / old.norm(dim=-1) for old, new in changes])
-        blocks = range(1, len(rows) + 1)
-        axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
-    axes.set(title=f"{HEAD}: how far CMPA moves the prompts", xlabel="before block", ylabel="|new - old| / |old|")
-    axes.set(xticks=list(blocks), yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(IMAGES / "explained.png", dpi=150, format="png")
-
-
 def script(path: str) -> Callable[[], None]:
     """The function `main` of a script."""
     return lambda: runpy.run_path(str(ROOT / path))["main"]()
@@ -151,13 +112,10 @@ class Picture(NamedTuple):
 
 PICTURES = {
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
-    "reads.svg": Picture(reads, [doc_tables.RESULTS / "reads.csv", ROOT / "benchmarks" / "sets.py"]),
-    "explained.png": Picture(explained, [WEIGHTS / HEAD / "model.safetensors"]),
     "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
     "predictions.webp": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]
     ),
-    "scaling.svg": Picture(script("benchmarks/scaling.py"), [doc_tables.RESULTS / "scaling_simulated.csv"]),
 }
 
 

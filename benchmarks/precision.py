@@ -1,15 +1,11 @@
-"""What a precision costs and changes: time and memory by model and runtime, and the miniature's answers.
+"""What a precision costs: time and memory by model and runtime.
 
-    python benchmarks/precision.py                              precision.csv: dcp_vitb16 in torch and ONNX Runtime
-    python benchmarks/precision.py --models                     model_costs.csv: a model of each architecture, in torch
-    python benchmarks/precision.py --answers --data-root DATA   precision_answers.csv: DATA holds caltech-101
-    python benchmarks/precision.py --folder                     precision_folder.csv: a folder, on an idle machine
+    python benchmarks/precision.py              precision.csv: dcp_vitb16 in torch and ONNX Runtime
+    python benchmarks/precision.py --models     model_costs.csv: a model of each architecture, in torch
 
 Weights of models that are not part of the package are random. Each row is a process of its own with one thread, which
 classifies the same batch of decoded images as `dcp-zoo predict` does; its time is the processor's, which counts on a
-busy machine too. Caches are shared with other processes, so it is the fastest of some repeats. The answers are those of
-a bundled head on 2,000 test images. A folder of JPEGs is classified by `dcp_zoo.predict` with all threads, from files
-to predictions, in turns; its time is the wall clock's.
+busy machine too. Caches are shared with other processes, so it is the fastest of some repeats.
 """
 
 import argparse
@@ -30,24 +26,15 @@ RESULTS = Path(__file__).parent / "results"
 BATCH, REPEATS, CLASSES = 8, 5, 100
 ENOUGH = 20  # seconds, after which a large model is not repeated more than once
 RUNS = [("torch", "float32"), ("torch", "bfloat16"), ("onnx", "float32"), ("onnx", "float16")]
-HEAD, IMAGES = "dcp_mini.caltech101-16shot", 2000
-FOLDER_IMAGES, TURNS = 200, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", action="store_true")
-    parser.add_argument("--answers", action="store_true")
-    parser.add_argument("--folder", action="store_true")
-    parser.add_argument("--data-root")
     parser.add_argument("--one", nargs=4, help="for the processes that are started here")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(cost(*args.one)))
-    elif args.answers:
-        write("precision_answers", answers(args.data_root))
-    elif args.folder:
-        write("precision_folder", folder_times())
     else:
         by_clip = {spec.clip: name for name, spec in reversed(MODELS.items())}  # weights change neither time nor memory
         models = [(name, "torch", "float32") for name in MODELS if name in by_clip.values()]
@@ -115,57 +102,6 @@ def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found = {"model": name, "runtime": runtime, "precision": precision}
     return found | {"core_ms_per_image": round(1000 * min(seconds[1:]) / BATCH, 1), "peak_mb": round(memory)}
-
-
-def folder_times() -> list[dict[str, Any]]:
-    import torch
-    from bulk import make_images
-
-    from dcp_zoo import predict
-
-    model, rows = random_model("dcp_vitb16"), []
-    with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), FOLDER_IMAGES)
-        paths = sorted(map(str, Path(folder).rglob("*.jpg")))
-        predict(model, paths[:BATCH])
-        for turn in range(1, TURNS + 1):
-            for precision in ("float32", "bfloat16"):
-                started = time.perf_counter()
-                predict(model, paths, precision=precision)
-                seconds = round(time.perf_counter() - started, 1)
-                row = {"precision": precision, "turn": turn, "images": FOLDER_IMAGES, "seconds": seconds}
-                rows.append(row | {"threads": torch.get_num_threads()})
-                print(rows[-1], flush=True)
-    return rows
-
-
-def answers(data_root: str) -> list[dict[str, Any]]:
-    import torch
-
-    from dcp_zoo import create_model
-    from dcp_zoo.data import load_split
-    from dcp_zoo.training.evaluation import expected_calibration_error, predict, top1
-    from dcp_zoo.training.sources import image_source
-
-    model = create_model(HEAD, True).eval()
-    items = load_split(model.info["dataset"], data_root).test
-    items = sorted(items, key=lambda item: item.key)[:: max(1, len(items) // IMAGES)][:IMAGES]
-    labels, rows, exact = torch.tensor([item.label for item in items]), [], None
-    for precision in ("float32", "bfloat16"):
-        logits = predict(model, image_source(model.frozen, items, precision=precision), 32)
-        exact = logits if exact is None else exact
-        rows.append(
-            {
-                "precision": precision,
-                "images": len(items),
-                "same_answer": round(100 * float((logits.argmax(1) == exact.argmax(1)).float().mean()), 2),
-                "logits_apart": round(float((logits - exact).abs().max()), 3),
-                "top1": top1(logits, labels),
-                "ece": expected_calibration_error(logits, labels),
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- 
 measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -43,15 +42,13 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
 from sets import CHOOSING, MINIATURES, REPORTING
 
 from dcp_zoo.benchmark import report
-from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.table import DEFAULT_METHOD
+from dcp_zoo.training.methods import METHODS  # noqa: F401 - for the pages' expressions
 from dcp_zoo.zoo.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = 1200  # words; longer pages are listed
 COMPARING = ("README.md", "results.md", "all_results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
@@ -77,7 +74,6 @@ FACTS = {  # no measurements, allowed on every page
     "20 seconds": "interval of parts of `predict`",
     "20 times": "validations during training",
     "4 times": "width of CMPA's MLP",
-    "30 milliseconds": "assumption of the simulation",
 }
 ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
 
@@ -301,40 +297,8 @@ def reading_costs() -> str:
     return as_table(["model", *rows["head"].unique()], lines)
 
 
-def pairs_table() -> str:
-    """Two real encoders, alone and joined: top-1 by images per class, means over draws."""
-    found = results("pairs").pivot_table("top1", ["set", "encoder"], "images_per_class", sort=False)
-    lines = [
-        [*name, *("" if math.isnan(x) else f"{x:.1f}" for x in row)]
-        for name, row in zip(found.index, found.values, strict=True)
-    ]
-    return as_table(["dataset", "encoder", *map(str, found.columns)], lines)
-
-
-def supports() -> str:
-    """Methods on imbalanced classes: balanced accuracy and ECE, and the text probe's difference from each."""
-    rows = results("supports")
-    sets = list(rows.set.unique())
-    lines = []
-    by_draw = rows.set_index(["set", "method", "draw"]).sort_index()
-    for method in [name for name in METHODS if name in set(rows.method)]:
-        line = [report.title(method)]
-        for name in sets:
-            if (name, method) not in by_draw.index:
-                line.append("-")
-                continue
-            own, probe = by_draw.loc[name, method], by_draw.loc[name, DEFAULT_METHOD]
-            cell = f"{own.balanced.mean():.1f} ({own.ece.mean():.1f})"
-            differs = "" if method == DEFAULT_METHOD else f", {report.difference_cell(probe.balanced - own.balanced)}"
-            line.append(cell + differs)
-        lines.append(line)
-    return as_table(["balanced top-1 (ECE), text probe minus this method", *sets], lines)
-
-
 def parity() -> str:
     """The runs of `parity.py` side by side."""
-    if not (RESULTS / "parity.csv").exists():
-        return "*Not measured yet.*"
     rows = results("parity").sort_values(["precision", "method", "seed"], ascending=[False, True, True], kind="stable")
     runs = rows.assign(run=rows.method.map(report.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
@@ -343,8 +307,6 @@ def parity() -> str:
 
 def couplings() -> str:
     """The paper's coupling against the released code's, by set, with batch statistics and with stored ones."""
-    if not (RESULTS / "couplings.csv").exists():
-        return "*Not measured yet.*"
     rows, lines = results("couplings"), []
     for (name, shots), group in rows.groupby(["set", "shots"], sort=False):
         for stats, same in group.groupby("stats"):
@@ -371,25 +333,6 @@ def rejection(file: str = "rejection") -> str:
     return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
 
 
-def rejection_estimates() -> str:
-    """What heads say of the images that they let pass, beside what tests show: means over seeds, in percent."""
-    rows = results("rejection").dropna(subset=["near_passed_estimate", "near_passed"])
-    means = rows.groupby(["images_per_class", "set"], sort=False).mean(numeric_only=True)
-    columns = ["near_passed_estimate", "near_passed", "far_passed_estimate", "far_passed"]
-    header = [
-        "images per class",
-        "dataset",
-        "near accepted, estimated",
-        "near accepted, tested",
-        "everyday pictures accepted",
-    ]
-    lines = [
-        [*map(str, index), *(f"{x:.0f}" for x in row)]
-        for index, row in zip(means.index, means[columns].values, strict=True)
-    ]
-    return as_table([*header, "far accepted, tested"], lines)
-
-
 def rejection_gaps(images: int = 1) -> pd.Series:
     """The share of similar classes that a head's test let pass minus the estimated one, in percentage points, of heads
     with so many images per class or more."""
@@ -414,21 +357,6 @@ def rejection_examples() -> str:
         "other datasets accepted",
     ]
     return as_table(header, lines)
-
-
-def rejection_corrected() -> str:
-    """What thresholds refuse and let pass after corrections: means over the reporting sets, in percent, and the paired
-    difference of near images that pass from as many random images, over the means of sets."""
-    rows = results("rejection_corrected").query("part == 'reporting'")
-    keys, columns = ["added", "threshold"], ["known_refused", "near_passed", "far_passed"]
-    sets = rows.groupby([*keys, "set"], sort=False)[columns].mean()
-    random = sets.query("added == 'random images' and threshold == 'all images'").near_passed.droplevel(keys)
-    lines = []
-    for key, means in sets.groupby(keys, sort=False):
-        gap = means.near_passed.droplevel(keys) - random
-        lines.append([*key, *map("{:.1f}".format, means.mean()), report.difference_cell(gap) if gap.any() else ""])
-    header = ["added images", "the threshold is set by", "known rejected", "near accepted", "far accepted"]
-    return as_table([*header, "near accepted, minus random images"], lines)
 
 
 def folder(keys: str = "", last: bool = False) -> str:
@@ -460,23 +388,6 @@ def folder(keys: str = "", last: bool = False) -> str:
     return as_table(
         [*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines
     )
-
-
-def rounds() -> str:
-    """Rounds of corrections: accuracy before and after them, and paired differences from random choices, after the
-    first and the last round; of each set, and over the means of sets."""
-    rows = results("rounds").pivot_table("top1", ["set", "seed", "round"], "choice", sort=False)
-    last = rows.index.get_level_values("round").max()
-    gaps = rows.drop(columns="random").sub(rows["random"], axis=0)
-    header = ["dataset", "before", "random images, 1 round", f"random images, {last} rounds"]
-    header += [f"{name}, {when}" for name in gaps for when in ("1 round", f"{last} rounds")]
-    lines, means = [], rows.groupby(["set", "round"]).mean()
-    for name, of_set in [*rows.groupby(level="set", sort=False), ("mean of datasets", means)]:
-        levels = {k: of_set.xs(k, level="round") for k in (0, 1, last)}
-        cells = [f"{levels[k]['random'].mean():.1f}" for k in levels]
-        differ = [levels[k][choice] - levels[k]["random"] for choice in gaps for k in (1, last)]
-        lines.append([str(name), *cells, *map(report.difference_cell, differ)])
-    return as_table(header, lines)
 
 
 def lowest_tenth(values: "pd.Series[float]") -> float:
@@ -535,8 +446,8 @@ def strangers() -> str:
 
 def speed_table() -> str:
     """The figures of the speed benchmark, with a column for each machine."""
-    runs = speed_report.Paths().read()
-    figures = [(s, [s.value(speed_report.Figures(run)) for run in runs]) for s in speed_report.STATEMENTS]
+    runs = speed_report.runs()
+    figures = [(s, [s.value(speed_report.Figures(run.rows)) for run in runs]) for s in speed_report.STATEMENTS]
     rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
     header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
     return as_table(header, rows)
@@ -544,13 +455,8 @@ def speed_table() -> str:
 
 def speed(start: str, machine: int = 0) -> float:
     """The figure of a statement of the speed page, named by its first words, on one of the machines."""
-    figures = speed_report.Figures(speed_report.Paths().read()[machine])
+    figures = speed_report.Figures(speed_report.runs()[machine].rows)
     return next(s.value(figures) for s in speed_report.STATEMENTS if s.text.startswith(start))
-
-
-def hours(gpus: int, order: str = "longest first") -> float:
-    """Of DCP's full few-shot sweep, simulated."""
-    return value("scaling_simulated", "hours", methods=1, gpus=gpus, order=order)
 
 
 def zero_shot(model: str) -> float:
@@ -581,18 +487,6 @@ def renewed(text: str) -> str:
     return MARK.sub(lambda m: like(m["value"], eval(m["source"].strip())) + m["mark"], text)
 
 
-def without_result(text: str) -> list[str]:
-    """The expressions of a page that have no result any more."""
-    found = []
-    for pattern in (BLOCK, MARK):
-        for source in (m["source"].strip() for m in pattern.finditer(text)):
-            try:
-                eval(source)
-            except LookupError as error:
-                found.append(f"{source}: {error}")
-    return found
-
-
 def unmarked(text: str, comparing: bool = False) -> list[str]:
     """Measured numbers without a mark and, where `comparing` or in paragraphs that quote accuracies, comparisons."""
     found = []
@@ -606,13 +500,9 @@ def unmarked(text: str, comparing: bool = False) -> list[str]:
 def main() -> None:
     for page in PAGES:
         text = page.read_text()
-        if missing := without_result(text):
-            print(f"Left as it is: {page.relative_to(ROOT)}, since there is no result for", *missing, sep="\n    ")
-        elif (new := renewed(text)) != text:
+        if (new := renewed(text)) != text:
             page.write_text(new)
             print("Renewed:", page.relative_to(ROOT))
-        if (words := len(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())) > LONG:
-            print(f"Long: {page.relative_to(ROOT)}, {words:,} words")
 
 
 if __name__ == "__main__":

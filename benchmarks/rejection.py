@@ -2,7 +2,6 @@
 
     python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
-    python benchmarks/rejection.py --data-root DATA --corrected  writes results/rejection_corrected.csv
     python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
     python benchmarks/rejection.py --data-root DATA --real-clip CLIP_FOLDER --examples   writes rejection_examples.csv
 
@@ -17,10 +16,6 @@ the choice. Of two sets that share a kind of thing neither is far from the other
 --examples gives a head of at most 20 classes images of up to three look-alikes, of the classes of the other half whose
 training images it accepts most. The rule, and that its margin rejects 2 % of known images, was chosen on the features
 of the real CLIP; nothing was chosen on the reporting sets, whose features are the miniature's.
-
---corrected fits a head to about 30 images, at least two of each class, and again to half as many more of the same
-classes: random ones, mistakes of the first head, or those that it is least certain about, with their true labels. The
-threshold is set by all images, or by the first ones. Part "choosing" decided that; nothing was chosen by "reporting".
 """
 
 import random
@@ -34,11 +29,10 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from sets import CHOOSING, REPORTING
+from sets import CHOOSING, REPORTING, of_class
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import of_class
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.cli.console import progress_bar
@@ -57,9 +51,8 @@ CLIP_IMAGES = 2, 4, 8  # images per class of the real CLIP
 HEADS_OWN = "entropy and distance"  # the score that heads reject by
 REAL = {"Caltech-101": "caltech101", "flowers": "oxford_flowers", "actions": "ucf101", "aircraft": "fgvc"}
 RELATED = [{"Caltech-101", "flowers"}, {"Caltech-101", "aircraft"}]
-PARTS = {"choosing": CHOOSING, "reporting": REPORTING}
 EXAMPLES = 6, 7  # images of each class of a head, and examples of each look-alike
-FIRST, DRAWS = 30, range(1, 7)  # images of the first head, and its classes and images
+DRAWS = range(1, 7)
 Linear = tuple[Tensor, Tensor]
 
 
@@ -110,7 +103,6 @@ def fitted(
     own: Any,
     rows: Sequence[int],
     classes: Sequence[int],
-    typical: Tensor | None = None,
     examples: Sequence[int] | None = None,
 ) -> tuple[Any, Any]:
     """A text probe for these of a set's classes on these of its training images, and how it was fitted; `examples` are
@@ -120,7 +112,7 @@ def fitted(
     views = own.train[:, rows] * len(own.widths) ** 0.5
     named = [Class(own.names[label]) for label in classes]
     none = own.train[0, examples] * len(own.widths) ** 0.5 if examples else None
-    return fit_on_features(named, labels, [Read(views, text, own.widths)], typical=typical, examples=none)
+    return fit_on_features(named, labels, [Read(views, text, own.widths)], examples=none)
 
 
 def whole(own: Any, classes: Sequence[int]) -> Linear:
@@ -183,38 +175,6 @@ def measured(
         yield row
 
 
-def corrected(name: str, sets: Mapping[str, Features], seed: int) -> Iterator[dict[str, Any]]:
-    """A row for each kind of images that are added, and for each kind that sets the threshold."""
-    own, rng = sets[name], random.Random(seed)
-    classes = sorted(rng.sample(range(len(own.names)), max(2, len(own.names) // 2)))
-    each = max(2, -(-FIRST // len(classes)))
-    of_each = [(own.labels == label).nonzero().flatten().tolist() for label in classes]
-    of_each = [rng.sample(rows, len(rows)) for rows in of_each]
-    first, pool = ([row for rows in of_each for row in rows[part]] for part in (slice(each), slice(each, None)))
-    labels = torch.tensor([classes.index(label) if label in classes else -1 for label in own.labels.tolist()])
-    text = whole(own, classes)
-    known = torch.isin(own.test_labels, torch.tensor(classes))
-    others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
-
-    probe, _ = fitted(own, first, classes)
-    p = F.linear(own.train[0, pool], *probe.linear(text, probe.classes)).softmax(1)
-    wrong = [row for row, answer in zip(pool, p.argmax(1), strict=True) if answer != labels[row]]
-    number = min(len(first) // 2, len(wrong))
-    added = {"none": [], "random images": rng.sample(pool, number), "mistakes": rng.sample(wrong, number)}
-    added["least certain"] = [pool[i] for i in p.amax(1).argsort()[:number].tolist()]
-    for what, more in added.items():
-        typical = torch.arange(len(first) + number) < len(first)
-        for threshold, by in {"all images": None, "the first images": typical[: len(first) + len(more)]}.items():
-            probe, _ = fitted(own, first + more, classes, by)
-            row = {"part": next(part for part in PARTS if name in PARTS[part]), "set": name, "seed": seed}
-            row |= {"added": what, "images": len(first) + len(more), "threshold": threshold}
-            tested = {"known_refused": own.test[known], "near_passed": own.test[~known], "far_passed": others}
-            for column, f in tested.items():
-                found = scores(own.train, text, probe, f)[HEADS_OWN]
-                row[column] = 100 * (found >= probe.threshold).float().mean().item()
-            yield {**row, "known_refused": 100 - row["known_refused"]}
-
-
 def with_examples(part: str, name: str, sets: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """A row for each number of examples of look-alikes: the percentages of images that are refused or accepted."""
     own, rng = sets[name], random.Random(seed)
@@ -256,17 +216,15 @@ def main(
     real_clip: Annotated[Path | None, typer.Option(help="Folder with features of the real CLIP.")] = None,
     choose: Annotated[bool, typer.Option("--choose", help="Compare scores on the sets for choosing.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="With --real-clip: measure examples of none.")] = False,
-    corrections: Annotated[bool, typer.Option("--corrected", help="Measure thresholds after corrections.")] = False,
 ) -> None:
     """Measure all sets and write the table."""
     parts: dict[str, dict[str, Any]] = {}
     if real_clip:
         parts["choosing"] = {name: RealFeatures(real_clip / f"{file}.npz") for name, file in REAL.items()}
     if data_root:
-        made = {**CHOOSING, **REPORTING} if corrections else CHOOSING if choose else REPORTING
-        few = examples or corrections
+        made = CHOOSING if choose else REPORTING
         with TemporaryDirectory() as folder:
-            sets = {name: Features(make, data_root, Path(folder), few) for name, make in made.items()}
+            sets = {name: Features(make, data_root, Path(folder), examples) for name, make in made.items()}
         parts["choosing" if choose else "reporting"] = sets
     if not parts or (examples and len(parts) < 2):
         raise typer.BadParameter("give --data-root or --real-clip, for --examples both")
@@ -276,9 +234,6 @@ def main(
             row for seed, part in runs for name in parts[part] for row in with_examples(part, name, parts[part], seed)
         ]
         write(rows, "_examples", ["part", "examples"])
-    elif corrections:
-        rows = [row for name in sets for seed in DRAWS for row in corrected(name, sets, seed)]
-        write(rows, "_corrected", ["part", "added", "threshold"])
     else:
         ((_, sets),) = parts.items()
         numbers, suffix = (CLIP_IMAGES, "_clip") if real_clip else (IMAGES, "_choice" * choose)

@@ -1,4 +1,4 @@
-"""Throughput and latency of `dcp-zoo serve` under load, against ONNX Runtime alone, and a soak with bad requests.
+"""Throughput and latency of `dcp-zoo serve` under load, against ONNX Runtime alone.
 
     python benchmarks/serving.py                  about eight minutes; writes results/serving.csv
     python benchmarks/serving.py --model m.onnx   another file than the bundled head's
@@ -6,13 +6,12 @@
 16 locust users without pauses send JPEGs of 500 x 375 pixels. The bare loop decodes and preprocesses the same files in
 as many threads as the server has, and runs batches of 16. Both take turns on the same machine. The users need processor
 time too, which is the server's loss in the wall clock's ratio; images per second of processor time leave them out.
-In the soak one request of five is bad; memory is that of the server process, before and after each minute.
 """
 
 import argparse
 import csv
 import itertools
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,7 +61,7 @@ def bare(model: OnnxClassifier, files: list[bytes], seconds: float, threads: int
         return images / (time.perf_counter() - start), images / (time.process_time() - cpu)
 
 
-def load(address: str, process: psutil.Process, files: list[bytes], seconds: float, bad: float) -> dict[str, float]:
+def load(address: str, process: psutil.Process, files: list[bytes], seconds: float) -> dict[str, float]:
     """Let users send requests; what they saw, and the server's processor time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,19 +69,11 @@ def load(address: str, process: psutil.Process, files: list[bytes], seconds: flo
         for i, data in enumerate(files):
             (folder / "photographs" / f"{i}.jpg").write_bytes(data)
         before = sum(process.cpu_times()[:2])
-        command = [
-            sys.executable,
-            "-m",
-            "locust",
-            "-f",
-            str(HERE / "serving_users.py"),
-            "--headless",
-            "--host",
-            address,
-        ]
+        command = [sys.executable, "-m", "locust", "-f", str(HERE / "serving_users.py"), "--headless"]
+        command += ["--host", address]
         command += ["--users", str(USERS), "--spawn-rate", str(USERS), "--run-time", f"{seconds:.0f}s"]
         command += ["--stop-timeout", "30", "--only-summary", "--csv", str(folder / "x")]
-        command += ["--photographs", str(folder / "photographs"), "--bad", str(bad)]
+        command += ["--photographs", str(folder / "photographs")]
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         with (folder / "x_stats.csv").open() as file:
             total = next(row for row in csv.DictReader(file) if row["Name"] == "Aggregated")
@@ -100,19 +91,13 @@ def load(address: str, process: psutil.Process, files: list[bytes], seconds: flo
 
 
 def measure(args: argparse.Namespace, path: Path, address: str, process: psutil.Process) -> list[dict]:
-    """The rows of all turns, and of the soak."""
+    """The rows of all turns."""
     files, model, rows = photographs(), OnnxClassifier(path, args.threads), []
     for turn in range(args.turns):
         per_second, per_cpu = bare(model, files, args.seconds, args.threads)
         rows.append({"part": "onnxruntime", "turn": turn, "per_second": per_second, "per_cpu_second": per_cpu})
-        rows.append({"part": "server", "turn": turn} | load(address, process, files, args.seconds, 0))
+        rows.append({"part": "server", "turn": turn} | load(address, process, files, args.seconds))
         print(*rows[-2:], sep="\n", flush=True)
-    for minute in range(1, args.soak + 1):
-        before = process.memory_info().rss / 1e6
-        row = {"part": f"soak, minute {minute}", "turn": 0} | load(address, process, files, 60, 0.2)
-        row |= {"rss_before_mb": before, "rss_after_mb": process.memory_info().rss / 1e6}
-        rows.append(row | {"load": psutil.getloadavg()[1]})
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -122,21 +107,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--seconds", type=float, default=20, help="of one turn")
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--soak", type=int, default=5, help="minutes")
     args = parser.parse_args()
     path = args.model or onnx_file(HEAD)
     command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(path), "--port", "0"]
-    command += ["--threads", str(args.threads)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         address = server.stdout.readline().split(" at ")[1].split()[0]
         rows = measure(args, path, address, psutil.Process(server.pid))
     finally:
         server.terminate()
-    for name in ("per_second", "per_cpu_second"):
-        of = {part: [row[name] for row in rows if row["part"] == part] for part in ("onnxruntime", "server")}
-        ratio = statistics.median(of["server"]) / statistics.median(of["onnxruntime"])
-        print(f"{name}: the server has {ratio:.2f} x the images of onnxruntime alone")
     with (HERE / "results" / "serving.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()

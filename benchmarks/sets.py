@@ -8,14 +8,14 @@ DATA holds `caltech-101` in CoOp's layout, `pacs`, `tiny-imagenet-200` (parquet)
 class, drawn once, are. Of Tiny ImageNet only validation images are read.
 """
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from tuning import of_class, tiny_imagenet
 
 from dcp_zoo.data import Item, load_split
 
@@ -23,6 +23,26 @@ TRAIN, TEST = 50, 70  # images of each class of PACS
 TINY_TRAIN = 16  # of the 25 of Tiny ImageNet
 TINY_CLASSES = 40
 Pool = tuple[list[str], list[Item], list[Item]]  # class names, images to draw from, test images
+
+
+def of_class(items: list[Item], label: int) -> list[Item]:
+    return [item for item in items if item.label == label]
+
+
+def tiny_imagenet(
+    labels: Sequence[int], count: int, parquet: Path, folder: Path, part: str = "train"
+) -> tuple[list[str], list[Item]]:
+    """Class names, and the first `count` images of each class, whose files are written into `folder`."""
+    table = json.loads((parquet / "classes.json").read_text())
+    found: dict[int, list[Item]] = {label: [] for label in labels}
+    for file in sorted(parquet.glob(f"{part}-*.parquet")):
+        images = pq.read_table(file)
+        for number, label in enumerate(images["label"].to_pylist()):
+            if label in found and len(found[label]) < count:
+                path = folder / f"{file.stem}-{number}.webp"
+                path.write_bytes(images["image"][number].as_py())
+                found[label].append(Item(str(path), path.name, labels.index(label)))
+    return [table[label]["name"] for label in labels], [item for items in found.values() for item in items]
 
 
 def caltech(data: Path, folder: Path) -> Pool:

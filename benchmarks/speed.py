@@ -1,8 +1,6 @@
 """Speed and memory of the method as in its release, of this package's implementations, and of CLIP alone.
 
-    python benchmarks/speed.py --quick        about 24 minutes on two cores: every statement of docs/speed.md
-    python benchmarks/speed.py                the full grid: hours; cases that do not fit into memory are listed
-    python benchmarks/speed.py --table        no measurements: redo page and plots from results/speed.csv
+    python benchmarks/speed.py      about 24 minutes on two cores: every statement of docs/speed.md
 
 Every variant runs in its own process. The processes of one comparison take turns, one call each, so that other load on
 the machine affects all of them equally; ratios are those of medians. All start from the same weights, and their logits
@@ -18,25 +16,19 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import speed_report
 from speed_variants import (
-    CACHED_HEAD,
     FILES,
     INFERENCE,
     TRAINING,
     Case,
-    does_not_fit,
-    fill_cache,
     inference,
     make_images,
     prepare,
@@ -47,17 +39,15 @@ COLUMNS = (
     "task,model,classes,batch,variant,seconds,fastest,cpu_seconds,repeats,peak_mb,loaded_mb,file_mb,difference,note"
 )
 NAN = float("nan")
-TASKS = ("startup", "training", "inference")
-MODELS = ("dcp_vitb16", "dcp_vitb32", "dcp_mini")
-OTHER_TOWERS = ("dcp_siglip2_b16", "dcp_eva02_b16")
+RESULTS = Path(__file__).parent / "results"
 
 REPEATS, SPEND = 5, 12.0  # calls per variant; no further turns once they have taken this many seconds in total
 LONG = 20.0  # seconds; the first call counts if it takes this long, as the warm-up is then negligible
 TOLERANCE = 1e-3  # in logits, relative to the largest
-COARSE = {"ours-bfloat16": 0.1, "fused-int8": 1.0}  # tolerances of low precision; the CSV has the actual difference
+COARSE = {"ours-bfloat16": 0.1}  # tolerance of low precision; the CSV has the actual difference
 
 
-def quick_grid() -> Iterator[Case]:
+def grid() -> Iterator[Case]:
     """The cases behind the statements of docs/speed.md, one comparison of ViT-B/32, and the miniature's inference."""
     for classes in (10, 100, 1000):
         variants = {100: TRAINING[:3], 10: TRAINING[:3], 1000: TRAINING[1:]}[classes]
@@ -68,30 +58,11 @@ def quick_grid() -> Iterator[Case]:
     yield Case("inference", "dcp_vitb32", 100, (16,), INFERENCE)
     for classes in (10, 100, 1000):
         yield Case("inference", "dcp_mini", classes, (1, 4, 16, 64), INFERENCE)
-    yield from towers_grid()
-    for model in MODELS[1:]:
+    for model in ("dcp_siglip2_b16", "dcp_eva02_b16"):  # image towers of timm
+        yield Case("inference", model, 100, (4,), ("fused", "encode_image"))
+    for model in ("dcp_vitb32", "dcp_mini"):
         yield Case("training", model, 100, (4,), TRAINING[:3])
 
-
-def full_grid() -> Iterator[Case]:
-    for model, classes in itertools.product(MODELS, (10, 100, 1000)):
-        yield Case("training", model, classes, (1, 4, 16, 64), TRAINING)
-        yield Case("inference", model, classes, (1, 4, 16, 64), INFERENCE)
-
-
-def smoke_grid() -> Iterator[Case]:
-    """Covers all code with the miniature."""
-    yield Case("training", "dcp_mini", 10, (1, 2), TRAINING)
-    yield Case("inference", "dcp_mini", 10, (1, 2), INFERENCE)
-
-
-def towers_grid() -> Iterator[Case]:
-    """Fused inference against `encode_image` for image towers of timm."""
-    for model in OTHER_TOWERS:
-        yield Case("inference", model, 100, (4,), ("fused", "encode_image"))
-
-
-GRIDS = {"quick": quick_grid, "full": full_grid, "smoke": smoke_grid, "towers": towers_grid}
 
 # ------------------------------------------------------------------------------------------ one variant, in its process
 
@@ -109,7 +80,6 @@ def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> Non
 
     import dcp_zoo  # noqa: F401
 
-    warnings.simplefilter("ignore")  # torch's, about the future location of quantisation
     torch.set_num_threads(threads)
     if variant == "prepare":
         prepare(case, folder)
@@ -174,16 +144,13 @@ def compare(case: Case, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
             if preparation.process.exitcode:
                 raise SystemExit(f"{case}: preparation failed")
         for batch in case.batches:
-            too_big = {v: reason for v in case.variants if (reason := does_not_fit(case, v, batch))}
-            runnable = [v for v in case.variants if v not in too_big]
-            workers |= {v: Worker(case, v, folder, threads) for v in runnable if v not in workers}
-            results = measure(case, batch, {v: workers[v] for v in runnable}, repeats)
+            workers = workers or {v: Worker(case, v, folder, threads) for v in case.variants}
+            results = measure(case, batch, workers, repeats)
             for variant in case.variants:
                 path = folder / FILES.get(variant, "")
                 file_mb = path.stat().st_size / 1e6 if path.is_file() else NAN
-                loaded_mb = workers[variant].loaded_mb if variant in workers else NAN
-                result = too_big.get(variant) or results[variant]
-                yield row((case.task, case.model, case.classes, batch, variant), result, loaded_mb, file_mb)
+                key = case.task, case.model, case.classes, batch, variant
+                yield row(key, results[variant], workers[variant].loaded_mb, file_mb)
         for worker in workers.values():
             worker.stop()
 
@@ -243,43 +210,10 @@ def cell(value: float, spec: str) -> str:
     return "" if value != value else format(value, spec)
 
 
-# ------------------------------------------------------------------------------------------------------------- startup
-
-FIRST_LOGITS = """
-import sys, torch
-from dcp_zoo import create_model
-model = create_model(sys.argv[1], True).eval()
-with torch.inference_mode():
-    model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-"""
-STARTS = {
-    "imports alone": ("import torch, timm, open_clip", ""),
-    "bundled head": (FIRST_LOGITS, "dcp_mini.caltech101-16shot"),
-    "cached ViT-B/16": (FIRST_LOGITS, CACHED_HEAD),
-}
-
-
-def startup(threads: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Time from process start to first logits, next to a process that only imports what is unavoidable."""
-    times: dict[str, list[float]] = {name: [] for name in STARTS}
-    with tempfile.TemporaryDirectory() as cache:
-        fill_cache(Path(cache))
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-        for turn in range(repeats + 1):  # the first one fills the disk cache
-            for name, (script, head) in STARTS.items():
-                started = time.perf_counter()
-                subprocess.run([sys.executable, "-W", "ignore", "-c", script, head], check=True, env=env)
-                if turn:
-                    times[name].append(time.perf_counter() - started)
-    for name, wall in times.items():
-        calls = [Timing(None, seconds, NAN, NAN) for seconds in wall]
-        yield row(("startup", "", "", "", name), (calls, NAN), NAN, NAN)
-
-
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def machine(threads: int, clock: str) -> dict[str, Any]:
+def machine(threads: int) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -293,48 +227,30 @@ def machine(threads: int, clock: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "threads": threads,
-        "clock": clock,
         "command": " ".join(["python", *sys.argv]),
     }
 
 
-def run(grid: str, tasks: list[str], threads: int, output: Path, repeats: int) -> None:
+def run(threads: int, output: Path) -> None:
     """Measure, and write every row as soon as it is available."""
-    cases: list[Any] = ["startup"] * ("startup" in tasks)
-    cases += [case for case in GRIDS[grid]() if case.task in tasks]
+    cases = list(grid())
     with (output / "speed.csv").open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, COLUMNS.split(","))
         writer.writeheader()
         for i, case in enumerate(cases, 1):
             print(f"{time.strftime('%X')} {i}/{len(cases)}: {case}", file=sys.stderr)
-            writer.writerows(startup(threads, repeats) if case == "startup" else compare(case, threads, repeats))
+            writer.writerows(compare(case, threads, REPEATS))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--quick", dest="grid", action="store_const", const="quick", help="the small grid")
-    choice.add_argument("--smoke", dest="grid", action="store_const", const="smoke", help="check that the script works")
-    choice.add_argument("--towers", dest="grid", action="store_const", const="towers", help="SigLIP 2, EVA-02")
-    choice.add_argument("--table", action="store_true", help="measure nothing; page and plots from existing results")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default: 2)")
-    parser.add_argument(
-        "--clock",
-        default="seconds",
-        choices=("seconds", "cpu_seconds"),
-        help="what tables and plots show: wall-clock time or, on a machine with other load, CPU time; the latter only "
-        "makes sense with --threads 1, as waiting threads count",
-    )
-    parser.add_argument("--output", type=Path, help="folder for all files (default: this project's results and page)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of speed.csv and speed.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    paths = speed_report.Paths(args.output or (Path(tempfile.mkdtemp()) if args.grid == "smoke" else None))
-    if not args.table:
-        paths.results.mkdir(parents=True, exist_ok=True)
-        (paths.results / "speed.json").write_text(json.dumps(machine(args.threads, args.clock), indent=1) + "\n")
-        run(args.grid or "full", args.tasks, args.threads, paths.results, 1 if args.grid == "smoke" else REPEATS)
-    print(speed_report.write(paths))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
+    run(args.threads, args.output)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime", "fused-int8")
+INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime")
 TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
-# memory of training as in the release: fixed, per class, per image; measured on smaller cases
-PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
 FILES = {
     "fused": "fused.pt",
     "onnxruntime": "fused.onnx",
-    "fused-int8": "int8.pt",
     "encode_image": "visual.pt",
 }
-CACHED_HEAD = "dcp_vitb16.caltech101-16shot"  # of the startup from the Hub client's cache
 
 
 class Case(NamedTuple):
@@ -72,22 +68,6 @@ def prepare(case: Case, folder: Path) -> None:
     torch.save(model.encoder.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
         export(fused, folder / FILES["onnxruntime"])
-    if "fused-int8" in case.variants:
-        int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
-        torch.save(int8, folder / FILES["fused-int8"])
-
-
-def fill_cache(cache: Path) -> None:
-    """Write random weights of a ViT-B/16 and of a head for it to a cache like that of the Hub's client."""
-    import torch
-
-    from dcp_zoo import create_model
-    from dcp_zoo.zoo.registry import get_head
-
-    model = create_model(CACHED_HEAD)
-    model.store_stats(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-    cache_clip(cache, "dcp_vitb16")
-    model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
 
 
 def cache_clip(cache: Path, name: str) -> None:
@@ -123,8 +103,6 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
 
     if variant in ("fused", "encode_image"):
         return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()
-    if variant == "fused-int8":
-        return torch.load(folder / FILES[variant], weights_only=False)
     if variant == "onnxruntime":
         session = OnnxClassifier(folder / FILES[variant], threads=torch.get_num_threads())
         return lambda images: torch.from_numpy(session(images.numpy()))
@@ -158,16 +136,3 @@ def training(case: Case, variant: str, folder: Path) -> Call:
         return logits.detach()
 
     return step
-
-
-def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
-    """Why training as in the release is not run here, from its memory in smaller cases; None if it fits."""
-    if (case.task, variant) != ("training", "plain"):
-        return None
-    import torch
-
-    from dcp_zoo.training.device import total_memory
-
-    fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
-    needed, total = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
-    return f"not run: needs about {needed / 1e3:.0f} GB, there are {total / 1e3:.0f}" if needed > 0.9 * total else None

@@ -13,13 +13,14 @@ from dcp_zoo.api.functions import as_model
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output, progress_bar
-from dcp_zoo.cli.evaluate import test_images, trained_on
+from dcp_zoo.cli.heads import test_images, trained_on
 from dcp_zoo.data import list_datasets, load_labelled, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_yaml
 from dcp_zoo.model.config import PERCENT, is_checkpoint
-from dcp_zoo.release.cards import holds
+from dcp_zoo.release import holds
+from dcp_zoo.training.device import decoders
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.sources import image_source
 
@@ -51,7 +52,7 @@ class Submission(Checked):
     measured: Annotated[float | None, PERCENT] = None  # top-1, as this script measured it
 
 
-def check_submission(folder: Path, data_root: Path | None, device: str = "auto", workers: int = 0) -> Submission:
+def check_submission(folder: Path, data_root: Path | None, device: str = "auto") -> Submission:
     """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint. ZooError for
     fields that are missing, unknown or wrong, and for an accuracy that is not what is reported."""
     path = folder / SUBMISSION
@@ -74,7 +75,7 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto",
     check_same(submission, model.info, folder)
     images = load_labelled(trained_on(name, model, data_root), data_root)
     items, _ = test_images(images, model, name, True)
-    source = image_source(model.frozen, items, "none", workers, progress_bar)
+    source = image_source(model.frozen, items, "none", decoders(model.device, len(items)), progress_bar)
     measured = top1(predict(model, source, 1, progress_bar), source.labels)
     if not holds(submission.reported, measured):
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {measured:.2f} % was measured here.")
@@ -103,13 +104,12 @@ def submit(
     ],
     data_root: opt.DataRoot = None,
     device: opt.Device = "auto",
-    workers: opt.Workers = 0,
 ) -> None:
     """Check a leaderboard submission against the rules, measure its head, and print the row to add.
 
     [dim]python benchmarks/submit.py MY_RESULT --data-root DATA[/]
     """
-    row = check_submission(folder, data_root, device, workers)
+    row = check_submission(folder, data_root, device)
     print(json.dumps(asdict(row), indent=1))
     state = "was measured here" if row.measured is not None else "was not measured here: the folder has no checkpoint"
     output.print(f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.")

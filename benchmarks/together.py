@@ -3,8 +3,6 @@
     python benchmarks/together.py features DATA FEATURES     features of the miniature, kept in a folder
     python benchmarks/together.py choose CLIP FEATURES       writes results/together_choice.csv
     python benchmarks/together.py measure CLIP FEATURES      writes results/together.csv
-    python benchmarks/together.py size 100000                adds to results/together_size.csv
-    python benchmarks/together.py authors CHECKOUT CLIP      writes results/together_authors.csv
 
 DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A
 text probe is fitted to K images per class, other ones in each draw; a folder is a part of the test images.
@@ -27,12 +25,7 @@ well labelled images are named by their nearest ones in the folder (it did not f
 
 import math
 import random
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,18 +36,16 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from growing import GrowingTable
 from real_clip import SAME, unit
 from rejection import MODEL
-from sets import SETS
+from sets import SETS, of_class
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import GrowingTable, of_class
 
-from dcp_zoo.answers import top_classes
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.progress import no_progress
 from dcp_zoo.deploy import together as rule
-from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.together import together
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
@@ -77,12 +68,7 @@ LOSS = 0.4  # in percentage points, allowed in the worst tenth of the runs of ea
 IMAGES, DRAWS, POOL, SMALLEST = (1, 2, 4, 16), range(1, 11), 50, 20  # the last: of a folder that is counted
 COLUMNS = ("set", "images_per_class", "draw", "composition", "images", "rule", "top1", "change", "ece", "ece_change")
 CHOICES = ("set", *GRID, "runs", "change", "worst_tenth")
-COMPARED_IMAGES, COMPARED = (
-    500,
-    ("set", "images_per_class", "composition", "rule", "images", "apart", "same_predictions"),
-)
 COMPOSITIONS = ("all", "long-tailed", "few classes", "one class", "10 % foreign", "Dirichlet 0.1", "Dirichlet 1")
-SIZED = ("images", "seconds", "cpu_seconds", "more_mb", "given_mb")
 MINI = "miniature: "
 app = typer.Typer()
 
@@ -203,76 +189,13 @@ def neighbours(folder: Folder) -> Tensor:
     return z
 
 
-def squared(f: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """Distances (n, C) of features (n, E) from means (C, E), squared, in units of variances (E,) or (C, E)."""
-    precise = (1 / variances).expand_as(means)
-    return f.square() @ precise.T - 2 * f @ (means * precise).T + (means.square() * precise).sum(1)
-
-
-def gaussians(folder: Folder, is_anchored: bool) -> Tensor:
-    """What StatA (anchored) and TransCLIP share: probabilities z that agree with the head's, with those of nearest
-    images, and with Gaussian classes, whose means and variances follow z. See `authors`."""
-    p, f, anchors = folder
-    w, logs, means = folder.affinities(3), p.clamp(min=1e-30).log(), F.normalize(anchors, dim=1)
-    both, z, anchors = (w.to_dense() + w.to_dense().T).to_sparse_csr(), p, means
-
-    def spread(means: Tensor) -> Tensor:  # (C, E), summed over the images
-        return z.T @ f.square() - 2 * means * (z.T @ f) + means.square() * z.sum(0)[:, None]
-
-    first = variances = spread(means).sum(0) / len(f) if is_anchored else torch.full((f.shape[1],), 1 / f.shape[1])
-    for _ in range(11):
-        wide = variances.log().sum(-1) if is_anchored else 0
-        gauss = -(squared(f, means, variances) + wide) / 2
-        for _ in range(5):
-            z = (logs + gauss / 50 + both @ z / 6).softmax(1)
-        means, held = F.normalize(z.T @ f, dim=1), z.sum(0)[:, None]
-        if is_anchored:
-            share = (count := torch.bincount(z.argmax(1), minlength=p.shape[1])[:, None]) / (count + 1)
-            means = F.normalize(share * means + (1 - share) * anchors, dim=1)
-            variances = share * spread(means) / held + (1 - share) * (first + (anchors - means).square())
-        else:
-            variances = spread(means).sum(0) / len(f)
-    return z
-
-
 RULES: dict[str, Callable[[Folder], Tensor]] = {
     "--together": own,
     "neighbours alone": neighbours,
-    "StatA": partial(gaussians, is_anchored=True),
-    "TransCLIP": partial(gaussians, is_anchored=False),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
-
-
-@app.command()
-def authors(checkout: Path, clip: Path) -> None:
-    """Compare StatA and TransCLIP with the solvers in a checkout of github.com/MaxZanella/StatA, in which the head's
-    probabilities take the place of zero-shot CLIP's, and means of labelled images that of texts: on folders of at most
-    `COMPARED_IMAGES`, as theirs takes minutes for larger ones."""
-    sys.path.insert(0, str(checkout))
-    table = GrowingTable(RESULTS / "together_authors.csv", COMPARED, COMPARED[:4])
-    for name, images in product(CLIP_REPORTING, (1, 4)):
-        for composition, f, _, logits, means in folders(data := real_clip(name, clip), images, 1, data.test[:0]):
-            folder = Folder(logits.softmax(1), f, means)
-            for solver in ("StatA", "TransCLIP"):
-                key = name, images, composition, solver
-                if len(f) <= COMPARED_IMAGES and composition != "10 % foreign" and key not in table:
-                    theirs, ours = by_authors(solver, folder), RULES[solver](folder)
-                    same = (theirs.argmax(1) == ours.argmax(1)).float().mean()
-                    table.add([(*key, len(f), f"{(theirs - ours).abs().max():.1g}", round(100 * float(same), 2))])
-
-
-def by_authors(name: str, folder: Folder) -> Tensor:
-    """By their solver, on a CPU, which it does not know."""
-    module, prototypes = import_module(f"solvers.{name}"), F.normalize(folder.means, dim=1).T[None]
-    with (
-        patch.object(Tensor, "cuda", lambda x: x),
-        patch.object(torch.nn.Module, "cuda", lambda x: x),
-        patch.object(module, "get_zero_shot_logits", lambda *_: folder.p.log()),
-    ):
-        return getattr(module, f"{name}_solver")(folder.f, torch.zeros(len(folder.f)), prototypes)[1]
 
 
 class Head(NamedTuple):
@@ -383,32 +306,6 @@ def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple
         if len(f) < SMALLEST:
             continue
         yield composition, f, labels, F.linear(f, weight, bias), means
-
-
-@app.command()
-def size(images: int) -> None:
-    """Measure time and memory of so many synthetic images, with 512 features, of half of 100 classes: what `predict
-    --together` does with them when all are classified. In a process of its own, as the memory is its peak."""
-    rng, names = np.random.default_rng(0), list(map(str, range(100)))
-    labels, centres = rng.integers(0, 50, images), rng.standard_normal((100, 512), dtype=np.float32)
-    kept = np.zeros((images, 612), np.float32)
-    for start in range(0, images, 1000):
-        part = slice(start, start + 1000)
-        kept[part] = rng.standard_normal(kept[part].shape, dtype=np.float32)
-        kept[part, :512] += centres[labels[part]]
-        kept[part, 512:] += 8 * np.eye(100, dtype=np.float32)[labels[part]]
-    job = Job(lambda: None, {}, together=True)  # type: ignore[arg-type, return-value]
-    rows = [{"image": "", "predictions": top} for top in top_classes(kept[:, 512:], names, 5)]
-    memory, started, used = peak_memory(), time.perf_counter(), time.process_time()
-    job.refined(rows, kept, names, progress_bar)
-    spent = [time.perf_counter() - started, time.process_time() - used, peak_memory() - memory, kept.nbytes / 2**20]
-    table = GrowingTable(RESULTS / "together_size.csv", SIZED, ())
-    table.add([(images, *(round(x, 1) for x in spent))])
-
-
-def peak_memory() -> float:
-    """Of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

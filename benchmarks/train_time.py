@@ -3,7 +3,7 @@
     python benchmarks/train_time.py --data-root DATA                        the miniature
     python benchmarks/train_time.py --data-root DATA --model dcp_vitb16     real sizes, with random weights
 
-`--code CHECKOUT` runs the package of another commit, `--runs dcp` only some of the commands. Of real sizes DCP trains
+`--code CHECKOUT` runs the package of another commit. Of real sizes DCP trains
 for one epoch and for three, from which the time of all epochs follows.
 
 Each writes its rows into results/train_time.csv. DATA holds `pacs`, of which 5 classes with 20 photographs each are
@@ -39,7 +39,6 @@ def main(
     data_root: Annotated[Path, typer.Option(help="Folder with pacs.")],
     model: str = "dcp_mini",
     code: Annotated[Path, typer.Option(help="Checkout whose package runs.")] = Path(__file__).parents[1],
-    runs: Annotated[str, typer.Option(help="Which of the runs, separated by semicolons.")] = ";".join(RUNS),
     threads: int = 2,
 ) -> None:
     """Run the commands and write their times."""
@@ -51,7 +50,7 @@ def main(
         write_folder(Path(folder, "MY_PHOTOS"), data_root)
         if model != "dcp_mini":
             cache_clip(Path(folder, "hub"), model)
-        for method in runs.split(";"):
+        for method in RUNS:
             seconds, memory, step = cost(Path(folder), code, model, method, threads)
             key = commit.stdout.strip(), model, method, threads
             rows.append((*key, CLASSES, IMAGES, round(seconds, 1), memory, step and round(step, 3)))
@@ -77,7 +76,7 @@ def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tup
             "HF_HUB_CACHE": str(folder / "hub"),
             "HF_HUB_OFFLINE": "1",
         }
-        return measured([*command, "--threads", str(threads), *RUNS[method], *changes], environment)
+        return measured([*command, *RUNS[method], *changes], environment)
 
     if model == "dcp_mini" or "dcp" not in method:
         return *trained(), None

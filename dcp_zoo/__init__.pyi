@@ -15,7 +15,7 @@ from .inspection.inspection import inspect as inspect
 from .model.checkpoint import load_head as load_head
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
-from .release.push import push_to_hub as push_to_hub
+from .release import push_to_hub as push_to_hub
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform
 from .zoo.registry import is_model as is_model

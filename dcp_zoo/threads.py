@@ -16,11 +16,11 @@ def wait_passively() -> None:
         os.environ.setdefault(name, value)
 
 
-def use_threads(threads: int | None) -> None:
-    """Let torch compute with this many threads in the whole process; None keeps its own number, at most the cores."""
+def use_threads() -> None:
+    """Let torch compute in the whole process with its own number of threads, at most the cores."""
     import torch
 
-    torch.set_num_threads(threads or _own_threads())
+    torch.set_num_threads(_own_threads())
 
 
 def _own_threads() -> int:

@@ -24,12 +24,11 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, numbers, several, show_events, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_tables, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.archives import AGENT, SILENCE
+from dcp_zoo.data.download import AGENT, SILENCE
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable, format_duration
@@ -150,10 +149,8 @@ class BuildOptions:
     shots: list[str] = several("Training images per class. Default: 1,2,4,8,16.")
     seeds: list[str] = several("Seeds. Default: 1,2,3.")
     agree: opt.Agree = False
-    imagenet_from: opt.ImagenetFrom = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    workers: opt.Workers = 0
     step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run.")
     dry_run: bool = opt.option(False, "Show the heads, training steps, disk space and downloads; start nothing.")
 
@@ -174,7 +171,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     Repeat the command to resume a stopped build; heads that are already published are left alone.
 
     [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
-    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
+    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --ray auto --per-trial gpus=0.5[/]
     """
     options.check()
     names = split_commas(options.datasets) or list_datasets()
@@ -189,10 +186,10 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     assert options.output
     check_writable(options.output)
     run = cluster.backend()
-    use_threads(None)
-    absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
+    use_threads()
+    absent = download_all(missing, options.data_root, options.agree)
     ready = [trial for trial in trials if trial.dataset not in absent]
-    settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
+    settings = Settings(options.output, options.data_root, options.device, options.precision)
     build_heads(ready, settings, options.org, log=log, run=run, show=show_events)
     heads = states(options.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}

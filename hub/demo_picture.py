@@ -1,18 +1,18 @@
-"""Create `docs/images/demo.webp`, what the demo shows first, and `demo_train.webp`, its trained example, in Chromium.
+"""Create `docs/images/demo_train.webp`, the demo's trained example, and `demo.webp`, its photographs, in Chromium.
 
 pip install '.[dev,docs]' && python hub/demo_picture.py
 """
 
 import io
 import shutil
-import threading
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
-from walk_pictures import save_picture
 
-from dcp_zoo.demo import DEFAULT_HEAD, demo_server
+from dcp_zoo.demo import DEFAULT_HEAD
+from dcp_zoo.demo.app import start
+from dcp_zoo.deploy.limits import listen
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms
@@ -21,32 +21,33 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 def main() -> None:
     """Serve the demo, and save both screenshots."""
-    server, listening = demo_server(DEFAULT_HEAD, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    demo = start(DEFAULT_HEAD, "127.0.0.1", port)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1020}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1120, "height": 900}, color_scheme="light")
         page.set_default_timeout(TIMEOUT)
-        page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
-        page.wait_for_selector(".dcp-card")
+        page.goto(demo.local_url)
+        page.get_by_role("tab", name="Classify").click()
+        page.get_by_text("wild cat 99 %").wait_for()
         save(page, "demo.webp")
-        page.get_by_role("tab", name="Train", exact=True).click()
-        page.get_by_role("button", name="Try an example").click()
-        page.locator(".dcp-thumbnails img").last.wait_for()
+        page.get_by_role("tab", name="Train").click()
+        page.get_by_role("button", name="Fill in an example").click()
+        page.locator("img").nth(6 * 16 - 1).wait_for()
         page.get_by_role("button", name="Train", exact=True).click()
-        page.get_by_role("region", name="Predictions for the held-out images").wait_for()
+        page.get_by_text("your head:").wait_for()
         save(page, "demo_train.webp")
         browser.close()
-    server.should_exit = True
-    thread.join()
+    demo.close()
 
 
 def save(page: Page, name: str) -> None:
     """Save a screenshot of the page at rest."""
-    page.wait_for_function("!document.querySelector('.pending')")
-    page.wait_for_timeout(1000)  # for the fade to end
-    save_picture(Image.open(io.BytesIO(page.screenshot())), IMAGES / name)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(2000)  # for fades to end
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+    picture.convert("RGB").save(IMAGES / name, quality=70, method=6)
 
 
 if __name__ == "__main__":

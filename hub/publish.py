@@ -18,8 +18,7 @@ from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import WEIGHTS_NAME
-from dcp_zoo.release.cards import CARD_NAME, make_card, not_of_dataset
-from dcp_zoo.release.push import LICENSE, ONNX_FILES, upload
+from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILES, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
 from dcp_zoo.zoo.resolve import Source, resolve

@@ -235,11 +235,13 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def quick_probe(monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def quick_probe() -> Iterator[None]:
     """Text probes of two thirds of the candidates and half of the folds, in tests that are not about their accuracy."""
-    monkeypatch.setattr("dcp_zoo.model.text_probe.candidates.TEXTS", (1.0, 0.0))
-    monkeypatch.setattr("dcp_zoo.model.text_probe.fit.FOLDS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dcp_zoo.model.text_probe.candidates.TEXTS", (1.0, 0.0))
+        patch.setattr("dcp_zoo.model.text_probe.fit.FOLDS", 2)
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from helpers import vision_blocks
 
 from dcp_zoo import DCP, create_model
-from dcp_zoo.api.attention import attention_maps, attention_weights
+from dcp_zoo.api import attention_maps, attention_weights
 from dcp_zoo.model.config import COUPLINGS, STATS
 
 

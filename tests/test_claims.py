@@ -12,9 +12,8 @@ from publish import prepare
 from shared import CommandLine
 
 import dcp_zoo
-from dcp_zoo import ZooError
+from dcp_zoo import release as cards
 from dcp_zoo.data import load_split
-from dcp_zoo.release import cards
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo import registry
@@ -94,7 +93,7 @@ def test_claims_are_measured_again(head, data, run, monkeypatch):
 def test_what_training_measures_is_claimed(classifier, data, tmp_path, run):
     """A new head, with a text probe and without, read back from its checkpoint."""
     options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
-    run.ok("train", "--method", "dcp", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
+    run.ok("train", "--method", "dcp", "pacs_photo", "--data-root", data, "--shots", "2", *options)
     assert (dcp_zoo.create_model(str(tmp_path / "new"), True).text_probe is not None) == (classifier == "text-probe")
     out = run.ok("eval", "--head", tmp_path / "new", "--data-root", data, "--claim")
     assert [*claims(out).values()] == ["holds"] * (3 if classifier == "text-probe" else 2)
@@ -113,15 +112,9 @@ def test_a_card_is_believed_before_the_checkpoint(head):
 
 def test_what_cannot_be_compared(head, data, run):
     command = ("eval", "--head", head, "--data-root", data, "--claim")
-    for other in (("--stats", "batch"), ("--json",)):
-        assert "omit --stats and --json" in run.refused(*command, *other)
+    assert "omit --json" in run.refused(*command, "--json")
     change(head, metrics={})
     assert "claims no accuracy" in run.refused(*command)
-
-
-def test_tolerance():
-    assert cards.holds(70.0, 70.05)
-    assert not cards.holds(70.0, 70.06)
 
 
 SUBMISSION = {
@@ -145,37 +138,7 @@ SUBMISSION = {
 }
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"colour": "red"}, "colour is none of by, where"),
-        ({"test_images_used": True}, "test_images_used must be False, not True"),
-        ({"test_time_optimisation": True}, "test_time_optimisation must be False, not True"),
-        ({"selection": "test"}, "selection must be none or few-shot validation or cross-validation, not 'test'"),
-        ({"split_sha256": "abc"}, "split_sha256 must be 64 hexadecimal digits"),
-        ({"split_sha256": "0" * 64}, "split_sha256 does not match CoOp's split of dtd"),
-        ({"by": ""}, "by must be a string, not None"),
-        ({"seeds": [], "shots": "16"}, "shots must be an integer, not '16'; seeds must be a list"),
-        ({"reported": 101}, "reported must be from 0 to 100, not 101"),
-        ({"dataset": "cifar10"}, "dataset must be imagenet or "),
-        ({"measured": 50.0}, "must not state `measured`"),
-    ],
-    ids=str,
-)
-def test_what_is_not_admitted(tmp_path, submitted, changes, message):
-    (tmp_path / "submission.yaml").write_text(yaml.safe_dump(SUBMISSION | changes))
-    assert message in submitted.refused(tmp_path)
-
-
-@pytest.mark.parametrize("other", [{"dataset": "food101"}, {"shots": 4}, {"split_sha256": "0" * 64}, {"seed": 2}])
-def test_a_submission_is_of_its_head(other):
-    said = submit.Submission(**SUBMISSION)
-    own = {name: SUBMISSION[name] for name in ("dataset", "shots", "split_sha256")} | {"seed": 1}
-    submit.check_same(said, own, Path("head"))
-    with pytest.raises(ZooError, match=f"says {next(iter(other))}: "):
-        submit.check_same(said, own | other, Path("head"))
-
-
+@pytest.mark.scripts
 def test_a_submission_is_measured(head, data, submitted, monkeypatch):
     file = head / "submission.yaml"
     assert "cannot be read" in submitted.refused(head)

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import photo
 from shared import BUNDLED
 
@@ -19,15 +18,12 @@ from dcp_zoo.zoo.resolve import name_of
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
-COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["export"]]
+COMMANDS = [["predict", "--sample"], ["eval", "digits"], ["export"]]
 
 
-@pytest.mark.parametrize(
-    "name", ["my_head", "my_head/", "my_head/model.safetensors", "my_head/config.json", "local-dir:my_head"]
-)
+@pytest.mark.parametrize("name", ["my_head", "my_head/", "my_head/model.safetensors", "local-dir:my_head"])
 def test_every_name_of_a_checkpoint_works(my_head, name):
     assert Path(head_name(name).removeprefix("local-dir:")).resolve() == my_head
-    assert dcp_zoo.create_model(head_name(name), True).classnames == ["rose", "tulip"]
     assert dcp_zoo.create_model(name, True).classnames == ["rose", "tulip"]
 
 
@@ -76,17 +72,12 @@ def test_a_folder_stands_for_a_planned_head_never_for_a_bundled_one(name, is_fol
     assert ({p["class"] for p in json.loads(out)[0]["predictions"]} == set(classes)) == is_folder
     assert said in err
     assert dcp_zoo.create_model(name_of(Path(place)), True).classnames == classes  # as `train` says
-    assert bool(re.search(rf"\n{re.escape(name)} +local +97\.\d %", run.ok("list"))) == (name == PLANNED)
+    assert bool(re.search(rf"\n{re.escape(name)} +local +95\.\d % +97\.\d %", run.ok("list"))) == (name == PLANNED)
     assert ("dog" in run.ok("info", name)) == is_folder
 
 
-def test_a_file_of_a_checkpoint_is_a_head(run, my_head):
-    out = run.ok("predict", "--sample", "--head", "my_head/model.safetensors", "--json")
-    assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"rose", "tulip"}
-
-
-@pytest.mark.parametrize("name", ["my_head", "my_head/model.safetensors", "local-dir:my_head"])
-def test_info_on_a_checkpoint(run, my_head, name):
+def test_info_on_a_checkpoint(run, my_head):
+    name = "my_head/model.safetensors"
     out = run.ok("info", name)
     for text in ("my_head", "dcp_mini", "2: rose, tulip", f"all else: dcp-zoo info {name} --json"):
         assert text in out
@@ -96,57 +87,24 @@ def test_info_on_a_checkpoint(run, my_head, name):
     assert "my_head" in details["head"]
 
 
-@pytest.mark.parametrize("labels", [{"rose": "R", "tulip": "T"}, {"rose": 0, "tulip": 1}, None])
-def test_info_on_a_head_saved_from_python(run, flowers, labels):
+def test_info_on_a_head_saved_from_python(run, flowers):
     """With the labels where they are not the names, and lists of numbers, such as class weights."""
     paths, names = dcp_zoo.list_labelled_images(flowers)
-    labels = labels or dict(zip(names, names, strict=True))
-    weights = {label: 1 + (name == "rose") for name, label in labels.items()}
-    classifier = dcp_zoo.FewShotClassifier(
-        classnames={label: name for name, label in labels.items()},
-        class_weight=weights,
-    )
+    labels = {"rose": 0, "tulip": 1}
+    classifier = dcp_zoo.FewShotClassifier(classnames=list(labels), class_weight={0: 2, 1: 1})
     classifier.fit(paths, [labels[name] for name in names]).save("python_head")
     details = json.loads(run.ok("info", "python_head", "--json"))
-    assert details["class_weight"] == [2, 1]
-    assert details.get("labels", {"rose": "rose", "tulip": "tulip"}) == labels
+    assert (details["class_weight"], details["labels"]) == ([2, 1], labels)
 
 
-def test_info_on_a_wrong_name(run, my_head):
-    assert "Nearest: my_head" in run.refused("info", "my_haed")
-
-
-def test_accuracies_that_no_longer_hold_are_not_saved(run, tmp_path):
-    """They are those of the classes they were measured for, in any order."""
-    one, photos = dcp_zoo.create_model(BUNDLED, True).classnames[0], torch.zeros(1, 3, 192, 192)
-    for change, reason in (
-        (lambda model: model.set_classnames(model.classnames[::-1]), ""),
-        (lambda model: model.set_classnames(["rose", "daisy"]), "the classes were changed"),
-        (lambda model: model.add_class("daisy", photos), "the class daisy was added"),
-        (lambda model: model.add_class(one, photos), f"the class {one} got other images"),
-        (lambda model: model.remove_class(one), f"the class {one} was removed"),
-    ):
-        model = dcp_zoo.create_model(BUNDLED, True)
-        change(model)
-        model.save_pretrained(tmp_path)
-        details = json.loads(run("info", tmp_path, "--json")[1])
-        assert ("metrics" in details) == (not reason)
-        assert details.get("not_measured", "").startswith(reason)
-    dcp_zoo.create_model(BUNDLED, True, classnames=["rose", "daisy"]).save_pretrained(tmp_path)
-    assert "the classes were changed" in json.loads(run("info", tmp_path, "--json")[1])["not_measured"]
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
+def test_a_command_makes_one_change(run, flowers):
+    for args, message in (
         ((), "Pass one change: --add NAME IMAGES, --rename OLD NEW, or --remove NAME"),
         (("--remove", "rose", "--add", "daisy", "MY_PHOTOS/rose"), "Pass one change"),
         (("--add", "daisy"), "--add needs images of the class"),
         (("--remove", "rose", "MY_PHOTOS/rose"), "--rename and --remove take none"),
-    ],
-)
-def test_a_command_makes_one_change(run, flowers, args, message):
-    assert message in run.refused("classes", BUNDLED, *args, "--output", "new")
+    ):
+        assert message in run.refused("classes", BUNDLED, *args, "--output", "new")
     assert not Path("new").exists()
 
 

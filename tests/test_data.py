@@ -1,7 +1,6 @@
 """Datasets: every loader on a tiny tree in the real layout, all rejections, and the check of a data root."""
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from trees import (
-    LISTED,
     WNIDS,
     picture,
     rows,
@@ -25,11 +23,9 @@ from trees import (
 import dcp_zoo
 from dcp_zoo.data import (
     DATASETS,
-    VARIANTS,
     check,
     classnames,
     few_shot,
-    list_datasets,
     load_image,
     load_labelled,
     load_split,
@@ -42,11 +38,18 @@ from dcp_zoo.errors import ZooError
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_list_datasets_are_the_eleven():
+def test_list_datasets_are_the_eleven(tmp_path):
     names = (
         "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
     )
     assert " ".join(dcp_zoo.list_datasets()) == names
+    for name, place, message in (
+        ("caltech-101", "anywhere", "Nearest: caltech101"),
+        ("eurosat", None, "eurosat needs a data root: pass --data-root DIR"),
+        ("folder", tmp_path / "no", r"no does not exist.*one folder per class"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            load_split(name, place)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in DATASETS.items() if spec.part_of])
@@ -65,33 +68,19 @@ def test_a_part_is_read_from_the_folder_of_the_whole(name, tmp_path):
     assert split_sha256(name) == split.sha256 != split_sha256(spec.part_of)
 
 
-@pytest.mark.parametrize("spec", DATASETS.values(), ids=list(DATASETS))
-def test_table_is_consistent(spec):
-    assert spec.template.format("cat").count("cat") == 1
-    assert spec.source in spec.where
-    if spec.names:
-        assert len(classnames(spec.name)) == spec.num_classes
-    else:
-        with pytest.raises(ZooError, match="define its classes: use load_split"):
-            classnames(spec.name)
-
-
-def test_only_imagenet_has_duplicate_class_names():
-    twice = {name: [n for n, k in Counter(classnames(name)).items() if k > 1] for name in list_datasets()}
-    assert {name: found for name, found in twice.items() if found} == {"imagenet": ["missile", "sunglasses"]}
-
-
-def test_unknown_name_lists_the_nearest():
-    with pytest.raises(ZooError, match="Nearest: caltech101"):
-        load_split("caltech-101", "anywhere")
-    with pytest.raises(ZooError, match="Choose one of: imagenet, caltech101"):
-        load_split("zzz", "anywhere")
+def test_table_is_consistent():
+    for name, spec in DATASETS.items():
+        assert spec.template.format("cat").count("cat") == 1, name
+        assert spec.source in spec.where, name
+        assert not spec.names or len(classnames(name)) == spec.num_classes, name
+    with pytest.raises(ZooError, match="define its classes: use load_split"):
+        classnames("folder")
 
 
 # --- listed splits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("name", ["dtd", "food101"])
 def test_listed_split(name, tmp_path):
     file = write_listed(tmp_path, name)
     split = load_split(name, tmp_path)
@@ -109,37 +98,6 @@ def test_aircraft(tmp_path):
     assert load_split("fgvc_aircraft", folder) == split
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("images_variant_val.txt", None, "cannot read .*images_variant_val.txt.*Get it from"),
-        ("variants.txt", b"\xff\xfe", "cannot read .*variants.txt"),
-    ],
-)
-def test_aircraft_rejects(tmp_path, file, text, message):
-    path = write_aircraft(tmp_path) / file
-    path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ZooError, match=message):
-        load_split("fgvc_aircraft", tmp_path)
-
-
-def test_missing_folders_and_files_are_named(tmp_path):
-    with pytest.raises(ZooError, match="eurosat needs a data root: pass --data-root DIR"):
-        load_split("eurosat")
-    with pytest.raises(ZooError, match=f"{tmp_path / 'no'} does not exist. Get it from .*EuroSAT"):
-        load_split("eurosat", tmp_path / "no")
-    with pytest.raises(ZooError, match=r"no does not exist.*one folder per class"):
-        load_split("folder", tmp_path / "no")
-    with pytest.raises(ZooError, match=f"{tmp_path / 'eurosat'} does not exist. "):
-        load_split("eurosat", tmp_path)
-    (tmp_path / "eurosat/2750").mkdir(parents=True)
-    with pytest.raises(ZooError, match=r"27000 images \(the first: .*\) are missing. Get it from"):
-        load_split("eurosat", tmp_path)
-    (tmp_path / "food-101/images").mkdir(parents=True)
-    with pytest.raises(ZooError, match=r"split_zhou_Food101.json does not exist. Get it from .*data download food101"):
-        load_split("food101", tmp_path)
-
-
 def first(**change):
     """EuroSAT's rows with the first training row changed."""
     content = rows("eurosat")
@@ -155,43 +113,21 @@ def relabelled(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": [], "val": []}, "must have the lists train, val and test"),
         ({"train": {}, "val": [], "test": []}, "must have the lists"),
-        ([], "must have the lists"),
         (first(key="sub/../../outside.jpg"), "leaves the image folder"),
         (first(key="sub\\..\\..\\outside.jpg"), "leaves the image folder"),
-        (first(key="/etc/passwd"), "leaves the image folder"),
         (first(key="C:/outside.jpg"), "leaves the image folder"),
-        (first(key=""), "leaves the image folder"),
-        (first(key="sub/0_train_1.jpg"), "'sub/0_train_1.jpg' is listed twice"),
         (first(key="./sub/0_test_0.jpg"), "is listed twice"),
-        (relabelled(lambda label: label + 1), "labels must run from 0 without gaps"),
         (relabelled(lambda label: 20 if label == 9 else label), "labels must run from 0 without gaps"),
-        ({part: v[:-1] for part, v in rows("dtd").items()} | {"train": rows("dtd")["train"][:-2]}, "46 classes"),
         ({"train": [], "val": [], "test": []}, "0 classes, but"),
     ],
 )
 def test_malformed_split_is_rejected(tmp_path, content, message):
-    name = "dtd" if message == "46 classes" else "eurosat"
-    file = write_listed(tmp_path, name, {"train": [], "val": [], "test": []})
+    file = write_listed(tmp_path, "eurosat", {"train": [], "val": [], "test": []})
     file.write_text(json.dumps(content))
     with pytest.raises(ZooError, match=message) as error:
-        load_split(name, tmp_path)
-    assert str(file) in str(error.value)
-
-
-def test_one_name_for_two_labels_is_rejected(tmp_path):
-    content = {p: [[k, y, "River" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
-    write_listed(tmp_path, "eurosat", content)
-    with pytest.raises(ZooError, match="several labels have the same name: River"):
         load_split("eurosat", tmp_path)
-
-
-def test_warning_for_other_class_names_than_the_heads_use(tmp_path):
-    content = {p: [[k, y, "Lake" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
-    write_listed(tmp_path, "eurosat", content)
-    with pytest.warns(UserWarning, match="label 9 is 'Lake' here but 'Sea or Lake' in the zoo"):
-        assert load_split("eurosat", tmp_path).classnames[9] == "Lake"
+    assert str(file) in str(error.value)
 
 
 def test_sha256_depends_only_on_contents(tmp_path):
@@ -227,7 +163,7 @@ def test_imagenet(tmp_path):
         load_split("imagenet", tmp_path)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["imagenetv2", "imagenet_a"])
 def test_imagenet_variants(tmp_path, name):
     write_tree(tmp_path, name)
     folders = variant_folders(name)
@@ -264,13 +200,6 @@ def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
     touch(tmp_path / "pacs/cartoon/cat/b.jpg")
     with pytest.raises(ZooError, match=r"cartoon: 8 classes, not 7. Get it from"):
         load_split("pacs_cartoon", tmp_path)
-
-
-def test_imagenet_needs_its_class_names(tmp_path):
-    (tmp_path / "imagenet/images").mkdir(parents=True)
-    (tmp_path / "imagenet/classnames.txt").write_text("n00000001 tench\n")
-    with pytest.raises(ZooError, match="must have 1000 lines `wnid name`, found 1"):
-        load_split("imagenet", tmp_path)
 
 
 # --- folder per class, digits ----------------------------------------------------------------------------------------
@@ -324,36 +253,11 @@ def test_small_classes_are_named(tmp_path):
         warn_of_tiny_classes(split)
 
 
-def test_given_test_images_stay(tmp_path):
-    for part in ("train", "test"):
-        write_folders(tmp_path / part, ["dog", "cat"], ("a.jpg",))
-    images = load_labelled("folder", tmp_path)
-    assert training_split(images) == load_split("folder", tmp_path)
-    with pytest.raises(ZooError, match="own test images: omit --test"):
-        check_test_share(images, 0)
-
-
-@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val", "test")])
-def test_folder_with_given_splits(tmp_path, parts):
-    for part in parts:
-        write_folders(tmp_path / part, ["b", "a"], (f"{part}.jpg",))
-    split = load_split("folder", tmp_path)
-    assert (split.classnames, split.note) == (["a", "b"], "")
-    assert [(item.key, item.label) for item in split.test] == [("test/a/test.jpg", 0), ("test/b/test.jpg", 1)]
-    assert len(split.val) == (2 if "val" in parts else 0)
-
-
-def test_folder_may_have_a_class_called_train(tmp_path):
-    write_folders(tmp_path, ["train", "bus"])
-    assert load_split("folder", tmp_path).classnames == ["bus", "train"]
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "has no class folders"),
         (["a.jpg"], "has no class folders"),
-        (["cat/a.jpg", "cat/b.jpg", "dog/notes.txt"], "class folder .*dog has no image"),
+        (["cat/a.jpg", "dog/notes.txt"], "class folder .*dog has no image"),
         (["cat/a.jpg"], "has one class only, 'cat'"),
         (["train/cat/a.jpg"], "There is no folder .*test"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "must have the same class folders as train/; they differ in: cat, dog"),
@@ -388,15 +292,6 @@ def test_digits_come_from_memory():
     assert item.label == digits.target[int(item.key)]
     pixels = np.asarray(load_image(item.path))
     np.testing.assert_allclose(pixels, np.repeat(digits.images[int(item.key)][..., None], 3, 2) * 255 / 16, atol=0.5)
-
-
-def test_pacs_photo():
-    shared = Path(os.environ.get("DCP_ZOO_SHARED", Path(__file__).parents[2] / "shared"))
-    if not (shared / "data/pacs/photo").exists():
-        pytest.skip(f"the development data, which are not in the repository, have no PACS at {shared}")
-    split = load_split("folder", shared / "data/pacs/photo")
-    assert len(split.classnames) == 7
-    assert len(split.items) == 1670
 
 
 # --- check -----------------------------------------------------------------------------------------------------------

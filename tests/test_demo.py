@@ -1,402 +1,233 @@
-"""What the demo computes and renders, without a browser."""
+"""The demo's handlers and its door: what a visitor sees, and what requests that its page never sends are told."""
 
+import http.client
+import json
 import re
 import socket
-from collections.abc import Hashable
-from types import SimpleNamespace
+import threading
+from collections import namedtuple
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
-import torch
-from helpers import classify
+from helpers import encoded, png_that_claims
 from PIL import Image
 
-from dcp_zoo import create_model
+gr = pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
-pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
-
-from gradio_client.utils import is_valid_file
-
-from dcp_zoo.data.packaged import SAMPLE_CLASSES
-from dcp_zoo.data.paths import IMAGE_SUFFIXES
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch, pages, shared
-from dcp_zoo.demo import train_room as training
-from dcp_zoo.demo.classify_room import draw_answers
-from dcp_zoo.demo.session import OTHER_HEAD, OWN_HEAD, Session, Sessions
-from dcp_zoo.errors import ZooError
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.zoo.factory import plain_clip
-from dcp_zoo.zoo.registry import list_models
+from dcp_zoo import create_model, predict  # noqa: E402
+from dcp_zoo.data.packaged import sample_images  # noqa: E402
+from dcp_zoo.demo import DEFAULT_HEAD, app, launch  # noqa: E402
+from dcp_zoo.errors import ZooError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
-
-SAMPLES = shared.sample_photos()[:2]
-
-
-def save(path, image=None, **options):
-    path.parent.mkdir(exist_ok=True)
-    (image or Image.new("RGB", (40, 30), "red")).save(path, **options)
-    return str(path)
+OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none
+SECRET = "nobody else may read this"
 
 
-# -------------------------------------------------------------------------------------------------------------- photos
+def photos(*paths):
+    """A gallery's photographs."""
+    return [(str(path), None) for path in paths]
 
 
-def test_every_kind_of_image_is_read(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
-    files = {
-        "turned.jpg": {"exif": exif},
-        "print.jpg": {"image": Image.new("CMYK", (40, 30))},
-        "clear.png": {"image": Image.new("RGBA", (40, 30), (255, 0, 0, 0))},
-        "moving.gif": {"image": frames[0], "save_all": True, "append_images": frames[1:]},
-        "grey.tif": {"image": Image.new("L", (40, 30))},
-    }
-    paths = [save(tmp_path / name, **options) for name, options in files.items()]
-    read, messages = shared.read_uploads(paths, limit=8)
-    assert messages == []
-    assert [photo.name for photo in read] == list(files)
-    assert {photo.image.mode for photo in read} == {"RGB"}
-    assert read[0].image.size == (30, 40)
-    assert read[3].image.getpixel((0, 0))[0] > 200  # the first frame
-    assert not tmp_path.exists()  # nothing is left on disk, nor the folder of an upload
+def coloured(folder, colour, n=4):
+    paths = [folder / f"{colour}{i}.png" for i in range(n)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (50 + i, 50), colour).save(path)
+    return photos(*paths)
 
 
-def test_the_drop_zone_takes_what_the_command_line_reads():
-    """A phone's HEIC, too, whose type not every system knows."""
-    types = pages.drop_zone(render=False).file_types
-    assert all(is_valid_file(f"photo{suffix.upper()}", types) for suffix in IMAGE_SUFFIXES)
+# ------------------------------------------------------------------------------------------------------------- handlers
 
 
-def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
-    (tmp_path / "broken.jpg").write_text("not an image")
-    noise = Image.effect_noise((200, 200), 50)
-    save(tmp_path / "cut.png", noise)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:9000])
-    (tmp_path / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    monkeypatch.setattr(shared, "MAX_PHOTO", 30_000)
-    save(tmp_path / "huge.png", noise)
-    read, messages = shared.read_uploads(sorted(map(str, tmp_path.iterdir())), limit=8)
-    assert read == []
-    for message, expected in zip(
-        messages,
-        [
-            r"broken.jpg: not in a supported format .*JPEG",
-            r"cut.png",
-            r"huge.png: 200 x 200 pixels, .* 30,000",
-            r"script.eps",
-        ],
-        strict=True,
+def test_captions_are_what_predict_says():
+    model = create_model(DEFAULT_HEAD, pretrained=True).eval()
+    best = predict(model, sample_images()[0])[0][0]
+    path, caption = app.captions(model, photos(sample_images()[0]), False)[0]
+    assert (path, caption.split(" %")[0]) == (sample_images()[0], f"wild cat {100 * best.probability:.0f}")
+    other = create_model(OTHER_HEAD, pretrained=True).eval()
+    assert {caption for _, caption in app.captions(other, photos(*sample_images()), True)} == {"none of these"}
+    model.set_classnames(["cat", "dog"])
+    with pytest.warns(UserWarning, match="cannot tell what is none of the classes"):
+        assert app.captions(model, photos(path), True)[0][1].startswith("cat ")
+    with pytest.raises(ZooError, match="remove some until 24 are left"):
+        app.captions(model, photos(*sample_images() * 5), False)
+
+
+def test_what_cannot_be_read_is_named_without_its_folder(tmp_path):
+    model = create_model(OTHER_HEAD, pretrained=True).eval()
+    for name, content, message in (
+        ("broken.jpg", b"not an image", "broken.jpg: not in a supported format"),
+        ("bomb.png", png_that_claims(40_000), "bomb.png: 40000 x 40000 pixels, more than the limit of 50,000,000"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "script.eps"),
     ):
-        assert re.search(expected, message)
-        assert str(tmp_path) not in message
-    assert not tmp_path.exists()
+        (tmp_path / name).write_bytes(content)
+        ((_, caption),) = app.captions(model, photos(tmp_path / name), False)
+        assert message in caption
+        assert str(tmp_path) not in caption
+    Image.new("RGB", (3000, 1000)).save(tmp_path / "large.png")
+    assert app.read(tmp_path / "large.png").size == (1344, 448)
 
 
-def test_photos_beyond_the_limit_are_skipped(tmp_path):
-    read, messages = shared.read_uploads([save(tmp_path / f"{i}.png") for i in range(5)], limit=3)
-    assert len(read) == 3
-    assert messages == ["Skipped 2: only 3 more fit here. Remove some first."]
-    _, messages = shared.read_uploads([save(tmp_path / "a.png")], limit=0)
-    assert messages == ["Skipped 1: no more fit here. Remove some first."]
-    assert not tmp_path.exists()
-
-
-def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monkeypatch):
-    def upload(*size):
-        return [save(tmp_path / "a.png", Image.new("RGB", size))]
-
-    (read,), _ = shared.read_uploads(upload(3000, 1000), limit=1)
-    assert read.image.size == (3 * shared.KEPT_SIDE, shared.KEPT_SIDE)
-    (read,), _ = shared.read_uploads(upload(700, 70_000), limit=1)
-    assert read.bytes <= 4.1 * shared.KEPT_PIXELS
-    monkeypatch.setattr("dcp_zoo.demo.session.VISITOR_BYTES", 20_000)
-    session = Session("dcp_mini.caltech101-1shot")
-    assert session.add_photos(upload(60, 50)) == session.add_shots(0, upload(60, 50)) == []
-    session.photos *= 2
-    assert session.add_shots(0, upload(60, 50)) == ["Skipped 1: no more fit here. Remove some first."]
-    monkeypatch.setattr("dcp_zoo.demo.session.ALL_BYTES", 30_000)
-    sessions = Sessions(lambda: Session("dcp_mini.caltech101-1shot"))
-    visitors = [SimpleNamespace(session_hash=name) for name in "abc"]
-    for visitor, size in zip(visitors, (50, 80, 20), strict=True):
-        sessions.of(visitor).add_photos(upload(size, size))
-    assert [len(sessions.of(visitor).photos) for visitor in visitors] == [1, 0, 1]  # the largest was closed
-
-
-# ------------------------------------------------------------------------------------------------------- heads, answers
-
-
-def test_an_acquired_model_is_restored():
-    with shared.acquire(DEFAULT_HEAD) as model:
-        original = list(model.classnames)
-        expected = shared.head_answers(model, SAMPLES)
-    with shared.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
-        assert model.classnames == ["cat", "dog"]
-        assert [len(row) for row in shared.head_answers(model, SAMPLES)] == [2, 2]
-        model.stats = "batch"
-    with shared.acquire(DEFAULT_HEAD) as model:
-        assert (model.classnames, model.stats) == (original, "stored")
-        assert shared.head_answers(model, SAMPLES) == expected
-    with pytest.raises(ZooError, match="cannot be told apart"), shared.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
-        pass
-    with shared.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
-        assert model.classnames == original
-
-
-def test_a_head_that_forgets_classes_is_restored(tmp_path):
-    """A `LinearHead` that knows no names keeps its rows when a visitor asks for some of its classes."""
-    weight = torch.randn(3, 512)
-    head = LinearHead(plain_clip("dcp_mini"), ["ant", "bee", "cow"], weight, torch.zeros(3))
-    with shared.acquire(head, ["bee"]) as model:
-        assert model.num_classes == 1
-    with shared.acquire(head) as model:
-        assert model.classnames == ["ant", "bee", "cow"]
-        assert torch.equal(model.weight, weight)
-
-
-def test_samples_are_named_right_and_rejected_by_a_head_for_other_things():
-    session = Session(DEFAULT_HEAD)
-    with shared.acquire(session.source, session.names) as model:
-        for rows in (shared.head_answers(model, session.photos), shared.clip_answers(model, session.photos)):
-            named = [next(iter(row)) for row in rows]
-            assert named == [photo.truth for photo in session.photos] == SAMPLE_CLASSES[:6]
-    session.reject_samples()
-    assert (session.head, session.reject, len(session.photos)) == (OTHER_HEAD, True, 6)
-    assert draw_answers(session).count("<h3>none of these") == 6
-    session.use_samples()
-    assert (session.head, session.reject) == (DEFAULT_HEAD, False)
-
-
-def test_answers_are_those_of_the_command_line():
-    from dcp_zoo.data.find import find_images
-    from dcp_zoo.data.packaged import sample_images
-    from dcp_zoo.training.predictor import torch_predictor
-
-    model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
-    ((rows, _),) = classify(find_images(sample_images()[:2]), torch_predictor(model))
-    for photo_answers, row in zip(shared.head_answers(model, SAMPLES), rows, strict=True):
-        best, expected = list(photo_answers)[:5], row["predictions"]
-        assert best == [row["class"] for row in expected]
-        assert [photo_answers[name] for name in best] == pytest.approx(
-            [row["probability"] for row in expected], abs=1e-4
-        )
-
-
-def test_zero_shot_is_plain_clip():
-    model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1], classnames=["tower", "flower"]).eval()
-    images = shared.to_batch(model, SAMPLES)
-    text = model.encoder.clip.encode_text(
-        model.encoder.tokenizer(["a photo of a tower.", "a photo of a flower."]), normalize=True
-    )
-    expected = model.encoder.clip.logit_scale.exp() * model.encoder.clip.encode_image(images, normalize=True) @ text.T
-    found = [[row["tower"], row["flower"]] for row in shared.clip_answers(model, SAMPLES)]
-    torch.testing.assert_close(torch.tensor(found), expected.detach().softmax(-1), atol=1e-5, rtol=0)
-
-
-# --------------------------------------------------------------------------------------------------------------- pages
-
-
-def test_names_are_escaped():
-    evil = "<script>alert(1)</script>"
-    photo = shared.Photo(evil, SAMPLES[0].image)
-    row = {evil: 0.5}
-    drawn = [
-        pages.answers([photo], [row], [row], None, evil),
-        pages.messages([evil]),
-        pages.render("thumbnails", photos=[photo]),
-    ]
-    for html in drawn:
-        assert "<script" not in html
-        assert "&lt;script&gt;" in html
-
-
-def test_answers_are_counted():
-    shown = [shared.Photo("a.jpg", SAMPLES[0].image, "cat"), shared.Photo("b.jpg", SAMPLES[1].image, "dog")]
-    rows = [{"cat": 0.7, "dog": 0.3}, {"cat": 0.6, "dog": 0.4}]
-    html = pages.answers(shown, rows, rows, [False, True], "DCP")
-    assert "DCP names 1 of 2 right</b>, CLIP without training 1." in html
-    assert "none of these" in html
-    uploads = [shared.Photo("a.jpg", SAMPLES[0].image)]
-    assert "1 photograph, named by GDA." in pages.answers(uploads, rows[:1], None, None, "GDA")
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def coloured(colour, n=4):
-    return [shared.Photo(f"{colour}{i}", Image.new("RGB", (50 + i, 50), colour)) for i in range(n)]
-
-
-def test_a_trained_head_is_measured_and_saved(tmp_path):
-    classes = training.named_classes([("red", coloured("red")), ("", []), ("blue", coloured("blue"))])
-    result = training.train_on("dcp_mini", classes)
-    assert result.images == 6
-    assert {photo.truth for photo in result.test} == {"red", "blue"}
-    assert {*result.before, *result.after} <= {"red", "blue"}
-    result.classifier.save(tmp_path / "my_head")
-    model = create_model(f"local-dir:{tmp_path / 'my_head'}", True)
-    assert model.classnames == ["blue", "red"]
-    assert model.info["test_images"] == 2
-    assert model.info["metrics"] == {"top1_stored": result.accuracy(result.after).percent}
+def test_a_head_is_trained_measured_and_saved(tmp_path):
+    classes = app.named_classes(["red", "", "blue"], [coloured(tmp_path, "red"), None, coloured(tmp_path, "blue")])
+    told, own, download = app.train_on("dcp_mini", classes)
+    assert "Trained on 6 photographs" in told
+    assert re.search(r"CLIP without training: .* \(\d of 2;", told)
+    assert "your head: 100.0 % (2 of 2;" in told
+    assert download["value"] == f"{own.files.name}/my_head.zip"
+    saved = create_model(f"local-dir:{own.files.name}/my_head", True)
+    assert saved.classnames == own.head.classnames == ["blue", "red"]
+    assert app.captions(own.head, coloured(tmp_path, "red", 1), False)[0][1].startswith("red ")
+    few = app.named_classes(["red", "blue"], [coloured(tmp_path, "red", 1), coloured(tmp_path, "blue", 1)])
+    assert "Nothing is measured" in app.train_on("dcp_mini", few)[0]
 
 
 @pytest.mark.parametrize(
-    ("classes", "message"),
+    ("names", "counts", "message"),
     [
-        ([("cat", coloured("red"))], "at least two classes"),
-        ([("cat", coloured("red")), ("dog", [])], "'dog' has no photographs"),
-        ([("cat", coloured("red")), (" ", coloured("blue"))], "Class 2 has photographs but no name"),
-        ([("cat", coloured("red")), ("Cat", coloured("blue"))], "cannot be told apart"),
+        (["cat", ""], [1, 0], "at least two classes"),
+        (["cat", "dog"], [1, 0], "'dog' has no photographs"),
+        (["cat", None], [1, 1], "Class 2 has photographs but no name"),
+        (["cat", "Cat"], [1, 1], "cannot be told apart"),
+        (["cat", "dog"], [1, 31], "31 photographs of 'dog' are too many: remove some until 30 are left"),
     ],
 )
-def test_an_incomplete_form_is_explained(classes, message):
+def test_an_incomplete_form_is_explained(names, counts, message):
     with pytest.raises(ZooError, match=message):
-        training.named_classes(classes)
+        app.named_classes(names, [photos("a.png") * count for count in counts])
 
 
-# ------------------------------------------------------------------------------------------------- sessions, handlers
-
-VISITOR, OTHER = SimpleNamespace(session_hash="a"), SimpleNamespace(session_hash="b")
-
-
-def test_sessions_are_apart_and_end():
-    sessions = Sessions(lambda: Session(DEFAULT_HEAD), capacity=2)
-    first, second = sessions.of(VISITOR), sessions.of(OTHER)
-    first.photos.append(SAMPLES[0])
-    assert len(second.photos) == 6
-    assert sessions.of(VISITOR) is first
-    closed = []
-    first.close, second.close = (lambda: closed.append("a")), (lambda: closed.append("b"))
-    sessions.of(SimpleNamespace(session_hash="c"))  # closes the least recently used one
-    assert closed == ["b"]
-    sessions.close(VISITOR)
-    assert closed == ["b", "a"]
-    assert sessions.of(VISITOR) is not first
-
-
-@pytest.fixture
-def rooms(tmp_path):
-    """The handlers of both pages, with few photographs allowed."""
-    import gradio
-
-    from dcp_zoo.demo.classify_room import ClassifyRoom
-    from dcp_zoo.demo.train_room import TrainRoom
-
-    limits = VisitorLimits(max_photos=3, max_classes=3, max_shots=12)
-    sessions = Sessions(lambda: Session(DEFAULT_HEAD, limits))
-    with gradio.Blocks():
-        return SimpleNamespace(
-            classify=ClassifyRoom(sessions, limits, DEFAULT_HEAD),
-            train=TrainRoom(sessions, limits, "dcp_mini", str(tmp_path / "cache")),
-            sessions=sessions,
-        )
-
-
-@pytest.fixture
-def room(rooms):
-    return rooms.classify
-
-
-def controls(room, visitor):
-    """The updates of a room's controls by their names."""
-    updates = room.update(visitor)
-    return {name: updates[part] for name, part in vars(room).items() if isinstance(part, Hashable) and part in updates}
-
-
-def test_uploads_replace_the_samples_and_stay_with_their_visitor(room, tmp_path):
-    session = room.sessions.of(VISITOR)
-    assert session.add_photos([save(tmp_path / "mine.png")]) == []
-    assert "mine.png" in room.draw(VISITOR)
-    assert "cat.jpg" not in room.draw(VISITOR)
-    assert "cat.jpg" in room.draw(OTHER)
-    assert "Skipped 1: only 2 more fit" in session.add_photos([save(tmp_path / f"{i}.png") for i in range(3)])[0]
-    session.remove_photo(0)
-    session.remove_photo(9)  # gone already
-    assert [photo.name for photo in session.photos] == ["0.png", "1.png"]
-    session.remove_all()
-    assert "No photographs yet" in room.draw(VISITOR)
-    session.use_samples()
-    assert "DCP names 6 of 6 right" in room.draw(VISITOR)
-
-
-def test_class_names_can_be_edited_and_reset(room):
-    session = room.sessions.of(VISITOR)
-    session.set_names("temple, yellow\nflower\n\n sea")
-    assert session.names == ["temple, yellow", "flower", "sea"]
-    assert "temple" in room.draw(VISITOR)
-    with pytest.raises(ZooError, match="same as before"):
-        session.set_names("temple, yellow\nflower\nsea")
-    with pytest.raises(ZooError, match="cannot be told apart"):
-        session.set_names("sea\nSea")
-    with pytest.raises(ZooError, match="one name per line"):
-        session.set_names("temple, flower, sea")
-    session.reset_names()
-    assert controls(room, VISITOR)["names"].count("\n") == 99
-
-
-def test_menus(room):
-    menus = controls(room, VISITOR)
-    assert menus["head"]["value"] == DEFAULT_HEAD
-    assert sorted(menus["head"]["choices"]) == sorted(list_models(pretrained=True))  # its own first
-    assert menus["about"].startswith("100 classes of caltech101")
-    assert menus["names"].startswith("cat\ncup of coffee")
-
-
-def test_a_head_that_cannot_be_loaded_changes_nothing(room):
-    from dcp_zoo.demo.pages import changing
-
-    before = controls(room, VISITOR)
-    assert "has no head" in changing(room.sessions, Session.choose_head)(VISITOR, "dcp_mini.nothing-16shot")
-    assert controls(room, VISITOR) == before
-
-
-def test_a_form_is_filled_photograph_by_photograph(rooms, tmp_path):
-    session = rooms.sessions.of(VISITOR)
-    assert session.add_shots(0, [save(tmp_path / "class" / f"{i}.png") for i in range(3)]) == []
-    assert rooms.train.draw(VISITOR, 0)[0].count("<img") == 3
-    session.remove_shot(0, 1)
-    assert rooms.train.draw(VISITOR, 0)[0].count("<img") == 2
-    assert "has photographs but no name" in rooms.train.train(VISITOR, "", None, "")[0]
-    session.clear_shots(0)
-    assert session.shots == {}
-
-
-def test_the_example_is_trained_in_seconds_and_removed_with_the_page(rooms, tmp_path):
-    names = rooms.train.example(VISITOR)[:3]
-    message, html, download, _ = rooms.train.train(VISITOR, *names)
-    assert message == ""
-    assert "Of 9 held-out images, named right" in html
-    before, after = map(int, re.findall(r'class="figure">(\d+)', html))
-    assert after >= before + 30  # which is what the example is for
-    assert html.count('class="right"') == round(9 * (before + after) / 100)  # each prediction is marked
-    assert download["value"].endswith("my_head.zip")
-    room, session = rooms.classify, rooms.sessions.of(VISITOR)
-    menus = controls(room, VISITOR)
-    assert menus["head"]["value"] == OWN_HEAD in menus["head"]["choices"]
-    assert OWN_HEAD not in controls(room, OTHER)["head"]["choices"]
-    assert re.search(r"Text probe names \d of 3 right", room.draw(VISITOR))  # the held-out photographs, three at most
-
-    assert menus["reject"]["visible"]
-    session.trained.text_probe.threshold.fill_(1000.0)  # accepts nothing
-    assert "none of these" not in room.draw(VISITOR)
-    session.reject = True
-    assert "none of these" in room.draw(VISITOR)
-    assert not controls(room, OTHER)["reject"]["visible"]
-    session.set_names("\n".join(names[:2]))  # the threshold is not for these
-    assert not controls(room, VISITOR)["reject"]["visible"]
-    assert "none of these" not in room.draw(VISITOR)
-
-    rooms.sessions.close(VISITOR)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_taken_port_and_wrong_arguments_are_explained():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        with pytest.raises(ZooError, match="pass other --host or --port"):
-            launch(port=other.getsockname()[1])
+def test_a_taken_port_and_an_unknown_head_are_explained():
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ZooError, match="pass other --host or --port"):
+        launch(port=other.getsockname()[1])
     with pytest.raises(ZooError, match="has no head 'nothing-1shot'"):
         launch("dcp_mini.nothing-1shot", port=0)
-    with pytest.raises(ZooError, match="at least"):
-        VisitorLimits(max_classes=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- the door
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("gradio")
+
+
+@pytest.fixture(scope="module")
+def place(cache):
+    """Host and port of a running demo, which keeps its files in `cache`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(cache))
+        patch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
+        pages = []
+        launch(OTHER_HEAD, port=0)
+        yield pages[0].local_url.split("/")[2]
+        pages[0].close(verbose=False)
+
+
+def ask(place, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection(place, timeout=60)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(errors="replace")
+
+
+def call(place, function, data):
+    """Call a handler of the page as a new visitor -> the status, and what the page is told."""
+    visitor = uuid4().hex
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": visitor})
+    status, told = ask(place, "POST", "/gradio_api/queue/join", body, Content_Type="application/json")
+    return ask(place, "GET", f"/gradio_api/queue/data?session_hash={visitor}") if status == 200 else (status, told)
+
+
+def functions(place):
+    """The page's handlers: their numbers, and how many inputs each takes."""
+    config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", ask(place, "GET", "/")[1])[1])
+    return {row["id"]: len(row["inputs"]) for row in config["dependencies"] if row["backend_fn"]}
+
+
+FORM = {"Content_Type": "multipart/form-data; boundary=x"}
+
+
+def upload(place, content, **headers):
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="../../a.png"\r\n\r\n' + content
+    return ask(place, "POST", "/gradio_api/upload", form + b"\r\n--x--\r\n", **FORM, **headers)
+
+
+def files(cache):
+    return {path for path in cache.rglob("*") if path.is_file()}
+
+
+def test_no_call_reads_a_file_of_the_machine(place, cache, tmp_path):
+    """Neither by the place of an image, nor of a gallery's, nor by a URL; and a visitor's own upload is read."""
+    (tmp_path / "secret.txt").write_text(SECRET)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "secret.png")
+    before, tried = files(cache), 0
+    paths = [tmp_path / "secret.txt", tmp_path / "secret.png", "/etc/hostname", f"{cache}/x/../../secret.txt"]
+    for path in [*map(str, paths), "http://127.0.0.1:1/a", "https://example.org/a.png"]:
+        assert ask(place, "GET", f"/gradio_api/file={path}")[0] in (403, 404)
+        file = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+        for form in (file, [{"image": file, "caption": None}], [file], file | {"url": path}):
+            for function, inputs in functions(place).items():
+                status, told = call(place, function, [form] * inputs)
+                refused = status == 400 if "://" in path else '"success":false' in told
+                assert refused or inputs == 0
+                assert SECRET not in told
+                tried += inputs > 0
+    assert tried >= 70
+    new = files(cache) - before  # of the example, the only handler without inputs
+    assert SECRET not in "".join(path.read_text(errors="replace") for path in new)
+    assert {Image.open(path).size for path in new} <= {(8, 8)}
+    own = json.loads(upload(place, encoded(Image.new("RGB", (40, 30), "red")))[1])[0]
+    assert Path(own).is_relative_to(cache)
+    image = {"path": own, "meta": {"_type": "gradio.FileData"}}
+    classify = max(number for number, inputs in functions(place).items() if inputs == 3)
+    assert '"success":true' in call(place, classify, [[{"image": image, "caption": None}], None, False])[1]
+
+
+def test_only_the_pages_own_addresses_answer(place):
+    for path in ("proxy=http://127.0.0.1:1/a", "file=http://example.org", "info", "vibe-code", "runs", "dev/reload"):
+        assert ask(place, "GET", f"/gradio_api/{path}")[0] == 404
+    for path in ("run/predict", "api/predict", "call/predict", "component_server", "process_recording", "vibe-edit"):
+        assert ask(place, "POST", f"/gradio_api/{path}", "{}")[0] == 404
+    assert [ask(place, "GET", path)[0] for path in ("/config", "/docs", "/monitoring")] == [404] * 3
+    assert ask(place, "GET", "/", Host="localhost")[0] == 200
+    assert ask(place, "GET", "/", Host="example.org")[0] == 400  # such as a page that points its name here
+
+
+def test_what_is_large_or_from_another_site_is_refused(place, cache, monkeypatch):
+    before = files(cache)
+    assert ask(place, "POST", "/gradio_api/queue/join", b" " * 1_000_000)[0] == 413
+    assert ask(place, "POST", "/gradio_api/queue/join", b"[" * 100_000)[0] == 400
+    assert upload(place, bytes(20_000_001))[0] == 413
+    assert upload(place, b"x", Sec_Fetch_Site="cross-site")[0] == 403
+    disk = namedtuple("disk", "free")(app.KEPT_FREE)
+    monkeypatch.setattr(app.shutil, "disk_usage", lambda path: disk)
+    assert upload(place, b"x")[0] == 503
+    assert files(cache) == before
+
+
+def test_visitors_have_heads_of_their_own(place, cache, tmp_path):
+    """A head that one visitor trained classifies only this visitor's photographs; both can wait at once."""
+    by_inputs = {inputs: number for number, inputs in functions(place).items()}
+    shots = {}
+    for colour in ("red", "blue"):
+        own = json.loads(upload(place, encoded(Image.new("RGB", (40, 30), colour)))[1])[0]
+        shots[colour] = [{"image": {"path": own, "meta": {"_type": "gradio.FileData"}}, "caption": None}]
+    form = ["red thing", shots["red"], "blue thing", shots["blue"], *["", None] * 4]
+    visitors, told = ["visitor a", "visitor b"], {}
+
+    def visit(visitor):
+        steps = [(by_inputs[12], form)] if visitor == visitors[0] else []
+        for number, data in [*steps, (by_inputs[3], [shots["red"], None, False])]:
+            body = json.dumps({"data": data, "fn_index": number, "session_hash": visitor})
+            assert ask(place, "POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0] == 200
+            told[visitor] = ask(place, "GET", f"/gradio_api/queue/data?session_hash={visitor.replace(' ', '%20')}")[1]
+
+    threads = [threading.Thread(target=visit, args=[visitor]) for visitor in visitors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "red thing" in told["visitor a"]
+    assert "thing" not in told["visitor b"]

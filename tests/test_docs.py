@@ -24,7 +24,6 @@ import convert
 import pictures
 import publish
 import pytest
-import quote
 import submit
 import typer.main
 from markdown_it import MarkdownIt
@@ -46,7 +45,6 @@ SCRIPTS = {
     "hub/publish.py": publish.app,
     "benchmarks/submit.py": submit.app,
 }
-BLOCKS = ("fence", "code_block", "table_open", "bullet_list_open")
 GROUPS = {"dcp_zoo.methods", "dcp_zoo.__file__"}  # entry points, and what every module has
 
 
@@ -128,7 +126,10 @@ def parse_command(line: str) -> None:
         command(args[args.index(script) + 1 :], standalone_mode=False)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+WEEKLY = [pytest.param(page, marks=pytest.mark.scripts) for page in PAGES[1:]]
+
+
+@pytest.mark.parametrize("page", [PAGES[0], *WEEKLY], ids=lambda page: page.name)
 def test_code_blocks(page, scratch, run):
     namespace: dict = {"__name__": "__main__"}
     for block in blocks(page):
@@ -180,11 +181,6 @@ def tokens(page: Path) -> list[Token]:
     return [token for block in parsed for token in (block, *(block.children or ()))]
 
 
-def shown(page: Path) -> list[Token]:
-    """What a reader sees: without comments."""
-    return [t for t in tokens(page) if not (t.type.startswith("html") and t.content.strip().startswith("<!--"))]
-
-
 @cache
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings."""
@@ -194,30 +190,6 @@ def anchors(page: Path) -> set[str]:
             text = "".join(child.content for child in inline.children if child.type in ("text", "code_inline"))
             found.add(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
     return found
-
-
-@pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_no_empty_places(page):
-    visible = shown(page)
-    for heading, after in zip(visible, [*visible[1:], None], strict=True):
-        if heading.type == "heading_close":
-            assert after is not None, "nothing under the last heading"
-            assert after.type != "heading_open" or after.tag > heading.tag, f"nothing above {after.map}"
-    for m in quote.BLOCK.finditer(page.read_text()):
-        assert m[0].removeprefix(m["begin"]).removesuffix(m["end"]).strip(), m["begin"]
-    text = "\n".join(token.content for token in visible if token.type == "inline")
-    assert not re.search(r"^(?::::|--8<--|!!!|\?\?\?)", text, re.MULTILINE), "only the site understands this"
-
-
-@pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_paragraphs_end_with_a_sentence(page):
-    """Or in a block that follows. A merge that takes lines from both sides may leave neither."""
-    top = [token for token in shown(page) if token.block and token.level <= (token.type == "inline")]
-    for start, token, after in zip(top, top[1:], [*top[3:], None], strict=False):
-        text = re.sub("<!--.*?-->", "", token.content, flags=re.DOTALL).strip()
-        is_prose = start.type == "paragraph_open" and not re.match(r"\Z|\[?!\[", text)
-        if is_prose and not (after and after.type in BLOCKS):
-            assert re.search(r"[.:?!][)*]*(\]\(\S+\))?\Z", text), f"{text!r} is no whole sentence"
 
 
 @pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -238,11 +210,12 @@ def test_pictures_are_current():
     assert pictures.outdated() == [], "run python benchmarks/pictures.py"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_have_their_outputs(notebook):
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "run python docs/hooks.py"
-    assert [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"] == []
+@pytest.mark.scripts
+def test_notebooks_have_their_outputs():
+    for notebook in NOTEBOOKS:
+        cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "python docs/hooks.py"
+        assert [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"] == []
 
 
 def documented() -> Iterator[tuple[str, str]]:
@@ -255,13 +228,13 @@ def documented() -> Iterator[tuple[str, str]]:
             yield path, page.name
 
 
-@pytest.mark.parametrize("path", sorted({path for path, _ in documented()} - GROUPS))
-def test_documented_names_are_public(path):
+def test_documented_names_are_public():
     """Importable from `dcp_zoo`, or from one level below."""
-    found, public = import_module("dcp_zoo"), 0
-    for name in path.split(".")[1:]:
-        public += isinstance(found, types.ModuleType)
-        if isinstance(found, types.ModuleType) and name not in found.__all__:
-            import_module(f"{found.__name__}.{name}")
-        found = getattr(found, name)
-    assert public <= 2, f"{path} is deeper"
+    for path in sorted({path for path, _ in documented()} - GROUPS):
+        found, public = import_module("dcp_zoo"), 0
+        for name in path.split(".")[1:]:
+            public += isinstance(found, types.ModuleType)
+            if isinstance(found, types.ModuleType) and name not in found.__all__:
+                import_module(f"{found.__name__}.{name}")
+            found = getattr(found, name)
+        assert public <= 2, f"{path} is deeper"

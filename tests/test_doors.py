@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
-from dcp_zoo.api.attention import attention_maps
+from dcp_zoo.api import attention_maps
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.config import MINI_WEIGHTS, rejection_note
@@ -300,7 +300,7 @@ def test_a_folder_of_some_classes_is_judged_among_all(kind, heads, tmp_path, run
     assert {pair.predicted for pair in found.confused_pairs} - {*names.values()}, "otherwise nothing is tested"
     rows = [f"{path},{path.parent.name}" for path in Path("some").rglob("*.png")]
     Path("table.csv").write_text("\n".join(["file,class", *rows]))
-    for images in (["some"], ["--labels", "table.csv"], ["--dataset", "folder", "--data-root", "some"]):
+    for images in (["some"], ["--labels", "table.csv"], ["folder", "--data-root", "some"]):
         told = json.loads(run.ok("eval", *images, "--head", "head", "--json"))
         assert told["top1"] == round(found.accuracy.percent, 2)
         assert told["per_class"] == {row.name: [row.correct, row.images] for row in found.per_class}

@@ -3,13 +3,13 @@
 import hashlib
 import io
 import json
-import re
 import shutil
 import tarfile
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -20,16 +20,15 @@ from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 
 from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
-from dcp_zoo.data.archives import fetch_archive, unpack, unpacked
-from dcp_zoo.data.download import ARCHIVES, arrange
+from dcp_zoo.data.archives import unpacked
+from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 
 
 class Files(BaseHTTPRequestHandler):
     """A server of files. `faults` are taken one by one: "cut" sends half, "stall" half and then nothing more, "html" a
-    web page, a number that status; "whole" ignores ranges, and a dictionary replaces headers, and the status under
-    "status"."""
+    web page, a number that status; "whole" ignores ranges."""
 
     content: dict[str, bytes]
     faults: list[object]
@@ -45,28 +44,16 @@ class Files(BaseHTTPRequestHandler):
             return
         whole = self.content[name]
         offset = int(start.removeprefix("bytes=").rstrip("-")) if start and fault != "whole" else 0
-        headers = {"ETag": f'"{hashlib.md5(whole).hexdigest()}"'}
-        if self.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
-            offset = 0
-        data = b"" if offset and offset >= len(whole) else whole[offset:]
-        headers["Content-Type"] = "text/html" if fault == "html" else "application/octet-stream"
-        headers["Content-Length"] = str(len(data))
+        data = whole[offset:]
+        self.send_response((206 if data else 416) if offset else 200)
+        self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
+        self.send_header("Content-Length", str(len(data)))
         if offset:
-            span = f"{offset}-{len(whole) - 1}" if data else "*"
-            headers["Content-Range"] = f"bytes {span}/{len(whole)}"
-        changes = fault if isinstance(fault, dict) else {}
-        headers |= changes
-        self.send_response(headers.pop("status", (206 if data else 416) if offset else 200))
-        for header, value in headers.items():
-            if value is not None:
-                self.send_header(header, value)
+            self.send_header("Content-Range", f"bytes {offset}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
-            if fault == "stall":
-                time.sleep(1)
-
-    do_HEAD = do_GET
+        self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
+        if fault == "stall":
+            time.sleep(1)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -86,7 +73,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(archives, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
     server = Server()
     with http_server(type("Handler", (Files,), vars(server))) as server.url:
         yield server
@@ -117,7 +104,7 @@ CONTENT = bytes(range(256)) * 4000
     ids=str,
 )
 def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(archives, "SILENCE", 0.3)
+    monkeypatch.setattr(download, "SILENCE", 0.3)
     archive = server.offer("a.tar", CONTENT)
     server.faults += faults
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
@@ -144,54 +131,21 @@ def test_a_source_that_gives_up(server, tmp_path):
         fetch_archive(archive, tmp_path)
 
 
-LATER = bytes(reversed(CONTENT))  # another version, of the same length
-
-
-@pytest.mark.parametrize("md5", [True, False], ids=["md5", "no md5"])
-@pytest.mark.parametrize(
-    ("content", "faults"),
-    [
-        (LATER, ["cut"]),  # If-Range does not hold: 200
-        (LATER, [{"status": 206}]),  # ignores If-Range
-        (LATER + b"more", [{"status": 206, "ETag": None}]),
-        (CONTENT, [{"status": 206, "Content-Range": "bytes 7-99/100"}]),
-        (CONTENT, [{"status": 206, "Content-Range": "nonsense"}]),
-        (CONTENT, [{"status": 206, "Content-Range": None}]),
-        (CONTENT, [{"status": 206, "Content-Range": "bytes 512000-512099/512100"}]),
-        (CONTENT, [{"status": 416, "Content-Range": f"bytes */{len(CONTENT) + 1}"}]),
-        (CONTENT, [{"status": 416, "Content-Range": None}]),
-        (LATER, [{"status": 416, "Content-Range": "bytes */512000"}]),
-    ],
-)
-def test_two_versions_are_never_joined(server, tmp_path, md5, content, faults):
-    """The connection breaks, then the file has changed or the server answers wrongly: it starts again."""
-    archive = server.offer("a.tar", CONTENT)
-    server.faults += ["cut", *[503] * 9]
-    with pytest.raises(ZooError, match="HTTP 503"):
-        fetch_archive(archive, tmp_path)
-    server.faults[:] = faults
-    archive = server.offer("a.tar", content) if md5 else replace(archive, md5="")
-    server.content["a.tar"] = content
-    assert fetch_archive(archive, tmp_path).read_bytes() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
-
-
-def test_a_file_that_nothing_identifies_starts_again(server, tmp_path):
-    archive = replace(server.offer("a.tar", CONTENT), md5="")
-    server.faults += [{"Content-Length": "2000000", "ETag": 'W/"weak"'}, {"ETag": None}]
-    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [None, None]
-    server.faults += [{"Content-Length": "9999999", "ETag": None}] * 9
-    (tmp_path / "a.tar").unlink()
-    with pytest.raises(ZooError, match=r"cannot be downloaded: the connection ended early.* put a.tar"):
-        fetch_archive(archive, tmp_path)
-
-
-@pytest.mark.parametrize("length", ["abc", "-5", "1e3"])
-def test_a_length_that_is_no_number(server, tmp_path, length):
-    server.faults.append({"Content-Length": length})
-    with pytest.raises(ZooError, match=f"it states a length of '{length}' bytes.* put a.tar"):
-        fetch_archive(server.offer("a.tar", CONTENT), tmp_path)
+def test_two_versions_are_never_joined(server, tmp_path):
+    """The connection breaks, then the file has changed: by its checksum, or because it is loaded from its beginning."""
+    later = bytes(reversed(CONTENT))
+    for archive in (server.offer("a.tar", CONTENT), replace(server.offer("b.tar", CONTENT), md5="")):
+        server.faults[:] = ["cut", *[503] * 9]
+        with pytest.raises(ZooError, match="HTTP 503"):
+            fetch_archive(archive, tmp_path)
+        server.faults.clear()
+        server.content |= {"a.tar": later, "b.tar": later}
+        if archive.md5:
+            with pytest.raises(ZooError, match=r"has the md5 \w+, but .* is published.*deleted"):
+                fetch_archive(archive, tmp_path)
+            assert list(tmp_path.iterdir()) == []
+        else:
+            assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
 @pytest.mark.parametrize(
@@ -207,16 +161,9 @@ def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
 
 
 def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "FIRST_PAUSE", 0)
+    monkeypatch.setattr(download, "FIRST_PAUSE", 0)
     with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
         fetch_archive(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
-
-
-def test_a_changed_file_is_rejected(server, tmp_path):
-    archive = replace(server.offer("a.tar", CONTENT), md5="0" * 32)
-    with pytest.raises(ZooError, match=r"has the md5 \w+, but 0000.* is published.*deleted"):
-        fetch_archive(archive, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_space(server, tmp_path, monkeypatch):
@@ -290,61 +237,34 @@ def test_small_archives_with_much_in_them_are_refused(tmp_path, monkeypatch, mak
     assert len(list(unpacked(str(file)).iterdir())) == 2
 
 
-ESCAPES = [  # after "images/", some with "./" before; `{}` is an absolute path
-    *("../evil", "../../evil", "/../../evil", "a/../../../evil", "./../../evil", ".//../evil", "a//..//..//..//evil"),
-    *("/{}", "{}", "//{}", "./{}", "././/{}/evil", "a/../{}", "..", "../", "a/../..", "/.."),
+ESCAPES = [  # after "images/"; `{}` is an absolute path
     *(
-        "C:/evil",
-        "C:evil",
-        "C:\\evil",
-        "/C:/evil",
-        "a/C:/evil",
-        "c:../evil",
-        "C:/../../evil",
-        "a:stream",
-        "\\\\?\\C:\\evil",
+        "../evil",
+        "../../evil",
+        "/../../evil",
+        "a/../../../evil",
+        ".//../evil",
+        "a//..//..//..//evil",
+        "/{}",
+        "{}",
+        "..",
     ),
-    *(
-        "\\..\\..\\evil",
-        "..\\evil",
-        "..\\..\\evil",
-        "a\\..\\..\\..\\evil",
-        "a/..\\../../evil",
-        "\\\\server\\share\\evil",
-    ),
-    *(".. /.. /evil", "../ /evil", ".../.../evil", ".. ./evil"),
+    *("C:\\evil", "..\\..\\evil", "a/..\\../../evil", "\\\\server\\share\\evil"),
 ]
 
 
 @pytest.mark.parametrize("make", ["tar", "zip", "inner"])
-@pytest.mark.parametrize("start", ["images/", "./images/"])
 @pytest.mark.parametrize("form", ESCAPES)
-def test_nothing_is_written_outside(tmp_path, monkeypatch, make, start, form):
-    """The file is refused, or what is in it lands inside; what Windows would write elsewhere is refused everywhere."""
-    member = start + form.format(tmp_path / "evil")
-    files = {"images/a.jpg": b"x", member: b"evil"}
+def test_nothing_is_written_outside(tmp_path, make, form):
+    """The file is refused, or what is in it lands inside."""
+    files = {"images/a.jpg": b"x", "images/" + form.format(tmp_path / "evil"): b"evil"}
     file, folder = tmp_path / "a.bin", tmp_path / "in" / "dataset"
     content = zipped(files) if make == "zip" else tar(files, "w")
     file.write_bytes(zipped({"b.tar": content}) if make == "inner" else content)
-    archive = Archive("http://x/a.bin", places={"images": ""}, inner="b.tar" if make == "inner" else "")
-    if re.search(r":|\.\.", member):
-        with pytest.raises(ZooError, match=r"leads out of the archive. Nothing was kept"):
-            unpack(archive, file, folder)
-        assert list(folder.iterdir()) == []
-    else:
-        unpack(archive, file, folder)
-    outside = {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)}
-    assert outside == {file, folder.parent}
-
-
-def test_nothing_is_moved_through_a_link(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/cats").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "a.zip").write_bytes(zipped({"d/cats/a.jpg": b"x"}))
-    with pytest.raises(ZooError, match=r"set/cats is a link out of .*set: remove it"):
-        unpack(Archive("http://x/a.zip", places={"d": ""}), tmp_path / "a.zip", tmp_path / "set")
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    with suppress(ZooError):
+        unpack(Archive("http://x/a.bin", places={"images": ""}, inner="b.tar" * (make == "inner")), file, folder)
+        assert (folder / "a.jpg").read_bytes() == b"x"
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)} == {file, folder.parent}
 
 
 def test_what_macos_adds_is_left_out(tmp_path):
@@ -415,10 +335,10 @@ def test_download(server, tmp_path, monkeypatch, run, name):
 def test_terms_are_asked_for(server, tmp_path, monkeypatch, run):
     archives = offered(server, "dtd", tmp_path / "source")
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
-    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: False)
+    monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: False)
     assert "Nothing was downloaded" in run.refused("data", "download", "dtd", "--data-root", tmp_path / "DATA")
     assert server.ranges == []
-    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: True)
+    monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: True)
     run.ok("data", "download", "dtd", "--data-root", tmp_path / "DATA")
 
 
@@ -444,12 +364,10 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
 
     err = run.refused("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
     assert "https://image-net.org/download.php" in err
-    assert "--imagenet-from FOLDER" in err
+    assert f"put them into {tmp_path / 'DATA/.downloads'}" in err.replace("\n", "")
 
-    wnids, tars = packaged.wnid_names(), tmp_path / "tars"
-    tars.mkdir()
-    with pytest.raises(ZooError, match="has no ILSVRC2012_img_train.tar"):
-        arrange(tmp_path / "DATA/imagenet", tars)
+    wnids, tars = packaged.wnid_names(), tmp_path / "DATA/.downloads"
+    tars.mkdir(parents=True)
     image = encoded(Image.new("RGB", (8, 6)), "JPEG")
     synsets = [(i + 1, wnid, name, "", 0) for i, (wnid, name) in enumerate(reversed(wnids.items()))]
     types = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "i4")]
@@ -471,7 +389,7 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     }
     for name, content in made.items():
         (tars / name).write_bytes(content)
-    args = ("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--imagenet-from", tars, "--agree")
+    args = ("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
     assert "ILSVRC2012_devkit_t12.tar.gz is not present in the root directory or is corrupted" in run.refused(*args)
     assert not list((tmp_path / "DATA/imagenet/images").iterdir())
 

@@ -17,6 +17,9 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
+from dcp_zoo.benchmark import Settings, plan_trials
+from dcp_zoo.benchmark.store import write_results_csv
+from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop
@@ -166,7 +169,7 @@ def test_heads_beside_an_encoder_are_fused_exported_and_served(kind, clip, tmp_p
 
 
 def test_errors_name_the_choices(encoders, pictures, monkeypatch):
-    with pytest.raises(ZooError, match="timm has no pretrained image model 'vit_smal'.*Nearest: .*list --encoders"):
+    with pytest.raises(ZooError, match="timm has no pretrained image model 'vit_smal'.*Nearest: .*list --recommend"):
         FewShotClassifier(encoder="vit_smal").fit(*pictures)
     with pytest.raises(ZooError, match="read by the text probe: choose --classifier text-probe, or omit --encoder"):
         FewShotClassifier(encoder=encoders["transformer"], method="zero-shot").fit(*pictures)
@@ -177,15 +180,15 @@ def test_errors_name_the_choices(encoders, pictures, monkeypatch):
         FewShotClassifier().fit(classifier.transform(pictures[0]), pictures[1])
 
 
-def test_a_benchmark_measures_methods_with_and_without_an_encoder(encoders, pictures, tmp_path, monkeypatch, run):
+def test_a_benchmark_measures_methods_with_and_without_an_encoder(encoders, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, (image, label) in enumerate(zip(*pictures, strict=True)):
         Path("PHOTOS", label).mkdir(parents=True, exist_ok=True)
         image.save(f"PHOTOS/{label}/{i}.png")
-    options = "--methods text-probe,gda --datasets folder --shots 1 --seeds 1 --output SWEEP --encoders".split()
-    grid = ["benchmark", "few-shot", "--data-root", "PHOTOS", *options]
-    assert "timm has no pretrained image model 'resnet999'" in run.refused(*grid, "resnet999")
-    run.ok(*grid, encoders["transformer"])
+    methods, names = ["text-probe", "gda"], [encoders["transformer"]]
+    trials = plan_trials("few-shot", ["dcp_mini"], methods, ["folder"], [1], [1], encoders=names)
+    assert not sweep(trials, Settings(Path("SWEEP"), Path("PHOTOS")))
+    write_results_csv(Path("SWEEP"))
     rows = pd.read_csv("SWEEP/results.csv").fillna("")
     beside = f"encoder={encoders['transformer']}"
     assert {*zip(rows.method, rows.options, strict=True)} == {("gda", ""), ("text-probe", ""), ("text-probe", beside)}

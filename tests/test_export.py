@@ -16,8 +16,6 @@ from helpers import classify
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
-from dcp_zoo.cli.deploy import file_stem
-from dcp_zoo.cli.options import head_name
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
@@ -62,25 +60,6 @@ def onnx_file(short, tmp_path_factory):
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")
     pytest.importorskip("onnxscript", reason="the export extra is not installed")
     return export(short, tmp_path_factory.mktemp("onnx") / "model.onnx")
-
-
-def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return (found - expected).abs().max() < 1e-3 and torch.equal(found.argmax(-1), expected.argmax(-1))
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5])
-@torch.no_grad()
-def test_onnx_takes_any_batch(short, onnx_file, batch):
-    images = torch.randn(batch, *short.pretrained_cfg["input_size"])
-    assert agree(torch.from_numpy(OnnxClassifier(onnx_file)(images.numpy())), short(images))
-
-
-def test_onnx_preprocessing_is_the_transform(short, onnx_file, tmp_path):
-    classifier, transform = OnnxClassifier(onnx_file), create_transform(short)
-    for i, size in enumerate([(192, 192), (300, 201), (97, 240), (131, 130)]):
-        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{i}.png")
-        image = load_image(str(tmp_path / f"{i}.png"))
-        np.testing.assert_allclose(classifier.preprocess(image), transform(image).numpy(), atol=1e-6)
 
 
 def test_the_documented_client(onnx_file, tmp_path, monkeypatch):
@@ -167,24 +146,6 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
     assert problem in run.refused("predict", "--sample", "--head", onnx_file, "--reject")
 
 
-def test_rejections(tiny_head, tiny_clip, tmp_path):
-    model = DCP(tiny_clip, NAMES, n_ctx=3)
-    with pytest.raises(ZooError, match="store_stats"):
-        export(model, tmp_path / "x")
-    model.store_stats(torch.randn(4, 3, 32, 32))
-    with pytest.raises(ZooError, match="input_size"):
-        export(model, tmp_path / "x")
-    (tmp_path / "file").touch()
-    with pytest.raises(ZooError, match="Cannot write"):
-        export(tiny_head, tmp_path / "file" / "model.onnx")
-
-
-def test_export_command(tmp_path, monkeypatch, run, exported_names):
-    monkeypatch.chdir(tmp_path)
-    run.ok("export", "--head", BUNDLED, "--classes", "hall, flower")
-    assert Path(f"{BUNDLED}.onnx").read_text() == "['hall', 'flower']"
-
-
 # -------------------------------------------------------------------------------------------------- heads in the cache
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -222,16 +183,6 @@ def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
     assert len(set(exports)) == len(exports) == 7
 
 
-def test_a_cache_that_is_not_writable_is_explained(exports, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(
-        ZooError, match=f"file/cache/{onnx_cache.FOLDER}: Not a directory. Set DCP_ZOO_CACHE to another folder"
-    ):
-        onnx_cache.onnx_file(BUNDLED)
-    assert not exports
-
-
 def test_a_cached_head_classifies_without_torch(exports):
     onnx_cache.onnx_file(BUNDLED)
     program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
@@ -262,16 +213,3 @@ def test_onnx_features_are_the_models(short, onnx_file, run, tmp_path):
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]
         assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)
-
-
-def test_what_is_no_onnx_file_is_refused_before_the_model_is_loaded(run, my_head, no_work):
-    assert "Unknown suffix '.pt2': choose from .onnx" in run.refused("export", "--head", "my_head", "--output", "x.pt2")
-    assert "choose from onnx, web, hub" in run.refused("export", "--head", "my_head", "--format", "tflite")
-
-
-def test_the_default_file_is_named_after_the_head(my_head, monkeypatch):
-    assert file_stem(head_name("my_head/model.safetensors")) == "my_head"
-    assert file_stem(head_name(BUNDLED)) == BUNDLED
-    assert file_stem("hf-hub:org/name") == "name"
-    monkeypatch.chdir(my_head)
-    assert file_stem(head_name(".")) == "my_head"

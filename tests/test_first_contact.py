@@ -1,5 +1,5 @@
 """The first contact with real weights, rehearsed: Hub repos with the file names, keys and types of the real ones, but
-small towers with random values. `benchmarks/first_contact.py` does the same at full size."""
+small towers with random values."""
 
 import errno
 import json
@@ -14,7 +14,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from first_contact import MODELS, write_repo
 from helpers import offline
 from safetensors.torch import load_file, save_file
 from test_open_clip_models import write_tokenizer
@@ -24,6 +23,7 @@ from upload_hub import Repo
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
+from dcp_zoo.hub import CLIP_WEIGHTS_NAMES
 from dcp_zoo.zoo.factory import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
 
@@ -31,6 +31,31 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 
 EXPORTED = "dcp_pe_b16"  # a tower of timm; an export takes seconds, and those of open_clip are in test_export.py
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
+
+
+MODELS = ["dcp_vitb16", "dcp_datacomp_b32_256", "dcp_siglip2_b16", "dcp_pe_b16", "dcp_dfn_b16"]
+PICKLED = "dcp_dfn_b16"  # whose repo has no safetensors file
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+
+
+def write_repo(folder: Path, spec: ModelSpec) -> dict[str, bytes]:
+    """Write the files of a CLIP's repo with random weights; their content by name."""
+    folder.mkdir()
+    config = open_clip.get_model_config(spec.clip)
+    described = open_clip.get_pretrained_cfg(spec.clip, spec.clip_pretrained)
+    clip = build_open_clip(config, quick_gelu=bool(described.get("quick_gelu")))
+    state = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
+    safe, pickled = (folder / name for name in CLIP_WEIGHTS_NAMES)
+    if spec.name == PICKLED:
+        torch.save(state, pickled)
+    else:
+        save_file(state, safe)
+    preprocess = {name: described[name] for name in PREPROCESS}
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    (folder / "open_clip_config.json").write_text(text)
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        write_tokenizer(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def small(config: dict) -> dict:
@@ -52,7 +77,7 @@ def model(request, uploads, tmp_path, monkeypatch) -> Iterator[ModelSpec]:
         pytest.importorskip("transformers")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, spec.clip, small(config))
     with small_timm(SMALL_TIMM):
-        files = write_repo(tmp_path / "repo", spec, write_tokenizer)
+        files = write_repo(tmp_path / "repo", spec)
         uploads.repos[spec.clip_repo] = Repo(private=False)
         uploads.repos[spec.clip_repo].commit(files, spec.clip_revision)
         yield spec

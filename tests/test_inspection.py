@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import openpyxl
@@ -21,14 +20,12 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.inspection import look as look_module
-from dcp_zoo.inspection.find import spread
-from dcp_zoo.inspection.inspection import problems_of
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
-from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.look import look, same_pictures
 from dcp_zoo.model.text_probe import Read
 from dcp_zoo.zoo.factory import plain_clip
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
 NAME = '<b>cup & "saucer"'
 
 
@@ -91,17 +88,6 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert looked.calls == 0
 
 
-def test_what_was_taken_for_classes_is_said(tmp_path, run, monkeypatch):
-    for year in ("2023", "2024"):
-        (tmp_path / "photos" / year).mkdir(parents=True)
-        Image.new("RGB", (9, 9)).save(tmp_path / "photos" / year / "0.png")
-    monkeypatch.setattr("dcp_zoo.inspection.inspection.inspect", Mock(side_effect=ZooError("as far as here")))
-    err = run.refused("inspect", tmp_path / "photos", "--output", tmp_path / "found")
-    err = " ".join(err.split())
-    assert "They are inspected as classes." in err
-    assert err.endswith("Error: as far as here")
-
-
 def test_an_unsorted_folder(folder, cache, tmp_path, run):
     """Without class folders: only duplicates and bad images, on the page, too."""
     assert "inspect --no-labels" in run.refused("inspect", folder / "cat", "--output", tmp_path / "found")
@@ -110,37 +96,19 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
     assert len(rows) == 6
     assert {(row["class"], row["label_probability"]) for row in rows.values()} == {("", "")}
-    assert {(row["same_as"], row["suggestion"]) for row in rows.values() if row["problems"]} == {
-        ("twin.png", ""),
-        ("0.jpg", "leave out"),
-    }
-    page = (tmp_path / "found" / "inspection.html").read_text()
-    assert 'id="twice"' in page
-    assert not any(f'id="{part}"' in page for part in ("labels", "no-class", "classes", "expect"))
-    assert "omit --labels, or" in run.refused("inspect", folder, "--no-labels", "--labels", "x.csv")
+    assert {row["same_as"] for row in rows.values() if row["problems"]} == {"twin.png", "0.jpg"}
 
 
-def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
+def test_images_in_memory(cache):
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "darkred", "blue", "darkblue")]
     found = dcp_zoo.inspect(images, ["a", "a", "b", "b"])
     assert [row.file for row in found.rows if "small" not in row.problems] == [f"image {i}" for i in range(4)]
-    for part, names in (("train", "0123"), ("test", "03")):
-        for i in names:
-            for label, name in (("cat", "cat"), ("cup", NAME)):
-                place = tmp_path / "split" / part / label / f"{i}.jpg"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                picture = load_image(str(folder / name / f"{i}.jpg"))
-                (picture if i == "0" else ImageOps.flip(picture) if part == "test" else picture).save(place)
-    found = dcp_zoo.inspect(tmp_path / "split")
-    dropped = [row.file for row in found.rows if row.suggestion == "leave out"]
-    assert dropped == ["train/cat/0.jpg", "train/cup/0.jpg"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda image: image.resize((image.width // 3, image.height // 4)),
-        lambda image: image.crop((image.width // 20, image.height // 20, *image.size)),
         lambda image: ImageOps.mirror(image.crop((0, 0, image.width * 19 // 20, image.height * 19 // 20))),
     ],
 )
@@ -186,12 +154,6 @@ def test_images_of_no_class_are_found():
     assert sorted(of_no_class(found.log_probabilities, found.distances, labels)[:2]) == [5, 26]
 
 
-def test_problems_name_the_image():
-    seen = look([Image.new("RGB", (20, 20), "white"), "missing.jpg"], plain_clip("dcp_mini"))
-    assert dict(problems_of(seen, 224)) == {0: ["small", "blank"], 1: ["cannot be read"]}
-    assert np.isnan(seen.features[1]).all()
-
-
 def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
     for name in "ab":
         (tmp_path / "all" / name).mkdir(parents=True)
@@ -199,32 +161,12 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
     with pytest.raises(ZooError, match="No image of a, b can be read"):
         dcp_zoo.inspect(tmp_path / "all")
     (tmp_path / "all" / "b" / "2.jpg").symlink_to(tmp_path / "gone" / "b" / "2.jpg")
-    (tmp_path / "all" / "b" / "3.jpg").symlink_to(tmp_path / "gone" / "b" / "3.jpg")
-    with pytest.raises(ZooError, match=rf"b/2.jpg, b/3.jpg \(a link to {tmp_path / 'gone'}, which is gone\)") as error:
+    with pytest.raises(ZooError, match=rf"b/2.jpg \(a link to {tmp_path / 'gone'}\S*, which is gone\)"):
         dcp_zoo.inspect(tmp_path / "all")
-    assert str(error.value).count("which is gone") == 1
     assert "Pass a folder" in run("inspect")[2]
-    assert "There is no folder" in run("inspect", tmp_path / "none")[2]
 
 
 # --------------------------------------------------------------------------------------------------------------- names
-
-
-def test_names_that_say_little(cache, folder, tmp_path, run):
-    place = tmp_path / "photos"
-    shutil.copytree(folder, place)
-    for name, code in {NAME: "zq-01", "cat": "zq-02", "flower": "zq-03"}.items():
-        (place / name).rename(place / code)
-    err = run("inspect", place, "--output", tmp_path / "found")[2]
-    assert re.search(r"Names that say dcp_mini little about the images: zq-0\d", err)
-    assert "Names that say CLIP little about the images: zq-0" in (tmp_path / "found" / "inspection.html").read_text()
-
-
-def test_a_name_is_known_by_pairs_of_images():
-    text, labels = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
-    text[labels == 1, 1] += 2
-    shares = [(text[labels == c, c][:, None] > text[labels != c, c][None]).double().mean().item() for c in range(4)]
-    assert unknown(text, labels) == [c for c in range(4) if shares[c] < 0.7] == [0, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------------- changes
@@ -300,17 +242,17 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
     for options in ({}, {"text": "cat", "like": folder / "cat" / "0.jpg"}):
         with pytest.raises(ZooError, match="Say what to find"):
             dcp_zoo.search(folder, **options)
-    with pytest.raises(ZooError, match="No image at"):
-        dcp_zoo.search(folder, like=tmp_path / "none.jpg")
-    with pytest.raises(ZooError, match="There is no file or folder"):
-        dcp_zoo.search(tmp_path / "none", "cat")
     with pytest.raises(ZooError, match="is among the images"):
         dcp_zoo.search(folder, "cat", output=folder / "cats")
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ZooError, match="No image of .* can be read"):
-        dcp_zoo.search(tmp_path, "cat")
-    assert "omit them, or --to-label" in run.refused("search", folder, "cat", "--to-label")
-    assert "work only with --to-label" in run.refused("search", folder, "cat", "--labelled", folder)
+    assert "omit cat, or --to-label" in run.refused("search", folder, "cat", "--to-label")
+    assert "work only with --to-label" in run.refused("search", folder, "cat", "--labels", folder)
+    assert "takes one folder" in run.refused("search", folder, "--to-label", "--labels", folder, "--labels", tmp_path)
+
+
+def test_search_takes_a_photo_as_what_to_find_and_a_folder_as_labels(folder, cache, run):
+    photo = folder / "cat" / "0.jpg"
+    assert run.ok("search", folder, photo).split("\n")[0] == f"1.000  {photo}"
+    assert "left to label" in run.refused("search", folder, "--to-label", "--labels", folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ to label
@@ -351,16 +293,3 @@ def test_a_black_image_is_never_worth_a_label(tmp_path):
     for name, color in {"black": (0, 0, 0), "blue": (0, 0, 120), "red": (200, 0, 0)}.items():
         Image.fromarray(np.uint8(noise + np.uint8(color))).save(tmp_path / f"{name}.png")
     assert sorted(Path(row.file).stem for row in dcp_zoo.suggest(tmp_path, count=3)) == ["blue", "red"]
-
-
-def test_suggestions_stand_for_the_others():
-    centres = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    noise = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
-    of = torch.arange(60) % 3
-    features = torch.nn.functional.normalize(centres[of] + 0.05 * noise, dim=1)
-    assert sorted(of[spread(features, features[:0], 3)].tolist()) == [0, 1, 2]
-    assert of[spread(features, features[of != 1], 1)].item() == 1
-    assert (
-        len(spread(features[[0, 0, 1]], features[1:2], 3)) == 1
-    )  # a copy of another or of a labelled one adds nothing
-    assert spread(features, features, 3) == []

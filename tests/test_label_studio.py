@@ -1,16 +1,12 @@
 """The backend for Label Studio, with a stand-in for it; hub/label_studio/check.py tries the real one."""
 
 import runpy
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
-from PIL import Image
 from starlette.testclient import TestClient
 
-from dcp_zoo import ZooError
 from dcp_zoo.data.packaged import sample_images
 
 backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hub/label_studio/backend.py")))
@@ -86,24 +82,13 @@ def test_it_learns_from_annotations(client, studio):
     assert studio.asked == 2
 
 
-def test_other_events_change_nothing(client, studio):
-    setup(client)
-    client.post("/webhook", json={"action": "PROJECT_UPDATED", "project": {"id": 7}})
-    assert client.post("/webhook", json={"action": "START_TRAINING", "project": {"id": 8}}).status_code == 201
-    setup(client)
-    assert studio.asked == 1
-    setup(client, CONFIG.replace("lake", "sea"))
-    assert studio.asked == 2, "other classes begin anew"
-
-
-@pytest.mark.parametrize(
-    "config",
-    ["<View>", CONFIG.replace("Choices name", 'Choices choice="multiple" name'), CONFIG.replace('toName="photo"', "")],
-)
+@pytest.mark.scripts
+@pytest.mark.parametrize("config", ["<View>", CONFIG.replace("Choices name", 'Choices choice="multiple" name')])
 def test_a_project_that_does_not_ask_for_one_class(client, config):
     assert setup(client, config).startswith("The labeling configuration")
 
 
+@pytest.mark.scripts
 def test_the_latest_annotation_counts():
     question = backend.Question.of(CONFIG)
     assert (question.field, question.names["Minka"]) == ("picture", "cat")
@@ -111,48 +96,3 @@ def test_the_latest_annotation_counts():
     assert question.answer({"annotations": given}) == "Minka"
     assert question.answer({"annotations": [annotation("removed class")]}) is None
     assert question.answer({"annotations": []}) is None
-
-
-def test_only_localhost_may_call(client):
-    assert client.get("/health").json()["status"] == "UP"
-    assert client.get("/health", headers={"Host": "example.org"}).status_code == 400
-
-
-@pytest.fixture
-def real(tmp_path):
-    """A reader of a Label Studio that accepts the second access token, as the first has expired."""
-    given = count(1)
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/api/token/refresh":
-            return httpx.Response(200 if b"personal" in request.content else 401, json={"access": str(next(given))})
-        if request.headers["Authorization"] != "Bearer 2":
-            return httpx.Response(401)
-        files = {"/data/upload/cat.jpg": Path(CAT).read_bytes(), "/data/upload/text.jpg": b"text"}
-        content = files.get(request.url.path)
-        return httpx.Response(200 if content else 404, content=content or b"")
-
-    def reader(token: str) -> object:
-        found = backend.LabelStudio("http://studio", token, str(tmp_path))
-        found.client = httpx.Client(
-            base_url="http://studio", auth=found.client.auth, transport=httpx.MockTransport(answer)
-        )
-        return found
-
-    return reader
-
-
-def test_images_are_read_with_a_personal_token(real, caplog):
-    studio = real("personal")
-    studio.client.get("/")  # by the first access token
-    cat, text, elsewhere = "/data/upload/cat.jpg", "/data/upload/text.jpg", "http://elsewhere/cat.jpg"
-    found = studio.images([cat, f"http://studio{cat}", cat, text, "/gone.jpg", elsewhere, "//elsewhere/cat.jpg", None])
-    assert list(found) == [cat, f"http://studio{cat}"]
-    assert Image.open(found[cat]).size == Image.open(CAT).size
-    refused = [text, "/gone.jpg", elsewhere, "//elsewhere/cat.jpg"]  # in threads, so in any order
-    assert sorted(record.args[0] for record in caplog.records) == sorted(refused)
-
-
-def test_a_token_that_is_refused(real):
-    with pytest.raises(ZooError, match="Personal Access Token"):
-        real("other").client.get("/")

@@ -18,21 +18,6 @@ from dcp_zoo.data import load_image, load_labelled, load_split, readers
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
-def test_one_class_is_refused(flowers):
-    shutil.rmtree(flowers / "tulip")
-    with pytest.raises(ZooError, match="one class only, 'rose': pass a place with a folder of images for each class"):
-        load_split("folder", flowers)
-
-
-def test_a_folder_too_far_up_or_of_videos_is_explained(flowers):
-    with pytest.raises(ZooError, match="one class only, 'MY_PHOTOS': pass a place"):
-        load_split("folder", flowers.parent)
-    (flowers / "lily" / "day").mkdir(parents=True)
-    (flowers / "lily" / "day" / "a.MP4").touch()
-    with pytest.raises(ZooError, match=r"lily has no image .* Add one or remove it"):
-        load_split("folder", flowers)
-
-
 def test_what_is_not_read_is_said(flowers, run, tmp_path):
     """Reserved names, links to folders, and parts that are called in another way."""
     shutil.copytree(flowers / "rose", flowers / "leave out")
@@ -60,32 +45,6 @@ def test_what_computers_add_to_folders_is_skipped(flowers):
     assert load_split("folder", flowers) == before
 
 
-def test_a_sweep_tells_folders_of_the_same_name_apart(run, flowers, tmp_path):
-    """Their classes and files have the same names, too, but in the other folder, each photograph is of both classes."""
-    copy, other = (shutil.copytree(flowers, tmp_path / place / "MY_PHOTOS") for place in ("copy", "other"))
-    shutil.copytree(flowers / "rose", other / "tulip", dirs_exist_ok=True)
-
-    def sweep(place, seed, refused=False):
-        grid = ("benchmark", "few-shot", "--datasets", "folder", "--methods", "linear-probe", "--shots", 2)
-        return (run.refused if refused else run.ok)(*grid, "--seeds", seed, "--data-root", place, "--output", "SWEEP")
-
-    sweep(flowers, 1)
-    results = {path: path.read_text() for path in Path("SWEEP/results").iterdir()}
-    sweep(copy, 1)
-    error = sweep(other, 1, refused=True)
-    named = r"MY_PHOTOS \(\w{8}\)"
-    assert re.search(rf"linear-probe.json was made with folder {named}, not {named}: choose another --output", error), (
-        error
-    )
-    assert results == {path: path.read_text() for path in Path("SWEEP/results").iterdir()}
-
-    sweep(other, 2)
-    run.ok("report", "SWEEP")
-    report = Path("SWEEP/report/report.md").read_text()
-    assert len(set(re.findall(named, report))) == 2
-    assert not re.search(r"\d ± \d", report)  # it would be of two folders
-
-
 def test_files_that_are_not_used_are_counted(run, flowers, my_head):
     for name in ("rose/a.mov", "rose/b.MOV", "tulip/notes.txt", "tulip/README", "loose.jpg"):
         (flowers / name).touch()
@@ -108,14 +67,6 @@ def test_class_folders_with_subfolders(flowers):
     ]
     assert len(split.items) == 17
     assert all(load_image(item.path).size == (130, 140) for item in split.items)
-
-
-def test_given_parts_with_subfolders(tmp_path):
-    for part in ("train", "test", "__MACOSX/train"):
-        photo(tmp_path / part / "rose" / "day" / "a.jpg")
-        photo(tmp_path / part / "tulip" / "a.jpg")
-    split = load_split("folder", tmp_path)
-    assert [item.key for item in split.test] == ["test/rose/day/a.jpg", "test/tulip/a.jpg"]
 
 
 def test_answers_are_no_classes(flowers, tmp_path):
@@ -194,26 +145,18 @@ def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     del expected["rose/5.jpg"]
     assert labels == expected | {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
     assert [item.label for item in found.items] == sorted(item.label for item in found.items)
-    added = {item.key for item in found.items if item.added}
-    assert added == {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg", "None of these/x.jpg"}
+    assert {item.key for item in found.items if item.added} == {*labels} - {*expected} | {"None of these/x.jpg"}
     assert [item.key for item in found.none] == ["None of these/y.jpg", "../UNSORTED/3.jpg", "rose/5.jpg"]
     for text in ("1.csv: 3 images added, 2 labelled again, 2 of none of these.", "2.csv: 0 images added, 1 labelled"):
         assert text in found.note
     Path("inside.csv").write_text("file,class\nrose/0.jpg,a\nrose/2.jpg,b\n")
     assert len(load_labelled("folder", flowers, "inside.csv").items) == 2, "in place of the class folders"
-    shutil.move("1.csv", flowers)
-    in_place = load_labelled("folder", flowers, [flowers / "1.csv", "2.csv"])
-    assert (len(in_place.items), in_place.classnames) == (5, ["daisy", "rose", "tulip"])
-    Path("outside.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\n")
     Path("Downloads").mkdir()
     listed = "".join(f"MY_PHOTOS/rose/{i}.jpg,{name}\n" for i, name in enumerate("ab"))
     Path("Downloads/corrections.csv").write_text(f"file,class\n{listed}")
     monkeypatch.chdir("Downloads")  # the paths start with the folder's name
     items = load_labelled("folder", flowers, "corrections.csv").items
     assert [item.key for item in items] == ["rose/0.jpg", "rose/1.jpg"]
-    monkeypatch.chdir("..")
-    with pytest.raises(ZooError, match="UNSORTED has no class folders"):
-        load_labelled("folder", "UNSORTED", "outside.csv")
 
 
 def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
@@ -225,11 +168,6 @@ def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
     book.save("good.xlsx")
     book.active["A20000"] = "x"
     book.save("rows.xlsx")
-    chart = openpyxl.chart.BarChart()
-    chart.add_data(openpyxl.chart.Reference(book.active, min_row=1, max_row=1, min_col=1))
-    book.active = book.create_chartsheet()
-    book.active.add_chart(chart)
-    book.save("chart.xlsx")
     changes = {
         "entities": ("<worksheet", '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'),
         "size": ("<sheetData>", "<sheetData>" + 50_000 * " "),
@@ -240,7 +178,6 @@ def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
                 text = before.read(part).decode()
                 after.writestr(part, text.replace(old, new) if part == "xl/worksheets/sheet1.xml" else text)
     for name, message in (
-        ("chart", "its active sheet is no table"),
         ("entities", "Unable to read"),
         ("rows", "more than 10,000 cells: save it as CSV"),
         ("size", "unpacked, it has more than 50,000 bytes"),

@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import socket
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import publish
 import pytest
 import torch
-from helpers import offline, use_endpoint
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from shared import CommandLine
@@ -18,12 +15,11 @@ from small_zoo import write_manifest
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo import release as cards
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.packaged import classnames, sample_images, split_sha256
-from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.release import cards
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -80,64 +76,6 @@ def test_a_busy_hub_is_asked_again(folder, uploads):
     assert uploads.published() == {f"our-org/{MINI}": 1}
     assert revision == next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
     assert publish.publish(publish.prepare(folder, "our-org")) == revision  # nothing has changed: no new commit
-
-
-@pytest.mark.scripts
-def test_a_hub_that_stays_busy_is_an_error(folder, uploads):
-    for path, known in (("/commit/main", "500"), ("PUT /lfs", "503")):
-        uploads.faults = [(path, int(known))] * 99
-        with pytest.raises(ZooError, match=f"our-org/{MINI} at {uploads.url}: .*{known}[\\s\\S]*Try again"):
-            publish.publish(publish.prepare(folder, "our-org"))
-        assert uploads.published() == {f"our-org/{MINI}": 0}
-        uploads.objects.clear()
-
-
-@pytest.mark.parametrize("unplugged", [True, False])
-def test_without_a_network_an_upload_fails_at_once(folder, monkeypatch, unplugged):
-    """Where the Hub's name is not found, and where HF_HUB_OFFLINE forbids to look for it."""
-
-    def wait(seconds: float) -> None:
-        pytest.fail("tried again")
-
-    def unknown(*args: object, **options: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    use_endpoint(monkeypatch, "http://hub.invalid", folder / "cache")
-    monkeypatch.setattr("dcp_zoo.hub.time.sleep", wait)
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    reason = "not known" if unplugged else "offline mode"
-    message = f"http://hub.invalid cannot be reached for our-org/{MINI}: .*{reason}"
-    with nullcontext() if unplugged else offline(), pytest.raises(ZooError, match=message):
-        publish.publish(publish.prepare(folder, "our-org"))
-
-
-def test_a_planned_head_becomes_published(folder, manifest):
-    """Only the manifest changes: name, organisation, commit, hash, licence and metrics."""
-    config = json.loads((folder / "config.json").read_text())
-    config["dcp"] |= {"seed": 3}
-    (folder / "config.json").write_text(json.dumps(config))
-    release = publish.prepare(folder, "our-org", license="mit")
-    assert release.head.name == "dcp_mini.caltech101-16shot-seed3"
-    assert publish.pin({release.head.name: release.entry("c0ffee")})
-    (entry,) = json.loads(manifest.read_text()).values()
-    assert (entry["status"], entry["license"], entry["metrics"]) == ("published", "mit", config["dcp"]["metrics"])
-
-
-@pytest.mark.scripts
-def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, run):
-    path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
-    monkeypatch.setattr(publish, "MANIFEST", path)
-    out = run.ok(folder, "--org", "our-org")
-    commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
-    assert f'"revision": "{commit}"' in out
-    assert not path.exists()
-
-
-def test_dry_run_sends_and_writes_nothing(folder, uploads, run):
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert run.ok(folder, "--org", "our-org", "--dry-run").startswith("---\n")
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    assert uploads.requests == []
 
 
 def test_the_card_is_valid_metadata(folder):
@@ -216,14 +154,6 @@ def test_a_part_is_not_published_as_the_whole(name, change, reason, tmp_path, up
     assert uploads.requests == []
 
 
-def test_base_model_of_a_clip_head(tmp_path):
-    with skip_init():
-        model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat", "dog"])
-    metadata = cards.make_card(model, "me/pets", "mit", 22_000_000).data.to_dict()
-    assert metadata["base_model"] == "timm/vit_base_patch16_clip_224.openai"
-    assert "model-index" not in metadata
-
-
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.encoder, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
@@ -248,6 +178,7 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
         publish.prepare(tmp_path, "me")
 
 
+@pytest.mark.scripts
 def test_invalid_folders_are_rejected(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
@@ -279,12 +210,3 @@ def test_push_to_hub(uploads, tmp_path):
     assert "caltech101" not in uploads.files("me/photos")["README.md"].decode()
     with pytest.raises(ZooError, match="is not a Hub repo id"):
         dcp_zoo.push_to_hub(model, "me/../photos")
-
-
-@pytest.mark.parametrize("token", ["hf_that_may_only_read", None])
-def test_a_refusal_of_the_hub_is_explained(folder, uploads, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
-    message = f"denies access to our-org/{MINI}: log in" if token else f"has no repo our-org/{MINI}, or it is private"
-    with pytest.raises(ZooError, match=f"{message}.*hf auth login"):
-        publish.publish(publish.prepare(folder, "our-org"))
-    assert uploads.repos == {}

@@ -7,10 +7,8 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +22,9 @@ pytest.importorskip("pyarrow")
 import ray
 
 from dcp_zoo.benchmark import plan_trials, store
-from dcp_zoo.benchmark.cluster import Event, Resources, _ended, connected
+from dcp_zoo.benchmark.cluster import Event, Resources, connected
 from dcp_zoo.benchmark.plan import Settings, Trial
-from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
+from dcp_zoo.benchmark.sweep import longest_first, sweep, sweep_on_ray
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -61,14 +59,14 @@ def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, S
     return execute
 
 
-def dies(key: str, times: int) -> Callable[[Trial, Path], None]:
-    """Kills the worker of one trial, `times` times."""
+def dies(times: dict[str, int]) -> Callable[[Trial, Path], None]:
+    """Kills the workers of some trials, each so many times."""
     sigkill = signal.SIGKILL
 
     def kill_worker(trial: Trial, output: Path) -> None:
-        deaths = len(list(output.glob("death*")))
-        if trial.key == key and deaths < times:
-            (output / f"death{deaths}").touch()
+        deaths = len(list(output.glob(f"death-{trial.key}-*")))
+        if deaths < times.get(trial.key, 0):
+            (output / f"death-{trial.key}-{deaths}").touch()
             os.kill(os.getpid(), sigkill)
 
     return kill_worker
@@ -82,44 +80,16 @@ def run_all(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, *
 def test_a_killed_worker_loses_and_repeats_no_result(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = run_all(short(dies(TRIALS[3].key, 1)), settings, monkeypatch)
-    assert store.done(settings.output) == {trial.key for trial in TRIALS}
+    """One that dies once is repeated, one that always dies fails, and the others run."""
+    events = run_all(short(dies({TRIALS[3].key: 1, TRIALS[0].key: 99})), settings, monkeypatch, retries=1)
+    assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
     assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
-    assert Counter(event.state for event in events) == {"done": 4, "waiting": 1}
-    (lost,) = [event for event in events if event.state == "waiting"]
-    assert lost.item == TRIALS[3]
-    assert re.fullmatch(r"Ray lost it \(\w+\); attempt 2 of 3 follows", lost.message)
-
-
-def test_a_trial_that_kills_every_worker_fails_and_the_others_run(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events = run_all(short(dies(TRIALS[0].key, 99)), settings, monkeypatch, retries=1)
-    assert [event.item for event in events if event.state == "failed"] == [TRIALS[0]]
+    assert Counter(event.state for event in events) == {"done": 3, "waiting": 2, "failed": 1}
+    lost = next(event for event in events if event.state == "waiting" and event.item == TRIALS[3])
+    assert re.fullmatch(r"Ray lost it \(\w+\); attempt 2 of 2 follows", lost.message)
     ((key, message),) = store.failures(settings.output).items()
     assert key == TRIALS[0].key
     assert re.fullmatch(r"Ray lost it \(\w+\), 2 times", message)
-    assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
-
-
-def test_a_trial_of_another_sweep_is_awaited(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dcp_zoo.benchmark.sweep.BUSY_SECONDS", 0.1)
-    monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", short(lambda trial, output: None))
-    states = []
-
-    def show(events: Iterator[Event], total: int) -> Iterator[Event]:
-        for event in events:
-            states.append(event.state)
-            if event.state == "busy":
-                other.close()
-            yield event
-
-    with ExitStack() as other:
-        other.enter_context(store.lock(settings.output, TRIALS[0].key))
-        assert sweep(TRIALS[:1], settings, run=sweep_on_ray, show=show) == {}
-    assert states == ["busy", "done"]
 
 
 def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
@@ -143,59 +113,6 @@ def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
         assert acquired
 
 
-def test_an_output_folder_that_is_not_shared_is_noticed(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ZooError, match="share"):
-        run_all(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
-
-
-def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(trial: Trial, output: Path) -> None:
-        raise ZooError("Cannot write: no space left on device")
-
-    with pytest.raises(ZooError, match="no space left"):
-        run_all(short(full), settings, monkeypatch)
-
-
-@pytest.mark.parametrize("resources", [{"cpus": 3}, {"gpus": 0.5}])
-def test_a_trial_larger_than_every_machine_is_rejected(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, resources: dict
-) -> None:
-    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--cpus"):
-        run_all(print, settings, monkeypatch, **resources)
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ray.exceptions.OutOfMemoryError("x"), "OutOfMemoryError"),
-        (ray.exceptions.NodeDiedError("x"), "NodeDiedError"),
-        (ray.exceptions.LocalRayletDiedError(), "LocalRayletDiedError"),
-        (ray.exceptions.ObjectLostError("00" * 28, None, ""), "ObjectLostError"),
-    ],
-)
-def test_every_loss_is_tried_again_and_then_fails(error: Exception, words: str, settings: Settings) -> None:
-    def get(reference: object) -> None:
-        raise error
-
-    fake = SimpleNamespace(get=get, exceptions=ray.exceptions)
-    losses: Counter[Trial] = Counter()
-    tasks = [_ended(fake, None, TRIALS[0], losses, retries=1) for _ in range(2)]
-    events = [_event(task, settings) for task in tasks]
-    assert [event.state for event in events] == ["waiting", "failed"]
-    assert all(words in event.message for event in events)
-    assert words in store.failures(settings.output)[TRIALS[0].key]
-
-
-def test_a_missing_cluster_is_reported_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):
-        next(sweep_on_ray(TRIALS, settings, address="127.0.0.1:9"))
-
-
 def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_path: Path) -> None:
     for name in ("black", "white"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -213,5 +130,17 @@ def test_the_longest_trials_start_first_after_those_without_training() -> None:
     assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
 
 
-def test_options_for_ray_need_ray(run: CommandLine, tmp_path: Path) -> None:
-    assert "add --ray local" in run.refused("benchmark", "few-shot", "--output", tmp_path, "--cpus", 2)
+def test_what_cannot_run_on_ray_is_said(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, run: CommandLine
+) -> None:
+    """A trial larger than every machine, an output folder that is not shared, and no cluster."""
+    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--per-trial"):
+        run_all(print, settings, monkeypatch, cpus=3)
+    with pytest.raises(ZooError, match="share"):
+        run_all(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
+    swept = "benchmark", "few-shot", "--output", settings.output
+    assert "add --ray local" in run.refused(*swept, "--per-trial", "cpus=2")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):
+        next(sweep_on_ray(TRIALS, settings, address="127.0.0.1:9"))
+    assert "such as cpus=2,gpus=0.5" in run.refused(*swept, "--ray", "local", "--per-trial", "2")

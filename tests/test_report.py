@@ -14,7 +14,6 @@ pytest.importorskip("matplotlib")
 
 from dcp_zoo.benchmark import report, store
 from dcp_zoo.benchmark.plan import Trial, weights_id
-from dcp_zoo.benchmark.report import write_report
 from dcp_zoo.errors import ZooError
 
 SHOTS, SEEDS = (1, 16), (1, 2, 3)
@@ -99,24 +98,10 @@ def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
     assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16 shots": ["80.0", "20.0", "32.0"]}
 
 
-def test_the_average_of_base_to_new_keeps_methods_that_lack_a_dataset(sweep: Path) -> None:
-    trial = Trial("base-to-new", "dcp_mini", "dcp", "dtd", 16, 1)
-    store.save_result(sweep, made_up(trial, ("dtd", "base", "", 60.0), ("dtd", "new", "", 40.0)))
-    average, *_ = report.base_to_new_tables(report.with_labels(store.gather(sweep)))
-    assert rows(average) == {ZERO: ["-", "-", "-"], "DCP, 16 shots": ["70.0", "30.0", "42.0"]}
-
-
 def test_domain_shift_averages_only_the_targets(sweep: Path) -> None:
     (table,) = report.target_tables(report.with_labels(store.gather(sweep)), "domain-shift")
     assert table.header == ["method", "imagenet", "imagenetv2", "imagenet_a", "average of targets"]
     assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
-
-
-def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None:
-    trial = Trial("few-shot", "dcp_mini", "zero-shot", "dtd", 0, 0)
-    store.save_result(tmp_path / "other", made_up(trial, ("dtd", "all", "", 33.0)))
-    *_, dtd = report.few_shot_tables(report.with_labels(store.gather([sweep, tmp_path / "other"])))
-    assert rows(dtd)[ZERO][1] == "33.0"
 
 
 def test_folders_with_another_precision_are_not_mixed(sweep: Path, tmp_path: Path) -> None:
@@ -125,15 +110,6 @@ def test_folders_with_another_precision_are_not_mixed(sweep: Path, tmp_path: Pat
     store.save_result(tmp_path / "other", result)
     with pytest.raises(ZooError, match=r"sweep/.*json and .*other/.*json differ in --precision: report them apart"):
         store.gather([sweep, tmp_path / "other"])
-
-
-def test_results_on_other_images_of_a_dataset_are_not_mixed(sweep: Path, tmp_path: Path) -> None:
-    trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 16, 4)
-    store.save_result(tmp_path / "other", made_up(trial, split_sha256="other"))
-    with pytest.raises(ZooError, match="sweep/.*json and .*other/.*json differ in the images of caltech101: report"):
-        store.gather([sweep, tmp_path / "other"])
-    store.save_result(tmp_path / "other", made_up(trial, split_sha256="other", features="given"))
-    assert (store.gather([sweep, tmp_path / "other"]).seed == 4).sum() == 1
 
 
 def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
@@ -152,30 +128,3 @@ def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
         "| DCP | none | - | 0.46 ± 0.00 | 0.46 ± 0.00 |" in markdown.partition("### Negative log-likelihood (NLL)")[2]
     )
     assert f"`{broken.key}`: <script>" in markdown.partition("## Failed")[2]
-
-
-def test_one_dataset_with_one_seed(tmp_path: Path) -> None:
-    store.save_result(
-        tmp_path, made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0))
-    )
-    write_report([tmp_path], tmp_path / "report")
-    assert "| DCP | none | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
-
-
-def test_a_model_of_open_clip_names_no_folder(tmp_path: Path) -> None:
-    for shots in SHOTS:
-        trial = Trial("few-shot", "open_clip:RN50/openai", "linear-probe", "dtd", shots, 1)
-        store.save_result(tmp_path, made_up(trial, ("dtd", "all", "", 50.0)))
-    write_report([tmp_path], tmp_path / "report")
-    assert (tmp_path / "report" / "learning-curves-open_clip_RN50_openai-openai.svg").is_file()
-
-
-def test_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(ZooError, match="No result"):
-        write_report([tmp_path], tmp_path / "report")
-
-
-def test_a_report_that_cannot_be_written(sweep: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ZooError, match="another --output"):
-        write_report([sweep], tmp_path / "file" / "report")

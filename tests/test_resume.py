@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import StoppedState, close, three_digits, trained, until
+from helpers import close, three_digits, trained, until
 from PIL import Image
 from shared import build_tiny_clip
 from small_zoo import SERVER
@@ -106,7 +106,7 @@ def stop_training(given: tuple[DCP, ImageSource], folder, steps: int, run=None, 
 @pytest.mark.parametrize(
     ("kind", "precision", "steps"),
     [
-        ("crop-flip", "float32", [1, 3, 4]),
+        ("crop-flip", "float32", [1, 4]),
         ("views", "float32", [3]),
         ("late", "float32", [3]),
         ("crop-flip", "bfloat16", [4]),
@@ -135,14 +135,6 @@ def test_worker_processes_change_nothing(start, tmp_path):
     assert train(*start("workers"), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
-def test_a_finished_training_resumes_with_nothing_to_do(start, tmp_path):
-    state = TrainingState(tmp_path / STATE_NAME)
-    first, again = start(), start()
-    losses = train(*first, RECIPE, state=state)
-    assert train(*again, RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
-    assert same(trained(first[0]), trained(again[0]))
-
-
 def test_a_flat_loss_ends_the_run_also_after_a_stop(start, tmp_path, monkeypatch):
     recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=5, flat_epochs=1)
     monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 0.0)
@@ -153,26 +145,6 @@ def test_a_flat_loss_ends_the_run_also_after_a_stop(start, tmp_path, monkeypatch
     state = tmp_path / STATE_NAME
     whole = train(*start("late"), recipe, state=TrainingState(state))
     assert train(*start("late"), recipe, state=TrainingState(state)) == whole
-
-
-def test_the_log_resumes_without_a_gap_or_a_repeated_line(start, tmp_path):
-    stop_training(start(), tmp_path, 3)
-    losses = train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME))
-    _, *rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
-    assert [row[:2] for row in rows] == [[str(step), f"{loss:.6f}"] for step, loss in enumerate(losses, 1)]
-    seconds = [float(row[2]) for row in rows]
-    assert seconds == sorted(seconds)
-
-
-def test_states_are_saved_by_time(start, tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr(TrainingState, "_save", lambda self: saved.append(len(self.losses)))
-    train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=1e9))
-    assert saved == [STEPS]  # the end
-    state = TrainingState(tmp_path / STATE_NAME, every=0)
-    state._saved = 0.0
-    train(*start(), RECIPE, state=state)
-    assert saved == [STEPS, *range(1, STEPS + 1), STEPS]
 
 
 # ---------------------------------------------------------------------------------------------------- rejected states
@@ -186,34 +158,26 @@ def stopped(start, tmp_path):
     return tmp_path / STATE_NAME, run
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_the_state_of_another_run_is_rejected_with_the_differences(stopped, start):
+    path, run = stopped
+    for change, message in (
         ({"seed": 2}, "another run: seed 1 instead of 2. To resume, repeat"),
-        ({"lr": 0.2}, "another run: lr 0.1 instead of 0.2"),
         ({"model": "b", "shots": 4}, "model a instead of b; shots None instead of 4"),
-    ],
-)
-def test_the_state_of_another_run_is_rejected_with_the_differences(stopped, change, message):
-    path, run = stopped
-    with pytest.raises(ZooError, match=message):
-        TrainingState(path, run | change)
-
-
-def test_the_state_of_another_model_is_rejected(stopped, start):
-    path, run = stopped
+    ):
+        with pytest.raises(ZooError, match=message):
+            TrainingState(path, run | change)
     with pytest.raises(ZooError, match="another model"):
         train(*start("views"), RECIPE, state=TrainingState(path, run))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_file_is_rejected_with_advice(stopped, damage):
+def test_a_damaged_file_is_rejected_with_advice(stopped):
     path, run = stopped
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes({"cut": content[:1000], "flipped": content, "empty": b""}[damage])
-    with pytest.raises(ZooError, match="damaged. Pass --overwrite"):
-        TrainingState(path, run)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    for damaged in (content[:1000], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ZooError, match="damaged. Pass --overwrite"):
+            TrainingState(path, run)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -233,20 +197,17 @@ def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(start,
     assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("path", "message"), [("/nowhere.png", "No image at"), (__file__, "Cannot read the image")])
-def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(start, photos, workers, path, message):
+def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(start, photos, path, message):
     model, source = start()
-    missing = replace(source, items=[*photos[:3], Item(path, "bad", 0)], workers=workers)
+    missing = replace(source, items=[*photos[:3], Item(path, "bad", 0)], workers=1)
     with pytest.raises(ZooError) as failure:
         train(model, missing, RECIPE)
     assert str(failure.value).startswith(f"{message} {path}")
     assert "Traceback" not in str(failure.value)
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
-)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no")])
 def test_out_of_memory_comes_with_advice(start, tmp_path, error):
     with pytest.raises(ZooError, match="--set batch_size=N.* bfloat16.* after step 2 is saved"):
         train(*start(), RECIPE, progress=stop_after(2, error), state=TrainingState(tmp_path / STATE_NAME))
@@ -280,14 +241,6 @@ def test_a_full_disk_leaves_the_last_good_state(start, tmp_path, monkeypatch):
         train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=0))
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {STATE_NAME, "log.csv"}
-    assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
-
-
-def test_what_stops_after_a_step_is_resumed_after_it(start, tmp_path):
-    messages = []
-    with pytest.raises(KeyboardInterrupt):
-        train(*start(), RECIPE, state=StoppedState(3, tmp_path / STATE_NAME, log=messages.append))
-    assert messages[0].startswith("Stopped. The state after step 3 is saved")
     assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
@@ -363,18 +316,10 @@ def test_overwrite_starts_again(digits_run, tmp_path):
     assert not (tmp_path / STATE_NAME).exists()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path, overwrite):
+def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(b"of the other")
-    with (
-        locked(tmp_path / LOCK),
-        pytest.raises(ZooError, match=f"Another process trains or saves a head in {tmp_path}: wait"),
-    ):
-        train_head(digits_run, tmp_path, RunOptions(overwrite=overwrite))
+    message = f"Another process trains or saves a head in {tmp_path}: wait"
+    for overwrite in (False, True):
+        with locked(tmp_path / LOCK), pytest.raises(ZooError, match=message):
+            train_head(digits_run, tmp_path, RunOptions(overwrite=overwrite))
     assert (tmp_path / STATE_NAME).read_bytes() == b"of the other"
-
-
-def test_a_folder_that_is_not_writable(digits_run, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ZooError, match="Cannot write to .*file/head"):
-        train_head(digits_run, tmp_path / "file" / "head")

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.data import Item, all_for_training, few_shot, load_for_training, load_image, subset_sha256
+from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.model.inputs import Maps, Pixels
 from dcp_zoo.model.towers.open_clip import VisionTower
-from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
-from dcp_zoo.training.loop import build_optimizer, objective, train
+from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.dcp import round_and_store_stats
@@ -32,7 +31,6 @@ from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import plain_clip
 
-CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
 
 
@@ -83,16 +81,7 @@ def test_the_default_recipe_has_the_numbers_of_the_release():
     assert default_recipe("dcp_mini") != recipe
 
 
-@pytest.mark.parametrize("images", [1, 7, 32, 33, 50, 64, 100])
-def test_no_image_is_dropped_from_an_epoch_unless_the_recipe_says_so(images):
-    sizes = batch_sizes(images, 32, drop_last=False)
-    assert sum(sizes) == images
-    assert max(sizes) <= 32
-    assert max(sizes) - min(sizes) <= 1
-    assert batch_sizes(images, 32, drop_last=True) == [min(images, 32)] * max(1, images // 32)
-
-
-@pytest.mark.parametrize(("classes", "images"), [(2, 2), (5, 70), (10, 160), (100, 100), (100, 1600), (1000, 16000)])
+@pytest.mark.parametrize(("classes", "images"), [(2, 2), (10, 160), (1000, 16000)])
 def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
     """Never fewer steps than classes and images need; for a few thousand images at least the release's 20 epochs."""
     mini = default_recipe("dcp_mini")
@@ -120,16 +109,6 @@ def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():
     assert chosen_recipe("dcp", "dcp_mini", "dtd", 4) == default_recipe("dcp_mini")
 
 
-def test_the_fast_recipe_is_late_coupling_for_half_the_steps():
-    for model, batch in (("dcp_vitb16", 4), ("dcp_mini", 32)):
-        fast = chosen_recipe("dcp", model, "folder", 4, "fast")
-        assert (fast.prompted_blocks, fast.batch_size) == (3, batch)
-        assert (fast.augment, fast.classifier) == ("flip", "text-probe")
-    assert chosen_recipe("dcp", "dcp_vitb16", "folder", 4, "fast").fitted(80, 5).epochs == 10
-    with pytest.raises(ZooError, match="prompted_blocks must be at least 2"):
-        Recipe(prompted_blocks=1)
-
-
 def test_the_classifier_is_an_option_of_every_recipe():
     for given in (None, {"augment": "none"}, METHODS["gda"].config(augment="none")):
         chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "text-probe")
@@ -142,26 +121,13 @@ def test_the_classifier_is_an_option_of_every_recipe():
         chosen_recipe("gda", "dcp_mini", "folder", 4, None, "gda")
 
 
-def test_optimizers():
-    parameter = [torch.nn.Parameter(torch.ones(2))]
-    sgd = build_optimizer(Recipe(), parameter)
-    assert isinstance(sgd, torch.optim.SGD)
-    assert sgd.param_groups[0]["momentum"] == 0.9
-    assert isinstance(build_optimizer(Recipe(optimizer="adamw"), parameter), torch.optim.AdamW)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"epoch": 50}, "epoch is none of n_ctx"),
-        ({"epochs": "many"}, "epochs must be an integer or null, not 'many'"),
         ({"epochs": 1.5}, "epochs must be an integer or null, not 1.5"),
-        ({"lr": "low"}, "lr must be a number, not 'low'"),
         ({"share_cmpa": 1}, "share_cmpa must be true or false, not 1"),
-        ({"optimizer": 1}, "optimizer must be a string, not 1"),
-        ({"stop_epoch": "late"}, "stop_epoch must be an integer or null, not 'late'"),
         ({"optimizer": "lion"}, "sgd or adamw"),
-        ({"augment": "cutmix"}, "crop-flip or flip or none"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )
@@ -171,37 +137,6 @@ def test_changes_that_a_recipe_cannot_have(changes, message):
 
 
 # -------------------------------------------------------------------------------------------------------- image sources
-
-
-def test_cached_patch_maps_give_the_same_logits_and_batches(sources):
-    model = mini().eval()
-    cached = sources()
-    plain = replace(cached, views=None, form=Pixels)
-    assert cached.views.shape == (1, 8, 256 * 36 + 1280)
-    assert torch.allclose(predict(model, cached, 3), predict(model, plain, 3), atol=1e-4)
-    labels = torch.cat([y for _, y in cached.batches(3)])
-    assert torch.equal(labels, torch.tensor([0, 1] * 4))
-
-
-def test_the_second_view_is_the_mirror_image(sources):
-    source = sources("flip")
-    first = next(iter(replace(sources(), views=None, form=Pixels).batches(8)))[0].x
-    with torch.no_grad():
-        for view, x in zip(source.views, (first, first.flip(-1)), strict=True):
-            assert torch.allclose(source.form(view).x, source.clip.visual.conv1(x), atol=1e-4)
-            assert torch.allclose(source.form(view).backbone, source.clip.visual.conv1.stem(x).mean((2, 3)), atol=1e-4)
-
-
-def test_shuffled_batches_have_equal_size_and_follow_the_seed(sources):
-    source = sources("flip")
-
-    def epoch(seed):
-        return torch.cat([inputs.x for inputs, _ in source.batches(3, torch.Generator().manual_seed(seed))])
-
-    assert len(epoch(1)) == 6
-    assert torch.equal(epoch(1), epoch(1))
-    assert not torch.equal(epoch(1), epoch(2))
-    assert sum(len(inputs) for inputs, _ in source.batches(20, torch.Generator())) == 8
 
 
 @torch.no_grad()
@@ -224,16 +159,13 @@ def test_patch_maps_replace_the_images(sources):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize(
-    ("precision", "augment"),
-    [("float32", "flip"), ("float32", "crop-flip"), ("bfloat16", "flip")],
-)
-def test_training_learns(sources, precision, augment):
+def test_training_learns(sources):
+    """In half precision: see `test_half_precision_trains_on_cast_weights_and_calibrates_in_float32`."""
     model = mini()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 6, "augment": augment}))
-    source = sources(augment)
-    losses = train(model, source, recipe, precision=precision)
+    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 6, "augment": "crop-flip"}))
+    source = sources("crop-flip")
+    losses = train(model, source, recipe)
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
@@ -266,7 +198,7 @@ def test_agreement_is_the_distance_to_zero_shot_features():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("augment", ["flip", "flip without a stem", "crop-flip"])
+@pytest.mark.parametrize("augment", ["flip without a stem", "crop-flip"])
 def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(sources, augment):
     model, whole = mini().eval(), sources("flip")
     if augment == "flip without a stem":
@@ -289,64 +221,18 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(source
     assert len(next(iter(source.batches(8)))) == 2, "in order, batches have no targets"
 
 
-def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
-    task = a_task(sources, "flip", classifier="none")
-    encoder = Mock(side_effect=task.clip.encode_image)
-    monkeypatch.setattr(task.clip, "encode_image", encoder)
-    fit_head("dcp", task)
-    assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
-
-
-def test_of_many_images_the_loss_has_the_mirror_images_and_the_probe_has_not(sources, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.training.methods.text_probe.MANY", 4)
-    head = fit_head("dcp", a_task(sources, "flip", clip_reg=1.0, classifier="text-probe"))
-    assert len(head.reads) == 2
-
-
-@pytest.mark.parametrize("augment", ["flip", "none"])
-def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, augment):
+def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch):
     """The same training, up to half precision, as when every step runs all blocks."""
     blocks = Mock(side_effect=VisionTower.block)
     monkeypatch.setattr(VisionTower, "block", lambda *args, **kwargs: blocks(*args, **kwargs))
-    task = a_task(sources, augment, prompted_blocks=2, classifier="none")
+    task = a_task(sources, "flip", prompted_blocks=2, classifier="none")
     found = fit_head("dcp", task)
     early = [call for call in blocks.call_args_list if call.args[1] < 4]
-    assert len(early) == 4 * (1 + (augment == "flip")), "one batch of each view"
+    assert len(early) == 4 * 2, "one batch of each view"
     monkeypatch.setattr("dcp_zoo.training.methods.dcp.total_memory", lambda device: 0)
     expected = fit_head("dcp", task)
     assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
     assert close(*(predict(head, task.train, 8) for head in (found, expected)), 2e-2)
-
-
-def test_training_says_what_is_faster(sources):
-    for changes, faster in (({}, "the recipe fast or"), ({"prompted_blocks": 2}, "Faster: the method text-probe")):
-        said: list[str] = []
-        task = a_task(sources, "flip", classifier="none", **changes)
-        task.training = {"log": said.append}
-        fit_head("dcp", task)
-        assert said[0].startswith("6 steps of at most 4 images; ")
-        assert faster in said[0]
-
-
-def test_same_seed_same_weights(sources):
-    recipe = replace(default_recipe("dcp_mini"), **QUICK | {"epochs": 2})
-
-    def trained(seed):
-        model = mini()
-        train(model, sources("flip"), recipe, seed=seed)
-        return model.prompts["text"].detach()
-
-    first, again, other = map(trained, (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_every_image_is_trained_on_in_every_epoch(sources):
-    source = sources("flip")
-    sizes = [len(inputs) for inputs, _ in source.batches(3, torch.Generator(), drop_last=False)]
-    assert sizes == [3, 3, 2]
-    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"batch_size": 3}))
-    assert len(train(mini(), source, recipe)) == 3 * 3
 
 
 def test_training_images_that_are_not_learnt_are_warned_about(sources):
@@ -357,12 +243,6 @@ def test_training_images_that_are_not_learnt_are_warned_about(sources):
         warn_if_not_learnt(0.27, 2, "epochs", 2)
 
 
-def test_diverged_training_stops_with_advice(sources):
-    recipe = replace(default_recipe("dcp_mini"), **QUICK, optimizer="sgd", lr=1e30, warmup_lr=1e30)
-    with pytest.raises(ZooError, match=r"Lower the learning rate"):
-        train(mini(), sources("flip"), recipe)
-
-
 def test_the_rounded_weights_are_measured(sources, tmp_path):
     model = mini()
     source = sources()
@@ -370,31 +250,6 @@ def test_the_rounded_weights_are_measured(sources, tmp_path):
     model.save_pretrained(tmp_path)
     again = create_model(f"local-dir:{tmp_path}", True).eval()
     assert torch.allclose(predict(again, source, 8), predict(model, source, 8), atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:Training has not converged")
-def test_the_released_precision_loses_small_steps(sources):
-    """Float16 cannot add most of the steps of the warm-up to a weight; float32 can add more."""
-    kept = {}
-    for precision in ("release", "float32"):
-        model = mini()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in trained]
-        recipe = Recipe(**QUICK | {"epochs": 1})
-        train(model, sources(), recipe, precision=precision)
-        if precision == "release":
-            assert all(torch.equal(p, p.half()) for p in trained)
-            before = [p.half() for p in before]
-        kept[precision] = torch.cat([(a == b).flatten() for a, b in zip(trained, before, strict=True)]).float().mean()
-    assert kept["release"] > 0.9 > kept["float32"]
-
-
-def test_unknown_precision_and_device():
-    with pytest.raises(ZooError, match="float32, bfloat16, float16"):
-        plan(load_for_training("digits", None), "dcp_mini", shots=2, precision="int4")
-    with pytest.raises(ZooError, match="--device auto or cpu"):
-        pick_device("tpu")
-    assert pick_device("cpu") == CPU
 
 
 # ------------------------------------------------------------------------------------------------------- complete runs
@@ -419,10 +274,6 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         train_head(digits_run, tmp_path / "a")
     assert train_head(digits_run, tmp_path / "b")[1] == metrics
-
-
-def test_all_images_are_used_without_shots(digits_run):
-    assert len(replace(digits_run, shots=None).subset().train) == len(digits_run.split.train)
 
 
 def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run, tmp_path):
@@ -463,8 +314,7 @@ def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run
     assert not (tmp_path / "out" / BEFORE_REFIT).exists()
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_run, tmp_path, monkeypatch, precision):
+def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_run, tmp_path, monkeypatch):
     seen = []
 
     def watched(model, *args, **options):
@@ -473,9 +323,9 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
 
     monkeypatch.setattr("dcp_zoo.training.methods.base.train", watched)
     split = replace(digits_run.split, val=[])
-    run = replace(digits_run, split=split, shots=1, precision=precision, recipe=replace(digits_run.recipe, epochs=1))
+    run = replace(digits_run, split=split, shots=1, precision="bfloat16", recipe=replace(digits_run.recipe, epochs=1))
     model, _ = train_head(run, tmp_path)
-    assert set(seen) == {getattr(torch, precision)}
+    assert set(seen) == {torch.bfloat16}
     subset = few_shot(split, 1, 1)
     stored = model.stored_stats.clone()
     round_and_store_stats(model, image_source(model.encoder, subset.train))

@@ -160,7 +160,7 @@ def test_options(run, tmp_path, tiny_head):
         export(tiny_head, tmp_path / "x.onnx", precision="int4")
     head = "dcp_mini.caltech101-16shot"
     for args, message in {
-        ("--format", "web", "--preprocessing", "outside"): "omit --preprocessing",
+        ("--format", "hub", "--preprocessing", "outside"): "omit --preprocessing",
         ("--precision", "int8"): "choose from float32, float16.",
     }.items():
         assert message in run.refused("export", "--head", head, *args, "--output", tmp_path / "new")

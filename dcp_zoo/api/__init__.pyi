@@ -1,2 +1,2 @@
-from .attention import attention_maps as attention_maps
-from .attention import attention_weights as attention_weights
+from .functions import attention_maps as attention_maps
+from .functions import attention_weights as attention_weights

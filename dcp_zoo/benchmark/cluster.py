@@ -72,7 +72,7 @@ class Resources:
         if not any(all(machine.get(name, 0) >= n for name, n in needs.items()) for machine in machines):
             found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in machines)
             needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for one trial (found: {found or 'none'})"
-            raise ZooError(f"No machine of the cluster has {needed}. Request less with --cpus and --gpus.")
+            raise ZooError(f"No machine of the cluster has {needed}. Request less with --per-trial.")
         return fitted
 
 

@@ -93,7 +93,6 @@ class Settings:
     data_root: Path | None = None  # see `dcp_zoo.data.load_split`
     device: str = "auto"
     precision: str = "float32"
-    workers: int = 0
     save_heads: str = ""  # the method whose heads are written to `output`/heads
 
     def conditions(self, trial: Trial) -> Values:

@@ -25,7 +25,7 @@ from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.model.config import is_finished
 from dcp_zoo.model.head import Head
 from dcp_zoo.training import planning
-from dcp_zoo.training.device import pick_device, pick_precision, total_memory
+from dcp_zoo.training.device import decoders, pick_device, pick_precision, total_memory
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
     Evaluation,
@@ -50,11 +50,11 @@ IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 class TrialImages:
     """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first."""
 
-    def __init__(self, model: str, device: str, data_root: Path | None, workers: int, precision: str) -> None:
+    def __init__(self, model: str, device: str, data_root: Path | None, precision: str) -> None:
         self.device = pick_device(device)
         self.precision = pick_precision(precision, model, self.device)
         self.clip = plain_clip(model).to(self.device)
-        self.data_root, self.workers = data_root, workers
+        self.data_root = data_root
         self.progress: Progress = no_progress
         self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
@@ -74,7 +74,8 @@ class TrialImages:
         flipped = self._sources.get((content, "flip"))
         if augment == "none" and flipped is not None and flipped.views is not None:
             return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
-        make = partial(image_source, self.clip, items, augment, self.workers, self.progress, precision=self.precision)
+        workers = decoders(self.device, len(items))
+        make = partial(image_source, self.clip, items, augment, workers, self.progress, precision=self.precision)
         return self._cache((content, augment), make)
 
     def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
@@ -106,7 +107,7 @@ def run_trial(
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence.
     `images`: what reads them, by default those that trials of a model share. `kept`: what is resumed, and added to."""
     part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
-    shared = (settings.device, settings.data_root, settings.workers, settings.precision)
+    shared = (settings.device, settings.data_root, settings.precision)
     images = images or shared_images(trial.model, *shared)
     images.progress = progress
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)

@@ -11,12 +11,10 @@ from typing import Any
 from rich.markup import escape
 from typer import Exit, Option, Typer
 
-from dcp_zoo.cli import data
-from dcp_zoo.cli.benchmark import benchmark, report
+from dcp_zoo.cli.benchmark import benchmark, data, report
 from dcp_zoo.cli.console import errors, from_here, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
-from dcp_zoo.cli.evaluate import evaluate
-from dcp_zoo.cli.heads import classes
+from dcp_zoo.cli.heads import classes, evaluate
 from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import Command, Group, recipe_help
 from dcp_zoo.cli.predict import predict
@@ -51,7 +49,7 @@ for command in (
 ):
     epilog = recipe_help() if command is train else None
     app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
-app.add_typer(data.commands, name="data")
+app.add_typer(data, name="data")
 
 
 def main(program: Typer = app) -> None:

@@ -1,4 +1,4 @@
-"""`dcp-zoo benchmark` and `dcp-zoo report`."""
+"""`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -6,18 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.markup import escape
 from rich.table import Table
-from typer import Argument, Option
+from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import errors, log, output, progress_bar
+from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
+from dcp_zoo.cli.options import Agree, Command
+from dcp_zoo.data import DatasetSpec, check, find_spec
+from dcp_zoo.data import download as downloads
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.data.specs import find_spec
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
 from dcp_zoo.texts import split_list
@@ -41,25 +44,16 @@ class BenchmarkOptions:
     shots: list[str] = several("Images per class. Default: the protocol's.")
     seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3.")
     changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
-    encoders: list[str] = several(
-        "Image models of timm, read beside CLIP by methods with a text probe in further rows."
-    )
     data_root: opt.DataRoot = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    workers: opt.Workers = 0
-    threads: opt.Threads = None
     dry_run: bool = opt.option(False, "Show the plan and its training steps.")
 
     def trials(self) -> list[Trial]:
-        lists = "methods", "datasets", "targets", "encoders"
+        lists = "methods", "datasets", "targets"
         grid: Values = {name: split_commas(getattr(self, name)) for name in lists}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
         grid["options"] = opt.parse_changes(self.changes)
-        if self.encoders:
-            from dcp_zoo.zoo.encoders import check_encoders
-
-            check_encoders(grid["encoders"])
         return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
     def settings(self) -> Settings:
@@ -71,20 +65,25 @@ class BenchmarkOptions:
 @dataclass(frozen=True)
 class ClusterOptions:
     ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
-    cpus: float | None = on_cluster("Cores per trial. Default: 1.")
-    gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
+    per_trial: str | None = on_cluster(
+        "Cores and GPUs of a trial; with gpus=0.5, two share a GPU. Default: a core, and a GPU if there are any.",
+        metavar="cpus=N,gpus=N",
+    )
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
         from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
 
-        given: Values = {name: value for name, value in vars(self).items() if value is not None}
-        address = given.pop("ray", None)
-        if address is not None:
+        if self.ray is not None:
+            wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
+            with as_zoo_error(wrong, TypeError, ValueError):
+                parts = (part.partition("=") for part in split_list(self.per_trial or "") if part)
+                given: Values = {name: float(value) for name, _, value in parts}
+                resources = Resources(**given)
             import_ray()  # a missing extra is noticed before anything is written
-            return partial(sweep_on_ray, address=address, resources=Resources(**given))
-        if given:
-            raise ZooError("--cpus and --gpus apply to Ray: add --ray local, or a cluster's address.")
+            return partial(sweep_on_ray, address=self.ray, resources=resources)
+        if self.per_trial:
+            raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
         return partial(run_in_process, progress=partial(progress_bar, transient=True))
 
 
@@ -96,7 +95,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
-    [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
+    [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial gpus=0.5[/]
     """
     trials = options.trials()
     done = store.done(options.output_dir) if options.output_dir else set()
@@ -109,9 +108,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     from dcp_zoo.benchmark.sweep import sweep
 
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
-    if cluster.ray and options.threads:
-        raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
-    use_threads(options.threads)
+    use_threads()
     run = cluster.backend()
     names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
     needed = list(filter(opt.uses_data_root, names))
@@ -215,3 +212,74 @@ def report(
         import_extra(module, "plots")
     for path in write_report(folders, output_dir):
         output.print(f"Wrote {path}")
+
+
+data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
+
+
+@data.command("check", cls=Command)
+def check_(
+    names: list[str] = Argument(None, metavar="NAME...", help="Only these; also folder."),
+    data_root: Path | None = Option(None, exists=True, file_okay=False, help="Folder with the datasets."),
+) -> None:
+    """Check which datasets are present and complete, and show where to get the others.
+
+    The exit code is 1 if a dataset is broken. Equal split hashes mean the same images in the same parts.
+
+    [dim]dcp-zoo data check --data-root DATA[/]
+    [dim]dcp-zoo data check folder --data-root MY_PHOTOS[/]
+    """
+    if data_root is None and not names:
+        raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check.")
+    rows = check(data_root, names or ())
+    columns = ("dataset", "status", "train", "val", "test", "split sha256")
+    cells = [(r.name, r.status, *map("{:,}".format, r.found or ()), r.sha256[:12]) for r in rows]
+    output.print(plain_table(columns, cells))
+    broken, missing = ([row for row in rows if row.status == status] for status in ("broken", "missing"))
+    lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in broken]
+    lines += [escape(row.note) for row in rows if row.note]
+    if missing:
+        lines += ["[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)"]
+        specs = [find_spec(row.name) for row in missing]
+        lines += [f"  {f'{spec.folder}/{spec.images}':51}{spec.source}" for spec in specs]
+    for line in lines:
+        output.print(line, soft_wrap=True)
+    if broken:
+        raise Exit(1)
+
+
+@data.command(cls=Command)
+def download(
+    names: list[str] = Argument(metavar="NAME...", help="Datasets, or `all`."),
+    data_root: Path = Option(help="Folder for the datasets; each gets a folder in CoOp's layout."),
+    agree: Agree = False,
+) -> None:
+    """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
+
+    Complete datasets are skipped; a stopped download of a file with a checksum continues.
+
+    [dim]dcp-zoo data download caltech101 dtd --data-root DATA[/]
+    [dim]dcp-zoo data download all --data-root DATA[/]
+    """
+    chosen = downloads.downloadable() if names == ["all"] else names
+    specs = downloads.missing(chosen, data_root)
+    if failed := download_all(specs, data_root, agree):
+        raise ZooError(f"Not complete: {', '.join(failed)}. Repeat the command to resume.")
+    output.print(f"All of {', '.join(chosen)} are in {data_root}.", soft_wrap=True)
+
+
+def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -> list[str]:
+    """Download datasets, once their terms are agreed to; the names of those that could not be."""
+    for spec in specs:
+        output.print(f"[bold]{spec.name}[/]: {escape(spec.terms)}\n  {escape(spec.source)}", soft_wrap=True)
+    if specs and not agree and not confirm("Do you agree to these terms?"):
+        raise ZooError("Nothing was downloaded: read the terms on the pages above, and agree to them.")
+    failed = []
+    for spec in specs:
+        try:
+            row = downloads.download_dataset(spec, data_root)
+            output.print(f"{spec.name}: complete, split sha256 {row.sha256[:12]}")
+        except ZooError as error:  # the others can continue
+            failed.append(spec.name)
+            print_error(f"{spec.name}: {error}")
+    return failed

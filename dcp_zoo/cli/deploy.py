@@ -7,7 +7,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.demo import DEFAULT_HEAD, launch
-from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
+from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
@@ -19,36 +19,33 @@ from dcp_zoo.threads import available_cores
 class ExportOptions:
     head: opt.HeadName
     file: Path | None = opt.option(None, "The file or folder. Default: named after the head.", "--output")
-    format: str | None = opt.option(None, "onnx (default), web (a page) or hub (a repo).")
+    format: str | None = opt.option(None, "onnx (default) or hub (a repo).")
     classes: opt.Classes = None
     preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
-    precision: str | None = opt.option(None, "float32 or float16 (default for web); for hub: of a second file.")
+    precision: str | None = opt.option(None, "float32 (default) or float16; for hub: of a second file.")
     overwrite: opt.Overwrite = False
 
 
 @opt.takes_options
 def export(options: ExportOptions) -> None:
-    """Export a head to a file, a web page or a repo that works without this package, and verify it against the model.
+    """Export a head to a file or a repo that works without this package, and verify it against the model.
 
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
-    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     """
     from dcp_zoo.deploy import export as files
-    from dcp_zoo.deploy.web import export_web
-    from dcp_zoo.release.push import export_hub
+    from dcp_zoo.release import export_hub
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(options.head), opt.class_list(options.classes)
-    chosen = options.format or "onnx"
-    check_choice("format", chosen, ("onnx", "web", "hub"))
-    in_folder = chosen != "onnx"
-    precision = options.precision or ("float16" if chosen == "web" else "float32")
+    check_choice("format", options.format or "onnx", ("onnx", "hub"))
+    in_folder = options.format == "hub"
+    precision = options.precision or "float32"
     preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
     files.check_export(preprocessing, precision)
     if in_folder and preprocessing == "outside":
-        raise ZooError(f"The format {chosen} always has the preprocessing inside: omit --preprocessing.")
-    file = options.file or Path(file_stem(name) + (f"-{chosen}" if in_folder else ".onnx"))
+        raise ZooError("The format hub always has the preprocessing inside: omit --preprocessing.")
+    file = options.file or Path(file_stem(name) + ("-hub" if in_folder else ".onnx"))
     if in_folder:
         check_empty(file)
         check_writable(file.parent)
@@ -58,12 +55,8 @@ def export(options: ExportOptions) -> None:
         check_choice("suffix", file.suffix, (".onnx",))
     model = create_model(name, True, classnames=names).eval()
     if in_folder:
-        if chosen == "web":
-            path = export_web(model, file, precision=precision, title=Path(options.head).name)
-            next_step = f"Try it: python -m http.server -d {path}"
-        else:
-            path = export_hub(model, file, precision=precision)
-            next_step = f"{path / 'README.md'} shows how to use it."
+        path = export_hub(model, file, precision=precision)
+        next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}", markup=False)
         return
     path = files.export(model, file, preprocessing=preprocessing, precision=precision)
@@ -85,12 +78,12 @@ class ServeOptions:
     host: opt.Host = "127.0.0.1"
     classes: opt.Classes = None
     device: opt.Device = "auto"
-    threads: opt.Threads = None
+    max_mb: float = opt.option(DEFAULT_LIMITS.max_mb, "Size of one request, in megabytes, at most.", min=0.001)
     allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
 
 
 @opt.takes_options
-def serve(options: ServeOptions, limits: Limits) -> None:
+def serve(options: ServeOptions) -> None:
     """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
 
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
@@ -108,7 +101,8 @@ def serve(options: ServeOptions, limits: Limits) -> None:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    app = application(file, limits, options.threads or available_cores(), name, hosts, options.device)
+    limits = Limits(options.max_mb)
+    app = application(file, limits, available_cores(), name, hosts, options.device)
     listening = listen(options.host, options.port)
     address = f"http://{options.host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
@@ -116,7 +110,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
 
 
 def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD) -> None:
-    """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
+    """Try heads in the browser: train on a few photographs, classify, reject. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]

@@ -1,27 +1,218 @@
-"""`dcp-zoo classes`."""
+"""`dcp-zoo eval` and `dcp-zoo classes`: a trained head is measured, or its classes change."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Context, Option
+from rich.columns import Columns
+from typer import Argument, Context, Exit, Option
 
+from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import output
-from dcp_zoo.data import Item, check_images, load_image
+from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
+from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_image, load_labelled, training_split
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.seen import note_images
+from dcp_zoo.data.paths import check_output
+from dcp_zoo.data.seen import note_images, unseen
+from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.data.unreadable import LEAVE_OUT
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
+from dcp_zoo.files import printable
 from dcp_zoo.model.config import alone_in, check_free
+from dcp_zoo.threads import use_threads
+from dcp_zoo.training.recipes import AUTO
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
+    from dcp_zoo.training.evaluation import Evaluation
 
 HeadToChange = Annotated[str, Argument(metavar="HEAD", help=opt.HEAD, autocompletion=opt.heads_like)]
 Images = Annotated[list[str] | None, Argument(metavar="IMAGES", help="With --add: images, files or folders.")]
 LOST = "The stored accuracy no longer applies: dcp-zoo eval PHOTOS --head {0} measures it."
 KEPT = "CLIP goes on reading the old name: the predictions, the accuracy and the rejection threshold stay."
+MOST = 10  # rows of each table
+TEST = "test top-1"  # the accuracy on images that a head has not seen
+UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    head: opt.HeadName
+    photos: opt.Images = None
+    labels: opt.Labels = None
+    data_root: opt.DataRoot = None
+    claim: bool = opt.option(False, "Compare with the accuracies that its card or checkpoint states.")
+    device: opt.Device = "auto"
+    precision: opt.Precision = AUTO
+    report: opt.Report = None
+    overwrite: opt.Overwrite = False
+    as_json: opt.AsJson = False
+
+
+@opt.takes_options
+def evaluate(options: EvalOptions) -> None:
+    """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
+
+    Images are classified into all classes of the head, also where a folder has images of some of them only. Of a
+    dataset with other classes, the head classifies into these instead, as in the cross-dataset protocol.
+    With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05 percentage points.
+    Of your own images, those that the head was trained on are left out, wherever they are and whatever they are called.
+
+    [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
+    [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
+    [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA --claim[/]
+    """
+    head, report = options.head, options.report
+    if options.claim and options.as_json:
+        raise ZooError("--claim prints a table: omit --json.")
+    name = opt.head_name(head)
+    dataset, data_root = opt.data_source(options.photos, options.data_root, options.labels)
+    if report:
+        check_output(report, options.overwrite, "--report")
+    from dcp_zoo.api.functions import as_model
+    from dcp_zoo.api.inputs import among
+    from dcp_zoo.release import claimed
+
+    use_threads()
+    model = as_model(name, options.device)
+    claims = claimed(name, model) if options.claim else None
+    crosses = dataset is not None and not is_own(dataset)
+    dataset = dataset or trained_on(head, model, data_root)
+    images = load_labelled(dataset, data_root, options.labels)
+    if images.note:
+        log(printable(images.note))
+    test, title = test_images(images, model, head, options.claim)
+    shown = str(data_root) if dataset == "folder" else dataset
+    if dataset == "folder":
+        check_images(test)
+    if crosses and set(images.classnames) != set(model.classnames):
+        trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
+        log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
+        model.set_classnames(images.classnames, find_spec(dataset).template)
+    evaluation, metrics, conditions = _measured(model, among(test, images.classnames, model.classnames), options)
+    if report:
+        write_mistakes(evaluation, report, f"{head} on {dataset}")
+        log(f"Wrote {report}")
+    if options.as_json:
+        print(json.dumps({"head": head, "dataset": dataset, **conditions, **as_values(evaluation)}))
+        return
+    kind = title.removesuffix("top-1")
+    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:", markup=False)
+    show_evaluation(evaluation, title)
+    if claims:
+        compare(claims, metrics)
+
+
+def _measured(
+    model: "Head", test: Sequence[Item], options: EvalOptions
+) -> tuple["Evaluation", dict[str, float], Values]:
+    """What the head says of the images; for a claim the accuracies with all statistics; and the conditions."""
+    from dcp_zoo.training.device import decoders, pick_precision
+    from dcp_zoo.training.evaluation import Evaluation, measure, predict
+    from dcp_zoo.training.sources import image_source
+
+    recipe, precision = model.info.get("recipe", {}), options.precision
+    batch_size = recipe.get("eval_batch_size", 16)
+    if options.claim and precision == AUTO:  # as it was measured
+        precision = recipe.get("precision", AUTO)
+    precision = pick_precision(precision, model.encoder.architecture, model.device)
+    workers = decoders(model.device, len(test))
+    source = image_source(model.frozen, test, workers=workers, progress=progress_bar, precision=precision)
+    conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
+    if options.claim:
+        metrics, evaluation = measure(model, source, batch_size, progress_bar)
+        return evaluation, metrics, conditions
+    return Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar)), {}, conditions
+
+
+def as_values(evaluation: "Evaluation") -> Values:
+    """What was measured, for --json."""
+    top1 = round(evaluation.accuracy.percent, 2)
+    return {
+        "images": len(evaluation.items),
+        "top1": top1,
+        "balanced": top1 if evaluation.balanced is None else evaluation.balanced,
+        "interval": [round(bound, 2) for bound in evaluation.accuracy.interval],
+        "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
+        "confused_pairs": evaluation.confused_pairs,
+    }
+
+
+def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[list[Item], str]:
+    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others. None
+    of the images that the head was trained on, if it names those. And what the accuracy on them is called. ZooError if
+    these images measure no `claim`."""
+    info, own = model.info, is_own(images.name)
+    split = training_split(images, info.get("test_share"))
+    same = split.sha256 == info.get("split_sha256")
+    if claim and not same:
+        hashes = f"its sha256 is {info.get('split_sha256')}, and that of the one here is {split.sha256}"
+        raise ZooError(f"{head} was trained on another split of {images.name}: {hashes}.")
+    items, title = images.items, TEST
+    if same and (split.test or not info.get("image_hashes")):
+        items = split.test
+    elif images.has_parts or not own:
+        items = split_images(images).test
+    elif not info.get("image_hashes"):
+        log(UNKNOWN.format(head))
+        title = "top-1"
+    new = unseen(items, info)
+    if 0 < len(new) < len(items):
+        log(f"Left out: {len(items) - len(new)} of {len(items)} images, as {head} was trained on them.")
+    if not new:
+        shown = f" dcp-zoo info {head} shows its accuracy." if info.get("metrics") else ""
+        advice = "Pass other images, or train with --no-refit to hold some out."
+        raise ZooError(f"{head} was trained on these images.{shown} {advice}")
+    return new, title
+
+
+def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
+    dataset = model.info.get("dataset")
+    if dataset is None:
+        raise ZooError(f"{head} does not store its training dataset: pass your images, or the name of a dataset.")
+    if dataset == "folder" and data_root is None:
+        classes = shorten(model.classnames)
+        raise ZooError(f"{head} was trained on your own images: pass a folder with images of its classes, {classes}.")
+    opt.check_data_root(dataset, data_root)
+    return dataset
+
+
+def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
+    """Print the accuracy, the worst classes, pairs and mistakes."""
+    output.print(f"[bold]{title}: {evaluation.accuracy}[/]")
+    if evaluation.balanced is not None:
+        output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies")
+    if not evaluation.mistakes:
+        return
+    classes = sorted(evaluation.per_class, key=lambda row: row.percent)
+    worst = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
+    shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
+    accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
+    confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
+    mistakes = [
+        (from_here(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in evaluation.mistakes[:MOST]
+    ]
+    tables = [
+        plain_table((worst, "correct", "of", "95 % interval"), accuracies),
+        plain_table(("true class", "predicted", "times"), confused),
+    ]
+    output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
+    output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
+
+
+def compare(claims: Mapping[str, float], metrics: Mapping[str, float]) -> None:
+    """Print claimed and measured top-1 accuracies in percent; Exit with code 1 if one does not hold."""
+    from dcp_zoo.release import holds
+
+    pairs = {stats: (top1, metrics.get(f"top1_{stats}", math.nan)) for stats, top1 in claims.items()}
+    rows = [(k, *(f"{top1:.2f}" for top1 in pair), "holds" if holds(*pair) else "differs") for k, pair in pairs.items()]
+    output.print(plain_table(("statistics", "claimed", "measured", ""), rows))
+    if not all(holds(*pair) for pair in pairs.values()):
+        raise Exit(1)
 
 
 def classes(

@@ -40,8 +40,8 @@ def inspect(
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
     """
-    _, root = data_source(photos, None, None, labels)
-    if root is None:
+    dataset, root = data_source(photos, None, labels)
+    if dataset != "folder" or root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
     if no_labels and labels:
         raise ZooError("--no-labels is for a folder without classes: omit --labels, or --no-labels.")
@@ -59,7 +59,7 @@ def inspect(
     from dcp_zoo.inspection.inspection import inspect as find
 
     say_model(model)
-    use_threads(None)
+    use_threads()
     found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     _say_found(found, no_labels)
@@ -88,12 +88,10 @@ def _say_found(found: "Inspection", no_labels: bool) -> None:
 
 def search(
     folder: Path = Argument(help="Folder with images, also in subfolders."),
-    text: str | None = Argument(None, help="What to find, in words."),
-    like: Path | None = Option(None, metavar="PHOTO", help="Find images that look like this one."),
+    text: str | None = Argument(None, metavar="[WHAT]", help="What to find: words, or a photo, for images like it."),
     to_label: bool = Option(False, "--to-label", help="Find what to label next: images that stand for most others."),
-    labelled: Path | None = Option(None, metavar="FOLDER", help="With --to-label: images that have a label, to omit."),
     labels: list[Path] | None = Option(
-        None, metavar="FILE", help="With --to-label: a table of labels, to omit its images."
+        None, metavar="FILE", help="With --to-label: images to omit, as they have a label; a table, or their folder."
     ),
     head: str | None = Option(None, help="With --to-label: guesses the classes; a head, or a checkpoint's folder."),
     count: int = Option(20, min=1, help="How many images."),
@@ -104,28 +102,32 @@ def search(
     """Find images by words, by another image, or to label them. Features are kept in the user's cache.
 
     [dim]dcp-zoo search MY_PHOTOS "tea cup" --output cups[/]
-    [dim]dcp-zoo search MY_PHOTOS --like photo.jpg[/]
+    [dim]dcp-zoo search MY_PHOTOS photo.jpg[/]
     [dim]dcp-zoo search MY_PHOTOS --to-label --count 10 --output to_label[/]
-    [dim]dcp-zoo search MY_PHOTOS --to-label --head my_head --labelled LABELLED --output to_label_next[/]
+    [dim]dcp-zoo search MY_PHOTOS --to-label --head my_head --labels LABELLED --output to_label_next[/]
     """
-    if to_label and (text or like):
-        raise ZooError("--to-label needs no text and no --like: omit them, or --to-label.")
-    if (head or labelled or labels) and not to_label:
-        raise ZooError("--head, --labelled and --labels work only with --to-label: add it.")
-    use_threads(None)
+    if to_label and text:
+        raise ZooError(f"--to-label looks for nothing else: omit {text}, or --to-label.")
+    if (head or labels) and not to_label:
+        raise ZooError("--head and --labels work only with --to-label: add it.")
+    tables, folders = ([path for path in labels or () if path.is_dir() == of_kind] for of_kind in (False, True))
+    if len(folders) > 1:
+        raise ZooError(f"--labels takes one folder, and any number of tables, not {shorten(list(map(str, folders)))}.")
+    use_threads()
     from dcp_zoo.inspection import find
 
     say_model(model)
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:
-        options |= {"labelled": labelled, "labels": labels}
+        options |= {"labelled": folders[0] if folders else None, "labels": tables}
         found = find.suggest(folder, head and head_name(head), progress=progress_bar, **options)
     else:
-        found = find.search(folder, text, like=like, progress=progress_bar, **options)
+        like = text if text and Path(text).is_file() else None
+        found = find.search(folder, None if like else text, like=like, progress=progress_bar, **options)
     for row in found:
         output.print(escape(f"{row.note}  {row[0]}".lstrip()), soft_wrap=True)
-    if text and model == "dcp_mini":
+    if text and not like and model == "dcp_mini":
         advise(MINIATURE)
     if to_label and output_dir is not None:
         page, table = output_dir / find.PAGE, output_dir / find.TABLE

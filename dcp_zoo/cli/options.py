@@ -14,10 +14,10 @@ from typing import Annotated, Any, get_type_hints
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
-from dcp_zoo.data import find_spec
+from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values  # for the commands
 from dcp_zoo.fields import option as option
 from dcp_zoo.texts import split_list
@@ -54,18 +54,17 @@ Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
-Dataset = Annotated[Text, Option(help="A dataset, `folder` or `digits`.")]
+Images = Annotated[
+    Text,
+    Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it. Or a dataset's name."),
+]
 DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, Option(help=PRECISION)]
-Workers = Annotated[int, Option(min=0, help="Processes that decode images in every epoch; 0: once, on all cores.")]
-Threads = Annotated[int | None, Option(min=1, help="Number of threads. Default: the cores this process may use.")]
-Stats = Annotated[Text, Option(help="Prompt statistics: stored (the default) or batch (the paper's).")]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
 DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences for the class names, as in CuPL.")]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
-ImagenetFrom = Annotated[Text, Option(metavar="FOLDER", help="ImageNet's archives.")]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -118,22 +117,30 @@ def class_list(classes: str | None) -> list[str] | None:
 
 
 def data_source(
-    photos: str | None, dataset: str | None, data_root: Path | None, labels: Sequence[Path] | None = None
+    images: str | None, data_root: Path | None, labels: Sequence[Path] | None = None
 ) -> tuple[str | None, Path | None]:
-    """The dataset and data root: those of the options, or `folder` and PHOTOS or the first labels file's folder."""
-    if labels and dataset not in (None, "folder"):
-        raise ZooError(f"--labels is for your own images: omit it, or --dataset {dataset}.")
-    if photos is None and labels:
-        return "folder", data_root or labels[0].parent
-    if photos is None:
-        if dataset and data_root and not uses_data_root(dataset):
-            raise ZooError(f"{dataset} needs no --data-root: omit it.")
-        return dataset, data_root
-    if dataset or data_root:
-        raise ZooError(f"Pass either the images {photos} or a dataset: omit --dataset and --data-root, or {photos}.")
-    if Path(photos).is_dir() or is_archive(photos):
-        return "folder", Path(photos)
-    raise ZooError(f"There is no folder {photos}. Pass one with a folder per class, or --dataset NAME.")
+    """The dataset that IMAGES name, `folder` for your own, and where it is: there, or in the data root. Without IMAGES
+    those of the first labels file's folder, if any."""
+    if images is None:
+        return ("folder", data_root or labels[0].parent) if labels else (None, data_root)
+    is_folder = Path(images).is_dir() or is_archive(images)
+    if is_folder and not data_root:
+        return "folder", Path(images)
+    if is_folder and images not in DATASETS:
+        raise ZooError(f"{images} has your own images: omit --data-root, which is for datasets.")
+    if images not in DATASETS:
+        advice = f"{nearest_hint(images, DATASETS)} Pass a folder with a folder per class, or a dataset."
+        raise ZooError(f"There is no folder {images}, and no dataset of this name.{advice}")
+    check_data_root(images, data_root)
+    if labels:
+        raise ZooError(f"--labels is for your own images: omit it, or {images}.")
+    return images, data_root
+
+
+def check_data_root(dataset: str, data_root: Path | None) -> None:
+    """Raise ZooError for a data root that a dataset does not need."""
+    if data_root and not uses_data_root(dataset):
+        raise ZooError(f"{dataset} needs no --data-root: omit it.")
 
 
 def uses_data_root(dataset: str) -> bool:

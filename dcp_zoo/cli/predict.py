@@ -157,7 +157,7 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     def load() -> "Predictor":
         from dcp_zoo.zoo.factory import create_model
 
-        use_threads(None)
+        use_threads()
         model = create_model(name, True, classnames=options.classnames).eval().to(pick_device(options.device))
         features = options.together or options.features is not None
         return torch_predictor(model, features, precision, options.reject, images or None)

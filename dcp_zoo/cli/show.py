@@ -4,7 +4,7 @@ import fnmatch
 import json
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +68,9 @@ HEADS_NOTE = (
 
 def list_(
     filter: str = Argument("", metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'."),
-    planned: bool = Option(False, "--planned", help="List the heads that have not been trained yet."),
-    recommend: bool = Option(False, "--recommend", help="Compare models to choose one for your own images."),
-    encoders: bool = Option(False, "--encoders", help="Image models of timm to read beside CLIP: train --encoder."),
+    recommend: bool = Option(
+        False, "--recommend", help="Compare models to choose one for your own images, and encoders to read beside it."
+    ),
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
@@ -80,24 +80,19 @@ def list_(
     [dim]dcp-zoo list --recommend[/]
     """
     if recommend:
-        if filter or planned:
-            raise ZooError("--recommend compares models: omit FILTER and --planned.")
+        if filter:
+            raise ZooError("--recommend compares models: omit FILTER.")
         show_recommended()
-        return
-    if encoders:
         _show_encoders()
         return
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
-    if planned:
-        _check_found("planned head", filter, not_trained, registry.list_heads(status="planned"))
-        print("\n".join(not_trained))
-        log("dcp-zoo info HEAD shows the command that trains a head.")
-        return
     heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
     heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
     found = {*registry.list_models(filter), *(head.model for head in heads)}
     found |= {name.split(".")[0] for name in not_trained}
-    _check_found("model or head", filter, found, [*MODELS, *all_heads()])
+    if not found:
+        hint = nearest_hint(filter.strip("*"), [*MODELS, *all_heads()])
+        raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
     specs = [spec for spec in MODELS.values() if spec.name in found]
     models = [(s.name, f"{s.clip}/{s.clip_pretrained}" if s.clip else "miniature", *s.accuracies) for s in specs]
     output.print(plain_table(("model", "CLIP", *ACCURACIES), models))
@@ -111,9 +106,9 @@ def list_(
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
         output.print(HEADS_NOTE, *_parts(heads), "", sep="\n", style="dim")
     if not_trained:
-        pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
+        shots = sorted({all_heads()[name].shots for name in not_trained})
         text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
-        text += f" and not trained yet: dcp-zoo list --planned '{pattern}'"
+        text += f" and not trained yet. How to train one: dcp-zoo info {not_trained[0]}"
         output.print(text, style="dim", markup=False)
 
 
@@ -126,8 +121,9 @@ def _show_encoders() -> None:
     from dcp_zoo.zoo.encoders import list_encoders
 
     rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
-    output.print(plain_table(("encoder", "parameters", "features", "licence"), rows), "")
-    log("Any other pretrained image model of timm works, too: timm.list_models(pretrained=True).")
+    output.print("", plain_table(("encoder", "parameters", "features", "licence"), rows), sep="\n")
+    others = "Any other pretrained image model of timm works, too: timm.list_models(pretrained=True)."
+    output.print(f"Encoders are read beside CLIP: dcp-zoo train --encoder. {others}", style="dim")
 
 
 def show_recommended() -> None:
@@ -242,12 +238,6 @@ def check_model(name: str) -> Values:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         measured["memory here"] = f"{peak / 1e9:.1f} GB, without a GPU's"
     return measured
-
-
-def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:
-    if not found:
-        hint = nearest_hint(filter.strip("*"), names)
-        raise ZooError(f"No {what} matches {filter!r}.{hint} All: dcp-zoo list, and dcp-zoo list --planned.")
 
 
 def describe(name: str) -> Values:

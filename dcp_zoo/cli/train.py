@@ -12,7 +12,7 @@ from typer import confirm
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.evaluate import show_evaluation
+from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
 from dcp_zoo.data.paths import check_output, check_outside
@@ -49,13 +49,12 @@ of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    photos: opt.Photos = None
+    photos: opt.Images = None
     output: Path | None = opt.option(None, "Folder for the checkpoint. Default: --head, or PHOTOS_head.")
     head: str | None = opt.option(None, "A head of the zoo: sets method, model, dataset, shots and seed.")
     model: opt.Model = "dcp_mini"
     method: str | None = opt.option(None, METHOD)
     labels: opt.Labels = None
-    dataset: opt.Dataset = None
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
@@ -63,13 +62,10 @@ class TrainOptions:
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
     refit: bool | None = opt.option(None, f"{REFIT} Default: for your own images.", "--refit/--no-refit")
     report: opt.Report = None
-    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated: list --encoders.")
+    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated: list --recommend.")
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
-    workers: opt.Workers = 0
-    threads: opt.Threads = None
     skip_unreadable: bool = opt.option(False, "Leave out images that cannot be read.")
-    yes: bool = opt.option(False, "Do not ask about folders that look like years or copies.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
     recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper")
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
@@ -83,13 +79,13 @@ class TrainOptions:
         """These options, with what the name in --head determines; ZooError if they also set something of that."""
         if not (head := self.head):
             return replace(self, method=self.method or DEFAULT_METHOD)
-        if given := self.given("photos", "model", "dataset", "shots", "seed"):
+        if given := self.given("photos", "model", "shots", "seed"):
             raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
         if not is_model(head) and (":" in head or Path(head).exists()):
             raise ZooError(f"--head names a head of the zoo, not the checkpoint {head}: dcp-zoo train MY_PHOTOS.")
         chosen = get_head(head)
-        named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
-        return replace(self, method=self.method or DCP_METHOD, **named)
+        method = self.method or DCP_METHOD
+        return replace(self, method=method, model=chosen.model, shots=chosen.shots, seed=chosen.seed)
 
     def check_recipe(self, dataset: str) -> None:
         """Raise ZooError for a mistake in the recipe, which `plan` would say after images were read."""
@@ -101,10 +97,8 @@ class TrainOptions:
     def folder(self) -> Path:
         if self.output or self.head:
             return self.output or Path(str(self.head))
-        if photos := self.photos or (self.labels and self.labels[0]):
-            place = Path(photos).resolve()
-            return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
-        raise ZooError("The checkpoint needs a folder: pass --output DIR.")
+        place = Path(self.photos or (self.labels[0] if self.labels else "")).resolve()
+        return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
 
 
 @opt.takes_options
@@ -117,20 +111,25 @@ def train(options: TrainOptions) -> None:
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train MY_PHOTOS --method dcp --output dcp_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
-    [dim]dcp-zoo train --dataset caltech101 --data-root DATA --output head --method dcp --set epochs=50[/]
+    [dim]dcp-zoo train caltech101 --data-root DATA --method dcp --set epochs=50[/]
     """
     options = options.of_head()
-    dataset, data_root = opt.data_source(options.photos, options.dataset, options.data_root, options.labels)
+    dataset: str | None
+    if options.head:  # of whose dataset no folder takes the place
+        dataset, data_root = get_head(options.head).dataset, options.data_root
+        opt.check_data_root(dataset, data_root)
+    else:
+        dataset, data_root = opt.data_source(options.photos, options.data_root, options.labels)
     if dataset is None:
-        raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or --dataset caltech101 --data-root DATA.")
+        raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or train caltech101 --data-root DATA.")
     check_choice("method", options.method, tuple(METHODS))
     get_spec(options.model)  # ZooError if it is unknown
     if options.recipe or options.changes:
         options.check_recipe(dataset)
     output_dir = options.folder
     check_writable(output_dir)
-    if options.photos and not options.labels:
-        check_outside(output_dir, options.photos, "--output")
+    if dataset == "folder" and not options.labels:
+        check_outside(output_dir, str(data_root), "--output")
     check_free(output_dir, options.overwrite, resumes=True)
     if options.report:
         check_output(options.report, options.overwrite, "--report")
@@ -138,7 +137,7 @@ def train(options: TrainOptions) -> None:
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
 
-    use_threads(options.threads)
+    use_threads()
     run = _planned(options, split)
     refit = options.refit
     if refit is None:
@@ -179,10 +178,12 @@ def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split
 
 
 def _planned(options: TrainOptions, split: Split) -> "Run":
+    from dcp_zoo.training.device import decoders, pick_device
     from dcp_zoo.training.planning import plan
 
-    names = "seed recipe device precision workers encoder".split()
+    names = "seed recipe device precision encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
+    same["workers"] = decoders(pick_device(options.device), len(split.items))
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
     shots = options.shots or (None if is_own(split.name) else DATASET_SHOTS)
@@ -192,11 +193,11 @@ def _planned(options: TrainOptions, split: Split) -> "Run":
 
 def _check_classes(options: TrainOptions, split: Split) -> None:
     """Ask about class folders that look like something else; ZooError if nobody can answer, or the answer is no."""
-    if options.labels or options.yes:
+    if options.labels:
         return
     doubt = unlike_classes(split.classnames, split.items)
     if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):
-        raise ZooError(f"{doubt} Move them, list the classes in a file (--labels), or pass --yes.")
+        raise ZooError(f"{doubt} Move them, or list the classes in a file (--labels).")
 
 
 def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
@@ -210,7 +211,7 @@ def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
 
 def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
     """Warn of test images that are also training images, and say what accuracy is without them."""
-    from dcp_zoo.inspection.twins import copies
+    from dcp_zoo.inspection.look import copies
 
     if not (found := copies(used.train + used.val, used.test)):
         return

@@ -2,8 +2,7 @@
 
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +38,9 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
 
 
 def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> Any:
-    """A uvicorn.Server that, when it is stopped, first answers the requests in progress, for so many seconds. For
-    commands alone, as it lets the process have as many open files, that is connections, as the system allows."""
+    """A uvicorn.Server that, when it is stopped, first answers the requests in progress, for so many seconds."""
     import uvicorn
 
-    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit, macOS none that can be set
-        import resource
-
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     stop = round(shutdown_seconds)
     return uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=stop))
 
@@ -56,31 +49,3 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on an address; port 0 picks a free one. ZooError if the port is taken."""
     with as_zoo_error(f"Cannot listen on {host}, port {port} ({{}}): pass other --host or --port.", OSError):
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-
-
-class Full(Exception):
-    """More is in progress than the server takes on."""
-
-
-class Budget:
-    """An amount of bytes or pixels. A request may hold as much as it leaves free, so that large ones shut none out."""
-
-    def __init__(self, total: int) -> None:
-        self.free = total
-
-    @contextmanager
-    def share(self) -> Iterator[Callable[..., None]]:
-        """take(amount, at_least=0) for one request: `Full` if it cannot have so much more, or so much in all."""
-        held = 0
-
-        def take(amount: int, at_least: int = 0) -> None:
-            nonlocal held
-            if 2 * max(held + amount, at_least) > self.free + held:
-                raise Full
-            held += amount
-            self.free -= amount
-
-        try:
-            yield take
-        finally:
-            self.free += held

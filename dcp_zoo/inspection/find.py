@@ -72,7 +72,7 @@ def search(
         output: a new folder for found.csv, and found.html with pictures.
     """
     if (not text) == (like is None):
-        raise ZooError('Say what to find: a text such as "red mug on a table", --like photo.jpg or --to-label.')
+        raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
     if output is not None:
         _check_new(Path(output), Path(folder))
     paths = [image.path for image in find_images([str(folder)])]

@@ -1,4 +1,7 @@
-"""Features of a frozen image tower, a small grey copy and statistics of each image, kept in the user's cache."""
+"""Features of a frozen image tower, a small grey copy and statistics of each image, in the user's cache. And images
+that show the same picture: saved again, resized, mirrored, or with up to a tenth of a side cut off. Pairs with similar
+features and a similar coarse picture are laid over each other: a scale and a shift along each axis minimise their
+squared difference (Lucas and Kanade, 1981). Those with a correlation above `SAME` match."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,17 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
+from torch.nn import functional as F
 
+from dcp_zoo.data import Item
 from dcp_zoo.data.images import ImageLike, in_threads, load_image
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.training.sources import Progress, by_image, no_progress
-from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.zoo.factory import create_transform, plain_clip
 
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
 STATISTICS = 5  # of each image
+SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
+NEAREST = 3  # pairs of each image that are looked at
+STEPS, FARTHEST = 5, 0.15  # of Gauss-Newton; scale and shift, in halves of a side
+FLAT = 2.0  # grey levels: a smaller spread is noise
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -96,3 +107,87 @@ def _measured(image: Image.Image) -> Tensor:
     edges = np.concatenate([np.diff(levels, 2, axis).ravel() for axis in (0, 1)])
     detail = np.percentile(np.abs(edges), 98) / max(high - low, 0.02) if len(edges) else np.nan
     return torch.tensor([*np.asarray(small).ravel(), *image.size, low, high, detail], dtype=torch.float32)
+
+
+def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
+    """Groups of positions of the same picture: features (n, E) and grey copies (n, 32, 32) as in `Seen`."""
+    readable = np.flatnonzero(~np.isnan(features[:, 0]))
+    small = torch.from_numpy(grey[readable])[:, None].float()
+    pairs = sorted({(min(pair), max(pair)) for pair in _candidates(torch.from_numpy(features[readable]), small)})
+    found = []
+    for start in range(0, len(pairs), ROWS):
+        first, second = torch.tensor(pairs[start : start + ROWS]).T
+        a, b = small[first], small[second]
+        a = torch.where((_alike(a, b) >= _alike(a.flip(-1), b))[:, None, None, None], a, a.flip(-1))
+        same = torch.maximum(laid_over(a, b), laid_over(b, a)) > SAME
+        found += [pair for pair, hit in zip(pairs[start : start + ROWS], same.tolist(), strict=True) if hit]
+    groups = DisjointSet({i for pair in found for i in pair})
+    for pair in found:
+        groups.merge(*pair)
+    return sorted(readable[sorted(group)].tolist() for group in groups.subsets())
+
+
+def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
+    """The test images that show the same picture as a training image, by their positions, and that training image."""
+    paths = [item.path for item in (*train, *test)]
+
+    def small(path: ImageLike) -> np.ndarray:
+        return np.asarray(load_image(path).convert("L").resize((GREY, GREY), reducing_gap=2.0))
+
+    alike = same_pictures(np.ones((len(paths), 1), np.float32), np.stack(in_threads(small, paths)))
+    left, found = sorted({i for group in alike for i in group}), dict[int, Item]()
+    if not left:
+        return found
+    seen = look([paths[i] for i in left], plain_clip("dcp_mini"))  # for which the limits above were chosen
+    for group in same_pictures(seen.features, seen.grey):
+        first, *others = (left[i] for i in group)
+        if first < len(train):
+            found |= {i - len(train): train[first] for i in others if i >= len(train)}
+    return found
+
+
+def _candidates(features: Tensor, grey: Tensor) -> Iterator[tuple[int, int]]:
+    """Pairs that may show the same picture: features (n, E), grey (n, 1, 32, 32)."""
+    coarse = [_centred(F.avg_pool2d(image, GREY // 8)) for image in (grey, grey.flip(-1))]
+    for start in range(0, len(features), ROWS):
+        part = slice(start, start + ROWS)
+        cosine = features[part] @ features.T
+        alike = torch.maximum(*(coarse[0][part] @ other.T for other in coarse))
+        score = torch.where((cosine > SIMILAR) & (alike > COARSE), cosine + alike, 0)
+        score[torch.arange(len(score)), torch.arange(start, start + len(score))] = 0
+        best, columns = score.topk(min(NEAREST, len(features)))
+        for row, column in (best > 0).nonzero().tolist():
+            yield start + row, int(columns[row, column])
+
+
+def _centred(images: Tensor) -> Tensor:
+    """images (m, 1, h, w) -> (m, h w) of mean 0 and length 1, so that products are correlations; less if flat."""
+    rows = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=FLAT * rows.shape[1] ** 0.5)
+
+
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation (m,) of grey copies (m, 1, 32, 32)."""
+    return (_centred(a) * _centred(b)).sum(1)
+
+
+def laid_over(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation (m,) of b with the part of a that fits it best: grey copies (m, 1, 32, 32)."""
+    axis = (torch.arange(GREY) * 2 + 1) / GREY - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    goal, best = _centred(b), _alike(a, b)
+    p = torch.zeros(len(a), 4, 1, 1)  # scale and shift along x, then along y
+    for _ in range(STEPS):
+        grid = torch.stack([x + p[:, 0] * x + p[:, 1], y + p[:, 2] * y + p[:, 3]], -1)
+        part = F.grid_sample(a, grid, padding_mode="border", align_corners=False)[:, 0]
+        dy, dx = torch.gradient(part, spacing=2 / GREY, dim=(1, 2))
+        slopes = torch.stack([dx * x, dx, dy * y, dy], -1).flatten(1, 2)
+        slopes = slopes - slopes.mean(1, keepdim=True)
+        rows = part.flatten(1) - part.flatten(1).mean(1, keepdim=True)
+        length = rows.norm(dim=1, keepdim=True).clamp(min=FLAT * GREY)
+        best = torch.maximum(best, (rows / length * goal).sum(1))
+        square = slopes.mT @ slopes
+        square = square + (1e-3 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-6)[:, None, None] * torch.eye(4)
+        step = torch.linalg.solve(square, slopes.mT @ (goal * length - rows)[..., None])
+        p = (p + step[..., None]).clamp(-FARTHEST, FARTHEST)
+    return best

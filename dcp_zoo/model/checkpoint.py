@@ -156,7 +156,7 @@ def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None
         raise ZooError(
             f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint {before}, "
             f"and {weights} here, of {clip.architecture}, have {now}. Load CLIP as it was, from the same revision of "
-            "its Hub repo or the same file (damaged downloads: dcp-zoo cache remove MODEL), or train the head again."
+            "its Hub repo or the same file (a damaged download: hf cache rm), or train the head again."
         )
 
 

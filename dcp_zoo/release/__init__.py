@@ -1,1 +1,264 @@
-"""Heads on the Hub: uploaded with a model card."""
+"""Heads on the Hub: the files of their repos, with model cards, and their upload. The files are also what optimum with
+transformers, and transformers.js read, which are told to scale pixels to [0, 1] alone: no two resize alike, so that the
+ONNX file does that."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from PIL import Image
+
+from dcp_zoo.answers import log_softmax
+from dcp_zoo.data.packaged import classnames, split_sha256
+from dcp_zoo.data.specs import DATASETS, is_own
+from dcp_zoo.deploy.export import TOLERANCES, compare_probabilities, export, with_preprocessing
+from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
+from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.fields import Values
+from dcp_zoo.files import check_empty, unfinished, write_file
+from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
+from dcp_zoo.model.classes import read_of
+from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
+from dcp_zoo.model.head import Head
+from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
+from dcp_zoo.zoo.resolve import parse_name
+
+CARD_NAME = "README.md"
+CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
+TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
+MODES = {  # of an accuracy, and their names in a card
+    "stored": "top-1, stored statistics",
+    "batch": "top-1, batch statistics",
+    NO_CLASSIFIER: "top-1, without the text probe",
+}
+PROBED = {mode: f"{name}, with a text probe" for mode, name in MODES.items() if mode != NO_CLASSIFIER}
+
+
+def accuracies(metrics: Values) -> dict[str, float]:
+    """Top-1 accuracy in percent by mode, of the metrics in a config.json or the manifest."""
+    return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
+
+
+def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients.
+    ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
+    info, problem = model.info, not_of_dataset(model)
+    if problem and info.get("metrics"):
+        raise ZooError(problem)
+    dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
+    spec = MODELS.get(model.encoder.architecture)
+    base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
+    options, _ = model.method_config()
+    about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
+    return ModelCard.from_template(
+        _metadata(model, repo_id, license, base, dataset),
+        template_path=str(CARD_TEMPLATE),
+        repo_id=repo_id,
+        size=f"{size / 1e6:.1f} MB",
+        onnx=onnx,
+        dataset=dataset,
+        part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
+        whose=COUPLINGS.get(options.get("coupling", "")),
+        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
+        rows=_seed_rows(model, dataset),
+        alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
+        **about,
+    )
+
+
+def not_of_dataset(model: Head) -> str:
+    """Why a head must not be published under the name of the dataset that it names; "" if it may, or names none of the
+    table. Its classes, split and test images must be that dataset's, as far as the package knows them."""
+    info, name = model.info, model.info.get("dataset")
+    if name not in DATASETS or is_own(name):
+        return ""
+    spec, known = DATASETS[name], split_sha256(name)
+    tested = spec.counts and info.get("test_images", spec.counts[2])
+    if spec.names and sorted(read_of(model.classes)) != sorted(classnames(name)):
+        reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
+    elif known and info.get("split_sha256") != known:
+        reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
+    elif spec.counts and tested != spec.counts[2]:
+        reason = f"it was tested on {tested:,} images, not on the {spec.counts[2]:,} of {name}"
+    else:
+        return ""
+    advice = f"Train it on {name} as it is, or on these images as a folder: dcp-zoo train FOLDER"
+    return f"This head says that it is of {name}, but {reason}. {advice}."
+
+
+def _metadata(model: Head, repo_id: str, license: str, base: str | None, dataset: str | None) -> ModelCardData:
+    results, measured = list[EvalResult](), accuracies(model.info.get("metrics") or {}) if dataset else {}
+    names = MODES | PROBED if NO_CLASSIFIER in measured else MODES
+    measured.pop("batch", None)  # what the loaded model answers, and the method alone; the text has all modes
+    for mode, top1 in measured.items():
+        data: Values = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
+        data |= {"metric_type": "accuracy", "metric_name": names[mode], "metric_value": top1}
+        results.append(EvalResult(task_type="image-classification", **data))
+    return ModelCardData(
+        library_name=HUB_LIBRARY,
+        license=license,
+        pipeline_tag="image-classification",
+        tags=TAGS,
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if results else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+    )
+
+
+def _seed_rows(model: Head, dataset: str | None) -> list[Values]:
+    """Accuracy per seed: this model's, and for DCP with a text probe the manifest's for the same head with other
+    seeds."""
+    info = model.info
+    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
+    same = model.encoder.architecture, dataset, info.get("shots")
+    for head in trained_heads().values() if model.method == "dcp" and model.text_probe else ():
+        if (head.model, head.dataset, head.shots) == same:
+            measured.setdefault(head.seed, head.metrics)
+    missing = dict.fromkeys(MODES, "not measured")
+    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
+
+
+def holds(claimed: float, measured: float) -> bool:
+    """Whether a top-1 accuracy in percent is the claimed one, within 0.05 points: they are stated to a hundredth."""
+    return round(abs(claimed - measured), 6) <= 0.05
+
+
+def claimed(name: str, model: Head) -> dict[str, float]:
+    """Top-1 accuracies in percent by mode, of the manifest or the checkpoint; what a head's card states comes first.
+    ZooError for none."""
+    kind, place, tag = parse_name(name)
+    card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
+    data = ModelCard.load(card).data if card.is_file() else ModelCardData()
+    stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
+    metrics = (get_head(name).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
+    found = accuracies(metrics)
+    for names in (MODES, PROBED):
+        found |= {mode: stated[card_name] for mode, card_name in names.items() if card_name in stated}
+    if not found:
+        raise ZooError(f"{name} claims no accuracy: there is nothing to compare with. Omit --claim.")
+    return found
+
+
+LICENSE = "apache-2.0"
+PREPROCESSOR = "preprocessor_config.json"
+ONNX_FILES = {"float32": "onnx/model.onnx", "float16": "onnx/model_fp16.onnx"}  # as transformers.js names them
+
+
+def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -> Path:
+    """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
+    ZooError as of `export`, `with_preprocessing` and `make_card`, and for a folder that is not empty or not writable.
+
+    Args:
+        model: with stored statistics; float32, on the CPU.
+        folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
+            and `onnx/model.onnx`, which contains CLIP's image tower.
+        precision: "float16" adds a second ONNX file.
+    """
+    folder = Path(folder)
+    check_empty(folder)
+    with writing_to(folder), unfinished(folder) as new:
+        _write_repo(model, new, "ORG/NAME", LICENSE, True, precision)
+        new.replace(folder)
+    return folder
+
+
+def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE, onnx: bool = False) -> str:
+    """Upload a model's head, of any dataset, with a model card. ZooError as of `make_card`, or if the Hub refuses it or
+    cannot be reached.
+
+    Args:
+        model: only its trained tensors are uploaded, never CLIP, unless `onnx`.
+        repo_id: "org/name"; created if needed.
+        private: whether a new repo is private.
+        license: of the trained weights, as an identifier of the Hub.
+        onnx: whether to upload what `export_hub` writes, CLIP's image tower included.
+
+    Returns:
+        The commit: `create_model(f"hf-hub:{repo_id}@{commit}", pretrained=True)` loads exactly this upload.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write_repo(model, folder, repo_id, license, onnx)
+        return upload(folder, repo_id, private)
+
+
+def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, precision: str = "float32") -> None:
+    model.save_pretrained(folder)
+    if onnx:
+        write_client_files(model, folder, precision)
+    make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size, onnx).save(folder / CARD_NAME)
+
+
+def upload(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
+    api = HfApi(library_name=HUB_LIBRARY)
+
+    def send() -> str:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
+            commit_message="Upload a head with dcp_zoo",
+        ).oid
+
+    with explained(repo_id):
+        return retried(send)
+
+
+def write_client_files(model: Head, folder: Path, precision: str = "float32") -> None:
+    """Add to a model's checkpoint what other clients read: ONNX files in float32 and in `precision`, a
+    `preprocessor_config.json`, and fields of `config.json`. ZooError as of `export` and `with_preprocessing`."""
+    for kind in dict.fromkeys(("float32", precision)):
+        path = folder / ONNX_FILES[kind]
+        export(model, path, precision=kind)
+        _take_any_size(path, kind)
+    cfg = model.pretrained_cfg
+    _, height, width = cfg["input_size"]
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), False),  # part of the ONNX file
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": int(height / cfg["crop_pct"])},
+        "resample": 3,  # bicubic
+        "crop_size": {"height": height, "width": width},
+        "image_mean": list(cfg["mean"]),
+        "image_std": list(cfg["std"]),
+    }
+    names = model.classnames
+    config = json.loads((folder / CONFIG_NAME).read_text()) | {
+        "model_type": "vit",  # of the types for which both clients classify images, the one that says least
+        "transformers_weights": "none-but-the-onnx-file.safetensors",  # or transformers loads random ones
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    for name, content in ((PREPROCESSOR, preprocessor), (CONFIG_NAME, config)):
+        write_file(folder / name, json.dumps(content, indent=1) + "\n")
+
+
+def _take_any_size(path: Path, precision: str) -> None:
+    """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C)."""
+    import onnx
+    import onnxruntime
+
+    plain = OnnxClassifier(path)
+    model = with_preprocessing(onnx.load(path), plain.info["preprocessing"], "rgb")
+    rgb = model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = [INPUT if name == rgb else name for name in node.input]
+    model.graph.input[0].name = INPUT
+    del model.graph.output[1:], model.metadata_props[:]
+    onnx.save(model, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def probabilities(image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
+        return np.exp(log_softmax(session.run(["logits"], {INPUT: pixels})[0]))
+
+    compare_probabilities(probabilities, plain, TOLERANCES[precision])

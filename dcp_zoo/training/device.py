@@ -7,7 +7,8 @@ import torch
 
 from dcp_zoo.errors import as_zoo_error, check_choice
 from dcp_zoo.model.head import Head
-from dcp_zoo.training.recipes import AS_RELEASED, AUTO, PRECISIONS
+from dcp_zoo.threads import available_cores
+from dcp_zoo.training.recipes import AS_RELEASED, AUTO, MANY, PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
 
 VALUES_PER_CHANNEL = 18  # kept for the backward pass of one block, per token and channel of its width; measured
@@ -22,6 +23,12 @@ def pick_device(name: str = "auto") -> torch.device:
     with as_zoo_error(unavailable, RuntimeError, AssertionError):
         torch.empty(0, device=name)
         return torch.device(name)
+
+
+def decoders(device: torch.device, images: int) -> int:
+    """Processes that decode so many images: one for each core where a GPU would wait for images that memory does not
+    keep, else 0: this process, by threads."""
+    return available_cores() if device.type == "cuda" and images > MANY else 0
 
 
 def pick_precision(name: str, model: str, device: torch.device) -> str:

@@ -65,7 +65,9 @@ def torch_predictor(
     precision = pick_precision(precision, head.encoder.architecture, head.device)
     alone = head.stats != "stored"  # then each image is a batch
     if features and alone:
-        raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
+        raise ZooError(
+            "Only stored statistics give an image the same features in any batch: omit features, or set model.stats."
+        )
     pays = images is None or images > FEW
     runs: Head | FusedHead = head.fuse() if head.abilities.linear and pays and not alone else head
     rejects = bool(reject) and not head.cannot_reject

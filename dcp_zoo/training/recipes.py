@@ -59,8 +59,8 @@ def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 
 def steps_needed(images: int, classes: int, batch_size: int) -> int:
-    """Optimiser steps of a schedule that fits the training set, chosen on validation images with
-    `benchmarks/tuning.py`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to `MANY` images
+    """Optimiser steps of a schedule that fits the training set, chosen on validation images, see
+    `benchmarks/notes.md`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to `MANY` images
     never less than the release's 20 epochs. Beyond, further images need no further steps: they replace repetitions."""
     counted = min(images, MANY)
     return max(FEWEST_STEPS, counted // 2 + 2 * classes, 20 * counted // batch_size)

@@ -58,7 +58,7 @@ def check_encoders(names: Sequence[str]) -> None:
     for name in names:
         if not name.startswith(PLACES) and not timm.is_model_pretrained(name):
             close = ", ".join(nearest(name, timm.list_models(pretrained=True)) or SUGGESTED)
-            advice = "dcp-zoo list --encoders, or timm.list_models(pretrained=True)"
+            advice = "dcp-zoo list --recommend, or timm.list_models(pretrained=True)"
             raise ZooError(f"timm has no pretrained image model {name!r}. Nearest: {close}. All: {advice}.")
 
 
@@ -66,7 +66,7 @@ def _load(name: str, clip: FrozenCLIP) -> ImageEncoder:
     check_encoders([name])
     failed = (
         f"The image encoder {name} cannot be loaded: {{}}. Its weights are downloaded once, by timm: connect to the "
-        "internet, or choose another: dcp-zoo list --encoders."
+        "internet, or choose another: dcp-zoo list --recommend."
     )
     with as_zoo_error(failed, Exception):
         size, options = _size(name, clip.pretrained_cfg["input_size"][1:])

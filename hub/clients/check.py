@@ -22,7 +22,7 @@ import typer
 
 from dcp_zoo import create_model, predict
 from dcp_zoo.data.find import find_images
-from dcp_zoo.release.push import export_hub
+from dcp_zoo.release import export_hub
 
 HERE = Path(__file__).parent
 HEAD, IMAGES, TOLERANCE = "dcp_mini.caltech101-16shot", 50, 1e-3
