@@ -239,7 +239,7 @@ def chromium():
 def quick_probe(monkeypatch) -> None:
     """Text probes of two thirds of the candidates and half of the folds, in tests that are not about their accuracy."""
     monkeypatch.setattr("dcp_zoo.model.text_probe.candidates.TEXTS", (1.0, 0.0))
-    monkeypatch.setattr("dcp_zoo.model.text_probe.fit.FOLDS", 2)
+    monkeypatch.setattr("dcp_zoo.model.text_probe.folds.FOLDS", 2)
 
 
 @pytest.fixture

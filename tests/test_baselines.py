@@ -15,7 +15,8 @@ from dcp_zoo.data import Item
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import Features, Maps
-from dcp_zoo.model.text_probe.fit import text_scale, within_class
+from dcp_zoo.model.text_probe.estimates import text_scale
+from dcp_zoo.model.text_probe.folds import within_class
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task

@@ -18,7 +18,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Maps, Pixels
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.text_probe import estimates
-from dcp_zoo.model.text_probe.fit import within_class
+from dcp_zoo.model.text_probe.folds import within_class
 from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training import loop
 from dcp_zoo.training.methods import METHODS, clap, clip_weights, fit_head, lp_plus_plus, prolip, promptsrc

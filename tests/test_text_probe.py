@@ -1,11 +1,13 @@
 """The text probe: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
 
 import copy
+import doctest
 import io
 import json
 import math
 from dataclasses import replace
 from statistics import NormalDist
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,9 +25,12 @@ from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP, join
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.inputs import Maps, Pixels
+from dcp_zoo.model.text_probe import candidates, evidence, folds, threshold
 from dcp_zoo.model.text_probe import fit as fitting
-from dcp_zoo.model.text_probe.candidates import STRENGTHS, TEXTS, Candidates
-from dcp_zoo.model.text_probe.fit import Leaving, Read
+from dcp_zoo.model.text_probe.candidates import STRENGTHS, TEXTS, Family, TrainingSet, families_of, mean_of
+from dcp_zoo.model.text_probe.estimates import text_scale
+from dcp_zoo.model.text_probe.evidence import LeftOut, leave_out_each
+from dcp_zoo.model.text_probe.fit import Read
 from dcp_zoo.model.text_probe.probe import NEVER, PENALTIES, TextProbe
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe
@@ -342,9 +347,50 @@ def with_backbone(views: torch.Tensor, labels: torch.Tensor, width: int = 10) ->
     return torch.cat([views, F.normalize(means[labels] + noise / 2, dim=-1)], -1)
 
 
+def left_out_of(images: TrainingSet) -> tuple[list[LeftOut], candidates.Evidence]:
+    """What was fitted without each of the folds, and its evidence."""
+    return leave_out_each(images, folds.folds(images.labels))
+
+
 def block_of(candidate, of: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
     """What a candidate reads of features (n, W), of the length 1."""
     return of[:, candidate.columns] / math.sqrt(2 if candidate.columns == slice(0, sum(widths)) else 1)
+
+
+@pytest.mark.parametrize("part", [folds, candidates, evidence, threshold])
+def test_worked_examples(part):
+    results = doctest.testmod(part)
+    assert results.attempted > 0 == results.failed
+
+
+def test_no_group_of_images_is_in_two_folds():
+    """And each class keeps an image; if each image is a group, folds are as without groups."""
+    generator = torch.Generator().manual_seed(0)
+    for number in (1, 4, 12, 30):
+        labels, groups = (torch.randint(high, (40,), generator=generator) for high in (5, number))
+        parts = folds.folds(labels, groups)
+        assert bool(parts) == (number > 1)
+        of_parts = [set(groups[part].tolist()) for part in parts]
+        assert sum(map(len, of_parts)) == len(set().union(*of_parts))
+        for part, of_part in zip(parts, of_parts, strict=True):
+            assert sum(group in of_part for group in groups.tolist()) == len(part) > 0
+            kept = torch.isin(torch.arange(40), part, invert=True)
+            assert set(labels[kept].tolist()) == set(labels.tolist())
+        alone = folds.folds(labels, torch.randperm(40, generator=generator) - 7)
+        assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
+
+
+def test_copies_of_an_image_in_one_group_are_no_evidence():
+    """Without groups a copy in another fold tells the class: here of labels that mean nothing."""
+    views, labels, (weight, bias) = in_a_cone([6, 6, 6])
+    once = labels[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
+    twice = Read(views.repeat(1, 2, 1), (weight, bias))
+    fits = [
+        fitting.fit_on_features(CLASSES, once.repeat(2), [twice], groups=groups)[0]
+        for groups in (None, torch.arange(18).repeat(2))
+    ]
+    strongest = [probe.evidence[-1].item() for probe in fits]
+    assert strongest[0] > 10 * strongest[1]
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [1, 20, 3], [5, 0, 5]])
@@ -355,13 +401,14 @@ def test_a_penalty_is_a_convex_problem(counts, monkeypatch):
     views, labels, text = in_a_cone(counts)
     views, widths = with_backbone(views, labels), (24, 10)
     monkeypatch.setattr("dcp_zoo.model.text_probe.candidates.STEPS", 300)
-    candidates = Candidates(views, widths, labels, text).all
-    assert len(candidates) == 2 * len(TEXTS) * (len(PENALTIES) + len(STRENGTHS))
+    training = TrainingSet(views, widths, labels, text)
+    families = candidates.fit_candidates(training, families_of(training)).values()
+    assert (len(families), {len(family) for family in families}) == (2 * len(TEXTS), {len(PENALTIES) + len(STRENGTHS)})
     rows, y = views.flatten(0, 1), labels.repeat(2)
     has_images = torch.tensor(counts) > 0
     per_class = len(labels) / sum(count > 0 for count in counts)
     weights = torch.tensor([per_class / (2 * max(count, 1)) for count in counts])[y]
-    for candidate in candidates[2 :: len(PENALTIES) + len(STRENGTHS)]:  # the penalty 0.1
+    for _, _, candidate, *_ in families:  # the penalty 0.1
         x = block_of(candidate, rows, widths)
         scale = x.norm() / rows[:, candidate.columns].norm()
         d = candidate.weight / scale
@@ -382,9 +429,8 @@ def test_many_images_take_fewer_steps(monkeypatch):
 
     def losses(steps: int) -> tuple[list[float], list[torch.Tensor]]:
         monkeypatch.setattr("dcp_zoo.model.text_probe.candidates.STEPS", steps)
-        rows = [
-            each.weight for each in Candidates(views, (24,), labels, text, groups=[(0, 1.0)]).all[1 : len(PENALTIES)]
-        ]
+        fitted = candidates.fit_candidates(TrainingSet(views, (24,), labels, text), [Family(0, 1.0)])
+        rows = [each.weight for each in fitted[Family(0, 1.0)][1 : len(PENALTIES)]]
         entropies = [F.cross_entropy(start + views[0] @ d.T, labels, reduction="none") for d in rows]
         pairs = zip(entropies, rows, PENALTIES[1:], strict=True)
         return [((weights * e).sum() + p / 2 * d.square().sum()).item() for e, d, p in pairs], rows
@@ -402,9 +448,9 @@ def test_the_text_scale_follows_the_text():
     torch.manual_seed(1)
     logits, noise = torch.randn(600, 3), torch.randn(600, 3)
     labels = torch.distributions.Categorical(logits=logits).sample()
-    found = fitting.text_scale(logits, labels)
+    found = text_scale(logits, labels)
     assert found == pytest.approx(1, abs=0.2)
-    assert fitting.text_scale(5 * noise, labels) < 0.1
+    assert text_scale(5 * noise, labels) < 0.1
     log = torch.tensor(found, dtype=torch.float64).log().requires_grad_()
     loss = F.cross_entropy(log.exp() * logits.double(), labels, reduction="sum") + log**2 / 2
     assert torch.autograd.grad(loss, log)[0].abs() < 1e-3
@@ -414,52 +460,56 @@ def test_candidates_are_weighed_by_what_was_left_out(monkeypatch):
     """All of them, by hand: the logits of the probe are the mean of the candidates' by evidence."""
     views, labels, text = in_a_cone([1, 6, 3])
     views, widths = with_backbone(views, labels), (24, 10)
-    left_out, _ = Leaving(views, widths, labels, text, None).folds()
-    assert sum(len(y) for _, _, y in left_out) == 9  # all but the only image of its class
-    for problem, features, y in left_out:
-        kept = {tuple(row) for row in problem.rows.mul(1e4).round().tolist()}
-        assert not kept & {tuple(row) for row in features.mul(1e4).round().tolist()}
-        assert 0 not in y
+    left_out, _ = left_out_of(TrainingSet(views, widths, labels, text))
+    assert sum(len(each.images.labels) for each in left_out) == 9  # all but the only image of its class
+    for each in left_out:
+        kept = {tuple(row) for row in each.kept.views.flatten(0, 1).mul(1e4).round().tolist()}
+        assert not kept & {tuple(row) for row in each.images.features.mul(1e4).round().tolist()}
+        assert 0 not in each.images.labels
     probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
     scaled = [info["text_scale"] * t for t in text]
+    training = TrainingSet(views, widths, labels, scaled)
 
-    def logits(problem: Candidates, features: torch.Tensor) -> torch.Tensor:
+    def logits(fitted: dict, features: torch.Tensor) -> torch.Tensor:
         return torch.stack(
             [
                 c.text * F.linear(features[:, :24], *scaled) + F.linear(features[:, c.columns], c.weight, c.bias)
-                for c in problem.all
+                for family in fitted.values()
+                for c in family
             ]
         )
 
-    monkeypatch.setattr(fitting, "HOPELESS", math.inf)
+    monkeypatch.setattr(evidence, "HOPELESS", math.inf)
     losses = sum(
-        torch.stack([F.cross_entropy(z, y, reduction="sum") for z in logits(problem, features)])
-        for problem, features, y in Leaving(views, widths, labels, scaled, None).folds()[0]
+        torch.stack([F.cross_entropy(z, y, reduction="sum") for z in logits(each.candidates, each.images.features)])
+        for each in left_out_of(training)[0]
+        for y in [each.images.labels]
     )
-    evidence = (-losses).softmax(0)
-    of_penalties = evidence.unflatten(0, (-1, len(PENALTIES) + len(STRENGTHS)))[:, : len(PENALTIES)].sum(0)
+    weights = (-losses).softmax(0)
+    of_penalties = weights.unflatten(0, (-1, len(PENALTIES) + len(STRENGTHS)))[:, : len(PENALTIES)].sum(0)
     assert close(probe.evidence, of_penalties / of_penalties.sum(), 5e-3)
-    wanted = torch.einsum("k,kmc->mc", evidence, logits(Candidates(views, widths, labels, scaled), views[0]))
+    fitted = candidates.fit_candidates(training, families_of(training))
+    wanted = torch.einsum("k,kmc->mc", weights, logits(fitted, views[0]))
     f = views[0] / math.sqrt(2)
     assert close(probe(F.linear(views[0, :, :24], *text), f, probe.classes), wanted, 1e-2)
     assert info["text_strength"] == pytest.approx(probe.text_scale.item() / info["text_scale"], abs=1e-3)
     monkeypatch.setattr(fitting, "ENOUGH", len(labels) - 1)
-    (problem, features, y), *others = Leaving(views, widths, labels, text, None).folds()[0]
-    assert (len(others), sorted(y.tolist())) == (0, [1, 1, 2])  # of many images the first fold alone
+    monkeypatch.setattr(fitting, "leave_out_each", Mock(wraps=leave_out_each))
+    fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
+    (_, (first,)) = fitting.leave_out_each.call_args.args  # of many images the first fold alone
+    assert labels[first].tolist() == [1, 1, 2]
 
 
-def test_groups_of_candidates_are_left_out(monkeypatch):
+def test_families_of_candidates_are_not_fitted_again(monkeypatch):
     """Those far behind after the first fold; of many images and classes, those without the full text."""
     views, labels, text = in_a_cone([6, 6, 6])
     views, widths = with_backbone(views, labels), (24, 10)
     right = 5 * text[0], torch.zeros(3)  # without it a candidate is lost
-    monkeypatch.setattr(fitting, "HOPELESS", 0.5)
-    left_out, losses = Leaving(views, widths, labels, right, None).folds()
-    groups = left_out[0][0].groups
-    assert 0 < len(groups) < 2 * len(TEXTS)
-    assert all(problem.groups == groups for problem, *_ in left_out)
-    assert len(losses) == len(left_out[0][0].all) == len(groups) * (len(PENALTIES) + len(STRENGTHS))
-    monkeypatch.setattr(fitting, "LARGE", 10)
+    monkeypatch.setattr(evidence, "HOPELESS", 0.5)
+    (_, *further), weights = left_out_of(TrainingSet(views, widths, labels, right))
+    assert 0 < len(weights) < 2 * len(TEXTS)
+    assert all(each.candidates.keys() == weights.keys() for each in further)
+    monkeypatch.setattr(candidates, "LARGE", 10)
     probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
     assert info["text_strength"] == 1
     assert probe.weight[:, 24:].any()
@@ -468,7 +518,7 @@ def test_groups_of_candidates_are_left_out(monkeypatch):
 def test_with_one_image_per_class_all_penalties_count_unless_text_explains_little():
     views, labels, (weight, _) = in_a_cone([1, 1, 1])
     zero = torch.zeros(3)
-    assert not Leaving(views, (24,), labels, (weight, zero), None).folds()[0]  # nothing can be left out
+    assert folds.folds(labels) == []  # nothing can be left out
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
         probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, (text, zero))])
         assert (probe.evidence[0].item() == pytest.approx(1 / len(PENALTIES), abs=1e-6)) is equal
@@ -481,17 +531,18 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
 def test_gaussian_classes(counts):
     """Differences of their scores are log density ratios, up to one factor; a class without images scores 0."""
     views, labels, text = in_a_cone(counts)
-    problem = Candidates(views, (24,), labels, text)
-    *_, (_, _, weight, bias), _ = problem.all[: len(PENALTIES) + len(STRENGTHS)]  # of the strength 1
+    training = TrainingSet(views, (24,), labels, text)
+    *_, (_, _, weight, bias), _ = candidates.fit_candidates(training, [Family(0, 1.0)])[Family(0, 1.0)]  # strength 1
     f = F.normalize(torch.randn(5, 24), dim=-1)
-    density = -torch.cdist(f, problem.means).square() / 2
+    density = -torch.cdist(f, training.means).square() / 2
     scores, seen = F.linear(f, weight, bias), [c for c, count in enumerate(counts) if count]
     assert not scores[:, [c for c in range(3) if c not in seen]].any()
     ratios = [(z[:, seen[1:]] - z[:, seen[:1]]).flatten() for z in (scores, density)]
     assert torch.corrcoef(torch.stack(ratios))[0, 1] > 0.9999
     rows = views.flatten(0, 1)
     spreads = [
-        (z[:, seen] - z[:, seen].mean(1, keepdim=True)).std() for z in (F.linear(rows, weight, bias), problem.start)
+        (z[:, seen] - z[:, seen].mean(1, keepdim=True)).std()
+        for z in (F.linear(rows, weight, bias), training.text_logits(rows))
     ]
     assert spreads[0] == pytest.approx(spreads[1].item(), rel=1e-3)
 
@@ -500,12 +551,9 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     views, labels, text = in_a_cone([10, 10, 10])
     probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text)])
     scaled = [info["text_scale"] * t for t in text]
-    task = Leaving(views, (24,), labels, scaled, None)
-    left_out, losses = task.folds()
-    evidence, logits, nearest = (-losses).softmax(0), [], []
-    for problem, features, _ in left_out:
-        logits.append(problem.logits(features, evidence))
-        nearest.append(torch.cdist(features, problem.means).amin(1))
+    left_out, weights = left_out_of(TrainingSet(views, (24,), labels, scaled))
+    logits = [each.logits(weights) for each in left_out]
+    nearest = [torch.cdist(each.images.features, each.kept.means).amin(1) for each in left_out]
     distances = torch.cat(nearest)
     assert len(distances) == 30
     assert probe.spread == pytest.approx(distances.mean().item(), rel=1e-3)
@@ -514,9 +562,11 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert probe.threshold.item() == pytest.approx(wanted, abs=2e-2)
     middle = labels == 1  # the first half, without classes 0 and 2, would leave a single class
     rest = labels[~middle].div(2, rounding_mode="floor")
-    fitted = Candidates(views[:, ~middle], (24,), rest, [t[[0, 2]] for t in scaled], groups=problem.groups)
-    of_middle = torch.cdist(views[0, middle], fitted.means).amin(1) / probe.spread
-    scores = in_distribution_score(fitted.logits(views[0, middle], evidence).numpy(), of_middle.numpy())
+    kept = TrainingSet(views[:, ~middle], (24,), rest, [t[[0, 2]] for t in scaled])
+    x = views[0, middle]
+    z = mean_of(candidates.fit_candidates(kept, weights), weights, 24).logits(kept.text_logits(x), x)
+    of_middle = torch.cdist(x, kept.means).amin(1) / probe.spread
+    scores = in_distribution_score(z.numpy(), of_middle.numpy())
     passed = scores >= probe.threshold.item()
     assert info["like_accepted"]["0.05"] == pytest.approx(100 * passed.mean(), abs=4)
     assert [*info["like_accepted"]] == [*info["thresholds"]] == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"]
@@ -567,12 +617,12 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert (info["text_scale"], info["thresholds"]) == (wanted["text_scale"], wanted["thresholds"])
     assert (len(plain.reads), plain.num_features) == (2, width + sum(frozen.widths))
     scaled = [[info["text_scale"] * t for t in linear] for linear in (text, zero_shot)]
-    task = Leaving(views[1], frozen.widths, train.labels, scaled[1], None)
-    left_out, losses = task.folds()
-    evidence, groups = (-losses).softmax(0), left_out[0][0].groups
-    problem = Candidates(with_frozen, frozen.widths, train.labels, scaled[0], groups=groups)
+    _, weights = left_out_of(TrainingSet(views[1], frozen.widths, train.labels, scaled[1]))
+    training = TrainingSet(with_frozen, frozen.widths, train.labels, scaled[0])
+    x_both = torch.cat([x_own, x_frozen[:, width:]], 1)
+    mean = mean_of(candidates.fit_candidates(training, weights), weights, x_both.shape[1])
     z = [
-        problem.logits(torch.cat([x_own, x_frozen[:, width:]], 1), evidence),
+        mean.logits(training.text_logits(x_both), x_both),
         expected(F.linear(x_frozen[:, :width], *zero_shot), x_frozen / math.sqrt(2), plain.classes),
     ]
     assert close(plain(x), (z[0] + z[1]) / 2, 1e-2)
@@ -628,9 +678,10 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     f = plain.encode_image(x)
     distances, frozen = plain.distances(f), plain.readings[1]
     views, examples = train.read_by(frozen, 2), none.read_by(frozen, 1)[0]
-    left_out, _ = Leaving(views, frozen.widths, train.labels, plain.zero_shot_linear(), None).folds()
+    left_out, _ = left_out_of(TrainingSet(views, frozen.widths, train.labels, plain.zero_shot_linear()))
     unit = math.sqrt(2) * plain.text_probe.spread
-    margins = torch.cat([(to(each, c.means) - to(each, examples)) / unit for c, each, _ in left_out])
+    pairs = [(each.kept.means, each.images.features) for each in left_out]
+    margins = torch.cat([(to(x, means) - to(x, examples)) / unit for means, x in pairs])
     limit = margins.mean() + 2.0537 * margins.std()
     info = fit_probe(plain, train, none=none)
     assert info.pop("examples") == 4

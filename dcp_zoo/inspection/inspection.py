@@ -193,7 +193,7 @@ def inspect(
         groups,
         problems,
         learning_curve(judged),
-        [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
+        [data.classnames[label] for label in unknown(judged.images.text_logits(judged.images.features), target)],
     )
 
 

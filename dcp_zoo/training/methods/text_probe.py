@@ -16,7 +16,8 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe.fit import Read, fit_on_features, share_above
+from dcp_zoo.model.text_probe.fit import Read, fit_on_features
+from dcp_zoo.model.text_probe.threshold import share_above
 from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.zero_shot import fit
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
