@@ -193,7 +193,7 @@ def inspect(
         groups,
         problems,
         learning_curve(judged),
-        [data.classnames[label] for label in unknown(judged.images.text_logits(judged.images.features), target)],
+        [data.classnames[label] for label in unknown(judged.images.text_logits(judged.images.views[0]), target)],
     )
 
 

@@ -45,7 +45,7 @@ class OutOfFold:
     def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
         """The answers (m,) for the images `test` by a text probe that is fitted to the images `train` (n,), with this
         evidence, or if there is one of each class, without."""
-        drawn, x = self.images.of(train), self.images.features[test]
+        drawn, x = self.images.of(train), self.images.views[0][test]
         evidence = without_evidence(drawn, len(drawn.widths)) if shots == 1 else self.evidence
         mean = mean_of(fit_candidates(drawn, evidence), evidence, x.shape[1])
         return mean.logits(drawn.text_logits(x), x).argmax(1)
@@ -56,8 +56,8 @@ def out_of_fold(read: Read, labels: Tensor) -> OutOfFold:
     class is judged by the text, at no distance."""
     assert read.start is not None
     images = TrainingSet(read.features, read.widths, labels, read.start)
-    images = replace(images, scale=text_scale(images.text_logits(images.features), labels))
-    log_probabilities = images.text_logits(images.features).log_softmax(-1)
+    images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels))
+    log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
     distances = torch.zeros(len(labels))
     parts = folds(labels)
     left_out, evidence = leave_out_each(images, parts)

@@ -27,7 +27,7 @@ SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 class TrainingSet:
     """Features of n training images of C classes, on the CPU."""
 
-    views: Tensor  # (V, n, W), of the images and their mirror images: normalised parts, one after the other
+    views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised parts, one after the other
     widths: Sequence[int]  # of the parts; the first is CLIP's embedding
     labels: Tensor  # (n,)
     text: Linear  # the text logits z as a linear function of the first part
@@ -38,11 +38,6 @@ class TrainingSet:
         """Some of the images, by positions or a mask."""
         weights = None if self.weights is None else self.weights[images]
         return replace(self, views=self.views[:, images], labels=self.labels[images], weights=weights)
-
-    @property
-    def features(self) -> Tensor:
-        """The images themselves (n, W)."""
-        return self.views[0]
 
     @property
     def counts(self) -> Tensor:
@@ -62,11 +57,11 @@ class TrainingSet:
 
     def row_weights(self) -> Tensor:
         """The weights (V n,) of the losses of all views: each class has the same, apart from `weights`."""
-        weights = (len(self.labels) / ((self.counts > 0).sum() * len(self.views) * self.counts))[self.labels]
-        weights = weights.repeat(len(self.views))
+        views = len(self.views)
+        weights = (len(self.labels) / ((self.counts > 0).sum() * views * self.counts))[self.labels].repeat(views)
         if self.weights is None:
             return weights
-        weighted = weights * self.weights.repeat(len(self.views))
+        weighted = weights * self.weights.repeat(views)
         return weighted * (weights.sum() / weighted.sum())
 
 

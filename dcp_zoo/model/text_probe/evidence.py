@@ -28,7 +28,7 @@ class LeftOut(NamedTuple):
 
     def losses(self) -> dict[Family, Tensor]:
         """The cross-entropy (sum) of each candidate."""
-        x, labels = self.images.features, self.images.labels
+        x, labels = self.images.views[0], self.images.labels
         z = self.images.text_logits(x)
         return {
             family: torch.stack([F.cross_entropy(each.logits(z, x), labels, reduction="sum") for each in candidates])
@@ -37,13 +37,13 @@ class LeftOut(NamedTuple):
 
     def logits(self, evidence: Evidence) -> Tensor:
         """Logits (m, C) by the mean of the candidates."""
-        x = self.images.features
+        x = self.images.views[0]
         return fitting.mean_of(self.candidates, evidence, x.shape[1]).logits(self.images.text_logits(x), x)
 
     def distances(self, rows: Tensor | None = None) -> Tensor:
         """Distances (m,) to the nearest of these rows (k, W), of joined parts; default: to the means of kept images."""
         rows = self.kept.means[self.kept.counts > 0] if rows is None else rows
-        return nearest(self.images.features, rows) / math.sqrt(len(self.kept.widths))
+        return nearest(self.images.views[0], rows) / math.sqrt(len(self.kept.widths))
 
 
 def leave_out(images: TrainingSet, positions: Tensor, families: Iterable[Family]) -> LeftOut:
@@ -81,7 +81,7 @@ def without_evidence(images: TrainingSet, blocks: int) -> Evidence:
     """What counts if no image can be left out: softmax regressions that start at the text and see one of the first
     blocks. All penalties count the same, unless text explains the training images badly: the i-th one in proportion to
     exp(10 i max(0, r - 1/4)), with r zero-shot CLIP's loss in units of a random guess's."""
-    loss = F.cross_entropy(images.text_logits(images.features), images.labels).item()
+    loss = F.cross_entropy(images.text_logits(images.views[0]), images.labels).item()
     guess = math.log(max(len(images.text[0]), 2))
     weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss / guess - 0.25)).softmax(0)
     families = [family for family in fitting.families_of(images) if family.block < blocks and family.text > 0]

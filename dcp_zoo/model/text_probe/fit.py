@@ -1,22 +1,18 @@
 """Fit a text probe on features of the few-shot images.
 
-1. a, the scale of the text logits, minimises zero-shot CLIP's cross-entropy (sum) on the training images
-   + (log a)^2 / 2: `estimates.text_scale`.
-2. Images are left out, in four folds (of many images in one), and candidates fitted to the others. Where the method was
-   trained on these images, zero-shot CLIP takes its place there: `folds`, `candidates`.
-3. Each candidate counts by its losses on the images that were left out: `evidence`.
+1. The scale a of the text logits minimises zero-shot CLIP's cross-entropy (sum) on the training images + (log a)^2 / 2.
+2. Images are left out in four `folds`, of many images in one, and `candidates` fitted to the others. Where the method
+   was trained on these images, zero-shot CLIP takes its place there.
+3. Each candidate counts by its `evidence`, its losses on the images that were left out.
 4. The probe is the mean of the candidates, fitted to all images.
-5. The scores of the images that were left out set the threshold below which an image belongs to none of the classes,
-   for which 20 are enough: `threshold`. Images that were added as corrections do not count where 20 others are left
-   out: they are the hard ones, and would lower the threshold. `like_accepted` says how many would pass if their class,
-   and every second one, was unknown, `others_accepted` how many of everyday pictures pass.
-6. Examples of images of no class reject what is nearer to one of them than to the class means, by a margin.
+5. The scores of the images that were left out set a `threshold`, if these are 20. Images that were added as corrections
+   do not count where 20 others are left out: they are the hard ones, and would lower it. `like_accepted` says how many
+   images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday pictures.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -48,12 +44,6 @@ class Read(NamedTuple):
     def widths(self) -> tuple[int, ...]:
         return self.parts or self.features.shape[-1:]
 
-    def beside_text(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The parts that know no text, and their widths."""
-        if self.start is None:
-            return self.features, self.widths
-        return self.features[..., self.widths[0] :], self.widths[1:]
-
 
 def fit_on_features(
     classes: Sequence[Class],
@@ -83,7 +73,7 @@ def fit_on_features(
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     sets = _training_sets(labels, readings, weights)
     plain = sets[-1] if unseen is None else replace(sets[-1], text=unseen)
-    scale = text_scale(plain.text_logits(plain.features), labels)
+    scale = text_scale(plain.text_logits(plain.views[0]), labels)
     plain, sets = replace(plain, scale=scale), [replace(each, scale=scale) for each in sets]
 
     out = folds(labels, groups)
@@ -94,7 +84,8 @@ def fit_on_features(
         evidence = without_evidence(plain, len(clip.widths))
 
     means = [mean_of(fit_candidates(each, evidence), evidence, each.views.shape[-1]) for each in sets]
-    probe = _probe_of(classes, [reading.widths for reading in readings], sets, means)
+    probe = TextProbe(classes, [reading.widths for reading in readings], clip.widths[0] if len(sets) > 1 else 0)
+    _fill(probe, sets, means)
     probe.text_scale.fill_(scale * means[0].text)
     regressions = torch.stack([*evidence.values()])[:, : len(PENALTIES)].sum(0).clamp(min=1e-6)
     probe.evidence.copy_(regressions / regressions.sum())
@@ -110,35 +101,30 @@ def fit_on_features(
 
 def _training_sets(labels: Tensor, readings: Sequence[Read], weights: Tensor | None) -> list[TrainingSet]:
     """For each reading with text, its embedding beside all parts that know no text."""
-    views, widths = zip(*(reading.beside_text() for reading in readings), strict=True)
-    sets = []
+    embeddings, beside = list[tuple[Tensor, Linear]](), list[Tensor]()
     for reading in readings:
-        if reading.start is not None:
-            width = reading.widths[0]
-            joined = torch.cat([reading.features[..., :width], *views], -1)
-            sets.append(
-                TrainingSet(joined, [width, *chain.from_iterable(widths)], labels, reading.start, weights=weights)
-            )
-    return sets
+        first, *further = reading.features.split(reading.widths, -1)
+        if reading.start is None:
+            beside.append(first)
+        else:
+            embeddings.append((first, reading.start))
+        beside += further
+    widths = [part.shape[-1] for part in (embeddings[0][0], *beside)]
+    return [
+        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights=weights)
+        for first, text in embeddings
+    ]
 
 
-def _probe_of(
-    classes: Sequence[Class],
-    widths: Sequence[tuple[int, ...]],
-    sets: Sequence[TrainingSet],
-    means: Sequence[Candidate],
-) -> TextProbe:
-    """A probe that adds to the text the mean of these linear functions, one for each of the sets. The parts of its
-    features are divided by the root of their number, see `Head`."""
-    width, root = sets[0].widths[0], math.sqrt(sum(map(len, widths)))
-    probe = TextProbe(classes, widths, width if len(sets) > 1 else 0)
+def _fill(probe: TextProbe, sets: Sequence[TrainingSet], means: Sequence[Candidate]) -> None:
+    """Let a probe add to the text the mean of these linear functions, one for each of the sets. A head divides the
+    parts of its features by the root of their number."""
+    width, root = sets[0].widths[0], math.sqrt(sum(map(len, probe.widths)))
     embeddings = torch.cat([mean.weight[:, :width] for mean in means], 1) / len(means)
     beside = torch.stack([mean.weight for mean in means]).mean(0)[:, width:]
     probe.weight.copy_(torch.cat([embeddings, beside], 1) * root)
     probe.bias.copy_(torch.stack([mean.bias for mean in means]).mean(0))
-    changed = [each.means[:, :width] for each in sets[:-1]]
-    probe.means.copy_(torch.cat([*changed, sets[-1].means], 1) / root)
-    return probe
+    probe.means.copy_(torch.cat([*(each.means[:, :width] for each in sets[:-1]), sets[-1].means], 1) / root)
 
 
 def _set_threshold(

@@ -1,8 +1,8 @@
 """Thresholds: below which score an image belongs to none of the classes, by the scores of images that were left out.
 
-An image is rejected if its `in_distribution_score` is below a threshold that 95 % of the images that were left out
-would exceed if their scores were normally distributed. `REJECT_RATES` are the other shares. Other rules, and validation
-images: see `benchmarks/notes.md`.
+The scores are `in_distribution_score`s, taken to be normally distributed; one in twenty images is refused unless asked
+otherwise. Examples of images of no class reject what is nearer to one of them than to the class means, by a margin.
+Other rules, and validation images: see `benchmarks/notes.md`.
 """
 
 from collections.abc import Mapping
