@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import joined
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import top1
 
 RESULTS = Path(__file__).parent / "results" / "pairs.csv"
@@ -39,7 +39,7 @@ def accuracy(vectors: list[Tensor], labels: Tensor, train: Tensor) -> float:
     """Top-1 of a text probe that reads these encoders (n, E), of which none knows a text, on the other images."""
     classes = int(labels.max()) + 1
     silent = torch.zeros(classes, vectors[0].shape[1]), torch.zeros(classes)
-    readings = [Read(x[None, train], None if i else silent) for i, x in enumerate(vectors)]
+    readings = [ReadingFeatures(x[None, train], None if i else silent) for i, x in enumerate(vectors)]
     probe, _ = fit_on_features([Class(str(c)) for c in range(classes)], labels[train], readings)
     test = torch.ones(len(labels), dtype=torch.bool)
     test[train] = False

@@ -24,7 +24,7 @@ from tuning import GrowingTable
 
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.model.classes import Class
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import top1
 
 COLUMNS = ("set", "seed", "choice", "round", "labelled", "top1")
@@ -67,7 +67,9 @@ def rounds(data: Set, seed: int, choose: Callable[[Round], list[int]]) -> list[t
     of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(len(names))]
     found, rows = [rng.choice(own) for own in of_each], []
     for number in range(ROUNDS + 1):
-        probe, _ = fit_on_features(names, data.train_labels[found], [Read(data.train[None, found], data.text)])
+        probe, _ = fit_on_features(
+            names, data.train_labels[found], [ReadingFeatures(data.train[None, found], data.text)]
+        )
         linear = probe.linear(data.text, names)
         rows.append((number, len(found), top1(F.linear(data.test, *linear), data.labels)))
         known = set(found)

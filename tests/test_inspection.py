@@ -26,7 +26,7 @@ from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.twins import same_pictures
-from dcp_zoo.model.text_probe import Read
+from dcp_zoo.model.text_probe import ReadingFeatures
 from dcp_zoo.zoo.factory import plain_clip
 
 NAME = '<b>cup & "saucer"'
@@ -153,7 +153,7 @@ def test_changed_copies_are_the_same_picture(change):
 
 def judged(features, labels):
     """By the others, where the text says nothing."""
-    return out_of_fold(Read(features[None], (torch.zeros(5, 16), torch.zeros(5))), labels)
+    return out_of_fold(ReadingFeatures(features[None], (torch.zeros(5, 16), torch.zeros(5))), labels)
 
 
 def test_swapped_labels_are_suspected():

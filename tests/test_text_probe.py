@@ -30,7 +30,7 @@ from dcp_zoo.model.text_probe import fit as fitting
 from dcp_zoo.model.text_probe.candidates import STRENGTHS, TEXTS, Family, TrainingSet, families_of, mean_of
 from dcp_zoo.model.text_probe.estimates import text_scale
 from dcp_zoo.model.text_probe.evidence import LeftOut, leave_out_each
-from dcp_zoo.model.text_probe.fit import Read
+from dcp_zoo.model.text_probe.fit import ReadingFeatures
 from dcp_zoo.model.text_probe.probe import NEVER, PENALTIES, TextProbe
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe
@@ -58,7 +58,9 @@ def model(plain):
     """The same with a text probe."""
     with torch.no_grad():
         x, labels = images(12), torch.arange(12) % 3
-        readings = [Read(reading.encode(x)[None], reading.start(), reading.widths) for reading in plain.readings]
+        readings = [
+            ReadingFeatures(reading.encode(x)[None], reading.start(), reading.widths) for reading in plain.readings
+        ]
         plain.text_probe, _ = fitting.fit_on_features(plain.classes, labels, readings)
     plain.text_probe.text_scale.fill_(0.5)
     plain.text_probe.threshold.fill_(torch.finfo(torch.float16).min)
@@ -306,7 +308,7 @@ def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, t
 def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
     x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
     if had_its_own:
-        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.own)
+        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.changed)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
     other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("text_probe.")})
@@ -384,7 +386,7 @@ def test_copies_of_an_image_in_one_group_are_no_evidence():
     """Without groups a copy in another fold tells the class: here of labels that mean nothing."""
     views, labels, (weight, bias) = in_a_cone([6, 6, 6])
     once = labels[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
-    twice = Read(views.repeat(1, 2, 1), (weight, bias))
+    twice = ReadingFeatures(views.repeat(1, 2, 1), (weight, bias))
     fits = [
         fitting.fit_on_features(CLASSES, once.repeat(2), [twice], groups=groups)[0]
         for groups in (None, torch.arange(18).repeat(2))
@@ -466,7 +468,7 @@ def test_candidates_are_weighed_by_what_was_left_out(monkeypatch):
         kept = {tuple(row) for row in each.kept.views.flatten(0, 1).mul(1e4).round().tolist()}
         assert not kept & {tuple(row) for row in each.images.views[0].mul(1e4).round().tolist()}
         assert 0 not in each.images.labels
-    probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
+    probe, info = fitting.fit_on_features(CLASSES, labels, [ReadingFeatures(views, text, widths)])
     scaled = [info["text_scale"] * t for t in text]
     training = TrainingSet(views, widths, labels, scaled)
 
@@ -495,7 +497,7 @@ def test_candidates_are_weighed_by_what_was_left_out(monkeypatch):
     assert info["text_strength"] == pytest.approx(probe.text_scale.item() / info["text_scale"], abs=1e-3)
     monkeypatch.setattr(fitting, "ENOUGH", len(labels) - 1)
     monkeypatch.setattr(fitting, "leave_out_each", Mock(wraps=leave_out_each))
-    fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
+    fitting.fit_on_features(CLASSES, labels, [ReadingFeatures(views, text, widths)])
     (_, (first,)) = fitting.leave_out_each.call_args.args  # of many images the first fold alone
     assert labels[first].tolist() == [1, 1, 2]
 
@@ -510,7 +512,7 @@ def test_families_of_candidates_are_not_fitted_again(monkeypatch):
     assert 0 < len(weights) < 2 * len(TEXTS)
     assert all(each.candidates.keys() == weights.keys() for each in further)
     monkeypatch.setattr(candidates, "LARGE", 10)
-    probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text, widths)])
+    probe, info = fitting.fit_on_features(CLASSES, labels, [ReadingFeatures(views, text, widths)])
     assert info["text_strength"] == 1
     assert probe.weight[:, 24:].any()
 
@@ -520,7 +522,7 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
     zero = torch.zeros(3)
     assert folds.folds(labels) == []  # nothing can be left out
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
-        probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, (text, zero))])
+        probe, info = fitting.fit_on_features(CLASSES, labels, [ReadingFeatures(views, (text, zero))])
         assert (probe.evidence[0].item() == pytest.approx(1 / len(PENALTIES), abs=1e-6)) is equal
         assert probe.evidence.diff().min() >= 0
         assert info["text_strength"] == 0.75  # all of it, and half of it
@@ -549,7 +551,7 @@ def test_gaussian_classes(counts):
 
 def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every_second_class():
     views, labels, text = in_a_cone([10, 10, 10])
-    probe, info = fitting.fit_on_features(CLASSES, labels, [Read(views, text)])
+    probe, info = fitting.fit_on_features(CLASSES, labels, [ReadingFeatures(views, text)])
     scaled = [info["text_scale"] * t for t in text]
     left_out, weights = left_out_of(TrainingSet(views, (24,), labels, scaled))
     logits = [each.logits(weights) for each in left_out]
@@ -573,7 +575,7 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
     assert [*info["like_accepted"].values()] == sorted(info["like_accepted"].values(), reverse=True)
     two = labels < 2
-    of_two = Read(views[:, two], (text[0][:2], text[1][:2]))
+    of_two = ReadingFeatures(views[:, two], (text[0][:2], text[1][:2]))
     assert "like_accepted" not in fitting.fit_on_features(CLASSES[:2], labels[two], [of_two])[1]
 
 
@@ -591,7 +593,9 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
 
     for _ in range(3):
         views = torch.cat([features(labels), features(labels[:corrections], 1 / 2)])[None]
-        probe, _ = fitting.fit_on_features([*map(Class, "abcdefghij")], both, [Read(views, linear)], typical=typical)
+        probe, _ = fitting.fit_on_features(
+            [*map(Class, "abcdefghij")], both, [ReadingFeatures(views, linear)], typical=typical
+        )
         f = features(labels)
         logits = probe(F.linear(f, *linear), f, probe.classes)
         scores = in_distribution_score(logits.numpy(), probe.distance(f, probe.classes).numpy())
@@ -610,7 +614,9 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     views = [train.read_by(reading, 2) for reading in (own, frozen)]
     text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
-    expected, wanted = fitting.fit_on_features(plain.classes, train.labels, [Read(views[1], zero_shot, frozen.widths)])
+    expected, wanted = fitting.fit_on_features(
+        plain.classes, train.labels, [ReadingFeatures(views[1], zero_shot, frozen.widths)]
+    )
     assert not close(with_frozen, views[1])
     x_own, x_frozen = own.encode(x), frozen.encode(x)
     info = fit_probe(plain, train)
@@ -650,7 +656,9 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
 def test_classes_with_the_same_images_are_refused(plain):
     views = F.normalize(torch.ones(2, 6, 8), dim=-1)
     with pytest.raises(ZooError, match="same image features: check that each class has its own images"):
-        fitting.fit_on_features(CLASSES, torch.arange(6) % 3, [Read(views, (torch.eye(3, 8), torch.zeros(3)))])
+        fitting.fit_on_features(
+            CLASSES, torch.arange(6) % 3, [ReadingFeatures(views, (torch.eye(3, 8), torch.zeros(3)))]
+        )
 
 
 def test_images_are_mirrored_where_there_are_no_stored_views(plain):

@@ -12,7 +12,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.model.text_probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
 from dcp_zoo.model.text_probe.estimates import text_scale
 from dcp_zoo.model.text_probe.evidence import leave_out_each, without_evidence
-from dcp_zoo.model.text_probe.fit import Read
+from dcp_zoo.model.text_probe.fit import ReadingFeatures
 from dcp_zoo.model.text_probe.folds import folds, within_class
 
 SURE, PER_CLASS = 20, 3
@@ -51,11 +51,11 @@ class OutOfFold:
         return mean.logits(drawn.text_logits(x), x).argmax(1)
 
 
-def out_of_fold(read: Read, labels: Tensor) -> OutOfFold:
+def out_of_fold(given: ReadingFeatures, labels: Tensor) -> OutOfFold:
     """What the other images say of each, in four folds, of features (1, n, ..) and labels (n,). The only image of a
     class is judged by the text, at no distance."""
-    assert read.start is not None
-    images = TrainingSet(read.features, read.widths, labels, read.start)
+    assert given.start is not None
+    images = TrainingSet(given.features, given.widths, labels, given.start)
     images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels))
     log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
     distances = torch.zeros(len(labels))

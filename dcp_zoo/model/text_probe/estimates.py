@@ -30,17 +30,17 @@ def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int, tole
 
 def lowest_point(slope: Slope, start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
     """`minimum`, of a loss whose value and gradient are given."""
-    found = start.clone().requires_grad_()
+    point = start.clone().requires_grad_()
     options: Values = {"max_iter": max_iter, "tolerance_grad": tolerance_grad, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([found], **options)
+    optimizer = torch.optim.LBFGS([point], **options)
 
     @torch.no_grad()
     def closure() -> Tensor:
-        value, found.grad = slope(found.detach())
+        value, point.grad = slope(point.detach())
         return value
 
     optimizer.step(closure)
-    return found.detach()
+    return point.detach()
 
 
 def text_scale(logits: Tensor, labels: Tensor) -> float:

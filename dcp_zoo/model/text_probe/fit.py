@@ -33,7 +33,7 @@ from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
 from dcp_zoo.model.text_probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
 
 
-class Read(NamedTuple):
+class ReadingFeatures(NamedTuple):
     """The training images as one reading of a head has them, in float32 on the CPU."""
 
     features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's parts
@@ -48,7 +48,7 @@ class Read(NamedTuple):
 def fit_on_features(
     classes: Sequence[Class],
     labels: Tensor,
-    readings: Sequence[Read],
+    readings: Sequence[ReadingFeatures],
     unseen: Linear | None = None,
     weights: Tensor | None = None,
     typical: Tensor | None = None,
@@ -99,7 +99,7 @@ def fit_on_features(
     return probe, info
 
 
-def _training_sets(labels: Tensor, readings: Sequence[Read], weights: Tensor | None) -> list[TrainingSet]:
+def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor | None) -> list[TrainingSet]:
     """For each reading with text, its embedding beside all parts that know no text."""
     embeddings, beside = list[tuple[Tensor, Linear]](), list[Tensor]()
     for reading in readings:
