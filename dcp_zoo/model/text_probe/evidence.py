@@ -62,7 +62,8 @@ def leave_out_each(images: TrainingSet, folds: Sequence[Tensor]) -> tuple[list[L
     families = [family for family, loss in lowest.items() if loss < min(lowest.values()) + HOPELESS]
     left_out = [first, *(leave_out(images, positions, families) for positions in folds[1:])]
     losses = [each.losses() for each in left_out]
-    return left_out, evidence_of({family: sum(of_fold[family] for of_fold in losses) for family in families})
+    none = torch.zeros(())
+    return left_out, evidence_of({family: sum((each[family] for each in losses), none) for family in families})
 
 
 def evidence_of(losses: Mapping[Family, Tensor]) -> Evidence:
