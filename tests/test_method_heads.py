@@ -18,7 +18,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import STATE_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.planning import plan
@@ -150,7 +150,10 @@ def test_classes_of_a_head(clip, photos):
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = fit_head("linear-probe", small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for probe in (None, fit_on_features(fixed.classes, labels, [Read(features[None], fixed.own_linear())])[0]):
+    for probe in (
+        None,
+        fit_on_features(fixed.classes, labels, [ReadingFeatures(features[None], fixed.own_linear())])[0],
+    ):
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):

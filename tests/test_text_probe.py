@@ -1,9 +1,11 @@
 """The text probe: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
 
 import copy
+import doctest
 import json
 import math
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
@@ -26,7 +28,7 @@ from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP, join
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.inputs import Maps
-from dcp_zoo.model.text_probe import Read, TextProbe, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, TextProbe, fit_on_features, folds
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -49,7 +51,9 @@ def built(golden):
     model = copy.deepcopy(plain)
     with torch.no_grad():
         x, labels = images(12), torch.arange(12) % 3
-        readings = [Read(reading.encode(x)[None], reading.start(), reading.widths) for reading in model.readings]
+        readings = [
+            ReadingFeatures(reading.encode(x)[None], reading.start(), reading.widths) for reading in model.readings
+        ]
         model.text_probe, _ = fit_on_features(model.classes, labels, readings)
     model.text_probe.text_scale.fill_(0.5)
     model.text_probe.threshold.fill_(NEVER)
@@ -266,7 +270,7 @@ def test_only_what_logits_do_not_depend_on_is_rounded_in_a_file(model, tmp_path)
 def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
     x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
     if had_its_own:
-        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.own)
+        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.changed)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
     other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("text_probe.")})
@@ -413,13 +417,49 @@ def with_backbone(views: Tensor, labels: Tensor, width: int = 6) -> Tensor:
     return torch.cat([views, F.normalize(means[labels] + noise / 2, dim=-1)], -1)
 
 
+@pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "threshold"])
+def test_worked_examples(part):
+    results = doctest.testmod(import_module(f"dcp_zoo.model.text_probe.{part}"))
+    assert results.attempted > 0 == results.failed
+
+
+def test_no_group_of_images_is_in_two_folds():
+    """And each class keeps an image; if each image is a group, folds are as without groups."""
+    generator = torch.Generator().manual_seed(0)
+    for number in (1, 12, 30):
+        labels, groups = (torch.randint(high, (40,), generator=generator) for high in (5, number))
+        parts = folds.folds(labels, groups)
+        assert bool(parts) == (number > 1)
+        of_parts = [set(groups[part].tolist()) for part in parts]
+        assert sum(map(len, of_parts)) == len(set().union(*of_parts))
+        for part, of_part in zip(parts, of_parts, strict=True):
+            assert sum(group in of_part for group in groups.tolist()) == len(part) > 0
+            kept = torch.isin(torch.arange(40), part, invert=True)
+            assert set(labels[kept].tolist()) == set(labels.tolist())
+        alone = folds.folds(labels, torch.randperm(40, generator=generator) - 7)
+        assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
+
+
+def test_copies_of_an_image_in_one_group_are_no_evidence():
+    """Without groups a copy in another fold tells the class: here of labels that mean nothing."""
+    views, labels, (weight, bias) = in_a_cone([6, 6, 6])
+    once = labels[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
+    twice = ReadingFeatures(views.repeat(1, 2, 1), (weight, bias))
+    fits = [
+        fit_on_features(CLASSES, once.repeat(2), [twice], groups=groups)[0]
+        for groups in (None, torch.arange(18).repeat(2))
+    ]
+    strongest = [probe.evidence[-1].item() for probe in fits]
+    assert strongest[0] > 10 * strongest[1]
+
+
 @pytest.mark.parametrize("counts", [[1, 6, 3], [5, 0, 5], [8, 8, 8], [700, 0, 1400]])
 def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
     """For classes of equal and other sizes, one without images, which is its text, more features than images and fewer,
     and so many images that steps are few and one fold is left out."""
     views, labels, text = in_a_cone(counts, views=2 if sum(counts) < 100 else 1)
     views, widths = with_backbone(views, labels), (12, 6)
-    probe, info = fit_on_features(CLASSES, labels, [Read(views, text, widths)])
+    probe, info = fit_on_features(CLASSES, labels, [ReadingFeatures(views, text, widths)])
     scale = plain_scale(F.linear(views[0, :, :12], *text), labels)
     assert info["text_scale"] == pytest.approx(scale, rel=1e-3)
     scaled = times(scale, text)
@@ -449,7 +489,7 @@ def test_of_many_images_and_classes_only_the_full_text_is_tried():
     views, labels, (weight, bias) = in_a_cone([2] * 130)
     wrong = weight.roll(1, 0), bias
     strengths = [
-        fit_on_features([*map(Class, map(str, range(130)))], labels, [Read(some, wrong)])[1]["text_strength"]
+        fit_on_features([*map(Class, map(str, range(130)))], labels, [ReadingFeatures(some, wrong)])[1]["text_strength"]
         for some in (views, views[:1])
     ]
     assert strengths[0] == 1 > strengths[1]
@@ -459,7 +499,7 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
     views, labels, (weight, _) = in_a_cone([1, 1, 1], 24)
     zero = torch.zeros(3)
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
-        probe, info = fit_on_features(CLASSES, labels, [Read(views, (text, zero))])
+        probe, info = fit_on_features(CLASSES, labels, [ReadingFeatures(views, (text, zero))])
         assert (probe.evidence[0].item() == pytest.approx(1 / len(REGRESSIONS), abs=1e-6)) is equal
         assert probe.evidence.diff().min() >= 0
         assert info["text_strength"] == 0.75  # all of it, and half of it
@@ -468,7 +508,7 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
 
 def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every_second_class():
     views, labels, text = in_a_cone([10, 10, 10], 24)
-    probe, info = fit_on_features(CLASSES, labels, [Read(views, text)])
+    probe, info = fit_on_features(CLASSES, labels, [ReadingFeatures(views, text)])
     scaled = times(info["text_scale"], text)
     evidence = plain_evidence(views, (24,), labels, scaled).weights
     middle = labels == 1  # the first half, without classes 0 and 2, would leave a single class
@@ -480,7 +520,7 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
     assert [*info["like_accepted"].values()] == sorted(info["like_accepted"].values(), reverse=True)
     two = labels < 2
-    of_two = Read(views[:, two], (text[0][:2], text[1][:2]))
+    of_two = ReadingFeatures(views[:, two], (text[0][:2], text[1][:2]))
     assert "like_accepted" not in fit_on_features(CLASSES[:2], labels[two], [of_two])[1]
 
 
@@ -498,7 +538,7 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
 
     for _ in range(2):
         views = torch.cat([features(labels), features(labels[:corrections], 1 / 2)])[None]
-        probe, _ = fit_on_features([*map(Class, "abcdefghij")], both, [Read(views, linear)], typical=typical)
+        probe, _ = fit_on_features([*map(Class, "abcdefghij")], both, [ReadingFeatures(views, linear)], typical=typical)
         f = features(labels.repeat(2))
         scores = score(probe(F.linear(f, *linear), f, probe.classes), probe.distance(f, probe.classes))
         refused.append(float((scores < probe.threshold).float().mean()))
@@ -516,7 +556,9 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     views = [train.read_by(reading, 2) for reading in (own, frozen)]
     text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
-    expected, wanted = fit_on_features(plain.classes, train.labels, [Read(views[1], zero_shot, frozen.widths)])
+    expected, wanted = fit_on_features(
+        plain.classes, train.labels, [ReadingFeatures(views[1], zero_shot, frozen.widths)]
+    )
     assert not close(with_frozen, views[1])
     x_own, x_frozen = own.encode(x), frozen.encode(x)
     info = fit_probe(plain, train)
