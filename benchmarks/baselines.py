@@ -39,8 +39,7 @@ from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.inputs import Features
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.text_probe.estimates import class_means
-from dcp_zoo.model.text_probe.fit import text_scale
+from dcp_zoo.model.text_probe.estimates import class_means, text_scale
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task

@@ -35,7 +35,7 @@ from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, 
 from dcp_zoo.inspection.look import look
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -108,9 +108,9 @@ class Images:
         own = [(self.labels == label).nonzero().flatten().tolist() for label in range(len(self.split.classnames))]
         return [i for rows in own for i in rng.sample(rows, each)]
 
-    def read(self, kept: Sequence[int]) -> Read:
+    def read(self, kept: Sequence[int]) -> ReadingFeatures:
         """Some of the training images."""
-        return Read(self.train[None, kept], self.text, self.widths)
+        return ReadingFeatures(self.train[None, kept], self.text, self.widths)
 
     def top1(self, kept: list[int], labels: Tensor | None = None, tested: list[int] | None = None) -> float:
         """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
@@ -209,7 +209,7 @@ def strangers(images: Images, others: Images, seed: int) -> Measured:
     planted = rng.sample(range(len(others.labels)), max(2, round(SWAPPED * len(rows))))
     parts = torch.cat([images.train[rows], others.train[planted]])
     labels = torch.cat([images.labels[rows], torch.tensor([rng.randrange(classes) for _ in planted])])
-    judged = out_of_fold(Read(parts[None], images.text, images.widths), labels)
+    judged = out_of_fold(ReadingFeatures(parts[None], images.text, images.widths), labels)
     found = of_no_class(judged.log_probabilities, judged.distances, labels)
     right = sum(i >= len(rows) for i in found)
     yield "images", len(rows)

@@ -33,7 +33,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
 from dcp_zoo.model.clip import FrozenCLIP, joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
@@ -108,7 +108,7 @@ def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, second
     views, started = probe_views(train), time.process_time()
     starts = on_cpu(head.own_linear()), on_cpu(head.zero_shot_linear())
     pairs = zip(head.readings, starts, strict=False)
-    readings = [Read(train.read_by(reading, views), start, reading.widths) for reading, start in pairs]
+    readings = [ReadingFeatures(train.read_by(reading, views), start, reading.widths) for reading, start in pairs]
     for name, count in (("own", 1), ("both", 2)) if len(readings) > 1 else (("both", 1),):
         read, unseen = readings[:count], starts[1] if name == "both" else None
         head.text_probe, _ = fit_on_features(head.classes, train.labels, read, unseen)

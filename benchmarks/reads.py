@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.model.classes import Class
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 
 IMAGES, DRAWS = (1, 2, 4, 8, 16), (1, 2, 3)
@@ -46,7 +46,7 @@ class Known:
         text = self.text[classes], torch.zeros(len(classes))
         labels = torch.tensor([classes.index(label) for label in self.labels[rows].tolist()])
         named = [Class(str(label)) for label in classes]
-        probe, _ = fit_on_features(named, labels, [Read(self.train[:, rows], text, self.widths)])
+        probe, _ = fit_on_features(named, labels, [ReadingFeatures(self.train[:, rows], text, self.widths)])
         f, start = self.test[0] / len(self.widths) ** 0.5, F.linear(self.test[0, :, : self.widths[0]], *text)
         return probe(start, f, named), probe.distance(f, named)
 

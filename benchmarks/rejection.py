@@ -39,7 +39,8 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.model.classes import Class
-from dcp_zoo.model.text_probe.fit import Read, fit_on_features, within_class
+from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
+from dcp_zoo.model.text_probe.folds import within_class
 from dcp_zoo.model.text_probe.probe import nearest
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
@@ -112,7 +113,7 @@ def fitted(
     views = own.train[:, rows] * len(own.widths) ** 0.5
     named = [Class(own.names[label]) for label in classes]
     none = own.train[0, examples] * len(own.widths) ** 0.5 if examples else None
-    return fit_on_features(named, labels, [Read(views, text, own.widths)], examples=none)
+    return fit_on_features(named, labels, [ReadingFeatures(views, text, own.widths)], examples=none)
 
 
 def whole(own: Any, classes: Sequence[int]) -> Linear:

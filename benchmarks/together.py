@@ -47,7 +47,7 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.progress import no_progress
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.clip import Linear
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.prediction import together as rule
 from dcp_zoo.prediction.together import together
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
@@ -298,7 +298,7 @@ def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple
     of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(classes)]
     rows = [row for own in of_each for row in rng.sample(own, min(images, len(own)))]
     x, y = data.train[rows], data.train_labels[rows]
-    probe, _ = fit_on_features([Class(str(i)) for i in range(classes)], y, [Read(x[None], data.text)])
+    probe, _ = fit_on_features([Class(str(i)) for i in range(classes)], y, [ReadingFeatures(x[None], data.text)])
     weight, bias = probe.linear(data.text, probe.classes)
     means = F.normalize(torch.stack([x[y == label].mean(0) for label in range(classes)]), dim=1)
     for composition in COMPOSITIONS:

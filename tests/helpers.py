@@ -39,7 +39,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
@@ -95,7 +95,7 @@ def rejecting(head: Any) -> tuple[Any, list[bool]]:
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = fit_on_features(head.classes, labels, [Read(views, head.own_linear())])[0]
+    head.text_probe = fit_on_features(head.classes, labels, [ReadingFeatures(views, head.own_linear())])[0]
     head.text_probe.threshold.copy_(in_distribution(head, images[:2]).mean())
     before = [name is None for name in head.predict(images, True)]
     last = max(i for i, is_rejected in enumerate(before) if not is_rejected)

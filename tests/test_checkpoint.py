@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import is_typeddict
 
 import pytest
-import timm
 import torch
 from helpers import close, write_weights
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError, create_model, load_head
 from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import LOCK, locked, write_file
-from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
 from dcp_zoo.model.classes import class_texts
 from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
@@ -41,8 +38,7 @@ def folder(mini, tmp_path):
     return mini.save_pretrained(tmp_path / "head", dataset="animals", shots=2, seed=1)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize("with_stats", [True, False])
+@pytest.mark.parametrize(("coupling", "with_stats"), zip(COUPLINGS, (True, False), strict=True))
 @torch.no_grad()
 def test_round_trip(tmp_path, coupling, with_stats):
     args = {"n_ctx": 3, "depth": 2, "pooling": "max", "share_cmpa": False, "coupling": coupling}
@@ -56,13 +52,6 @@ def test_round_trip(tmp_path, coupling, with_stats):
     assert torch.allclose(again(IMAGES), model(IMAGES), atol=1e-5)
     again.save_pretrained(tmp_path / "twice", dtype=torch.float32)
     assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "config.json").read_text()
-
-
-@torch.no_grad()
-def test_timm_reads_the_folder(folder, mini):
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert model.classnames == NAMES
-    assert torch.allclose(model(IMAGES), mini(IMAGES), rtol=0, atol=1e-4)
 
 
 def test_only_registered_heads_have_a_tag(folder, tmp_path):
@@ -145,21 +134,11 @@ def test_the_weights_of_another_head_are_refused(folder):
         create_model(f"local-dir:{folder}", True)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "classes HEAD --remove ant",
-        "classes HEAD --rename ant bee",
-        "classes HEAD --add bee .",
-    ],
-)
-def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, monkeypatch, command):
-    monkeypatch.chdir(folder.parent)
-    Image.new("RGB", (9, 9)).save("bee.png")
-    command = [*command.replace("HEAD", str(folder)).split(), "--output", folder, "--overwrite"]
+def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, monkeypatch):
     monkeypatch.setattr("dcp_zoo.model.checkpoint.SAVE_SECONDS", 0.1)
+    command = ("classes", folder, "--remove", "ant", "--output", folder, "--overwrite")
     with locked(folder / LOCK):
-        assert f"Another process trains or saves a head in {folder.name}: wait" in run.refused(*command)
+        assert f"Another process trains or saves a head in {folder}: wait" in run.refused(*command)
         with pytest.raises(ZooError, match="Another process trains or saves a head"):
             mini.save_pretrained(folder)
     mini.save_pretrained(folder)
@@ -180,7 +159,7 @@ def test_a_link_is_written_through_and_no_device_is_replaced(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+@pytest.mark.parametrize("umask", [0o002, 0o077])
 def test_modes_are_the_users(mini, tmp_path, umask):
     """New files as the umask says, also in a folder with names of the longest kind; replaced ones keep theirs."""
     before = os.umask(umask)
@@ -218,9 +197,7 @@ def change(folder, **tensors):
     [
         ({"prompts.text": None}, "missing: prompts.text"),
         ({"prompts.extra": torch.ones(2)}, "not expected: prompts.extra"),
-        ({"prompts.text": torch.ones(4, 64)}, rf"prompts.text \(4, 64\) instead of \(4, {DT}\)"),
         ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
-        ({"prompts.text": torch.full((4, DT), float("inf"))}, "damaged: NaN or infinity in prompts.text"),
         ({"prompts.text": torch.zeros(4, DT).fill_diagonal_(float("nan"))}, "damaged: NaN or infinity in prompts.text"),
         ({"context": torch.full((5, 4, 256), -1e30)}, r"in context, or numbers beyond 1e\+15"),
     ],
@@ -237,27 +214,16 @@ def test_the_scale_of_text_is_not_negative(folder):
         read_tensors(folder, read_config(folder)["weights_sha256"])
 
 
-def test_head_of_another_architecture(folder):
-    with skip_init():
-        model = create_model("dcp_vitb32", classnames=NAMES, n_ctx=4)
-    with pytest.raises(ZooError, match="does not fit dcp_vitb32"):
-        load_head(model, folder)
+def test_what_contradicts_a_head_is_refused(folder):
     with pytest.raises(ZooError, match="not expected: cmpa.0.to_text"):
         load_head(create_model("dcp_mini", classnames=NAMES, n_ctx=4, coupling="text_to_vision"), folder)
-
-
-def test_arguments_that_contradict_the_head(folder):
     with pytest.raises(ZooError, match="n_ctx=4, not 8"):
         create_model(f"local-dir:{folder}", True, n_ctx=8)
-    assert create_model(f"local-dir:{folder}", True, n_ctx=4).config.n_ctx == 4
+    model = create_model(f"local-dir:{folder}", True, n_ctx=4, classnames=["cup", "plate"])
+    assert (model.config.n_ctx, model.classnames, model.num_classes) == (4, ["cup", "plate"], 2)
 
 
-def test_new_class_names_for_a_head(folder):
-    model = create_model(f"local-dir:{folder}", True, classnames=["cup", "plate"])
-    assert (model.classnames, model.num_classes) == (["cup", "plate"], 2)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200, 5000])
+@pytest.mark.parametrize("keep", [0, 5, 5000])
 def test_truncated_file(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -271,11 +237,9 @@ def test_truncated_file(folder, keep):
         (lambda c: "{", "damaged"),
         (lambda c: "[]", "damaged"),
         (lambda c: json.dumps({**c, "dcp": {}}), "dcp.format_version is missing; dcp.clip is missing"),
-        (lambda c: json.dumps({**c, "model_args": {}}), "model_args.n_ctx must be an integer, not None"),
         (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "model_args.heat is none of n_ctx"),
         (lambda c: json.dumps({**c, "label_names": []}), "label_names is empty"),
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
-        (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
         (
             lambda c: json.dumps({"dcp": {"format_version": 99}}),
             "dcp.format_version must be 4, not 99.*upgrade dcp_zoo",
@@ -324,50 +288,31 @@ def fields(kind, prefix=""):
 
 
 @pytest.mark.parametrize("field", [*fields(HeadConfig), *fields(DCPConfig, "model_args.")])
-def test_a_field_of_the_wrong_type_is_named(folder, run, field):
-    """Every wrong value; and by everything that reads a head, all by one reader. None ends in a traceback."""
+def test_a_field_of_the_wrong_type_is_named(folder, field):
+    """Every wrong value, by the one reader of all doors. None ends in a traceback."""
     path = folder / "config.json"
     good = path.read_text()
-    wrong = [value for kind, value in WRONG.items() if kind not in RIGHT.get(field, ())]
-
-    def write(value):
+    for kind, value in WRONG.items():
+        if kind in RIGHT.get(field, ()):
+            continue
         config = place = json.loads(good)
         *outer, last = field.split(".")
         for name in outer:
             place = place.setdefault(name, {})
         place[last] = value
         path.write_text(json.dumps(config))
-
-    for value in wrong:
-        write(value)
         with pytest.raises(ZooError, match=rf"config\.json: .*{field}"):
             create_model(f"local-dir:{folder}", True)
-    commands = ["info", folder], ["eval", "--head", folder], ["predict", "--sample", "--head", folder]
-    for command, value in zip(commands, wrong, strict=False):
-        write(value)
-        assert field in run.refused(*command)
-    with pytest.raises(ZooError, match=rf"config\.json: .*{field}"):
-        FewShotClassifier.load(folder)
 
 
-def test_odd_values_of_the_right_types(folder, run, tmp_path):
-    """Work, or are refused with a reason."""
-    config = json.loads((folder / "config.json").read_text())
-    config["dcp"] |= {
-        **{"dataset": "folder", "shots": 2**62, "seed": 2**62, "test_share": 1, "extra": {"field": [None]}},
-        **{"classifier": {}, "recipe": {}, "metrics": {"top1": 100}, "test_images": 2**62, "labels": [["emu", 1]]},
-        **{"class_images": {"ant": None, "bee": 2**62}, "descriptions": {}, "not_measured": ""},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in NAMES:
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name / "0.png")
-    assert "95 % interval" in run.ok("info", folder)
-    assert json.loads(run.ok("info", folder, "--json"))["head"] == str(folder)
-    run.ok("predict", "--sample", "--head", folder)
-    run.ok("eval", "--head", folder, "--data-root", tmp_path / "photos")
-    assert "has no text probe" in run.refused("predict", "--sample", "--head", folder, "--reject")
-    with pytest.raises(ZooError, match="No label is stored for ant, wild_cat"):
+def test_every_door_reads_a_config_by_one_reader(folder, run):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["dcp"]["shots"] = "two"
+    path.write_text(json.dumps(config))
+    for command in (["info", folder], ["eval", "--head", folder], ["predict", "--sample", "--head", folder]):
+        assert "dcp.shots" in run.refused(*command)
+    with pytest.raises(ZooError, match=r"config\.json: .*dcp.shots"):
         FewShotClassifier.load(folder)
 
 
@@ -382,23 +327,9 @@ def test_what_cannot_be_read_is_not_saved(mini, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_each_thing_is_stored_once(folder):
-    config = json.loads((folder / "config.json").read_text())
-    assert config["dcp"]["format_version"] == 4
-    assert not config["dcp"].keys() & config["model_args"].keys()
-    assert not config["pretrained_cfg"].keys() & config.keys()
-
-
 def test_folder_that_is_not_a_checkpoint(tmp_path, folder):
     with pytest.raises(ZooError, match=r"no config\.json"):
         create_model(f"local-dir:{tmp_path / 'nothing'}", True)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ZooError, match=r"no model\.safetensors"):
         create_model(f"local-dir:{folder}", True)
-
-
-def test_a_custom_clip(tiny_clip, tmp_path):
-    model = DCP(tiny_clip, NAMES, n_ctx=3)
-    model.save_pretrained(tmp_path)
-    again = load_head(DCP(tiny_clip, NAMES, n_ctx=3), tmp_path)
-    assert torch.equal(again.prompts["text"], model.prompts["text"])

@@ -14,13 +14,11 @@ from test_baselines import TEMPLATE, pixels
 from test_method_heads import load, small
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError
-from dcp_zoo.data import Item, classnames
+from dcp_zoo.data import Item
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.classes import Class
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.text_probe.probe import PENALTIES
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source
@@ -64,7 +62,7 @@ def fitted(kind, clip, items, names=NAMES):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["text-probe", "prolip", "dcp", "prompts"])
+@pytest.mark.parametrize("kind", ["text-probe", "dcp", "prompts"])
 def test_classes_with_the_same_name_stay_apart(kind, clip, pictures, tmp_path):
     head = fitted(kind, clip, pictures[:20])
     x, labels, new = (
@@ -107,16 +105,6 @@ def test_classes_with_the_same_name_stay_apart(kind, clip, pictures, tmp_path):
 
 
 @torch.no_grad()
-def test_one_of_two_classes_gets_other_images(clip, pictures):
-    head, x = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[:20]))
-    before, new = head(x), pixels(image_source(clip, pictures[20:]))
-    head.add_class(1, new)
-    assert head.classnames == NAMES
-    assert close(head(x)[:, [0, 2, 3]], before[:, [0, 2, 3]])
-    assert head(new).argmax(1).tolist() == [1] * 5
-
-
-@torch.no_grad()
 def test_images_of_a_new_class_are_encoded_a_few_at_a_time(clip, pictures):
     whole, x = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
     many, sizes = x.repeat(14, 1, 1, 1), []
@@ -146,40 +134,10 @@ def test_a_classifier_of_classes_with_the_same_name(pictures, tmp_path):
 
 
 @torch.no_grad()
-def test_new_classes_beside_imagenets(clip, photos):
-    """Its list has two pairs of classes with the same name."""
-    names, x = classnames("imagenet"), pixels(image_source(clip, photos))
-    assert (len(names), len(set(names)), names[-2:]) == (1000, 998, ["corn cob", "toilet paper"])
-    torch.manual_seed(0)
-    head = LinearHead(clip, names, torch.randn(1000, clip.num_features), torch.zeros(1000), texts=TEMPLATE)
-    head.text_probe = head._probe_of(head.classes, sum(clip.widths))
-    head.text_probe.weight.normal_()
-    head.text_probe.means.normal_()
-    head.text_probe.evidence.fill_(1 / len(PENALTIES))
-    before = head(x)
-    head.add_class("zebra crossing", x[:3])
-    assert close(head(x)[:, :1000], before, 1e-6)
-    head.remove_class("zebra crossing")
-    assert close(head(x), before, 1e-6)
-    head.remove_class("tench")
-    assert close(head(x), before[:, 1:], 1e-6)
-    with pytest.raises(ZooError, match="2 classes are named missile"):
-        head.remove_class("missile")
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("method", "classifier"),
-    [
-        *(("zero-shot", c) for c in ("none", "text-probe")),
-        *(("prolip", c) for c in ("none", "text-probe")),
-        *(("clip-lora", c) for c in ("none", "text-probe")),
-        *(("coop", c) for c in ("none", "text-probe")),
-        *(("maple", c) for c in ("none", "text-probe")),
-        *(("dcp", c) for c in ("none", "text-probe")),
-        ("linear-probe", "none"),
-        ("tip-adapter", "none"),
-    ],
+    [(name, "text-probe") for name in ("prolip", "coop", "dcp")]
+    + [(name, "none") for name in ("zero-shot", "clip-lora", "maple", "linear-probe", "tip-adapter")],
 )
 def test_another_name_changes_no_logits(method, classifier, clip, photos, tmp_path):
     """Of no kind of head, also of those that read two towers, now, from a checkpoint, and with more classes later."""
@@ -247,19 +205,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(clip, pictures, tmp_path
 
 
 @torch.no_grad()
-def test_the_tensors_of_a_checkpoint_are_those_of_its_classes(clip, photos, tmp_path):
-    """Whatever the order in which a head has them that loads it."""
-    given = small("zero-shot", clip, photos)
-    head, x = fit_head("zero-shot", given), pixels(given.val)
-    folder = head.save_pretrained(tmp_path)
-    other = LinearHead(clip, head.classnames[::-1], torch.zeros_like(head.weight), torch.zeros(3), texts=TEMPLATE)
-    assert close(load_head(other, folder)(x), head(x).flip(1))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_class_is_added_in_half_precision(dtype, clip, pictures):
+def test_a_class_is_added_in_half_precision(clip, pictures):
     """Fitted in float32: the length of the new row agrees."""
+    dtype = torch.float16
     head, new = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
     half = copy.deepcopy(head).to(dtype)
     head.add_class("new", new)

@@ -5,7 +5,6 @@ import errno
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -195,8 +194,6 @@ def test_a_clip_of_a_field(repo, uploads, flowers, run, tmp_path, monkeypatch):
 
 REPAIRS = {  # of a description of the same weights
     "activation": {"model_cfg": {"quick_gelu": True}},
-    "heads": {"model_cfg": {"vision_cfg": {"head_width": 16}}},
-    "epsilon": {"model_cfg": {"vision_cfg": {"norm_kwargs": {"eps": 0.1}}}},
     "pooling": {"model_cfg": {"vision_cfg": {"pool_type": "avg"}}},
     "pixels": {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}},
 }
@@ -275,15 +272,6 @@ def test_a_lost_connection_goes_on_where_it_was(uploads, large, tmp_path):
     (file,) = tmp_path.glob(f"cache/*/snapshots/*/{hub.CLIP_WEIGHTS_NAME}")
     assert file.read_bytes() == large
     assert [int(wanted[6:-1]) > 2**20 for wanted in uploads.ranges] == [True]
-
-
-def test_a_renamed_repo_is_followed(uploads, large, run, tmp_path):
-    """Its weights are none, which is said with what removes them."""
-    uploads.renamed, uploads.repos["new/name"] = {CLIP: "new/name"}, uploads.repos.pop(CLIP)
-    assert f"hf cache rm model/{CLIP}, and try again" in run.refused("info", "small", "--check")
-    shutil.rmtree(tmp_path / "cache" / f"models--{CLIP.replace('/', '--')}")  # as that does
-    uploads.renamed = {}
-    assert f"has no repo {CLIP}" in run.refused("info", "small", "--check")
 
 
 def test_what_stops_a_download_is_said(uploads, large, run, monkeypatch):

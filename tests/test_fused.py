@@ -30,8 +30,7 @@ def model(tiny_clip) -> DCP:
     return with_stats(DCP(tiny_clip, NAMES, n_ctx=3, depth=2))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 99])
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize(("coupling", "depth"), zip(COUPLINGS, [1, 99], strict=True))
 @torch.no_grad()
 def test_same_logits(tiny_clip, coupling, depth):
     model = with_stats(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, share_cmpa=False))
@@ -44,12 +43,8 @@ def test_same_logits(tiny_clip, coupling, depth):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"vision_cfg": {"layers": 6}},
-        {"text_cfg": {"layers": 6}},
-        {"vision_cfg": {"ls_init_value": 0.3}},
-        {"vision_cfg": {"no_ln_pre": True}},
-        {"quick_gelu": False},
-        {"init_logit_bias": -3.0},
+        {"vision_cfg": {"layers": 6, "ls_init_value": 0.3}, "quick_gelu": False},
+        {"text_cfg": {"layers": 6}, "vision_cfg": {"no_ln_pre": True}, "init_logit_bias": -3.0},
     ],
 )
 @torch.no_grad()
@@ -113,7 +108,7 @@ def test_pickles(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.scripts)])
 def test_compiles_as_a_full_graph(golden, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
@@ -131,17 +126,7 @@ def test_exports_with_a_dynamic_batch(model):
         assert close(program.module()(IMAGES[:n]), fused(IMAGES[:n]))
 
 
-@pytest.mark.filterwarnings("ignore")
-@torch.no_grad()
-def test_quantises(model):
-    fused = model.fuse()
-    quantised = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8)
-    block = quantised.visual.transformer.resblocks[0]
-    assert all(type(layer) is not nn.Linear for layer in (block.mlp.c_fc, block.attn.out_proj))
-    assert close(quantised(IMAGES), fused(IMAGES), 0.1)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @torch.no_grad()
 def test_moves_to_other_dtypes(model, dtype):
     logits = model(IMAGES)

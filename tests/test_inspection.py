@@ -22,7 +22,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look, same_pictures
-from dcp_zoo.model.text_probe import Read
+from dcp_zoo.model.text_probe import ReadingFeatures
 from dcp_zoo.zoo.factory import plain_clip
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -121,7 +121,7 @@ def test_changed_copies_are_the_same_picture(change):
 
 def judged(features, labels):
     """By the others, where the text says nothing."""
-    return out_of_fold(Read(features[None], (torch.zeros(5, 16), torch.zeros(5))), labels)
+    return out_of_fold(ReadingFeatures(features[None], (torch.zeros(5, 16), torch.zeros(5))), labels)
 
 
 def test_swapped_labels_are_suspected():

@@ -18,7 +18,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import STATE_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.text_probe import Read, fit_on_features
+from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.planning import plan
@@ -28,7 +28,6 @@ from dcp_zoo.zoo.factory import create_model, trained_head
 from dcp_zoo.zoo.resolve import Source
 
 NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
-PROMPTED = ["coop", "vpt-deep", "maple", "promptsrc"]
 FAST = {"epochs": 2, "steps": 2}
 
 
@@ -61,19 +60,6 @@ def test_a_loaded_head_gives_the_same_logits(method, clip, photos, tmp_path):
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.abilities.transfers])
-def test_a_loaded_head_reads_new_names(method, clip, photos, tmp_path):
-    given = small(method, clip, photos)
-    head, x = fit_head(method, given), pixels(given.val)
-    loaded = load(clip, head.save_pretrained(tmp_path))
-    with torch.no_grad():
-        before = head(x)
-        for each in (head, loaded):
-            each.set_classnames(["zebra", *NAMES])
-        assert close(loaded(x), head(x))
-        assert close(loaded(x)[:, 1:], before)
-
-
 @pytest.mark.parametrize("method", NONLINEAR)
 def test_a_head_that_keeps_its_images_is_not_linear(method, clip, photos, tmp_path):
     """It predicts, but cannot be fused, exported or followed by a text probe."""
@@ -87,24 +73,12 @@ def test_a_head_that_keeps_its_images_is_not_linear(method, clip, photos, tmp_pa
     assert head.predict(x) == [NAMES[i] for i in head(x).argmax(-1)]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in NONLINEAR])
-def test_the_table_says_which_methods_fit_the_classifier(method, clip, photos):
-    head = fit_head(method, small(method, clip, photos))
-    assert head.abilities == METHODS[method].abilities
-    is_fitted = False
-    if isinstance(head, LinearHead) and not head.changed:  # or are its logits still scaled cosines?
-        lengths, scale = head.weight.norm(dim=-1), head.encoder.clip.logit_scale.exp()
-        is_fitted = not torch.allclose(lengths, scale, rtol=0.01)
-    assert head.abilities.fitted == (is_fitted or method == "ss-text")  # whose weights are of unit length
-
-
-@pytest.mark.parametrize("steps", [2, 3])  # the end of an epoch, and the middle of one
-@pytest.mark.parametrize("method", PROMPTED)
+@pytest.mark.parametrize(("method", "steps"), [("coop", 2), ("maple", 3), ("promptsrc", 2), ("promptsrc", 3)])
 def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, photos, tmp_path):
     """Three epochs of two steps; the state of PromptSRC has its average over the epochs, too."""
 
     def fit(**options):
-        given = task(method, clip, photos, augment="crop-flip")
+        given = task(method, clip, photos, augment="crop-flip", epochs=3)
         crops = image_source(clip, photos[:9], "crop-flip")
         return fit_head(method, replace(given, train=crops, training=options))._trained_state()
 
@@ -143,7 +117,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "clip-svd", "prolip", "maple"])
+@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "maple"])
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = fit_head(method, given), fit_head(method, small(method, clip, photos))
@@ -157,20 +131,6 @@ def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
         loaded = load(clip, head.save_pretrained(tmp_path, torch.float32))
         assert close(loaded(x), head(x), 1e-4)
         assert close(loaded.frozen.encode_image(x), clip.encode_image(x), 1e-5)
-
-
-@torch.no_grad()
-def test_a_head_with_a_probe_takes_new_classes(clip, photos, tmp_path):
-    given = small("zero-shot", clip, photos, classifier="text-probe")
-    head, x = fit_head("zero-shot", given), pixels(given.val)
-    head.save_pretrained(tmp_path)
-    loaded = load(clip, tmp_path)
-    assert torch.equal(loaded(x), head(x))
-    assert close(loaded.fuse()(x), head(x))
-    before = head(x)
-    head.add_class("zebra", x[:2])
-    assert head.classnames[-1] == "zebra"
-    assert close(head(x)[:, :-1], before)
 
 
 def test_a_checkpoint_holds_a_text_tower_only_if_names_are_read(clip, photos, tmp_path):
@@ -190,7 +150,10 @@ def test_classes_of_a_head(clip, photos):
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = fit_head("linear-probe", small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for probe in (None, fit_on_features(fixed.classes, labels, [Read(features[None], fixed.own_linear())])[0]):
+    for probe in (
+        None,
+        fit_on_features(fixed.classes, labels, [ReadingFeatures(features[None], fixed.own_linear())])[0],
+    ):
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):

@@ -1,22 +1,17 @@
 """The model: prompt statistics, CLIPs of other shapes, what is trained, and what is rejected."""
 
-import itertools
-
 import open_clip
 import pytest
 import reference
 import torch
-from helpers import Count, close, gradients, loud
+from helpers import Count, close, loud
 from shared import build_tiny_clip
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.model import clip as model_clip
 from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
-from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.towers import vision_tower
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -27,14 +22,14 @@ def model(request, tiny_clip) -> DCP:
     return loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling=request.param)).eval()
 
 
-@pytest.mark.parametrize(
-    ("coupling", "pooling", "share_cmpa"), list(itertools.product(COUPLINGS, POOLINGS, [True, False]))
-)
+CASES = [("bidirectional", "max", True), ("text_to_vision", "first", False), ("bidirectional", "mean", False)]
+
+
+@pytest.mark.parametrize(("coupling", "pooling", "share_cmpa"), CASES)
 @torch.no_grad()
 def test_fast_equals_plain(tiny_clip, coupling, pooling, share_cmpa):
-    model = loud(
-        DCP(tiny_clip, NAMES, n_ctx=3, depth=9, coupling=coupling, pooling=pooling, share_cmpa=share_cmpa)
-    ).eval()
+    options = {"coupling": coupling, "pooling": pooling, "share_cmpa": share_cmpa}
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=9, **options)).eval()
     assert close(model(IMAGES), reference.forward(model, IMAGES))
 
 
@@ -48,30 +43,6 @@ def test_towers_of_unequal_depth(golden, vision, text):
 
 
 @torch.no_grad()
-def test_hybrid_patch_embedding(golden, tiny_clip):
-    tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3)).eval()
-    assert close(model(IMAGES), reference.forward(model, IMAGES))
-
-
-@torch.no_grad()
-def test_custom_text_clip(golden):
-    torch.manual_seed(0)
-    clip = open_clip.CustomTextCLIP(**golden["clip"]).eval()
-    model = loud(DCP(clip, NAMES, n_ctx=3)).eval()
-    assert close(model(IMAGES), reference.forward(model, IMAGES))
-
-
-def test_gradients_fast_equal_plain_with_checkpointing(tiny_clip):
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3)).train()
-    expected = gradients(model, reference.forward(model, IMAGES))
-    model.set_grad_checkpointing(True)
-    found = gradients(model, model(IMAGES))
-    for name, gradient in expected.items():
-        assert close(found[name], gradient, 1e-4), name
-
-
-@torch.no_grad()
 def test_calibrated_logits_do_not_depend_on_the_batch(model):
     model.store_stats(IMAGES)
     assert model.stats == "stored"
@@ -79,11 +50,6 @@ def test_calibrated_logits_do_not_depend_on_the_batch(model):
     assert close(model(IMAGES[order]), together[order])
     assert close(torch.cat([model(image[None]) for image in IMAGES]), together)
     assert close(model(torch.cat([IMAGES, IMAGES * 3]))[:5], together)
-
-
-@torch.no_grad()
-def test_batch_logits_do_depend_on_it(model):
-    assert not close(model(IMAGES[:1]), model(IMAGES)[:1], 1e-3)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -114,15 +80,6 @@ def test_encoders_give_the_logits(model):
         )
 
 
-@torch.no_grad()
-def test_new_class_names_keep_the_prompts(model):
-    model.store_stats(IMAGES)
-    before = model(IMAGES)
-    model.set_classnames([*NAMES[::-1], "zebra"])
-    assert model.num_classes == 6
-    assert close(model(IMAGES)[:, :5], before.flip(1))
-
-
 def test_only_prompts_and_cmpa_train(tiny_clip):
     """With no backward pass through the patch embedding."""
     model, seen = DCP(tiny_clip, NAMES).train(), []
@@ -144,29 +101,18 @@ def test_text_prompts_start_from_a_phrase_only_if_it_fits(tiny_clip):
     assert 0.015 < sixteen.std() < 0.025
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-@torch.no_grad()
-def test_autocast(model, precision):
-    expected = model(IMAGES)
-    with torch.autocast("cpu", precision):
-        found = model(IMAGES).float()
-    assert found.isfinite().all()
-    assert close(found, expected, 0.1)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"coupling": "both"}, "bidirectional or text_to_vision"),
         ({"pooling": "median"}, "mean or max or first"),
         ({"n_ctx": 0}, "n_ctx must be at least 1, not 0"),
-        ({"depth": 0}, "depth must be at least 1"),
         ({"classnames": []}, "must not be empty"),
         ({"classnames": ["ant", " "]}, "must not be empty"),
         ({"classnames": ["ant", "None of these"]}, "'None of these' is a reserved name"),
         ({"classnames": "ant"}, "must be a list"),
+        ({"dept": 2}, "dept is none of n_ctx, depth, pooling"),
         ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten it"),
-        ({"classnames": ["ant", "very " * 500 + "long"]}, "shorten it"),
         ({"classnames": ["a " * 55], "n_ctx": 32}, "fewer prompt tokens"),
     ],
 )
@@ -182,11 +128,6 @@ def test_statistics_that_there_are_not_are_refused(tiny_clip, stats, message):
         model.stats = stats
 
 
-def test_a_list_without_a_template_is_refused(tiny_clip):
-    with pytest.raises(ZooError, match="no template for class names"):
-        PromptHead(FrozenCLIP(tiny_clip), NAMES, texts=[])
-
-
 def test_warning_for_repeated_names(tiny_clip):
     with pytest.warns(UserWarning, match="'wild cat', 'wild_cat'. They stay classes of their own, which share"):
         DCP(tiny_clip, ["ant", "wild_cat", "wild cat"])
@@ -196,15 +137,6 @@ def test_options_as_a_config_and_one_by_one(tiny_clip):
     config = DCPConfig(n_ctx=3, depth=2)
     assert DCP(tiny_clip, NAMES, config).config == DCP(tiny_clip, NAMES, n_ctx=3, depth=2).config == config
     assert DCP(tiny_clip, NAMES, config, depth=1).config == DCPConfig(n_ctx=3, depth=1)
-    with pytest.raises(ZooError, match="dept is none of n_ctx, depth, pooling"):
-        DCP(tiny_clip, NAMES, dept=2)
-
-
-def test_names_that_just_fit(tiny_clip):
-    model = DCP(tiny_clip, ["a " * 58], n_ctx=16).eval()  # 1 + 16 + 58 + "." + end = 77
-    assert close(model(IMAGES), reference.forward(model, IMAGES))
-    with pytest.raises(ZooError, match="61 tokens, but only 60 are left"):
-        model.set_classnames(["a " * 59])
 
 
 def test_calibrate_rejects_iterators(model):
@@ -224,15 +156,6 @@ def test_unsupported_clip_is_named():
         DCP(resnet, NAMES)
     with pytest.raises(ZooError, match="class token"):
         DCP(nn.Linear(1, 1), NAMES)
-
-
-@torch.no_grad()
-def test_open_clip_blocks_have_the_expected_parts(tiny_clip):
-    """The towers use a block's parameters by name: its results must equal open_clip's."""
-    block, x = tiny_clip.visual.transformer.resblocks[0], torch.randn(2, 7, 128)
-    assert close(vision_tower(tiny_clip).block(0, x, last=True), block(x)[:, :1])
-    names = [n for n, _ in block.named_children()]
-    assert names == ["ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"]
 
 
 def test_vits_at_full_size():

@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 from test_tower_kinds import KINDS, build_clip, word_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-import dcp_zoo
 from dcp_zoo import ZooError, create_model, create_transform, hub
-from dcp_zoo.cli.show import describe_model
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.dcp import DCP
@@ -67,17 +65,7 @@ def test_parameters_and_operations_are_in_the_row(spec):
     assert numbers is None or spec.head_mb == round(2e-6 * numbers, 1)
 
 
-def test_info_says_size_and_licence():
-    lines = {name: str(describe_model(spec)) for name, spec in MODELS.items()}
-    assert all("'size': '" in line and "GFLOPs" in line and "million" in line for line in lines.values())
-    assert "'licence': 'cc-by-nc-4.0'" in lines["dcp_metaclip2_h14"]
-    assert "'licence': 'see https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14'" in lines["dcp_dfn_h14"]
-    assert "'size': '1.5 GB in float32'" in lines["dcp_siglip2_b16"]
-
-
-@pytest.mark.parametrize(
-    "pair", ["ViT-B-16-SigLIP2/webli", "PE-Core-B-16/meta", "MobileCLIP2-B/dfndr2b", "EVA02-B-16/merged2b_s8b_b131k"]
-)
+@pytest.mark.parametrize("pair", ["ViT-B-16-SigLIP2/webli", "MobileCLIP2-B/dfndr2b"])
 def test_the_test_transform_is_open_clips_own(pair):
     """Bit for bit, on an image that needs resizing and cropping."""
     architecture, tag = pair.split("/")
@@ -86,14 +74,6 @@ def test_the_test_transform_is_open_clips_own(pair):
     theirs = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=224, **preprocess), False)
     image = Image.effect_noise((311, 500), 80).convert("RGB")
     assert torch.equal(create_transform(f"open_clip:{pair}")(image), theirs(image))
-
-
-def test_other_weights_bring_their_own_preprocessing():
-    """Some of LAION's were trained with another mean than OpenAI's."""
-    with mock.patch.object(factory, "build_open_clip", return_value=build_clip("timm")[0]):
-        model = create_model("dcp_vitl14", clip_pretrained="laion2b_s32b_b82k", classnames=["ant"], n_ctx=3)
-    assert model.pretrained_cfg["mean"] == (0.5,) * 3
-    assert model.pretrained_cfg["architecture"] == "open_clip:ViT-L-14/laion2b_s32b_b82k"
 
 
 def test_fresh_prompts_leave_room_for_names():
@@ -217,13 +197,3 @@ def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(ZooError, match="damaged, or not open_clip's"):
         create_model("open_clip:hf-hub:me/clip")
-
-
-def test_planned_heads_of_every_model_have_a_size(run):
-    for name in ("dcp_siglip2_b16.dtd-4shot", "dcp_eva02_l14.dtd-4shot"):
-        assert "about" in run.ok("info", name)
-    assert dcp_zoo.is_model("dcp_pe_b16")
-    out = run.ok("info", "dcp_siglip2_b16")
-    assert "375 million" in out
-    assert "webli (timm/ViT-B-16-SigLIP)" in run("info", "open_clip:ViT-B-16-SigLIP/webli")[1]
-    assert "35 GFLOPs" in out

@@ -10,7 +10,7 @@ from second_device import second_device
 from shared import CFG, COLORS, GOLDEN, build_tiny_clip
 from test_baselines import logits_of
 from test_method_heads import NONLINEAR, small
-from test_tower_kinds import KINDS, build_clip
+from test_tower_kinds import build_clip
 
 import dcp_zoo
 from dcp_zoo import DCP, FewShotClassifier, ZooError, load_head
@@ -60,7 +60,7 @@ def test_the_defects_of_old_are_found(wrong, golden, device, monkeypatch):
         convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", classnames=golden["classnames"], clip=clip)
 
 
-@pytest.mark.parametrize("kind", ["open_clip", *KINDS])
+@pytest.mark.parametrize("kind", ["open_clip", "siglip", "clipa", "registers", "eva02", "pe"])
 def test_towers(kind, golden, device):
     clip, tokenizer = (build_tiny_clip(golden), None) if kind == "open_clip" else build_clip(kind)
     model = DCP(clip.to(device), NAMES, n_ctx=3, tokenizer=tokenizer, ctx_init="a photo of")
@@ -105,7 +105,9 @@ def test_conversion(golden, device):
     model.predict(golden["backbone"]["images"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("zero-shot-ensemble", "tip-adapter", "vpt-deep")]
+)
 def test_methods(method, clip, photos, device):
     classifier = "none" if method in NONLINEAR or METHODS[method].abilities.fitted else "text-probe"
     given = small(method, clip.to(device), photos, classifier=classifier)
@@ -137,11 +139,8 @@ def test_training_and_prediction(precision, photos, device, tmp_path):
 
 def test_the_estimator(photos, device):
     paths, labels = [item.path for item in photos[:6]], [item.label for item in photos[:6]]
-    for method in ("dcp", "tip-adapter"):
-        recipe = SHORT if method == "dcp" else {"augment": "none"}
-        names = ["red", "blue", "green"]
-        estimator = FewShotClassifier("dcp_mini", method, recipe=recipe, classnames=names, device=device.type)
-        estimator.fit(paths, labels).predict_proba(paths[:2])
+    options = {"recipe": {"augment": "none"}, "classnames": ["red", "blue", "green"], "device": device.type}
+    FewShotClassifier("dcp_mini", "tip-adapter", **options).fit(paths, labels).predict_proba(paths[:2])
 
 
 def test_a_head_is_on_its_own_device_again_after_it_was_asked_elsewhere(device, tmp_path):

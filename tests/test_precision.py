@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.cli.predict import PredictOptions, torch_head
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.prediction.predictor import decoded
@@ -29,13 +28,6 @@ def test_auto_is_bfloat16_for_a_real_clip_where_the_processor_multiplies_it(mult
     assert found == [fast, fast]
     assert [pick_precision("auto", name, CPU) for name in ("dcp_mini", "custom")] == ["float32"] * 2
     assert pick_precision("float32", "dcp_vitb16", CPU) == "float32"
-
-
-def test_a_run_on_many_images_says_in_which_precision_it_computes(multiplies, monkeypatch):
-    """Not in which it was asked to: another machine may continue it."""
-    monkeypatch.setattr("dcp_zoo.cli.predict.read_config", lambda folder: {"architecture": "dcp_vitb16"})
-    head = "dcp_mini.caltech101-16shot"
-    assert torch_head(PredictOptions(head=head))[1]["precision"] == ("bfloat16" if multiplies else "float32")
 
 
 def test_features_are_kept_by_their_precision(clip, photos):

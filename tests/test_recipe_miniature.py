@@ -134,40 +134,6 @@ def test_trains_every_stage_and_exports(recipe, whole):
     assert torch.equal(state["visual.conv1.stem.first.weight"], sources(recipe).stem.first.weight.half())
 
 
-@pytest.mark.scripts
-def test_resumes_as_if_never_interrupted(recipe, folder, whole, tmp_path, monkeypatch):
-    loop = sys.modules["loop"]
-    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
-    original = loop.save
-
-    def save_and_stop(state, path):
-        original(state, path)
-        if path.name == "vision.pt":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "save", save_and_stop)
-    output = tmp_path / "broken"
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, folder, output)
-    monkeypatch.setattr(loop, "save", original)
-    resumed = run(recipe, folder, output)
-    expected = load_file(whole / "clip.safetensors")
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-
-
-@pytest.mark.scripts
-def test_continues_from_weights(recipe, folder, whole, tmp_path):
-    start = whole / "clip.safetensors"
-    first = load_file(start)
-    nothing = dict.fromkeys(("text", "vision", "align", "polish"), (0, 8, 1e-3))
-    unchanged = run(recipe, folder, tmp_path / "unchanged", start, **nothing)
-    assert all(torch.equal(first[name], unchanged[name]) for name in first)
-    refined = run(recipe, folder, tmp_path / "refined", start, **nothing | {"polish": (2, 8, 1e-5)})
-    assert not torch.equal(first["visual.proj"], refined["visual.proj"])
-    assert torch.allclose(first["visual.proj"].float(), refined["visual.proj"].float(), atol=1e-3)
-
-
 def test_nouns_and_their_meanings(recipe, tmp_path):
     from phrases import read_nouns
 
@@ -184,41 +150,6 @@ def test_nouns_and_their_meanings(recipe, tmp_path):
     assert weights == {"truck": 3.0, "trucks": 1.5, "blue sky": 6.0, "emu": 6.0, "red": 6.0, "running": 0.5}
 
 
-def test_plurals(recipe):
-    from phrases import plurals
-
-    assert plurals({"bus": 3.0, "hot air": 3.0, "virtue": 1.0}) == {"buses": "bus"}
-
-
-def test_a_text_is_described_by_itself_and_its_meanings(recipe):
-    from phrases import describe
-
-    senses = {"ox": [(1.0, "a cow")], "elk": [(3.0, "a deer"), (1.0, "a club")]}
-    names, meanings = describe(["ox", "elk", "gnu"], senses, letters)
-    assert torch.allclose(names.norm(dim=1), torch.ones(3))
-    glosses = letters(["a club", "a cow", "a deer"])
-    glosses = torch.nn.functional.normalize(glosses - glosses.mean(0), dim=1)
-    elk = torch.nn.functional.normalize(3 * glosses[2] + glosses[0], dim=0)
-    assert torch.allclose(meanings[0], glosses[1])
-    assert torch.allclose(meanings[1], elk)
-    assert torch.equal(meanings[2], names[2])  # a gnu has no definition
-
-
-def test_clip_names_in_one_template_and_some_held_out(recipe, tmp_path):
-    unit = torch.nn.functional.normalize
-    plain, photo, others = unit(torch.randn(2, 8)), unit(torch.randn(2, 8)), unit(torch.randn(7, 8))
-    names = ["Crane", "ox", "crane", "ox", "crane", *"fedcba"]
-    sources = ["clip_lt_v1"] * 2 + ["clip_lt_v2"] * 2 + ["lvis"] * 7
-    np.savez(tmp_path / "text.npz", name=names, source=sources, vector=torch.cat([plain, photo, others]).numpy())
-    clip = recipe.read_clip_names(tmp_path / "text.npz")
-    assert clip.classes == ["crane", "ox"]
-    assert clip.names == ["crane", "ox", "e", "d", "c", "b"]
-    assert clip.held_out == ["a", "f"]
-    moved = unit(others + (photo - plain).mean(0))
-    assert torch.allclose(clip.vectors, torch.cat([photo, moved[2:6]]), atol=1e-6)
-    assert torch.allclose(clip.held_out_vectors, moved[[6, 1]], atol=1e-6)
-
-
 def test_predicted_vectors_are_those_of_kernel_ridge_regression(recipe):
     from clip_names import RIDGE, predict_vectors
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -233,27 +164,6 @@ def test_predicted_vectors_are_those_of_kernel_ridge_regression(recipe):
     expected = mean + kernel[:, known] @ weights
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert np.allclose(predict_vectors(texts, names, meanings, known, vectors), expected, atol=1e-5)
-
-
-def test_image_features_begin_apart_from_all_texts(recipe):
-    from vision import CONTENT, first_targets
-
-    texts = torch.nn.functional.normalize(torch.randn(5, 64) + 0.15, dim=1)
-    images = first_targets(20 * torch.eye(5), texts)
-    assert torch.allclose(images.norm(dim=1), torch.ones(5), atol=0.05)
-    assert (images @ texts.T).argmax(1).tolist() == list(range(5))
-    constant = images - images.mean(0)
-    assert constant.norm(dim=1).max() < 1.2 * CONTENT
-
-
-@pytest.mark.scripts
-def test_stem_features_in_onnx_runtime(recipe):
-    from images import in_onnx_runtime
-
-    stem, pixels = Stem(), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    stem.blocks = stem.blocks[:3]  # the export takes seconds for all of them
-    with torch.inference_mode():
-        assert torch.allclose(in_onnx_runtime(stem, 64)(pixels), stem.features(pixels), atol=1e-4)
 
 
 @pytest.mark.scripts

@@ -1,13 +1,13 @@
 """The fast paths against plain equations, and the caches against every way to change their inputs."""
 
-import copy
 from itertools import product
+from pathlib import Path
 
 import open_clip
 import pytest
 import reference
 import torch
-from helpers import Count, close, gradients, loud, vision_blocks
+from helpers import close, gradients, loud
 from PIL import Image
 from safetensors.torch import save_file
 from shared import build_tiny_clip
@@ -18,7 +18,6 @@ from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, create_model
 from dcp_zoo.data import Item
-from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model._torch import call_linear, linear, skip_init
 from dcp_zoo.model.classes import TEMPLATE
@@ -47,11 +46,15 @@ def build(clip: nn.Module, **options) -> DCP:
 # ------------------------------------------------------------------------------------------------------ matrix products
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8), (5, 8), (8,), (2, 0, 8)], ids=str)
-@pytest.mark.parametrize("trained", list(product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_and_its_gradients(shape, trained, with_bias):
+@pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (2, 0, 8)], ids=str)
+def test_linear_and_its_gradients(shape, with_bias):
     """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
+    for trained in product([False, True], repeat=3):
+        check_linear(shape, trained, with_bias)
+
+
+def check_linear(shape: tuple[int, ...], trained: tuple[bool, ...], with_bias: bool) -> None:
     tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][: 2 + with_bias]
     found = []
     for product_of in (linear, F.linear):
@@ -159,20 +162,23 @@ def step(model: DCP) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @torch.no_grad()
-def test_text_features_are_never_stale(tiny_clip, coupling, mutation, monkeypatch):
-    model = build(tiny_clip, coupling=coupling)
+def test_text_features_are_never_stale(tiny_clip, mutation):
+    """And are computed once only: the text tower has not run again for the last logits."""
+    model = build(
+        tiny_clip, coupling="text_to_vision" if mutation in ("prompts", "cmpa", "ln_final") else "bidirectional"
+    )
     model.store_stats(IMAGES)
-    passes = Count(monkeypatch, model, "_run_text")
     before = model(IMAGES)
     assert torch.equal(model(IMAGES), before)
     MUTATIONS[mutation](model)
     assert close(model(IMAGES), fresh(model), 1e-6)
-    passes.calls = 0
+    passes = []
+    model.encoder.text.ln_final.register_forward_hook(lambda *_: passes.append(1))
+    model.encoder.text.transformer.resblocks[0].ln_1.register_forward_hook(lambda *_: passes.append(1))
     model(IMAGES)
-    assert passes.calls == 0
+    assert not passes
 
 
 @torch.no_grad()
@@ -200,17 +206,6 @@ def test_nothing_is_cached_with_gradients(tiny_clip):
     assert model.prompts["text"].grad.abs().sum() > 0
 
 
-@torch.no_grad()
-def test_a_copy_has_its_own_cache(tiny_clip):
-    model = build(tiny_clip)
-    model.store_stats(IMAGES)
-    logits = model(IMAGES)
-    other = copy.deepcopy(model)
-    other.prompts["text"].mul_(2)
-    assert not close(other(IMAGES), logits, 1e-4)
-    assert torch.equal(model(IMAGES), logits)
-
-
 def test_what_is_cached_stays_inside(tiny_clip):
     model = build(tiny_clip)
     model.store_stats(IMAGES)
@@ -225,17 +220,6 @@ def test_what_is_cached_stays_inside(tiny_clip):
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("coupling", COUPLINGS)
-@torch.no_grad()
-def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
-    whole = build(build_tiny_clip(golden), coupling=coupling)
-    monkeypatch.setattr("dcp_zoo.model.towers.text.CHUNK_TOKENS", 6)
-    chunked = build(build_tiny_clip(golden), coupling=coupling)
-    assert (len(whole.name_tokens), len(chunked.name_tokens)) == (1, 4)
-    assert close(chunked(IMAGES), whole(IMAGES))
-    assert close(chunked(IMAGES), reference.forward(chunked, IMAGES))
 
 
 SIMILAR_NAMES = ["red fox", "red car", "red", "red car 2012 model", "red car 2012 coupe", "emu", "crane", "crane_bird"]
@@ -255,16 +239,13 @@ def test_names_of_similar_lengths_run_together(tiny_clip, coupling, monkeypatch)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
+def test_grad_checkpointing_gives_the_same_gradients_with_less_memory(tiny_clip, coupling):
     model = build(tiny_clip, coupling=coupling).train()
-    recomputed = Count(monkeypatch, torch.utils.checkpoint, "checkpoint")
-    monkeypatch.setattr("dcp_zoo.model.towers.open_clip.checkpoint", torch.utils.checkpoint.checkpoint)
     model.set_grad_checkpointing(False)
-    expected = gradients(model, model(IMAGES))
-    assert recomputed.calls == 0
+    expected, kept = gradients(model, model(IMAGES)), kept_for_backward(model)
     model.set_grad_checkpointing(True)
     assert all(close(g, expected[n]) for n, g in gradients(model, model(IMAGES)).items())
-    assert recomputed.calls == len(vision_blocks(model)) + len(model.name_tokens)
+    assert kept_for_backward(model) < kept / 2
 
 
 def kept_for_backward(model: Head) -> int:
@@ -311,8 +292,7 @@ def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
     assert total_memory(torch.device("cpu")) > 2**28
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize(("precision", "coupling"), zip(("bfloat16", "float16"), COUPLINGS, strict=True))
 def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupling, precision):
     model = build(tiny_clip, coupling=coupling).train()
     expected, logits = gradients(model, model(IMAGES)), model(IMAGES).detach()
@@ -338,9 +318,8 @@ def state_file(clip: nn.Module, path, dtype=torch.float32) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_are_loaded_without_random_initialisation(golden, tmp_path, dtype):
-    clip = build_tiny_clip(golden)
+def test_weights_are_loaded_without_random_initialisation(golden, tmp_path):
+    clip, dtype = build_tiny_clip(golden), torch.float16
     path = state_file(clip, tmp_path / "clip.safetensors", dtype)
     generator = torch.get_rng_state()
     with skip_init():
@@ -350,13 +329,6 @@ def test_weights_are_loaded_without_random_initialisation(golden, tmp_path, dtyp
     assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
     assert torch.equal(other.attn_mask, clip.attn_mask)
     assert not torch.equal(open_clip.CLIP(**golden["clip"]).visual.proj, clip.visual.proj)  # initialised again
-
-
-def test_loading_is_strict(golden, tmp_path):
-    clip = build_tiny_clip(golden)
-    path = state_file(build_tiny_clip(golden, vision_cfg={"layers": 3}), tmp_path / "clip.safetensors")
-    with pytest.raises(RuntimeError, match="Missing key"):
-        load_weights(clip, path)
 
 
 @torch.no_grad()
@@ -383,19 +355,18 @@ def items(tmp_path) -> list[Item]:
     return [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 8000, 2**30])
-def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items, cache_bytes, monkeypatch):
-    decoded = Count(monkeypatch, dataset_module, "load_image")
+@pytest.mark.parametrize(("cache_bytes", "kept"), [(0, 0), (8000, 2), (2**30, 6)])
+def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items, cache_bytes, kept):
+    """What is not kept is decoded again: here from files that have changed."""
     dataset = ImageDataset(items, to_tensor, cache_bytes)
     plain = [(to_tensor(Image.open(item.path).convert("RGB")), item.label) for item in items]
-    for _ in range(3):
+    for _ in range(2):
         for (image, label), (expected, expected_label) in zip(dataset.__getitems__(range(6)), plain, strict=True):
             assert label == expected_label
             assert torch.equal(image, expected)
-        assert torch.equal(dataset[2][0], plain[2][0])
-    kept = {0: 0, 8000: 2, 2**30: 6}[cache_bytes]
-    assert len(dataset._decoded) == kept
-    assert decoded.calls == 6 + 2 * (6 - kept) + 3 * (kept <= 2)
+    for item in items:
+        Image.new("RGB", (40, 30)).save(item.path)
+    assert sum(bool(image.any()) for image, _ in dataset.__getitems__(range(6))) == kept
 
 
 def test_random_transforms_keep_their_order(items):
@@ -410,9 +381,9 @@ def test_random_transforms_keep_their_order(items):
     assert torch.equal(torch.stack(drawn), torch.stack(expected))
 
 
-def test_a_source_decodes_each_file_once(tiny_clip, items, monkeypatch):
-    decoded = Count(monkeypatch, dataset_module, "load_image")
+def test_a_source_decodes_each_file_once(tiny_clip, items):
     source = ImageSource(FrozenCLIP(tiny_clip), items, to_tensor)
-    for epoch in range(3):
-        list(source.batches(2, torch.Generator().manual_seed(epoch)))
-    assert decoded.calls == 6
+    first = len(list(source.batches(2)))
+    for item in items:
+        Path(item.path).unlink()
+    assert len(list(source.batches(2, torch.Generator().manual_seed(1)))) == first == 3

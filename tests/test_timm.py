@@ -6,7 +6,6 @@ Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, 
 import copy
 import io
 import json
-import pickle
 import subprocess
 import sys
 
@@ -16,26 +15,20 @@ import timm
 import torch
 import torch.distributed as dist
 from helpers import loud, vision_blocks
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from shared import build_tiny_clip
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
-from dcp_zoo.api import attention_weights
-from dcp_zoo.hub import explained
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.linear_head import CacheHead, LinearHead
+from dcp_zoo.model.linear_head import CacheHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES
-from dcp_zoo.model.towers import open_clip as tower_blocks
-from dcp_zoo.zoo import dcp as timm_module
-from dcp_zoo.zoo.factory import plain_clip
-from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
+from dcp_zoo.zoo.registry import MODELS, all_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"
 HEADS = (next(name for name in dcp_zoo.list_models(pretrained=True) if name != DEFAULT), DEFAULT)  # both bundled
@@ -65,15 +58,11 @@ def test_names_and_configs():
         cfg = timm.models.get_pretrained_cfg(name)
         assert bool(cfg.has_weights) == (head.status != "planned")
         assert (cfg.architecture, cfg.tag) == (head.model, head.tag)
-
-
-def test_timm_lists_as_pretrained_what_can_be_loaded():
     loadable = set(dcp_zoo.list_models(pretrained=True))
     assert set(timm.list_pretrained("dcp*")) == set(timm.list_models("dcp*", pretrained=True)) == loadable
-    assert loadable == {name for name in all_heads() if timm.models.is_model_pretrained(name)}
 
 
-def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
+def test_planned_heads_keep_their_config():
     name = "dcp_vitl14_336.food101-2shot"
     cfg = timm.models.get_pretrained_cfg(name)
     assert (cfg.input_size, cfg.crop_pct, cfg.num_classes) == ((3, 336, 336), 1.0, 101)
@@ -81,51 +70,31 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
     assert (cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (None,) * 4
     assert dcp_zoo.get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
 
-    def refuse(repo_id, *_, **__):
-        with explained(repo_id):
-            raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr("dcp_zoo.hub.download_head", refuse)
-    with pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is planned: nobody has trained it"):
-        timm.create_model("dcp_vitb16.imagenet-16shot", pretrained=True)
-
-
-def test_a_planned_default_stays_the_default_next_to_a_published_head(monkeypatch):
-    name = "dcp_vitb16.food101-2shot"
-    published = {name: HeadEntry(name, "published", revision="0" * 40)}
-    monkeypatch.setattr(timm_module, "all_heads", lambda: all_heads() | published)
-    cfgs = timm.models.generate_default_cfgs(timm_module._head_cfgs())["dcp_vitb16"]
-    assert cfgs.tags[0] == "imagenet-16shot"
-    assert cfgs.cfgs["food101-2shot"].hf_hub_id == f"dcp-zoo/{name}@{'0' * 40}"
-
-
-def test_every_way_to_name_a_head_loads_that_head():
+def test_every_way_to_name_a_head_loads_that_head(model):
     name, other = HEADS
     expected = dcp_zoo.create_model(name, True)
     tag = name.split(".")[1]
-    assert same(timm.create_model(name, pretrained=True), expected)
     assert same(timm.create_model("dcp_mini", pretrained=tag), expected)
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=tag), expected)
     cfg = timm.models.get_pretrained_cfg(name)
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=cfg), expected)
-    assert not same(timm.create_model(other, pretrained=True), expected)
+    assert same(timm.create_model("dcp_mini", pretrained=True), model)
+    assert not same(model, expected)
+    for wrong, message in (
+        ({"pretrained": "caltech101-3shot"}, "has no head 'caltech101-3shot'"),
+        ({"pretrained_cfg": "caltech101-3shot", "pretrained": True}, "has no head 'caltech101-3shot'"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            timm.create_model("dcp_mini", **wrong)
     with pytest.raises(ZooError, match="pass only one"):
         timm.create_model(other, pretrained=tag)
-
-
-def test_default_and_unknown_tags(model):
-    assert same(timm.create_model("dcp_mini", pretrained=True), model)
-    assert not same(timm.create_model("dcp_mini"), model)
-    for call in ({"pretrained": "caltech101-3shot"}, {"pretrained_cfg": "caltech101-3shot", "pretrained": True}):
-        with pytest.raises(ZooError, match="has no head 'caltech101-3shot'"):
-            timm.create_model("dcp_mini", **call)
 
 
 def test_local_dir(tmp_path, model):
     model.save_pretrained(tmp_path)
     for again in (
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
-        timm.create_model("dcp_mini", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path)}),
         timm.create_model(
             "dcp_mini", pretrained=True, pretrained_cfg_overlay={"file": f"{tmp_path}/model.safetensors"}
         ),
@@ -184,13 +153,6 @@ def test_features_and_head_make_the_forward_pass(model):
     logits = model(IMAGES)
     torch.testing.assert_close(model.forward_head(features), logits)
     torch.testing.assert_close(model.get_classifier()(features), logits)
-
-
-def test_the_head_needs_constant_text_features():
-    fresh = timm.create_model("dcp_mini", pretrained="clip").eval()  # bidirectional, without stored statistics
-    assert fresh(IMAGES).shape == (2, 100)
-    with pytest.raises(ZooError, match="depend on the images"):
-        fresh.forward_head(fresh.forward_features(IMAGES))
 
 
 @torch.inference_mode()
@@ -272,13 +234,11 @@ def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
     assert "fine-tuned" in head.cannot_reject
 
 
-@pytest.mark.parametrize("kind", ["dcp", "gda", "tip-adapter"])
+@pytest.mark.parametrize("kind", ["dcp", "tip-adapter"])
 @torch.inference_mode()
 def test_there_and_back(kind, model):
     """From names to features, to a fresh classifier, and to the same names: nothing that was trained is lost."""
     head, clip = copy.deepcopy(model), model.encoder
-    if kind == "gda":
-        head = LinearHead(clip, NAMES, torch.randn(3, 512), torch.randn(3))
     if kind == "tip-adapter":
         tensors = {"weight": torch.randn(3, 512), "keys": torch.randn(4, 512), "values": torch.eye(4)[:, :3]}
         head = CacheHead(clip, NAMES, tensors | {"alpha": torch.tensor(1.0), "beta": torch.tensor(2.0)})
@@ -303,17 +263,13 @@ def test_there_and_back(kind, model):
     [
         ({"in_chans": 1}, "in_chans=1: CLIP reads RGB images, only 3"),
         ({"img_size": 224}, "img_size=224: dcp_mini reads square images of one size, only 192"),
-        ({"global_pool": "avg"}, "global_pool='avg': CLIP pools its class token, only 'token'"),
-        ({"drop_rate": 0.1}, "drop_rate=0.1: a DCP has no dropout, only 0"),
-        ({"drop_path_rate": 0.1}, "drop_path_rate=0.1: a DCP has no dropout, only 0"),
+        ({"global_pool": "avg"}, "only 'token'"),
+        ({"drop_path_rate": 0.1}, "a DCP has no dropout, only 0"),
         ({"num_classes": -1}, "num_classes must be at least 0, not -1"),
-        ({"patch_size": 16}, "patch_size is none of n_ctx, depth, "),
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
-        ({"out_indices": (1, 2)}, r"out_indices=\(1, 2\).*pass features_only=True"),
+        ({"out_indices": (1, 2)}, "pass features_only=True"),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
-        ({"features_only": True, "out_indices": 7}, "no blocks 7"),
         ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
-        ({"dtype": torch.int8}, "dtype=torch.int8"),
     ],
 )
 @pytest.mark.parametrize("create", [timm.create_model, dcp_zoo.create_model])
@@ -327,8 +283,10 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     overlay = {"interpolation": "bilinear"}
     fresh = dcp_zoo.create_model("dcp_mini", device="cpu", dtype=torch.bfloat16, pretrained_cfg_overlay=overlay, **args)
     assert (fresh.prompts["text"].dtype, fresh.pretrained_cfg["interpolation"]) == (torch.bfloat16, "bilinear")
-    maps = dcp_zoo.create_model("dcp_mini", features_only=True, out_indices=(2, 5))(IMAGES)
-    assert [x.shape[0] for x in maps] == [2, 2]
+    zeros = dict.fromkeys(DROP_RATES, 0.0) | {"img_size": (SIZE, SIZE), "scriptable": False, "exportable": True}
+    assert timm.create_model("dcp_mini", **args | zeros).num_classes == 100
+    with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
+        dcp_zoo.create_transform(DEFAULT, input_size=224)
     headless = dcp_zoo.create_model(DEFAULT, True, num_classes=0).eval()
     assert torch.equal(headless(IMAGES), model.forward_features(IMAGES))
     folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
@@ -351,28 +309,9 @@ def test_lists_take_timms_filters():
     assert DEFAULT not in dcp_zoo.list_pretrained(exclude_filters="*-16shot")
 
 
-def test_the_transform_takes_the_models_own_size(model):
-    for size in (SIZE, (SIZE, SIZE), (3, SIZE, SIZE)):
-        assert dcp_zoo.create_transform(model, input_size=size) == dcp_zoo.create_transform(model)
-    with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
-        dcp_zoo.create_transform(DEFAULT, input_size=224)
-
-
-def test_arguments_of_timms_scripts_are_accepted():
-    args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token"}
-    args |= dict.fromkeys(DROP_RATES, 0.0)
-    assert timm.create_model("dcp_mini", scriptable=False, exportable=True, **args).num_classes == 100
-    assert timm.create_model("dcp_mini", img_size=(SIZE, SIZE), num_classes=None).num_classes == 100
-
-
-def test_arguments_of_the_zoo_are_accepted():
-    model = timm.create_model("dcp_mini", pretrained="clip", n_ctx=2, depth=3, classnames=["cat", "dog"], stats="batch")
-    assert (model.config.n_ctx, model.num_coupled, model.classnames) == (2, 3, ["cat", "dog"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
-def test_device_and_dtype(model, dtype):
+def test_device_and_dtype(model):
+    dtype = torch.bfloat16
     names = model.classnames[:20]  # half precision is slow on CPUs
     moved = timm.create_model(DEFAULT, pretrained=True, classnames=names, device="cpu", dtype=dtype).eval()
     assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
@@ -400,7 +339,13 @@ def test_intermediates_are_the_outputs_of_the_blocks(model):
 @torch.inference_mode()
 def test_forward_intermediates(model):
     n_blocks = len(vision_blocks(model))
+    calls = []
+    hook = vision_blocks(model)[2].ln_1.register_forward_hook(lambda *_: calls.append(1))
+    early, (map_1,) = model.forward_intermediates(IMAGES, [1], stop_early=True)
+    assert (early.shape, calls) == ((2, 512), [])  # of CLIP's embedding alone, and no further block
+    hook.remove()
     features, maps = model.forward_intermediates(IMAGES)
+    assert torch.equal(map_1, maps[1])
     torch.testing.assert_close(features, model.forward_features(IMAGES))
     assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * n_blocks
     assert all(x.is_contiguous() for x in maps)
@@ -418,43 +363,14 @@ def test_forward_intermediates(model):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
 
 
-@torch.no_grad()
-def test_intermediates_and_attention_with_late_coupling():
-    late = timm.create_model("dcp_mini", pretrained="clip", classnames=["ant", "bee"], prompted_blocks=2).eval()
-    late.store_stats(IMAGES)
-    features, maps = late.forward_intermediates(IMAGES)
-    torch.testing.assert_close(features, late.forward_features(IMAGES))
-    plain = plain_clip("dcp_mini").vision_tower
-    tokens = plain.run(plain.embed(IMAGES).x, (), stop=4)[:, 1:]
-    torch.testing.assert_close(maps[3].flatten(2).mT, tokens)
-    assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * 6
-    assert attention_weights(late, IMAGES).shape == (2, 2, 17, 1 + 36 + 16), "of the two blocks with prompts"
-
-
-@torch.inference_mode()
-def test_stop_early_runs_no_further_block(model):
-    calls = []
-    hooks = [block.ln_1.register_forward_hook(lambda *_: calls.append(1)) for block in vision_blocks(model)]
-    features, (early,) = model.forward_intermediates(IMAGES, [1], stop_early=True)
-    assert len(calls) == 2
-    for hook in hooks:
-        hook.remove()
-    whole, (late,) = model.forward_intermediates(IMAGES, [1])
-    assert torch.equal(early, late)
-    assert (features.shape[1], whole.shape[1]) == (512, 512 + 512 + 1280)  # of CLIP's embedding alone
-    assert not torch.equal(features, whole[:, :512] * 3**0.5)
-
-
 @torch.inference_mode()
 def test_intermediates_in_every_statistics():
     model = timm.create_model(DEFAULT, pretrained=True).eval()
     alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
-    for stats, independent in (("stored", True), ("batch", False)):
+    for stats in ("stored", "batch"):
         model.stats = stats
         features, maps = model.forward_intermediates(IMAGES)
         torch.testing.assert_close(features, model.forward_features(IMAGES))
-        own = [model.forward_intermediates(image)[1][-1] for image in IMAGES.split(1)]
-        assert torch.allclose(torch.cat(own), maps[-1], atol=1e-4) == independent
         assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (stats == "stored")
 
 
@@ -475,40 +391,36 @@ def test_features_only(model):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.5])
-def test_optimizer_gets_exactly_the_trainable_parameters(layer_decay):
+def test_optimizer_gets_exactly_the_trainable_parameters():
     model = timm.create_model("dcp_mini", pretrained="clip")
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=layer_decay)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
     taken = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert taken.keys() == {id(p) for p in trained.values()}
     assert taken[id(trained["prompts.text"])]["weight_decay"] == 0
     assert taken[id(trained["cmpa.0.to_vision.query.weight"])]["weight_decay"] == 0.1
     assert model.no_weight_decay() <= trained.keys()
-    if layer_decay:
-        groups = [taken[id(trained[name])] for name in ("prompts.text", "cmpa.0.to_vision.query.weight")]
-        assert groups[0]["lr_scale"] < groups[1]["lr_scale"] == 1
+    groups = [taken[id(trained[name])] for name in ("prompts.text", "cmpa.0.to_vision.query.weight")]
+    assert groups[0]["lr_scale"] < groups[1]["lr_scale"] == 1
 
 
-@pytest.mark.parametrize("call", ["forward_features", "encode_image", "forward_intermediates", "forward"])
-def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
-    calls, checkpoint = [], tower_blocks.checkpoint
-    monkeypatch.setattr(tower_blocks, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
-    model = timm.create_model("dcp_mini", classnames=["cat", "dog"])
-    blocks = len(vision_blocks(model)) + (call == "forward")  # and the one chunk of class names
+@pytest.mark.parametrize("call", ["forward_intermediates", "forward"])
+def test_grad_checkpointing_is_switched_on_and_off(call):
+    """A block that is checkpointed runs again in the backward pass."""
+    model, calls = timm.create_model("dcp_mini", classnames=["cat", "dog"]), []
+    vision_blocks(model)[2].ln_1.register_forward_hook(lambda *_: calls.append(1))
 
     def count() -> int:
         calls.clear()
-        getattr(model, call)(IMAGES)
+        found = getattr(model, call)(IMAGES)
+        (found[0] if call == "forward_intermediates" else found).sum().backward()
         return len(calls)
 
-    assert count() == 0
+    assert count() == 1
     model.set_grad_checkpointing(True)
-    assert count() == blocks
-    with torch.no_grad():
-        assert count() == 0
+    assert count() == 2
     model.set_grad_checkpointing(False)
-    assert count() == 0
+    assert count() == 1
 
 
 # ---------------------------------------------------------------------- the stored statistics travels with the weights
@@ -543,8 +455,7 @@ def logits(model: DCP) -> torch.Tensor:
     return model(SMALL)
 
 
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("had_its_own", [False, True])
+@pytest.mark.parametrize(("had_its_own", "assign"), [(False, True), (True, False)])
 def test_a_state_brings_its_statistics(golden, with_stats, had_its_own, assign):
     model, expected = small_model(golden, seed=2, with_statistics=had_its_own), logits(with_stats)
     assert not matches_alone(model, expected)
@@ -559,29 +470,21 @@ def test_a_state_brings_its_statistics(golden, with_stats, had_its_own, assign):
     }
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_state_without_a_context_removes_it(golden, with_stats, assign):
+def test_a_state_without_a_context_removes_it(golden, with_stats):
     other = small_model(golden, seed=2)
-    with_stats.load_state_dict(other.state_dict(), strict=True, assign=assign)
+    with_stats.load_state_dict(other.state_dict(), strict=True)
     assert with_stats.stored_stats is None
     assert "stored_stats" not in with_stats.state_dict()
     assert with_stats.stats == "batch"
     assert torch.equal(logits(with_stats), logits(other))
 
 
-@pytest.mark.parametrize("had_its_own", [False, True])
-def test_a_context_of_another_shape_is_refused(golden, with_stats, had_its_own):
-    model = small_model(golden, seed=2, with_statistics=had_its_own)
+def test_a_context_of_another_shape_is_refused(golden, with_stats):
+    model = small_model(golden, seed=2, with_statistics=True)
     state = with_stats.state_dict()
     state["stored_stats"] = state["stored_stats"][:1]
     with pytest.raises(RuntimeError, match=r"size mismatch for stored_stats: .*\[1, 3, 128\]"):
         model.load_state_dict(state)
-
-
-def test_loading_a_part_keeps_the_statistics(with_stats):
-    before = with_stats.stored_stats
-    with_stats.load_state_dict({"encoder.clip.logit_scale": torch.tensor(1.0)}, strict=False)
-    assert with_stats.stored_stats is before
 
 
 def saved(model: DCP) -> DCP:
@@ -591,11 +494,7 @@ def saved(model: DCP) -> DCP:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": saved,
-}
+COPIES = {"deepcopy": copy.deepcopy, "torch.save": saved}  # which pickles
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -608,19 +507,14 @@ def test_copies_have_the_statistics_and_share_nothing(with_stats, how):
         other.prompts["text"].mul_(2)
     assert not matches_alone(other, expected)
     assert torch.equal(logits(with_stats), expected)
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_a_features_net_can_be_copied(how):
     net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=1).eval()
     with torch.inference_mode():
         assert torch.equal(COPIES[how](net)(IMAGES)[0], net(IMAGES)[0])
 
 
-@pytest.mark.parametrize("ema_class", [ModelEmaV2, ModelEmaV3])
-def test_moving_averages(with_stats, ema_class):
+def test_moving_averages(with_stats):
     """The copy uses the context too, and follows the weights."""
-    ema, before = ema_class(with_stats, decay=0.5), with_stats.prompts["text"].detach().clone()
+    ema, before = ModelEmaV3(with_stats, decay=0.5), with_stats.prompts["text"].detach().clone()
     assert matches_alone(ema.module, logits(with_stats))
     with torch.no_grad():
         with_stats.prompts["text"].mul_(3)
@@ -660,13 +554,6 @@ IMPORTS = {
     "timm, dcp_zoo": "import timm; assert not timm.is_model('dcp_mini'); import dcp_zoo",
     "the factory alone": "from dcp_zoo import create_model",
     "every public name": "from dcp_zoo import *",
-    "the module itself": "import dcp_zoo.zoo.dcp",
-    "the module itself, after timm": "import timm, dcp_zoo.zoo.dcp",
-    "open_clip, which imports timm": "import dcp_zoo, open_clip",
-    "a name of timm that a new process unpickles": r"""
-import dcp_zoo, pickle
-pickle.loads(b"ctimm.models._registry\nlist_models\n.")
-""",
     "eager": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
     "timm in a thread": """
 import dcp_zoo, threading
@@ -674,12 +561,6 @@ thread = threading.Thread(target=__import__, args=("timm",))
 thread.start()
 from dcp_zoo import create_model
 thread.join()
-""",
-    "timm in one thread, dcp_zoo in another": """
-import threading
-threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm", "dcp_zoo")]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
 """,
 }
 EACH_IN_A_FORK = """
@@ -720,19 +601,16 @@ def test_torch_export_names_what_can_be_exported(golden):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer
-@pytest.mark.parametrize("use_dynamo", [False, True])
-def test_timms_onnx_export(tmp_path, golden, use_dynamo):
-    """What onnx_export.py calls; the batch size stays free. The new exporter takes a minute for the miniature."""
+def test_timms_onnx_export(tmp_path, golden):
+    """What onnx_export.py calls; the batch size stays free. The new exporter, which takes long, is torch's own."""
     pytest.importorskip("onnx", reason="pip install dcp_zoo[export]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install dcp_zoo[export]")
     from timm.utils.onnx import onnx_export
 
-    if use_dynamo and timm.__version__ == "1.0.21":
-        pytest.skip("timm 1.0.21 needs an exporter that torch no longer has")
     model = DCP(build_tiny_clip(golden, vision_cfg={"layers": 1}, text_cfg={"layers": 1}), NAMES, n_ctx=2, depth=1)
     model.store_stats(SMALL)
     model.eval()
-    onnx_export(model, str(tmp_path / "model.onnx"), input_size=(3, 32, 32), batch_size=2, use_dynamo=use_dynamo)
+    onnx_export(model, str(tmp_path / "model.onnx"), input_size=(3, 32, 32), batch_size=2)
     images = torch.randn(4, 3, 32, 32)
     (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input0": images.numpy()})
     with torch.inference_mode():

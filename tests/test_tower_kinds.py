@@ -120,10 +120,11 @@ def build_dcp(kind: str, **options: Any) -> DCP:
     return loud(DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, **options)).eval()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}, {"prompted_blocks": 2}]
-)
-def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
+OPTIONS = [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}, {"prompted_blocks": 2}]
+
+
+def test_logits_and_gradients_equal_the_plain_forward_pass(kind):
+    options = OPTIONS[[*KINDS].index(kind) % 3]
     model = build_dcp(kind, **options)
     logits, expected = model(IMAGES), reference.forward(model, IMAGES)
     assert close(logits, expected)
@@ -158,37 +159,15 @@ def test_text_prompts_that_are_words_give_the_sentence(kind):
     assert close(model.eval().encode_text(), expected)
 
 
-@pytest.mark.parametrize("prompted_blocks", [None, 2])
 @torch.no_grad()
-def test_calibrated_fused_and_independent_of_the_batch(kind, prompted_blocks):
-    model = build_dcp(kind, prompted_blocks=prompted_blocks)
+def test_calibrated_fused_and_independent_of_the_batch(kind):
+    model = build_dcp(kind, prompted_blocks=(None, 2)[[*KINDS].index(kind) % 2])
     model.store_stats(2 * torch.randn(5, 3, 32, 32))
     logits = model(IMAGES)
     assert close(model(IMAGES[:1]), logits[:1])
     assert close(model.fuse()(IMAGES), logits)
     assert close(model(model.encoder.enter(IMAGES, model.first_block)), logits)
     assert close(model.encode_text(NAMES[::-1]), model.encode_text().flip(0))
-
-
-@torch.no_grad()
-def test_the_calibrated_context_of_a_batch_gives_the_logits_of_that_batch(kind):
-    model = build_dcp(kind)
-    expected = model(IMAGES)
-    model.store_stats(IMAGES)
-    assert model.stats == "stored"
-    assert close(model(IMAGES), expected)
-
-
-def test_many_classes_run_in_chunks_with_the_same_result(monkeypatch):
-    for kind in ("siglip", "coca"):
-        model = build_dcp(kind)
-        monkeypatch.setattr("dcp_zoo.model.towers.text.CHUNK_TOKENS", 16)
-        chunked = build_dcp(kind)
-        monkeypatch.undo()
-        assert (len(model.name_tokens), len(chunked.name_tokens)) == (1, 4)
-        expected, found = (gradients(m, m(IMAGES)) for m in (model, chunked))
-        for name, gradient in expected.items():
-            assert close(found[name], gradient, 1e-3), name
 
 
 def test_the_bias_of_a_sigmoid_model_is_kept():
@@ -218,12 +197,7 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, me
         assert close(plain.encode_image(IMAGES), F.normalize(clip.encode_image(IMAGES), dim=-1))
 
 
-def test_names_too_long_for_a_short_text_tower_are_named():
-    with pytest.raises(ZooError, match="takes 13 tokens, but only 12 are left next to 3"):
-        DCP(build_clip("siglip")[0], ["ant", "a " * 12], n_ctx=3, tokenizer=word_tokenizer(False))
-
-
-@pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple", "promptsrc", "2sfs"])
+@pytest.mark.parametrize("method", ["maple", "promptsrc", "2sfs"])
 def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
     clip, tokenizer = build_clip("siglip")
     plain = FrozenCLIP(clip, tokenizer)

@@ -1,7 +1,6 @@
 """The towers with every kind of CLIP and torch: open_clip's attention, unsupported CLIPs, compilers, no oneDNN."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,21 +62,10 @@ def test_own_attention_gives_the_same(golden, coupling):
         assert torch.equal(found[name], value), name
 
 
-@torch.inference_mode()
-def test_own_attention_calibrated_and_fused(golden):
-    plain, own = build(build_tiny_clip(golden)), build(with_own_attention(build_tiny_clip(golden)))
-    for model in (plain, own):
-        model.store_stats(IMAGES)
-    assert torch.equal(own(IMAGES), plain(IMAGES))
-    torch.testing.assert_close(own.fuse()(IMAGES), own(IMAGES), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("qk_norm", r"no query-key normalisation \(qk_norm\)"),
-        ("scaled_cosine", r"no scaled cosine attention \(scaled_cosine\)"),
-        ("scale_heads", r"no scaled heads \(scale_heads\)"),
         ("inner_norm", r"no normalisation inside attention \(inner_norm\)"),
     ],
 )
@@ -86,11 +74,6 @@ def test_other_kinds_of_attention_are_rejected(tiny_clip, option, message):
         ZooError, match=rf"cannot use this CLIP \(CLIP\): it needs {message}[^(]*\. Any open_clip model"
     ):
         build(with_own_attention(tiny_clip, **{option: True}))
-
-
-def test_attention_without_bias_is_rejected(tiny_clip):
-    with pytest.raises(ZooError, match="it needs attention with in_proj_weight, in_proj_bias, out_proj"):
-        build(with_own_attention(tiny_clip, qkv_bias=False))
 
 
 def test_normalisation_in_other_parts_of_a_block_is_rejected(golden):
@@ -111,8 +94,8 @@ def test_normalisation_in_other_parts_of_a_block_is_rejected(golden):
 
 @pytest.fixture
 def short(golden) -> DCP:
-    """A calibrated model of two blocks with prompts and one without: more are compiled like these, for seconds."""
-    model = build(build_tiny_clip(golden, vision_cfg={"layers": 3}, text_cfg={"layers": 3}), depth=2)
+    """A calibrated model of one block with prompts and one without: more are compiled like these, for seconds."""
+    model = build(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), depth=1)
     model.store_stats(IMAGES)
     return model
 
@@ -152,26 +135,20 @@ def products(monkeypatch) -> Iterator[list[int]]:
     _torch._has_onednn.cache_clear()
 
 
-def without_operator(monkeypatch) -> None:
-    """As in a torch build without oneDNN that reports it as enabled."""
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-
-
 def without_library(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-@pytest.mark.parametrize("take_away", [without_operator, without_library])
-def test_without_onednn_torchs_product_is_used(with_stats, monkeypatch, products, take_away):
+def test_without_onednn_torchs_product_is_used(with_stats, monkeypatch, products):
     expected = with_stats(IMAGES), logits_and_gradients(with_stats)
     with_stats.eval()
     _torch._has_onednn.cache_clear()
-    take_away(monkeypatch)
+    without_library(monkeypatch)
     products.clear()
     found = with_stats(IMAGES), logits_and_gradients(with_stats)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert len(products) == (take_away is without_operator)  # the trial, once
+    assert not products
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
     assert torch.equal(_torch.linear(x, weight), F.linear(x, weight))
 

@@ -21,7 +21,7 @@ from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import Seen, look, same_pictures
 from dcp_zoo.model.classes import check_classnames
-from dcp_zoo.model.text_probe import Read
+from dcp_zoo.model.text_probe import ReadingFeatures
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, NONE, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
@@ -182,7 +182,9 @@ def inspect(
         raise ZooError(f"{problem}. Replace them, or remove the class.")
 
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    judged = out_of_fold(Read(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target)
+    judged = out_of_fold(
+        ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target
+    )
     return Inspection(
         data,
         seen,
@@ -192,7 +194,7 @@ def inspect(
         groups,
         problems,
         learning_curve(judged),
-        [data.classnames[label] for label in unknown(judged.task.text_logits, target)],
+        [data.classnames[label] for label in unknown(judged.images.text_logits(judged.images.views[0]), target)],
     )
 
 

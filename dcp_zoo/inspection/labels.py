@@ -1,7 +1,6 @@
 """What frozen features say about labels: probabilities without the image, suspects, names, a curve."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,8 +9,11 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.model.text_probe.candidates import GROUP, Group
-from dcp_zoo.model.text_probe.fit import Leaving, Read, all_folds, leaving, within_class
+from dcp_zoo.model.text_probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
+from dcp_zoo.model.text_probe.estimates import text_scale
+from dcp_zoo.model.text_probe.evidence import leave_out_each, without_evidence
+from dcp_zoo.model.text_probe.fit import ReadingFeatures
+from dcp_zoo.model.text_probe.folds import folds, within_class
 
 SURE, PER_CLASS = 20, 3
 NOTHING = 0.02  # of the evidence: such candidates are not fitted again
@@ -37,40 +39,35 @@ class OutOfFold:
 
     log_probabilities: Tensor  # (n, C)
     distances: Tensor  # (n,), to the nearest class mean, 1 on average
-    task: Leaving  # the images, and how they are left out
-    groups: Sequence[Group]  # of candidates that were worth fitting
-    evidence: Tensor  # (K,) for these candidates
+    images: TrainingSet
+    evidence: Evidence  # for the candidates that are worth fitting
 
     def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
         """The answers (m,) for the images `test` by a text probe that is fitted to the images `train` (n,), with this
         evidence, or if there is one of each class, without."""
-        groups, evidence = self.groups, self.evidence
-        if shots == 1:
-            drawn = replace(self.task, views=self.task.views[:, train], labels=self.task.labels[train])
-            groups = drawn.safe_groups(len(drawn.widths))
-            evidence = drawn.without_evidence(groups)
-        fitted, _, _ = self.task.without(~train, groups)
-        return fitted.logits(self.task.views[0, test], evidence).argmax(1)
+        drawn, x = self.images.of(train), self.images.views[0][test]
+        evidence = without_evidence(drawn, len(drawn.widths)) if shots == 1 else self.evidence
+        mean = mean_of(fit_candidates(drawn, evidence), evidence, x.shape[1])
+        return mean.logits(drawn.text_logits(x), x).argmax(1)
 
 
-def out_of_fold(read: Read, labels: Tensor) -> OutOfFold:
+def out_of_fold(given: ReadingFeatures, labels: Tensor) -> OutOfFold:
     """What the other images say of each, in four folds, of features (1, n, ..) and labels (n,). The only image of a
     class is judged by the text, at no distance."""
-    assert read.start is not None
-    task, _ = leaving(read.features, read.widths, labels, read.start)
-    folds = all_folds(labels)
-    left_out, losses = task.folds(folds)
-    evidence = (-losses).softmax(0)
-    log_probabilities, distances = task.text_logits.log_softmax(-1), torch.zeros(len(labels))
-    for out, (candidates, features, _) in zip(folds, left_out, strict=True):
-        log_probabilities[out] = candidates.logits(features, evidence).log_softmax(-1)
-        distances[out] = candidates.distances(features)
-    groups = left_out[-1][0].groups if left_out else task.groups
-    counts = evidence.unflatten(0, (-1, GROUP)).sum(1) > NOTHING
-    groups = [group for group, count in zip(groups, counts.tolist(), strict=True) if count]
-    evidence = evidence[counts.repeat_interleave(GROUP)]
+    assert given.start is not None
+    images = TrainingSet(given.features, given.widths, labels, given.start)
+    images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels))
+    log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
+    distances = torch.zeros(len(labels))
+    parts = folds(labels)
+    left_out, evidence = leave_out_each(images, parts)
+    for out, fold in zip(parts, left_out, strict=True):
+        log_probabilities[out] = fold.logits(evidence).log_softmax(-1)
+        distances[out] = fold.distances()
     distances /= distances.mean().clamp(min=1e-6)
-    return OutOfFold(log_probabilities, distances, task, groups, evidence / evidence.sum())
+    worth = {family: weights for family, weights in evidence.items() if weights.sum() > NOTHING}
+    total = sum(weights.sum() for weights in worth.values())
+    return OutOfFold(log_probabilities, distances, images, {family: each / total for family, each in worth.items()})
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
@@ -108,7 +105,7 @@ def unknown(text: Tensor, labels: Tensor) -> list[int]:
 
 def learning_curve(judged: OutOfFold) -> list[Point]:
     """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn."""
-    labels = judged.task.labels
+    labels = judged.images.labels
     sizes, points = torch.bincount(labels), []
     for shots in SHOTS:
         if 2 * (sizes > shots).sum() <= len(sizes):

@@ -215,8 +215,8 @@ class Head(HeadState, TimmContract, ABC):
 
     def rejection_threshold(self, reject: float = REFUSED) -> float:
         """Images with a lower `in_distribution_score` belong to none of the present classes; see
-        `dcp_zoo.model.text_probe.fit`. `reject` is the share of images of these classes that may be refused; True for
-        0.05. ZooError without a threshold for it, and for exactly these classes."""
+        `text_probe.threshold`. `reject` is the share of images of these classes that may be refused; True for 0.05.
+        ZooError without a threshold for it, and for exactly these classes."""
         probe, problem = self.text_probe, self.cannot_reject
         if probe is None or problem:
             raise ZooError(problem)

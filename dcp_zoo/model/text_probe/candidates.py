@@ -1,8 +1,8 @@
-"""What a text probe is the mean of."""
+"""Candidates: softmax regressions and Gaussian classes, each a linear function. A text probe is their mean."""
 
-import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -13,167 +13,165 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.text_probe.estimates import Slope, lowest_point, means_of_some
-from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS, nearest
+from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS
 from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
-GROUP = len(PENALTIES) + len(STRENGTHS)  # candidates of a block of columns and a strength of the text
 LARGE = 2**16  # images, with their mirror images, times classes: more start at the full text alone
 ENOUGH, FEWER_STEPS = 2_000, 8  # of more training images a step is expensive, see `lowest`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 
 
-Axes = tuple[Tensor, Tensor] | None  # eigenvalues (E',) and eigenvectors (E', E') of X^T X, of many images
-Group = tuple[int, float]  # of candidates: the number of a block of columns, and the strength of the text
+@dataclass(frozen=True)
+class TrainingSet:
+    """Features of n training images of C classes, on the CPU."""
+
+    views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised parts, one after the other
+    widths: Sequence[int]  # of the parts; the first is CLIP's embedding
+    labels: Tensor  # (n,)
+    text: Linear  # the text logits z as a linear function of the first part
+    scale: float = 1.0  # a
+    weights: Tensor | None = None  # (n,), multiply the losses of the images, whose sum stays as it is
+
+    def of(self, images: Tensor) -> "TrainingSet":
+        """Some of the images, by positions or a mask."""
+        weights = None if self.weights is None else self.weights[images]
+        return replace(self, views=self.views[:, images], labels=self.labels[images], weights=weights)
+
+    @property
+    def counts(self) -> Tensor:
+        """Images per class (C,)."""
+        return torch.bincount(self.labels, minlength=len(self.text[0]))
+
+    @cached_property
+    def means(self) -> Tensor:
+        """Class means (C, W) of all views, 0 for a class without images."""
+        rows, labels = self.views.flatten(0, 1), self.labels.repeat(len(self.views))
+        return means_of_some(rows, labels, len(self.text[0])).float()
+
+    def text_logits(self, features: Tensor) -> Tensor:
+        """Features (m, W) -> scaled text logits a z (m, C)."""
+        weight, bias = self.text
+        return F.linear(features[:, : self.widths[0]], self.scale * weight, self.scale * bias)
+
+    def row_weights(self) -> Tensor:
+        """The weights (V n,) of the losses of all views: each class has the same, apart from `weights`."""
+        views = len(self.views)
+        weights = (len(self.labels) / ((self.counts > 0).sum() * views * self.counts))[self.labels].repeat(views)
+        if self.weights is None:
+            return weights
+        weighted = weights * self.weights.repeat(views)
+        return weighted * (weights.sum() / weighted.sum())
+
+
+class Family(NamedTuple):
+    """Candidates that see the same columns and start at the same logits: one for each of `PENALTIES`, and one for each
+    of `STRENGTHS`."""
+
+    block: int  # of columns, see `blocks`
+    text: float  # how much of the text logits they start at
+
+
+Evidence = dict[Family, Tensor]  # the weights of each family's candidates, 1 in all
 
 
 class Candidate(NamedTuple):
-    """Logits: this much of the text logits, and a linear function of some columns of the features."""
+    """Logits: so much of the text logits, and a linear function of some columns of the features."""
 
     text: float
     columns: slice
     weight: Tensor  # (C, columns)
     bias: Tensor  # (C,)
 
+    def logits(self, text_logits: Tensor, features: Tensor) -> Tensor:
+        """Text logits (m, C) and features (m, W) of the same images -> logits (m, C)."""
+        return self.text * text_logits + F.linear(features[:, self.columns], self.weight, self.bias)
 
-class Candidates:
-    """The candidates, fitted on features (V, n, W) of training images, normalised parts of these widths one after the
-    other, and their labels (n,), from the scaled text logits a z as a linear function of the first part; all on the
-    CPU. `weights` (n,) multiply the losses of the images, whose sum stays as it is. Only candidates of these `groups`
-    are fitted; default: `all_groups`."""
 
-    def __init__(
-        self,
-        views: Tensor,
-        widths: Sequence[int],
-        labels: Tensor,
-        text: Linear,
-        weights: Tensor | None = None,
-        groups: Sequence[Group] | None = None,
-    ) -> None:
-        self.groups = all_groups(widths) if groups is None else groups
-        self.rows, self.widths, self.text = views.flatten(0, 1), widths, text
-        self.labels = labels.repeat(len(views))
-        counts = torch.bincount(labels, minlength=len(text[0]))
-        self.present, self.means = counts > 0, means_of_some(self.rows, self.labels, len(counts)).float()
-        self.start = F.linear(self.rows[:, : widths[0]], *text)
-        self.weights = (len(labels) / (self.present.sum() * len(views) * counts))[self.labels]
-        if weights is not None:
-            weighted = self.weights * weights.repeat(len(views))
-            self.weights = weighted * (self.weights.sum() / weighted.sum())
+def blocks(widths: Sequence[int]) -> list[tuple[slice, float]]:
+    """The columns that candidates see, and their scale to the length 1: all parts, and each but CLIP's embedding."""
+    alone = [(slice(*ends), 1.0) for ends in pairwise(accumulate(widths))]
+    return [(slice(0, sum(widths)), len(widths) ** -0.5), *alone]
 
-    @property
-    def blocks(self) -> list[tuple[slice, float]]:
-        """The columns that candidates read, and their scale to the length 1: all parts, and each but CLIP's embedding
-        alone."""
-        every = slice(0, self.rows.shape[1]), len(self.widths) ** -0.5
-        alone = [(slice(*ends), 1.0) for ends in pairwise(accumulate(self.widths))]
-        return [every, *alone]
 
-    @cached_property
-    def all(self) -> list[Candidate]:
-        """For each group one for each of `PENALTIES`, and one for each of `STRENGTHS`."""
-        with fair_threads(1 if self.rows.numel() * len(self.present) < SMALL else None):
-            return [each for number in range(len(self.blocks)) for each in self._of_block(number)]
+def families_of(images: TrainingSet) -> list[Family]:
+    """The families that are worth fitting before anything is known of them."""
+    size = len(images.labels) * len(images.views) * len(images.text[0])
+    return [Family(block, text) for block in range(len(images.widths)) for text in TEXTS if size <= LARGE or text == 1]
 
-    def of(self, groups: Sequence[Group]) -> "Candidates":
-        """Those of some of the groups, which have been fitted."""
-        some = copy.copy(self)
-        some.groups = groups
-        some.all = [c for i, c in enumerate(self.all) if self.groups[i // GROUP] in groups]
-        return some
 
-    def _of_block(self, number: int) -> Iterator[Candidate]:
-        texts = [text for block, text in self.groups if block == number]
-        if not texts:
-            return
-        columns, scale = self.blocks[number]
-        rows = scale * self.rows[:, columns]
-        weight, bias = self._gaussian(rows, scale * self.means[:, columns])
-        few = len(rows) < rows.shape[1]  # then D is in the span of the rows, which has fewer dimensions
-        span = torch.linalg.qr(rows.T)[0] if few else None
-        x = rows if span is None else rows @ span
-        axes = eigenvectors(x.T @ x) if len(x) > ENOUGH else None
-        for text in texts:
-            for d in self._regressions(x, axes, text):
-                yield Candidate(text, columns, scale * (d if span is None else d @ span.T), torch.zeros_like(bias))
-            for strength in STRENGTHS:
-                yield Candidate(text, columns, scale * strength * weight, strength * bias)
+def fit_candidates(images: TrainingSet, families: Iterable[Family]) -> dict[Family, list[Candidate]]:
+    """The candidates of some families, fitted to training images.
 
-    def _regressions(self, x: Tensor, axes: Axes, text: float) -> Iterator[Tensor]:
-        """D (C, E') for each of `PENALTIES`, each from the one before; `axes` as of `lowest`."""
-        start = (text * self.start).masked_fill(~self.present, -math.inf)
-        d, images = torch.zeros(len(self.present), x.shape[1]), torch.arange(len(x))
-        for penalty in PENALTIES:
+    Two classes of one image, each with the text logits 1 and 0: with the penalty 1, softmax regression adds d = 0.2 to
+    the right logit and takes it from the other. Its gradient is 0: d = 1 - p, for softmax(1.2, -0.2) has p = 0.8.
 
-            def slope(d: Tensor, penalty: float = penalty) -> tuple[Tensor, Tensor]:
+    >>> images = TrainingSet(torch.eye(2)[None], [2], torch.tensor([0, 1]), (torch.eye(2), torch.zeros(2)))
+    >>> text_alone, regression, *_ = fit_candidates(images, [Family(0, 1.0)])[Family(0, 1.0)]
+    >>> regression.weight
+    tensor([[ 0.1983, -0.1983],
+            [-0.1983,  0.1983]])
+    """
+    x, labels = images.views.flatten(0, 1), images.labels.repeat(len(images.views))
+    weights, text_logits, seen = images.row_weights(), images.text_logits(x), images.counts > 0
+    candidates = {}
+    with fair_threads(1 if x.numel() * len(seen) < SMALL else None):
+        for block, (columns, scale) in enumerate(blocks(images.widths)):
+            texts = [family.text for family in families if family.block == block]
+            if not texts:
+                continue
+            rows = scale * x[:, columns]
+            weight, bias = gaussian_classes(rows, scale * images.means[:, columns], text_logits, seen)
+            gaussian = [(strength * weight, strength * bias) for strength in STRENGTHS]
+            starts = [(text * text_logits).masked_fill(~seen, -math.inf) for text in texts]
+            for text, regressions in zip(texts, softmax_regressions(rows, starts, labels, weights), strict=True):
+                linears = [*((d, torch.zeros_like(bias)) for d in regressions), *gaussian]
+                candidates[Family(block, text)] = [Candidate(text, columns, scale * w, b) for w, b in linears]
+    return candidates
+
+
+def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, seen: Tensor) -> Linear:
+    """The scores of Gaussian classes with means (C, E), on rows (m, E) as spread as their text logits (m, C): weight
+    (C, E) and bias (C,), 0 for a class that is not `seen` (C,)."""
+    middle = means[seen].mean(0)
+    weight = (means - middle).masked_fill(~seen[:, None], 0)
+    bias = -(weight * (means + middle)).sum(1) / 2
+    text, scores = (z[:, seen] - z[:, seen].mean(1, keepdim=True) for z in (text_logits, rows @ weight.T + bias))
+    strength = text.std() / scores.std().clamp(min=1e-6)
+    return strength * weight, strength * bias
+
+
+def softmax_regressions(x: Tensor, starts: Sequence[Tensor], labels: Tensor, weights: Tensor) -> Iterator[list[Tensor]]:
+    """From each of the logits `starts` (m, C), D (C, E) for each of `PENALTIES`: rows x (m, E), labels (m,), and the
+    weights (m,) of their losses."""
+    span, images = None, torch.arange(len(x))
+    if len(x) < x.shape[1]:  # D is in the span of the rows, which has fewer dimensions
+        span = torch.linalg.qr(x.T)[0]
+        x = x @ span
+    axes = torch.linalg.eigh((x.T @ x).double()) if len(x) > ENOUGH else None
+    for start in starts:
+        solutions = [torch.zeros(start.shape[1], x.shape[1])]  # for an infinite penalty; each starts at the one before
+        for penalty in PENALTIES[1:]:
+
+            def slope(d: Tensor, start: Tensor = start, penalty: float = penalty) -> tuple[Tensor, Tensor]:
                 log_p = F.log_softmax(start + x @ d.T, -1)
-                value = -(self.weights * log_p[images, self.labels]).sum() + penalty / 2 * d.square().sum()
+                value = -(weights * log_p[images, labels]).sum() + penalty / 2 * d.square().sum()
                 errors = log_p.exp()
-                errors[images, self.labels] -= 1
-                return value, (self.weights[:, None] * errors).T @ x + penalty * d
+                errors[images, labels] -= 1
+                return value, (weights[:, None] * errors).T @ x + penalty * d
 
-            d = torch.zeros_like(d) if math.isinf(penalty) else lowest(slope, penalty, d, axes)
-            yield d
-
-    def _gaussian(self, rows: Tensor, means: Tensor) -> Linear:
-        """The scores of Gaussian classes, as spread as the text logits: weight (C, E') and bias (C,)."""
-        middle = means[self.present].mean(0)
-        weight = (means - middle) * self.present[:, None]
-        bias = -(weight * (means + middle)).sum(1) / 2
-        scores = rows @ weight.T + bias
-        text, own = (z[:, self.present] - z[:, self.present].mean(1, keepdim=True) for z in (self.start, scores))
-        strength = text.std() / own.std().clamp(min=1e-6)
-        return strength * weight, strength * bias
-
-    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy (sum) of each candidate (K,) on other images: features (m, W), labels (m,)."""
-        text = F.linear(features[:, : self.widths[0]], *self.text)
-        logits = (each.text * text + F.linear(features[:, each.columns], each.weight, each.bias) for each in self.all)
-        return torch.stack([F.cross_entropy(z, labels, reduction="sum") for z in logits])
-
-    def distances(self, features: Tensor) -> Tensor:
-        """Distances (m,) of other images (m, W) to the nearest class mean."""
-        return self.to_nearest(features, self.means[self.present])
-
-    def to_nearest(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Distances (m,) of images (m, W) to the nearest of these rows (k, W), of parts that are joined."""
-        return nearest(features, rows) / math.sqrt(len(self.widths))
-
-    def mean(self, evidence: Tensor) -> tuple[float, Linear]:
-        """The mean of the candidates by weights (K,): the strength of the text, and weight (C, W) and bias (C,)."""
-        text, weight, bias = 0.0, torch.zeros_like(self.means), torch.zeros(len(self.means))
-        for share, each in zip(evidence.tolist(), self.all, strict=True):
-            text += share * each.text
-            weight[:, each.columns] += share * each.weight
-            bias += share * each.bias
-        return text, (weight, bias)
-
-    def logits(self, features: Tensor, evidence: Tensor) -> Tensor:
-        """Features (m, W) -> the logits (m, C) of the mean of the candidates."""
-        text, added = self.mean(evidence)
-        return text * F.linear(features[:, : self.widths[0]], *self.text) + F.linear(features, *added)
+            solutions.append(lowest(slope, penalty, solutions[-1], axes))
+        yield [d if span is None else d @ span.T for d in solutions]
 
 
-def all_groups(widths: Sequence[int]) -> list[Group]:
-    """Every block of columns at every strength of the text."""
-    return [(block, text) for block in range(len(widths)) for text in TEXTS]
-
-
-def eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (E,) and eigenvectors (E, E) of a symmetric matrix."""
-    values, vectors = torch.linalg.eigh(square.double())
-    return values.clamp(min=0).float(), vectors.float()
-
-
-def lowest(slope: Slope, penalty: float, d: Tensor, axes: Axes) -> Tensor:
-    """Where a loss is lowest whose value and gradient `slope` returns, by L-BFGS from D (C, E). With the `eigenvectors`
-    of X^T X, for a loss of so many images that a step is expensive, in coordinates in which it is about equally curved,
-    X^T X / C + penalty, so that fewer steps come as close."""
+def lowest(slope: Slope, penalty: float, d: Tensor, axes: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Where a loss is lowest whose value and gradient `slope` returns, by L-BFGS from D (C, E). For many images, of
+    which a step is expensive, `axes` are eigenvalues and eigenvectors of X^T X: in coordinates in which the loss is
+    about equally curved, X^T X / C + penalty, fewer steps come as close."""
     if axes is None:
         return lowest_point(slope, d, max_iter=STEPS, tolerance_grad=1e-3)
-    values, vectors = axes
+    values, vectors = axes[0].clamp(min=0).float(), axes[1].float()
     scale = (values / len(d) + penalty).rsqrt()
     back = (vectors * scale).T
 
@@ -182,3 +180,15 @@ def lowest(slope: Slope, penalty: float, d: Tensor, axes: Axes) -> Tensor:
         return value, gradient @ back.T
 
     return lowest_point(curved, d @ vectors / scale, max_iter=FEWER_STEPS) @ back
+
+
+def mean_of(candidates: Mapping[Family, Sequence[Candidate]], evidence: Evidence, width: int) -> Candidate:
+    """The mean of candidates by their weights: one more linear function, of features (m, W)."""
+    classes = len(next(iter(candidates.values()))[0].bias)
+    text, weight, bias = 0.0, torch.zeros(classes, width), torch.zeros(classes)
+    for family, weights in evidence.items():
+        for share, each in zip(weights.tolist(), candidates[family], strict=True):
+            text += share * each.text
+            weight[:, each.columns] += share * each.weight
+            bias += share * each.bias
+    return Candidate(text, slice(0, width), weight, bias)

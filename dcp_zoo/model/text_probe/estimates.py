@@ -1,4 +1,5 @@
-"""What classifiers on features share: class means, and where a convex loss is lowest.
+"""What classifiers on features share: class means, where a convex loss is lowest, the
+scale of logits.
 
 Features (n, E) and labels (n,), computed on the CPU.
 """
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -28,17 +30,27 @@ def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int, tole
 
 def lowest_point(slope: Slope, start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
     """`minimum`, of a loss whose value and gradient are given."""
-    found = start.clone().requires_grad_()
+    point = start.clone().requires_grad_()
     options: Values = {"max_iter": max_iter, "tolerance_grad": tolerance_grad, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([found], **options)
+    optimizer = torch.optim.LBFGS([point], **options)
 
     @torch.no_grad()
     def closure() -> Tensor:
-        value, found.grad = slope(found.detach())
+        value, point.grad = slope(point.detach())
         return value
 
     optimizer.step(closure)
-    return found.detach()
+    return point.detach()
+
+
+def text_scale(logits: Tensor, labels: Tensor) -> float:
+    """a: minimises the cross-entropy (sum) of a times logits (n, C) + (log a)^2 / 2."""
+    logits = logits.double()
+
+    def loss(log: Tensor) -> Tensor:
+        return F.cross_entropy(log.exp() * logits, labels, reduction="sum") + log.square() / 2
+
+    return minimum(loss, logits.new_zeros(()), max_iter=100).exp().item()
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:

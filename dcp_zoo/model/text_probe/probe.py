@@ -54,7 +54,7 @@ class TextProbe(nn.Module):
     Args:
         classes: those of the head, or as many as its images have.
         widths: of the parts of each reading that it reads.
-        own: how many of the first columns are features that the method changed.
+        changed: how many of the first columns are features that the method changed.
         examples: how many images of no class it knows."""
 
     weight: Tensor
@@ -68,15 +68,15 @@ class TextProbe(nn.Module):
     margin: Tensor
 
     def __init__(
-        self, classes: Sequence[Class], widths: Sequence[Sequence[int]], own: int = 0, examples: int = 0
+        self, classes: Sequence[Class], widths: Sequence[Sequence[int]], changed: int = 0, examples: int = 0
     ) -> None:
         super().__init__()
-        self.classes, self.widths, self.own = list(classes), [tuple(parts) for parts in widths], own
+        self.classes, self.widths, self.changed = list(classes), [tuple(parts) for parts in widths], changed
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
         self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
-        self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - own))
+        self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - changed))
         for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
 
@@ -96,16 +96,16 @@ class TextProbe(nn.Module):
     def linear(self, text: Linear, classes: Sequence[Class]) -> Linear:
         """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
         weight, bias = text
-        own = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
-        return self.text_scale * weight + own[0], self.text_scale * bias + own[1]
+        weight, bias = self.text_scale * weight, self.text_scale * bias
+        return weight + self._ordered(self.weight, classes), bias + self._ordered(self.bias, classes)
 
     def measure(self, classes: Sequence[Class]) -> Distance:
         """How far images are from what the head has seen of these classes, by the frozen ones of the features: about 1
         for images like these."""
         parts = sum(map(len, self.widths))
-        unit = math.sqrt(parts / (parts - 1 if self.own else parts)) / self.spread.float()
+        unit = math.sqrt(parts / (parts - 1 if self.changed else parts)) / self.spread.float()
         means = self._ordered(self.means, classes).float()
-        return Distance(unit, means[means.any(1)][:, self.own :] * unit, self.examples.float() * unit, self.margin)
+        return Distance(unit, means[means.any(1)][:, self.changed :] * unit, self.examples.float() * unit, self.margin)
 
     def distance(self, features: Tensor, classes: Sequence[Class]) -> Tensor:
         """Features (B, F) -> `measure` of them (B,)."""
@@ -151,11 +151,10 @@ class TextProbe(nn.Module):
         self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
         self.bias = torch.cat([self.bias, torch.zeros_like(self.bias[:1])])
         self.means = torch.cat([self.means, mean.to(self.means)[None]])
-        own = list(classes).index(one)
         weight, bias = (t.float().cpu() for t in self.linear(text, classes))
         x = self._ordered(self.means, classes).float().cpu()
         start, labels = F.linear(x, weight, bias), torch.arange(len(x))
-        column = F.one_hot(torch.tensor(own), len(x)).to(x)
+        column = F.one_hot(torch.tensor(list(classes).index(one)), len(x)).to(x)
         row = d = torch.zeros_like(x[0])
         for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.text_probe.fit import all_folds, text_scale
+from dcp_zoo.model.text_probe.estimates import text_scale
+from dcp_zoo.model.text_probe.folds import folds
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 from dcp_zoo.training.methods.text_probe import probe_views
 from dcp_zoo.training.recipes import BaseRecipe, count, option
@@ -49,10 +50,12 @@ def scale_of(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> float:
 def left_out(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> tuple[Tensor, Tensor] | None:
     """Logits (n, C) and labels (n,) of images that were left out of training, in folds; None where no class has several
     images."""
-    if not (folds := all_folds(labels)):
-        return None
-    rows = [F.linear(views[0, out], *regression(views[:, ~out], labels[~out], recipe)) for out in folds]
-    return torch.cat(rows), torch.cat([labels[out] for out in folds])
+    logits, truth = list[Tensor](), list[Tensor]()
+    for out in folds(labels):
+        kept = torch.isin(torch.arange(len(labels)), out, invert=True)
+        logits.append(F.linear(views[0, out], *regression(views[:, kept], labels[kept], recipe)))
+        truth.append(labels[out])
+    return (torch.cat(logits), torch.cat(truth)) if logits else None
 
 
 def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Linear:

@@ -16,7 +16,8 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe.fit import Read, fit_on_features, share_above
+from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
+from dcp_zoo.model.text_probe.threshold import share_above
 from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.zero_shot import fit
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
@@ -45,11 +46,11 @@ def fit_probe(
         raise ZooError(PROBE_REFUSED.format(head.method))
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
-    head.text_probe, count, readings = None, probe_views(train), list[Read]()
+    head.text_probe, count, readings = None, probe_views(train), list[ReadingFeatures]()
     for reading in head.readings:
         features = train.read_by(reading, count, progress)
         widths = reading.widths if features.shape[-1] == sum(reading.widths) else reading.widths[:1]  # no more is given
-        readings.append(Read(features, on_cpu(reading.start()) if reading.start else None, widths))
+        readings.append(ReadingFeatures(features, on_cpu(reading.start()) if reading.start else None, widths))
     unseen = on_cpu(head.zero_shot_linear())
     typical = torch.tensor([not item.added for item in train.items])
     frozen = head.readings[head.has_own_features :]

@@ -1,0 +1,89 @@
+"""Evidence: how much each candidate counts, by its losses on images that were left out.
+
+In proportion to exp(-sum of cross-entropies), which is pseudo Bayesian model averaging (Yao et al., Bayesian Analysis
+2018). With one image per class nothing can be left out: see `without_evidence`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.model.text_probe import candidates as fitting
+from dcp_zoo.model.text_probe.candidates import Candidate, Evidence, Family, TrainingSet
+from dcp_zoo.model.text_probe.probe import PENALTIES, nearest
+
+HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
+
+
+class LeftOut(NamedTuple):
+    """Images that were left out, and the candidates that were fitted to the images that were kept."""
+
+    images: TrainingSet
+    kept: TrainingSet
+    candidates: Mapping[Family, Sequence[Candidate]]
+
+    def losses(self) -> dict[Family, Tensor]:
+        """The cross-entropy (sum) of each candidate."""
+        x, labels = self.images.views[0], self.images.labels
+        z = self.images.text_logits(x)
+        return {
+            family: torch.stack([F.cross_entropy(each.logits(z, x), labels, reduction="sum") for each in candidates])
+            for family, candidates in self.candidates.items()
+        }
+
+    def logits(self, evidence: Evidence) -> Tensor:
+        """Logits (m, C) by the mean of the candidates."""
+        x = self.images.views[0]
+        return fitting.mean_of(self.candidates, evidence, x.shape[1]).logits(self.images.text_logits(x), x)
+
+    def distances(self, rows: Tensor | None = None) -> Tensor:
+        """Distances (m,) to the nearest of these rows (k, W), of joined parts; default: to the means of kept images."""
+        rows = self.kept.means[self.kept.counts > 0] if rows is None else rows
+        return nearest(self.images.views[0], rows) / math.sqrt(len(self.kept.widths))
+
+
+def leave_out(images: TrainingSet, positions: Tensor, families: Iterable[Family]) -> LeftOut:
+    """Fit these families without the images at these positions."""
+    kept = images.of(torch.isin(torch.arange(len(images.labels)), positions, invert=True))
+    return LeftOut(images.of(positions), kept, fitting.fit_candidates(kept, families))
+
+
+def leave_out_each(images: TrainingSet, folds: Sequence[Tensor]) -> tuple[list[LeftOut], Evidence]:
+    """Leave out one fold after the other: what was fitted, and its evidence. Families that are `HOPELESS` after the
+    first fold are not fitted again. Without folds there is no evidence."""
+    if not folds:
+        return [], {}
+    first = leave_out(images, folds[0], fitting.families_of(images))
+    lowest = {family: losses.min() for family, losses in first.losses().items()}
+    families = [family for family, loss in lowest.items() if loss < min(lowest.values()) + HOPELESS]
+    left_out = [first, *(leave_out(images, positions, families) for positions in folds[1:])]
+    losses = [each.losses() for each in left_out]
+    none = torch.zeros(())
+    return left_out, evidence_of({family: sum((each[family] for each in losses), none) for family in families})
+
+
+def evidence_of(losses: Mapping[Family, Tensor]) -> Evidence:
+    """The evidence for candidates by their losses on all images that were left out.
+
+    A candidate that is worse by log 2 counts half as much, also one of another family:
+
+    >>> evidence_of({Family(0, 1.0): torch.tensor([4.0, 4.0 + math.log(2)]), Family(0, 0.5): torch.tensor([4.0, 9.0])})
+    {Family(block=0, text=1.0): tensor([0.3989, 0.1995]), Family(block=0, text=0.5): tensor([0.3989, 0.0027])}
+    """
+    each = torch.stack([*losses.values()])
+    return dict(zip(losses, (-each).flatten().softmax(0).view_as(each), strict=True))
+
+
+def without_evidence(images: TrainingSet, blocks: int) -> Evidence:
+    """What counts if no image can be left out: softmax regressions that start at the text and see one of the first
+    blocks. All penalties count the same, unless text explains the training images badly: the i-th one in proportion to
+    exp(10 i max(0, r - 1/4)), with r zero-shot CLIP's loss in units of a random guess's."""
+    loss = F.cross_entropy(images.text_logits(images.views[0]), images.labels).item()
+    guess = math.log(max(len(images.text[0]), 2))
+    weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss / guess - 0.25)).softmax(0)
+    families = [family for family in fitting.families_of(images) if family.block < blocks and family.text > 0]
+    return dict.fromkeys(families, F.pad(weights, (0, len(fitting.STRENGTHS))) / len(families))

@@ -1,0 +1,41 @@
+"""Thresholds: below which score an image belongs to none of the classes, by the scores of images that were left out.
+
+The scores are `in_distribution_score`s, taken to be normally distributed; one in twenty images is refused unless asked
+otherwise. Examples of images of no class reject what is nearer to one of them than to the class means, by a margin.
+Other rules, and validation images: see `benchmarks/notes.md`.
+"""
+
+from collections.abc import Mapping
+from statistics import NormalDist
+
+import numpy as np
+from torch import Tensor
+
+from dcp_zoo.model.config import REFUSED
+
+REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
+THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
+LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
+
+
+def thresholds_of(scores: Tensor) -> dict[str, float]:
+    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some.
+
+    With a mean of 0 and a standard deviation of 1, one score in twenty is below -1.64:
+
+    >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
+    -1.6448536269514726
+    """
+    middle, deviation = scores.mean().item(), scores.std().item()
+    return {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
+
+
+def margin_of(closer: Tensor) -> Tensor:
+    """How much closer () to an example of no class than to the class means an image must be to be rejected: as much as
+    `LIKE_EXAMPLES` of the images of the classes are, by how much closer some are (n,)."""
+    return closer.mean() - closer.std() * NormalDist().inv_cdf(LIKE_EXAMPLES)
+
+
+def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
+    """The percentage of scores (n,) that are not below each threshold."""
+    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}
