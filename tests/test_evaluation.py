@@ -16,7 +16,7 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier
 from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report import write_mistakes
-from dcp_zoo.cli import evaluate
+from dcp_zoo.cli import heads as evaluate_command
 from dcp_zoo.data import Item
 from dcp_zoo.model.config import read_config
 from dcp_zoo.training.accuracy import Accuracy
@@ -109,8 +109,8 @@ def test_eval_on_a_dataset_of_other_classes_is_the_cross_dataset_protocol(run, f
     """The head gets the dataset's class names, in its template, as in `dcp-zoo benchmark`."""
     FewShotClassifier().fit(flowers).save("head")
     digits = three_digits()
-    monkeypatch.setattr(evaluate, "load_labelled", lambda *_: digits)
-    monkeypatch.setattr(evaluate, "as_values", lambda evaluation: {"logits": evaluation.logits.tolist()})
+    monkeypatch.setattr(evaluate_command, "load_labelled", lambda *_: digits)
+    monkeypatch.setattr(evaluate_command, "as_values", lambda evaluation: {"logits": evaluation.logits.tolist()})
     code, out, err = run("eval", "digits", "--head", "head", "--json")
     assert code == 0, err
     assert "Note: head was trained on 2 classes, and is tested with the 3 class names of digits" in err
