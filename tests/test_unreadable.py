@@ -46,10 +46,9 @@ def pictures(tmp_path_factory) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def bad(request, tmp_path: Path) -> list[str]:
-    """Two images cut short, unless a test asks for another kind."""
-    spoil = getattr(request, "param", cut)
+    """Two images cut short, unless a test asks for other kinds."""
     places = [photo(tmp_path / "bad" / name) for name in ("a.png", "b.png")]
-    for place in places:
+    for place, spoil in zip(places, getattr(request, "param", (cut, cut)), strict=True):
         place.write_bytes(spoil(place))
     return [str(place) for place in places]
 
@@ -64,7 +63,7 @@ def fitted(trained) -> FewShotClassifier:
     return copy(trained)  # with options of its own
 
 
-@pytest.mark.parametrize("bad", [cut, broken_inside], indirect=True)
+@pytest.mark.parametrize("bad", [(cut, broken_inside), (broken_inside, broken_inside)], indirect=True)
 def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
     """Whoever leaves these out is done."""
     (paths, labels), head = pictures, fitted.model_
@@ -178,7 +177,7 @@ def test_a_class_without_a_readable_image_is_not_trained(bad, pictures):
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("bad", [broken_inside], indirect=True)
+@pytest.mark.parametrize("bad", [(broken_inside, broken_inside)], indirect=True)
 def test_train_leaves_out_what_cannot_be_read(run, flowers, bad):
     """As if the files were not there; without the option, it is named."""
     others = flowers / "none of these"

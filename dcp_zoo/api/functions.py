@@ -23,7 +23,7 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
@@ -234,9 +234,9 @@ def outputs_of(
     see `evaluate`; other arguments as of `torch_predictor`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
-    broken = damaged(items)  # those that few bytes of the file tell
     if errors == "raise":
-        refuse(items, broken)
+        check_images(items, no_progress, KEEP)
+    broken = {} if errors == "raise" else damaged(items)  # those that few bytes of the file tell
     sound = [i for i in range(len(items)) if i not in broken]
     paths = [items[i].path for i in sound]
     with in_eval_mode(head):

@@ -46,8 +46,10 @@ def check_images(
     advice: str = MOVE,
     read: Callable[[ImageLike], object] = check_complete,
 ) -> None:
-    """Raise one `UnreadableImages` for all images that are not images or are truncated, see `damaged`."""
-    refuse(items, damaged(items, read, progress), advice)
+    """Raise one `UnreadableImages` if some are not images or are truncated, see `damaged`; it then names all that
+    cannot be decoded, too."""
+    if found := damaged(items, read, progress):
+        refuse(items, found if read is load_image else damaged(items, load_image, progress), advice)
 
 
 def refuse(items: Sequence[Item], found: Mapping[int, ZooError], advice: str = KEEP) -> None:
