@@ -1,6 +1,7 @@
 """From a name to a model's row in the table and its checkpoint. Only here are names taken apart, without torch."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -127,7 +128,7 @@ def trained_here(head: HeadEntry, name: str) -> Path | None:
     folder, is_head = Path(places[0]).absolute(), head.status == "planned" and places[0] == head.name
     other = f"the {head.status} head {head.name}, not the one in {folder}: that is local-dir:{places[0]}"
     text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
-    warn(text)
+    warnings.warn(text, stacklevel=1)  # from one place, so that it is said once
     return folder if is_head else None
 
 
