@@ -5,10 +5,11 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 PACKAGE = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120  as frames have it
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
 
@@ -35,6 +36,15 @@ class UnreadableImages(ZooError):
     def __init__(self, message: str = "", reasons: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.reasons = dict(reasons or {})
+
+
+def attempted(function: Callable[..., T], *arguments: Any) -> T | ZooError:
+    """What a function returns, or the ZooError that it raises, without its traceback, which would keep the arguments in
+    memory."""
+    try:
+        return function(*arguments)
+    except ZooError as error:
+        return error.with_traceback(None)
 
 
 def warn(text: str) -> None:

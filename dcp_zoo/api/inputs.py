@@ -16,7 +16,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten, warn
 from dcp_zoo.texts import NONE, is_none
 
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
@@ -176,19 +176,12 @@ def as_images(images: Images, features: bool = False) -> list[Any]:
         return list(rows)
     one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
     if one or _is_array_of_one(images):
-        return [_attempt(images)]
+        return [attempted(to_image, images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)
     if not found:
         raise ZooError("No images: pass at least one.")
-    return [_attempt(image) for image in found]
-
-
-def _attempt(image: Any) -> Any:
-    try:
-        return to_image(image)
-    except ZooError as error:
-        return error.with_traceback(None)  # which would keep the image in memory
+    return [attempted(to_image, image) for image in found]
 
 
 def is_nan(value: object) -> bool:

@@ -8,7 +8,7 @@ from multiprocessing.pool import ThreadPool
 from dcp_zoo.data.images import ImageLike, check_complete, load_image
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import PARTS, Item, Split
-from dcp_zoo.errors import UnreadableImages, ZooError, by_reason, shorten, warn
+from dcp_zoo.errors import UnreadableImages, ZooError, attempted, by_reason, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.threads import available_cores
 
@@ -28,12 +28,8 @@ def damaged(
     `load_image` finds the rest."""
 
     def problem(item: Item) -> ZooError | None:
-        try:
-            if not hasattr(item.path, "ndim"):  # features have no image
-                read(item.path)
-        except ZooError as error:
-            return error.with_traceback(None)
-        return None
+        found = None if hasattr(item.path, "ndim") else attempted(read, item.path)  # features have no image
+        return found if isinstance(found, ZooError) else None  # images would fill the memory
 
     with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
         problems = enumerate(progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items)))

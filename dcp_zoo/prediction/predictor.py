@@ -13,7 +13,7 @@ from dcp_zoo.answers import Outputs
 from dcp_zoo.data.images import ImageLike, load_image
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.data.progress import Progress, by_image, no_progress
-from dcp_zoo.errors import ZooError, check_range
+from dcp_zoo.errors import ZooError, attempted, check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.threads import available_cores
 
@@ -34,23 +34,17 @@ def decoded(images: Sequence[ImageLike], preprocessing: Values, batch_size: int)
     """The pixels of images in order, in batches uint8 (n, 3, H, W), and their errors; the pixels are then 0. Threads
     decode ahead of the caller: PIL works outside the interpreter lock. ZooError for a batch_size below 1."""
     check_range("batch_size", batch_size, 1)
+    attempt = partial(attempted, partial(decode, preprocessing=preprocessing))
     pool, waiting = ThreadPoolExecutor(available_cores()), deque[Iterator[np.ndarray | ZooError]]()
     try:
         for start in range(0, len(images), batch_size):
-            waiting.append(pool.map(partial(_attempt, preprocessing), images[start : start + batch_size]))
+            waiting.append(pool.map(attempt, images[start : start + batch_size]))
             if len(waiting) > AHEAD:
                 yield _stacked(waiting.popleft(), preprocessing)
         while waiting:
             yield _stacked(waiting.popleft(), preprocessing)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _attempt(preprocessing: Values, image: ImageLike) -> np.ndarray | ZooError:
-    try:
-        return decode(image, preprocessing)
-    except ZooError as error:
-        return error.with_traceback(None)  # which would keep the image in memory
 
 
 def _stacked(found: Iterator[np.ndarray | ZooError], preprocessing: Values) -> tuple[np.ndarray, Errors]:
