@@ -213,8 +213,7 @@ def predict(
     ranked = best(refined(found, ~none & together), names, top_k)
     answers: dict[int, Any] = {i: None if no else row for i, row, no in zip(read, ranked, none, strict=True)}
     for i, error in broken.items():
-        name = items[i].path if isinstance(items[i].path, str) else items[i].key
-        answers[i] = UnreadableImages(str(error), {name: str(error)})
+        answers[i] = UnreadableImages(str(error), {items[i].name: str(error)})
     return [answers[i] for i in range(len(items))]
 
 
@@ -234,9 +233,11 @@ def outputs_of(
     see `evaluate`; other arguments as of `torch_predictor`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
+    broken: dict[int, ZooError] = {}
     if errors == "raise":
         check_images(items, no_progress, KEEP)
-    broken = {} if errors == "raise" else damaged(items)  # those that few bytes of the file tell
+    else:
+        broken = damaged(items)  # those that few bytes of the file tell
     sound = [i for i in range(len(items)) if i not in broken]
     paths = [items[i].path for i in sound]
     with in_eval_mode(head):

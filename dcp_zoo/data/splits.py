@@ -31,6 +31,11 @@ class Item(NamedTuple):
     label: int
     added: bool = False
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its path, or of an image in memory its key."""
+        return self.path if isinstance(self.path, str) else self.key
+
 
 @dataclass(frozen=True)
 class Split:

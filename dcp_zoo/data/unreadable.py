@@ -60,8 +60,7 @@ def told(items: Sequence[Item], found: Mapping[int, ZooError]) -> str:
 
 
 def _named(items: Sequence[Item], found: Mapping[int, ZooError]) -> dict[str, str]:
-    names = {i: items[i].path if isinstance(items[i].path, str) else items[i].key for i in found}
-    return {names[i]: error.reason for i, error in found.items()}
+    return {items[i].name: error.reason for i, error in found.items()}
 
 
 @contextmanager

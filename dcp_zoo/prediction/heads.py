@@ -4,7 +4,7 @@ as small differences of features are large ones of logits."""
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from dcp_zoo.model.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.prediction.predictor import Errors, Predictor, decoded
-from dcp_zoo.training.cache import keeps_features, per_image, tower_setting
+from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, keeps_features, per_image, tower_setting
 from dcp_zoo.training.device import autocast, pick_precision
+from dcp_zoo.training.evaluation import FEATURES_AT_A_TIME
 from dcp_zoo.training.recipes import AUTO
 
 FEW = 16  # images, for which fusing a head takes longer than it saves
-FEATURES_AT_A_TIME = 1000  # that are classified
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,16 @@ class TorchHead:
     rejects: bool
     features: bool
 
+    @cached_property
+    def mean_and_std(self) -> list[Tensor]:
+        """Of the pixels, (3, 1, 1) each, on the device: once for all batches."""
+        cfg = self.head.pretrained_cfg
+        return [torch.tensor(cfg[name], device=self.head.device)[:, None, None] for name in ("mean", "std")]
+
     def normalised(self, pixels: np.ndarray) -> Tensor:
         """Images (n, 3, H, W) as `create_transform` returns them, on the device."""
-        device, cfg = self.head.device, self.head.pretrained_cfg
-        mean, std = (torch.tensor(cfg[name], device=device)[:, None, None] for name in ("mean", "std"))
-        return (torch.from_numpy(pixels).to(device) / 255 - mean) / std
+        mean, std = self.mean_and_std
+        return (torch.from_numpy(pixels).to(self.head.device) / 255 - mean) / std
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> Tensor:
@@ -155,5 +160,5 @@ class TorchHead:
 
         if isinstance(reading.encoder, FrozenCLIP) and not plain:  # changed by the method
             return torch.cat(list(compute(range(len(images)))), 1)[0]
-        setting = partial(tower_setting, reading.encoder, "all features" if plain else "features", self.precision)
+        setting = partial(tower_setting, reading.encoder, ALL_PARTS if plain else ONE_READING, self.precision)
         return per_image(images, setting, 1, compute)[0, :, : sum(reading.widths)].float()

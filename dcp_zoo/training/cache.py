@@ -29,6 +29,7 @@ FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name
 OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
 PATIENCE = 5.0  # seconds that another process may hold the file
 WHOLE = ("locked", "readonly", "full", "unable to open")  # in SQLite's errors about a file that is not damaged
+ALL_PARTS, ONE_READING = "all features", "features"  # what is kept: all that plain CLIP says, or another reading
 SEAL = 32  # bytes of a checksum before each value
 SIZE = """SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"""

@@ -49,7 +49,7 @@ class Mistake(NamedTuple):
     @property
     def path(self) -> str:
         """The image's path, or for an image in memory its key."""
-        return self.item.path if isinstance(self.item.path, str) else self.item.key
+        return self.item.name
 
 
 class Bin(NamedTuple):

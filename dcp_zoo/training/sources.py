@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
-from dcp_zoo.training.cache import per_image, tower_setting
+from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
@@ -109,7 +109,7 @@ class ImageSource:
         if self._read is not None and len(self._read) >= count:
             return self._read[:count]
         rounded = self.views is not None and self.views.dtype == torch.half
-        kept = "" if self.crops or rounded else "all features"
+        kept = "" if self.crops or rounded else ALL_PARTS
         features = encode_views(self, self.clip.read, count, progress, kept=kept).float()
         if not self.crops:
             self._read = features
@@ -125,7 +125,7 @@ class ImageSource:
         if isinstance(reading.encoder, FrozenCLIP):
             return encode_views(self, reading.encode, views or self.num_views, progress).float()
         pixels = replace(self, views=None, form=Pixels)  # which another encoder reads anew
-        kept = "" if self.crops else "features"
+        kept = "" if self.crops else ONE_READING
         return encode_views(pixels, reading.encode, views or self.num_views, progress, kept=kept, of=reading.encoder)
 
     def batches(
