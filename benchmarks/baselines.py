@@ -32,12 +32,12 @@ from sets import CHOOSING, REPORTING
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import TEMPLATE
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
-from dcp_zoo.model.classes import TEMPLATE
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Features
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means, text_scale
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict

@@ -22,9 +22,9 @@ import torch
 from torch.nn import functional as F
 
 import dcp_zoo
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.data import Item
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource

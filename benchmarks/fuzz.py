@@ -129,7 +129,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
     from safetensors.torch import load_file
 
     from dcp_zoo import create_model, predict
-    from dcp_zoo.model.classes import TEMPLATE
+    from dcp_zoo.backbone.classes import TEMPLATE
     from dcp_zoo.model.linear_head import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []

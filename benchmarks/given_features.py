@@ -22,6 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from typer import Argument, Option, Typer
 
+from dcp_zoo.backbone.classes import Texts
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.benchmark import Settings, Trial, plan_trials
 from dcp_zoo.benchmark.cluster import Event
 from dcp_zoo.benchmark.sweep import execute, sweep
@@ -33,9 +36,6 @@ from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable, sha256_of
-from dcp_zoo.model.classes import Texts
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 

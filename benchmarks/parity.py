@@ -31,11 +31,11 @@ import torch
 from timm.layers import LayerNormFp32
 from torch import Tensor, nn
 
+from dcp_zoo.backbone.inputs import Inputs, Pixels
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.data.splits import few_shot
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Inputs, Pixels
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.loop import Epoch, train

@@ -15,7 +15,7 @@ import pandas as pd
 import timm
 import torch
 
-from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
+from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import LinearHead

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.tokens import end_positions
 from dcp_zoo.model.dcp import DCP, PromptAttention
-from dcp_zoo.model.tokens import end_positions
 
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:

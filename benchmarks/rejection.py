@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
+from dcp_zoo.backbone.classes import Class
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
-from dcp_zoo.model.classes import Class
 from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.model.text_probe.folds import within_class
 from dcp_zoo.model.text_probe.probe import nearest

@@ -43,10 +43,10 @@ from sets import SETS, of_class
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import Class
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.progress import no_progress
-from dcp_zoo.model.classes import Class
-from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.prediction import together as rule
 from dcp_zoo.prediction.together import together

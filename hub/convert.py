@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from typer import Argument, Option, Typer
 
+from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli import main
 from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.cli.options import Command, Device, Output, Overwrite
@@ -23,7 +24,6 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import check_finite, check_fits
 from dcp_zoo.model.config import PHRASE, check_free
 from dcp_zoo.model.dcp import DCP

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 from huggingface_hub import ModelCard
 from typer import Argument, Option, Typer
 
+from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli import main
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
-from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import WEIGHTS_NAME
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILES, make_card, not_of_dataset, upload

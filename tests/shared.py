@@ -21,11 +21,11 @@ from typer import Typer
 from upload_hub import TOKEN, UploadHub, serve_uploads
 
 from dcp_zoo import DCP
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.cli.app import app, main
 from dcp_zoo.data import Item
 from dcp_zoo.deploy import export
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
 

@@ -29,11 +29,11 @@ from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api import attention_maps
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
+from dcp_zoo.backbone import mini
+from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data.archives import unpacked
-from dcp_zoo.model import mini
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
 from dcp_zoo.zoo.registry import get_head
 

@@ -12,13 +12,13 @@ from helpers import close, write_weights
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError, create_model, load_head
+from dcp_zoo.backbone.classes import class_texts
+from dcp_zoo.backbone.mini import MINI_CFG
 from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import LOCK, locked, write_file
 from dcp_zoo.model.checkpoint import read_tensors
-from dcp_zoo.model.classes import class_texts
 from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.mini import MINI_CFG
 
 NAMES = ["ant", "wild_cat", "emu"]
 SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]

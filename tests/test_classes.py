@@ -14,9 +14,9 @@ from test_baselines import TEMPLATE, pixels
 from test_method_heads import load, small
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError
+from dcp_zoo.backbone.classes import Class
 from dcp_zoo.data import Item
 from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.classes import Class
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.methods import METHODS, fit_head

@@ -46,11 +46,11 @@ def test_numbers_are_those_of_the_benchmark(images, tmp_path):
 
 
 def test_features_are_computed_once(images, monkeypatch):
-    calls, encode = [], dcp_zoo.model.clip.FrozenCLIP.encode_image
+    calls, encode = [], dcp_zoo.backbone.clip.FrozenCLIP.encode_image
     monkeypatch.setattr("dcp_zoo.training.sources.VIEW_BATCH", 1000)
     monkeypatch.setattr("dcp_zoo.training.cache._memory", dcp_zoo.training.cache.FeatureCache())
     monkeypatch.setattr(
-        "dcp_zoo.model.clip.FrozenCLIP.encode_image",
+        "dcp_zoo.backbone.clip.FrozenCLIP.encode_image",
         lambda self, inputs, *args: calls.append(len(inputs)) or encode(self, inputs, *args),
     )
     found = dcp_zoo.compare(images / "test", methods=["text-probe", "gda"], cv=3)

@@ -22,7 +22,7 @@ from torch import nn
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.backbone.clip import FrozenCLIP
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 

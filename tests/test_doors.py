@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api import attention_maps
+from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.deploy.export import export
-from dcp_zoo.model.config import MINI_WEIGHTS, rejection_note
+from dcp_zoo.model.config import rejection_note
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source

@@ -17,6 +17,8 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
+from dcp_zoo.backbone.classes import TEMPLATE
+from dcp_zoo.backbone.clip import ImageEncoder
 from dcp_zoo.benchmark import Settings, plan_trials
 from dcp_zoo.benchmark.store import write_results_csv
 from dcp_zoo.benchmark.sweep import sweep
@@ -26,8 +28,6 @@ from dcp_zoo.data.pixels import crop
 from dcp_zoo.deploy import OnnxClassifier
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classes import TEMPLATE
-from dcp_zoo.model.clip import ImageEncoder
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.zoo.encoders import list_encoders, load_encoders

@@ -16,6 +16,8 @@ from helpers import classify
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
+from dcp_zoo.backbone import MINI_CFG
+from dcp_zoo.backbone.mini import STEM_STAGES, build_mini_clip
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
@@ -24,8 +26,6 @@ from dcp_zoo.deploy import onnx_cache
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, onnx_predictor, providers
 from dcp_zoo.deploy.server import application
-from dcp_zoo.model.config import MINI_CFG
-from dcp_zoo.model.mini import STEM_STAGES, build_mini_clip
 from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.zoo.registry import WEIGHTS
 

@@ -13,8 +13,8 @@ from shared import GOLDEN
 from torch.nn import functional as F
 
 from dcp_zoo import DCP
+from dcp_zoo.backbone.inputs import Pixels
 from dcp_zoo.data import Item
-from dcp_zoo.model.inputs import Pixels
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.recipes import named_recipe
 from dcp_zoo.training.sources import ImageSource

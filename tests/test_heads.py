@@ -7,9 +7,9 @@ import torch
 from trees import picture, write_listed
 
 import dcp_zoo
+from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.data import DATASETS
-from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import PHRASE
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo import registry

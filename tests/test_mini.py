@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcp_zoo.model.config import MINI_CFG, MINI_WEIGHTS
-from dcp_zoo.model.mini import build_mini_clip, cache_sized
+from dcp_zoo.backbone import MINI_CFG, MINI_WEIGHTS
+from dcp_zoo.backbone.mini import build_mini_clip, cache_sized
 
 # Output of the source package (efficientnet-lite-pytorch) for `smooth_image()`.
 REFERENCE = Path(__file__).parent / "data" / "mini_stem.safetensors"

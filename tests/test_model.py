@@ -9,8 +9,8 @@ from shared import build_tiny_clip
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.model import clip as model_clip
-from dcp_zoo.model._torch import skip_init
+from dcp_zoo.backbone import clip as model_clip
+from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]

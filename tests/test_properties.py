@@ -17,6 +17,8 @@ from helpers import tar
 from test_download import zipped
 from trees import write_tree
 
+from dcp_zoo.backbone.classes import TEMPLATE, check_classnames, class_texts
+from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.data import DATASETS, load_labelled, load_split
 from dcp_zoo.data.download import unpack
 from dcp_zoo.data.find import find_images
@@ -25,9 +27,7 @@ from dcp_zoo.data.specs import Archive
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable, templates
-from dcp_zoo.model.classes import TEMPLATE, check_classnames, class_texts
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.tokens import default_tokenizer
 from dcp_zoo.texts import quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")

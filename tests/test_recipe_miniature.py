@@ -13,7 +13,7 @@ from helpers import read_csv
 from PIL import Image
 from safetensors.torch import load_file
 
-from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
+from dcp_zoo.backbone.mini import MINI_CFG, Stem, build_mini_clip
 
 RECIPE = Path(__file__).parents[1] / "hub" / "recipes" / "miniature"
 NAMES = ["red", "green", "blue"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.data.dataset import seeded
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.training.sources import image_source
 
 

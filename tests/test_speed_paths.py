@@ -17,15 +17,15 @@ from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, create_model
+from dcp_zoo.backbone._torch import call_linear, linear, skip_init
+from dcp_zoo.backbone.classes import TEMPLATE
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
-from dcp_zoo.model._torch import call_linear, linear, skip_init
-from dcp_zoo.model.classes import TEMPLATE
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.towers.open_clip import attend
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.sources import ImageSource
@@ -227,7 +227,7 @@ SIMILAR_NAMES = ["red fox", "red car", "red", "red car 2012 model", "red car 201
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_names_of_similar_lengths_run_together(tiny_clip, coupling, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.model.towers.text.CHUNK_PADDING", 2)
+    monkeypatch.setattr("dcp_zoo.backbone.towers.text.CHUNK_PADDING", 2)
     model = build(tiny_clip, coupling=coupling).train()
     model.set_classnames(SIMILAR_NAMES)
     shapes = [tuple(chunk.ids.shape) for chunk in model.name_tokens]

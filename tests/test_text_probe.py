@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.backbone.classes import Class
+from dcp_zoo.backbone.clip import FrozenCLIP, join
+from dcp_zoo.backbone.inputs import Maps
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.classes import Class
-from dcp_zoo.model.clip import FrozenCLIP, join
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.inputs import Maps
 from dcp_zoo.model.text_probe import ReadingFeatures, TextProbe, fit_on_features, folds
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe

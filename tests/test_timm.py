@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
-from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.model.linear_head import CacheHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES

@@ -16,9 +16,9 @@ from helpers import close, gradients, loud
 from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Maps
 from dcp_zoo.data import Item
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Maps
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head

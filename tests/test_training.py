@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
+from dcp_zoo.backbone.inputs import Maps, Pixels
+from dcp_zoo.backbone.towers.open_clip import VisionTower
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
-from dcp_zoo.model.inputs import Maps, Pixels
-from dcp_zoo.model.towers.open_clip import VisionTower
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head

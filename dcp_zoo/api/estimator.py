@@ -31,13 +31,13 @@ from dcp_zoo.api.inputs import (
     unlabelled,
     with_classes,
 )
+from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.data import check_images, load_image
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import out_of_inference_mode
 from dcp_zoo.model.checkpoint import SAVE_SECONDS
 from dcp_zoo.model.config import alone_in, is_checkpoint
 from dcp_zoo.model.head import Head

@@ -8,13 +8,13 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
-from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe, TrainingRecipe, batch_sizes, check_seed
 from dcp_zoo.zoo.registry import SHOTS, get_spec

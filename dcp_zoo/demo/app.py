@@ -21,6 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import as_model, predict
+from dcp_zoo.backbone.classes import repeated_names
 from dcp_zoo.data import Item, load_image, load_split
 from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import sample_images
@@ -29,7 +30,6 @@ from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import MINIATURE_NOTE
 from dcp_zoo.deploy.limits import LOCAL_HOSTS
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classes import repeated_names
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
+from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
@@ -20,7 +21,6 @@ from dcp_zoo.errors import ZooError, by_reason
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import Seen, look, same_pictures
-from dcp_zoo.model.classes import check_classnames
 from dcp_zoo.model.text_probe import ReadingFeatures
 from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, NONE, write_csv
 from dcp_zoo.threads import fair_threads

@@ -1,3 +1,2 @@
-from .clip import FrozenCLIP as FrozenCLIP
 from .config import Abilities as Abilities
 from .fused import FusedHead as FusedHead

@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from dcp_zoo.backbone.classes import NO_CLASSES, names_of, read_of, saved_texts
+from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.classes import NO_CLASSES, names_of, read_of, saved_texts
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import (
     ACCEPTED,
     CONFIG_NAME,

@@ -14,18 +14,18 @@ from timm.layers import LayerNormFp32  # computes in float32 and returns the inp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, joined, parts_of
+from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
+from dcp_zoo.backbone.tokens import Tokenizer
+from dcp_zoo.backbone.towers.open_clip import Step, append_prompts
+from dcp_zoo.backbone.towers.text import Start, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import WeightCache, in_eval_mode, pool, pool_stream
-from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
-from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading, joined, parts_of
 from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Images, Inputs, as_inputs
-from dcp_zoo.model.tokens import Tokenizer
-from dcp_zoo.model.towers.open_clip import Step, append_prompts
-from dcp_zoo.model.towers.text import Start, TextChunks
 
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured

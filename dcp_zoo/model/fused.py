@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcp_zoo.backbone._torch import in_eval_mode
+from dcp_zoo.backbone.clip import joined, parts_of
+from dcp_zoo.backbone.inputs import Tokens
+from dcp_zoo.backbone.towers import vision_tower
+from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import in_eval_mode
-from dcp_zoo.model.clip import joined, parts_of
-from dcp_zoo.model.inputs import Tokens
 from dcp_zoo.model.text_probe.probe import Distance
-from dcp_zoo.model.towers import vision_tower
-from dcp_zoo.model.towers.open_clip import OpenClipViT, VisionTower
 
 
 class ImageTower(nn.Module):

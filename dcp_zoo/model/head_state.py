@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcp_zoo.backbone.classes import Class, Texts, class_texts, matched
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.fields import Values
-from dcp_zoo.model.classes import Class, Texts, class_texts, matched
-from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.config import Abilities, HeadConfig, made, own_names
 from dcp_zoo.model.text_probe.probe import PREFIX, TextProbe
 

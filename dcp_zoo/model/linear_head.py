@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import TEMPLATE, Class, Texts, check_classnames, matched, names_of, read_of, rows_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.classes import TEMPLATE, Class, Texts, check_classnames, matched, names_of, read_of, rows_of
-from dcp_zoo.model.clip import FrozenCLIP, Reading
 from dcp_zoo.model.config import HeadConfig, own_names
 from dcp_zoo.model.head import Head
 

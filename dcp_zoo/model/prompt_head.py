@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dcp_zoo.backbone._torch import WeightCache
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, class_texts, matched, read_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
+from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import WeightCache
-from dcp_zoo.model.classes import NAME, TEMPLATE, Class, Texts, check_classnames, class_texts, matched, read_of
-from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.model.config import HeadConfig, own_names
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Images
-from dcp_zoo.model.towers.text import TextChunks, prompted_text
 
 
 class PromptHead(Head):

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from dcp_zoo.backbone._torch import skip_init
+from dcp_zoo.backbone.classes import Class
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
+from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.backbone.towers.open_clip import Step, append_prompts, checkpointed
 from dcp_zoo.errors import ZooError, check_choice, check_range
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.classes import Class
-from dcp_zoo.model.clip import FrozenCLIP, Linear, Reading
-from dcp_zoo.model.inputs import Images
-from dcp_zoo.model.towers.open_clip import Step, append_prompts, checkpointed
 
 Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`

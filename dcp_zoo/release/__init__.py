@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from dcp_zoo.answers import log_softmax
+from dcp_zoo.backbone.classes import read_of
 from dcp_zoo.data.packaged import classnames, split_sha256
 from dcp_zoo.data.specs import DATASETS, is_own
 from dcp_zoo.deploy.export import TOLERANCES, compare_probabilities, export, with_preprocessing
@@ -19,7 +20,6 @@ from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, unfinished, write_file
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
-from dcp_zoo.model.classes import read_of
 from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.model.head import Head
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads

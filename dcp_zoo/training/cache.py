@@ -18,11 +18,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dcp_zoo._version import __version__
+from dcp_zoo.backbone.clip import Encoder
 from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import warn
 from dcp_zoo.files import cache_folder
-from dcp_zoo.model.clip import Encoder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone._torch import in_eval_mode
+from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
-from dcp_zoo.model._torch import in_eval_mode
-from dcp_zoo.model.clip import parts_of
 from dcp_zoo.model.config import NO_CLASSIFIER
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy

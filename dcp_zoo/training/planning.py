@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from dcp_zoo.backbone.classes import Texts
+from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.splits import subset_sha256, warn_of_numbers, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.model.classes import Texts
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.fingerprint import construction
 from dcp_zoo.data import Split
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import all_for_training
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
 from dcp_zoo.model.checkpoint import MEASURED
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import STATE_NAME, alone_in, check_free
-from dcp_zoo.model.fingerprint import construction
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, default_collate
 
+from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
+from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes

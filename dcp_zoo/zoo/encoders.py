@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
+from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest
 from dcp_zoo.fields import Values
-from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
 
 SUGGESTED = (  # by size
     "vit_small_patch14_dinov2.lvd142m",

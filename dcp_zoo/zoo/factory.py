@@ -15,21 +15,22 @@ from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, load_checkpoint
 from torch import nn
 
+from dcp_zoo.backbone import MINI_WEIGHTS
+from dcp_zoo.backbone._torch import skip_init
+from dcp_zoo.backbone.classes import TEMPLATE, Descriptions
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.hub import fetch_clip
-from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import load_head, tensor_shapes, without_probe
-from dcp_zoo.model.classes import TEMPLATE, Descriptions
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import MINI_WEIGHTS, Abilities, DCPConfig, is_checkpoint
+from dcp_zoo.model.config import Abilities, DCPConfig, is_checkpoint
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import CacheHead, LinearHead
-from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.zoo.encoders import load_encoders

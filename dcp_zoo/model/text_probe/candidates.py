@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.clip import Linear
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.model.text_probe.estimates import Slope, lowest_point, means_of_some
 from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS
 from dcp_zoo.threads import fair_threads

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.backbone.classes import Class
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.classes import Class
-from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.text_probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
 from dcp_zoo.model.text_probe.estimates import text_scale

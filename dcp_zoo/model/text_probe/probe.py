@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.classes import Class, names_of, rows_of
-from dcp_zoo.model.clip import Linear
+from dcp_zoo.backbone.classes import Class, names_of, rows_of
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.model.text_probe.estimates import minimum
 
 PREFIX = "text_probe."  # of its tensors in a head

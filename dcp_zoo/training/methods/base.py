@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dcp_zoo.backbone.classes import Texts, check_classnames
+from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
+from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.fields import Values
-from dcp_zoo.model.classes import Texts, check_classnames
-from dcp_zoo.model.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.model.config import Abilities
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.inputs import Features
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.loop import descend, train

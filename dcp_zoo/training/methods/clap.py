@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.classes import check_classnames
+from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means
 from dcp_zoo.training.loop import build_optimizer

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import Texts, check_classnames, class_texts, mean_of_texts
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Inputs
+from dcp_zoo.backbone.tokens import end_positions
+from dcp_zoo.backbone.towers.open_clip import OpenClipViT
+from dcp_zoo.backbone.towers.text import shares_prefix
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classes import Texts, check_classnames, class_texts, mean_of_texts
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.tokens import end_positions
-from dcp_zoo.model.towers.open_clip import OpenClipViT
-from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Loss, Task, minimise, shuffled
 from dcp_zoo.training.recipes import BaseRecipe, changed, count, option

@@ -12,11 +12,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from dcp_zoo.backbone.classes import TEMPLATE
+from dcp_zoo.backbone.inputs import Inputs, Tokens, packed, unpacked
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classes import TEMPLATE
 from dcp_zoo.model.config import Abilities
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.inputs import Inputs, Tokens, packed, unpacked
 from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.text_probe import probe_views

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcp_zoo.model.clip import Linear
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means, in_float64
 from dcp_zoo.model.text_probe.folds import FOLDS, within_class

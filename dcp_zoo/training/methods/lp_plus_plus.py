@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.clip import Linear
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe.estimates import class_means
 from dcp_zoo.training.methods.base import FITTED, Method, Task

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.inputs import Inputs
+from dcp_zoo.backbone.towers.open_clip import OpenClipViT
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.inputs import Inputs
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.towers.open_clip import OpenClipViT
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Method, Task, minimise, own_clip
 from dcp_zoo.training.methods.clip_weights import zero_shot_of

@@ -26,9 +26,9 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.classes import Texts
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.inputs import Inputs
+from dcp_zoo.backbone.classes import Texts
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.loop import EpochAverage
 from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, start_from, train_prompts

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
-from dcp_zoo.model.clip import Linear
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.model.text_probe.threshold import share_above

@@ -11,7 +11,7 @@ selected on ImageNet, as used by Tip-Adapter.
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.model.classes import Texts
+from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.methods.base import Method, Task
 

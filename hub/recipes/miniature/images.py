@@ -13,8 +13,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.mini import Stem
 from dcp_zoo.deploy.export import onnx_program
-from dcp_zoo.model.mini import Stem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # Zooming out makes some views sharper than 64 pixels enlarged to the input size, like real photographs.

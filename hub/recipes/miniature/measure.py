@@ -12,8 +12,8 @@ from clip_names import agreement, read_clip_names
 from images import cache_features, load_images
 from train import RECIPES, name_features, zero_shot_accuracy
 
-from dcp_zoo.model.config import MINI_CFG, MINI_WEIGHTS
-from dcp_zoo.model.mini import build_mini_clip
+from dcp_zoo.backbone import MINI_CFG, MINI_WEIGHTS
+from dcp_zoo.backbone.mini import build_mini_clip
 
 REPEATS = 40
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo import create_transform
+from dcp_zoo.backbone import MINI_CFG
+from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.data import Item, Split, few_shot, load_split
-from dcp_zoo.model.config import MINI_CFG
-from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import plain_clip
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dcp_zoo.model.mini import MINI_CFG, Stem
+from dcp_zoo.backbone.mini import MINI_CFG, Stem
 
 
 def load_source() -> nn.Module:
@@ -26,7 +26,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> dict[str, Tensor]:
 
 
 def stem_state(source: nn.Module) -> dict[str, Tensor]:
-    """State dict of `dcp_zoo.model.mini.Stem` from the source network."""
+    """State dict of `dcp_zoo.backbone.mini.Stem` from the source network."""
     parts = {"first": fold(source._conv_stem, source._bn0), "last": fold(source._conv_head, source._bn1)}
     for i, block in enumerate(source._blocks):
         if hasattr(block, "_expand_conv"):

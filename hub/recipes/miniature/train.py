@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from vision import SCALE, VisionData, encode_maps, init_from_classifier, train_vision
 
-from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
+from dcp_zoo.backbone.mini import MINI_CFG, Stem, build_mini_clip
 
 
 @dataclass(frozen=True)

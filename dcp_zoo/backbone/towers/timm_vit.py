@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcp_zoo.model._torch import call_linear, linear
-from dcp_zoo.model.towers.open_clip import Block, VisionTower, is_plain, merge_heads, missing_parts
+from dcp_zoo.backbone._torch import call_linear, linear
+from dcp_zoo.backbone.towers.open_clip import Block, VisionTower, is_plain, merge_heads, missing_parts
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")

@@ -14,9 +14,9 @@ from timm.layers import Conv2dSame, create_conv2d  # pad as TensorFlow does, a s
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.backbone import MINI_CFG
+from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.fields import Values
-from dcp_zoo.model._torch import skip_init
-from dcp_zoo.model.config import MINI_CFG
 
 # EfficientNet-Lite2: (repeats, kernel, stride of the first block, expansion, channels)
 STEM_STAGES = (

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model._torch import pool
-from dcp_zoo.model.classes import NAME, Texts, class_texts, mean_of_texts
-from dcp_zoo.model.tokens import Tokenizer, check_lengths, end_positions, last_tokens, pool_type, start_tokens
-from dcp_zoo.model.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
+from dcp_zoo.backbone._torch import pool
+from dcp_zoo.backbone.classes import NAME, Texts, class_texts, mean_of_texts
+from dcp_zoo.backbone.tokens import Tokenizer, check_lengths, end_positions, last_tokens, pool_type, start_tokens
+from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
 CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 Runner = Callable[..., Tensor]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dcp_zoo.backbone._torch import call_linear, linear
+from dcp_zoo.backbone.inputs import Images, Maps, Tokens, as_inputs
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model._torch import call_linear, linear
-from dcp_zoo.model.inputs import Images, Maps, Tokens, as_inputs
 
 KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.backbone import tokens, towers
+from dcp_zoo.backbone._torch import WeightCache
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
+from dcp_zoo.backbone.fingerprint import construction, fingerprint
+from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
+from dcp_zoo.backbone.tokens import Tokenizer
+from dcp_zoo.backbone.towers.open_clip import VisionTower, call
+from dcp_zoo.backbone.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model import tokens, towers
-from dcp_zoo.model._torch import WeightCache
-from dcp_zoo.model.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
-from dcp_zoo.model.fingerprint import construction, fingerprint
-from dcp_zoo.model.inputs import Features, Images, Pixels, Tokens, as_inputs
-from dcp_zoo.model.tokens import Tokenizer
-from dcp_zoo.model.towers.open_clip import VisionTower, call
-from dcp_zoo.model.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
 
 Self = TypeVar("Self", bound="Frozen")
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms

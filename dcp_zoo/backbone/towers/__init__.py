@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
+from dcp_zoo.backbone.towers.text import TextTower
+from dcp_zoo.backbone.towers.timm_vit import TimmViT
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.towers.open_clip import OpenClipViT, VisionTower
-from dcp_zoo.model.towers.text import TextTower
-from dcp_zoo.model.towers.timm_vit import TimmViT
 
 
 def vision_tower(clip: nn.Module) -> VisionTower:
