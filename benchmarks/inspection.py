@@ -35,7 +35,7 @@ from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.inspection.find import spread
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
-from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
+from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.zoo.factory import plain_clip
 

@@ -19,7 +19,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.text_probe import TextProbe
+from dcp_zoo.probe import TextProbe
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "readings.csv"

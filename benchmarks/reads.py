@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.classes import Class
 from dcp_zoo.benchmark.plan import weights_id
-from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
+from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 
 IMAGES, DRAWS = (1, 2, 4, 8, 16), (1, 2, 3)

@@ -39,9 +39,9 @@ from dcp_zoo.backbone.classes import Class
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
-from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.model.text_probe.folds import within_class
-from dcp_zoo.model.text_probe.probe import nearest
+from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
+from dcp_zoo.probe.folds import within_class
+from dcp_zoo.probe.model import nearest
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip

@@ -47,9 +47,9 @@ from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.progress import no_progress
-from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
 from dcp_zoo.prediction import together as rule
 from dcp_zoo.prediction.together import together
+from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source

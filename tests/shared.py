@@ -239,8 +239,8 @@ def chromium():
 def quick_probe() -> Iterator[None]:
     """Text probes of two thirds of the candidates and half of the folds, in tests that are not about their accuracy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dcp_zoo.model.text_probe.candidates.TEXTS", (1.0, 0.0))
-        patch.setattr("dcp_zoo.model.text_probe.folds.FOLDS", 2)
+        patch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0, 0.0))
+        patch.setattr("dcp_zoo.probe.folds.FOLDS", 2)
         yield
 
 

@@ -252,7 +252,7 @@ def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted, monkeypatch):
     green, before = [Image.new("RGB", (150, 140), (10, 9 * i, 30)) for i in range(3)], fitted.predict_proba(pictures[0])
     info = {**classifier.model_.info}
     with monkeypatch.context() as patched:
-        patched.setattr("dcp_zoo.model.text_probe.probe.minimum", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr("dcp_zoo.probe.model.minimum", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             classifier.add_class("azure", green)
     assert classifier.predict_proba(pictures[0]) == pytest.approx(before, abs=1e-6)

@@ -18,7 +18,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import STATE_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.text_probe import ReadingFeatures, fit_on_features
+from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.planning import plan

@@ -28,7 +28,7 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.text_probe import ReadingFeatures, TextProbe, fit_on_features, folds
+from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features, folds
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -419,7 +419,7 @@ def with_backbone(views: Tensor, labels: Tensor, width: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "threshold"])
 def test_worked_examples(part):
-    results = doctest.testmod(import_module(f"dcp_zoo.model.text_probe.{part}"))
+    results = doctest.testmod(import_module(f"dcp_zoo.probe.{part}"))
     assert results.attempted > 0 == results.failed
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.model.text_probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
-from dcp_zoo.model.text_probe.estimates import text_scale
-from dcp_zoo.model.text_probe.evidence import leave_out_each, without_evidence
-from dcp_zoo.model.text_probe.fit import ReadingFeatures
-from dcp_zoo.model.text_probe.folds import folds, within_class
+from dcp_zoo.probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
+from dcp_zoo.probe.estimates import text_scale
+from dcp_zoo.probe.evidence import leave_out_each, without_evidence
+from dcp_zoo.probe.fit import ReadingFeatures
+from dcp_zoo.probe.folds import folds, within_class
 
 SURE, PER_CLASS = 20, 3
 NOTHING = 0.02  # of the evidence: such candidates are not fitted again

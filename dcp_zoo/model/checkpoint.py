@@ -42,7 +42,7 @@ from dcp_zoo.model.config import (
     settle,
 )
 from dcp_zoo.model.head_state import HeadState
-from dcp_zoo.model.text_probe.probe import PREFIX
+from dcp_zoo.probe.model import PREFIX
 
 H = TypeVar("H", bound=HeadState)
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file

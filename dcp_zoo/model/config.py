@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from dcp_zoo.answers import REFUSED
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, count, option, problems
 from dcp_zoo.files import LOCK, locked, read_plain, sha256_of
@@ -22,7 +23,6 @@ STATE_NAME = "training.state"  # of a training that was stopped
 NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 ACCEPTED = ("like_accepted", "others_accepted")  # what a head's `ProbeInfo` says of images of no class
-REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.towers import vision_tower
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.fields import Values
-from dcp_zoo.model.text_probe.probe import Distance
+from dcp_zoo.probe.model import Distance
 
 
 class ImageTower(nn.Module):

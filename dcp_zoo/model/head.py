@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import is_rejected
+from dcp_zoo.answers import REFUSED, is_rejected
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, out_of_inference_mode
 from dcp_zoo.backbone.classes import (
     NO_CLASSES,
@@ -41,11 +41,11 @@ from dcp_zoo.backbone.inputs import VIEW_BATCH, Images
 from dcp_zoo.errors import ZooError, check_choice, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model.config import ACCEPTED, REFUSED, Abilities
+from dcp_zoo.model.config import ACCEPTED, Abilities
 from dcp_zoo.model.fused import FusedHead
 from dcp_zoo.model.head_state import HeadState
-from dcp_zoo.model.text_probe.probe import NEVER, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
+from dcp_zoo.probe.model import NEVER, TextProbe
 
 
 class Head(HeadState, TimmContract, ABC):

@@ -11,7 +11,7 @@ from dcp_zoo.backbone.classes import Class, Texts, class_texts, matched
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.fields import Values
 from dcp_zoo.model.config import Abilities, HeadConfig, made, own_names
-from dcp_zoo.model.text_probe.probe import PREFIX, TextProbe
+from dcp_zoo.probe.model import PREFIX, TextProbe
 
 
 class HeadState(nn.Module):

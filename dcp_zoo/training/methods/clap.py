@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.text_probe.estimates import class_means
+from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, Task, minimise
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes, changed, count, option

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.text_probe.estimates import text_scale
-from dcp_zoo.model.text_probe.folds import folds
+from dcp_zoo.probe.estimates import text_scale
+from dcp_zoo.probe.folds import folds
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 from dcp_zoo.training.methods.text_probe import probe_views
 from dcp_zoo.training.recipes import BaseRecipe, count, option

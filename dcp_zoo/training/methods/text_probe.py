@@ -1,6 +1,6 @@
 """The text probe of this project: a convex classifier on frozen features, which blends what images and texts say.
 
-`dcp_zoo.model.text_probe` has its equations, and fits it to features. It can follow any method whose heads are not
+`dcp_zoo.probe` has its equations, and fits it to features. It can follow any method whose heads are not
 fitted to features of the training images themselves: `fit_probe` gives it to a head. As a method of its own it follows
 zero-shot CLIP, by whose `fit` it is made, because its recipe names it.
 """
@@ -16,8 +16,8 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.model.text_probe.threshold import share_above
+from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
+from dcp_zoo.probe.threshold import share_above
 from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.zero_shot import fit
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed

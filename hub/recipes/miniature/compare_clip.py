@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dcp_zoo import create_transform
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import few_shot, load_split
-from dcp_zoo.model.text_probe.estimates import class_means
+from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import Class, names_of, rows_of
 from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.model.text_probe.estimates import minimum
+from dcp_zoo.probe.estimates import minimum
 
 PREFIX = "text_probe."  # of its tensors in a head
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.model.text_probe.estimates import Slope, lowest_point, means_of_some
-from dcp_zoo.model.text_probe.probe import PENALTIES, STEPS
+from dcp_zoo.probe.estimates import Slope, lowest_point, means_of_some
+from dcp_zoo.probe.model import PENALTIES, STEPS
 from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at

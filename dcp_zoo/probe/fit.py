@@ -19,18 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.answers import REFUSED, in_distribution_score
 from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import REFUSED
-from dcp_zoo.model.text_probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
-from dcp_zoo.model.text_probe.estimates import text_scale
-from dcp_zoo.model.text_probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
-from dcp_zoo.model.text_probe.folds import folds
-from dcp_zoo.model.text_probe.probe import PENALTIES, TextProbe
-from dcp_zoo.model.text_probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
+from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
+from dcp_zoo.probe.estimates import text_scale
+from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
+from dcp_zoo.probe.folds import folds
+from dcp_zoo.probe.model import PENALTIES, TextProbe
+from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
 
 
 class ReadingFeatures(NamedTuple):

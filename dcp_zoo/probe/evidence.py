@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.text_probe import candidates as fitting
-from dcp_zoo.model.text_probe.candidates import Candidate, Evidence, Family, TrainingSet
-from dcp_zoo.model.text_probe.probe import PENALTIES, nearest
+from dcp_zoo.probe import candidates as fitting
+from dcp_zoo.probe.candidates import Candidate, Evidence, Family, TrainingSet
+from dcp_zoo.probe.model import PENALTIES, nearest
 
 HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
 

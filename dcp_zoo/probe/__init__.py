@@ -25,7 +25,7 @@ mean of two, each on one of these and all other parts, and z the mean of both lo
 method changed.
 """
 
-from dcp_zoo.model.text_probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.model.text_probe.probe import TextProbe
+from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
+from dcp_zoo.probe.model import TextProbe
 
 __all__ = ["ReadingFeatures", "TextProbe", "fit_on_features"]
