@@ -10,7 +10,7 @@ import pandas as pd
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import PROTOCOLS, SEEDS
-from dcp_zoo.model.config import NO_CLASSIFIER
+from dcp_zoo.heads.config import NO_CLASSIFIER
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -32,7 +32,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.head import Head
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS

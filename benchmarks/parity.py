@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from dcp_zoo.backbone.inputs import Inputs, Pixels
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.data.splits import few_shot
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.head import Head
+from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.loop import Epoch, train
 from dcp_zoo.training.methods.base import Task

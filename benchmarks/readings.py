@@ -16,9 +16,9 @@ import timm
 import torch
 
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.head import Head
+from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.probe import TextProbe
 from dcp_zoo.zoo.factory import plain_clip
 

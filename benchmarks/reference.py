@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.tokens import end_positions
-from dcp_zoo.model.dcp import DCP, PromptAttention
+from dcp_zoo.heads.dcp import DCP, PromptAttention
 
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:

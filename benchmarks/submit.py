@@ -18,7 +18,7 @@ from dcp_zoo.data import list_datasets, load_labelled, packaged
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_yaml
-from dcp_zoo.model.config import PERCENT, is_checkpoint
+from dcp_zoo.heads.config import PERCENT, is_checkpoint
 from dcp_zoo.release import holds
 from dcp_zoo.training.device import decoders
 from dcp_zoo.training.evaluation import predict, top1

@@ -9,12 +9,12 @@ from .data.specs import list_datasets as list_datasets
 from .deploy.export import export as export
 from .errors import UnreadableImages as UnreadableImages
 from .errors import ZooError as ZooError
+from .heads.checkpoint import load_head as load_head
+from .heads.config import DCPConfig as DCPConfig
+from .heads.dcp import DCP as DCP
 from .inspection.find import search as search
 from .inspection.find import suggest as suggest
 from .inspection.inspection import inspect as inspect
-from .model.checkpoint import load_head as load_head
-from .model.config import DCPConfig as DCPConfig
-from .model.dcp import DCP as DCP
 from .release import push_to_hub as push_to_hub
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform

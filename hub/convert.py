@@ -24,9 +24,9 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.checkpoint import check_finite, check_fits
-from dcp_zoo.model.config import PHRASE, check_free
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.heads.checkpoint import check_finite, check_fits
+from dcp_zoo.heads.config import PHRASE, check_free
+from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.sources import image_source

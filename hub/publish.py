@@ -16,8 +16,8 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
-from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.config import WEIGHTS_NAME
+from dcp_zoo.heads.checkpoint import load_head
+from dcp_zoo.heads.config import WEIGHTS_NAME
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILES, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads

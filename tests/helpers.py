@@ -38,7 +38,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Rows
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS

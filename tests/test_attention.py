@@ -6,7 +6,7 @@ from helpers import vision_blocks
 
 from dcp_zoo import DCP, create_model
 from dcp_zoo.api import attention_maps, attention_weights
-from dcp_zoo.model.config import COUPLINGS, STATS
+from dcp_zoo.heads.config import COUPLINGS, STATS
 
 
 @pytest.fixture(params=COUPLINGS)

@@ -20,7 +20,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Features, Maps, Pixels
 from dcp_zoo.data import Item
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import METHODS, clap, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task

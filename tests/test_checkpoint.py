@@ -16,9 +16,9 @@ from dcp_zoo.backbone.classes import class_texts
 from dcp_zoo.backbone.mini import MINI_CFG
 from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import LOCK, locked, write_file
-from dcp_zoo.model.checkpoint import read_tensors
-from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.heads.checkpoint import read_tensors
+from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
+from dcp_zoo.heads.linear import LinearHead
 
 NAMES = ["ant", "wild_cat", "emu"]
 SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]
@@ -135,7 +135,7 @@ def test_the_weights_of_another_head_are_refused(folder):
 
 
 def test_no_command_writes_a_head_while_another_process_does(folder, mini, run, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.model.checkpoint.SAVE_SECONDS", 0.1)
+    monkeypatch.setattr("dcp_zoo.heads.checkpoint.SAVE_SECONDS", 0.1)
     command = ("classes", folder, "--remove", "ant", "--output", folder, "--overwrite")
     with locked(folder / LOCK):
         assert f"Another process trains or saves a head in {folder}: wait" in run.refused(*command)

@@ -16,9 +16,9 @@ from test_method_heads import load, small
 from dcp_zoo import DCP, FewShotClassifier, ZooError
 from dcp_zoo.backbone.classes import Class
 from dcp_zoo.data import Item
-from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.config import read_config
-from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.heads.checkpoint import load_head
+from dcp_zoo.heads.config import read_config
+from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source

@@ -23,8 +23,8 @@ from dcp_zoo.api import attention_maps
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.deploy.export import export
-from dcp_zoo.model.config import rejection_note
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.config import rejection_note
+from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip

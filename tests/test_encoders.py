@@ -28,8 +28,8 @@ from dcp_zoo.data.pixels import crop
 from dcp_zoo.deploy import OnnxClassifier
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.zoo.encoders import list_encoders, load_encoders
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.backbone.mini import HybridPatchEmbed
-from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.model.fused import FusedHead
+from dcp_zoo.heads.config import COUPLINGS
+from dcp_zoo.heads.fused import FusedHead
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

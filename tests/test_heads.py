@@ -10,7 +10,7 @@ import dcp_zoo
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.data import DATASETS
-from dcp_zoo.model.config import PHRASE
+from dcp_zoo.heads.config import PHRASE
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo import registry
 

@@ -29,7 +29,7 @@ from upload_hub import Repo
 import dcp_zoo
 from dcp_zoo import ZooError, hub
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.heads.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.factory import plain_clip
 

@@ -20,7 +20,7 @@ from dcp_zoo.data.images import UnsupportedImage, check_complete
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
+from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, read_tensors
 from dcp_zoo.zoo.registry import MODELS
 
 

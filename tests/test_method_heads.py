@@ -14,10 +14,10 @@ from test_baselines import NAMES, logits_of, pixels, task
 from dcp_zoo.data import Split
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import tensor_shapes
-from dcp_zoo.model.config import STATE_NAME, WEIGHTS_NAME, read_config
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.heads.checkpoint import tensor_shapes
+from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
+from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe

@@ -11,7 +11,7 @@ from torch import nn
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.backbone import clip as model_clip
 from dcp_zoo.backbone._torch import skip_init
-from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
+from dcp_zoo.heads.config import COUPLINGS, POOLINGS, DCPConfig
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -18,8 +18,8 @@ from dcp_zoo import ZooError, create_model, create_transform, hub
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.backbone.tokens import last_tokens, start_tokens
-from dcp_zoo.model.config import DCPConfig
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.heads.config import DCPConfig
+from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import factory
 from dcp_zoo.zoo.registry import MODELS, SIZES, get_spec, open_clip_spec

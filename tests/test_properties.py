@@ -27,7 +27,7 @@ from dcp_zoo.data.specs import Archive
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable, templates
-from dcp_zoo.model.config import read_config
+from dcp_zoo.heads.config import read_config
 from dcp_zoo.texts import quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")

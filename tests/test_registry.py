@@ -17,7 +17,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import classnames
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.heads.checkpoint import WEIGHTS_NAME
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, SIZES, all_heads, frontier, get_head, trained_heads
 
 

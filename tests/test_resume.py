@@ -17,7 +17,7 @@ from timm.data import create_transform
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.files import LOCK, locked
-from dcp_zoo.model.config import STATE_NAME
+from dcp_zoo.heads.config import STATE_NAME
 from dcp_zoo.training.loop import _mix, train
 from dcp_zoo.training.methods.dcp import frozen_tokens
 from dcp_zoo.training.planning import plan

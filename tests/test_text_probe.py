@@ -26,8 +26,8 @@ from dcp_zoo.backbone.inputs import Maps
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.heads.checkpoint import load_head
+from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features, folds
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe

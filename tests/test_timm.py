@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.model.linear_head import CacheHead
-from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.timm_contract import DROP_RATES
+from dcp_zoo.heads.linear import CacheHead
+from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.timm_contract import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"

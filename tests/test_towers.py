@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone import _torch
 from dcp_zoo.backbone.towers.text import TextTower
-from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.heads.config import COUPLINGS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -22,7 +22,7 @@ from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.deploy import export as export_module  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, onnx_predictor  # noqa: E402
-from dcp_zoo.model.config import read_config  # noqa: E402
+from dcp_zoo.heads.config import read_config  # noqa: E402
 
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
 

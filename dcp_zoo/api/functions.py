@@ -29,8 +29,8 @@ from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads

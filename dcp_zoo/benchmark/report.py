@@ -13,7 +13,7 @@ from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, templates, write_file
-from dcp_zoo.model.config import NO_CLASSIFIER
+from dcp_zoo.heads.config import NO_CLASSIFIER
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import TEXT_PROBE
 

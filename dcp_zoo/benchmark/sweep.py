@@ -21,9 +21,9 @@ from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
-from dcp_zoo.model.config import is_finished
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, library_versions
+from dcp_zoo.heads.config import is_finished
+from dcp_zoo.heads.head import Head
 from dcp_zoo.training import planning
 from dcp_zoo.training.device import decoders, pick_device, pick_precision, total_memory
 from dcp_zoo.training.evaluation import (

@@ -11,7 +11,7 @@ from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen,
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
-from dcp_zoo.model.config import is_checkpoint
+from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.threads import available_cores
 
 

@@ -22,12 +22,12 @@ from dcp_zoo.data.unreadable import LEAVE_OUT
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
-from dcp_zoo.model.config import alone_in, check_free
+from dcp_zoo.heads.config import alone_in, check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
 if TYPE_CHECKING:
-    from dcp_zoo.model.head import Head
+    from dcp_zoo.heads.head import Head
     from dcp_zoo.training.evaluation import Evaluation
 
 HeadToChange = Annotated[str, Argument(metavar="HEAD", help=opt.HEAD, autocompletion=opt.heads_like)]

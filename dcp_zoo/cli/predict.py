@@ -20,7 +20,7 @@ from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
-from dcp_zoo.model.config import read_config, rejection_note
+from dcp_zoo.heads.config import read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256

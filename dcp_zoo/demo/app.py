@@ -30,7 +30,7 @@ from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import MINIATURE_NOTE
 from dcp_zoo.deploy.limits import LOCAL_HOSTS
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph

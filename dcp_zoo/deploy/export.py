@@ -17,8 +17,8 @@ from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, unfinished, write_file
-from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.fused import FusedHead
+from dcp_zoo.heads.head import Head
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."

@@ -9,7 +9,7 @@ from dcp_zoo._version import __version__
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.errors import import_extra
 from dcp_zoo.files import LOCK, cache_folder, check_writable, locked, sha256_of
-from dcp_zoo.model.config import read_config
+from dcp_zoo.heads.config import read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 FOLDER = f"onnx-{__version__}"  # in the user's cache

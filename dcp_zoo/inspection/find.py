@@ -23,8 +23,8 @@ from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_writable, templates, write_file
+from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.look import look
-from dcp_zoo.model.head import Head
 from dcp_zoo.texts import write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device

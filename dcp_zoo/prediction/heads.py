@@ -16,8 +16,8 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.data.images import ImageLike
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.fused import FusedHead
+from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.predictor import Errors, Predictor, decoded
 from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, keeps_features, per_image, tower_setting
 from dcp_zoo.training.device import autocast, pick_precision

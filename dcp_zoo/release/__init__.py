@@ -19,9 +19,9 @@ from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, unfinished, write_file
+from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
+from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
-from dcp_zoo.model.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
-from dcp_zoo.model.head import Head
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 

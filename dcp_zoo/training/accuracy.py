@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import NamedTuple
 
-from dcp_zoo.model.config import NO_CLASSIFIER
+from dcp_zoo.heads.config import NO_CLASSIFIER
 
 
 class Accuracy(NamedTuple):

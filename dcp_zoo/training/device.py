@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from dcp_zoo.errors import as_zoo_error, check_choice
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.head import Head
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.recipes import AS_RELEASED, AUTO, MANY, PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.data.dataset import seeded
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.head import Head
 from dcp_zoo.training.device import autocast, needs_checkpointing
 from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes

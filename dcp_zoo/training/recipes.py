@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import check_range
 from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
-from dcp_zoo.model.config import PHRASE, DCPConfig
+from dcp_zoo.heads.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
 OPTIMIZERS = ("sgd", "adamw")

@@ -17,7 +17,7 @@ from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.head import Head
 from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes

@@ -17,7 +17,7 @@ import torch
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
-from dcp_zoo.model.config import STATE_NAME
+from dcp_zoo.heads.config import STATE_NAME
 from dcp_zoo.training.recipes import AS_RELEASED
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s

@@ -39,7 +39,7 @@ def _saving(save: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(save)
     def save_for_hf(*args: Any, **kwargs: Any) -> None:
-        from dcp_zoo.model.head import Head
+        from dcp_zoo.heads.head import Head
 
         given = inspect.signature(save).bind(*args, **kwargs).arguments
         if not isinstance(model := given["model"], Head):

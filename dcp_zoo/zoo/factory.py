@@ -24,15 +24,15 @@ from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten, warn
 from dcp_zoo.fields import Values
+from dcp_zoo.heads.checkpoint import load_head, tensor_shapes, without_probe
+from dcp_zoo.heads.config import Abilities, DCPConfig, is_checkpoint
+from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.fused import FusedHead
+from dcp_zoo.heads.head import Head
+from dcp_zoo.heads.linear import CacheHead, LinearHead
+from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.hub import fetch_clip
-from dcp_zoo.model.checkpoint import load_head, tensor_shapes, without_probe
-from dcp_zoo.model.config import Abilities, DCPConfig, is_checkpoint
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import CacheHead, LinearHead
-from dcp_zoo.model.prompt_head import PromptHead
-from dcp_zoo.model.timm_contract import DROP_RATES, POOL, check_only, sizes, take_blocks
 from dcp_zoo.zoo.encoders import load_encoders
 from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, described
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve

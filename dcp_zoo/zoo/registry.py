@@ -24,7 +24,7 @@ from dcp_zoo.backbone import MINI_CFG
 from dcp_zoo.data.specs import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import WEIGHTS_NAME, DCPConfig
+from dcp_zoo.heads.config import WEIGHTS_NAME, DCPConfig
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

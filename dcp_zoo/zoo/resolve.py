@@ -11,7 +11,7 @@ from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.config import (
+from dcp_zoo.heads.config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     HeadConfig,

@@ -17,10 +17,10 @@ from dcp_zoo.backbone.classes import Texts, check_classnames
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import Abilities
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.heads.config import Abilities
+from dcp_zoo.heads.head import Head
+from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, image_source, no_progress

@@ -1,6 +1,6 @@
 """DCP (Liu et al., Findings of ACL 2023): prompts in both towers, which rewrite each other.
 
-Its equations are in docs/method.md, and the model is `dcp_zoo.model.dcp.DCP`. The configuration is `Recipe`, whose
+Its equations are in docs/method.md, and the model is `dcp_zoo.heads.dcp.DCP`. The configuration is `Recipe`, whose
 defaults and named variants are in `dcp_zoo.training.recipes`, because help texts need them without torch. After
 training the prompts are rounded as they will be stored, and the stored statistics measured.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from dcp_zoo.backbone.classes import TEMPLATE
 from dcp_zoo.backbone.inputs import Inputs, Tokens, packed, unpacked
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import Abilities
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.heads.config import Abilities
+from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.text_probe import probe_views

@@ -13,7 +13,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, FAST, BaseRecipe, Recipe, named_recipe
 
 if TYPE_CHECKING:
-    from dcp_zoo.model.head import Head
+    from dcp_zoo.heads.head import Head
     from dcp_zoo.training.methods.base import Method, Task
 
 DCP_METHOD = "dcp"  # that of the zoo's heads

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dcp_zoo.backbone.classes import Class, Texts, class_texts, matched
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import Abilities, HeadConfig, made, own_names
+from dcp_zoo.heads.config import Abilities, HeadConfig, made, own_names
 from dcp_zoo.probe.model import PREFIX, TextProbe
 
 

@@ -28,7 +28,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.config import (
+from dcp_zoo.heads.config import (
     ACCEPTED,
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -41,7 +41,7 @@ from dcp_zoo.model.config import (
     read_config,
     settle,
 )
-from dcp_zoo.model.head_state import HeadState
+from dcp_zoo.heads.head_state import HeadState
 from dcp_zoo.probe.model import PREFIX
 
 H = TypeVar("H", bound=HeadState)

@@ -21,8 +21,8 @@ from dcp_zoo.backbone.classes import TEMPLATE, Class, Texts, check_classnames, m
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import HeadConfig, own_names
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.config import HeadConfig, own_names
+from dcp_zoo.heads.head import Head
 
 CACHED = ("keys", "values", "alpha", "beta")  # tensors of a `CacheHead`, besides its weight
 

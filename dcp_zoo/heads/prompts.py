@@ -20,8 +20,8 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import HeadConfig, own_names
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.config import HeadConfig, own_names
+from dcp_zoo.heads.head import Head
 
 
 class PromptHead(Head):

@@ -40,11 +40,11 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, par
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Images
 from dcp_zoo.errors import ZooError, check_choice, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.model import checkpoint
-from dcp_zoo.model.config import ACCEPTED, Abilities
-from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head_state import HeadState
-from dcp_zoo.model.timm_contract import TimmContract
+from dcp_zoo.heads import checkpoint
+from dcp_zoo.heads.config import ACCEPTED, Abilities
+from dcp_zoo.heads.fused import FusedHead
+from dcp_zoo.heads.head_state import HeadState
+from dcp_zoo.heads.timm_contract import TimmContract
 from dcp_zoo.probe.model import NEVER, TextProbe
 
 
@@ -395,7 +395,7 @@ class Head(HeadState, TimmContract, ABC):
             self.info = valid | {"not_measured": reason}
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
-        """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
+        """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.heads.checkpoint`.
         ZooError without classes, if a trained tensor is not finite, or if the directory is not writable or another
         process's.
 

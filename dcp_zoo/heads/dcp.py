@@ -23,9 +23,9 @@ from dcp_zoo.backbone.towers.open_clip import Step, append_prompts
 from dcp_zoo.backbone.towers.text import Start, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.model.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
-from dcp_zoo.model.fused import FusedHead
-from dcp_zoo.model.head import Head
+from dcp_zoo.heads.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
+from dcp_zoo.heads.fused import FusedHead
+from dcp_zoo.heads.head import Head
 
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
