@@ -78,7 +78,7 @@ def pixels(model: str) -> Any:
 
 
 def export_file(name: str, precision: str, folder: Path) -> None:
-    from dcp_zoo.deploy.export import export
+    from dcp_zoo.onnx.export import export
 
     export(random_model(name), folder / f"{precision}.onnx", precision=precision)
 
@@ -86,7 +86,7 @@ def export_file(name: str, precision: str, folder: Path) -> None:
 def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:
     import torch
 
-    from dcp_zoo.deploy.onnx_classifier import onnx_predictor
+    from dcp_zoo.onnx.classifier import onnx_predictor
     from dcp_zoo.prediction.heads import torch_predictor
 
     torch.set_num_threads(1)

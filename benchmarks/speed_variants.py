@@ -59,7 +59,7 @@ def prepare(case: Case, folder: Path) -> None:
     """Write the files of the deployed variants. The model is calibrated on the images, so that all contexts agree."""
     import torch
 
-    from dcp_zoo.deploy.export import export
+    from dcp_zoo.onnx.export import export
 
     model = build_model(case)
     model.store_stats(make_images(case, 1))
@@ -99,7 +99,7 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
     import reference
     import torch
 
-    from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+    from dcp_zoo.onnx.classifier import OnnxClassifier
 
     if variant in ("fused", "encode_image"):
         return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()

@@ -6,7 +6,6 @@ from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images
 from .benchmark.compare import compare as compare
 from .data.specs import list_datasets as list_datasets
-from .deploy.export import export as export
 from .errors import UnreadableImages as UnreadableImages
 from .errors import ZooError as ZooError
 from .heads.checkpoint import load_head as load_head
@@ -15,6 +14,7 @@ from .heads.dcp import DCP as DCP
 from .inspection.find import search as search
 from .inspection.find import suggest as suggest
 from .inspection.inspection import inspect as inspect
+from .onnx.export import export as export
 from .release import push_to_hub as push_to_hub
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform

@@ -36,9 +36,9 @@ from dcp_zoo.benchmark import Settings, Trial, plan
 from dcp_zoo.data import Split, load_for_training, load_image
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.job import Job, Rows
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.prediction.job import Job, Rows
 from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS
@@ -256,7 +256,7 @@ def told(run: Any, head: Path, paths: list[str]) -> list[list[tuple[str, float]]
 def served(file: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
     """The answers of a server of an exported file."""
     client = pytest.importorskip("starlette.testclient")
-    server = pytest.importorskip("dcp_zoo.deploy.server")
+    server = pytest.importorskip("dcp_zoo.serve.app")
     with client.TestClient(server.application(file), base_url="http://localhost") as ask:
         answers = [ask.post("/predict", content=Path(path).read_bytes()).json()["images"][0] for path in paths]
     return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]

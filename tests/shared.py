@@ -25,7 +25,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.cli.app import app, main
 from dcp_zoo.data import Item
-from dcp_zoo.deploy import export
+from dcp_zoo.onnx import export
 from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
 

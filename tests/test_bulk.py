@@ -33,11 +33,11 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.data.readers import label_rows
-from dcp_zoo.deploy.bulk.job import Job, Summary
-from dcp_zoo.deploy.bulk.on_disk import OutputFiles, UnfinishedRun, unfinished_run
-from dcp_zoo.deploy.bulk.on_disk import run as run_job
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns, write_sheet
 from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.job import Job, Summary
+from dcp_zoo.prediction.on_disk import OutputFiles, UnfinishedRun, unfinished_run
+from dcp_zoo.prediction.on_disk import run as run_job
+from dcp_zoo.prediction.outputs import TABLES, columns, write_sheet
 from dcp_zoo.prediction.predictor import Predictor, decode
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -245,11 +245,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from unicodedata import normalize
 import numpy as np
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns
+from dcp_zoo.prediction.outputs import TABLES, columns
 from dcp_zoo.answers import Outputs
 from dcp_zoo.prediction.predictor import Predictor
-from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
+from dcp_zoo.prediction.job import Job
+from dcp_zoo.prediction.on_disk import OutputFiles, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     time.sleep(0.05)
@@ -294,7 +294,7 @@ run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), par
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.deploy.bulk.outputs.PER_CLASS", 10)
+    monkeypatch.setattr("dcp_zoo.prediction.outputs.PER_CLASS", 10)
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]

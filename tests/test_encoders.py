@@ -25,11 +25,11 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop
-from dcp_zoo.deploy import OnnxClassifier
-from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.onnx import OnnxClassifier
+from dcp_zoo.onnx.export import export
 from dcp_zoo.zoo.encoders import list_encoders, load_encoders
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 

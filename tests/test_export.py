@@ -21,12 +21,12 @@ from dcp_zoo.backbone.mini import STEM_STAGES, build_mini_clip
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy import export as export_module
-from dcp_zoo.deploy import onnx_cache
-from dcp_zoo.deploy.export import export
-from dcp_zoo.deploy.onnx_classifier import CUDA, OnnxClassifier, onnx_predictor, providers
-from dcp_zoo.deploy.server import application
+from dcp_zoo.onnx import cache as onnx_cache
+from dcp_zoo.onnx import export as export_module
+from dcp_zoo.onnx.classifier import CUDA, OnnxClassifier, onnx_predictor, providers
+from dcp_zoo.onnx.export import export
 from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.serve.app import application
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -186,7 +186,7 @@ def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
 def test_a_cached_head_classifies_without_torch(exports):
     onnx_cache.onnx_file(BUNDLED)
     program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
-    program += f"from dcp_zoo.deploy.onnx_cache import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
+    program += f"from dcp_zoo.onnx.cache import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
     program += "with suppress(SystemExit): main()\n"
     program += (
         "print(*({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"

@@ -16,7 +16,7 @@ import dcp_zoo
 from dcp_zoo import DCP, FewShotClassifier, ZooError, load_head
 from dcp_zoo.api import attention_maps
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.deploy.export import export
+from dcp_zoo.onnx.export import export
 from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.probe import candidates
 from dcp_zoo.probe import model as probe

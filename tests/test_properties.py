@@ -24,10 +24,10 @@ from dcp_zoo.data.download import unpack
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.data.specs import Archive
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable, templates
 from dcp_zoo.heads.config import read_config
+from dcp_zoo.prediction.outputs import TABLES, columns
 from dcp_zoo.texts import quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")
@@ -178,8 +178,8 @@ def test_any_request_is_read_or_refused(body, kind):
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
 
-    from dcp_zoo.deploy.limits import DEFAULT_LIMITS
-    from dcp_zoo.deploy.requests import read_images
+    from dcp_zoo.serve.limits import DEFAULT_LIMITS
+    from dcp_zoo.serve.requests import read_images
 
     async def receive():
         return {"type": "http.request", "body": body, "more_body": False}

@@ -31,11 +31,11 @@ for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_clien
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.deploy import server as deploy_server  # noqa: E402
-from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
-from dcp_zoo.deploy.limits import server as web_server  # noqa: E402
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
-from dcp_zoo.deploy.server import Batcher  # noqa: E402
+from dcp_zoo.onnx.classifier import OnnxClassifier  # noqa: E402
+from dcp_zoo.serve import app as deploy_server  # noqa: E402
+from dcp_zoo.serve.app import Batcher  # noqa: E402
+from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
+from dcp_zoo.serve.limits import server as web_server  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]
@@ -389,7 +389,7 @@ def test_hosts():
 
 def test_a_server_does_not_tell_where_its_head_is(run, my_head, monkeypatch):
     names = []
-    monkeypatch.setattr("dcp_zoo.deploy.server.application", lambda *args: names.append(args[3]))
+    monkeypatch.setattr("dcp_zoo.serve.app.application", lambda *args: names.append(args[3]))
     for name in ("onnx_file", "listen", "server"):
         monkeypatch.setattr(f"dcp_zoo.cli.deploy.{name}", MagicMock())
     for head in (my_head, my_head / "config.json", BUNDLED):

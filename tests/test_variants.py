@@ -19,10 +19,10 @@ from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.data.pixels import crop  # noqa: E402
-from dcp_zoo.deploy import export as export_module  # noqa: E402
-from dcp_zoo.deploy.export import export  # noqa: E402
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, onnx_predictor  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
+from dcp_zoo.onnx import export as export_module  # noqa: E402
+from dcp_zoo.onnx.classifier import OnnxClassifier, onnx_predictor  # noqa: E402
+from dcp_zoo.onnx.export import export  # noqa: E402
 
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
 

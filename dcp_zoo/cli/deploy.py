@@ -7,11 +7,11 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.demo import DEFAULT_HEAD, launch
-from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
-from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
 from dcp_zoo.heads.config import is_checkpoint
+from dcp_zoo.onnx.cache import onnx_file
+from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
 
 
@@ -33,7 +33,7 @@ def export(options: ExportOptions) -> None:
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     """
-    from dcp_zoo.deploy import export as files
+    from dcp_zoo.onnx import export as files
     from dcp_zoo.release import export_hub
     from dcp_zoo.zoo.factory import create_model
 
@@ -93,7 +93,7 @@ def serve(options: ServeOptions) -> None:
     """
     for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline".split():
         import_extra(module, "serve")
-    from dcp_zoo.deploy.server import application
+    from dcp_zoo.serve.app import application
 
     head, names = options.head, opt.class_list(options.classes)
     hosts = allowed_hosts(options.host, options.allow_hosts)

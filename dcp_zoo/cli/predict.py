@@ -27,7 +27,7 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
-    from dcp_zoo.deploy.bulk.job import Job, Summary
+    from dcp_zoo.prediction.job import Job, Summary
     from dcp_zoo.prediction.predictor import Predictor
 
 BATCH = 32  # images at a time
@@ -124,7 +124,7 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: those to classify, if they are known."""
-    from dcp_zoo.deploy.bulk.job import Job
+    from dcp_zoo.prediction.job import Job
 
     load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
     answers = read_answers(options.labels, [image.name for image in images], options.images or ())
@@ -135,7 +135,7 @@ LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what
 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
-    from dcp_zoo.deploy.onnx_classifier import onnx_predictor
+    from dcp_zoo.onnx.classifier import onnx_predictor
 
     file, features = Path(options.head), options.together or options.features is not None
     if not file.is_file():
@@ -168,7 +168,7 @@ def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
 
 def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
     """The counts, and the table's file."""
-    from dcp_zoo.deploy.bulk.on_disk import OutputFiles, run
+    from dcp_zoo.prediction.on_disk import OutputFiles, run
 
     table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
     outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)

@@ -28,9 +28,9 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import MINIATURE_NOTE
-from dcp_zoo.deploy.limits import LOCAL_HOSTS
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.head import Head
+from dcp_zoo.serve.limits import LOCAL_HOSTS
 from dcp_zoo.training.accuracy import Accuracy
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph

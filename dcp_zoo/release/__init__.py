@@ -14,14 +14,14 @@ from dcp_zoo.answers import log_softmax
 from dcp_zoo.backbone.classes import read_of
 from dcp_zoo.data.packaged import classnames, split_sha256
 from dcp_zoo.data.specs import DATASETS, is_own
-from dcp_zoo.deploy.export import TOLERANCES, compare_probabilities, export, with_preprocessing
-from dcp_zoo.deploy.onnx_classifier import INPUT, OnnxClassifier
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, unfinished, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
+from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
+from dcp_zoo.onnx.export import TOLERANCES, compare_probabilities, export, with_preprocessing
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 

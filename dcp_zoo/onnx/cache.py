@@ -28,7 +28,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
     path = cache_folder(FOLDER) / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
         check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --head")
-        from dcp_zoo.deploy.export import check_export, export
+        from dcp_zoo.onnx.export import check_export, export
         from dcp_zoo.zoo.factory import create_model
 
         check_export()

@@ -25,12 +25,12 @@ from starlette.requests import ClientDisconnect
 from dcp_zoo.answers import Answering
 from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
 from dcp_zoo.data.paths import is_heif, picture_formats
-from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Limits
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.deploy.requests import Named, read_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
+from dcp_zoo.onnx.classifier import OnnxClassifier
+from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits
+from dcp_zoo.serve.requests import Named, read_images
 
 BYTES = 64_000_000  # of the bodies of all requests in progress
 BATCH, WAITING = 16, 256  # images per batch, and images that may wait; further ones get status 503

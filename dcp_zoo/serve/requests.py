@@ -10,7 +10,7 @@ from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from dcp_zoo.deploy.limits import Limits
+from dcp_zoo.serve.limits import Limits
 
 DISCARDED = 10  # times the most bytes, which are read of a request that is too large
 JSON_KEYS = ("images", "image", "inputs", "instances")

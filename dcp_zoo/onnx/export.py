@@ -13,12 +13,12 @@ from torch import nn
 
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.onnx_classifier import INPUT, METADATA_KEY, OnnxClassifier
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, unfinished, write_file
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
+from dcp_zoo.onnx.classifier import INPUT, METADATA_KEY, OnnxClassifier
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."

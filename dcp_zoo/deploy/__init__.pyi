@@ -1,1 +1,0 @@
-from .onnx_classifier import OnnxClassifier as OnnxClassifier
