@@ -11,9 +11,9 @@ from .errors import ZooError as ZooError
 from .heads.checkpoint import load_head as load_head
 from .heads.config import DCPConfig as DCPConfig
 from .heads.dcp import DCP as DCP
-from .inspection.find import search as search
-from .inspection.find import suggest as suggest
 from .inspection.inspection import inspect as inspect
+from .inspection.search import search as search
+from .inspection.search import suggest as suggest
 from .onnx.export import export as export
 from .release import push_to_hub as push_to_hub
 from .zoo.factory import create_model as create_model

@@ -8,7 +8,7 @@ import numpy as np
 
 from dcp_zoo.errors import check_range
 from dcp_zoo.fields import Values
-from dcp_zoo.texts import NONE
+from dcp_zoo.tables import NONE
 
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats

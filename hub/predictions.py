@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from dcp_zoo import create_model, predict
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.texts import NONE
+from dcp_zoo.tables import NONE
 
 HEAD, OTHER = "caltech101-16shot", "pacs_photo-16shot"
 PHOTOS = sample_images()

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from dcp_zoo import inspect
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.texts import NONE
+from dcp_zoo.tables import NONE
 
 DOCS = Path(__file__).parents[1] / "docs"
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")

@@ -16,7 +16,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_labelled
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.prediction.outputs import TABLES
-from dcp_zoo.texts import read_csv, write_csv
+from dcp_zoo.tables import read_csv, write_csv
 from dcp_zoo.zoo import factory
 
 pytestmark = pytest.mark.usefixtures("quick_probe")

@@ -28,7 +28,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable, templates
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.prediction.outputs import TABLES, columns
-from dcp_zoo.texts import quoted, read_csv, split_list
+from dcp_zoo.tables import quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")
 from hypothesis import example, given, settings

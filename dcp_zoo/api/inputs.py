@@ -17,7 +17,7 @@ from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten, warn
-from dcp_zoo.texts import NONE, is_none
+from dcp_zoo.tables import NONE, is_none
 
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`

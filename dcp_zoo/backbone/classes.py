@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice, shorten, warn
-from dcp_zoo.texts import is_reserved
+from dcp_zoo.tables import is_reserved
 
 NAME = "{}."  # the template after learned prompts
 TEMPLATE = "a photo of a {}."  # zero-shot CLIP's

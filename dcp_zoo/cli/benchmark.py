@@ -23,7 +23,7 @@ from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
-from dcp_zoo.texts import split_list
+from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 

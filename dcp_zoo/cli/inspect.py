@@ -16,7 +16,7 @@ from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
-from dcp_zoo.texts import INSPECTION_PAGE, INSPECTION_TABLE
+from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def search(
     if len(folders) > 1:
         raise ZooError(f"--labels takes one folder, and any number of tables, not {shorten(list(map(str, folders)))}.")
     use_threads()
-    from dcp_zoo.inspection import find
+    from dcp_zoo.inspection import search as find
 
     say_model(model)
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}

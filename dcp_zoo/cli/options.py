@@ -20,7 +20,7 @@ from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values  # for the commands
 from dcp_zoo.fields import option as option
-from dcp_zoo.texts import split_list
+from dcp_zoo.tables import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import SIZES, list_models

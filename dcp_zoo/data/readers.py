@@ -20,7 +20,7 @@ from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, by_label, labels_o
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
 from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
-from dcp_zoo.texts import NONE, active, is_none, is_reserved, read_csv, read_text
+from dcp_zoo.tables import NONE, active, is_none, is_reserved, read_csv, read_text
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dcp_zoo.data.specs import is_own
 from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.texts import NONE
+from dcp_zoo.tables import NONE
 
 NO_CLASS = -1  # label of images of none of the classes
 BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8

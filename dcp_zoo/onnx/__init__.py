@@ -1,4 +1,4 @@
-"""Deployment: exported files, and a classifier that needs neither torch nor CLIP."""
+"""ONNX: exported files, and a classifier that reads them without torch and CLIP."""
 
 import lazy_loader
 

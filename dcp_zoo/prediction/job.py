@@ -14,7 +14,7 @@ from dcp_zoo.errors import ZooError, nearest_hint, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.prediction.predictor import Predictor, decoded
 from dcp_zoo.prediction.together import refined
-from dcp_zoo.texts import NONE
+from dcp_zoo.tables import NONE
 
 NAMED = 10  # of the images that cannot be read
 

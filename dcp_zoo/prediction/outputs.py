@@ -17,7 +17,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
-from dcp_zoo.texts import NONE, write_csv
+from dcp_zoo.tables import NONE, write_csv
 
 
 def columns(rows: Iterable[Row]) -> list[str]:

@@ -25,7 +25,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_writable, templates, write_file
 from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.look import look
-from dcp_zoo.texts import write_csv
+from dcp_zoo.tables import write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.factory import plain_clip
