@@ -47,7 +47,7 @@ from dcp_zoo.training.methods.linear_probe import LinearProbeRecipe, left_out
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 NEAREST, VALIDATED = "nearest class mean", ", with validation images"
 CHOSEN_C, CS = "linear-probe, C by cross-validation", (0.1, 1.0, 10.0, 100.0, 1000.0)

@@ -43,7 +43,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.maple import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 sys.path.append(str(Path(__file__).parents[1] / "hub"))
 from convert import load_trained, renamed

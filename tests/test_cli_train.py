@@ -17,7 +17,7 @@ from dcp_zoo.data import load_labelled
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.prediction.outputs import TABLES
 from dcp_zoo.tables import read_csv, write_csv
-from dcp_zoo.zoo import factory
+from dcp_zoo.zoo import build
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -71,7 +71,7 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
 
 def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, monkeypatch):
     """Unless the user says otherwise, or has chosen the training images. CLIP is loaded once for both fits."""
-    loads = Count(monkeypatch, factory, "build_clip")
+    loads = Count(monkeypatch, build, "build_clip")
     code, out, err = run("train", "MY_PHOTOS")
     assert loads.calls == 1
     assert (code, out.count("test top-1"), err.count("Text probe on dcp_mini")) == (0, 1, 2), err

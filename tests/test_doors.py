@@ -27,7 +27,7 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
 NAMES = {"red": "crane", "blue": "crane", "green": "leaf", "white": "snow"}
@@ -324,7 +324,7 @@ def other_clip(tmp_path, monkeypatch):
         first, second = (block + name for block in blocks)
         weights[first], weights[second] = weights[second], weights[first]
     save_file(weights, tmp_path / "clip.safetensors")
-    return lambda: monkeypatch.setattr("dcp_zoo.zoo.factory.MINI_WEIGHTS", tmp_path / "clip.safetensors")
+    return lambda: monkeypatch.setattr("dcp_zoo.zoo.build.MINI_WEIGHTS", tmp_path / "clip.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["text-probe", "prolip", "dcp"])  # the second changes CLIP's weights

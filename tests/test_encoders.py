@@ -30,8 +30,8 @@ from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.onnx import OnnxClassifier
 from dcp_zoo.onnx.export import export
-from dcp_zoo.zoo.encoders import list_encoders, load_encoders
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.zoo.build import list_encoders, load_encoders, plain_clip
+from dcp_zoo.zoo.factory import create_transform
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 

@@ -24,7 +24,7 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.hub import CLIP_WEIGHTS_NAMES
-from dcp_zoo.zoo.factory import build_open_clip, plain_clip
+from dcp_zoo.zoo.build import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
 
 pytestmark = pytest.mark.usefixtures("quick_probe")

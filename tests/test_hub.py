@@ -31,7 +31,7 @@ from dcp_zoo import ZooError, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)

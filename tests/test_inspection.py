@@ -23,7 +23,7 @@ from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look, same_pictures
 from dcp_zoo.probe import ReadingFeatures
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 NAME = '<b>cup & "saucer"'

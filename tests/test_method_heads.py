@@ -24,7 +24,8 @@ from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.planning import plan
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import TrainingState
-from dcp_zoo.zoo.factory import create_model, trained_head
+from dcp_zoo.zoo.build import trained_head
+from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.resolve import Source
 
 NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]

@@ -25,7 +25,7 @@ from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps per epoch
 STEPS = 6

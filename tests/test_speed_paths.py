@@ -29,7 +29,7 @@ from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.factory import load_weights
+from dcp_zoo.zoo.build import load_weights
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

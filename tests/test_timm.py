@@ -27,7 +27,7 @@ from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.heads.linear import CacheHead
 from dcp_zoo.heads.prompts import PromptHead
-from dcp_zoo.heads.timm_contract import DROP_RATES
+from dcp_zoo.zoo.factory import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"
@@ -50,7 +50,7 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
 
 def test_names_and_configs():
     assert set(timm.list_models("dcp*")) == set(MODELS)
-    assert set(timm.list_models("dcp*", module="dcp")) == set(MODELS)
+    assert set(timm.list_models("dcp*", module="timm_entry")) == set(MODELS)
     for name in MODELS:
         assert timm.is_model(name)
         assert timm.models.get_pretrained_cfg(name).tag == MODELS[name].default_tag
@@ -287,6 +287,7 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     assert timm.create_model("dcp_mini", **args | zeros).num_classes == 100
     with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
         dcp_zoo.create_transform(DEFAULT, input_size=224)
+    assert dcp_zoo.create_model(DEFAULT, True, num_classes=5, classifier="none").eval()(IMAGES).shape == (2, 5)
     headless = dcp_zoo.create_model(DEFAULT, True, num_classes=0).eval()
     assert torch.equal(headless(IMAGES), model.forward_features(IMAGES))
     folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"

@@ -29,7 +29,7 @@ from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
 

@@ -26,8 +26,7 @@ from dcp_zoo.training.planning import Run, plan
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.zoo.encoders import check_encoders
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import check_encoders, plain_clip
 
 Fold = tuple[Sequence[int], Sequence[int]]  # positions of the images for training, and for the test
 HEADER = ("model", "method", "accuracy", "95 % interval", "log loss", "seconds")

@@ -204,7 +204,7 @@ def plan_trials(
 
     By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
     `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field.
-    Methods with a text probe are also run with each of the image `encoders`, see `dcp_zoo.zoo.encoders`. `targets` are
+    Methods with a text probe are also run with each of the image `encoders`, see `dcp_zoo.zoo.build`. `targets` are
     some of the protocol's."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]

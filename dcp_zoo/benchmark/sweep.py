@@ -39,7 +39,7 @@ from dcp_zoo.training.planning import Run
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.zoo.factory import plain_clip, trained_head
+from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}

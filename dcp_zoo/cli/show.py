@@ -111,7 +111,7 @@ def _parts(heads: Sequence[HeadEntry]) -> list[str]:
 
 
 def _show_encoders() -> None:
-    from dcp_zoo.zoo.encoders import list_encoders
+    from dcp_zoo.zoo.build import list_encoders
 
     rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
     output.print("", plain_table(("encoder", "parameters", "features", "licence"), rows), sep="\n")
@@ -198,7 +198,8 @@ def check_model(name: str) -> Values:
     import torch
 
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.zoo.factory import create_transform, plain_clip
+    from dcp_zoo.zoo.build import plain_clip
+    from dcp_zoo.zoo.factory import create_transform
 
     started = time.perf_counter()
     clip = plain_clip(name).to(pick_device())

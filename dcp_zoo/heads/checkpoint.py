@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,6 @@ from dcp_zoo.heads.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
     NEW_WEIGHTS,
-    NO_CLASSIFIER,
     WEIGHTS_NAME,
     HeadConfig,
     HeadInfo,
@@ -41,24 +40,23 @@ from dcp_zoo.heads.config import (
     read_config,
     settle,
 )
-from dcp_zoo.heads.head_state import HeadState
 from dcp_zoo.probe.model import PREFIX
 
-H = TypeVar("H", bound=HeadState)
+if TYPE_CHECKING:
+    from dcp_zoo.heads.head import Head
+
+H = TypeVar("H", bound="Head")
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model and in a file
 IN_MODEL = {stored: own for own, stored in IN_FILE.items()}
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
-ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
-# what timm is told when a head loads
-TIMMS = ("architecture", "num_classes", "label_names", "first_conv", "classifier")
 # of the text probe, which stay in float32, as logits depend on them
 EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin")}
 
 
-def save(head: HeadState, directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
+def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
     """See `Head.save_pretrained`."""
     if not head.classes:
         raise ZooError(NO_CLASSES)
@@ -74,21 +72,12 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
     return dtype or (torch.float16 if same else torch.float32)
 
 
-def _valid(head: HeadState, info: Values) -> Values:
+def _valid(head: "Head", info: Values) -> Values:
     """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
     if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
         measured = ("thresholds", *ACCEPTED)
         info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
     return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
-
-
-def without_probe(info: Values) -> Values:
-    """`info` of a head that has lost its text probe: its accuracy is the one that was measured without."""
-    kept = {name: value for name, value in info.items() if name not in ("text_probe", *MEASURED)}
-    if (alone := (info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")) is None:
-        return kept
-    tested = {name: info[name] for name in ("test_images",) if name in info}
-    return kept | {"metrics": {"top1_stored": alone}} | tested
 
 
 def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> None:
@@ -103,7 +92,7 @@ def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> No
             info[key] = dict(pairs) if isinstance(stored, dict) else pairs
 
 
-def head_config(head: HeadState, info: Values) -> Values:
+def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head.method_config()
     names, named, read = names_of(head.classes), names_of(head.named), read_of(head.named)
@@ -112,7 +101,7 @@ def head_config(head: HeadState, info: Values) -> Values:
     return {
         "architecture": head.encoder.architecture,
         "num_classes": len(names),
-        "pretrained_cfg": {k: v for k, v in head.pretrained_cfg.items() if k not in (*ORIGIN, *TIMMS)},
+        "pretrained_cfg": head.encoder.pretrained_cfg,
         "model_args": options,
         "label_names": names,
         "dcp": {
@@ -160,9 +149,7 @@ def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None
         )
 
 
-def check_fits(
-    head: HeadState, shapes: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None
-) -> None:
+def check_fits(head: "Head", shapes: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None) -> None:
     """Raise ZooError, naming the tensors, unless those of a file are exactly this head's, with this `config.json`."""
     options = ", ".join(f"{name}={value!r}" for name, value in head.method_config()[0].items())
     model = f"{head.encoder.architecture} with {options}" if options else head.encoder.architecture

@@ -62,7 +62,7 @@ class Abilities(Checked):
 
 
 FORMAT_VERSION = 4  # the only one that is read
-HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.factory.KINDS`
+HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
 COUNT, PERCENT = {"min": 0}, {"min": 0, "max": 100}
 
 

@@ -21,7 +21,8 @@ from dcp_zoo.data.images import ImageLike, in_threads, load_image
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.zoo.build import plain_clip
+from dcp_zoo.zoo.factory import create_transform
 
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
 STATISTICS = 5  # of each image

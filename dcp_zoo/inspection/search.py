@@ -28,7 +28,7 @@ from dcp_zoo.inspection.look import look
 from dcp_zoo.tables import write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 TABLE, PAGE = "found.csv", "found.html"
 TO_LABEL = "file", "class", "guess", "guess_probability"  # the columns of that table

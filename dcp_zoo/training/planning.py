@@ -24,7 +24,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.encoders import check_encoders, load_encoders
+from dcp_zoo.zoo.build import check_encoders, load_encoders
 from dcp_zoo.zoo.registry import SIZES
 
 ClassWeights = str | Mapping[Any, float] | None
@@ -148,7 +148,7 @@ def plan(
         device, precision: see `pick_device` and `pick_precision`.
         class_weight: weights by label, or "balanced", of a text probe alone; see `dcp_zoo.train`.
         labels: of the classes, if not their names.
-        encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
+        encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.build`.
         options: further attributes of `Run`.
     """
     check_seed(seed)

@@ -29,7 +29,7 @@ from dcp_zoo.training.planning import Reader, Run, check_supported
 from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
 

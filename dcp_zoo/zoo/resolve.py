@@ -22,6 +22,7 @@ from dcp_zoo.heads.config import (
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
+FRESH = (False, "clip")  # what `pretrained` is for fresh prompts
 SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
@@ -71,9 +72,15 @@ class Source:
 
     architecture: str  # the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know
     head: HeadEntry | None = None  # of the name, or the model's default head; None for names that are not the zoo's
-    folder: Path | None = None  # of the checkpoint; None for fresh prompts
-    config: HeadConfig | None = None  # the checkpoint's checked config.json; None for fresh prompts
+    folder: Path | None = None  # of the checkpoint; None if there is none, or none is needed
+    config: HeadConfig | None = None  # the checkpoint's checked config.json
     cache_dir: str | Path | None = None  # where downloads are kept
+    pretrained: bool | str = True  # as asked for, see `create_model`
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it stands for a trained head, and not for fresh prompts."""
+        return self.config is not None and self.pretrained not in FRESH
 
     @property
     def spec(self) -> ModelSpec:
@@ -89,34 +96,59 @@ class Source:
         return spec
 
 
-def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
+def resolve(
+    name: str,
+    pretrained: bool | str = True,
+    cache_dir: str | Path | None = None,
+    clip_pretrained: str | None = None,
+) -> Source:
     """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub. For
-    `pretrained` and `cache_dir` see `create_model`; checkpoint folders and Hub repos are read in any case."""
+    the arguments see `create_model`; checkpoint folders and Hub repos are read in any case."""
+    if clip_pretrained:
+        name = _with_weights(resolve(name, pretrained, cache_dir), clip_pretrained)
     kind, place, tag = parse_name(name)
-    fresh = pretrained in (False, "clip")
     if kind == "open_clip":
-        if not fresh:
+        if pretrained not in FRESH:
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
-        return Source(name, cache_dir=cache_dir)
-    head, folder = None, Path(place)
-    if kind != "zoo" and isinstance(pretrained, str) and not fresh:
+        return Source(name, cache_dir=cache_dir, pretrained=pretrained)
+    if kind == "zoo":
+        return _of_the_zoo(name, place, tag, pretrained, cache_dir)
+    if pretrained not in (*FRESH, True):
         problem = f"{name} is one head, and pretrained={pretrained!r} names another"
         raise ZooError(f"{problem}: pass True for its weights, or 'clip' for CLIP's weights and fresh prompts.")
+    folder = Path(place)
     if kind == "hf-hub":
         from dcp_zoo.hub import download_head  # slow to import
 
         folder = download_head(place, tag or None, cache_dir=cache_dir)
-    elif kind == "zoo":
-        if isinstance(pretrained, str) and tag and pretrained != tag:
-            raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
-        head = get_head(f"{place}.{tag or get_spec(place).default_tag}")
-        if fresh:
-            return Source(place, head)
-        head = head if pretrained is True else get_head(f"{place}.{pretrained}")
-        stored = head.bundled_dir if head.status == "bundled" else None
-        folder = trained_here(head, name) or stored or _download(head, cache_dir)
     config = read_config(folder)
-    return Source(config["architecture"], head, folder, config, cache_dir)
+    return Source(config["architecture"], None, folder, config, cache_dir, pretrained)
+
+
+def _of_the_zoo(name: str, model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None) -> Source:
+    """What `model.tag` stands for, or the head of the model that `pretrained` names."""
+    if isinstance(pretrained, str) and tag and pretrained != tag:
+        raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+    head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
+    if pretrained in FRESH:
+        return Source(model, head, cache_dir=cache_dir, pretrained=pretrained)
+    head = head if pretrained is True else get_head(f"{model}.{pretrained}")
+    stored = head.bundled_dir if head.status == "bundled" else None
+    folder = trained_here(head, name) or stored or _download(head, cache_dir)
+    config = read_config(folder)
+    return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
+
+
+def _with_weights(source: Source, tag: str) -> str:
+    """The name of a model with other weights; ZooError if it has none of this tag, or is a head, which has its own."""
+    import open_clip  # slow to import
+
+    spec = source.spec
+    tags = [] if source.config else [known for arch, known in open_clip.list_pretrained() if arch == spec.clip]
+    tags = tags or [spec.clip_pretrained]
+    if tag not in tags:
+        raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(tags)}.")
+    return spec.name if tag == spec.clip_pretrained else f"{OPEN_CLIP}{spec.clip}/{tag}"
 
 
 def trained_here(head: HeadEntry, name: str) -> Path | None:

@@ -90,7 +90,6 @@ def fit_head(name: str, task: "Task") -> "Head":
     seed. A recipe without a number of epochs gets that for the task's images."""
     from dcp_zoo.data.dataset import seeded
     from dcp_zoo.training.methods.text_probe import fit_probe
-    from dcp_zoo.zoo.factory import told_timm
 
     method = METHODS[name]
     if task.train is not None:
@@ -99,7 +98,6 @@ def fit_head(name: str, task: "Task") -> "Head":
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method, head.abilities = name, method.abilities
-    told_timm(head)
     head.to(task.clip.device).eval()
     if probed:
         head.image_encoders.extend(task.encoders)
