@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -132,6 +133,26 @@ def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
         if free:
             stack.callback(_remove, file, made)
         yield free
+
+
+_alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
+
+
+@contextmanager
+def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
+    """Hold a folder's lock, to write a head there, for which it waits so long; again within. ZooError if taken."""
+    place, held = directory.absolute(), _alone.get()
+    if place in held:
+        yield
+        return
+    with locked(directory / LOCK, seconds) as free:
+        if not free:
+            raise ZooError(f"Another process trains or saves a head in {directory}: wait, or choose another --output.")
+        token = _alone.set(held | {place})
+        try:
+            yield
+        finally:
+            _alone.reset(token)
 
 
 def _acquire(file: Path, stack: ExitStack, end: float) -> bool:

@@ -21,8 +21,8 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api import attention_maps
 from dcp_zoo.backbone import MINI_WEIGHTS
+from dcp_zoo.cli.console import rejection_note
 from dcp_zoo.data import Item, load_image
-from dcp_zoo.heads.config import rejection_note
 from dcp_zoo.heads.head import Head
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.evaluation import measure

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import StoppedState, close
-from safetensors.torch import load_file, save_file
+from helpers import StoppedState, close, write_weights
+from safetensors.torch import load_file
 from test_baselines import NAMES, logits_of, pixels, task
 
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.checkpoint import tensor_shapes
 from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.heads.prompts import PromptHead
@@ -137,7 +136,7 @@ def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
 def test_a_checkpoint_holds_a_text_tower_only_if_names_are_read(clip, photos, tmp_path):
     """That of 2SFS, which is limited to its classes, changes the norms of both towers."""
     fit_head("2sfs", small("2sfs", clip, photos)).save_pretrained(tmp_path)
-    names = tensor_shapes(tmp_path)
+    names = load_file(tmp_path / WEIGHTS_NAME)
     assert names.keys() > {"weight", "bias", "visual.ln_post.weight"}
     assert all(name.startswith("visual.") for name in names.keys() - {"weight", "bias"})
 
@@ -157,7 +156,7 @@ def test_classes_of_a_head(clip, photos):
     ):
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
-            with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
+            with pytest.raises(ZooError, match="limited to its classes.*zebra.*dcp or zero-shot|it has no text probe"):
                 add()
     fixed.add_class(names[0], x)  # other images of a class that it has
     head.set_classnames(names)
@@ -189,7 +188,7 @@ def test_tensors_that_do_not_fit(clip, photos, tmp_path):
     tensors = load_file(tmp_path / WEIGHTS_NAME)
     without = {name: tensor for name, tensor in tensors.items() if name != "bias"}
     for changed, wrong in ((without, "bias"), (tensors | {"visual.nothing": weight}, "visual.nothing")):
-        save_file(changed, tmp_path / WEIGHTS_NAME)
+        write_weights(tmp_path, changed)
         with pytest.raises(ZooError, match=wrong):
             load(clip, tmp_path)
 

@@ -21,8 +21,8 @@ from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.data.unreadable import LEAVE_OUT
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.files import printable
-from dcp_zoo.heads.config import alone_in, check_free
+from dcp_zoo.files import alone_in, printable
+from dcp_zoo.heads.config import check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar
+from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar, rejection_note
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
@@ -20,7 +20,7 @@ from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
-from dcp_zoo.heads.config import read_config, rejection_note
+from dcp_zoo.heads.config import read_config
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.resolve import head_folder, head_sha256

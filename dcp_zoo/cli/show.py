@@ -14,7 +14,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.cli.console import advise, log, output, plain_table
+from dcp_zoo.cli.console import advise, log, output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text, head_name
 from dcp_zoo.data import DATASETS, find_spec, load_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
@@ -22,7 +22,7 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, is_checkpoint, made, read_config, rejection_note
+from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, is_checkpoint, made, read_config
 from dcp_zoo.tables import quoted
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy, alone_and_probed

@@ -11,7 +11,7 @@ from typer import confirm
 
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.console import log, output, progress_bar, rejection_note
 from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
@@ -21,7 +21,7 @@ from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
-from dcp_zoo.heads.config import STATE_NAME, check_free, rejection_note
+from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe

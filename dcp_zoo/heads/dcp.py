@@ -74,6 +74,7 @@ class DCP(Head):
         texts: sentences of each class, see `set_classnames`.
     """
 
+    kind, trained = "dcp", ("prompts.", "cmpa.", "stored_stats")
     name_tokens: TextChunks
 
     def __init__(
@@ -352,14 +353,8 @@ class DCP(Head):
             return self._constants()[1]
         return self._run_text(self._tokens(check_classnames(classnames), self.texts))[1]
 
-    def _trained_state(self) -> dict[str, Tensor]:
-        """Prompts and CMPA, and the stored statistics if there are any."""
-        stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
-        own = {name: p.detach() for name, p in self.named_parameters() if name.startswith(("prompts.", "cmpa."))}
-        return own | stats
-
     def method_config(self) -> tuple[Values, Values]:
-        return self.config.as_dict(), {"head": "dcp"}
+        return self.config.as_dict(), {"head": self.kind}
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""

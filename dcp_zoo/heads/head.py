@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,17 @@ class Head(Classifier):
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         """`set_classnames` for classes of which some may be among the present ones."""
 
-    @abstractmethod
+    kind: ClassVar[str]  # as `config.json` calls it
+    trained: ClassVar[tuple[str, ...]]  # how the names of the tensors begin that a method trains
+
     def _trained_state(self) -> dict[str, Tensor]:
         """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name: tensor.detach() for name, tensor in tensors if name.startswith(self.trained)}
 
-    @abstractmethod
     def method_config(self) -> tuple[Values, Values]:
         """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
+        return {}, {"head": self.kind}
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`_trained_state` as a file with these tensors has it."""

@@ -10,7 +10,7 @@ ProKeR (Bendou et al., CVPR 2025) solves for other values.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.classes import TEMPLATE, Class, Texts, check_classnames, matched, names_of, read_of, rows_of
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import HeadConfig, own_names
 from dcp_zoo.heads.head import Head
 
@@ -40,6 +39,7 @@ class LinearHead(Head):
         changed: names of tensors in `clip.state_dict()`, which a checkpoint then holds.
     """
 
+    kind, trained = "linear", ("weight", "bias")
     weight: Tensor
     bias: Tensor
 
@@ -95,12 +95,6 @@ class LinearHead(Head):
         self.weight, self.bias = weight[index], bias[index]
         self._keep(classes, now)
 
-    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
-        """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
-        if isinstance(name, str) and name not in self.classnames and not self.texts:
-            raise self._limited(f"does not know {name}")
-        super().add_class(name, images, known)
-
     def _limited(self, limit: str) -> ZooError:
         """The error of a head that reads no names."""
         advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
@@ -108,14 +102,11 @@ class LinearHead(Head):
 
     def _trained_state(self) -> dict[str, Tensor]:
         state = self.encoder.clip.state_dict()
-        return {"weight": self.weight, "bias": self.bias} | {name: state[name] for name in self.changed}
+        return super()._trained_state() | {name: state[name] for name in self.changed}
 
     def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
         super()._load_trained(state, config)
-
-    def method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": "linear"}
 
 
 class CacheHead(LinearHead):
@@ -126,6 +117,7 @@ class CacheHead(LinearHead):
         tensors: W as "weight", and those of `CACHED`.
     """
 
+    kind, trained = "cache", ("weight", *CACHED)
     keys: Tensor
     values: Tensor
     alpha: Tensor
@@ -171,9 +163,3 @@ class CacheHead(LinearHead):
         before = self.named
         super()._classify_into(classes, None)
         self.values = self.values[:, rows_of(classes, before)]
-
-    def _trained_state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("weight", *CACHED)}
-
-    def method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": "cache"}

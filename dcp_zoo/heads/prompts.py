@@ -35,6 +35,7 @@ class PromptHead(Head):
         rest: of the phrase that initialised the text prompts, between them and the name.
     """
 
+    kind, trained = "prompts", ("text_prompts.", "vision_prompts.")
     name_tokens: TextChunks | None
 
     def __init__(
@@ -115,12 +116,5 @@ class PromptHead(Head):
     def _encode_own(self, images: Images) -> Tensor:
         return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)
 
-    def _trained_state(self) -> dict[str, Tensor]:
-        return {
-            name: p.detach()
-            for name, p in self.named_parameters()
-            if name.startswith(("text_prompts.", "vision_prompts."))
-        }
-
     def method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": "prompts", "rest": self.rest}
+        return {}, {"head": self.kind, "rest": self.rest}

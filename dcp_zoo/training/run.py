@@ -17,9 +17,9 @@ from dcp_zoo.data import Split
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import all_for_training
 from dcp_zoo.fields import Values
-from dcp_zoo.files import format_duration
+from dcp_zoo.files import alone_in, format_duration
 from dcp_zoo.heads.checkpoint import MEASURED
-from dcp_zoo.heads.config import STATE_NAME, alone_in, check_free
+from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback

@@ -23,7 +23,7 @@ from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.checkpoint import load_head, tensor_shapes
+from dcp_zoo.heads.checkpoint import load, read_tensors
 from dcp_zoo.heads.config import Abilities, DCPConfig
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
@@ -33,8 +33,7 @@ from dcp_zoo.hub import fetch_clip
 from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, described
 from dcp_zoo.zoo.resolve import Source, resolve
 
-# by the field `head` of a checkpoint's `dcp` block
-KINDS: Values = {"linear": LinearHead, "prompts": PromptHead, "cache": CacheHead, "dcp": DCP}
+KINDS: Values = {kind.kind: kind for kind in (LinearHead, PromptHead, CacheHead, DCP)}
 
 
 # --- heads ---
@@ -93,13 +92,14 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
     assert source.folder is not None
     assert source.config is not None
     block = source.config["dcp"]
+    state = read_tensors(source.folder, source.config["weights_sha256"])
     with skip_init(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Repeated class names")
-        head: Head = KINDS[block["head"]].from_config(clip, source.config, tensor_shapes(source.folder))
+        head: Head = KINDS[block["head"]].from_config(clip, source.config, state)
     head.method, head.abilities = block["method"], Abilities(**cast(Values, block["abilities"]))
     stored = block.get("encoders", [])
     head.image_encoders.extend(load_encoders([said["name"] for said in stored], clip, stored))
-    return load_head(head, source.folder, source.config)
+    return load(head, source.folder, source.config, state)
 
 
 # --- CLIP ---
@@ -229,10 +229,10 @@ def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Value
     """The image encoders of these names with their pretrained weights, on the device of a CLIP; `stored` is what a head
     says of each. ZooError for an unknown one, weights that are neither here nor can be downloaded, or others than the
     head was trained with."""
-    encoders = [_load(name, clip) for name in names]
+    check_encoders(names)
+    encoders = [_load_encoder(name, clip) for name in names]
     for encoder, said in zip(encoders, stored, strict=False):
-        now = encoder.fingerprint()
-        if said["fingerprint"] not in (now, now[: len(now) // 2]):  # earlier versions stored the first half
+        if said["fingerprint"] != encoder.fingerprint():
             problem = f"The weights of {encoder.source} are not those that the head was trained with"
             raise ZooError(f"{problem}: use the version of timm that it names, or train the head again.")
     return encoders
@@ -247,8 +247,7 @@ def check_encoders(names: Sequence[str]) -> None:
             raise ZooError(f"timm has no pretrained image model {name!r}. Nearest: {close}. All: {advice}.")
 
 
-def _load(name: str, clip: FrozenCLIP) -> ImageEncoder:
-    check_encoders([name])
+def _load_encoder(name: str, clip: FrozenCLIP) -> ImageEncoder:
     failed = (
         f"The image encoder {name} cannot be loaded: {{}}. Its weights are downloaded once, by timm: connect to the "
         "internet, or choose another: dcp-zoo list --recommend."

@@ -7,14 +7,12 @@ A head is what a method trained for one model and one dataset, named `model.data
 
 import fnmatch
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -125,18 +123,12 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
 
 def open_clip_hint(name: str) -> str:
     """The part of an error message that says how to write a name of open_clip's, ARCH or ARCH/TAG; "" for others."""
+    import open_clip  # slow to import
+
     clip, _, tag = name.partition("/")
-    if clip not in _open_clip_names():
+    if clip not in open_clip.list_models():
         return ""
     return f" open_clip's {clip} is {OPEN_CLIP}{clip}/{tag or 'TAG'}, with a tag of open_clip.list_pretrained()."
-
-
-@cache
-def _open_clip_names() -> set[str]:
-    """The architectures of open_clip, whose import would take seconds."""
-    found = find_spec("open_clip")
-    places = (found and found.submodule_search_locations) or ()
-    return {path.stem for place in places for path in Path(place, "model_configs").glob("*.json")}
 
 
 def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
@@ -303,9 +295,6 @@ def list_models(
     filter: str | Sequence[str] = "",
     pretrained: bool = False,
     exclude_filters: str | Sequence[str] = "",
-    *,
-    min_zero_shot: float = 0,
-    max_gflops: float = math.inf,
 ) -> list[str]:
     """Names of the zoo's models or, with `pretrained`, those of `list_pretrained`.
 
@@ -313,13 +302,8 @@ def list_models(
         filter, exclude_filters: wildcards such as "dcp_vitb16*" or "*-16shot", or lists of them, as of
             `timm.list_models`.
         pretrained: whether to list heads.
-        min_zero_shot: published zero-shot top-1 of the model in percent, the mean over ten datasets; models without a
-            published figure have 0.
-        max_gflops: of the model's image tower for one image.
     """
-    models = {s.name for s in MODELS.values() if (s.zero_shot or 0) >= min_zero_shot and (s.gflops or 0) <= max_gflops}
-    names = _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
-    return [name for name in names if name.partition(".")[0] in models]
+    return _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
 
 
 def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
@@ -177,15 +176,6 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_zoos else name
 
 
-def _instead_of(head: HeadEntry) -> str:
-    """A head that exists: of a part of the same dataset if there is one."""
-    for other in registry.trained_heads().values():
-        spec = find_spec(other.dataset)
-        if (other.model, other.shots, spec.part_of) == (head.model, head.shots, head.dataset):
-            return f"{other.name}: {spec.part_note}"
-    return f"a head that exists, such as {registry.list_heads(status='bundled')[0]}: dcp-zoo list shows all."
-
-
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     """The folder of a registered head at its pinned revision, or unpinned with a warning."""
     from dcp_zoo.hub import download_head, is_absent  # slow to import
@@ -199,7 +189,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         if head.status != "planned" or os.environ.get("DCP_ZOO_HUB_ORG") or not is_absent(error):
             raise
         problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
-        raise ZooError(f"{problem}. Or load {_instead_of(head)}") from None  # the Hub's answer says no more
+        raise ZooError(f"{problem}. Heads that exist: dcp-zoo list.") from None  # the Hub's answer says no more
     warn(
         f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
         "Hub."
