@@ -50,7 +50,7 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
 
 def test_names_and_configs():
     assert set(timm.list_models("dcp*")) == set(MODELS)
-    assert set(timm.list_models("dcp*", module="timm_entry")) == set(MODELS)
+    assert set(timm.list_models("dcp*", module="zoo")) == set(MODELS)
     for name in MODELS:
         assert timm.is_model(name)
         assert timm.models.get_pretrained_cfg(name).tag == MODELS[name].default_tag

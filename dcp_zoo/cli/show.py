@@ -243,7 +243,7 @@ def describe(name: str) -> Values:
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
     if kind == "zoo" and tag:
-        folder = trained_here(get_head(name), name)
+        folder = trained_here(get_head(name))
         return describe_checkpoint(name, folder) if folder else describe_head(get_head(name))
     return describe_model(get_spec(name))
 

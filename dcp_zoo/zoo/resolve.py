@@ -111,7 +111,7 @@ def resolve(
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
         return Source(name, cache_dir=cache_dir, pretrained=pretrained)
     if kind == "zoo":
-        return _of_the_zoo(name, place, tag, pretrained, cache_dir)
+        return _of_the_zoo(place, tag, pretrained, cache_dir)
     if pretrained not in (*FRESH, True):
         problem = f"{name} is one head, and pretrained={pretrained!r} names another"
         raise ZooError(f"{problem}: pass True for its weights, or 'clip' for CLIP's weights and fresh prompts.")
@@ -124,16 +124,16 @@ def resolve(
     return Source(config["architecture"], None, folder, config, cache_dir, pretrained)
 
 
-def _of_the_zoo(name: str, model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None) -> Source:
+def _of_the_zoo(model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None) -> Source:
     """What `model.tag` stands for, or the head of the model that `pretrained` names."""
     if isinstance(pretrained, str) and tag and pretrained != tag:
-        raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+        raise ZooError(f"'{model}.{tag}' names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
     head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
     if pretrained in FRESH:
         return Source(model, head, cache_dir=cache_dir, pretrained=pretrained)
     head = head if pretrained is True else get_head(f"{model}.{pretrained}")
     stored = head.bundled_dir if head.status == "bundled" else None
-    folder = trained_here(head, name) or stored or _download(head, cache_dir)
+    folder = trained_here(head) or stored or _download(head, cache_dir)
     config = read_config(folder)
     return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
 
@@ -150,14 +150,13 @@ def _with_weights(source: Source, tag: str) -> str:
     return spec.name if tag == spec.clip_pretrained else f"{OPEN_CLIP}{spec.clip}/{tag}"
 
 
-def trained_here(head: HeadEntry, name: str) -> Path | None:
+def trained_here(head: HeadEntry) -> Path | None:
     """The checkpoint in the working folder that is called like a planned head, and is loaded as that; otherwise None.
-    Where a checkpoint is called like it, a warning says once which one `name` stands for."""
-    places = [place for place in (head.name, name) if is_checkpoint(place)]
-    if not places:
+    Where a checkpoint is called like a head, a warning says once which one the name stands for."""
+    if not is_checkpoint(name := head.name):
         return None
-    folder, is_head = Path(places[0]).absolute(), head.status == "planned" and places[0] == head.name
-    other = f"the {head.status} head {head.name}, not the one in {folder}: that is local-dir:{places[0]}"
+    folder, is_head = Path(name).absolute(), head.status == "planned"
+    other = f"the {head.status} head {name}, not the one in {folder}: that is local-dir:{name}"
     text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
     warnings.warn(text, stacklevel=1)  # from one place, so that it is said once
     return folder if is_head else None
