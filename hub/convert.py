@@ -176,7 +176,7 @@ def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path
     suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
     if len(suffix) != model.num_classes:
         raise ZooError(f"{path} was trained for {len(suffix)} classes, but {model.num_classes} class names are given.")
-    ids = model.encoder.tokenize([model.behind.format(name.replace("_", " ")) for name in model.classnames])
+    ids = model.encoder.tokenize([model.template.format(name.replace("_", " ")) for name in model.classnames])
     for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
         embedded = model.encoder.text.token_embedding(row[1 : 1 + len(expected)])
         if not _agree(embedded, expected):

@@ -370,7 +370,7 @@ HOSTILE = {
     "10 GB declared, not there": (header({"prompts.text": TENSOR}), "damaged"),
     "names with paths": (
         header({"../../../tmp/x": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}, size=8),
-        "not expected: ../../../tmp/x",
+        "damaged, or of another head",
     ),
     "pickle with code": (b"cos\nmkdir\n(S'executed'\ntR.", "damaged"),
 }

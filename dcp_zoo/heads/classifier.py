@@ -50,6 +50,7 @@ class Classifier(nn.Module, ABC):
         named: the classes of the method's own classifier: these, unless `reset_classifier` replaced it.
         fc: the layer of `reset_classifier`, or None.
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
+        template: what it reads of a class without sentences, where the others have some.
         text_probe: or None.
         method, abilities: the name of the method that made it, and what such a head can do.
         info: how it was made: dataset, shots, seed, recipe, metrics, ...; a change of its classes takes metrics out.
@@ -69,6 +70,7 @@ class Classifier(nn.Module, ABC):
         self.classes: list[Class] = []
         self.named: list[Class] = []
         self.texts: Texts = TEMPLATE
+        self.template = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.info: Values = {}
         self.origin: Values = {}
@@ -190,15 +192,12 @@ class Classifier(nn.Module, ABC):
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for anything else."""
         threshold = self.rejection_threshold(reject) if reject else None
         images = self._batch(images)
-        distances = None
         with in_eval_mode(self):  # no answer depends on the other images
-            stored = self.encode_image(images) if self.stats == "stored" else None  # one pass for both
-            logits = self(images) if stored is None else self.classify(stored)
-            if reject:
-                distances = self.distances(self.encode_image(images) if stored is None else stored).cpu().numpy()
-        found, names = logits.float().cpu().numpy(), self.classnames
-        none = [False] * len(found) if threshold is None else is_rejected(found, distances, threshold)
-        return [None if no else names[i] for i, no in zip(found.argmax(-1), none, strict=True)]
+            logits = self(images).float().cpu().numpy()
+            distances = self.distances(self.encode_image(images)).cpu().numpy() if reject else None
+        rejected = [False] * len(logits) if threshold is None else is_rejected(logits, distances, threshold)
+        names = self.classnames
+        return [None if no else names[i] for i, no in zip(logits.argmax(-1), rejected, strict=True)]
 
     # --- images of none of the classes ---
 
@@ -254,10 +253,7 @@ class Classifier(nn.Module, ABC):
         """F, the width of the features that the classifier reads."""
         return sum(sum(reading.widths) for reading in self.reads)
 
-    @property
-    def head_hidden_size(self) -> int:
-        """F, the width of what `forward_head(pre_logits=True)` returns."""
-        return self.num_features
+    head_hidden_size = num_features
 
     @property
     def pretrained_cfg(self) -> Values:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import Step, append_prompts
@@ -96,10 +96,10 @@ class DCP(Head):
         if config.n_ctx > room:
             raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
-        self.behind = NAME  # follows the text prompts
+        self.template = NAME  # follows the text prompts
         if config.ctx_init and config.n_ctx <= 4:
             initial["text"] = self.encoder.embed_words(config.ctx_init, config.n_ctx)
-            self.behind = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
+            self.template = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
         self.prompts = nn.ParameterDict(initial).to(self.device)
         blocks = len(vision.blocks), len(text.blocks)
         self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
@@ -312,20 +312,21 @@ class DCP(Head):
         self.name_tokens = self._tokens(read_of(classes), now)
         self._keep(classes, now)
 
-    def _template(self) -> str:
-        return self.behind
-
     def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
         """What follows the text prompts of each class."""
-        behind = texts if isinstance(texts, Mapping) else self.behind
+        behind = texts if isinstance(texts, Mapping) else self.template
         return self.encoder.tokenize_names(names, self.config.n_ctx, behind)
 
-    def _text_linear(self) -> Linear:
-        return self.encoder.scaled(self.encode_text())
-
     def _own_reading(self) -> Reading:
-        width, prompts = self.encoder.num_features, self.image_prompts
-        return Reading(self.encoder, (width,), self._encode_own, self._text_linear, prompts, self.first_block)
+        clip = self.encoder
+        return Reading(
+            clip,
+            widths=(clip.num_features,),
+            encode=lambda images: self._encode(as_inputs(images))[0],
+            start=lambda: clip.scaled(self.encode_text()),
+            prompts=self.image_prompts,
+            first=self.first_block,
+        )
 
     def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics."""
@@ -339,9 +340,6 @@ class DCP(Head):
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
         return self._constants()[0]
-
-    def _encode_own(self, images: Images) -> Tensor:
-        return self._encode(as_inputs(images))[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.backbone.classes import (
-    TEMPLATE,
     Class,
     Texts,
     check_classnames,
@@ -164,7 +163,7 @@ class Head(Classifier):
         try:
             if not exists:
                 if isinstance(self.texts, Mapping):  # sentences of the others: of this one CLIP reads the name
-                    self.texts = {one.read: class_texts([one.read], self._template())[0], **self.texts}
+                    self.texts = {one.read: class_texts([one.read], self.template)[0], **self.texts}
                 self._classify_into([*self.classes, one], None)
             with torch.no_grad():
                 probe.add(one, mean, count, self.classes, join(self.reads))
@@ -210,10 +209,6 @@ class Head(Classifier):
         self.info = {name: value for name, value in info.items() if name not in ("text_probe", *checkpoint.MEASURED)}
         if (alone := (info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")) is not None:
             self.info |= {"metrics": {"top1_stored": alone}, "test_images": info.get("test_images", 0)}
-
-    def _template(self) -> str:
-        """What CLIP reads of a class without sentences, where the others have some."""
-        return TEMPLATE
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
         """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""

@@ -83,15 +83,14 @@ class LinearHead(Head):
         texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
         now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
         rows = rows_of(classes, self.named) if now == self.texts else [None] * len(classes)
-        new = [each for each, row in zip(classes, rows, strict=True) if row is None]
         weight, bias = self.weight, self.bias
-        if new:
+        if new := [each for each, row in zip(classes, rows, strict=True) if row is None]:
             if not self.texts:
                 raise self._limited("reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}")
             text = F.normalize(self.encoder.encode_sentences(read_of(new), now), dim=-1)
             weight, bias = (torch.cat(parts) for parts in zip((weight, bias), self.encoder.scaled(text), strict=True))
-        behind = iter(range(len(self.weight), len(weight)))
-        index = [next(behind) if row is None else row for row in rows]
+        known = len(self.weight)
+        index = [known + new.index(each) if row is None else row for each, row in zip(classes, rows, strict=True)]
         self.weight, self.bias = weight[index], bias[index]
         self._keep(classes, now)
 

@@ -55,6 +55,7 @@ class PromptHead(Head):
         )
         self.register_module("name_tokens", None)
         self.texts, self.rest = texts, rest
+        self.template = f"{rest} {NAME}".strip() if self.text_prompts else TEMPLATE
         self._cache = WeightCache()
         self._classify_into(matched(check_classnames(classnames)), texts)
 
@@ -75,12 +76,9 @@ class PromptHead(Head):
         names, now = read_of(classes), texts or self.texts
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:
-            behind = now if isinstance(now, Mapping) else self._template()
+            behind = now if isinstance(now, Mapping) else self.template
             self.name_tokens = self.encoder.tokenize_names(names, len(self.text_prompts[0]), behind)
         self._keep(classes, now)
-
-    def _template(self) -> str:
-        return f"{self.rest} {NAME}".strip() if self.text_prompts else TEMPLATE
 
     def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""
