@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from dcp_zoo.answers import REFUSED
 from dcp_zoo.files import cache_folder, file_name, format_duration, printable, printable_lines
 from dcp_zoo.heads.config import ACCEPTED
+from dcp_zoo.tables import REFUSED
 
 QUIET = 30.0  # seconds between the lines of a log that show where a run is
 AT_ONCE = 0.1  # seconds

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import REFUSED, is_rejected
+from dcp_zoo.answers import is_rejected
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, skip_init
 from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Class, Texts, names_of, read_of
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
@@ -31,6 +31,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.probe.model import TextProbe
+from dcp_zoo.tables import REFUSED
 
 Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 
