@@ -62,12 +62,9 @@ class Classifier(nn.Module, ABC):
         super().__init__()
         self.encoder = clip
         self.image_encoders: Any = nn.ModuleList()
-        self._original: FrozenCLIP | None
-        self.register_module("_original", original)
-        self.text_probe: TextProbe | None
-        self.register_module("text_probe", None)
-        self.fc: nn.Linear | None
-        self.register_module("fc", None)
+        self._original = original
+        self.text_probe: TextProbe | None = None
+        self.fc: nn.Linear | None = None
         self.classes: list[Class] = []
         self.named: list[Class] = []
         self.texts: Texts = TEMPLATE

@@ -111,7 +111,6 @@ class DCP(Head):
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
         self._cache, self._start_cache = WeightCache(), WeightCache()
-        self.register_module("name_tokens", None)
         self._classify_into(matched(check_classnames(classnames)), texts)
         self.stats = None
 

@@ -127,6 +127,7 @@ class Head(Classifier):
 
     def _replace_fc(self, classes: list[Class], layer: nn.Linear | None) -> None:
         """Classify into these classes by this layer; None stands for the head's own classifier."""
+        del self.fc  # torch would drop the weights of a state for a module that it knows as None
         self.classes, self.fc = classes, layer
         if layer is not None:
             self._outdate("the classifier was replaced")
@@ -307,18 +308,8 @@ class Head(Classifier):
             state.update((f"{prefix}{PREFIX}{name}", own[f"{PREFIX}{name}"]) for name in ("weight", "bias", "means"))
         return state
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Values,
-        prefix: str,
-        local_metadata: Values,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """A state with a text probe brings it, and one with the method's tensors alone takes it away. What belongs to
-        any other module that this head lacks is unexpected: torch would drop it, as the module's name is known."""
+    def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
+        """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         if f"{PREFIX}weight" in own:
             probe = self._probe_like(own, self.named)
@@ -326,16 +317,7 @@ class Head(Classifier):
                 self.text_probe = probe
         elif own.keys() & self._trained_state():
             self.text_probe = None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        lacking = tuple(
-            f"{path}.{name}.".removeprefix(".")
-            for path, module in self.named_modules()
-            for name, child in module._modules.items()
-            if child is None
-        )
-        unexpected_keys += [f"{prefix}{name}" for name in own if name.startswith(lacking)]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _probe_like(self, shapes: Mapping[str, Tensor], classes: Sequence[Class]) -> TextProbe | None:
         """An empty text probe of these classes for tensors of these shapes; None if they have none."""

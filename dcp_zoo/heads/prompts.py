@@ -53,7 +53,7 @@ class PromptHead(Head):
             nn.ParameterList(nn.Parameter(p) for p in prompts).to(self.device)
             for prompts in (text_prompts, vision_prompts)
         )
-        self.register_module("name_tokens", None)
+        self.name_tokens = None
         self.texts, self.rest = texts, rest
         self.template = f"{rest} {NAME}".strip() if self.text_prompts else TEMPLATE
         self._cache = WeightCache()
