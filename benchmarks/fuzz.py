@@ -130,7 +130,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
 
     from dcp_zoo import create_model, predict
     from dcp_zoo.backbone.classes import TEMPLATE
-    from dcp_zoo.heads.linear import LinearHead
+    from dcp_zoo.heads.kinds import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count

@@ -36,7 +36,7 @@ from dcp_zoo.data import Item, load_split
 from dcp_zoo.data.splits import few_shot
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.loop import Epoch, train
 from dcp_zoo.training.methods.base import Task

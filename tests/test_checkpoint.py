@@ -18,7 +18,7 @@ from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import LOCK, locked, write_file
 from dcp_zoo.heads.checkpoint import read_tensors
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 
 NAMES = ["ant", "wild_cat", "emu"]
 SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]

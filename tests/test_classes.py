@@ -18,7 +18,7 @@ from dcp_zoo.backbone.classes import Class
 from dcp_zoo.data import Item
 from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source

@@ -14,7 +14,7 @@ from test_tower_kinds import IMAGES, build_clip
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.zoo.factory import create_model
 

@@ -27,7 +27,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.onnx import OnnxClassifier
 from dcp_zoo.onnx.export import export
 from dcp_zoo.zoo.build import list_encoders, load_encoders, plain_clip

@@ -14,8 +14,7 @@ from test_baselines import NAMES, logits_of, pixels, task
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
-from dcp_zoo.heads.linear import LinearHead
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import LinearHead, PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head

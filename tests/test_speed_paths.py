@@ -25,7 +25,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.sources import ImageSource

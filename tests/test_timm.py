@@ -25,8 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.heads.linear import CacheHead
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import CacheHead, PromptHead
 from dcp_zoo.zoo.factory import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
 

@@ -27,8 +27,7 @@ from dcp_zoo.heads.checkpoint import load, read_tensors
 from dcp_zoo.heads.config import Abilities, DCPConfig
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.linear import CacheHead, LinearHead
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import CacheHead, LinearHead, PromptHead
 from dcp_zoo.hub import fetch_clip
 from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, described
 from dcp_zoo.zoo.resolve import Source, resolve

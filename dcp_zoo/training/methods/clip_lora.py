@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import OpenClipBlock
 from dcp_zoo.fields import count, option
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods.base import Method, Task, own_clip
 from dcp_zoo.training.methods.clip_weights import AdamWRecipe, both_blocks, check_blocks, train_weights, zero_shot_of
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dcp_zoo.fields import changed
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods.base import Method, Task, own_clip
 from dcp_zoo.training.methods.clip_weights import AdamWRecipe, both_blocks, check_blocks, train_weights, zero_shot_of
 

@@ -6,7 +6,7 @@ defaults are the paper's for ViT-B/16, with unified context.
 
 from dataclasses import dataclass
 
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count
 

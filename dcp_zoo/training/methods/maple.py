@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, start_from, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, count, option
 

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 
 from dcp_zoo.fields import option
-from dcp_zoo.heads.linear import CacheHead
+from dcp_zoo.heads.kinds import CacheHead
 from dcp_zoo.training.methods.base import CACHED, CropsRecipe, Method, Task, most_accurate
 from dcp_zoo.training.methods.tip_adapter import cache_head
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import Method, Task, minimise, own_clip
 from dcp_zoo.training.methods.clip_weights import zero_shot_of

@@ -13,7 +13,7 @@ classes of |w_c - t_c|^2 / (2 n_c): the fewer images a class has, the closer it 
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 
 

@@ -19,7 +19,7 @@ from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.backbone.clip import Reading
 from dcp_zoo.backbone.inputs import Features, Inputs
 from dcp_zoo.fields import changed, option
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods.base import CLOSED, Method, Task, own_clip
 from dcp_zoo.training.methods.clip_weights import AdamWRecipe, train_steps, train_weights
 

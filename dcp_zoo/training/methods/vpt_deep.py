@@ -5,7 +5,7 @@ Images: prompts at the end of the sequence, with new ones for every block. Text:
 
 from dataclasses import dataclass
 
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count
 
