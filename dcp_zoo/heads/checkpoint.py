@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dcp_zoo.backbone.classes import NO_CLASSES, names_of, read_of, saved_texts
+from dcp_zoo.backbone.classes import NO_CLASSES, names_of, saved_texts, text_names
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
@@ -113,7 +113,7 @@ def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> No
 def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head.method_config()
-    names, named, read = names_of(head.classes), names_of(head.named), read_of(head.named)
+    names, named, read = names_of(head.classes), names_of(head.named), text_names(head.named)
     read_beside = head.image_encoders if head.text_probe is not None else ()
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
     return {

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import is_rejected
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, skip_init
-from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Class, Texts, names_of, read_of
+from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Class, Texts, names_of, text_names
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.towers.open_clip import Step, append_prompts, checkpointed
@@ -141,7 +141,7 @@ class Classifier(nn.Module, ABC):
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by its image features."""
-        clip, names, texts = self.frozen, read_of(self.named), self.texts or TEMPLATE
+        clip, names, texts = self.frozen, text_names(self.named), self.texts or TEMPLATE
         text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
         return clip.scaled(text)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
-from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, text_names
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
@@ -308,7 +308,7 @@ class DCP(Head):
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
         normalised features. A template changes nothing, as prompts are in its place; {} takes the sentences away."""
         now = texts or TEMPLATE if isinstance(texts, Mapping) else self.texts
-        self.name_tokens = self._tokens(read_of(classes), now)
+        self.name_tokens = self._tokens(text_names(classes), now)
         self._keep(classes, now)
 
     def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:

@@ -17,8 +17,8 @@ from dcp_zoo.backbone.classes import (
     matched,
     names_of,
     position,
-    read_of,
     same_texts,
+    text_names,
 )
 from dcp_zoo.backbone.clip import join
 from dcp_zoo.backbone.inputs import VIEW_BATCH
@@ -78,7 +78,7 @@ class Head(Classifier):
         if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
-                each.read = each.name
+                each.text_name = each.name
         self.classify_into(classes, texts)
 
     def classify_into(self, classes: list[Class], texts: Texts | None = None) -> None:
@@ -164,7 +164,7 @@ class Head(Classifier):
         try:
             if not exists:
                 if isinstance(self.texts, Mapping):  # sentences of the others: of this one CLIP reads the name
-                    self.texts = {one.read: class_texts([one.read], self.template)[0], **self.texts}
+                    self.texts = {one.text_name: class_texts([one.text_name], self.template)[0], **self.texts}
                 self._classify_into([*self.classes, one], None)
             with torch.no_grad():
                 probe.add(one, mean, count, self.classes, join(self.reads))
@@ -214,9 +214,9 @@ class Head(Classifier):
     def _keep(self, classes: list[Class], texts: Texts) -> None:
         """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""
         probe = self.text_probe
-        if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
+        if probe is not None and not same_texts(text_names(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if set(classes) != set(self.named) or not same_texts(read_of(classes), texts, self.texts):
+        if set(classes) != set(self.named) or not same_texts(text_names(classes), texts, self.texts):
             self._outdate("the classes were changed")
         if probe is not None:
             probe.arrange(classes)
@@ -271,9 +271,9 @@ class Head(Classifier):
         block, names = config["dcp"], own_names(config)
         classes, given = matched(names, self.named), self.texts if isinstance(self.texts, Mapping) else None
         wanted, read = self.named, dict(zip(classes, block.get("read", names), strict=True))
-        class_texts([read.get(one, one.read) for one in wanted], given or block["texts"])
+        class_texts([read.get(one, one.text_name) for one in wanted], given or block["texts"])
         for one in classes:
-            one.read = read[one]
+            one.text_name = read[one]
         self.text_probe, self.fc = None, None
         self.classes, self.named, self.texts = classes, classes, block["texts"]  # those of the tensors
         if "fc.weight" in state:

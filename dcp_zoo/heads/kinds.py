@@ -37,8 +37,8 @@ from dcp_zoo.backbone.classes import (
     class_texts,
     matched,
     names_of,
-    read_of,
     rows_of,
+    text_names,
 )
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.backbone.inputs import Images
@@ -111,18 +111,15 @@ class LinearHead(Head):
         weight, bias = self.weight, self.bias
         if new := [each for each, row in zip(classes, rows, strict=True) if row is None]:
             if not self.texts:
-                raise self._limited("reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}")
-            text = F.normalize(self.encoder.encode_sentences(read_of(new), now), dim=-1)
+                limit = "reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}"
+                advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
+                raise ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
+            text = F.normalize(self.encoder.encode_sentences(text_names(new), now), dim=-1)
             weight, bias = (torch.cat(parts) for parts in zip((weight, bias), self.encoder.scaled(text), strict=True))
         known = len(self.weight)
         index = [known + new.index(each) if row is None else row for each, row in zip(classes, rows, strict=True)]
         self.weight, self.bias = weight[index], bias[index]
         self._keep(classes, now)
-
-    def _limited(self, limit: str) -> ZooError:
-        """The error of a head that reads no names."""
-        advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
-        return ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
 
     def _trained_state(self) -> dict[str, Tensor]:
         state = self.encoder.clip.state_dict()
@@ -238,7 +235,7 @@ class PromptHead(Head):
 
     def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
         texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
-        names, now = read_of(classes), texts or self.texts
+        names, now = text_names(classes), texts or self.texts
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:
             behind = now if isinstance(now, Mapping) else self.template
@@ -248,14 +245,14 @@ class PromptHead(Head):
     def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""
         if self.name_tokens is None:
-            return self.encoder.zero_shot_classifier(read_of(self.named), self.texts)
+            return self.encoder.zero_shot_classifier(text_names(self.named), self.texts)
         tower = self.encoder.text_tower
         return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:
         tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
-        depends_on = self.name_tokens, read_of(self.named), self.texts
+        depends_on = self.name_tokens, text_names(self.named), self.texts
         return self.encoder.scaled(self._cache(self.encode_text, tensors, *depends_on))
 
     def image_prompts(self) -> list[Tensor]:
