@@ -1,4 +1,4 @@
-"""Classes: an index with a name, and with the name that CLIP reads in texts, which outlives a rename. Names may repeat."""
+"""Classes: an index with a name, and the name that CLIP reads in texts, which outlives a rename; names may repeat."""
 
 import re
 from collections import Counter, defaultdict

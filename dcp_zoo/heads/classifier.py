@@ -197,6 +197,14 @@ class Classifier(nn.Module, ABC):
         names = self.classnames
         return [None if no else names[i] for i, no in zip(logits.argmax(-1), rejected, strict=True)]
 
+    def _batch(self, images: object) -> Tensor:
+        """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}"
+            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
+        return images.to(self.device)
+
     # --- images of none of the classes ---
 
     def rejection_threshold(self, reject: float = REFUSED) -> float:

@@ -74,7 +74,8 @@ class DCP(Head):
         texts: sentences of each class, see `set_classnames`.
     """
 
-    kind, trained = "dcp", ("prompts.", "cmpa.", "stored_stats")
+    kind = "dcp"
+    trained = ("prompts.", "cmpa.", "stored_stats")
     name_tokens: TextChunks
 
     def __init__(

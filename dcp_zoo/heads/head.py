@@ -228,14 +228,6 @@ class Head(Classifier):
         features = [self.encode_image(self._batch(batch)) for batch in batches]
         return torch.cat(features) if features else self._batch(images)
 
-    def _batch(self, images: object) -> Tensor:
-        """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
-        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}"
-            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
-        return images.to(self.device)
-
     def _outdate(self, change: str) -> None:
         """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
         if (fitted := self.info.get("text_probe", {})).keys() & set(ACCEPTED):

@@ -64,7 +64,8 @@ class LinearHead(Head):
         changed: names of tensors in `clip.state_dict()`, which a checkpoint then holds.
     """
 
-    kind, trained = "linear", ("weight", "bias")
+    kind = "linear"
+    trained = ("weight", "bias")
     weight: Tensor
     bias: Tensor
 
@@ -138,7 +139,8 @@ class CacheHead(LinearHead):
         tensors: W as "weight", and those of `CACHED`.
     """
 
-    kind, trained = "cache", ("weight", *CACHED)
+    kind = "cache"
+    trained = ("weight", *CACHED)
     keys: Tensor
     values: Tensor
     alpha: Tensor
@@ -197,7 +199,8 @@ class PromptHead(Head):
         rest: of the phrase that initialised the text prompts, between them and the name.
     """
 
-    kind, trained = "prompts", ("text_prompts.", "vision_prompts.")
+    kind = "prompts"
+    trained = ("text_prompts.", "vision_prompts.")
     name_tokens: TextChunks | None
 
     def __init__(

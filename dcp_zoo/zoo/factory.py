@@ -136,7 +136,7 @@ class TimmArguments:
         if not self.features_only:
             return model
         blocks = take_blocks(3 if self.out_indices is None else self.out_indices, len(model.feature_info))
-        net = FeatureGetterNet(model, blocks)
+        net: Any = FeatureGetterNet(model, tuple(blocks))
         net.pretrained_cfg = net.default_cfg = dict(model.encoder.pretrained_cfg)
         return net
 
