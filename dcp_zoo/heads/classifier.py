@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.answers import is_rejected
-from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, skip_init
+from dcp_zoo.backbone._torch import WeightCache, in_eval_mode
 from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Class, Texts, names_of, text_names
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images
@@ -362,13 +362,12 @@ class Classifier(nn.Module, ABC):
             return nn.Identity()
         if self.fc is not None:
             return self.fc
-        weight, bias = self.linear()
-        with skip_init():  # and no draw from torch's random state
-            classifier = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device=weight.device)
-        classifier.weight.copy_(weight)
-        if classifier.bias is not None:
-            classifier.bias.copy_(bias)
-        return classifier
+        weight, bias = (t.detach().clone() for t in self.linear())
+        layer = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device="meta")  # draws nothing
+        layer.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(bias)
+        return layer
 
     def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""

@@ -178,7 +178,7 @@ MANIFEST = Path(__file__).parent / "heads.json"
 
 @dataclass(frozen=True)
 class HeadEntry:
-    """One set of trained prompts."""
+    """One set of trained prompts; ZooError for a name that is no `model.dataset-Kshot[-seedS]`."""
 
     name: str
     status: str = "planned"  # "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet)
@@ -188,25 +188,19 @@ class HeadEntry:
     license: str | None = None
     metrics: Values = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
 
-    @property
-    def model(self) -> str:
-        return self.name.partition(".")[0]
+    model: str = field(init=False)  # the parts of its name, as the next
+    tag: str = field(init=False)
+    dataset: str = field(init=False)
+    shots: int = field(init=False)
+    seed: int = field(init=False)
 
-    @property
-    def tag(self) -> str:
-        return self.name.partition(".")[2]
-
-    @property
-    def dataset(self) -> str:
-        return _parsed(self.tag)[0]
-
-    @property
-    def shots(self) -> int:
-        return _parsed(self.tag)[1]
-
-    @property
-    def seed(self) -> int:
-        return _parsed(self.tag)[2]
+    def __post_init__(self) -> None:
+        model, _, tag = self.name.partition(".")
+        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
+        if match is None:
+            raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
+        parts = {"model": model, "tag": tag, "dataset": match[1], "shots": int(match[2]), "seed": int(match[3] or 1)}
+        vars(self).update(parts)  # this class is frozen
 
     @property
     def repo_id(self) -> str:
@@ -243,15 +237,6 @@ class HeadEntry:
 
 
 @cache
-def _parsed(tag: str) -> tuple[str, int, int]:
-    """`dataset-Kshot[-seedS]` -> dataset, K, S."""
-    match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
-    if match is None:
-        raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
-    return match[1], int(match[2]), int(match[3] or 1)
-
-
-@cache
 def trained_heads() -> dict[str, HeadEntry]:
     """The heads of the manifest, which exist."""
     manifest = json.loads(MANIFEST.read_text())
@@ -271,8 +256,8 @@ def get_head(name: str) -> HeadEntry:
     """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
     if head := all_heads().get(name):
         return head
+    get_spec(name.partition(".")[0])  # raises for an unknown one
     head = HeadEntry(name)
-    get_spec(head.model)  # raises for an unknown one
     first_seed = re.sub(r"-seed[23]$", "", head.tag)
     # the miniature has heads of the 11 datasets too, which are not listed
     in_zoo = first_seed in (f"{dataset}-{shots}shot" for dataset in list_datasets() for shots in SHOTS)
