@@ -4,14 +4,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
-from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
@@ -26,6 +25,9 @@ from dcp_zoo.files import check_writable
 from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
+
+if TYPE_CHECKING:
+    from dcp_zoo.benchmark.sweep import Event
 
 GRID = "Grid (comma-separated lists or repeated options)"
 several = partial(opt.option, (), rich_help_panel=GRID)
@@ -72,7 +74,8 @@ class ClusterOptions:
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
+        from dcp_zoo.benchmark.cluster import Resources, import_ray, sweep_on_ray
+        from dcp_zoo.benchmark.sweep import run_in_process
 
         if self.ray is not None:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
@@ -129,7 +132,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
+def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
     """Print a line for every trial that finishes."""
     finished = 0
     for event in events:
