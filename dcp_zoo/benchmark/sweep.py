@@ -128,7 +128,6 @@ def run_trial(
         recipe=trial.recipe,
         device=settings.device,
         precision=settings.precision,
-        encoder=trial.encoder or None,
     )
     folder = None
     if kept and (run.recipe.is_trained or len(trial.targets) > 1):  # otherwise it is trained again in seconds
