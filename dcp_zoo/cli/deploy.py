@@ -7,13 +7,13 @@ from typer import Option
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data.paths import check_output
-from dcp_zoo.demo import DEFAULT_HEAD, launch
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.onnx.cache import onnx_file
 from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
+from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 
 def export(
@@ -104,4 +104,7 @@ def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
     """
+    import_extra("gradio", "demo")
+    from dcp_zoo.demo import launch
+
     launch(opt.head_name(head), host, port)
