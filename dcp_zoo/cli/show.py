@@ -93,7 +93,7 @@ def list_(
             top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(metrics))
             rows.append((head.name, head.status, *top1))
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
-        parts = filter(None, dict.fromkeys(find_spec(head.dataset).part_note for head in heads))
+        parts = [note for note in dict.fromkeys(find_spec(head.dataset).part_note for head in heads) if note]
         output.print(HEADS_NOTE, *parts, "", sep="\n", style="dim")
     if not_trained:
         shots = sorted({all_heads()[name].shots for name in not_trained})
@@ -103,7 +103,7 @@ def list_(
 
 
 def show_recommended() -> None:
-    """The models that no cheaper one beats, of all licences or of open ones, by either accuracy; the cheapest first. And
+    """The models that no cheaper one beats, of all licences or open ones, by either accuracy; the cheapest first; and
     encoders to read beside them."""
     from dcp_zoo.zoo.encoders import list_encoders
 
