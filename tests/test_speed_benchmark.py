@@ -1,7 +1,11 @@
-"""The speed benchmark: its variants agree, its processes respond, and its grid has what the page states."""
+"""The speed benchmark: its variants agree, its processes respond, and its grid has what the page states. And a script
+that is stopped."""
+
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import reads
 import speed
 import speed_report
 import speed_variants as variants
@@ -86,3 +90,23 @@ def test_the_grid_covers_every_statement():
     figures = speed_report.Figures(frame)
     for statement in speed_report.STATEMENTS:
         assert statement.value(figures) == statement.value(figures), statement.text
+
+
+def test_a_stopped_script_keeps_what_it_measured_and_goes_on(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(own: object, images: int, seed: int) -> dict[str, float]:
+        measured.append((images, seed))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return {"top1": 50.0 + seed, "cpu_seconds": 1.0}
+
+    for name, value in {"RESULTS": tmp_path, "CHOOSING": ["a set"], "REPORTING": [], "measured": measure}.items():
+        monkeypatch.setattr(reads, name, value)
+    monkeypatch.setattr(reads, "Known", lambda *_: SimpleNamespace(text="ab"))
+    (tmp_path / "a set.npz").touch()
+    with pytest.raises(KeyboardInterrupt):
+        reads.main(tmp_path)
+    assert pd.read_csv(tmp_path / "reads.csv").top1.tolist() == [51.0, 52.0]
+    reads.main(tmp_path)
+    assert len(measured) == 1 + len(reads.READINGS) * len(reads.IMAGES) * len(reads.DRAWS)
