@@ -321,7 +321,7 @@ def test_predict_and_export_read_the_file(run, my_head, exported_names):
     ("command", "module", "extra"),
     [
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
-        (["report", "out"], "matplotlib", "plots"),
+        (["report", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
     ],
 )

@@ -154,7 +154,7 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
                     shown.add_row(*row)
                 output.print(shown)
         path = store.write_results_csv(output_dir)
-        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", soft_wrap=True)
+        output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")
@@ -196,16 +196,15 @@ def report(
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write tables and learning curves of benchmark results to `report.md`.
+    """Write tables of benchmark results to `report.md`.
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
-    output_dir = output_dir or folders[0] / "report"
-    check_output(output_dir / "report.md", overwrite)
-    for module in ("pandas", "matplotlib"):
-        import_extra(module, "plots")
-    for path in write_report(folders, output_dir):
-        output.print(f"Wrote {path}")
+    path = (output_dir or folders[0] / "report") / "report.md"
+    check_output(path, overwrite)
+    import_extra("pandas", "plots")
+    write_report(folders, path)
+    output.print(f"Wrote {path}")
 
 
 data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
