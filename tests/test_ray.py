@@ -22,9 +22,9 @@ pytest.importorskip("pyarrow")
 import ray
 
 from dcp_zoo.benchmark import plan_trials, store
-from dcp_zoo.benchmark.cluster import Event, Resources, connected
+from dcp_zoo.benchmark.cluster import Resources, connected, longest_first, sweep_on_ray
 from dcp_zoo.benchmark.plan import Settings, Trial
-from dcp_zoo.benchmark.sweep import longest_first, sweep, sweep_on_ray
+from dcp_zoo.benchmark.sweep import Event, sweep
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
