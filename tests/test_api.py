@@ -7,7 +7,6 @@ import random
 import shutil
 import sqlite3
 import warnings
-import zipfile
 from contextlib import closing
 from unittest.mock import DEFAULT, Mock
 
@@ -32,7 +31,6 @@ from dcp_zoo.backbone import mini
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.data.archives import unpacked
 from dcp_zoo.training import cache
 from dcp_zoo.zoo.registry import get_head
 
@@ -251,24 +249,13 @@ def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted):
 
 
 def test_labels_outlive_edits_of_a_head(pictures, fitted, tmp_path):
-    """Also where names repeat; a classifier has its labels in order, as scikit-learn expects."""
-    paths, _ = pictures
-    with pytest.warns(UserWarning, match="Repeated class names"):
-        twins = FewShotClassifier(classnames=["a", "a", "b"]).fit(paths[:6], [*range(3)] * 2)
-    for edit, labels in (
-        (lambda model: model.rename_class("b", "z"), [0, 1, 2]),
-        (lambda model: model.remove_class(0), [1, 2]),
-    ):
-        with warnings.catch_warnings():  # of repeated names
-            warnings.simplefilter("ignore")
-            model = dcp_zoo.create_model(str(twins.save(tmp_path / "twins", overwrite=True)), True)
-            edit(model)
-            assert FewShotClassifier.load(model.save_pretrained(tmp_path / "edited")).classes_.tolist() == labels
+    """A classifier has its labels in order, as scikit-learn expects."""
     model = dcp_zoo.create_model(str(fitted.save(tmp_path / "named")), True)
     model.rename_class("blue", "zaffre")
     loaded = FewShotClassifier.load(model.save_pretrained(tmp_path / "renamed"))
     assert loaded.classes_.tolist() == ["red", "zaffre"] == loaded.model_.classnames
-    assert loaded.predict_proba(paths) == pytest.approx(fitted.predict_proba(paths)[:, ::-1], abs=1e-3)
+    expected = fitted.predict_proba(pictures[0])[:, ::-1]
+    assert loaded.predict_proba(pictures[0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_rejected_images_and_removed_classes(pictures, tmp_path):
@@ -295,9 +282,7 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     assert set(classifier.predict(paths, reject=True)) <= {0, 10, 5, None}  # the threshold stays
     assert classifier.remove_class(10).classes_.tolist() == [0, 5]
     assert (classifier.model_.classnames, classifier.classes_.tolist()) == (["blue", "green"], [0, 5])
-    classifier.save(tmp_path)
-    assert FewShotClassifier.load(tmp_path).predict(paths).tolist() == classifier.predict(paths).tolist()
-    model = dcp_zoo.create_model(str(tmp_path), True)
+    model = dcp_zoo.create_model(str(classifier.save(tmp_path)), True)
     model.set_classnames(["green", "teal"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match="No label is stored for teal"):
@@ -344,12 +329,14 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     for options, weights in (({}, [1] * 8), ({"class_weight": {"red": 2}}, None)):
         with pytest.raises(ZooError, match="gda does not support .*_weight: choose method='text-probe'"):
             FewShotClassifier(method="gda", **options).fit(paths, labels, weights)
-    for weights in ([1] * 7, [float("nan"), *[1] * 7], [0] * 4 + [1] * 4):
-        with pytest.raises(ZooError, match="sample_weight|fewer than two classes"):
-            FewShotClassifier().fit(paths, labels, weights)
-    for wrong in ({"green": 1}, {"red": -1}, {"red": 0, "blue": 0}, "red"):
-        with pytest.raises(ZooError, match="class_weight"):
-            FewShotClassifier(class_weight=wrong).fit(paths, labels)
+    for options, weights, message in (
+        ({}, [1] * 7, "sample_weight"),
+        ({}, [0] * 4 + [1] * 4, "fewer than two classes"),
+        ({"class_weight": {"green": 1}}, None, "class_weight"),
+        ({"class_weight": {"red": -1}}, None, "class_weight"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            FewShotClassifier(**options).fit(paths, labels, weights)
 
 
 def test_features_of_another_tower_are_refused(pictures):
@@ -364,7 +351,6 @@ def test_features_of_another_tower_are_refused(pictures):
         lambda: dcp_zoo.train("dcp_mini", features, labels),
         lambda: dcp_zoo.evaluate(plain.model_, features, labels),
         lambda: dcp_zoo.compare(features, labels, cv=2),
-        lambda: FewShotClassifier().fit(paths, labels, validation=(features, labels)),
     ):
         with pytest.raises(ZooError, match="features of dcp_mini .bundled., changed by prolip"):
             refused()
@@ -400,8 +386,7 @@ def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
     file = tmp_path / cache.FILE_NAME
     whole = file.read_bytes()
     damages = [whole[:at] + bytes(9) + whole[at + 9 :] for at in (*range(0, 200, 20), *range(200, len(whole), 4997))]
-    damages += [whole[:size] for size in range(1, len(whole), 4997)]
-    for damaged in damages:
+    for damaged in (*damages, whole[:100], whole[:-4997]):
         file.write_bytes(damaged)
         for _ in range(2):  # the second one finds what the first one left
             kept = cache.FeatureCache(tmp_path)
@@ -412,24 +397,20 @@ def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
 
 def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    (tmp_path / "a file").touch()
     cache.FeatureCache(tmp_path).put({})
     with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        for folder, reason in ((tmp_path, "database is locked"), (tmp_path / "a file", "File exists")):
-            kept = cache.FeatureCache(folder)
-            with pytest.warns(UserWarning, match=f"not cached for the next run. .*{reason}. Choose another"):
-                kept.put({"1": torch.ones(3)})
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                kept.put({"2": torch.ones(3)})
-                assert kept.get("123").keys() == {"1", "2"}
-    assert not cache.FeatureCache(tmp_path).get("123")
+        kept = cache.FeatureCache(tmp_path)
+        with pytest.warns(UserWarning, match="not cached for the next run. .*database is locked. Choose another"):
+            kept.put({"1": torch.ones(3)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kept.put({"2": torch.ones(3)})
+            assert kept.get("123").keys() == {"1", "2"}
 
 
 def test_features_are_kept_by_what_an_image_shows(tmp_path):
-    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image. An image in an
-    archive is the same wherever that is unpacked."""
+    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image."""
 
     def in_palette(color):
         image = Image.new("P", (8, 6))
@@ -443,14 +424,6 @@ def test_features_are_kept_by_what_an_image_shows(tmp_path):
     turned.getexif()[0x112] = 6  # by a quarter
     turned.save(tmp_path / "1.png", exif=turned.getexif())
     assert cache.image_key(Image.open(tmp_path / "1.png")) == cache.image_key(upright)
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
-        file.write(tmp_path / "1.png", "cat/1.png")
-    keys = set()
-    for _ in range(2):
-        folder = unpacked(str(tmp_path / "photos.zip"))
-        keys.add(cache.image_key(next(folder.rglob("1.png"))))
-        unpacked.cache_clear()
-    assert len(keys) == 1
 
 
 def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
@@ -541,9 +514,6 @@ def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):
     np.random.seed(0)
     states = (3, np.int64(3), np.random.RandomState(3), np.random.default_rng(3), None)
     seeds = [seed_of(state) for state in states]
-    assert seeds[:2] == [3, 3]
-    assert len(set(seeds[1:])) == 4
-    FewShotClassifier(method="zero-shot", random_state=np.random.RandomState(3)).fit(*pictures)
-    for wrong in ("one", -1, 1.5):
-        with pytest.raises(ZooError, match="Pass an integer from 0, a RandomState, a Generator or None"):
-            seed_of(wrong)
+    assert (seeds[:2], len(set(seeds[1:]))) == ([3, 3], 4)
+    with pytest.raises(ZooError, match="Pass an integer from 0, a RandomState, a Generator or None"):
+        FewShotClassifier(method="zero-shot", random_state=1.5).fit(*pictures)
