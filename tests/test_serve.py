@@ -211,6 +211,8 @@ def test_bad_input_leaves_nothing_behind(ask, server):
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
         connection.close()
     endless.close()
+    with socket.create_connection(("127.0.0.1", port)) as aborted:
+        aborted.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
     time.sleep(0.5)
     megabytes, threads, files = (after - was for after, was in zip(kept(), before, strict=True))
     assert megabytes < 30
