@@ -153,7 +153,7 @@ DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
         (["list", "dcp_vitb17*"], "No model or head matches 'dcp_vitb17*'. Nearest: dcp_vitb16"),
-        (["predict", f"{'a' * 5000}.zip"], "This path is too long for the system: 'aaaa"),
+        (["predict", "a.jpg", "--output", "a" * 5000 + ".csv"], "This path is too long for the system: 'aaaa"),
     ],
 )
 def test_bad_input_gets_one_message(run, head, tmp_path, args, message):

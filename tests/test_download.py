@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,8 +17,7 @@ from helpers import encoded, http_server, tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 
-from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
-from dcp_zoo.data.archives import unpacked
+from dcp_zoo.data import DATASETS, VARIANTS, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
@@ -200,24 +198,6 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("make", [zipped, tar])
-def test_small_archives_with_much_in_them_are_refused(tmp_path, monkeypatch, make):
-    """Nothing of them is left, in the data root or among temporary files."""
-    monkeypatch.setattr(archives, "UNPACKED", (30_000, 0))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    file = tmp_path / "a.zip"
-    file.write_bytes(make({"images/a.jpg": b"x", "images/b.jpg": bytes(40_000)}))
-    message = "holds more than 0.0 GB, which is 0 times its own size"
-    with pytest.raises(ZooError, match=message):
-        unpack(Archive("http://x/a.zip", places={"images": "images"}), file, tmp_path / "in")
-    with pytest.raises(ZooError, match=message):
-        unpacked(str(file))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
-    monkeypatch.setattr(archives, "UNPACKED", (50_000, 0))
-    assert len(list(unpacked(str(file)).iterdir())) == 2
 
 
 def test_what_macos_adds_is_left_out(tmp_path):
