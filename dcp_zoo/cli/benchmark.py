@@ -69,8 +69,7 @@ class ClusterOptions:
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.cluster import Resources, import_ray, sweep_on_ray
-        from dcp_zoo.benchmark.sweep import run_in_process
+        from dcp_zoo.benchmark.sweep import Resources, import_ray, run_in_process, sweep_on_ray
 
         if self.ray is not None:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
