@@ -136,9 +136,8 @@ MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.item
 
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
     """A process for which no weights of CLIP are pinned, as `server` has other commits than the Hub."""
-    env = {**os.environ, **env}
     command = [sys.executable, "-W", "always", "-c", UNPINNED + code, *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end

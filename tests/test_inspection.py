@@ -91,10 +91,9 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     assert "inspect --no-labels" in run.refused("inspect", folder / "cat", "--output", tmp_path / "found")
     out = run.ok("inspect", folder / "cat", "--no-labels", "--output", tmp_path / "found")
     assert out.startswith("Groups of duplicates: 1; bad images: 0.")
-    rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
-    assert len(rows) == 6
-    assert {(row["class"], row["label_probability"]) for row in rows.values()} == {("", "")}
-    assert {row["same_as"] for row in rows.values() if row["problems"]} == {"twin.png", "0.jpg"}
+    rows = read_csv(tmp_path / "found" / "inspection.csv")
+    assert {(row["class"], row["label_probability"]) for row in rows} == {("", "")}
+    assert {row["same_as"] for row in rows if row["problems"]} == {"twin.png", "0.jpg"}
 
 
 def test_changed_copies_are_the_same_picture(cache):
