@@ -41,6 +41,7 @@ def choose(page, label, *paths):
     return field
 
 
+@pytest.mark.scripts
 def test_a_visitor_trains_downloads_and_classifies(page, tmp_path):
     page.get_by_role("tab", name="Classify").click()
     page.get_by_text(re.compile("^wild cat 99 %")).wait_for()
