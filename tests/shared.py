@@ -78,7 +78,7 @@ class CommandLine:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that mostly wait come first: one process runs them all, while the others compute, and starts Ray and
     Chromium once."""
-    first = ["test_build.py", "test_ray.py", "test_demo_browser.py"]
+    first = ["test_build.py", "test_ray.py", "test_pages.py"]
     items.sort(key=lambda item: [*first, item.path.name].index(item.path.name))
 
 
