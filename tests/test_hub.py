@@ -277,11 +277,8 @@ def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
         with pytest.raises(ZooError, match=r"is rejected: its sha256 is .*, but 0000.* is pinned.*Delete"):
             dcp_zoo.create_model(MINI, True)
     patch_manifest(monkeypatch, revision=client.second, sha256=sha256_of(BUNDLED / WEIGHTS_NAME))
-    dcp_zoo.create_model(MINI, True)
     (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.resolve().write_bytes(damaged)  # on the disk, after a good download
+    file.resolve().write_bytes(file.read_bytes()[:-1] + b"x")  # on the disk, after a good download
     with pytest.raises(ZooError, match="is rejected") as error:
         dcp_zoo.create_model(MINI, True)
     Path(re.search(r"Delete (\S+) and try again", str(error.value))[1]).unlink()

@@ -17,13 +17,11 @@ from configparser import ConfigParser
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from helpers import encoded, png_that_claims, until
 from PIL import Image
-from shared import BUNDLED
 
 for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_client", "python_multipart"):
     pytest.importorskip(module, reason="the server needs dcp_zoo[serve,export]")
@@ -128,8 +126,7 @@ def test_answers_are_pythons_alone_and_in_batches(ask, onnx_file):
 
 def test_forms(ask):
     _, answer = ask(form(("a.png", NOISE), ("b.jpg", Path(PHOTO).read_bytes())), path="/predict?top_k=2", **FORM)
-    assert [image["name"] for image in answer["images"]] == ["a.png", "b.jpg"]
-    assert all(len(image["predictions"]) == 2 for image in answer["images"])
+    assert [(image["name"], len(image["predictions"])) for image in answer["images"]] == [("a.png", 2), ("b.jpg", 2)]
     assert ask(NOISE, path="/predict?topk=3") == (422, {"detail": "There is no parameter topk: the only one is top_k."})
 
 
@@ -355,13 +352,3 @@ def test_hosts():
     assert "10.0.0.5" in allowed_hosts("10.0.0.5")
     with pytest.raises(ZooError, match="without scheme and port"):
         allowed_hosts("0.0.0.0", ["https://example.org"])
-
-
-def test_a_server_does_not_tell_where_its_head_is(run, my_head, monkeypatch):
-    names = []
-    monkeypatch.setattr("dcp_zoo.serve.app.application", lambda *args: names.append(args[3]))
-    for name in ("onnx_file", "listen", "server"):
-        monkeypatch.setattr(f"dcp_zoo.cli.deploy.{name}", MagicMock())
-    for head in (my_head, my_head / "config.json", BUNDLED):
-        run.ok("serve", "--head", head)
-    assert names == ["my_head", "my_head", BUNDLED]
