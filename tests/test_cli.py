@@ -14,8 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dcp_zoo import ZooError
-from dcp_zoo.cli import console, main, show
-from dcp_zoo.cli.app import app
+from dcp_zoo.cli import app, console, main, show
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.options import class_list, parse_changes
 from dcp_zoo.training.accuracy import Accuracy

@@ -15,9 +15,11 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
 from dcp_zoo import create_model, predict  # noqa: E402
+from dcp_zoo import demo as app  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.demo import DEFAULT_HEAD, app, launch  # noqa: E402
+from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.errors import ZooError  # noqa: E402
+from dcp_zoo.zoo.registry import DEFAULT_HEAD  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none

@@ -1,6 +1,5 @@
 """The report, on made-up result files: no number here was measured."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +111,9 @@ def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
     markdown = (tmp_path / "report" / "report.md").read_text()
     figure = f"learning-curves-dcp_mini-{weights_id('dcp_mini')}.svg"
     assert f"({figure})" in markdown
-    assert (tmp_path / "report" / figure).read_text().startswith("<svg")
-    (text,) = re.findall(r"!\[(Top-1 accuracy .*?)\]", markdown)
-    assert text.count("DCP: ") == 3  # the average and two datasets
+    curves = (tmp_path / "report" / figure).read_text()
+    assert curves.startswith("<svg")
+    assert curves.count(">DCP<") == 3  # the average and two datasets
     for title, cells in (
         ("Top-1", "47.0 ± 1.0 | 122.0 ± 1.0"),
         ("### Calibration error (ECE)", "4.0 ± 0.0 | 4.0 ± 0.0"),
