@@ -91,10 +91,9 @@ def test_an_unsorted_folder(folder, cache, tmp_path, run):
     assert "inspect --no-labels" in run.refused("inspect", folder / "cat", "--output", tmp_path / "found")
     out = run.ok("inspect", folder / "cat", "--no-labels", "--output", tmp_path / "found")
     assert out.startswith("Groups of duplicates: 1; bad images: 0.")
-    rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
-    assert len(rows) == 6
-    assert {(row["class"], row["label_probability"]) for row in rows.values()} == {("", "")}
-    assert {row["same_as"] for row in rows.values() if row["problems"]} == {"twin.png", "0.jpg"}
+    rows = read_csv(tmp_path / "found" / "inspection.csv")
+    assert {(row["class"], row["label_probability"]) for row in rows} == {("", "")}
+    assert {row["same_as"] for row in rows if row["problems"]} == {"twin.png", "0.jpg"}
 
 
 def test_changed_copies_are_the_same_picture(cache):
@@ -115,22 +114,16 @@ def judged(features, labels):
 
 
 def test_swapped_labels_are_suspected():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(5, 16)
     truth = torch.arange(5).repeat(8)
-    features = torch.nn.functional.normalize(centres[truth] + 0.1 * torch.randn(40, 16, generator=generator), dim=1)
+    noise = 0.1 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    features = torch.nn.functional.normalize(torch.eye(5, 16)[truth] + noise, dim=1)
     labels = truth.clone()
     labels[[0, 11, 22]] = torch.tensor([3, 4, 0])
     chances = judged(features, labels).log_probabilities
     assert sorted(suspected(chances, labels)) == [0, 11, 22]
     assert (chances.argmax(1) == truth).all()
     curve = learning_curve(judged(features, truth))
-    assert [point.images for point in curve] == [1, 2, 4]
-    assert curve[-1].accuracy > 95
-    alone = torch.tensor([0, 1, 2, 3, 4, *[0] * 5])
-    by_text = judged(features[:10], alone)
-    assert torch.isfinite(by_text.log_probabilities).all()
-    assert not by_text.distances[1:5].any()
+    assert ([point.images for point in curve], curve[-1].accuracy > 95) == ([1, 2, 4], True)
 
 
 def test_images_of_no_class_are_found():
