@@ -40,13 +40,6 @@ def evaluation(tmp_path) -> Evaluation:
     return Evaluation(["cat", "dog & co", "owl"], items, logits)
 
 
-def test_accuracy_is_counted_over_all_images_and_by_class(evaluation):
-    assert evaluation.accuracy == Accuracy("", 4, 6)
-    assert evaluation.per_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
-    same = replace(evaluation, classnames=["cat", "cat", "owl"])
-    assert same.per_class == [Accuracy("cat", 2, 4), Accuracy("cat (1)", 2, 2)]
-
-
 def test_the_interval_is_wilsons():
     """Both ends p solve |correct / n - p| = z sqrt(p (1 - p) / n), except where they are 0 or 1."""
     for end in (p / 100 for p in Accuracy("", 4, 6).interval):
@@ -54,7 +47,11 @@ def test_the_interval_is_wilsons():
     assert Accuracy("", 0, 5).interval[0] == 0
 
 
-def test_confusions_and_mistakes_come_worst_first(evaluation):
+def test_accuracy_confusions_and_mistakes_worst_first(evaluation):
+    assert evaluation.accuracy == Accuracy("", 4, 6)
+    assert evaluation.per_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
+    same = replace(evaluation, classnames=["cat", "cat", "owl"])
+    assert same.per_class == [Accuracy("cat", 2, 4), Accuracy("cat (1)", 2, 2)]
     assert evaluation.confusion_matrix.tolist() == [[2, 2, 0], [0, 2, 0], [0, 0, 0]]
     assert evaluation.confused_pairs == [Confusion("cat", "dog & co", 2, 4)]
     first, second = evaluation.mistakes

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import close, three_digits, until
-from PIL import Image
 from shared import build_tiny_clip
 from small_zoo import SERVER
 from timm.data import create_transform
@@ -33,26 +32,19 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> list[Item]:
-    """Ten small, distinct images of two classes."""
-    folder, items = tmp_path_factory.mktemp("photos"), []
-    for i in range(10):
-        path = folder / f"{i}.png"
-        image = Image.linear_gradient("L").resize((40, 36)).convert("RGB")
-        image.paste((20 * i, 255 * (i % 2), 0), (i, 0, i + 20, 20))
-        image.save(path)
-        items.append(Item(str(path), path.name, i % 2))
-    return items
+def ten(photos) -> list[Item]:
+    """Ten images of two classes."""
+    return [item._replace(label=item.label % 2) for item in photos[:10]]
 
 
 @pytest.fixture(scope="module")
-def views(photos) -> ImageSource:
+def views(ten) -> ImageSource:
     """The images and their mirror images, run through the miniature's frozen stem once."""
-    return image_source(plain_clip("dcp_mini"), photos, "flip")
+    return image_source(plain_clip("dcp_mini"), ten, "flip")
 
 
 @pytest.fixture
-def start(golden, photos, views):
+def start(golden, ten, views):
     """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
     others, "views" of a hybrid CLIP's patch maps, or "late", the tokens that enter the first block with prompts."""
 
@@ -64,7 +56,7 @@ def start(golden, photos, views):
             return model, frozen_tokens(model, views, views, no_progress)[0]
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
-        return model, ImageSource(model.encoder, photos, transform, workers=2 if kind == "workers" else 0)
+        return model, ImageSource(model.encoder, ten, transform, workers=2 if kind == "workers" else 0)
 
     return make
 

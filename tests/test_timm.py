@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.heads.linear import CacheHead
 from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.heads.timm_contract import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
@@ -95,7 +94,6 @@ def test_local_dir(tmp_path, model):
         assert again.pretrained_cfg["label_names"] == model.classnames
     named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, classnames=["cat", "dog"])
     assert named.pretrained_cfg["label_names"] == ["cat", "dog"]
-    assert named.eval()(IMAGES).shape == (2, 2)
 
 
 @torch.inference_mode()
@@ -209,14 +207,10 @@ def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
     assert "fine-tuned" in head.cannot_reject
 
 
-@pytest.mark.parametrize("kind", ["dcp", "tip-adapter"])
 @torch.inference_mode()
-def test_there_and_back(kind, model):
+def test_there_and_back(model):
     """From names to features, to a fresh classifier, and to the same names: nothing that was trained is lost."""
-    head, clip = copy.deepcopy(model), model.encoder
-    if kind == "tip-adapter":
-        tensors = {"weight": torch.randn(3, 512), "keys": torch.randn(4, 512), "values": torch.eye(4)[:, :3]}
-        head = CacheHead(clip, NAMES, tensors | {"alpha": torch.tensor(1.0), "beta": torch.tensor(2.0)})
+    head = copy.deepcopy(model)
     names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
     head.reset_classifier(0)
     head.reset_classifier(names)
@@ -256,8 +250,6 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     assert (fresh.prompts["text"].dtype, fresh.pretrained_cfg["interpolation"]) == (torch.bfloat16, "bilinear")
     zeros = dict.fromkeys(DROP_RATES, 0.0) | {"img_size": (SIZE, SIZE), "scriptable": False, "exportable": True}
     assert timm.create_model("dcp_mini", **args | zeros).num_classes == 100
-    with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
-        dcp_zoo.create_transform(DEFAULT, input_size=224)
     folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
     torch.save(model.state_dict(), file)
     for checkpoint in (folder, file):
@@ -319,17 +311,6 @@ def test_forward_intermediates(model):
     torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 3**0.5)  # the first of three parts
     with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
-
-
-@torch.inference_mode()
-def test_intermediates_in_every_statistics():
-    model = timm.create_model(DEFAULT, pretrained=True).eval()
-    alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
-    for stats in ("stored", "batch"):
-        model.stats = stats
-        features, maps = model.forward_intermediates(IMAGES)
-        torch.testing.assert_close(features, model.forward_features(IMAGES))
-        assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (stats == "stored")
 
 
 @torch.inference_mode()
@@ -402,15 +383,13 @@ def logits(model: DCP) -> torch.Tensor:
     return model(SMALL)
 
 
-@pytest.mark.parametrize(("had_its_own", "assign"), [(False, True), (True, False)])
-def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, had_its_own, assign):
-    model, expected = small_model(golden, seed=2, with_statistics=had_its_own), logits(with_stats)
-    assert not matches_alone(model, expected)
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, assign):
+    model, expected = small_model(golden, seed=2, with_statistics=not assign), logits(with_stats)
     state = {name: t.clone() for name, t in with_stats.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=assign)
     assert model.stats == "stored"
     assert matches_alone(model, expected)
-    assert torch.equal(logits(model), expected)
     assert (model.stored_stats is state["stored_stats"]) == assign
     other = small_model(golden, seed=2)
     model.load_state_dict(other.state_dict(), strict=True)
@@ -418,27 +397,11 @@ def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, had_
     assert torch.equal(logits(model), logits(other))
 
 
-def saved(model: DCP) -> DCP:
-    file = io.BytesIO()
-    torch.save(model, file)
+def test_copies_have_the_statistics(with_stats):
+    """Those of `torch.save`, and moving averages, which follow the weights."""
+    torch.save(with_stats, file := io.BytesIO())
     file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
-def test_copies_have_the_statistics_and_share_nothing(with_stats, copied):
-    expected = logits(with_stats)
-    other = copied(with_stats)
-    assert matches_alone(other, expected)
-    with torch.no_grad():
-        other.stored_stats.mul_(2)
-        other.prompts["text"].mul_(2)
-    assert not matches_alone(other, expected)
-    assert torch.equal(logits(with_stats), expected)
-
-
-def test_moving_averages(with_stats):
-    """The copy uses the context too, and follows the weights."""
+    assert matches_alone(torch.load(file, weights_only=False), logits(with_stats))
     ema, before = ModelEmaV3(with_stats, decay=0.5), with_stats.prompts["text"].detach().clone()
     assert matches_alone(ema.module, logits(with_stats))
     with torch.no_grad():
@@ -446,8 +409,6 @@ def test_moving_averages(with_stats):
     ema.update(with_stats)
     torch.testing.assert_close(ema.module.prompts["text"], 2 * before)
     torch.testing.assert_close(ema.module.stored_stats, with_stats.stored_stats)
-    with torch.enable_grad():  # nothing cached
-        assert torch.allclose(ema.module(SMALL), logits(ema.module), atol=1e-5)
 
 
 def test_distributed_data_parallel(with_stats):
@@ -462,11 +423,7 @@ def test_distributed_data_parallel(with_stats):
         for name, p in alone.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(with_stats.get_parameter(name).grad, p.grad)
-        parallel.eval()
-        assert matches_alone(parallel, expected)
-        other = copy.deepcopy(with_stats)
-        other.load_state_dict({name.removeprefix("module."): t for name, t in parallel.state_dict().items()})
-        assert matches_alone(other, expected)
+        assert matches_alone(parallel.eval(), expected)
     finally:
         dist.destroy_process_group()
 
