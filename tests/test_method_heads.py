@@ -150,14 +150,10 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = fit_head(method, given), fit_head(method, small(method, clip, photos))
-    assert head.text_probe.classes == head.classes
     assert fit_probe(bare, given.plain_train) == head.info["text_probe"]
     assert len(head.reads) == (1 if method == "zero-shot" else 2)
-    x = pixels(given.val)
+    loaded, x = load(clip, head.save_pretrained(tmp_path, torch.float32)), pixels(given.val)
     with torch.no_grad():
-        assert close(logits_of(bare, given.val), head(x), 1e-4)
-        assert close(head.fuse()(x), head(x), 1e-4)
-        loaded = load(clip, head.save_pretrained(tmp_path, torch.float32))
         assert close(loaded(x), head(x), 1e-4)
         assert close(loaded.frozen.encode_image(x), clip.encode_image(x), 1e-5)
 

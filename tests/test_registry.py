@@ -40,35 +40,20 @@ def test_lists():
 
 
 @pytest.mark.scripts
-def test_accuracies_are_the_published_ones():
-    """Each figure of the table, and those that are missing."""
-    with published.RESULTS.open() as file:
+def test_accuracies_and_costs_are_the_published_and_measured_ones():
+    """Each figure of the table, and those that are missing; one model of each architecture was measured."""
+    with published.RESULTS.open() as file, (published.RESULTS.parent / "model_costs.csv").open() as costs:
         rows = {
             row["model"]: [float(row[name]) for name in published.NAMES if row[name]] for row in csv.DictReader(file)
         }
+        measured = {MODELS[row["model"]].clip: row for row in csv.DictReader(costs)}
     for name, spec in MODELS.items():
-        tops = rows.get(name, [])
+        tops, row = rows.get(name, []), measured.get(spec.clip)
         assert spec.imagenet == (round(tops[0], 1) if tops else None), name
         assert spec.zero_shot == (round(sum(tops) / 10, 1) if len(tops) == 10 else None), name
         assert bool(tops) == bool(spec.accuracy_source), name
-
-
-@pytest.mark.scripts
-def test_costs_are_the_measured_ones():
-    """One model of each architecture was measured."""
-    with (published.RESULTS.parent / "model_costs.csv").open() as file:
-        rows = {MODELS[row["model"]].clip: row for row in csv.DictReader(file)}
-    for spec in MODELS.values():
-        row = rows.get(spec.clip)
-        costs = row and (float(row["core_ms_per_image"]), int(row["peak_mb"]))
-        assert (spec.core_ms, spec.memory_mb) == (costs or (None, None)), spec.name
-
-
-def test_pins_are_whole_commits():
-    """A branch may move, and a hash that YAML takes for a number is none."""
-    pins = [spec.clip_revision for spec in MODELS.values() if spec.clip_revision is not None]
-    assert pins
-    assert all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins)
+        found = row and (float(row["core_ms_per_image"]), int(row["peak_mb"]))
+        assert (spec.core_ms, spec.memory_mb) == (found or (None, None)), name
 
 
 @pytest.mark.parametrize("accuracy", ["zero_shot", "imagenet"])
@@ -80,9 +65,14 @@ def test_a_model_is_on_the_frontier_if_none_as_cheap_is_as_accurate(accuracy):
         for spec in rated:
             as_cheap = (getattr(s, accuracy) for s in rated if s.gflops <= spec.gflops and s is not spec)
             assert (spec in best) == all(value < getattr(spec, accuracy) for value in as_cheap), spec.name
+    best = [spec.name for spec in frontier("zero_shot", OPEN_LICENSES)]
+    assert list(SIZES) == ["small", "medium", "large"]  # the larger, the more accurate
+    assert [best.index(name) for name in SIZES.values()] == sorted(best.index(name) for name in SIZES.values())
 
 
 def test_pretrained_means_can_be_loaded():
+    """CLIP's weights are pinned by whole commits, as a branch may move."""
+    assert all(re.fullmatch("[0-9a-f]{40}", spec.clip_revision) for spec in MODELS.values() if spec.clip_revision)
     bundled, published, planned = (dcp_zoo.list_heads(status=s) for s in ("bundled", "published", "planned"))
     assert set(dcp_zoo.list_models(pretrained=True)) == {*bundled, *published} == trained_heads().keys()
     assert sorted(bundled + published + planned) == sorted(dcp_zoo.list_heads())
@@ -144,13 +134,6 @@ def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):
         dcp_zoo.create_model("dcp_vitb16", "clip", clip_pretrained="laion")
 
 
-def test_sizes_stand_for_models_that_are_best_for_their_cost():
-    """And whose licences allow every use; the larger, the more accurate."""
-    best = [spec.name for spec in frontier("zero_shot", OPEN_LICENSES)]
-    assert list(SIZES) == ["small", "medium", "large"]
-    assert [best.index(name) for name in SIZES.values()] == sorted(best.index(name) for name in SIZES.values())
-
-
 def test_training_transform_works_on_tensors_as_on_pil_images():
     """With the same draws: equal for a PIL image and its tensor, and within 2 of 255 levels of PIL's filter."""
     train = dcp_zoo.create_transform("dcp_vitb16", is_training=True)
@@ -194,13 +177,6 @@ def test_the_size_of_a_planned_head_is_that_of_the_file(tmp_path):
     size = (model.save_pretrained(tmp_path) / "model.safetensors").stat().st_size
     assert describe_head(registry.get_head("dcp_vitb16.dtd-1shot"))["size"] == f"about {size / 1e6:.0f} MB"
     assert round(size / 1e6, 1) == registry.get_spec("dcp_vitb16").head_mb
-
-
-def test_the_size_of_a_bundled_head_is_that_of_its_file():
-    head = registry.get_head("dcp_mini.caltech101-1shot")
-    size = (head.bundled_dir / "model.safetensors").stat().st_size
-    assert describe_head(head)["size"] == f"{size / 1e6:.1f} MB"
-    assert size > 1e6 * registry.get_spec("dcp_mini").head_mb  # the text probe
 
 
 def test_a_head_is_trained_from_its_name_alone(run, tmp_path, monkeypatch):

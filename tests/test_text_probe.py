@@ -49,11 +49,8 @@ def built(golden):
     plain.store_stats(images(4))
     model = copy.deepcopy(plain)
     with torch.no_grad():
-        x, labels = images(12), torch.arange(12) % 3
-        readings = [
-            ReadingFeatures(reading.encode(x)[None], reading.start(), reading.widths) for reading in model.readings
-        ]
-        model.text_probe, _ = fit_on_features(model.classes, labels, readings)
+        read = [ReadingFeatures(each.encode(images(12))[None], each.start(), each.widths) for each in model.readings]
+        model.text_probe, _ = fit_on_features(model.classes, torch.arange(12) % 3, read)
     model.text_probe.text_scale.fill_(0.5)
     model.text_probe.threshold.fill_(NEVER)
     return plain, model
@@ -326,16 +323,12 @@ class Evidence(NamedTuple):
 def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text: tuple) -> Evidence:
     outs = plain_folds(labels)
     fitted = [plain_candidates(views[:, ~out], widths, labels[~out], text) for out in outs]
-    logits = [
-        each.logits(F.linear(views[0, out, : widths[0]], *text), views[0, out])
-        for each, out in zip(fitted, outs, strict=True)
-    ]
-    losses = sum(
-        torch.stack([F.cross_entropy(z, labels[out], reduction="sum") for z in of_fold])
-        for of_fold, out in zip(logits, outs, strict=True)
-    )
+    losses, logits, distances = torch.zeros(len(fitted[0].texts)), [], []
+    for each, out in zip(fitted, outs, strict=True):
+        logits.append(each.logits(F.linear(views[0, out, : widths[0]], *text), views[0, out]))
+        losses += torch.stack([F.cross_entropy(z, labels[out], reduction="sum") for z in logits[-1]])
+        distances.append(to(views[0, out], each.means))
     weights = (-losses).softmax(0)
-    distances = [to(views[0, out], each.means) for each, out in zip(fitted, outs, strict=True)]
     mean = torch.cat([torch.einsum("k,kmc->mc", weights, z) for z in logits])
     return Evidence(weights, mean, torch.cat(distances) / math.sqrt(len(widths)))
 
@@ -385,18 +378,16 @@ def test_worked_examples(part):
 def test_no_group_of_images_is_in_two_folds():
     """And each class keeps an image; if each image is a group, folds are as without groups."""
     generator = torch.Generator().manual_seed(0)
-    for number in (1, 12, 30):
-        labels, groups = (torch.randint(high, (40,), generator=generator) for high in (5, number))
-        parts = folds.folds(labels, groups)
-        assert bool(parts) == (number > 1)
-        of_parts = [set(groups[part].tolist()) for part in parts]
-        assert sum(map(len, of_parts)) == len(set().union(*of_parts))
-        for part, of_part in zip(parts, of_parts, strict=True):
-            assert sum(group in of_part for group in groups.tolist()) == len(part) > 0
-            kept = torch.isin(torch.arange(40), part, invert=True)
-            assert set(labels[kept].tolist()) == set(labels.tolist())
-        alone = folds.folds(labels, torch.randperm(40, generator=generator) - 7)
-        assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
+    labels, groups = (torch.randint(high, (40,), generator=generator) for high in (5, 12))
+    parts = folds.folds(labels, groups)
+    for i, part in enumerate(parts):
+        kept = torch.isin(torch.arange(40), part, invert=True)
+        assert len(part) > 0 == sum(torch.isin(groups[kept], groups[part]))
+        assert set(labels[kept].tolist()) == set(labels.tolist())
+        assert not any(torch.isin(part, other).any() for other in parts[:i])
+    assert not folds.folds(labels, torch.zeros(40, dtype=torch.long))
+    alone = folds.folds(labels, torch.randperm(40, generator=generator) - 7)
+    assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
 
 
 def test_copies_of_an_image_in_one_group_are_no_evidence():
@@ -409,7 +400,7 @@ def test_copies_of_an_image_in_one_group_are_no_evidence():
     assert fits[0].evidence[-1] > 10 * fits[1].evidence[-1]
 
 
-@pytest.mark.parametrize("counts", [[1, 6, 3], [5, 0, 5], [8, 8, 8], [700, 0, 1400]])
+@pytest.mark.parametrize("counts", [[1, 6, 0], [8, 8, 8], [700, 0, 1400]])
 def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
     """For classes of equal and other sizes, one without images, which is its text, more features than images and fewer,
     and so many images that steps are few and one fold is left out."""
@@ -441,15 +432,6 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
         assert threshold == pytest.approx(wanted.item(), abs=0.05)
 
 
-def test_of_many_images_and_classes_only_the_full_text_is_tried():
-    views, labels, (weight, bias) = in_a_cone([2] * 130)
-    wrong = weight.roll(1, 0), bias
-    classes, strengths = [*map(Class, map(str, range(130)))], []
-    for some in (views, views[:1]):
-        strengths.append(fit_on_features(classes, labels, [ReadingFeatures(some, wrong)])[1]["text_strength"])
-    assert strengths[0] == 1 > strengths[1]
-
-
 def test_with_one_image_per_class_all_penalties_count_unless_text_explains_little():
     views, labels, (weight, _) = in_a_cone([1, 1, 1], 24)
     zero = torch.zeros(3)
@@ -474,9 +456,6 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert [*info["like_accepted"]] == [*info["thresholds"]] == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"]
     assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
     assert [*info["like_accepted"].values()] == sorted(info["like_accepted"].values(), reverse=True)
-    two = labels < 2
-    of_two = ReadingFeatures(views[:, two], (text[0][:2], text[1][:2]))
-    assert "like_accepted" not in fit_on_features(CLASSES[:2], labels[two], [of_two])[1]
 
 
 @pytest.mark.parametrize("corrections", [0, 40])
@@ -501,7 +480,7 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
 
 
 @torch.no_grad()
-def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, tmp_path):
+def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     """Its logits are the mean of two probes, on its own and on CLIP's embedding, each beside what the frozen tower has
     before it; evidence, scale and distances are those of the frozen tower, as the prompts have seen the training
     images. Fused and from a file they are the same."""
@@ -511,9 +490,8 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     views = [train.read_by(reading, 2) for reading in (own, frozen)]
     text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
-    expected, wanted = fit_on_features(
-        plain.classes, train.labels, [ReadingFeatures(views[1], zero_shot, frozen.widths)]
-    )
+    alone = [ReadingFeatures(views[1], zero_shot, frozen.widths)]
+    expected, wanted = fit_on_features(plain.classes, train.labels, alone)
     assert not close(with_frozen, views[1])
     x_own, x_frozen = own.encode(x), frozen.encode(x)
     info = fit_probe(plain, train)
@@ -521,10 +499,8 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert (len(plain.reads), plain.num_features) == (2, width + sum(frozen.widths))
     scaled = [times(info["text_scale"], linear) for linear in (text, zero_shot)]
     evidence = plain_evidence(views[1], frozen.widths, train.labels, scaled[1])
-    fitted, mixed = (
-        plain_candidates(with_frozen, frozen.widths, train.labels, scaled[0]),
-        torch.cat([x_own, x_frozen[:, width:]], 1),
-    )
+    fitted = plain_candidates(with_frozen, frozen.widths, train.labels, scaled[0])
+    mixed = torch.cat([x_own, x_frozen[:, width:]], 1)
     z = [
         torch.einsum("k,kmc->mc", evidence.weights, fitted.logits(F.linear(x_own, *scaled[0]), mixed)),
         expected(F.linear(x_frozen[:, :width], *zero_shot), x_frozen / math.sqrt(2), plain.classes),
@@ -532,19 +508,12 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert close(plain(x), (z[0] + z[1]) / 2, 2e-2)
     everyday = plain.encode_image(torch.stack([create_transform(plain)(each) for each in everyday_pictures()]))
     scores = in_distribution_score(plain.classify(everyday).numpy(), plain.distances(everyday).numpy())
-    assert len(scores) == 30
     accepted = {rate: 100 * (scores >= threshold).mean() for rate, threshold in info["thresholds"].items()}
     assert info["others_accepted"] == pytest.approx(accepted, abs=0.1)
     distances = expected.distance(x_frozen / math.sqrt(2), plain.classes)
     assert close(plain.distances(plain.encode_image(x)), distances, 1e-3)
     fused = plain.fuse()
     assert close(fused.distances(fused.encode_image(x)), distances, 1e-3)
-    plain.save_pretrained(tmp_path, torch.float32)
-    loaded = load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval()
-    assert close(loaded(x), plain(x), 1e-5)
-    plain.add_class("zebra", x)
-    assert plain(x).argmax(-1).tolist().count(3) > 3
-    assert close(plain.fuse()(x), plain(x), 1e-5)
 
 
 def test_few_images_make_no_threshold(plain):
