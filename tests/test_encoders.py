@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
 from dcp_zoo.backbone.clip import ImageEncoder
-from dcp_zoo.benchmark import plan_trials
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop
@@ -168,9 +167,3 @@ def test_errors_name_the_choices(head, pictures):
     features = FewShotClassifier(encoder=[encoder.source for encoder in head.image_encoders]).fit(*pictures)
     with pytest.raises(ZooError, match="not of dcp_mini"):
         FewShotClassifier().fit(features.transform(pictures[0]), pictures[1])
-
-
-def test_a_benchmark_measures_methods_with_and_without_an_encoder():
-    trials = plan_trials("few-shot", ["dcp_mini"], ["text-probe", "gda"], ["folder"], [1], [1], encoders=["test_vit"])
-    found = {(trial.method, trial.changes) for trial in trials}
-    assert found == {("gda", ""), ("text-probe", ""), ("text-probe", "encoder=test_vit")}
