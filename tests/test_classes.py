@@ -149,12 +149,11 @@ def test_metrics_of_other_classes_are_not_saved(clip, photos, tmp_path):
 @torch.no_grad()
 def test_a_class_is_added_in_half_precision(clip, pictures):
     """Fitted in float32: the length of the new row agrees."""
-    head, new = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
-    half = copy.deepcopy(head).half()
-    head.add_class("new", new)
-    half.add_class("new", new.half())
-    length, other = (each.text_probe.weight[-1].float().norm().item() for each in (head, half))
-    assert other == pytest.approx(length, rel=0.01)
+    head, lengths = fitted("text-probe", clip, pictures[:20]), []
+    for each, dtype in ((copy.deepcopy(head), torch.float32), (copy.deepcopy(head).half(), torch.float16)):
+        each.add_class("new", pixels(image_source(clip, pictures[20:])).to(dtype))
+        lengths.append(each.text_probe.weight[-1].float().norm().item())
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.01)
 
 
 SENTENCES = {

@@ -3,6 +3,7 @@ with classes that share a name, were renamed, added and removed. No door opens o
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -284,11 +285,10 @@ def test_a_folder_of_some_classes_is_judged_among_all(heads, tmp_path, run, monk
 @pytest.fixture
 def other_clip(tmp_path, monkeypatch):
     """The miniature gets other weights from now on: two of its blocks change places."""
-    blocks = [f"visual.transformer.resblocks.{i}." for i in (1, 2)]
-    weights = load_file(MINI_WEIGHTS)
-    for name in [name.removeprefix(blocks[0]) for name in weights if name.startswith(blocks[0])]:
-        first, second = (block + name for block in blocks)
-        weights[first], weights[second] = weights[second], weights[first]
+    first, second = (f"visual.transformer.resblocks.{i}." for i in (1, 2))
+    weights = {re.sub(f"^{first}", "other.", name): tensor for name, tensor in load_file(MINI_WEIGHTS).items()}
+    weights = {re.sub(f"^{second}", first, name): tensor for name, tensor in weights.items()}
+    weights = {re.sub("^other.", second, name): tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "clip.safetensors")
     return lambda: monkeypatch.setattr("dcp_zoo.zoo.factory.MINI_WEIGHTS", tmp_path / "clip.safetensors")
 

@@ -14,7 +14,6 @@ from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import tensor_shapes
 from dcp_zoo.heads.config import STATE_NAME, read_config
-from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -174,16 +173,6 @@ def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     assert close(head.text_probe.weight, weight, 1e-3)
     with pytest.raises(ZooError, match="A head of gda is fitted to features.*method text-probe"):  # before a training
         plan(Split("folder", NAMES, given.train.items), "dcp_mini", "gda", classifier="text-probe")
-    same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
-    with pytest.raises(ZooError, match="same image features"):
-        fit_probe(head, same)
-
-
-def test_tensors_that_do_not_fit(clip):
-    weight = torch.zeros(2, clip.num_features)
-    for wrong in ((weight, torch.zeros(3)), (weight[:, 1:], torch.zeros(2))):
-        with pytest.raises(ZooError, match="classifier has the shapes .* do not fit 2 classes"):
-            LinearHead(clip, ["a", "b"], *wrong)
 
 
 def test_the_command_line_trains_any_method(photos, tmp_path, run):

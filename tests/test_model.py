@@ -107,6 +107,8 @@ def test_text_prompts_start_from_a_phrase_only_if_it_fits(tiny_clip):
 def test_bad_arguments_get_advice(tiny_clip, changes, message):
     with pytest.raises(ZooError, match=message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
+    with pytest.raises(ZooError, match="class token"):
+        DCP(torch.nn.Linear(1, 1), NAMES)
 
 
 def test_statistics_that_there_are_not(model):
@@ -120,13 +122,6 @@ def test_statistics_that_there_are_not(model):
         with pytest.raises(ZooError, match="at least one image"):
             model.store_stats([])
         assert model.training is mode  # a failure restores the mode
-
-
-def test_unsupported_clip_is_named():
-    with skip_init():
-        resnet = open_clip.create_model("RN50", pretrained=None)
-    with pytest.raises(ZooError, match="class token"):
-        DCP(resnet, NAMES)
 
 
 def test_vits_at_full_size():

@@ -240,11 +240,10 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
 
 @torch.inference_mode()
 def test_device_and_dtype(model):
-    dtype = torch.bfloat16
-    names = model.classnames[:20]  # half precision is slow on CPUs
+    names, dtype = model.classnames[:20], torch.bfloat16  # which is slow on CPUs
     moved = timm.create_model(DEFAULT, pretrained=True, classnames=names, device="cpu", dtype=dtype).eval()
     assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
-    found, expected = moved(IMAGES.to(dtype)).float(), model(IMAGES)[:, : len(names)]
+    found, expected = moved(IMAGES[:1].to(dtype)).float(), model(IMAGES[:1])[:, :20]
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.98
     assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
 
