@@ -670,7 +670,6 @@ PUBLISHED = [
     ("lp-plus-plus", {}, {"epochs": 300, "augment": "none"}),
     ("clip-lora", {"shots": 4}, {"rank": 2, "alpha": 1, "dropout": 0.25, "lr": 2e-4, "batch_size": 32, "steps": 2000}),
     ("proker", {"shots": 4}, {"beta": 1.5, "penalty": 0.05}),
-    ("proker", {"shots": 40}, {"beta": 1.7, "penalty": 0.1}),
     ("clip-svd", {"shots": 4}, {"lr": 5e-4, "weight_decay": 1e-2, "batch_size": 32, "steps": 800}),
     ("2sfs", {"shots": 1}, {"steps": 300, "first_stage": 0.6}),
     ("promptsrc", {}, PER_CLASS | {"n_ctx": 4, "depth": 9, "epochs": 50, "average_mean": 0.6, "average_std": 0.6}),

@@ -29,9 +29,6 @@ def test_few_shot_takes_all_of_a_small_class_with_a_warning():
     assert random.getstate() == state  # the caller's
     assert drawn.test == split.test
     assert Counter(item.label for item in drawn.train) == {0: 4, 1: 3, 2: 2}
-
-
-def test_few_shot_rejects():
     with pytest.raises(ZooError, match="no training image for class 1"):
         few_shot(small_split([5, 0, 5]), 2, 1)
 
