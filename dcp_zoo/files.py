@@ -25,8 +25,6 @@ CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is 
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
-MAX_CELLS = 5_000_000  # of a spreadsheet
-UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 
 Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name
@@ -84,6 +82,23 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
     with writing_to(folder, otherwise):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         TemporaryFile(dir=place).close()
+
+
+def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite`."""
+    advice = f"choose another {option}"
+    if os.path.lexists(file):
+        with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
+            check_regular(file)
+        if not overwrite:
+            raise ZooError(f"{file} exists already: {advice}, or pass --overwrite.")
+    check_writable(file.parent, advice)
+
+
+def check_outside(place: Path, images: str | Path, option: str) -> None:
+    """ZooError for an output folder in a folder of images: the next run would find the copies there."""
+    if Path(images).is_dir() and place.resolve().is_relative_to(Path(images).resolve()):
+        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for {option}.")
 
 
 def check_empty(folder: Path) -> None:

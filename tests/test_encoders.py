@@ -23,8 +23,8 @@ from dcp_zoo.benchmark import Settings, plan_trials
 from dcp_zoo.benchmark.store import write_results_csv
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_image
+from dcp_zoo.data.images import crop
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.data.pixels import crop
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.linear import LinearHead

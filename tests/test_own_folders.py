@@ -5,7 +5,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -159,31 +159,18 @@ def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     assert [item.key for item in items] == ["rose/0.jpg", "rose/1.jpg"]
 
 
-def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
+def test_spreadsheets_that_are_no_tables_say_why(flowers):
     openpyxl = pytest.importorskip("openpyxl")
-    monkeypatch.setattr(readers, "MAX_BYTES", 50_000)
-    monkeypatch.setattr(readers, "MAX_CELLS", 10_000)
     book = openpyxl.Workbook()
     book.active.append(["file", "class"])
     book.save("good.xlsx")
-    book.active["A20000"] = "x"
-    book.save("rows.xlsx")
-    changes = {
-        "entities": ("<worksheet", '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'),
-        "size": ("<sheetData>", "<sheetData>" + 50_000 * " "),
-    }
-    for name, (old, new) in changes.items():
-        with ZipFile("good.xlsx") as before, ZipFile(f"{name}.xlsx", "w", ZIP_DEFLATED) as after:
-            for part in before.namelist():
-                text = before.read(part).decode()
-                after.writestr(part, text.replace(old, new) if part == "xl/worksheets/sheet1.xml" else text)
-    for name, message in (
-        ("entities", "Unable to read"),
-        ("rows", "more than 10,000 cells: save it as CSV"),
-        ("size", "unpacked, it has more than 50,000 bytes"),
-    ):
-        with pytest.raises(ZooError, match=rf"Cannot read {name}.xlsx \(.*{message}"):
-            load_labelled("folder", flowers, f"{name}.xlsx")
+    with ZipFile("good.xlsx") as before, ZipFile("entities.xlsx", "w") as after:
+        for part in before.namelist():
+            text = before.read(part).decode()
+            entity = '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'
+            after.writestr(part, text.replace("<worksheet", entity) if part == "xl/worksheets/sheet1.xml" else text)
+    with pytest.raises(ZooError, match=r"Cannot read entities.xlsx \(.*Unable to read"):
+        load_labelled("folder", flowers, "entities.xlsx")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])

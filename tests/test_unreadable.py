@@ -244,7 +244,7 @@ def test_load_image_takes_every_form(flowers):
         (Path("cut.jpg"), r"Cannot read the image cut\.jpg: image file is truncated"),
         (b"no image", "Cannot read the image bytes: not in a supported format"),
         ({"bytes": b"no image", "path": "a.jpg"}, r"Cannot read the image a\.jpg: not in a supported format"),
-        (Path("a.jpg"), r"No image at a\.jpg"),
+        (Path("a.jpg"), r"Cannot read the image a\.jpg: there is no such file"),
         (None, r"no image \(None or NaN\)"),
         (object(), "object is not an image: an image is a path"),
         ({"image": [1]}, "dict is not an image: an image is a path"),

@@ -17,8 +17,8 @@ from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
+from dcp_zoo.data.images import crop  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.onnx import export as export_module  # noqa: E402
 from dcp_zoo.onnx.classifier import OnnxClassifier, onnx_predictor  # noqa: E402

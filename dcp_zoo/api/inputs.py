@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data import Item, all_for_training, load_labelled
-from dcp_zoo.data.find import find_images
+from dcp_zoo.data.find import find_images, is_archive
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten, warn
 from dcp_zoo.tables import NONE, is_none

@@ -11,11 +11,10 @@ from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
-from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import printable
+from dcp_zoo.files import check_output, check_outside, printable
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 

@@ -15,7 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from dcp_zoo.data import DATASETS, find_spec
-from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.find import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values  # for the commands

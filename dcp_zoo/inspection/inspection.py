@@ -12,9 +12,8 @@ import torch
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.find import find_images
+from dcp_zoo.data.find import find_images, is_archive
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.errors import ZooError, by_reason

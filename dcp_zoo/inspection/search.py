@@ -19,10 +19,9 @@ from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
-from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_empty, check_writable, templates, write_file
+from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
 from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.look import look
 from dcp_zoo.tables import write_csv

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dcp_zoo._version import __version__
 from dcp_zoo.backbone.clip import Encoder
-from dcp_zoo.data.archives import archive_of
+from dcp_zoo.data.find import archive_of
 from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import warn
 from dcp_zoo.files import cache_folder
