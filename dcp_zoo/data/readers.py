@@ -222,7 +222,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
     classes = sorted({name for _, name, _ in listed.values()} - {NONE})
     labels = {name: label for label, name in enumerate(classes)} | {NONE: NO_CLASS}
-    parts: dict[str, list[Item]] = {name: [] for name in (*PARTS, "none")}
+    parts: Values = {name: [] for name in (*PARTS, "none")}
     for key, (path, name, part) in sorted(listed.items(), key=lambda row: (labels[row[1][1]], row[0])):
         parts["none" if name == NONE else part].append(Item(path, key.replace(os.sep, "/"), labels[name]))
     without = ", ".join(f"{count} {what}" for what, count in left_out.items())
