@@ -7,7 +7,6 @@ import random
 import shutil
 import sqlite3
 import warnings
-import zipfile
 from contextlib import closing
 from unittest.mock import DEFAULT, Mock
 
@@ -33,7 +32,6 @@ from dcp_zoo.backbone import mini
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.data.find import unpacked
 from dcp_zoo.training import cache
 from dcp_zoo.zoo.registry import get_head
 
@@ -458,8 +456,7 @@ def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
 
 
 def test_features_are_kept_by_what_an_image_shows(tmp_path):
-    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image. An image in an
-    archive is the same wherever that is unpacked."""
+    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image."""
 
     def in_palette(color):
         image = Image.new("P", (8, 6))
@@ -473,14 +470,6 @@ def test_features_are_kept_by_what_an_image_shows(tmp_path):
     turned.getexif()[0x112] = 6  # by a quarter
     turned.save(tmp_path / "1.png", exif=turned.getexif())
     assert cache.image_key(Image.open(tmp_path / "1.png")) == cache.image_key(upright)
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
-        file.write(tmp_path / "1.png", "cat/1.png")
-    keys = set()
-    for _ in range(2):
-        folder = unpacked(str(tmp_path / "photos.zip"))
-        keys.add(cache.image_key(next(folder.rglob("1.png"))))
-        unpacked.cache_clear()
-    assert len(keys) == 1
 
 
 def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
         ([*DIGITS, "--method", "dcp", "--recipe", "slow"], "Unknown recipe 'slow': choose from fast, release, paper"),
         (["eval", "--head", "ROOT"], "no config.json"),
         (["list", "dcp_vitb17*"], "No model or head matches 'dcp_vitb17*'. Nearest: dcp_vitb16"),
-        (["predict", f"{'a' * 5000}.zip"], "This path is too long for the system: 'aaaa"),
+        (["predict", "a.jpg", "--output", "a" * 5000 + ".csv"], "This path is too long for the system: 'aaaa"),
     ],
 )
 def test_bad_input_gets_one_message(run, head, tmp_path, args, message):

@@ -88,20 +88,6 @@ def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, 
         assert (code, err.count("Text probe on dcp_mini"), "fitted on all" in err) == (0, 1, False), err
 
 
-@pytest.mark.parametrize("kind", ["zip", "gztar"])
-def test_an_archive_is_like_its_folder(run, flowers, my_head, kind):
-    """Whether the folder itself is in it or only what it holds."""
-    for base, name in (("MY_PHOTOS", "outer"), (None, "inner")):
-        file = Path(shutil.make_archive(name, kind, *((".", base) if base else ("MY_PHOTOS",)))).name
-        assert load_labelled("folder", file).sha256 == load_labelled("folder", flowers).sha256
-        assert dcp_zoo.list_labelled_images(file)[1] == dcp_zoo.list_labelled_images(flowers)[1]
-    assert f"Saved in {name}_head" in run.ok("train", file, "--no-refit")
-    code, out, err = run("predict", file, "--head", "my_head", "--json")
-    assert (code, len(json.loads(out)), json.loads(out)[0]["image"]) == (0, 12, f"{file}/rose/0.jpg"), err
-    Path("broken.zip").write_bytes(b"PK")
-    assert "broken.zip cannot be unpacked" in run("train", "broken.zip")[2]
-
-
 def test_labels_are_used_and_checked(run, flowers):
     labels = flowers / "labels.csv"
     photo(flowers.parents[1] / "photo.jpg")

@@ -15,7 +15,6 @@ from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from dcp_zoo.data import DATASETS, find_spec
-from dcp_zoo.data.find import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values  # for the commands
@@ -52,11 +51,11 @@ def models_like(incomplete: str) -> list[str]:
 
 Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
-Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")]
+Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
 Images = Annotated[
     Text,
-    Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it. Or a dataset's name."),
+    Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name."),
 ]
 DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
@@ -123,7 +122,7 @@ def data_source(
     those of the first labels file's folder, if any."""
     if images is None:
         return ("folder", data_root or labels[0].parent) if labels else (None, data_root)
-    is_folder = Path(images).is_dir() or is_archive(images)
+    is_folder = Path(images).is_dir()
     if is_folder and not data_root:
         return "folder", Path(images)
     if is_folder and images not in DATASETS:

@@ -35,7 +35,7 @@ FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
-IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
+IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, such as corrections of predictions. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."

@@ -3,11 +3,12 @@ official ones are arranged."""
 
 import os
 import shutil
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcp_zoo.data.find import extract
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.packaged import DATASETS, Archive, DatasetSpec, find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
@@ -92,6 +93,21 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
                     raise ZooError(f"{file} has no folder {place}: it is not the archive that {archive.url} offered.")
             for place, destination in archive.places.items():
                 shutil.copytree(temporary / place, folder / destination, copy_function=os.replace, dirs_exist_ok=True)
+
+
+def extract(file: Path, folder: Path, advice: str) -> None:
+    """Unpack a zip or tar archive, of which nothing leads out of the folder. ZooError, with advice, if it is damaged,
+    encrypted, or neither of the two, has links or paths that lead out, or if the disk is full."""
+    # the standard library raises almost any exception for archives that it cannot read
+    with as_zoo_error(f"{file} cannot be unpacked ({{}}): {advice}", Exception):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as files:
+                files.extractall(folder)  # which drops what would lead out
+        elif tarfile.is_tarfile(file):  # otherwise the error would have a line for each kind of compression
+            with tarfile.open(file) as archive:
+                archive.extractall(folder, filter="data")
+        else:
+            raise ValueError("neither a zip nor a tar file")
 
 
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")

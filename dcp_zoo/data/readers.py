@@ -17,7 +17,7 @@ from dcp_zoo.data.find import KNOWN, images_in, is_image, is_visible, warn_of_sk
 from dcp_zoo.data.packaged import DatasetSpec, SplitRows
 from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, few_shot, listed_split
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten
-from dcp_zoo.fields import mismatch
+from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import read_plain
 from dcp_zoo.tables import NONE, active, is_none, is_reserved, read_csv, read_text
 
@@ -149,7 +149,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
             raise ZooError(f"{folder} has train/, so only val/ and test/ may be next to it: move {shorten(stray)}.")
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        parts = {part: _given_part(folder, part, classes, skipped) for part in given}
+        parts: Values = {part: _given_part(folder, part, classes, skipped) for part in given}
     else:
         classes, given = _class_folders(folder), [""]
         parts = {"train": _listing(folder, classes, skipped)}
