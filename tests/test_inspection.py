@@ -20,7 +20,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.inspection import look as look_module
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.inspection import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look, same_pictures
 from dcp_zoo.probe import ReadingFeatures
 from dcp_zoo.zoo.factory import plain_clip
@@ -86,17 +86,6 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
         assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited
     assert run.ok("inspect", folder, "--output", tmp_path / "found", "--overwrite") == out
     assert looked.calls == 0
-
-
-def test_an_unsorted_folder(folder, cache, tmp_path, run):
-    """Without class folders: only duplicates and bad images, on the page, too."""
-    assert "inspect --no-labels" in run.refused("inspect", folder / "cat", "--output", tmp_path / "found")
-    out = run.ok("inspect", folder / "cat", "--no-labels", "--output", tmp_path / "found")
-    assert out.startswith("Groups of duplicates: 1; bad images: 0.")
-    rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
-    assert len(rows) == 6
-    assert {(row["class"], row["label_probability"]) for row in rows.values()} == {("", "")}
-    assert {row["same_as"] for row in rows.values() if row["problems"]} == {"twin.png", "0.jpg"}
 
 
 def test_images_in_memory(cache):

@@ -315,7 +315,7 @@ def _class_folders(folder: Path) -> list[str]:
         raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
     names = [name for name in _folders(folder) if not is_reserved(name)]
     if not names:
-        instead = "For unsorted images there are search --to-label and inspect --no-labels."
+        instead = "For unsorted images there is search --to-label."
         raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class. {instead}")
     return names
 
