@@ -72,15 +72,13 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert (rows["cat/0.jpg"]["same_as"], rows["cat/0.jpg"]["suggestion"]) == ("cat/twin.png", "")
     assert (rows["cat/twin.png"]["same_as"], rows["cat/twin.png"]["suggestion"]) == ("cat/0.jpg", "leave out")
     assert rows["flower/broken.jpg"]["problems"] == "cannot be read"
-    assert rows["flower/blurred.png"]["problems"].startswith("blurred")
-    assert rows["flower/black <i>.png"]["problems"].startswith("dark;blank;narrow")
     assert all(row["change"] == "" for row in rows.values())
     page = (tmp_path / "found" / "inspection.html").read_text()
     assert "<b>cup" not in page
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
     assert ("the text probe that" in page, "Gaussian" in page) == (True, False)
-    looked = Count(monkeypatch, look_module, "_measured")
+    looked = Count(monkeypatch, look_module, "_grey")
     with monkeypatch.context() as patch:  # before anything slow is imported
         patch.setitem(sys.modules, "dcp_zoo.inspection.inspection", None)
         assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited
@@ -91,7 +89,7 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
 def test_images_in_memory(cache):
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "darkred", "blue", "darkblue")]
     found = dcp_zoo.inspect(images, ["a", "a", "b", "b"])
-    assert [row.file for row in found.rows if "small" not in row.problems] == [f"image {i}" for i in range(4)]
+    assert sorted(row.file for row in found.rows) == [f"image {i}" for i in range(4)]
 
 
 @pytest.mark.parametrize(

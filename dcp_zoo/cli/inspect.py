@@ -32,7 +32,7 @@ def inspect(
     model: Model = "dcp_mini",
     device: Device = "auto",
 ) -> None:
-    """Look for wrong labels, duplicates and bad images before training, and say what accuracy to expect.
+    """Look for wrong labels and duplicates before training, and say what accuracy to expect.
 
     Writes a page with pictures, and a CSV file with a row for each image: train --labels takes it, with your changes.
 
@@ -70,7 +70,7 @@ def _say_found(found: "Inspection") -> None:
         "labels that may be wrong": len(found.suspects),
         "images that may show none of the classes": len(found.of_no_class),
         "groups of duplicates": len(found.groups),
-        "bad images": len(found.problems),
+        "images that cannot be read": len(found.seen.errors),
     }
     text = "; ".join(f"{what}: {count}" for what, count in counts.items())
     output.print(f"{text[0].upper()}{text[1:]}.")

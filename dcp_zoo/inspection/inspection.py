@@ -1,7 +1,7 @@
 """Inspect labelled images before training: a page and a CSV file of what was found."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,6 @@ from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.factory import plain_clip
 
 SHOWN = 60  # pictures of a section
-DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 SURE, PER_CLASS = 20, 3
 NOTHING = 0.02  # of the evidence: such candidates are not fitted again
 IQR = 1.349  # standard deviations between the quartiles of a normal distribution
@@ -56,7 +55,7 @@ class Inspected(NamedTuple):
     file: str  # its path in the folder, or for an image in memory its number
     label: str  # its class
     part: str  # train, val or test
-    problems: str  # cannot be read, small, dark, blank, narrow, blurred, label?, no class? and twice, joined by ";"
+    problems: str  # cannot be read, label?, no class? and twice, joined by ";"
     looks_like: str  # the most probable class by the other images
     label_probability: float | None  # of its own class, from 0 to 1
     same_as: str  # another file with the same picture
@@ -68,12 +67,11 @@ class Inspection:
     """What was found about n labelled images, which are named by their positions."""
 
     data: Split
-    seen: Seen  # their features and statistics
+    seen: Seen  # their features, and why some cannot be read
     answers: Evaluation  # each by a classifier fitted without the image, for those that can be read
     suspects: list[int]  # images whose label is probably wrong, the most suspicious first
     of_no_class: list[int]  # images that may show none of the classes, the least like them first
     groups: list[list[int]]  # images that show the same picture
-    problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
 
     def __repr__(self) -> str:
@@ -81,7 +79,7 @@ class Inspection:
             "labels probably wrong": len(self.suspects),
             "may show no class": len(self.of_no_class),
             "groups of the same picture": len(self.groups),
-            "with other problems": len(self.problems),
+            "that cannot be read": len(self.seen.errors),
         }
         found = ", ".join(f"{count} {what}" for what, count in counts.items())
         return f"<Inspection of {len(self.data.items)} images: {found}>"
@@ -99,8 +97,13 @@ class Inspection:
             looks = names[int(answers[i].argmax())] if i in answers else ""
             chance = round(float(answers[i][item.label]), 4) if i in answers else None
             same = [other for other in twins.get(i, []) if other != i]
-            marks = {"label?": i in suspects, "no class?": i in of_no_class, "twice": bool(same)}
-            wrong = [*self.problems.get(i, []), *(mark for mark, holds in marks.items() if holds)]
+            marks = {
+                "cannot be read": i in self.seen.errors,
+                "label?": i in suspects,
+                "no class?": i in of_no_class,
+                "twice": bool(same),
+            }
+            wrong = ";".join(mark for mark, holds in marks.items() if holds)
             # of one class the first stays, but a test image before others; of two only a person knows which is right
             kept = (o for o in same if (parts[o] != "test", o) < (parts[i] != "test", i))
             twin_to_drop = any(items[o].label == item.label for o in kept)
@@ -108,7 +111,7 @@ class Inspection:
             drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
             advice = LEAVE_OUT if drop else looks if i in suspects else ""
             same_as = items[same[0]].key if same else ""
-            rows += [Inspected(item.key, names[item.label], parts[i], ";".join(wrong), looks, chance, same_as, advice)]
+            rows += [Inspected(item.key, names[item.label], parts[i], wrong, looks, chance, same_as, advice)]
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
@@ -126,9 +129,8 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        odd = [i for i in self.problems if i not in self.seen.errors]
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
-        lists = self.suspects, self.of_no_class, odd
+        lists = self.suspects, self.of_no_class
         shown = {*(i for images in lists for i in images[:SHOWN]), *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
@@ -141,7 +143,6 @@ class Inspection:
             parts=parts if len(set(parts)) > 1 else None,
             pictures=pictures,
             groups=groups,
-            odd=odd,
             shown=SHOWN,
             weakest=weakest,
         )
@@ -165,8 +166,8 @@ def inspect(
     device: str = "auto",
     progress: Progress = bar,
 ) -> Inspection:
-    """Inspect images before training: wrong labels, duplicates, bad images, classes that look alike, and the accuracy
-    to expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
+    """Inspect images before training: wrong labels, duplicates, classes that look alike, and the accuracy to expect.
+    ZooError for no such folder, fewer than two classes, or a class without a readable image.
 
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
@@ -197,7 +198,6 @@ def inspect(
         [readable[i] for i in suspected(judged.log_probabilities, target)],
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
         same_pictures(seen.features, seen.grey),
-        dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1])),
         learning_curve(judged),
     )
 
@@ -219,22 +219,6 @@ def _read(images: Images, labels: Labels) -> Split:
         return load_labelled("folder", images, labels)
     given = labelled(images, labels, features=False)
     return Split("images", given.names, given.items, none=given.none, place=f"{len(given.items)} images")
-
-
-def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
-    """Images with problems for a model whose input has this side in pixels: their positions, and which problems."""
-    for i, (width, height, low, high, detail) in enumerate(seen.statistics):
-        shorter, longer = sorted((width, height))
-        tests = {
-            "cannot be read": i in seen.errors,
-            "small": 4 * shorter < side,
-            "dark": high < DARK,
-            "blank": high - low < FLAT,
-            "narrow": shorter < NARROW * longer,
-            "blurred": high - low >= FLAT and detail < BLURRED,
-        }
-        if any(tests.values()):
-            yield i, [problem for problem, holds in tests.items() if holds]
 
 
 @dataclass(frozen=True)
