@@ -138,13 +138,8 @@ def data_source(
 
 def check_data_root(dataset: str, data_root: Path | None) -> None:
     """Raise ZooError for a data root that a dataset does not need."""
-    if data_root and not uses_data_root(dataset):
+    if data_root and find_spec(dataset).folder is None:
         raise ZooError(f"{dataset} needs no --data-root: omit it.")
-
-
-def uses_data_root(dataset: str) -> bool:
-    """Whether a dataset is looked up in the data root: those with a folder."""
-    return find_spec(dataset).folder is not None
 
 
 FREE_TEXT = {"ctx_init"}  # fields whose values may contain commas
@@ -158,7 +153,11 @@ def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
         if not (name and text):
             raise ZooError(f"--set takes NAME=VALUE, such as depth=3, not {setting!r}.")
         values = [text] if name in FREE_TEXT else text.split(",")
-        changes.setdefault(name, []).extend(_value(value.strip()) for value in values)
+        for value in values:
+            parsed: object = value.strip()
+            with suppress(ValueError):
+                parsed = json.loads(value)
+            changes.setdefault(name, []).append(parsed)
     return changes
 
 
@@ -167,12 +166,6 @@ def single_values(changes: dict[str, list[Any]]) -> Values:
         if len(values) > 1:
             raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")
     return {name: value for name, (value,) in changes.items()}
-
-
-def _value(text: str) -> Any:
-    with suppress(ValueError):
-        return json.loads(text)
-    return text
 
 
 def as_text(value: object) -> str:
@@ -189,15 +182,12 @@ def recipe_help(method: str = "") -> str:
     )
     text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
     for part in fields(kind):
-        limits = _limits(**part.metadata)
-        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata.get('help', '')}{limits}"
+        about = part.metadata
+        limits = [f"one of {', '.join(about['choices'])}"] if about.get("choices") else []
+        limits += [f"at {which} {about[name]}" for name, which in (("min", "least"), ("max", "most")) if name in about]
+        told = "; ".join([about.get("help", ""), *limits])
+        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {told}"
     return text
-
-
-def _limits(choices: Sequence[str] = (), min: float | None = None, max: float | None = None, **_: object) -> str:
-    found = f"; one of {', '.join(choices)}" if choices else ""
-    found += "" if min is None else f"; at least {min}"
-    return found if max is None else f"{found}; at most {max}"
 
 
 class _Flags:

@@ -16,13 +16,13 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
+from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:

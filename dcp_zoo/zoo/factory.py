@@ -18,7 +18,7 @@ from torch import nn
 from dcp_zoo.backbone.classes import Descriptions
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.data.pixels import crop, normalise
+from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.classifier import take_blocks
