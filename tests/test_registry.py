@@ -95,14 +95,10 @@ def test_every_trained_head_has_a_source_and_metrics(name):
 
 
 def test_a_part_does_not_stand_for_the_whole():
-    """The whole dataset's head is planned, and the error names the one that exists."""
+    """The head of the whole dataset is planned, though one of a part exists."""
     assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
-    with offline(), pytest.raises(ZooError) as error:
+    with offline(), pytest.raises(ZooError, match="^dcp_mini.oxford_flowers-16shot is planned: nobody has trained it"):
         dcp_zoo.create_model("dcp_mini", pretrained="oxford_flowers-16shot")
-    assert str(error.value).startswith("dcp_mini.oxford_flowers-16shot is planned: nobody has trained it.")
-    assert "load dcp_mini.oxford_flowers50-16shot: oxford_flowers50 is a part of oxford_flowers: 50 of 102" in str(
-        error.value
-    )
 
 
 def test_each_seed_has_its_own_head(monkeypatch):

@@ -202,14 +202,14 @@ def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
     try:
         check_regular(path)
         content = path.read_bytes()  # once: another process may replace the file
+        if sha256(content).hexdigest() != expected:
+            problem = f"{path} is damaged, or of another head than {CONFIG_NAME} beside it."
+            raise ZooError(f"{problem} Train or download the head again; if another process is saving it, try again.")
         state = {name: t.float() for name, t in safetensors.load(content).items()}
     except FileNotFoundError as error:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
-    if sha256(content).hexdigest() != expected:
-        problem = f"{path} is damaged, or of another head than {CONFIG_NAME} beside it."
-        raise ZooError(f"{problem} Train or download the head again; if another process is saving it, try again.")
     check_finite(state, f"{path} is damaged")
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= 0).all():

@@ -144,9 +144,8 @@ class Head(Classifier):
         """
         if (probe := self.text_probe) is None or self.fc is not None:
             reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
-            problem = f"This head cannot add a class by its images: {reason}."
-            advice = "Train a head with one, or call model.reset_classifier([...]) to classify by names"
-            raise ZooError(f"{problem} {advice}.")
+            by_name = ", or call model.reset_classifier([...]) to classify by names" if self.texts else ""
+            raise ZooError(f"This head cannot add a class by its images: {reason}. Train a head with one{by_name}.")
         with torch.no_grad():
             features = self._encode_batches(images)
         if exists := isinstance(name, int) or name in self.classnames:
