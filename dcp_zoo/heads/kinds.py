@@ -21,7 +21,7 @@ the first blocks. With image features f (B, E) and text features t (C, E):
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class LinearHead(Head):
     """
 
     kind = "linear"
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
     weight: Tensor
     bias: Tensor
 
