@@ -21,7 +21,7 @@ from dcp_zoo.errors import ZooError, writing_to
 UNFINISHED, LOCK = ".unfinished", ".lock"
 CACHE_TAG = "CACHEDIR.TAG"  # with this text, see bford.info/cachedir
 CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of dcp_zoo.\n"
-# The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve.limits`.
+# The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute

@@ -12,7 +12,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from dcp_zoo.demo import DEFAULT_HEAD
 from dcp_zoo.demo.app import start
-from dcp_zoo.serve.limits import listen
+from dcp_zoo.serve import listen
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms

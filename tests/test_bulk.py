@@ -33,12 +33,11 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.data.readers import label_rows
-from dcp_zoo.prediction.heads import torch_predictor
-from dcp_zoo.prediction.job import Job, Summary
-from dcp_zoo.prediction.on_disk import OutputFiles, UnfinishedRun, unfinished_run
-from dcp_zoo.prediction.on_disk import run as run_job
+from dcp_zoo.prediction import Predictor, decode
+from dcp_zoo.prediction.heads import HeadPredictor
+from dcp_zoo.prediction.job import Job, OutputFiles, Summary, UnfinishedRun, unfinished_run
+from dcp_zoo.prediction.job import run as run_job
 from dcp_zoo.prediction.outputs import TABLES, columns, write_sheet
-from dcp_zoo.prediction.predictor import Predictor, decode
 
 BUNDLED = "dcp_mini.caltech101-1shot"
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -67,7 +66,21 @@ def compute(pixels: np.ndarray) -> Outputs:
     return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 
 
-FAKE = Predictor("fake", ["dark", "bright"], CFG, compute)
+class Fake(Predictor):
+    """Its outputs are a function of the pixels."""
+
+    def __init__(self, compute, *more: str) -> None:
+        super().__init__("fake", ["dark", "bright", *more], CFG)
+        self.of_pixels = compute
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels
+
+    def classify(self, features: np.ndarray) -> Outputs:
+        return self.of_pixels(features)
+
+
+FAKE = Fake(compute)
 
 
 def run_bulk(images, load, outputs, plan, part_seconds=20, **options) -> Summary:
@@ -180,7 +193,7 @@ def stopping(after: int, error: BaseException) -> Predictor:
             raise error
         return compute(pixels)
 
-    return Predictor("fake", FAKE.classnames, CFG, stop)
+    return Fake(stop)
 
 
 def test_a_stopped_run_goes_on(photos):
@@ -247,16 +260,17 @@ from unicodedata import normalize
 import numpy as np
 from dcp_zoo.prediction.outputs import TABLES, columns
 from dcp_zoo.answers import Outputs
-from dcp_zoo.prediction.predictor import Predictor
-from dcp_zoo.prediction.job import Job
-from dcp_zoo.prediction.on_disk import OutputFiles, run
+from dcp_zoo.prediction import Predictor
+from dcp_zoo.prediction.job import Job, OutputFiles, run
 from dcp_zoo.data.find import find_images
-def compute(pixels):
-    time.sleep(0.05)
-    means = pixels.mean((2, 3), dtype=np.float32) / 255
-    bright = means.mean(1)
-    return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
-fake = Predictor("fake", ["dark", "bright"], {CFG}, compute)
+class Fake(Predictor):
+    def encode(self, pixels):
+        time.sleep(0.05)
+        return pixels.mean((2, 3), dtype=np.float32) / 255
+    def classify(self, means):
+        bright = means.mean(1)
+        return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
+fake = Fake("fake", ["dark", "bright"], {CFG})
 job = Job(lambda: fake, {{}}, batch_size=1)
 run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), part_seconds=0)
 """
@@ -325,10 +339,10 @@ def doubtful(pixels: np.ndarray) -> Outputs:
     logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
     features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1)
     logits = np.stack([0 * logit, logit, 0 * logit - 9, 0 * logit - 9], 1).astype(np.float32)
-    return Outputs(logits, np.where(level > 20, 9, 0), (features / np.linalg.norm(features, axis=1)[:, None]))
+    return Outputs(logits, None, (features / np.linalg.norm(features, axis=1)[:, None]))
 
 
-DOUBTFUL = Predictor("fake", [*FAKE.classnames, "red", "green"], CFG, doubtful, threshold=-5.0)
+DOUBTFUL = Fake(doubtful, "red", "green")
 
 
 def test_images_of_a_folder_help_each_other(photos):
@@ -362,7 +376,7 @@ def test_predict_a_folder(run, photos, bundled):
     assert code == 1, err
     assert "Cannot read the image photos/a/04.jpg" in err
     assert "24 images, of which 1 cannot be read: p.csv" in err
-    ((rows, features),) = classify(images, torch_predictor(bundled, features=True), top_k=2)
+    ((rows, features),) = classify(images, HeadPredictor(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
     ]

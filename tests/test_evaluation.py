@@ -18,8 +18,7 @@ from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import heads as evaluate_command
 from dcp_zoo.data import Item
-from dcp_zoo.heads.config import read_config
-from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.heads.config import Accuracy, read_config
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_probe")

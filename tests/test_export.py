@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from helpers import classify
+from helpers import answers, classify
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
+from dcp_zoo import serve as onnx_cache
 from dcp_zoo.backbone import MINI_CFG
 from dcp_zoo.backbone.mini import STEM_STAGES, build_mini_clip
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.onnx import cache as onnx_cache
 from dcp_zoo.onnx import export as export_module
-from dcp_zoo.onnx.classifier import CUDA, OnnxClassifier, onnx_predictor, providers
+from dcp_zoo.onnx.classifier import CUDA, OnnxClassifier, providers
 from dcp_zoo.onnx.export import export
-from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.heads import HeadPredictor
 from dcp_zoo.serve.app import application
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -69,7 +69,7 @@ def test_the_documented_client(onnx_file, tmp_path, monkeypatch):
     Image.effect_noise((300, 201), 90).convert("RGB").save("photo.jpg")
     client: dict = {}
     exec(page.partition("```python\n")[2].partition("```")[0], client)
-    expected = OnnxClassifier(onnx_file).classify(load_image("photo.jpg"))
+    expected = answers(OnnxClassifier(onnx_file), "photo.jpg")
     assert client["classify"]("photo.jpg") == pytest.approx({p["class"]: p["probability"] for p in expected}, abs=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
     head, expected = rejecting_once
     assert set(expected) == {False, True}
     file = export(head, tmp_path / "inside.onnx", preprocessing="inside")
-    (answers,) = classify(found, onnx_predictor(file), reject=True)
+    (answers,) = classify(found, OnnxClassifier(file, reject=True))
     assert [row["rejected"] for row in answers.rows] == expected
     said = json.loads(run.ok("predict", "--sample", "--head", file, "--reject", "--json"))
     assert [row["rejected"] for row in said] == expected
@@ -186,7 +186,7 @@ def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
 def test_a_cached_head_classifies_without_torch(exports):
     onnx_cache.onnx_file(BUNDLED)
     program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
-    program += f"from dcp_zoo.onnx.cache import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
+    program += f"from dcp_zoo.serve import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
     program += "with suppress(SystemExit): main()\n"
     program += (
         "print(*({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
@@ -201,14 +201,14 @@ def test_a_cached_head_classifies_without_torch(exports):
 def test_onnx_features_are_the_models(short, onnx_file, run, tmp_path):
     """And so are the answers; `predict` writes all its files with them."""
     images = torch.randn(2, *short.pretrained_cfg["input_size"])
-    logits, features = OnnxClassifier(onnx_file).outputs(images.numpy(), "features")[::2]
-    np.testing.assert_allclose(features, short.encode_image(images), atol=1e-4)
-    np.testing.assert_allclose(logits, short(images), atol=1e-3)
+    found = OnnxClassifier(onnx_file, features=True).classify(images.numpy())
+    np.testing.assert_allclose(found.features, short.encode_image(images), atol=1e-4)
+    np.testing.assert_allclose(found.logits, short(images), atol=1e-3)
     files = {name: tmp_path / name for name in ("a.jsonl", "f.npz", "s.html")}
     outputs = zip(("--output", "--features", "--sheet"), files.values(), strict=True)
     run.ok("predict", "--sample", "--head", onnx_file, *(word for pair in outputs for word in pair))
     rows = [json.loads(line) for line in files["a.jsonl"].read_text().splitlines()]
-    ((expected, others),) = classify(find_images(sample_images()), torch_predictor(short, features=True))
+    ((expected, others),) = classify(find_images(sample_images()), HeadPredictor(short, features=True))
     np.testing.assert_allclose(np.load(files["f.npz"])["features"], others, atol=1e-4)
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]

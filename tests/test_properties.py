@@ -178,8 +178,8 @@ def test_any_request_is_read_or_refused(body, kind):
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
 
-    from dcp_zoo.serve.limits import DEFAULT_LIMITS
-    from dcp_zoo.serve.requests import read_images
+    from dcp_zoo.serve import DEFAULT_LIMITS
+    from dcp_zoo.serve.app import read_images
 
     async def receive():
         return {"type": "http.request", "body": body, "more_body": False}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import classify
+from helpers import answers, classify
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript"):
@@ -21,7 +21,7 @@ from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.onnx import export as export_module  # noqa: E402
-from dcp_zoo.onnx.classifier import OnnxClassifier, onnx_predictor  # noqa: E402
+from dcp_zoo.onnx.classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.onnx.export import export  # noqa: E402
 
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
@@ -62,13 +62,13 @@ def test_resize_in_the_graph_is_pils(crop_pct):
 
 def test_many_images_through_either_file(plain, inside):
     images = find_images(sample_images())
-    (logits,), (pixels,) = (classify(images, onnx_predictor(file.path)) for file in (plain, inside))
+    (logits,), (pixels,) = (classify(images, OnnxClassifier(file.path)) for file in (plain, inside))
     for one, other in zip(logits.rows, pixels.rows, strict=True):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(
             {p["class"]: p["probability"] for p in one["predictions"]}, abs=3e-3
         )
     with pytest.raises(ZooError, match="has no image features: export it with the preprocessing outside"):
-        onnx_predictor(inside.path, features=True)
+        OnnxClassifier(inside.path, features=True)
 
 
 def test_pixels_in_probabilities_out(plain, inside):
@@ -80,7 +80,7 @@ def test_pixels_in_probabilities_out(plain, inside):
     batch = inside.probabilities(np.stack([inside.preprocess(image) for image in photographs]))
     np.testing.assert_allclose(batch, expected, atol=1e-3)
     assert expected.max(1).min() < 0.99  # not saturated
-    assert inside.classify(photographs[0])[0]["class"] == plain.classify(photographs[0])[0]["class"]
+    assert answers(inside, photographs[0])[0]["class"] == answers(plain, photographs[0])[0]["class"]
 
 
 def test_float16_halves_the_file(plain, inside):
@@ -91,7 +91,7 @@ def test_float16_halves_the_file(plain, inside):
 
 def test_the_command_line_takes_such_a_file(run, inside, plain):
     command = ("predict", sample_images()[0], "--head", inside.path, "--json")
-    expected = plain.classify(load_image(sample_images()[0]), 1)
+    expected = answers(plain, sample_images()[0], 1)
     assert json.loads(run.ok(*command, "--top-k", 1))[0]["predictions"][0]["class"] == expected[0]["class"]
     assert "preprocessing outside, or omit --features, --together" in run.refused(*command, "--together")
 
@@ -144,7 +144,7 @@ def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
     exec(code, {"__name__": "__main__"})
     assert "of 6 answers are the same" in capsys.readouterr().out
     assert Path("int8.onnx").stat().st_size < 0.6 * Path("my_head.onnx").stat().st_size
-    rows = classify(find_images(["MY_PHOTOS"]), onnx_predictor(Path("int8.onnx"), 1))
+    rows = classify(find_images(["MY_PHOTOS"]), OnnxClassifier(Path("int8.onnx"), 1))
     assert sum(len(batch.rows) for batch in rows) == 6
 
 

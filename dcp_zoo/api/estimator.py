@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from dcp_zoo.answers import Outputs, is_rejected
+from dcp_zoo.answers import Outputs
 from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by, warn_of
 from dcp_zoo.api.inputs import (
     Images,
@@ -198,13 +198,11 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
-        head = self._head()  # says if nothing is fitted
-        threshold = head.rejection_threshold(reject) if reject else None
         found, placed = self._outputs(images, reject)
         labels = self.classes_[found.logits.argmax(-1)]
-        if threshold is not None:
+        if found.rejected is not None:
             labels = labels.astype(object)
-            labels[is_rejected(found.logits, found.distances, threshold)] = None
+            labels[found.rejected] = None
         return placed(labels)
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:

@@ -10,8 +10,7 @@ from dcp_zoo.demo import DEFAULT_HEAD, launch
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_writable
 from dcp_zoo.heads.config import is_checkpoint
-from dcp_zoo.onnx.cache import onnx_file
-from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
+from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts, listen, onnx_file, server
 from dcp_zoo.threads import available_cores
 
 

@@ -1,7 +1,7 @@
 """`dcp-zoo predict`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
+    from dcp_zoo.prediction import Predictor
     from dcp_zoo.prediction.job import Job, Summary
-    from dcp_zoo.prediction.predictor import Predictor
 
 BATCH = 32  # images at a time
 FEW = 8  # images with a table each, and without a progress bar
@@ -122,59 +122,55 @@ def predict(options: PredictOptions) -> None:
         raise Exit(1)
 
 
-def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
-    """The head, run by PyTorch or ONNX Runtime. `images`: those to classify, if they are known."""
-    from dcp_zoo.prediction.job import Job
+def load(options: PredictOptions, images: int) -> "Predictor":
+    """The head for so many images, run by PyTorch or ONNX Runtime."""
+    features = options.together or options.features is not None
+    if options.on_onnx:
+        from dcp_zoo.onnx.classifier import OnnxClassifier
 
-    load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
-    answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(load, plan, options.top_k, BATCH, options.reject, options.together, answers)
+        wanted: Values = {"reject": options.reject, "features": features}
+        return OnnxClassifier(options.head, available_cores(), options.device, **wanted)
+    from dcp_zoo.prediction.heads import HeadPredictor
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.zoo.factory import create_model
 
-
-LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
-
-
-def onnx_head(options: PredictOptions) -> LoadedFrom:
-    from dcp_zoo.onnx.classifier import onnx_predictor
-
-    file, features = Path(options.head), options.together or options.features is not None
-    if not file.is_file():
-        raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    plan = {"runtime": "onnx", "file": sha256_of(file)}
-    return lambda: onnx_predictor(file, available_cores(), features, options.device), plan
+    use_threads()
+    model = create_model(opt.head_name(options.head), True, classnames=options.classnames)
+    model = model.eval().to(pick_device(options.device))
+    return HeadPredictor(model, features, options.precision, options.reject, images)
 
 
-def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
-    name = opt.head_name(options.head)
-    from dcp_zoo.prediction.heads import torch_predictor
+def depends_on(options: PredictOptions) -> Values:
+    """What the predictions depend on besides the images: a run is continued only with the same."""
+    own: Values = {"reject": options.reject}
+    if options.on_onnx:
+        if not Path(options.head).is_file():
+            raise ZooError(f"There is no file {options.head}: create one with dcp-zoo export.")
+        return own | {"runtime": "onnx", "file": sha256_of(Path(options.head))}
     from dcp_zoo.training.device import pick_device, pick_precision
 
-    precision = options.precision
-    if precision == AUTO:  # part of the plan: a run is only continued in the same one
-        architecture = read_config(head_folder(name))["architecture"]
-        precision = pick_precision(AUTO, architecture, pick_device(options.device))
+    folder = head_folder(opt.head_name(options.head))
+    precision = pick_precision(options.precision, read_config(folder)["architecture"], pick_device(options.device))
+    own |= {"runtime": "torch", "head": head_sha256(folder), "classnames": options.classnames}
+    return own | {"precision": precision}
 
-    def load() -> "Predictor":
-        from dcp_zoo.zoo.factory import create_model
 
-        use_threads()
-        model = create_model(name, True, classnames=options.classnames).eval().to(pick_device(options.device))
-        features = options.together or options.features is not None
-        return torch_predictor(model, features, precision, options.reject, images or None)
+def job_of(options: PredictOptions, images: Sequence[Found], plan: Values) -> "Job":
+    from dcp_zoo.prediction.job import Job
 
-    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), "classnames": options.classnames}
-    return load, plan | {"precision": precision}
+    answers = read_answers(options.labels, [image.name for image in images], options.images or ())
+    return Job(partial(load, options, len(images)), plan, options.top_k, BATCH, options.together, answers)
 
 
 def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
     """The counts, and the table's file."""
-    from dcp_zoo.prediction.on_disk import OutputFiles, run
+    from dcp_zoo.prediction.job import OutputFiles, run
 
     table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
     outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)
     found = find_images(sources)
     outputs.check()  # before PyTorch is imported
-    return run(found, job_of(options, found), outputs, progress=progress_bar), table
+    return run(found, job_of(options, found, depends_on(options)), outputs, progress=progress_bar), table
 
 
 def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
@@ -183,7 +179,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import is_changed, label, written
 
-    job = job_of(options, found)
+    job = job_of(options, found, {})
     predictor = job.load()
     batches = job.classify(found, predictor)
     if len(found) > FEW:

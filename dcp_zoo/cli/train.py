@@ -21,9 +21,8 @@ from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable
-from dcp_zoo.heads.config import STATE_NAME, check_free, rejection_note
+from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free, rejection_note
 from dcp_zoo.threads import use_threads
-from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
 from dcp_zoo.zoo.registry import get_head, get_spec, is_model
 from dcp_zoo.zoo.resolve import name_of

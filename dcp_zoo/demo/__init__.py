@@ -1,7 +1,7 @@
 """The demo: a web page that trains and classifies. `dcp-zoo demo`, or the Space in `hub/space/`."""
 
 from dcp_zoo.errors import import_extra
-from dcp_zoo.serve.limits import listen
+from dcp_zoo.serve import listen
 from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"

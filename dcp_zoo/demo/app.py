@@ -29,9 +29,9 @@ from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
+from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.serve.limits import LOCAL_HOSTS
-from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.serve import LOCAL_HOSTS
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph
 MAX_PHOTOS, MAX_CLASSES, MAX_SHOTS = 24, 6, 30  # photographs to classify; classes, and photographs of each

@@ -21,7 +21,7 @@ from dcp_zoo._version import __version__
 from dcp_zoo.backbone.clip import Encoder
 from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
-from dcp_zoo.errors import warn
+from dcp_zoo.errors import ZooError, attempted, warn
 from dcp_zoo.files import cache_folder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
@@ -147,31 +147,34 @@ def per_image(
     `compute` of all, or inside `kept_features` of those that are not kept. `setting` says what they depend on besides
     the images; `compute` yields batches (views, m, ...) of these positions, on the CPU, kept at once, but for NaN."""
     cache = _active.get()
-    names = [image_key(image) for image in images] if cache else []
-    if cache is None or "" in names:
+    if cache is None:
         return torch.cat(list(compute(range(len(images)))), 1)
     name = setting()
     keys = [
-        [sha256(f"{name} {image} {view}".encode("utf-8", "surrogateescape")).hexdigest() for view in range(views)]
-        for image in names
+        [
+            sha256(f"{name} {key} {view}".encode("utf-8", "surrogateescape")).hexdigest()
+            for view in range(views if key else 0)
+        ]
+        for key in map(image_key, images)
     ]
     found = cache.get(key for own in keys for key in own)
-    rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
+    rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if own and all(key in found for key in own)}
     missing = [i for i in range(len(images)) if i not in rows]
     left = iter(missing)
     for batch in compute(missing) if missing else ():
         new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
         known = {i: parts for i, parts in new.items() if not parts[(0,) * parts.ndim].isnan()}
-        cache.put({key: part for i, parts in known.items() for key, part in zip(keys[i], parts, strict=True)})
+        cache.put({key: part for i, parts in known.items() for key, part in zip(keys[i], parts, strict=False)})
         rows |= {i: list(parts.unbind()) for i, parts in new.items()}
     return torch.stack([torch.stack([rows[i][view] for i in range(len(images))]) for view in range(views)])
 
 
 def image_key(image: str | Path | Image.Image) -> str:
     """A file by its path, or in an archive by that one's, with time and size, or an image in memory by its pixels; ""
-    for what could change unnoticed."""
-    if isinstance(image, Image.Image):
-        return pixels_sha256(image)
+    for what could change unnoticed, or cannot be read."""
+    if not isinstance(image, (str, Path)):
+        found = attempted(pixels_sha256, image)
+        return "" if isinstance(found, ZooError) else found
     path = Path(image).absolute()
     archive, inside = archive_of(path) or (path, "")  # the archive is unpacked anew by each process
     try:

@@ -17,9 +17,8 @@ from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
-from dcp_zoo.heads.config import NO_CLASSIFIER
+from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, features_of
