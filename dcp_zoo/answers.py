@@ -11,8 +11,7 @@ from dcp_zoo.tables import NONE
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
 Ranked = list[Values]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
-# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone;
-# of a run with labels "labelled", whether a person said the answer: the only prediction, with a probability of None
+# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone
 Row = Values
 
 

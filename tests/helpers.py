@@ -233,7 +233,7 @@ def offline() -> Iterator[None]:
 
 def classify(images: Sequence[Found], predictor: Predictor, **options: Any) -> Iterator[Rows]:
     """The batches of a job with these options."""
-    return Job(lambda: predictor, {}, **options).classify(images, predictor)
+    return Job(**options).classify(images, predictor)
 
 
 def answers(predictor: Predictor, image: Any, top_k: int = 5) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ FAKE = Fake(compute)
 
 
 def run_bulk(images, load, outputs, plan, part_seconds=20, **options) -> Summary:
-    return run_job(images, Job(load, plan, **options), outputs, part_seconds=part_seconds)
+    return run_job(images, load, Job(**options), outputs, plan, part_seconds=part_seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -271,8 +271,8 @@ class Fake(Predictor):
         bright = means.mean(1)
         return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 fake = Fake("fake", ["dark", "bright"], {CFG})
-job = Job(lambda: fake, {{}}, batch_size=1)
-run(find_images(["photos"]), job, OutputFiles(Path("p.csv"), Path("f.npz")), part_seconds=0)
+outputs = OutputFiles(Path("p.csv"), Path("f.npz"))
+run(find_images(["photos"]), lambda: fake, Job(batch_size=1), outputs, {{}}, part_seconds=0)
 """
 
     def finished() -> int:
@@ -357,7 +357,7 @@ def test_images_of_a_folder_help_each_other(photos):
     assert np.load("f.npz")["features"].shape == (24, 3)
     ((alone, _),) = classify(images[7:8], DOUBTFUL)
     batches = classify(images[7:8], DOUBTFUL, together=True)
-    rows = Job(lambda: DOUBTFUL, {}, together=True).collect(batches, DOUBTFUL.classnames)
+    rows = Job(together=True).collect(batches, DOUBTFUL.classnames)
     assert rows == [alone[0] | {"alone": "bright"}]
 
 
@@ -386,30 +386,6 @@ def test_predict_a_folder(run, photos, bundled):
         np.testing.assert_allclose(features[7], bundled.encode_image(image[None])[0], atol=1e-5)
     assert Path("s.html").read_text().count("<figure") == 23
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]
-
-
-def test_what_a_person_said_is_the_answer(run, photos):
-    """In every output, and without a probability; paths start here or at the images, and the last table counts."""
-    Path("1.csv").write_text("file,class\nphotos/b/12.jpg,emu\nphotos/b/13.jpg,none of these\nphotos/b/14.jpg,emu\n")
-    Path("2.csv").write_text(f"file,class\nb/14.jpg,crab\n{Path('photos/b/15.jpg').absolute()},ant\nx.jpg,emu\n")
-    said = {"12": "emu", "13": "none of these", "14": "crab", "15": "ant"}
-    labels = ("--head", BUNDLED, "--labels", "1.csv", "--labels", "2.csv")
-    place = ("--output", "p.csv", "--sheet", "s.html", "--together", "--top-k", 2)
-    code, _, err = run("predict", "photos", *labels, *place)
-    assert code == 1, err
-    assert "24 images, of which 4 labelled by --labels and 1 cannot be read" in err
-    assert "Images in 1.csv, 2.csv that are not among these: 1 (x.jpg)" in err
-    rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
-    assert {name: row["class"] for name, row in rows.items() if row["labelled"] == "True"} == said
-    assert {(rows[name]["probability"], rows[name]["class_2"]) for name in said} == {("", "")}
-    assert all(0 < float(row["probability"]) < 1 for row in rows.values() if row["labelled"] == "False")
-    page = Path("s.html").read_text()
-    assert re.findall(r"labelled: (\d\d).jpg", page[page.index("<main>") :]) == ["15", "14", "12", "13"]
-    shown = json.loads(run.ok("predict", "photos/b", *labels, "--json"))
-    assert (shown[0]["class"], shown[0]["labelled"], shown[0]["predictions"][0]["probability"]) == ("emu", True, None)
-    Path("3.csv").write_text("file,class\nphotos/b/12.jpg,emuu\n")
-    err = run.refused("predict", "photos", "--head", BUNDLED, "--labels", "3.csv")
-    assert "The label 'emuu' is none of the head's classes" in err
 
 
 HOSTILE = "\x1b]0;title\x07\u202egpj\x9b2J\u2028\nError[red]: x\x7f"

@@ -1,7 +1,6 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from multiprocessing import parent_process
 from numbers import Integral
@@ -144,7 +143,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         run = plan_own(data, validation, self.model, self.method, **options)
         kept = [lambda model, epoch: epochs.append(epoch)] if run.recipe.is_trained else []
         callbacks = [*kept, *(self.callbacks or ())]
-        with self._kept_features(), all_named([*run.split.items, *run.split.none]):
+        with kept_features(self.memory), all_named([*run.split.items, *run.split.none]):
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         self.history_, self.classes_ = epochs, data.classes
         return self
@@ -284,10 +283,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     def _head(self) -> Head:
         check_is_fitted(self)
         return self.model_
-
-    def _kept_features(self) -> AbstractContextManager[None]:
-        place = getattr(self.memory, "location", self.memory)
-        return nullcontext() if place is False else kept_features(place)
 
     def _progress(self) -> Progress:
         return bar if self.verbose is None else partial(bar, disable=not self.verbose)

@@ -240,8 +240,7 @@ def outputs_of(
         predictor = HeadPredictor(head, features, precision, reject, len(images), alone)
         if isinstance(images[0], Tensor):
             return predictor.classify(given_features(head, images)), [*range(len(images))], {}
-        problems, found = predictor.outputs(images, batch_size, progress)
-    broken = {i: problem for i, problem in enumerate(problems) if problem is not None}
+        broken, found = predictor.outputs(images, batch_size, progress)
     if errors == "raise":
         refuse(items, broken)
     return found, [i for i in range(len(items)) if i not in broken], broken

@@ -171,11 +171,13 @@ def one_column(values: Any) -> Any:
 def as_images(images: Images, features: bool = False) -> list[Any]:
     """Paths, and images of PIL, of one image or a sequence or batch; if allowed, also `features` (E,) of length 1. An
     error takes the place of what is no image: all that cannot be read are found together, by `check_images`."""
-    images = one_column(images)
-    if features and (rows := _unit_rows(images)) is not None:
-        return list(rows)
     one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
-    if one or _is_array_of_one(images):
+    if hasattr(images, "ndim"):  # a table, an array or a tensor
+        images = one_column(images)
+        if features and (rows := _unit_rows(images)) is not None:
+            return list(rows)
+        one = _is_array_of_one(images)
+    if one:
         return [attempted(to_image, images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)

@@ -18,7 +18,7 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.seen import note_images, unseen
 from dcp_zoo.data.splits import shorten, split_images
-from dcp_zoo.data.unreadable import LEAVE_OUT
+from dcp_zoo.data.unreadable import LEAVE_OUT, MOVE, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
@@ -111,22 +111,28 @@ def _measured(
     model: "Head", test: Sequence[Item], options: EvalOptions
 ) -> tuple["Evaluation", dict[str, float], Values]:
     """What the head says of the images; for a claim the accuracies with all statistics; and the conditions."""
-    from dcp_zoo.training.device import decoders, pick_precision
-    from dcp_zoo.training.evaluation import Evaluation, measure, predict
-    from dcp_zoo.training.sources import image_source
+    import torch
+
+    from dcp_zoo.prediction.heads import HeadPredictor
+    from dcp_zoo.training.device import pick_precision
+    from dcp_zoo.training.evaluation import measured, predict_modes
 
     recipe, precision = model.info.get("recipe", {}), options.precision
     batch_size = recipe.get("eval_batch_size", 16)
     if options.claim and precision == AUTO:  # as it was measured
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    workers = decoders(model.device, len(test))
-    source = image_source(model.frozen, test, workers=workers, progress=progress_bar, precision=precision)
+
+    def read() -> tuple[torch.Tensor, torch.Tensor | None]:
+        predictor = HeadPredictor(model, model.stats == "stored", precision, images=len(test), alone=False)
+        broken, found = predictor.outputs([item.path for item in test], batch_size, progress_bar)
+        refuse(test, broken, MOVE)
+        return torch.from_numpy(found.logits), None if found.features is None else torch.from_numpy(found.features)
+
     conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
-    if options.claim:
-        metrics, evaluation = measure(model, source, batch_size, progress_bar)
-        return evaluation, metrics, conditions
-    return Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar)), {}, conditions
+    modes = predict_modes(model, read) if options.claim else {model.stats: read()[0]}
+    metrics, evaluation = measured(modes, model.classnames, test)
+    return evaluation, metrics, conditions
 
 
 def as_values(evaluation: "Evaluation") -> Values:

@@ -14,7 +14,6 @@ from typer import Argument, Exit
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
@@ -28,7 +27,7 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.prediction import Predictor
-    from dcp_zoo.prediction.job import Job, Summary
+    from dcp_zoo.prediction.job import Summary
 
 BATCH = 32  # images at a time
 FEW = 8  # images with a table each, and without a progress bar
@@ -36,10 +35,6 @@ EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
-LABELS = (
-    "A .csv or .xlsx file with the columns file and class, such as corrections of predictions. What it "
-    "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,6 @@ class PredictOptions:
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`.")
-    labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
@@ -111,9 +105,7 @@ def predict(options: PredictOptions) -> None:
         failed = done.failed
         for error in done.errors:
             print_error(printable(error))
-        parts = [f"{done.labelled:,} labelled by --labels"] if done.labelled else []
-        parts += [f"{failed:,} cannot be read"] if failed else []
-        bad = f", of which {' and '.join(parts)}" if parts else ""
+        bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
         say_together(done.changed, done.images, options)
     else:
@@ -155,22 +147,16 @@ def depends_on(options: PredictOptions) -> Values:
     return own | {"precision": precision}
 
 
-def job_of(options: PredictOptions, images: Sequence[Found], plan: Values) -> "Job":
-    from dcp_zoo.prediction.job import Job
-
-    answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(partial(load, options, len(images)), plan, options.top_k, BATCH, options.together, answers)
-
-
 def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
     """The counts, and the table's file."""
-    from dcp_zoo.prediction.job import OutputFiles, run
+    from dcp_zoo.prediction.job import Job, OutputFiles, run
 
     table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
     outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)
     found = find_images(sources)
     outputs.check()  # before PyTorch is imported
-    return run(found, job_of(options, found, depends_on(options)), outputs, progress=progress_bar), table
+    job, plan = Job(options.top_k, BATCH, options.together), depends_on(options)
+    return run(found, partial(load, options, len(found)), job, outputs, plan, progress=progress_bar), table
 
 
 def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
@@ -178,9 +164,9 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import is_changed, label, written
+    from dcp_zoo.prediction.job import Job
 
-    job = job_of(options, found, {})
-    predictor = job.load()
+    job, predictor = Job(options.top_k, BATCH, options.together), load(options, len(found))
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
@@ -190,7 +176,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         print(json.dumps([*map(written, rows)], indent=1))
     elif len(rows) - len(failed) > FEW:
         read = [row for row in rows if "predictions" in row]
-        sure = ("" if row.get("rejected") else certainty(row["predictions"][0]) for row in read)
+        sure = ("" if row.get("rejected") else percent(row["predictions"][0]) for row in read)
         cells = [(row["image"], label(row), probability) for row, probability in zip(read, sure, strict=True)]
         output.print(plain_table(("image", "class", "probability"), cells))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
@@ -224,11 +210,10 @@ def predictions_table(row: "Row") -> Table:
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
     table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:
-        bar = "█" * round(20 * (prediction["probability"] or 0))
-        table.add_row(escape(printable(prediction["class"])), f"{certainty(prediction)}  {bar}")
+        bar = "█" * round(20 * prediction["probability"])
+        table.add_row(escape(printable(prediction["class"])), f"{percent(prediction)}  {bar}")
     return table
 
 
-def certainty(prediction: Values) -> str:
-    """The probability of a class, or that a person said it."""
-    return "labelled" if prediction["probability"] is None else f"{100 * prediction['probability']:5.1f} %"
+def percent(prediction: Values) -> str:
+    return f"{100 * prediction['probability']:5.1f} %"

@@ -130,8 +130,8 @@ def suggest(
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
-        labels: tables of what was said of images, such as corrections of predictions, see
-            `dcp-zoo predict --labels`: these are not suggested either.
+        labels: tables with the columns file and class, such as corrections of predictions: their images are not
+            suggested either.
         count: how many images.
         output: a new folder for found.html, with pictures, and found.csv: a labels file, whose column `class` waits
             for what a person sees.

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Predictor(ABC):
 
     def outputs(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
-    ) -> tuple[Errors, Outputs]:
-        """The same of all images, of which there is at least one."""
+    ) -> tuple[dict[int, ZooError], Outputs]:
+        """Why images cannot be read, by their positions, and the outputs of the others; of one image or more."""
         errors, parts = zip(*self.batches(images, batch_size, progress), strict=True)
-        return [error for batch in errors for error in batch], Outputs.joined(parts)
+        return {i: error for i, error in enumerate(chain(*errors)) if error}, Outputs.joined(parts)

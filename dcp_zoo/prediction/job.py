@@ -5,7 +5,7 @@ that exists is complete; what a kill leaves half-written is hidden."""
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
-from dcp_zoo.errors import ZooError, nearest_hint, shorten, writing_to
+from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
 from dcp_zoo.prediction import Predictor
@@ -42,40 +42,25 @@ class Rows(NamedTuple):
 class Job:
     """What a run computes of each image."""
 
-    load: Callable[[], Predictor]  # called only if an image is left to classify
-    plan: Values  # plain JSON, such as the head's hash: only a run with the same plan continues this one
     top_k: int = 5  # classes per image
     batch_size: int = 32  # does not affect the predictions
     together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
-    labels: Mapping[str, str] = field(default_factory=dict)  # what a person said of images, by name: a class or `NONE`
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
-        """Classify images in order, batch by batch. ZooError for a label that is none of the head's classes."""
-        for name in {*self.labels.values()} - {NONE, *predictor.classnames}:
-            known = f"the head's classes ({shorten(predictor.classnames)}).{nearest_hint(name, predictor.classnames)}"
-            raise ZooError(f"The label {name!r} is none of {known} Train a head with these labels first, or change it.")
+        """Classify images in order, batch by batch."""
         left = iter(images)
         for errors, found in predictor.batches([image.path for image in images], self.batch_size):
             answers = iter(found.rows(predictor.classnames, self.top_k))
-            rows = []
-            for error, image in zip(errors, left, strict=False):
-                row = {"error": str(error)} if error else self._labelled(image, next(answers))
-                rows.append({"image": image.name} | row)
+            rows = [
+                {"image": image.name} | ({"error": str(error)} if error else next(answers))
+                for error, image in zip(errors, left, strict=False)
+            ]
             kept = None
             if found.features is not None:
                 computed = np.concatenate([found.features, found.logits], 1) if self.together else found.features
                 kept = np.full((len(errors), computed.shape[1]), np.nan, np.float32)
                 kept[[error is None for error in errors]] = computed
             yield Rows(rows, kept)
-
-    def _labelled(self, image: Found, row: Row) -> Row:
-        """An answer; or in a run with labels what a person said of the image, a class or `NONE`."""
-        if not self.labels:
-            return row
-        if (said := self.labels.get(image.name)) is None:
-            return row | {"labelled": False}
-        rejected = {"rejected": said == NONE} if "rejected" in row else {}
-        return row | rejected | {"predictions": [{"class": said, "probability": None}], "labelled": True}
 
     def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> list[Row]:
         """The rows of all batches of `classify`, refined if they are to be."""
@@ -88,18 +73,13 @@ class Job:
         self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
     ) -> list[Row]:
         """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
-        each image had without the others. Those of no class, or that cannot be read, stay so and lend nothing; those
-        that a person labelled stay so and lend their class."""
+        each image had without the others. Those of no class, or that cannot be read, stay so and lend nothing."""
         rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
         own = np.array(["error" not in row and label(row) != NONE for row in rows], bool)
-        features, logits = kept[:, : -len(classnames)], np.array(kept[:, -len(classnames) :])
-        for i, row in enumerate(rows):
-            if own[i] and row.get("labelled"):
-                logits[i] = [0 if name == label(row) else -np.inf for name in classnames]
+        features, logits = np.split(kept, [-len(classnames)], axis=1)
         probabilities = refined(Outputs(logits, features=features), own, progress)
-        for i, classes in enumerate(top_classes(probabilities, classnames, self.top_k)):
-            rows[i] |= {"predictions": classes} if own[i] and not rows[i].get("labelled") else {}
-        return rows
+        ranked = top_classes(probabilities, classnames, self.top_k)
+        return [row | {"predictions": best} if mine else row for row, best, mine in zip(rows, ranked, own, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +90,6 @@ class Summary:
     resumed: int  # that an earlier run had done
     failed: int  # that cannot be read
     changed: Sequence[Row] = ()  # that other images changed, of answers together
-    labelled: int = 0  # by a person
     errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those
 
 
@@ -141,21 +120,28 @@ class OutputFiles:
 
 def run(
     images: Sequence[Found],
+    load: Callable[[], Predictor],
     job: Job,
     outputs: OutputFiles,
+    plan: Values,
     *,
     progress: Progress = no_progress,
     part_seconds: float = 20,
 ) -> Summary:
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
-    are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run."""
+    are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run.
+
+    Args:
+        load: called only if an image is left to classify.
+        plan: plain JSON, such as the head's hash: only a run with the same plan continues this one.
+    """
     outputs.check()
     names = [image.name for image in images]
     digest = sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    plan = {"top_k": job.top_k, "together": job.together, "labels": dict(job.labels), "images": digest}
-    with unfinished_run(outputs.table, job.plan | plan | {"features": outputs.features is not None}) as rows:
+    plan |= {"top_k": job.top_k, "together": job.together, "images": digest, "features": outputs.features is not None}
+    with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
-        predictor = job.load() if resumed < len(images) or job.together else None
+        predictor = load() if resumed < len(images) or job.together else None
         if predictor and resumed < len(images):
             computed = job.classify(images[resumed:], predictor)
             batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
@@ -173,9 +159,8 @@ def run(
         rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
         failed = [row["error"] for row in answers() if "error" in row]
         changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
-        labelled = sum(row.get("labelled", False) for row in answers()) if job.labels else 0
     rows.remove()
-    return Summary(len(images), resumed, len(failed), changed, labelled, failed[:NAMED])
+    return Summary(len(images), resumed, len(failed), changed, failed[:NAMED])
 
 
 @contextmanager

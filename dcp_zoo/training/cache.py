@@ -11,6 +11,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -123,9 +124,12 @@ def features_folder() -> Path | None:
 
 
 @contextmanager
-def kept_features(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Inside this context `per_image` keeps what it computes, in this folder or without one in memory."""
-    token = _active.set(_memory if folder is None else FeatureCache(Path(folder).expanduser().absolute()))
+def kept_features(memory: Any = None) -> Iterator[None]:
+    """Inside this context `per_image` keeps what it computes: in a folder, which may be that of a joblib.Memory; in the
+    memory of this process for None; nowhere for False."""
+    place = getattr(memory, "location", memory)
+    folder = None if place in (None, False) else Path(place).expanduser().absolute()
+    token = _active.set(None if place is False else FeatureCache(folder) if folder else _memory)
     try:
         yield
     finally:
