@@ -178,7 +178,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """The outputs for the images that can be read, and what places their rows among those of all, else NaN."""
         head, items = self._head(), unlabelled(images, features=True)
         check_features(images, read_by(head))
-        with self._kept_features():
+        with kept_features(self.memory):
             options = self.batch_size, self.precision, self._progress(), reject, self.errors
             found, rows, broken = outputs_of(head, items, *options, features=head.stats == "stored")
         if broken:
