@@ -24,10 +24,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from dcp_zoo.cli.deploy import onnx_file
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.onnx.classifier import OnnxClassifier
-from dcp_zoo.serve import onnx_file
 from dcp_zoo.threads import available_cores
 
 HERE = Path(__file__).parent

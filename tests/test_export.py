@@ -16,9 +16,9 @@ from helpers import answers, classify
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
-from dcp_zoo import serve as onnx_cache
 from dcp_zoo.backbone import MINI_CFG
 from dcp_zoo.backbone.mini import STEM_STAGES, build_mini_clip
+from dcp_zoo.cli import deploy
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
@@ -169,24 +169,24 @@ def exports(onnx_file, tmp_path, monkeypatch) -> list[Path]:
 def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
     head = shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "head")
     names = [(BUNDLED, None), (BUNDLED, ["a"]), (BUNDLED, ["a", "b"]), (f"local-dir:{head}", None)]
-    files = [onnx_cache.onnx_file(*name) for name in names + names]
+    files = [deploy.onnx_file(*name) for name in names + names]
     assert files[:4] == files[4:] == exports
     assert len(set(files)) == 4
     assert files[3].stem == files[0].stem.replace(BUNDLED, "head")  # the same head under another name
     config = json.loads((head / "config.json").read_text())
     (head / "config.json").write_text(json.dumps(config | {"label_names": ["x", *config["label_names"][1:]]}))
-    onnx_cache.onnx_file(f"local-dir:{head}")
-    monkeypatch.setattr(onnx_cache, "FOLDER", "onnx-9")  # of another version
-    onnx_cache.onnx_file(BUNDLED)
+    deploy.onnx_file(f"local-dir:{head}")
+    monkeypatch.setattr(deploy, "FOLDER", "onnx-9")  # of another version
+    deploy.onnx_file(BUNDLED)
     with ThreadPoolExecutor(2) as pool:  # started together, one waits for the other
-        assert len({*pool.map(lambda _: onnx_cache.onnx_file(BUNDLED, ["c"]), range(2))}) == 1
+        assert len({*pool.map(lambda _: deploy.onnx_file(BUNDLED, ["c"]), range(2))}) == 1
     assert len(set(exports)) == len(exports) == 7
 
 
 def test_a_cached_head_classifies_without_torch(exports):
-    onnx_cache.onnx_file(BUNDLED)
+    deploy.onnx_file(BUNDLED)
     program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
-    program += f"from dcp_zoo.serve import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
+    program += f"from dcp_zoo.cli.deploy import onnx_file; sys.argv += ['--head', str(onnx_file('{BUNDLED}'))]\n"
     program += "with suppress(SystemExit): main()\n"
     program += (
         "print(*({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
