@@ -14,7 +14,7 @@ import typer.main
 from typer.cli import get_docs_for_click
 
 from dcp_zoo.benchmark import report
-from dcp_zoo.cli.app import app
+from dcp_zoo.cli import app
 from dcp_zoo.heads.config import NO_CLASSIFIER, read_config
 from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods import METHODS

@@ -26,7 +26,6 @@ MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
 MAX_CELLS = 5_000_000  # of a spreadsheet
-UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 
 Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name

@@ -23,7 +23,7 @@ from upload_hub import TOKEN, UploadHub, serve_uploads
 from dcp_zoo import DCP
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import default_tokenizer
-from dcp_zoo.cli.app import app, main
+from dcp_zoo.cli import app, main
 from dcp_zoo.data import Item
 from dcp_zoo.onnx import export
 from dcp_zoo.training.methods import promptsrc

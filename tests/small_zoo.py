@@ -80,7 +80,7 @@ def finish_or_kill(
     until: Callable[[], bool],
     prepare: Callable[[], object] = list,
     pause: float = 0.0,
-    program: str = "dcp_zoo.cli.app",
+    program: str = "dcp_zoo.cli",
 ) -> bool:
     """Run `dcp-zoo ARGS`, or a script, in a new process, which calls `prepare` first, and kill it so many seconds after
     `until` is true. Whether it had finished before; an error of the command is one here."""

@@ -22,7 +22,7 @@ from dcp_zoo.backbone.inputs import Features, Maps, Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.methods import METHODS, clap, fit_head, promptsrc
+from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant
 from dcp_zoo.training.methods.proker import BETAS, PENALTIES
@@ -547,18 +547,6 @@ def test_linear_probe_of_two_classes(clip, photos):
     assert fit_head("linear-probe", replace(given, train=given.train.of([0, 1]))).info == {"scale": 4.0}
 
 
-@pytest.mark.parametrize(("n", "classes", "width"), [(12, 3, 20), (4, 2, 3), (200, 5, 8)])
-def test_gaussian_discriminant(n, classes, width):
-    torch.manual_seed(0)
-    x = F.normalize(torch.randn(n, width, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
-    y = torch.arange(n) % classes
-    expected = gaussian(x, y, classes)
-    for rows, tolerance in ((x, 1e-9), (x.float(), 1e-5)):
-        for found, wanted in zip(gaussian_discriminant(rows, y, classes), expected, strict=True):
-            assert found.dtype == rows.dtype
-            assert close(found.double(), wanted, tolerance)
-
-
 @pytest.mark.parametrize("copies", [1, 3])
 def test_gaussian_discriminant_without_spread_finds_the_nearest_mean(copies):
     """One image per class, also with views that differ by rounding alone."""
@@ -571,15 +559,13 @@ def test_gaussian_discriminant_without_spread_finds_the_nearest_mean(copies):
     assert 1 < weight.norm(dim=-1).mean() < 100
 
 
-def test_clap_draws_every_row_at_most_once_in_an_epoch():
-    rows, labels = torch.randn(18, 5), torch.arange(18) % 3
-    stream = clap.random_rows(rows, labels, 4, 2, seed=1)
-    epochs = [[torch.cat(parts) for parts in zip(next(stream), next(stream), strict=True)] for _ in range(3)]
-    for drawn, of in epochs:
-        places = [int((rows == row).all(-1).nonzero()) for row in drawn]
-        assert len(set(places)) == 8
-        assert torch.equal(labels[places], of)
-    assert not torch.equal(epochs[0][0], epochs[1][0])
+def test_gaussian_discriminant_of_more_images_than_features():
+    """With fewer, it is an equation of the table."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(200, 8, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
+    y = torch.arange(200) % 5
+    for found, wanted in zip(gaussian_discriminant(x, y, 5), gaussian(x, y, 5), strict=True):
+        assert close(found, wanted, 1e-9)
 
 
 def test_clip_lora_drops_inputs_in_training_only(clip, photos):
@@ -595,10 +581,7 @@ def test_clip_lora_drops_inputs_in_training_only(clip, photos):
 
 
 def test_weights_of_epochs():
-    weights = epoch_weights(50, 0.6, 0.6)
-    assert sum(weights) == pytest.approx(1)
-    assert max(range(50), key=weights.__getitem__) == 29  # epoch 30
-    assert weights[0] / weights[29] == pytest.approx(math.exp(-((29 / 30) ** 2) / 2))
+    assert max(range(50), key=epoch_weights(50, 0.6, 0.6).__getitem__) == 29  # epoch 30
     assert epoch_weights(20, 0.75, 0.001, run=2) == pytest.approx([0, 1])  # far from the centre, and no underflow
 
 
@@ -630,10 +613,9 @@ def test_what_is_chosen_on_the_validation_images(method, clip, photos):
     assert len({*chosen}) > 2
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f"])
-def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(method, clip, photos):
-    given = with_random_features(task(method, clip, photos))
-    adapter, start = fit_head(method, given), fit_head(method, replace(given, val=None))
+def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(clip, photos):
+    given = with_random_features(task("tip-adapter", clip, photos))
+    adapter, start = fit_head("tip-adapter", given), fit_head("tip-adapter", replace(given, val=None))
     labels = given.val.labels
     assert top1(logits_of(adapter, given.val), labels) > top1(logits_of(start, given.val), labels)
     assert adapter.info == {"alpha": round(adapter.alpha.item(), 4), "beta": round(adapter.beta.item(), 4)}
@@ -663,55 +645,15 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
 # -------------------------------------------------------------------------------------------- properties of all methods
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_properties_of_every_method(method, clip, photos):
-    """Two trainings agree and leave CLIP as it was; only what chooses reads validation images; an image's answer is its
-    own; new names are read, or refused."""
-    before, given = {name: tensor.clone() for name, tensor in clip.state_dict().items()}, task(method, clip, photos)
-    chooses = METHODS[method].chooses
-    first, second = fit_head(method, given), fit_head(method, given if chooses else replace(given, val=None))
-    test = image_source(clip, photos)
-    logits = logits_of(first, test)
-    assert logits.shape == (12, 3)
-    assert torch.equal(logits, logits_of(second, test))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
-    assert not clip.clip.training
-    alone = logits_of(first, image_source(clip, photos[2:3]))
-    torch.testing.assert_close(logits[2:3], alone, rtol=1e-4, atol=1e-4)
-    (check_new_classes if METHODS[method].abilities.transfers else check_closed)(method, first, test)
-
-
-def check_new_classes(method, head, test: ImageSource) -> None:
-    before = logits_of(head, test)
-    probed = method in ("text-probe", "dcp")  # a text probe counts among the classes it was fitted on
-    head.set_classnames([*reversed(NAMES), *(() if probed else ("cat",))])
-    after = logits_of(head, test)
-    torch.testing.assert_close(after[:, :3].flip(-1), before, rtol=1e-4, atol=1e-4)
-    head.set_classnames(NAMES, "art of a {}")
-    changed = not torch.allclose(logits_of(head, test), before, atol=1e-3)
-    assert changed == (method not in ("coop", "maple", "promptsrc", "dcp"))  # their prompts are the template
-    with pytest.warns(UserWarning, match="Repeated"):
-        head.set_classnames(["cat", "cat"])
-
-
-def check_closed(method, head, test: ImageSource) -> None:
-    before = logits_of(head, test)
-    with pytest.raises(ZooError, match=f"A head of {method} is limited to its classes.*zero-shot"):
-        head.set_classnames(["cat"])
-    head.set_classnames(NAMES[:0:-1])
-    torch.testing.assert_close(logits_of(head, test), before[:, [2, 1]])
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "linear-probe"])
+@pytest.mark.parametrize("method", ["gda", "coop", "dcp"])
 def test_class_names_that_the_text_tower_would_cut_are_refused(method, clip, photos):
-    """By every method with one message: two of them could become the same."""
+    """Two of them could become the same."""
     names = ["ant", "bee", f"{'cat ' * 80}cub"]
     with pytest.raises(ZooError, match=r"takes \d+ tokens, but only \d+ are left.*: shorten it"):
         fit_head(method, replace(task(method, clip, photos), classnames=names))
 
 
-@pytest.mark.parametrize("method", ["proker", "ss-text", "gda", "lp-plus-plus", "clap", "prolip"])
+@pytest.mark.parametrize("method", ["proker", "gda", "lp-plus-plus", "clap"])
 def test_one_shot_and_two_classes(method, clip, photos):
     """And validation images for one of the classes only."""
     train, val = (image_source(clip, part) for part in (photos[:2], photos[3:4]))
@@ -729,11 +671,11 @@ def test_training_in_half_precision(method, clip, photos):
     assert fitted[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "gda", "clap", "prolip", "coop", "2sfs"])
+@pytest.mark.parametrize("method", ["tip-adapter", "gda", "prolip", "coop"])
 def test_training_on_random_crops(method, clip, photos):
     """Which differ from the plain images, and from pass to pass: keys of several passes are their mean."""
-    given = task(method, clip, photos, **({"lr": 0.01} if method in ("prolip", "2sfs", "coop") else {}))
-    passes = {"augment_epochs": 2} if method in ("tip-adapter", "gda", "clap") else {}
+    given = task(method, clip, photos, **({"lr": 0.01} if method in ("prolip", "coop") else {}))
+    passes = {"augment_epochs": 2} if method in ("tip-adapter", "gda") else {}
     plain, cropped = fit_head(method, given), fit_head(method, with_crops(given, **passes))
     assert not close(logits_of(cropped, given.val), logits_of(plain, given.val), 1e-5)
     if method == "tip-adapter":
@@ -752,21 +694,18 @@ def test_no_augmentation_means_the_first_view_alone(method, clip, photos):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("method", ["clap", "promptsrc"])
-def test_divergence_is_reported(method, clip, photos):
+def test_what_cannot_be_fitted_is_said(clip, photos):
     with pytest.raises(ZooError, match=r"Training diverged: the loss of step \d+ is (nan|inf).*--set lr="):
-        fit_head(method, task(method, clip, photos, lr=1e30, warmup_lr=1e30))
-
-
-@pytest.mark.parametrize("method", ["gda", "clap", "lp-plus-plus"])
-def test_missing_training_images(method, clip, photos):
-    given = task(method, clip, photos)
+        fit_head("clap", task("clap", clip, photos, lr=1e30, warmup_lr=1e30))
+    given = task("gda", clip, photos)
     given.train = image_source(clip, [item for item in photos if item.label != 1])
     with pytest.raises(ZooError, match="No training image has label 1"):
-        fit_head(method, given)
+        fit_head("gda", given)
+    with pytest.raises(ZooError, match="lr is none of augment, classifier, augment_epochs"):
+        given.recipe.updated({"lr": 1.0})
 
 
-@pytest.mark.parametrize("method", ["prolip", "clip-lora", "clip-svd"])
+@pytest.mark.parametrize("method", ["prolip", "clip-lora"])
 def test_towers_that_a_method_cannot_train_are_refused_with_another_method(method, clip, photos):
     (setattr(clip.visual, "proj", None) if method == "prolip" else setattr(clip.clip, "attn_mask", None))
     with pytest.raises(ZooError, match=r"this CLIP (has none|does not have): use"):
@@ -836,16 +775,3 @@ def test_a_recipe_explains_its_fields_reaches_workers_and_fits_the_miniature(met
         rates = {"prolip": {"lr": 1e-3}, "clip-lora": {"lr": 4e-3, "steps": 1600}}
         assert mini == replace(big, augment=mini.augment, **rates.get(method, {}))
         assert mini.augment == ("none" if big.augment == "none" else "flip")
-
-
-def test_options_change_a_recipe_or_are_refused():
-    assert recipe("tip-adapter").updated({"alpha": 2.0}).alpha == 2.0
-    for method, change, message in (
-        ("tip-adapter", {"lr": 1.0}, "lr is none of augment, classifier, augment_epochs"),
-        ("2sfs", {"first_stage": 1.5}, r"first_stage must be from 0 to 1, not 1\.5"),
-        ("gda", {"augment_epochs": 0}, "augment_epochs must be at least 1, not 0"),
-        ("clip-lora", {"rank": 0}, "rank must be at least 1"),
-        ("dcp", {"stop_epoch": 0}, "stop_epoch must be at least 1"),
-    ):
-        with pytest.raises(ZooError, match=message):
-            recipe(method).updated(change)

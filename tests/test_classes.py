@@ -1,24 +1,19 @@
 """Classes are known by their position, not by their name: repeated names, renamed, added and removed classes."""
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import close, loud, write_weights
+from helpers import close, loud
 from PIL import Image
-from safetensors.torch import load_file
-from test_baselines import TEMPLATE, pixels
+from test_baselines import pixels
 from test_method_heads import load, small
 
 from dcp_zoo import DCP, FewShotClassifier, ZooError
-from dcp_zoo.backbone.classes import Class
 from dcp_zoo.data import Item
-from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import image_source
@@ -44,25 +39,21 @@ def pictures(tmp_path_factory) -> list[Item]:
 
 @torch.enable_grad()
 def fitted(kind, clip, items, names=NAMES):
-    """A head of a kind with a text probe."""
+    """A head with a text probe: "text-probe", or "dcp", which reads two towers."""
     torch.manual_seed(0)
     train = image_source(clip, items)
-    if kind in METHODS:
+    if kind == "text-probe":
         given = small(kind, clip, items, classifier="text-probe")
         return fit_head(kind, replace(given, classnames=names, train=train, val=None))
-    if kind == "dcp":
-        head = loud(DCP(clip, names, n_ctx=2)).eval()
-        head.store_stats(pixels(train))
-    else:
-        prompts = [[torch.randn(2, width) / 10] for width in (clip.text_tower.width, clip.vision_tower.width)]
-        head = PromptHead(clip, names, *prompts, texts=TEMPLATE).eval()
-    head.method = kind
+    head = loud(DCP(clip, names, n_ctx=2)).eval()
+    head.store_stats(pixels(train))
+    head.method = "dcp"
     head.info = {"text_probe": fit_probe(head, train)}
     return head
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["text-probe", "dcp", "prompts"])
+@pytest.mark.parametrize("kind", ["text-probe", "dcp"])
 def test_classes_with_the_same_name_stay_apart(kind, clip, pictures, tmp_path):
     head = fitted(kind, clip, pictures[:20])
     x, labels, new = (
@@ -86,15 +77,11 @@ def test_classes_with_the_same_name_stay_apart(kind, clip, pictures, tmp_path):
     head.add_class("new", new)
     assert answers(0, 1, 2, 3)
     assert head(new).argmax(1).tolist() == [4] * 5
-    for change in (
-        head.remove_class,
-        lambda name: head.rename_class(name, "bird"),
-        lambda name: head.add_class(name, x),
-    ):
-        with pytest.raises(ZooError, match=AMBIGUOUS):
-            change("crane")
-    with pytest.raises(ZooError, match="There is no class 5: the positions are 0 to 4"):
-        head.remove_class(5)
+    for wrong, message in (("crane", AMBIGUOUS), (5, "There is no class 5: the positions are 0 to 4")):
+        with pytest.raises(ZooError, match=message):
+            head.remove_class(wrong)
+    with pytest.raises(ZooError, match="known=5, but the model has seen no image of fox: omit it, or pass known=0"):
+        head.add_class("fox", x, known=5)
     head.remove_class(0)
     assert head.classnames == ["crane", "b", "last", "new"]
     assert answers(1, 2, 3)
@@ -117,9 +104,8 @@ def test_images_of_a_new_class_are_encoded_a_few_at_a_time(clip, pictures):
     assert close(heads[1](x), heads[0](x))
     assert heads[0].info["class_images"]["new"] == len(many)
     assert close(heads[0].text_probe.means[-1], heads[2].text_probe.means[-1])
-    for nothing in ([], many[:0]):
-        with pytest.raises(ZooError, match=r"Expected images \(n, 3, H, W\)"):
-            whole.add_class("new", nothing)
+    with pytest.raises(ZooError, match=r"Expected images \(n, 3, H, W\)"):
+        whole.add_class("new", [])
 
 
 def test_a_classifier_of_classes_with_the_same_name(pictures, tmp_path):
@@ -136,11 +122,10 @@ def test_a_classifier_of_classes_with_the_same_name(pictures, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("method", "classifier"),
-    [(name, "text-probe") for name in ("prolip", "coop", "dcp")]
-    + [(name, "none") for name in ("zero-shot", "clip-lora", "maple", "linear-probe", "tip-adapter")],
+    [("prolip", "text-probe"), ("dcp", "text-probe"), ("maple", "none"), ("tip-adapter", "none")],
 )
 def test_another_name_changes_no_logits(method, classifier, clip, photos, tmp_path):
-    """Of no kind of head, also of those that read two towers, now, from a checkpoint, and with more classes later."""
+    """Of heads that read one tower or two, texts or none: now, from a checkpoint, and with more classes later."""
     given = small(method, clip, photos, classifier=classifier)
     with torch.enable_grad():
         head, x = fit_head(method, given), pixels(given.val)
@@ -174,57 +159,11 @@ def test_metrics_of_other_classes_are_not_saved(clip, photos, tmp_path):
 
 
 @torch.no_grad()
-def test_a_checkpoint_that_does_not_fit_changes_nothing(clip, pictures, tmp_path):
-    head, x = fitted("dcp", clip, pictures[:20]), pixels(image_source(clip, pictures[:20]))
-    before, folder = head(x), head.save_pretrained(tmp_path / "head")
-    tensors = load_file(folder / "model.safetensors")
-
-    def refused(message: str) -> None:
-        probe = head.text_probe
-        with pytest.raises(ZooError, match=message):
-            load_head(head, folder)
-        assert head.text_probe is probe
-        assert torch.equal(head(x), before)
-
-    write_weights(folder, tensors | {"prompts.text": torch.ones(2, 5)})
-    refused("of another shape: prompts.text")
-    write_weights(folder, {name: t for name, t in tensors.items() if name != "classifier.means"})
-    refused("missing: classifier.means")
-    write_weights(folder, tensors | {"prompts.text": torch.full_like(tensors["prompts.text"], float("nan"))})
-    refused("damaged")
-    write_weights(folder, tensors)
-    good = (folder / "config.json").read_text()
-    for changes, message in (
-        ({"read": ["crane"]}, "dcp.read has 1 names for 4 classes"),
-        ({"texts": {"crane": ["a crane."]}}, "no sentences for 'b', 'last'"),
-    ):
-        config = json.loads(good)
-        config["dcp"] |= changes
-        (folder / "config.json").write_text(json.dumps(config))
-        refused(message)
-
-
-@torch.no_grad()
 def test_a_class_is_added_in_half_precision(clip, pictures):
     """Fitted in float32: the length of the new row agrees."""
-    dtype = torch.float16
     head, new = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
-    half = copy.deepcopy(head).to(dtype)
+    half = copy.deepcopy(head).half()
     head.add_class("new", new)
-    half.add_class("new", new.to(dtype))
+    half.add_class("new", new.half())
     length, other = (each.text_probe.weight[-1].float().norm().item() for each in (head, half))
     assert other == pytest.approx(length, rel=0.01)
-
-
-@torch.no_grad()
-def test_images_that_the_model_has_not_seen_are_not_known(clip, pictures):
-    head, x = fitted("text-probe", clip, pictures[:20]), pixels(image_source(clip, pictures[20:]))
-    for name in ("new", "named"):
-        names = list(head.classnames)
-        with pytest.raises(
-            ZooError, match=f"known=5, but the model has seen no image of {name}: omit it, or pass known=0"
-        ):
-            head.add_class(name, x, known=5)
-        assert head.classnames == names
-        head.set_classnames([*NAMES, "named"])
-    assert Class("crane") != Class("crane")  # a class is itself alone

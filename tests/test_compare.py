@@ -55,6 +55,10 @@ def test_features_are_computed_once(images, monkeypatch):
     )
     found = dcp_zoo.compare(images / "test", methods=["text-probe", "gda"], cv=3)
     assert sum(calls) <= 2 * 12 + 30  # with mirror images, and the pictures of everyday things
+    calls.clear()
+    monkeypatch.setattr("dcp_zoo.training.cache._memory", dcp_zoo.training.cache.FeatureCache())  # another process
+    dcp_zoo.compare(images / "test", methods=["text-probe", "gda"], cv=3)
+    assert not calls
     table = pandas.DataFrame(found)
     assert table.columns.tolist()[:3] == ["model", "method", "accuracy"]
     assert repr(found).splitlines()[0].split("  ")[0] == "model"

@@ -14,7 +14,6 @@ from test_tower_kinds import IMAGES, build_clip
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.zoo.factory import create_model
 
@@ -56,7 +55,7 @@ def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     assert close(reads, expected, 1e-3) == (method == "linear-probe")
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clipa", "timm"])
+@pytest.mark.parametrize("kind", ["siglip", "clipa"])
 def test_sentences_after_prompts(kind):
     """DCP on sentences against the same texts as classes of their own: answers and gradients."""
     sentences = {"ant": ["small insect", "lives in a hill"], "emu": ["a tall bird"]}
@@ -79,7 +78,7 @@ def test_sentences_after_prompts(kind):
     assert close(model.fuse()(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "coop", "vpt-deep"])
+@pytest.mark.parametrize("method", ["zero-shot", "coop"])
 def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_path):
     given = replace(task(method, clip, photos), texts=SENTENCES)
     head, x = fit_head(method, given), pixels(given.val)
@@ -93,19 +92,12 @@ def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_
         assert (loaded.texts, loaded(x).shape[1]) == ("a photo of a {}.", len(NAMES) + 1)
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("{", "Cannot read descriptions.*JSON as of CuPL"),
-        ('{"cat": "a cat."}', "has no descriptions: use JSON as of CuPL"),
-        ('{"cat": ["a cat.", " "]}', "an empty list or sentence for 'cat'"),
-    ],
-)
-def test_files_that_are_no_descriptions(content, problem, tmp_path):
+def test_files_that_are_no_descriptions(tmp_path):
     path = tmp_path / "texts.json"
-    path.write_text(content)
-    with pytest.raises(ZooError, match=problem):
-        read_descriptions(path)
+    for content, problem in (("{", "JSON as of CuPL"), ('{"cat": [" "]}', "an empty list or sentence for 'cat'")):
+        path.write_text(content)
+        with pytest.raises(ZooError, match=problem):
+            read_descriptions(path)
 
 
 def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
@@ -115,31 +107,23 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
         (folder / SCRIPTS[item.label]).mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder / SCRIPTS[item.label])
     texts.write_text(json.dumps({name: [f"{name}。", "a photo."] for name in SCRIPTS}, ensure_ascii=False), "utf-8")
-    for options in (("--method", "dcp", "--set", "epochs=1"), ("--method", "text-probe")):
-        head = tmp_path / options[1]
-        run.ok("train", folder, "--no-refit", "--descriptions", texts, *options, "--output", head)
-        stored = read_config(head)
-        assert stored["label_names"] == sorted(SCRIPTS)
-        assert f"{SCRIPTS[0]}。" in str(stored["dcp"])
-        answers = json.loads(run.ok("predict", photos[0].path, "--head", head, "--json"))[0]["predictions"]
-        assert {answer["class"] for answer in answers} == set(SCRIPTS)
-        out = run.ok("eval", "--head", head, "--data-root", folder, "--json")
-        assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_stored"]
-        assert "6 sentences" in run("info", head)[1]
+    options, head = ("--method", "dcp", "--set", "epochs=1"), tmp_path / "head"
+    run.ok("train", folder, "--no-refit", "--descriptions", texts, *options, "--output", head)
+    stored = read_config(head)
+    assert stored["label_names"] == sorted(SCRIPTS)
+    assert f"{SCRIPTS[0]}。" in str(stored["dcp"])
+    answers = json.loads(run.ok("predict", photos[0].path, "--head", head, "--json"))[0]["predictions"]
+    assert {answer["class"] for answer in answers} == set(SCRIPTS)
+    out = run.ok("eval", "--head", head, "--data-root", folder, "--json")
+    assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_stored"]
+    assert "6 sentences" in run("info", head)[1]
 
 
-@pytest.mark.parametrize("kind", ["dcp", "zero-shot"])
-def test_other_sentences_unset_the_threshold(kind, tmp_path):
+def test_other_sentences_unset_the_threshold(tmp_path):
     """It was fitted for the logits that the first ones give."""
     names, same, other = ["a", "b"], {"a": ["one."], "b": ["two."]}, {"a": ["one."], "b": ["three."]}
-    if kind == "dcp":
-        model = create_model("dcp_mini", "clip", classnames=names, descriptions=same, n_ctx=2, depth=2)
-        model.store_stats(torch.randn(2, 3, 192, 192))
-    else:
-        plain = create_model("dcp_mini", "clip", classnames=names)
-        text = plain.encoder.zero_shot_classifier(names, same)
-        model = LinearHead(plain.encoder, names, *plain.encoder.scaled(text), texts=same)
-        model.method = "zero-shot"
+    model = create_model("dcp_mini", "clip", classnames=names, descriptions=same, n_ctx=2, depth=2)
+    model.store_stats(torch.randn(2, 3, 192, 192))
     model.text_probe = model._probe_of(model.classes, sum(sum(reading.widths) for reading in model.readings))
     model.text_probe.threshold.fill_(1.0)
     model.text_probe.means.fill_(0.1)
@@ -149,9 +133,8 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         assert bool(loaded.cannot_reject) != holds
     loaded = create_model(str(tmp_path), True)
     loaded.set_classnames(names[::-1])
-    assert not loaded.cannot_reject
     loaded.add_class("c_d", torch.ones(2, 3, 192, 192))  # whose name is read
-    assert loaded.texts["c_d"] == ["c d." if kind == "dcp" else "a photo of a c d."]
+    assert loaded.texts["c_d"] == ["c d."]
     assert not loaded.cannot_reject
     loaded.set_classnames(names, other)
     assert "for other texts than" in loaded.cannot_reject
@@ -163,8 +146,6 @@ def test_names_and_sentences_that_are_too_long(clip):
         DCP(clip, ["dog", long.strip()], n_ctx=3)
     with pytest.raises(ZooError, match="The sentence .* takes 81 tokens.*shorten it"):
         DCP(clip, ["dog"], n_ctx=3, texts={"dog": ["a dog.", long]})
-    with pytest.raises(ZooError, match="takes 21 tokens, but only 12 are left"):
-        build_kind("siglip", ["word " * 20])
     with pytest.raises(ZooError, match="The text .* takes 82 tokens, but only 77 are left: shorten it"):
         clip.encode_sentences([long], "{}")
     assert clip.encode_sentences(["cat " * 75], "{}").isfinite().all()  # exactly as long as the text tower reads

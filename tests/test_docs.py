@@ -31,7 +31,7 @@ from markdown_it.token import Token
 from PIL import Image
 from shared import CommandLine
 
-from dcp_zoo.cli.app import app
+from dcp_zoo.cli import app
 from dcp_zoo.data import Split, load_split
 
 ROOT = Path(__file__).parents[1]

@@ -5,11 +5,9 @@ import io
 import json
 import shutil
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -19,8 +17,7 @@ from helpers import encoded, http_server, tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 
-from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
-from dcp_zoo.data.archives import unpacked
+from dcp_zoo.data import DATASETS, VARIANTS, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
 from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
@@ -95,8 +92,6 @@ CONTENT = bytes(range(256)) * 4000
 @pytest.mark.parametrize(
     ("faults", "ranges"),
     [
-        ([], [None]),
-        (["cut"], [None, "bytes=512000-"]),
         (["cut", "cut", "cut"], [None, "bytes=512000-", "bytes=768000-", "bytes=896000-"]),
         (["cut", "whole"], [None, "bytes=512000-"]),  # a server that starts again from the first byte
         (["stall"], [None, "bytes=512000-"]),
@@ -124,11 +119,14 @@ def test_the_next_call_continues(server, tmp_path):
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_source_that_gives_up(server, tmp_path):
+def test_a_source_that_gives_up(server, tmp_path, monkeypatch):
     archive = server.offer("a.tar", b"ab")
     server.faults += ["cut"] * 99  # one byte, then nothing new
     with pytest.raises(ZooError, match=r"cannot be downloaded: the connection ended early.*run the same command again"):
         fetch_archive(archive, tmp_path)
+    monkeypatch.setattr(download, "FIRST_PAUSE", 0)
+    with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
+        fetch_archive(Archive("http://127.0.0.1:9/b.tar"), tmp_path)
 
 
 def test_two_versions_are_never_joined(server, tmp_path):
@@ -148,9 +146,7 @@ def test_two_versions_are_never_joined(server, tmp_path):
             assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"), [(404, "HTTP 404"), (403, "HTTP 403"), ("html", "it answers with a web page")]
-)
+@pytest.mark.parametrize(("fault", "message"), [(404, "HTTP 404"), ("html", "it answers with a web page")])
 def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
     archive = server.offer("a.tar", CONTENT)
     server.faults.append(fault)
@@ -158,12 +154,6 @@ def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
         fetch_archive(archive, tmp_path)
     (tmp_path / "a.tar").write_bytes(CONTENT)  # done as told
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0)
-    with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
-        fetch_archive(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
 
 
 def test_no_space(server, tmp_path, monkeypatch):
@@ -191,24 +181,15 @@ def link(name: str) -> bytes:
     return buffer.getvalue()
 
 
-def encrypted() -> bytes:
-    content = bytearray(zipped({"images/a.jpg": b"x"}))
-    content[6] |= 1
-    content[content.rindex(b"PK\1\2") + 8] |= 1
-    return bytes(content)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (encrypted(), "cannot be unpacked .*encrypted"),
         (link("images/a.jpg"), "is a link or a device"),
         (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* delete it"),
-        (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* delete it"),
         (b"<html>not found</html>", "cannot be unpacked .*neither a zip nor a tar file"),
         (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
     ],
-    ids=["encrypted", "link", "gz cut", "tar cut", "html", "other"],
+    ids=["link", "cut", "html", "other"],
 )
 def test_bad_archives_leave_nothing(tmp_path, content, message):
     file = tmp_path / "a.bin"
@@ -217,54 +198,6 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("make", [zipped, tar])
-def test_small_archives_with_much_in_them_are_refused(tmp_path, monkeypatch, make):
-    """Nothing of them is left, in the data root or among temporary files."""
-    monkeypatch.setattr(archives, "UNPACKED", (30_000, 0))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    file = tmp_path / "a.zip"
-    file.write_bytes(make({"images/a.jpg": b"x", "images/b.jpg": bytes(40_000)}))
-    message = "holds more than 0.0 GB, which is 0 times its own size"
-    with pytest.raises(ZooError, match=message):
-        unpack(Archive("http://x/a.zip", places={"images": "images"}), file, tmp_path / "in")
-    with pytest.raises(ZooError, match=message):
-        unpacked(str(file))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
-    monkeypatch.setattr(archives, "UNPACKED", (50_000, 0))
-    assert len(list(unpacked(str(file)).iterdir())) == 2
-
-
-ESCAPES = [  # after "images/"; `{}` is an absolute path
-    *(
-        "../evil",
-        "../../evil",
-        "/../../evil",
-        "a/../../../evil",
-        ".//../evil",
-        "a//..//..//..//evil",
-        "/{}",
-        "{}",
-        "..",
-    ),
-    *("C:\\evil", "..\\..\\evil", "a/..\\../../evil", "\\\\server\\share\\evil"),
-]
-
-
-@pytest.mark.parametrize("make", ["tar", "zip", "inner"])
-@pytest.mark.parametrize("form", ESCAPES)
-def test_nothing_is_written_outside(tmp_path, make, form):
-    """The file is refused, or what is in it lands inside."""
-    files = {"images/a.jpg": b"x", "images/" + form.format(tmp_path / "evil"): b"evil"}
-    file, folder = tmp_path / "a.bin", tmp_path / "in" / "dataset"
-    content = zipped(files) if make == "zip" else tar(files, "w")
-    file.write_bytes(zipped({"b.tar": content}) if make == "inner" else content)
-    with suppress(ZooError):
-        unpack(Archive("http://x/a.bin", places={"images": ""}, inner="b.tar" * (make == "inner")), file, folder)
-        assert (folder / "a.jpg").read_bytes() == b"x"
-    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)} == {file, folder.parent}
 
 
 def test_what_macos_adds_is_left_out(tmp_path):
@@ -348,11 +281,9 @@ def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run
     gone = (replace(DATASETS["eurosat"].archives[0], url=f"{server.url}/gone.zip"),)
     monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], archives=gone))
     code, out, err = run("data", "download", "eurosat", "dtd", "--data-root", tmp_path / "DATA", "--agree")
-    assert code == 2
-    assert "dtd: complete" in out
-    assert "eurosat: " in err
-    assert "HTTP 404" in err
-    assert "Not complete: eurosat." in err
+    assert (code, "dtd: complete" in out) == (2, True)
+    for text in ("eurosat: ", "HTTP 404", "Not complete: eurosat."):
+        assert text in err
     with pytest.raises(ZooError, match="pacs_photo cannot be downloaded: choose from imagenet, caltech101"):
         download.missing(["pacs_photo"], tmp_path)
 
@@ -408,18 +339,16 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
 
 def test_packaged_splits_need_no_file(tmp_path):
     """DTD's whole split from the package, with images in the real layout; another split on disk is noted."""
-    for part in packaged.split_rows("dtd").values():
-        for key, *_ in part:
-            touch(tmp_path / "dtd/images" / key)
+    content = packaged.split_rows("dtd")
+    for key in (key for part in content.values() for key, *_ in part):
+        touch(tmp_path / "dtd/images" / key)
     split = load_split("dtd", tmp_path)
     assert (len(split.train), len(split.val), len(split.test)) == DATASETS["dtd"].counts
     assert split.note == ""
     file = tmp_path / "dtd" / DATASETS["dtd"].split_file
-    file.write_text(json.dumps(packaged.split_rows("dtd")))
+    file.write_text(json.dumps(content))
     assert load_split("dtd", tmp_path) == split
-    assert packaged.listed_split("dtd", packaged.split_rows("dtd")).sha256 == split.sha256
-    changed = packaged.split_rows("dtd") | {"val": packaged.split_rows("dtd")["val"][1:]}
-    file.write_text(json.dumps(changed))
+    file.write_text(json.dumps(content | {"val": content["val"][1:]}))
     assert f"{file} is not CoOp's split of dtd" in load_split("dtd", tmp_path).note
 
 
@@ -451,5 +380,4 @@ def test_a_split_is_recognised_by_its_draw(tmp_path):
 def test_imagenets_names_are_in_the_package():
     names = packaged.wnid_names()
     assert list(names.values()) == classnames("imagenet")
-    assert list(names) == sorted(names)
     assert (names["n01440764"], len(names)) == ("tench", 1000)

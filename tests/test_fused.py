@@ -13,7 +13,6 @@ from torch import nn
 from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.backbone.mini import HybridPatchEmbed
 from dcp_zoo.heads.config import COUPLINGS
-from dcp_zoo.heads.fused import FusedHead
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -33,11 +32,17 @@ def model(tiny_clip) -> DCP:
 @pytest.mark.parametrize(("coupling", "depth"), zip(COUPLINGS, [1, 99], strict=True))
 @torch.no_grad()
 def test_same_logits(tiny_clip, coupling, depth):
+    """With any patch embedding, also after torch.save."""
+    if depth == 1:
+        tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
     model = with_stats(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, share_cmpa=False))
-    fused = model.fuse()
+    fused, file = model.fuse(), io.BytesIO()
     assert close(fused(IMAGES), model(IMAGES))
     assert close(fused.encode_image(IMAGES), model.encode_image(IMAGES))
     assert fused.classnames == NAMES
+    torch.save(fused, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(IMAGES), fused(IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -54,13 +59,6 @@ def test_other_clips(golden, changes):
 
 
 @torch.no_grad()
-def test_any_patch_embedding(tiny_clip):
-    tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
-    model = with_stats(DCP(tiny_clip, NAMES, n_ctx=3))
-    assert close(model.fuse()(IMAGES), model(IMAGES))
-
-
-@torch.no_grad()
 def test_miniature():
     model = create_model("dcp_mini", "clip", classnames=NAMES).eval()
     images = torch.randn(3, *model.pretrained_cfg["input_size"])
@@ -72,15 +70,9 @@ def test_miniature():
     assert close(fused(images), model(images))
 
 
-def test_needs_a_calibrated_context_and_does_not_change_the_model(tiny_clip):
-    model = DCP(tiny_clip, NAMES, n_ctx=3)
+def test_needs_a_calibrated_context(tiny_clip):
     with pytest.raises(ZooError, match="store_stats"):
-        model.fuse()
-    with_stats(model).train()
-    model.stats = "batch"
-    model.fuse()
-    assert model.training
-    assert model._stats == "batch"
+        DCP(tiny_clip, NAMES, n_ctx=3).fuse()
 
 
 @torch.no_grad()
@@ -89,22 +81,11 @@ def test_is_frozen_small_and_independent(model):
     assert not any(p.requires_grad for p in fused.parameters())
     text = sum(p.numel() for p in model.encoder.text.transformer.parameters())
     assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.encoder.clip.parameters()) - text
-    fused.half()
+    assert close(fused.half()(IMAGES.half()).float(), logits, 0.1)
     assert model.encoder.visual.class_embedding.dtype == torch.float32
     assert close(model(IMAGES), logits)
     model.set_classnames(["other"])
     assert fused(IMAGES.half()).shape == (3, 4)
-
-
-@torch.no_grad()
-def test_pickles(model):
-    fused = model.fuse()
-    file = io.BytesIO()
-    torch.save(fused, file)
-    file.seek(0)
-    again = torch.load(file, weights_only=False)
-    assert isinstance(again, FusedHead)
-    assert torch.equal(again(IMAGES), fused(IMAGES))
 
 
 @torch.no_grad()
@@ -124,13 +105,3 @@ def test_exports_with_a_dynamic_batch(model):
     program = torch.export.export(fused, (IMAGES,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     for n in (1, 2, 3):
         assert close(program.module()(IMAGES[:n]), fused(IMAGES[:n]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@torch.no_grad()
-def test_moves_to_other_dtypes(model, dtype):
-    logits = model(IMAGES)
-    fused = model.fuse().to(dtype)
-    assert fused(IMAGES.to(dtype)).dtype == dtype
-    assert close(fused(IMAGES.to(dtype)).float(), logits, 0.1)
-    assert next(fused.to("meta").parameters()).device.type == "meta"

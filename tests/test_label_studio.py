@@ -83,13 +83,8 @@ def test_it_learns_from_annotations(client, studio):
 
 
 @pytest.mark.scripts
-@pytest.mark.parametrize("config", ["<View>", CONFIG.replace("Choices name", 'Choices choice="multiple" name')])
-def test_a_project_that_does_not_ask_for_one_class(client, config):
-    assert setup(client, config).startswith("The labeling configuration")
-
-
-@pytest.mark.scripts
-def test_the_latest_annotation_counts():
+def test_the_latest_annotation_counts(client):
+    assert setup(client, "<View>").startswith("The labeling configuration")
     question = backend.Question.of(CONFIG)
     assert (question.field, question.names["Minka"]) == ("picture", "cat")
     given = [annotation("Minka", 3), annotation("lake", 2), annotation("lake", 4, cancelled=True)]

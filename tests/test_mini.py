@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcp_zoo.backbone import MINI_CFG, MINI_WEIGHTS
+from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.backbone.mini import build_mini_clip, cache_sized
 
 # Output of the source package (efficientnet-lite-pytorch) for `smooth_image()`.
@@ -35,7 +35,6 @@ def test_bundled_stem_agrees_with_its_source(clip):
 def test_stem_is_frozen_and_the_same_in_training(clip):
     stem = clip.visual.conv1.stem
     assert not any(p.requires_grad for p in stem.parameters())
-    assert not list(stem.buffers())
     evaluated = stem.eval()(smooth_image())
     assert torch.equal(stem.train()(smooth_image()), evaluated)
 
@@ -48,26 +47,12 @@ def test_a_batch_in_parts_is_the_batch(clip):
     torch.testing.assert_close(stem(images), stem.widen(stem.features(images)), rtol=1e-5, atol=1e-5)
 
 
-def test_only_the_patch_embedding_differs_from_open_clip(clip):
-    plain = open_clip.CLIP(MINI_CFG["embed_dim"], MINI_CFG["vision_cfg"], MINI_CFG["text_cfg"], quick_gelu=True)
-    ours = {k for k in clip.state_dict() if not k.startswith("visual.conv1.")}
-    assert ours == set(plain.state_dict()) - {"visual.conv1.weight"}
-    assert {k.split(".")[2] for k in set(clip.state_dict()) - ours} == {"stem", "proj"}
-
-
 def test_without_weights_it_is_random_and_seeded():
     torch.manual_seed(0)
     first = build_mini_clip().state_dict()
     torch.manual_seed(0)
-    second = build_mini_clip().state_dict()
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert all(torch.equal(first[name], tensor) for name, tensor in build_mini_clip().state_dict().items())
     assert not torch.equal(first["text_projection"], load_file(MINI_WEIGHTS)["text_projection"].float())
-
-
-def test_weights_of_another_shape_are_rejected():
-    cfg = MINI_CFG | {"embed_dim": 64}
-    with pytest.raises(RuntimeError, match="text_projection"):
-        build_mini_clip(MINI_WEIGHTS, cfg)
 
 
 def test_weights_are_float16_and_small():

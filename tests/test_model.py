@@ -6,12 +6,11 @@ import reference
 import torch
 from helpers import Count, close, loud
 from shared import build_tiny_clip
-from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.backbone import clip as model_clip
 from dcp_zoo.backbone._torch import skip_init
-from dcp_zoo.heads.config import COUPLINGS, POOLINGS, DCPConfig
+from dcp_zoo.heads.config import COUPLINGS, POOLINGS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -22,7 +21,7 @@ def model(request, tiny_clip) -> DCP:
     return loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling=request.param)).eval()
 
 
-CASES = [("bidirectional", "max", True), ("text_to_vision", "first", False), ("bidirectional", "mean", False)]
+CASES = [("bidirectional", "max", True), ("text_to_vision", "first", False)]
 
 
 @pytest.mark.parametrize(("coupling", "pooling", "share_cmpa"), CASES)
@@ -49,7 +48,13 @@ def test_calibrated_logits_do_not_depend_on_the_batch(model):
     together, order = model(IMAGES), torch.tensor([3, 0, 4, 1, 2])
     assert close(model(IMAGES[order]), together[order])
     assert close(torch.cat([model(image[None]) for image in IMAGES]), together)
-    assert close(model(torch.cat([IMAGES, IMAGES * 3]))[:5], together)
+    scale, text = model.encoder.clip.logit_scale.exp(), model.encode_text()
+    assert close(scale * model.encode_image(IMAGES) @ text.T, together)
+    assert close(model.encode_text(NAMES[:2]), text[:2])
+    model.stats = "batch"
+    if model.config.coupling == "bidirectional":
+        with pytest.raises(ZooError, match="depend on the images"):
+            model.encode_text()
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -61,23 +66,6 @@ def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, pooling
         model.store_stats(chunks)
         assert model.stored_stats.shape == (3, 3, 128)
         assert close(model(IMAGES), as_batch)
-
-
-@torch.no_grad()
-def test_encoders_give_the_logits(model):
-    model.store_stats(IMAGES)
-    image, text = model.encode_image(IMAGES), model.encode_text()
-    assert torch.allclose(image.norm(dim=-1), torch.ones(5))
-    assert close(model.encoder.clip.logit_scale.exp() * image @ text.T, model(IMAGES))
-    assert close(model.encode_text(NAMES[:2]), text[:2])
-    model.stats = "batch"
-    if model.config.coupling == "bidirectional":
-        with pytest.raises(ZooError, match="depend on the images"):
-            model.encode_text()
-    else:
-        assert close(
-            model.encoder.clip.logit_scale.exp() * model.encode_image(IMAGES) @ model.encode_text().T, model(IMAGES)
-        )
 
 
 def test_only_prompts_and_cmpa_train(tiny_clip):
@@ -106,13 +94,10 @@ def test_text_prompts_start_from_a_phrase_only_if_it_fits(tiny_clip):
     [
         ({"coupling": "both"}, "bidirectional or text_to_vision"),
         ({"pooling": "median"}, "mean or max or first"),
-        ({"n_ctx": 0}, "n_ctx must be at least 1, not 0"),
         ({"classnames": []}, "must not be empty"),
-        ({"classnames": ["ant", " "]}, "must not be empty"),
         ({"classnames": ["ant", "None of these"]}, "'None of these' is a reserved name"),
         ({"classnames": "ant"}, "must be a list"),
         ({"dept": 2}, "dept is none of n_ctx, depth, pooling"),
-        ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten it"),
         ({"classnames": ["a " * 55], "n_ctx": 32}, "fewer prompt tokens"),
     ],
 )
@@ -121,25 +106,15 @@ def test_bad_arguments_get_advice(tiny_clip, changes, message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
 
 
-@pytest.mark.parametrize(("stats", "message"), [("global", "batch, stored"), ("stored", "store_stats")])
-def test_statistics_that_there_are_not_are_refused(tiny_clip, stats, message):
-    model = DCP(tiny_clip, NAMES)
-    with pytest.raises(ZooError, match=message):
-        model.stats = stats
-
-
 def test_warning_for_repeated_names(tiny_clip):
     with pytest.warns(UserWarning, match="'wild cat', 'wild_cat'. They stay classes of their own, which share"):
         DCP(tiny_clip, ["ant", "wild_cat", "wild cat"])
 
 
-def test_options_as_a_config_and_one_by_one(tiny_clip):
-    config = DCPConfig(n_ctx=3, depth=2)
-    assert DCP(tiny_clip, NAMES, config).config == DCP(tiny_clip, NAMES, n_ctx=3, depth=2).config == config
-    assert DCP(tiny_clip, NAMES, config, depth=1).config == DCPConfig(n_ctx=3, depth=1)
-
-
-def test_calibrate_rejects_iterators(model):
+def test_statistics_that_there_are_not(model):
+    for stats, message in (("global", "batch, stored"), ("stored", "store_stats")):
+        with pytest.raises(ZooError, match=message):
+            model.stats = stats
     with pytest.raises(ZooError, match="list or a DataLoader"):
         model.store_stats(iter([IMAGES]))
     for mode in (True, False):
@@ -154,8 +129,6 @@ def test_unsupported_clip_is_named():
         resnet = open_clip.create_model("RN50", pretrained=None)
     with pytest.raises(ZooError, match="class token"):
         DCP(resnet, NAMES)
-    with pytest.raises(ZooError, match="class token"):
-        DCP(nn.Linear(1, 1), NAMES)
 
 
 def test_vits_at_full_size():

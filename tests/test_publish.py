@@ -135,41 +135,35 @@ def test_a_trained_head_is_of_the_dataset_it_names(name):
     assert dcp_zoo.get_pretrained_cfg(name)["num_classes"] == len(read_config(head.bundled_dir)["label_names"])
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "reason"),
-    [
-        ("dcp_mini.oxford_flowers50-16shot", {"dataset": "oxford_flowers"}, "its 50 classes are not the 102 of oxford"),
-        ("dcp_mini.eurosat_small-16shot", {"dataset": "eurosat"}, "on another split: its sha256 is 5fcd.*, not "),
+def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
+    flowers, eurosat = "dcp_mini.oxford_flowers50-16shot", "dcp_mini.eurosat_small-16shot"
+    for name, change, reason in (
+        (flowers, {"dataset": "oxford_flowers"}, "its 50 classes are not the 102 of oxford"),
+        (eurosat, {"dataset": "eurosat"}, "on another split: its sha256 is 5fcd.*, not "),
         (MINI, {"test_images": 400}, "tested on 400 images, not on the 2,465 of caltech101"),
-    ],
-)
-def test_a_part_is_not_published_as_the_whole(name, change, reason, tmp_path, uploads):
-    folder = Path(shutil.copytree(registry.WEIGHTS / name, tmp_path / "head"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dcp": config["dcp"] | change}))
-    with pytest.raises(ZooError, match=f"cannot be published.*{reason}.*dcp-zoo train FOLDER"):
-        publish.prepare(folder, "our-org")
-    with pytest.raises(ZooError, match=reason):
-        dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
+    ):
+        folder = Path(shutil.copytree(registry.WEIGHTS / name, tmp_path / name))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dcp": config["dcp"] | change}))
+        with pytest.raises(ZooError, match=f"cannot be published.*{reason}.*dcp-zoo train FOLDER"):
+            publish.prepare(folder, "our-org")
+        with pytest.raises(ZooError, match=reason):
+            dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
     assert uploads.requests == []
 
 
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.encoder, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
-    head.method = "gda"
-    text = cards.make_card(head, "me/pets", "mit", 1_000_000).text
-    assert "A classifier trained by gda" in text
-    assert "The method is DCP" not in text
-    head.info = {"dataset": "folder", "shots": 4, "seed": 1, "metrics": {"top1_stored": 50.0}}
+    head.method, head.info = "gda", {"dataset": "folder", "shots": 4, "seed": 1, "metrics": {"top1_stored": 50.0}}
     card = cards.make_card(head, "me/pets", "mit", 1_000_000)
-    assert "datasets" not in card.data.to_dict()
+    assert "A classifier trained by gda" in card.text
+    assert "The method is DCP" not in card.text
     assert "**folder**" not in card.text
-    head.info = {"dataset": "caltech101", "shots": 16, "seed": 2}
-    card = cards.make_card(head, "me/pets", "mit", 1_000_000)  # it may be of other classes as it has no accuracy
     assert "datasets" not in card.data.to_dict()
     own = LinearHead(clip.encoder, classnames("caltech101"), torch.ones(100, 512), torch.zeros(100))
-    own.method, own.info = "gda", head.info | {"split_sha256": split_sha256("caltech101")}
+    own.method, own.info = "gda", {"dataset": "caltech101", "shots": 16, "seed": 2}
+    own.info["split_sha256"] = split_sha256("caltech101")
     card = cards.make_card(own, "me/pets", "mit", 1_000_000)
     assert card.data.datasets == ["caltech101"]
     assert "| seed |" not in card.text, "accuracies of DCP's heads"
@@ -181,20 +175,13 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
 @pytest.mark.scripts
 def test_invalid_folders_are_rejected(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    for change, message in (
-        ({"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
-        ({"shots": 3}, "not one of the zoo's heads"),
-        ({"n_ctx": 5}, "of another shape"),
+    for block, change, message in (
+        ("dcp", {"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
+        ("model_args", {"n_ctx": 5}, "of another shape"),
     ):
-        block = "model_args" if "n_ctx" in change else "dcp"
         (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=message):
             publish.prepare(folder, "our-org")
-    (folder / "config.json").write_text(json.dumps(config))
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.truncate(1000)
-    with pytest.raises(ZooError, match="damaged"):
-        publish.prepare(folder, "our-org")
     with pytest.raises(ZooError, match="is not a checkpoint"):
         publish.prepare(tmp_path / "none", "our-org")
 

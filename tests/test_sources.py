@@ -84,7 +84,6 @@ def test_the_chosen_gpu_is_seeded_not_the_current_one(monkeypatch):
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize(("device", "workers", "pinned"), [("cuda", 1, True), ("cuda", 0, False), ("cpu", 1, False)])
-def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch, device, workers, pinned):
-    monkeypatch.setattr(FrozenCLIP, "device", torch.device(device))
-    assert image_source(clip, photos, "crop-flip", workers).batches(2).pin_memory == pinned
+def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch):
+    monkeypatch.setattr(FrozenCLIP, "device", torch.device("cuda"))
+    assert [image_source(clip, photos, "crop-flip", workers).batches(2).pin_memory for workers in (0, 1)] == [0, 1]

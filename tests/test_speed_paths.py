@@ -26,7 +26,7 @@ from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.prompts import PromptHead
-from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
+from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing
 from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import load_weights
@@ -46,27 +46,22 @@ def build(clip: nn.Module, **options) -> DCP:
 # ------------------------------------------------------------------------------------------------------ matrix products
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (2, 0, 8)], ids=str)
-def test_linear_and_its_gradients(shape, with_bias):
+def test_linear_and_its_gradients(shape):
     """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
-    for trained in product([False, True], repeat=3):
-        check_linear(shape, trained, with_bias)
-
-
-def check_linear(shape: tuple[int, ...], trained: tuple[bool, ...], with_bias: bool) -> None:
-    tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][: 2 + with_bias]
-    found = []
-    for product_of in (linear, F.linear):
-        inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
-        out = product_of(*inputs)
-        if out.requires_grad:
-            out.sin().sum().backward()
-        found.append((out.detach(), *(t.grad for t in inputs)))
-    for fast, plain in zip(*found, strict=True):
-        assert (fast is None) == (plain is None)
-        if plain is not None:
-            torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+    for trained, size in product(product([False, True], repeat=3), (2, 3)):
+        tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][:size]
+        found = []
+        for product_of in (linear, F.linear):
+            inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
+            out = product_of(*inputs)
+            if out.requires_grad:
+                out.sin().sum().backward()
+            found.append((out.detach(), *(t.grad for t in inputs)))
+        for fast, plain in zip(*found, strict=True):
+            assert (fast is None) == (plain is None)
+            if plain is not None:
+                torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_linear_is_differentiated_twice_and_by_torch_func():
@@ -130,23 +125,14 @@ def poke(t: torch.Tensor) -> None:
 MUTATIONS = {
     "classes": lambda m: m.set_classnames(NAMES[::-1]),
     "prompts": lambda m: m.prompts["text"].mul_(1.5),
-    "prompts, copied": lambda m: m.prompts["text"].copy_(torch.randn(3, 64)),
-    "cmpa": lambda m: m.cmpa[0].to_vision.query.weight.add_(0.3),
-    "vision prompts": lambda m: m.prompts["vision"].mul_(3),
     "half and back": lambda m: m.bfloat16().float(),
     "another storage": lambda m: setattr(m.prompts["text"], "data", m.prompts["text"] * 2),
     "one number of cmpa": lambda m: poke(m.cmpa[0].to_vision.mlp.c_proj.bias),
     "one number of a text block": lambda m: poke(m.encoder.text.transformer.resblocks[1].mlp.c_fc.bias),
     "embedding of a name": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens[0].ids[0]].add_(1),
-    "embedding of the start": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens.start_id].add_(1),
-    "projection": lambda m: m.encoder.text.text_projection.mul_(
-        torch.linspace(1, 2, m.encoder.text.text_projection.shape[-1])
-    ),
     "ln_final": lambda m: poke(m.encoder.text.ln_final.bias),
-    "positions": lambda m: m.encoder.text.positional_embedding.mul_(2),
-    "statistics in place": lambda m: m.stored_stats is not None and m.stored_stats.mul_(2),
+    "statistics in place": lambda m: m.stored_stats.mul_(2),
     "calibration": lambda m: m.store_stats(IMAGES * 3),
-    "stats": lambda m: setattr(m, "stats", None),
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "optimizer": lambda m: step(m),
     "parameter": lambda m: setattr(
@@ -166,9 +152,7 @@ def step(model: DCP) -> None:
 @torch.no_grad()
 def test_text_features_are_never_stale(tiny_clip, mutation):
     """And are computed once only: the text tower has not run again for the last logits."""
-    model = build(
-        tiny_clip, coupling="text_to_vision" if mutation in ("prompts", "cmpa", "ln_final") else "bidirectional"
-    )
+    model = build(tiny_clip, coupling="text_to_vision" if mutation in ("prompts", "ln_final") else "bidirectional")
     model.store_stats(IMAGES)
     before = model(IMAGES)
     assert torch.equal(model(IMAGES), before)
@@ -191,19 +175,10 @@ def test_cache_follows_dtype_and_autocast(tiny_clip):
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(model(IMAGES), fresh(model))
     assert not close(autocast, model(IMAGES), 1e-6)
-    assert model.double()(IMAGES.double()).dtype == torch.float64
-
-
-def test_nothing_is_cached_with_gradients(tiny_clip):
-    model = build(tiny_clip)
-    model.store_stats(IMAGES)
-    model(IMAGES).sum().backward()
-    assert model.prompts["text"].grad is not None
-    with torch.inference_mode():
-        model(IMAGES)
-    model.zero_grad()
-    model(IMAGES).sum().backward()
+    with torch.enable_grad():  # nothing is cached then
+        model(IMAGES).sum().backward()
     assert model.prompts["text"].grad.abs().sum() > 0
+    assert model.double()(IMAGES.double()).dtype == torch.float64
 
 
 def test_what_is_cached_stays_inside(tiny_clip):
@@ -274,22 +249,17 @@ def prompted(kind: str, clip: nn.Module, n_ctx: int) -> Head:
 
 
 @pytest.mark.parametrize("kind", ["dcp", "vpt-deep", "maple"])
-def test_memory_of_a_step_grows_with_prompts_as_estimated(golden, kind):
+def test_memory_of_a_step_grows_with_prompts_as_estimated(golden, kind, monkeypatch):
+    """A step that needs a quarter of what there is, is computed in parts."""
     clip = build_tiny_clip(golden, vision_cfg={"layers": 12})  # as deep as CLIP's
     few, many = (prompted(kind, clip, n_ctx).train() for n_ctx in (4, 24))
     kept = [kept_for_backward(model) for model in (few, many)]
     estimated = [activation_bytes(model, len(IMAGES)) for model in (few, many)]
     assert estimated[1] / estimated[0] == pytest.approx(kept[1] / kept[0], rel=0.15)
     assert all(true < estimate < 2.5 * true for true, estimate in zip(kept, estimated, strict=True))
-
-
-def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
-    model = build(tiny_clip).train()
-    needed = activation_bytes(model, len(IMAGES))
-    for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
+    for total, recompute in ((4 * kept[0], True), (10 * kept[0], False)):
         monkeypatch.setattr("dcp_zoo.training.device.total_memory", lambda device, total=total: total)
-        assert needs_checkpointing(model, len(IMAGES)) is recompute
-    assert total_memory(torch.device("cpu")) > 2**28
+        assert needs_checkpointing(few, len(IMAGES)) is recompute
 
 
 @pytest.mark.parametrize(("precision", "coupling"), zip(("bfloat16", "float16"), COUPLINGS, strict=True))
@@ -313,18 +283,14 @@ def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupli
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def state_file(clip: nn.Module, path, dtype=torch.float32) -> str:
-    save_file({n: t.to(dtype).contiguous() for n, t in clip.state_dict().items()}, path)
-    return str(path)
-
-
 def test_weights_are_loaded_without_random_initialisation(golden, tmp_path):
     clip, dtype = build_tiny_clip(golden), torch.float16
-    path = state_file(clip, tmp_path / "clip.safetensors", dtype)
+    path = tmp_path / "clip.safetensors"
+    save_file({n: t.to(dtype).contiguous() for n, t in clip.state_dict().items()}, path)
     generator = torch.get_rng_state()
     with skip_init():
         other = open_clip.CLIP(**golden["clip"])
-    load_weights(other, path)
+    load_weights(other, str(path))
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
     assert torch.equal(other.attn_mask, clip.attn_mask)
@@ -355,7 +321,7 @@ def items(tmp_path) -> list[Item]:
     return [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
 
 
-@pytest.mark.parametrize(("cache_bytes", "kept"), [(0, 0), (8000, 2), (2**30, 6)])
+@pytest.mark.parametrize(("cache_bytes", "kept"), [(8000, 2), (2**30, 6)])
 def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items, cache_bytes, kept):
     """What is not kept is decoded again: here from files that have changed."""
     dataset = ImageDataset(items, to_tensor, cache_bytes)
@@ -367,18 +333,6 @@ def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items, cache_bytes
     for item in items:
         Image.new("RGB", (40, 30)).save(item.path)
     assert sum(bool(image.any()) for image, _ in dataset.__getitems__(range(6))) == kept
-
-
-def test_random_transforms_keep_their_order(items):
-    def draw(image):
-        return torch.rand(1)
-
-    torch.manual_seed(0)
-    expected = [draw(None) for _ in range(12)]
-    torch.manual_seed(0)
-    dataset = ImageDataset(items, draw)
-    drawn = [x for _ in range(2) for batch in ((5, 1, 0), (2, 4, 3)) for x, _ in dataset.__getitems__(batch)]
-    assert torch.equal(torch.stack(drawn), torch.stack(expected))
 
 
 def test_a_source_decodes_each_file_once(tiny_clip, items):

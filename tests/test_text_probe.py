@@ -28,7 +28,7 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features, folds
+from dcp_zoo.probe import ReadingFeatures, fit_on_features, folds
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -79,21 +79,16 @@ def text_logits(model: DCP, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_its_equations(model):
+    """By every path to the logits."""
     x, probe = images(5, 1), model.text_probe
     f, text = model.encode_image(x), text_logits(model, x)
     assert close(f.norm(dim=1), torch.ones(5))
     probe.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
     assert probe.weight.abs().max() > 0.1
-    assert close(model(x), 0.5 * text + f @ probe.weight.T + probe.bias, 1e-5)
-
-
-@torch.no_grad()
-def test_every_path_to_the_logits_has_it(model):
-    x = images(5, 1)
+    expected = 0.5 * text + f @ probe.weight.T + probe.bias
     features = model.forward_features(x)
-    assert close(model.fuse()(x), model(x))
-    assert close(model.forward_head(features), model(x))
-    assert close(model.get_classifier()(features), model(x))
+    for logits in (model(x), model.fuse()(x), model.forward_head(features), model.get_classifier()(features)):
+        assert close(logits, expected, 1e-5)
 
 
 @torch.no_grad()
@@ -136,19 +131,15 @@ def test_more_images_of_a_class_count_like_its_first_ones(model):
 
 
 @torch.no_grad()
-def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
-    x = images(5, 1)
-    before, threshold = picky(x), picky.rejection_threshold()
-    picky.info = {"metrics": {"top1_stored": 50.0}, "text_probe": {"thresholds": {"0.2": 9.0}, "text_scale": 1.0}}
+def test_a_renamed_class_keeps_its_thresholds(picky, tiny_clip, tmp_path):
+    """And an added one what does not depend on the classes."""
+    threshold = picky.rejection_threshold()
+    picky.info = {"text_probe": {"thresholds": {"0.2": 9.0}, "text_scale": 1.0}}
     picky.rename_class("cat", "tabby cat")
     picky.save_pretrained(tmp_path, torch.float32)
-    names = ["bus", "tabby cat", "kite"]
-    loaded = load_head(DCP(tiny_clip, names, n_ctx=2).eval(), tmp_path)
-    assert close(loaded(x), before)
-    assert (loaded.rejection_threshold(), picky.classnames) == (threshold, names)
-    assert "metrics" in json.loads((tmp_path / "config.json").read_text())["dcp"]
+    loaded = load_head(DCP(tiny_clip, ["bus", "tabby cat", "kite"], n_ctx=2).eval(), tmp_path)
     loaded.info = json.loads((tmp_path / "config.json").read_text())["dcp"]
-    assert loaded.rejection_threshold(0.2) == 9
+    assert (loaded.rejection_threshold(), loaded.rejection_threshold(0.2)) == (threshold, 9)
     with pytest.raises(ZooError, match="no threshold that refuses 1 of the images"):
         loaded.rejection_threshold(1.0)  # which is True's value
     loaded.add_class("zebra", images(3))
@@ -161,13 +152,14 @@ def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
         loaded.rename_class("cat", "dog")
 
 
-def test_without_a_text_probe_a_class_is_its_name(plain):
+def test_without_a_text_probe_a_class_is_its_name(plain, model):
+    """Which a state without one says, too."""
+    model.load_state_dict(plain.state_dict())
+    assert model.text_probe is None
     with pytest.raises(ZooError, match="no text probe.*Train a head with one.*reset_classifier"):
-        plain.add_class("zebra", images(2))
-    with pytest.raises(
-        ZooError, match="cannot reject images: it has no text probe. Train one that can: dcp-zoo train.$"
-    ):
-        plain.predict(images(2), reject=True)
+        model.add_class("zebra", images(2))
+    with pytest.raises(ZooError, match="cannot reject .* it has no text probe. Train one that can: dcp-zoo train.$"):
+        model.predict(images(2), reject=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the threshold
@@ -229,52 +221,25 @@ def test_it_outlives_changes_of_the_classes(picky, tiny_clip, tmp_path):
     assert picky.fuse().info["threshold"] == threshold
 
 
-@pytest.mark.parametrize("classes", [["kite", "zebra", "bus"], ["dog"], [*NAMES, "zebra"]])
-def test_it_needs_images_of_each_class(picky, tiny_clip, tmp_path, classes):
-    answers = picky.predict(images(5, 1), reject=True)
+def test_it_needs_images_of_each_class(picky, tiny_clip, tmp_path):
+    """A checkpoint of other classes has exact logits, and no threshold."""
+    answers, classes = picky.predict(images(5, 1), reject=True), ["kite", "zebra", "bus"]
     picky.save_pretrained(tmp_path / "whole", torch.float32)
     picky.set_classnames(classes)
-    message = f"has seen no image of {'dog' if classes == ['dog'] else 'zebra'}, .*omit --classes.*classes --add"
+    message = "has seen no image of zebra, .*omit --classes.*classes --add"
     assert cannot_reject(picky, message)
     assert cannot_reject(copy.deepcopy(picky), message)
     assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
     picky.info = {"text_probe": {"thresholds": {"0.05": 1.0}, "text_scale": 1.0}}
     picky.save_pretrained(tmp_path / "new")
+    state = load_file(tmp_path / "new" / "model.safetensors")
+    assert [name for name, t in state.items() if "classifier" in name and t.dtype == torch.half] == ["classifier.means"]
+    loaded = load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "new").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(5, 1)), picky(images(5, 1)))
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dcp"]["text_probe"] == {"text_scale": 1.0}
     picky.set_classnames(NAMES)
     assert picky.predict(images(5, 1), reject=True) == answers
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("classes", [NAMES, ["cat", "zebra"]])
-def test_checkpoints_carry_it(model, tiny_clip, tmp_path, classes):
-    """Its scores are stored exactly, for the classes of the moment."""
-    model.set_classnames(classes)
-    model.save_pretrained(tmp_path, torch.float32)
-    loaded = load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path).eval()
-    assert torch.equal(loaded(images(5, 1)), model(images(5, 1)))
-    other = load_head(DCP(tiny_clip, classes[::-1], n_ctx=2), tmp_path).eval()
-    assert close(other(images(5, 1)), model(images(5, 1)).flip(1))
-
-
-@torch.no_grad()
-def test_only_what_logits_do_not_depend_on_is_rounded_in_a_file(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    rounded = {name for name, t in state.items() if name.startswith("classifier.") and t.dtype == torch.half}
-    assert rounded == {"classifier.means"}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("had_its_own", [False, True])
-def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
-    x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
-    if had_its_own:
-        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.changed)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x))
-    other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("text_probe.")})
-    assert other.text_probe is None
 
 
 # ------------------------------------------------------------------------------------------- fitting, written plainly
@@ -445,12 +410,9 @@ def test_copies_of_an_image_in_one_group_are_no_evidence():
     views, labels, (weight, bias) = in_a_cone([6, 6, 6])
     once = labels[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
     twice = ReadingFeatures(views.repeat(1, 2, 1), (weight, bias))
-    fits = [
-        fit_on_features(CLASSES, once.repeat(2), [twice], groups=groups)[0]
-        for groups in (None, torch.arange(18).repeat(2))
-    ]
-    strongest = [probe.evidence[-1].item() for probe in fits]
-    assert strongest[0] > 10 * strongest[1]
+    groups = (None, torch.arange(18).repeat(2))
+    fits = [fit_on_features(CLASSES, once.repeat(2), [twice], groups=of)[0] for of in groups]
+    assert fits[0].evidence[-1] > 10 * fits[1].evidence[-1]
 
 
 @pytest.mark.parametrize("counts", [[1, 6, 3], [5, 0, 5], [8, 8, 8], [700, 0, 1400]])
@@ -488,10 +450,9 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
 def test_of_many_images_and_classes_only_the_full_text_is_tried():
     views, labels, (weight, bias) = in_a_cone([2] * 130)
     wrong = weight.roll(1, 0), bias
-    strengths = [
-        fit_on_features([*map(Class, map(str, range(130)))], labels, [ReadingFeatures(some, wrong)])[1]["text_strength"]
-        for some in (views, views[:1])
-    ]
+    classes, strengths = [*map(Class, map(str, range(130)))], []
+    for some in (views, views[:1]):
+        strengths.append(fit_on_features(classes, labels, [ReadingFeatures(some, wrong)])[1]["text_strength"])
     assert strengths[0] == 1 > strengths[1]
 
 
@@ -582,15 +543,11 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert info["others_accepted"] == pytest.approx(accepted, abs=0.1)
     distances = expected.distance(x_frozen / math.sqrt(2), plain.classes)
     assert close(plain.distances(plain.encode_image(x)), distances, 1e-3)
-    assert close(plain.fuse()(x), plain(x), 1e-5)
     fused = plain.fuse()
     assert close(fused.distances(fused.encode_image(x)), distances, 1e-3)
     plain.save_pretrained(tmp_path, torch.float32)
     loaded = load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval()
-    assert len(loaded.reads) == 2
     assert close(loaded(x), plain(x), 1e-5)
-    loaded.stats = "batch"
-    assert not close(loaded(x[:1]), plain(x[:1]), 1e-3)
     plain.add_class("zebra", x)
     assert plain(x).argmax(-1).tolist().count(3) > 3
     assert close(plain.fuse()(x), plain(x), 1e-5)
@@ -651,18 +608,12 @@ def test_in_training_mode_predictions_do_not_depend_on_the_batch(model):
 
 
 @torch.no_grad()
-def test_raw_pixels_and_images_of_another_size_are_refused(model):
-    """Also by the fused model; integers would be answered as if they were normalised."""
-    for wrong in (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 40, 32), torch.zeros(2, 1, 32, 32)):
-        for reader in (model, model.fuse(), model.predict):
-            with pytest.raises(ZooError, match=r"reads images \(n, 3, 32, 32\) of floats.*create_transform.*not \(2, "):
-                reader(wrong)
-
-
-@torch.no_grad()
 def test_prediction_names_a_class_or_none(model, plain):
     x = images(5, 1)
-    for wrong, message in ((x[0], r"not a tensor \(3, "), (x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):
+    for reader in (model, model.fuse(), model.predict):  # integers would be answered as if they were normalised
+        with pytest.raises(ZooError, match=r"reads images \(n, 3, 32, 32\) of floats.*create_transform.*not \(2, "):
+            reader(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    for wrong, message in ((x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):
         with pytest.raises(ZooError, match=rf"Expected images \(n, 3, H, W\).*{message}"):
             model.predict(wrong)
         with pytest.raises(ZooError, match=message):

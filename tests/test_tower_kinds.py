@@ -197,8 +197,8 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, me
         assert close(plain.encode_image(IMAGES), F.normalize(clip.encode_image(IMAGES), dim=-1))
 
 
-@pytest.mark.parametrize("method", ["maple", "promptsrc", "2sfs"])
-def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
+@pytest.mark.parametrize("method", ["promptsrc", "2sfs"])
+def test_other_methods_train_on_towers_that_are_not_clips(method):
     clip, tokenizer = build_clip("siglip")
     plain = FrozenCLIP(clip, tokenizer)
     source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)

@@ -81,7 +81,7 @@ def test_the_default_recipe_has_the_numbers_of_the_release():
     assert default_recipe("dcp_mini") != recipe
 
 
-@pytest.mark.parametrize(("classes", "images"), [(2, 2), (10, 160), (1000, 16000)])
+@pytest.mark.parametrize(("classes", "images"), [(2, 2), (1000, 16000)])
 def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
     """Never fewer steps than classes and images need; for a few thousand images at least the release's 20 epochs."""
     mini = default_recipe("dcp_mini")
@@ -126,7 +126,6 @@ def test_the_classifier_is_an_option_of_every_recipe():
     [
         ({"epoch": 50}, "epoch is none of n_ctx"),
         ({"epochs": 1.5}, "epochs must be an integer or null, not 1.5"),
-        ({"share_cmpa": 1}, "share_cmpa must be true or false, not 1"),
         ({"optimizer": "lion"}, "sgd or adamw"),
         ({"batch_size": 0}, "at least 1"),
     ],
@@ -159,7 +158,7 @@ def test_patch_maps_replace_the_images(sources):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_training_learns(sources):
+def test_training_learns(sources, tmp_path):
     """In half precision: see `test_half_precision_trains_on_cast_weights_and_calibrates_in_float32`."""
     model = mini()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -171,7 +170,10 @@ def test_training_learns(sources):
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
     round_and_store_stats(model, sources())
     assert model.stats == "stored"
-    assert top1(predict(model, sources(), 8), source.labels) == 100
+    logits = predict(model, sources(), 8)
+    assert top1(logits, source.labels) == 100
+    model.save_pretrained(tmp_path)  # what is measured is what is saved: rounded weights
+    torch.testing.assert_close(predict(create_model(f"local-dir:{tmp_path}", True).eval(), sources(), 8), logits)
 
 
 def test_transfer_stays_nearer_to_zero_shot():
@@ -243,15 +245,6 @@ def test_training_images_that_are_not_learnt_are_warned_about(sources):
         warn_if_not_learnt(0.27, 2, "epochs", 2)
 
 
-def test_the_rounded_weights_are_measured(sources, tmp_path):
-    model = mini()
-    source = sources()
-    round_and_store_stats(model, source)
-    model.save_pretrained(tmp_path)
-    again = create_model(f"local-dir:{tmp_path}", True).eval()
-    assert torch.allclose(predict(again, source, 8), predict(model, source, 8), atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------- complete runs
 
 
@@ -271,37 +264,30 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     assert again.info["metrics"] == metrics == model.info["metrics"]
     assert (again.info["dataset"], again.info["shots"], again.info["seed"]) == ("digits", 2, 1)
     assert again.info["split_sha256"] == digits_run.split.sha256
+    assert metrics.keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         train_head(digits_run, tmp_path / "a")
     assert train_head(digits_run, tmp_path / "b")[1] == metrics
 
 
-def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run, tmp_path):
-    few = few_shot(digits_run.split, 1, 1)
-    run = replace(digits_run, split=few, recipe=replace(digits_run.recipe, epochs=1))
-    seen = []
-    _, metrics = train_and_refit(run, tmp_path, RunOptions(show=seen.append))
-    info = create_model(f"local-dir:{tmp_path}", True).info
-    assert len(seen) == 1
-    assert info["metrics"] == metrics
-    assert (info["test_images"], info["test_share"]) == (5, 0)
-    assert info["subset_sha256"] == subset_sha256(all_for_training(run.split).train)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "log.csv"}
-
-
 def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run, tmp_path, monkeypatch):
-    """Nor another one: that would be the training of another run."""
-    few = few_shot(digits_run.split, 2, 1)
+    """Nor another one: that would be the training of another run. A refit trains on all images, and keeps the measured
+    accuracy."""
+    few, seen = few_shot(digits_run.split, 2, 1), []
     split = replace(few, val=[], test=few.test[:3])
     run = replace(digits_run, split=split, recipe=replace(digits_run.recipe, epochs=1), shots=1)
-    whole = train_and_refit(run, tmp_path / "whole")
+    whole = train_and_refit(run, tmp_path / "whole", RunOptions(show=seen.append))
+    info = create_model(f"local-dir:{tmp_path / 'whole'}", True).info
+    assert (len(seen), info["metrics"], info["test_images"], info["test_share"]) == (1, whole[1], 3, 0)
+    assert info["subset_sha256"] == subset_sha256(all_for_training(split).train)
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"model.safetensors", "config.json", "log.csv"}
     refit, step, steps = training_run.train_head, TrainingState.step, []
     monkeypatch.setattr(training_run, "train_head", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train_and_refit(run, tmp_path / "out")
     monkeypatch.setattr(training_run, "train_head", refit)
     texts = {name: ["a digit"] for name in run.split.classnames}
-    others = {"seed": 2}, {"recipe": replace(run.recipe, lr=1e-3)}, {"shots": 2}, {"descriptions": texts}
+    others = {"seed": 2}, {"recipe": replace(run.recipe, lr=1e-3)}, {"descriptions": texts}
     for other in others:
         with pytest.raises(ZooError, match="is the state of another run"):
             train_and_refit(replace(run, **other), tmp_path / "out")

@@ -1,14 +1,17 @@
-"""A Ray cluster: connecting, what its machines have room for, and trials that are repeated when their worker dies."""
+"""Sweeps on a Ray cluster: connecting, what its machines have room for, and trials that are repeated when their worker
+dies."""
 
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+from dcp_zoo.benchmark import store, sweep
+from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
 
@@ -76,31 +79,18 @@ class Resources:
         return fitted
 
 
-ONE_CORE = Resources()  # and a GPU, if the cluster has any
+def sweep_on_ray(
+    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = Resources()
+) -> Iterator[sweep.Event]:
+    """Run trials on a cluster and yield their events, in this process's folder where that exists. Each writes its
+    result to the sweep's folder, which all machines must share, so that if this process dies, only running trials are
+    lost. Closing the generator cancels what runs. Workers are reused, with the images they have prepared."""
+    folder, lost, execute = os.getcwd(), Counter[Trial](), sweep.execute  # noqa: PTH109
 
-
-@dataclass(frozen=True)
-class Event:
-    """What has become of a task."""
-
-    item: Any
-    state: str  # "done"; "waiting" for another attempt; "lost", after the last one; a trial is also "failed" or "busy"
-    message: str = ""  # why it waits or is lost
-    result: Any = None  # of a task that is done; Ray's exception if it waits or is lost
-    seconds: float = 0.0  # that a trial took
-
-
-def run_tasks(
-    work: Callable[[Any], Any], items: Iterable[Any], resources: Resources, address: str
-) -> Generator[Event, None, None]:
-    """Run `work(item)` for every item on a cluster, in this order and in this process's folder, where that exists.
-    Closing the generator cancels what runs. What a worker keeps in its modules' variables stays for the next task."""
-    folder, losses = os.getcwd(), Counter[object]()  # noqa: PTH109
-
-    def on_worker(item: object) -> object:
+    def on_worker(trial: Trial) -> sweep.Event:
         with suppress(OSError):  # so that relative paths start there; a machine without the folder needs no such paths
             os.chdir(folder)
-        return work(item)
+        return execute(trial, settings)
 
     with connected(address) as ray:
         resources = resources.fitted(ray)
@@ -110,13 +100,14 @@ def run_tasks(
             max_calls=0,  # otherwise a worker with a GPU would exit after each task
             max_retries=0,  # retries are counted here: Ray's have no end where memory is exhausted
         )(on_worker)
-        running = {remote.remote(item): item for item in items}
+        running = {remote.remote(trial): trial for trial in longest_first(trials)}
         try:
             while running:
                 for reference in ray.wait(list(running))[0]:
-                    event = _ended(ray, reference, running.pop(reference), losses, resources.retries)
+                    trial = running.pop(reference)
+                    event = _ended(ray, reference, trial, settings, lost, resources.retries)
                     if event.state == "waiting":
-                        running[remote.remote(event.item)] = event.item
+                        running[remote.remote(trial)] = trial
                     yield event
         except ray.exceptions.RaySystemError as error:
             raise ZooError(f"Ray stopped ({error}). Finished work is kept: repeat the command to resume.") from error
@@ -125,15 +116,29 @@ def run_tasks(
                 ray.cancel(reference, force=True)
 
 
-def _ended(ray: ModuleType, reference: object, item: object, losses: Counter[object], retries: int) -> Event:
-    """The event for a task that has ended; raises what it raised."""
+def longest_first(trials: Sequence[Trial]) -> list[Trial]:
+    """Sort trials by training steps: a long one that starts last would keep all other machines waiting. Trials without
+    training still come first; they reveal missing files early."""
+    return sorted(trials, key=lambda trial: (trial.shots > 0, -trial.steps))
+
+
+def _ended(
+    ray: ModuleType, reference: object, trial: Trial, settings: Settings, lost: Counter[Trial], retries: int
+) -> sweep.Event:
+    """The event of a trial that has ended; it has failed if Ray lost it too often. Raises what the worker raised."""
     try:
-        return Event(item, "done", result=ray.get(reference))
+        event: sweep.Event = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ZooError) else error) from None
     except ray.exceptions.RayError as error:
-        losses[item] += 1
+        lost[trial] += 1
         reason = f"Ray lost it ({type(error).__name__})"
-        if losses[item] <= retries:
-            return Event(item, "waiting", f"{reason}; attempt {losses[item] + 1} of {retries + 1} follows", error)
-        return Event(item, "lost", f"{reason}, {losses[item]} times", error)
+        if lost[trial] <= retries:
+            return sweep.Event(trial, "waiting", f"{reason}; attempt {lost[trial] + 1} of {retries + 1} follows")
+        reason = f"{reason}, {lost[trial]} times"
+        store.save_failure(settings.output, trial, reason, str(error))
+        return sweep.Event(trial, "failed", reason)
+    if event.state == "done" and trial.key not in store.done(settings.output):
+        problem = f"A worker has finished {trial.key}, but its result is not in {settings.output}."
+        raise ZooError(f"{problem} --output must be a folder shared by all machines of the cluster.")
+    return event

@@ -19,7 +19,6 @@ from dcp_zoo.training.recipes import TEXT_PROBE
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
     from dcp_zoo.training.evaluation import Evaluation
 
@@ -232,75 +231,34 @@ def against(results: "pd.DataFrame", reference: str = "DCP") -> list[Table]:
     return [Table(f"Differences from {reference}", header, rows, note)]
 
 
-INK = "#111213"  # text, axes and DCP's curve
-COLOURS = "#1F82C0 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #888888".split()  # safe for colour-blind readers
-MARKERS = "osD^vPX*<>"
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "dcp", "font.family": "sans-serif", "axes.facecolor": "none"}
-STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-PANEL = (3.6, 2.7)  # inches
+MARKERS = "osD^vP"  # the colours repeat after ten methods
 
 
-def learning_curves(results: "pd.DataFrame") -> tuple[str, str]:
-    """The learning curves of few-shot results as SVG, with a legend, and their values as text for screen readers; "" if
-    there are none. Needs the extra `plots`. No curve with the batch statistics beside one with the stored ones."""
+def learning_curves(results: "pd.DataFrame") -> str:
+    """The learning curves of few-shot results as SVG, with one standard deviation over seeds; methods without training
+    are dotted lines. "" without few-shot results. No curve with the batch statistics beside the stored ones'."""
     shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
-    panels = {title: rows for title, rows, *_ in by_dataset(shown)}
+    panels = list(by_dataset(shown))
     if not panels:
-        return "", ""
-    lines, panel_texts = curve_styles(shown), []
-    with import_extra("matplotlib", "plots").rc_context(STYLE):
-        columns = min(4, len(panels))
-        rows = -(-len(panels) // columns)
-        size = max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8
-        figure = import_extra("matplotlib.figure", "plots").Figure(size, layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for ax, (title, panel) in zip(axes, panels.items(), strict=False):
-            draw(ax, panel, lines)
-            ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
-            curves = panel.groupby(["label", "shots"], sort=False).top1.mean().groupby("label", sort=False)
-            texts = (
-                f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for (_, k), mean in c.items()) for label, c in curves
-            )
-            panel_texts.append(f"{title}. {'; '.join(texts)}.")
-        for ax in axes[len(panels) :]:
-            ax.set_axis_off()
-        drawn = (ax.get_legend_handles_labels() for ax in axes)
-        handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
-        place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
-        figure.legend(handles.values(), handles, **place)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    return svg, f"Top-1 accuracy in percent over images per class. {' '.join(panel_texts)}"
-
-
-def curve_styles(shown: "pd.DataFrame") -> dict[str, Values]:
-    """Colour, marker and line by label: DCP is in ink, so that it stands out; methods without training are dotted."""
-    lines: dict[str, Values] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
-    for i, label in enumerate(label for label in shown.label.unique() if label != "DCP"):
-        line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
-        lines[label] = line | {"linestyle": "-" if i < len(COLOURS) else "--"}
-    for label, trained in shown.groupby("label").shots.any().items():
-        lines[label] |= {"markersize": 4} | ({} if trained else {"linestyle": ":", "marker": ""})
-    return lines
-
-
-def draw(ax: "Axes", rows: "pd.DataFrame", lines: dict[str, Values]) -> None:
-    """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
-    for label, group in rows.groupby("label", sort=False):
-        points, line = group.groupby("shots").top1.agg(["mean", "std"]), lines[label]
-        if list(points.index) == [0]:
-            ax.axhline(points["mean"][0], label=label, **line)
-            continue
-        points = points.drop(index=0, errors="ignore").fillna(0)
-        ax.plot(points.index, points["mean"], label=label, **line)
-        band = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
-        ax.fill_between(points.index, points["mean"] - points["std"], points["mean"] + points["std"], **band)
-    shots = sorted(set(rows.shots) - {0})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(shots, [str(k) for k in shots])
-    ax.grid(alpha=0.25, color="#888888")
-    ax.spines[["top", "right"]].set_visible(False)
+        return ""
+    figures, text = import_extra("matplotlib.figure", "plots"), io.StringIO()
+    shots = sorted({*shown.shots} - {0})
+    with import_extra("matplotlib", "plots").rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcp"}):
+        figure = figures.Figure((8, 4 * len(panels)), layout="constrained")
+        for ax, (caption, rows, *_) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
+            for i, label in enumerate(shown.label.unique()):
+                points = rows[rows.label == label].groupby("shots").top1.agg(["mean", "std"]).fillna(0)
+                line = {"label": label, "color": f"C{i % 10}"}
+                if list(points.index) == [0]:
+                    ax.axhline(points["mean"][0], linestyle=":", **line)
+                elif len(points):
+                    ax.errorbar(points.index, points["mean"], points["std"], marker=MARKERS[i // 10 % 6], **line)
+            ax.set_xscale("log", base=2)
+            ax.set(title=caption, xlabel="images per class", ylabel="top-1 in %")
+            ax.set_xticks(shots, map(str, shots))
+            ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 SECTIONS = {  # protocol: (heading, tables)
@@ -343,10 +301,9 @@ def _section(results: "pd.DataFrame", files: dict[str, str]) -> Values:
         (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
     ]
     section["ece"], section["nll"] = (few_shot_tables(results, value) for value in ("ece", "nll"))
-    section["curves"], section["description"] = learning_curves(results)
-    section["figure"] = name = file_name(f"learning-curves-{model}-{weights}.svg")
-    if section["curves"]:
-        files[name] = section["curves"]
+    if curves := learning_curves(results):
+        section["figure"] = file_name(f"learning-curves-{model}-{weights}.svg")
+        files[section["figure"]] = curves
     return section
 
 

@@ -5,8 +5,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 
 from dcp_zoo.benchmark import plan, store
-from dcp_zoo.benchmark.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
@@ -46,6 +44,16 @@ from dcp_zoo.zoo.resolve import resolve
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
+
+
+@dataclass(frozen=True)
+class Event:
+    """What has become of a trial."""
+
+    item: Trial
+    state: str  # "done", "failed", "busy" in another process, or "waiting" for another attempt on a cluster
+    message: str = ""  # accuracies, or why
+    seconds: float = 0.0  # that it took
 
 
 class TrialImages:
@@ -121,7 +129,6 @@ def run_trial(
         recipe=trial.recipe,
         device=settings.device,
         precision=settings.precision,
-        encoder=trial.encoder or None,
     )
     folder = None
     if kept and (run.recipe.is_trained or len(trial.targets) > 1):  # otherwise it is trained again in seconds
@@ -231,40 +238,6 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
         trials = busy
 
 
-# -------------------------------------------------------------------------------------------------------------- on Ray
-# One task per trial writes its result to the sweep's folder, which all machines must share, so that if the driver dies,
-# only running trials are lost. Workers are reused from trial to trial, with the images they have prepared.
-
-
-def sweep_on_ray(
-    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
-) -> Iterator[Event]:
-    """Run trials on a cluster, see `run_tasks`, and yield their events. Closing it cancels them."""
-    work = partial(execute, settings=settings)
-    with closing(run_tasks(work, longest_first(trials), resources, address)) as tasks:
-        for task in tasks:
-            yield _event(task, settings)
-
-
-def longest_first(trials: Sequence[Trial]) -> list[Trial]:
-    """Sort trials by training steps: a long one that starts last would keep all other machines waiting. Trials without
-    training still come first; they reveal missing files early."""
-    return sorted(trials, key=lambda trial: (trial.shots > 0, -trial.steps))
-
-
-def _event(task: Event, settings: Settings) -> Event:
-    """The event of a trial's task; a trial that is lost for good has failed."""
-    if task.state == "lost":
-        store.save_failure(settings.output, task.item, task.message, str(task.result))
-        return replace(task, state="failed")
-    if task.state != "done":
-        return task
-    if task.result.state == "done" and task.item.key not in store.done(settings.output):
-        problem = f"A worker has finished {task.item.key}, but its result is not in {settings.output}."
-        raise ZooError(f"{problem} --output must be a folder shared by all machines of the cluster.")
-    return task.result
-
-
 def sweep(
     trials: Sequence[Trial],
     settings: Settings,
@@ -272,8 +245,8 @@ def sweep(
     run: Callable[[Sequence[Trial], Settings], Iterable[Event]] = run_in_process,
     show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
 ) -> dict[Trial, str]:
-    """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
-    display them, given their number. Returns the trials that failed, with their error messages."""
+    """Run all trials that have not finished yet, by `run_in_process` or `cluster.sweep_on_ray`. `show` wraps the events
+    to display them, given their number. Returns the trials that failed, with their error messages."""
     plan.forget_images()
     shared_images.cache_clear()
     todo = [trial for trial in trials if not store.finished(trial, settings)]

@@ -1,17 +1,16 @@
 """`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
-from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
@@ -26,6 +25,9 @@ from dcp_zoo.files import check_writable
 from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
+
+if TYPE_CHECKING:
+    from dcp_zoo.benchmark.sweep import Event
 
 GRID = "Grid (comma-separated lists or repeated options)"
 several = partial(opt.option, (), rich_help_panel=GRID)
@@ -56,11 +58,6 @@ class BenchmarkOptions:
         grid["options"] = opt.parse_changes(self.changes)
         return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
-    def settings(self) -> Settings:
-        """What all trials share: the options of the same names."""
-        shared = {part.name: getattr(self, part.name) for part in fields(Settings) if hasattr(self, part.name)}
-        return Settings(self.output_dir or Path(), **shared)
-
 
 @dataclass(frozen=True)
 class ClusterOptions:
@@ -72,7 +69,8 @@ class ClusterOptions:
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
+        from dcp_zoo.benchmark.cluster import Resources, import_ray, sweep_on_ray
+        from dcp_zoo.benchmark.sweep import run_in_process
 
         if self.ray is not None:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
@@ -101,7 +99,9 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     done = store.done(options.output_dir) if options.output_dir else set()
     todo = [trial for trial in trials if trial.key not in done]
     if options.dry_run:
-        show_grid(trials, done)
+        output.print(*grid_tables(trials, done))
+        steps = sum(trial.steps for trial in todo)
+        output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
         if options.data_root:
             check_data(todo, options.data_root)
         return
@@ -111,7 +111,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     use_threads()
     run = cluster.backend()
     names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
-    needed = list(filter(opt.uses_data_root, names))
+    needed = [name for name in names if find_spec(name).folder]
     missing = [] if options.output_dir else ["--output DIR for the results"]
     if needed and options.data_root is None:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
@@ -119,8 +119,9 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
     check_writable(options.output_dir)
     check_data(todo, options.data_root)
+    settings = Settings(options.output_dir, options.data_root, options.device, options.precision)
     try:
-        failed = sweep(trials, options.settings(), run=run, show=show_events)
+        failed = sweep(trials, settings, run=run, show=show_events)
     except KeyboardInterrupt:
         log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
@@ -129,7 +130,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
+def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
     """Print a line for every trial that finishes."""
     finished = 0
     for event in events:
@@ -157,13 +158,6 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")
-
-
-def show_grid(trials: Sequence[Trial], done: Collection[str]) -> None:
-    output.print(*grid_tables(trials, done))
-    todo = [trial for trial in trials if trial.key not in done]
-    steps = sum(trial.steps for trial in todo)
-    output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
 
 
 def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[Table]:

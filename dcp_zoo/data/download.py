@@ -2,15 +2,18 @@
 official ones are arranged."""
 
 import http.client
+import lzma
 import shutil
+import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from dcp_zoo.data.archives import DAMAGED, extract
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import DATASETS, Archive, DatasetSpec, find_spec
@@ -21,6 +24,8 @@ SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
 FIRST_PAUSE = 2.0  # seconds before the second try, doubled for each further one
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
+# what the standard library raises for archives it cannot read, encrypted ones included
+DAMAGED = (tarfile.TarError, zipfile.error, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError, RuntimeError)
 
 
 def downloadable() -> list[str]:
@@ -152,6 +157,35 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
                     new = folder / destination / path.relative_to(source)
                     new.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(new)
+
+
+def extract(file: Path, target: Path, places: Sequence[str], inner: str = "") -> None:
+    """Unpack folders of a zip or tar archive, or of the tar `inner` in a zip, without what macOS adds. One of `DAMAGED`
+    if it cannot be read; ZooError for a link or device in it."""
+
+    def is_needed(name: str) -> bool:
+        inside = any(name.removeprefix("./").startswith(place and f"{place}/") for place in places)
+        return inside and not PurePosixPath(name).name.startswith("._")
+
+    def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        if not is_needed(member.name):
+            return None
+        if not (member.isfile() or member.isdir()):
+            raise ZooError(f"{file}: {member.name} is a link or a device, which no dataset needs. Nothing was kept.")
+        return tarfile.data_filter(member, path)  # which refuses paths that lead out
+
+    if not zipfile.is_zipfile(file):
+        if not tarfile.is_tarfile(file):  # whose own error has a line for each kind of compression
+            raise ValueError("neither a zip nor a tar file")
+        with tarfile.open(file) as tar:
+            tar.extractall(target, filter=checked)
+        return
+    with zipfile.ZipFile(file) as opened:
+        if inner:
+            with opened.open(inner) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+                tar.extractall(target, filter=checked)
+        else:  # its paths stay inside: the standard library drops what would lead out
+            opened.extractall(target, filter(is_needed, opened.namelist()))
 
 
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.data import paths
-from dcp_zoo.data.archives import unpacked
 from dcp_zoo.errors import ZooError, as_zoo_error
 
 LISTS = (".txt", ".lst")
@@ -25,7 +24,7 @@ def find_images(sources: Sequence[str]) -> list[Found]:
     """All images of the sources, in order. ZooError for a source without images.
 
     Args:
-        sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
+        sources: each an image file, a folder (with its subfolders, sorted by path), a pattern
             (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its folder).
     """
     return [Found(*image) for source in sources for image in _images_of(source)]
@@ -37,11 +36,10 @@ def _images_of(source: str) -> Iterator[tuple[str, str]]:
         raise ZooError(f"{source} is at a URL: download it, and pass the files.")
     elif source.lower().endswith(paths.VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")
+    elif source.lower().endswith(paths.ARCHIVE_SUFFIXES):
+        raise ZooError(f"{source} is an archive: unpack it, and pass the folder.")
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         yield from ((path, path) for path in _in_folder(source))
-    elif paths.is_archive(source):
-        folder = str(unpacked(source))
-        yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder))
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
     elif has_magic(source) and not Path(source).exists():

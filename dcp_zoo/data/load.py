@@ -7,9 +7,7 @@ from functools import cache, reduce
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
-from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.packaged import classnames
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
@@ -38,7 +36,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
-    its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
+    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the
     images that these CSV files list; `digits` needs no root. ZooError for an
     unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
@@ -118,8 +116,6 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     """The dataset's folder; ZooError names the first missing path."""
-    if spec.layout == "folder" and root is not None and is_archive(root):
-        return unpacked(str(root))
     if spec.folder is None:
         return Path(root or "").expanduser()
     if root is None:

@@ -1,4 +1,4 @@
-"""What a path stands for, by its name: an image, a video, an archive, or another file."""
+"""What a path stands for, by its name: an image, a video, or another file."""
 
 import os
 from collections import Counter
@@ -39,11 +39,6 @@ def is_heif(start: bytes) -> bool:
 def is_image(file: str) -> bool:
     """Whether a file is an image of the user's own, by its name."""
     return file.lower().endswith(IMAGE_SUFFIXES) and is_visible(file)
-
-
-def is_archive(path: str | os.PathLike) -> bool:
-    """Whether this is the user's own archive of images."""
-    return str(path).lower().endswith(ARCHIVE_SUFFIXES) and Path(path).is_file()
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:

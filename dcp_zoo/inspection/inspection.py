@@ -14,7 +14,6 @@ from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.errors import ZooError, by_reason
@@ -167,7 +166,7 @@ def inspect(
     if labels is not False:
         check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
-    keep = isinstance(images, (str, Path)) and not is_archive(images)
+    keep = isinstance(images, (str, Path))
     seen = look([item.path for item in data.items], clip, keep, progress)
     readable = [i for i in range(len(data.items)) if i not in seen.errors]
     items = [data.items[i] for i in readable]

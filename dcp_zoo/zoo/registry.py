@@ -97,6 +97,8 @@ ROWS = {name: row for name, row in TABLE.items() if not name.startswith(".")}
 for row in ROWS.values():
     row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
 MODELS = {name: ModelSpec(name, **row) for name, row in ROWS.items()}
+DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
+MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that a full-size model would not."
 
 
 def frontier(figure: str, licenses: Sequence[str] = ()) -> list[ModelSpec]:

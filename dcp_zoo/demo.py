@@ -1,4 +1,5 @@
-"""The demo's page, in plain Gradio, and its door: what Gradio itself would let in."""
+"""The demo, a web page that trains and classifies: `dcp-zoo demo`, or the Space in `hub/space/`. The page, in plain
+Gradio, and its door: what Gradio itself would let in."""
 
 import json
 import shutil
@@ -27,11 +28,11 @@ from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.data.splits import divide
-from dcp_zoo.demo import MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.serve import LOCAL_HOSTS
+from dcp_zoo.serve import LOCAL_HOSTS, listen
+from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph
 MAX_PHOTOS, MAX_CLASSES, MAX_SHOTS = 24, 6, 30  # photographs to classify; classes, and photographs of each
@@ -67,6 +68,16 @@ class Trained(NamedTuple):
 
     head: Head
     files: TemporaryDirectory
+
+
+def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serve the demo until it is interrupted. Port 0 picks a free one; host "0.0.0.0" is open to other machines.
+    ZooError for an unknown head or a port that is taken."""
+    with listen(host, port) as listening:  # Gradio takes no socket, and looks for another port than 0 by itself
+        port = listening.getsockname()[1]
+    page = start(head, host, port)
+    print(f"The demo is at http://{host}:{port} - stop it with Ctrl-C.", flush=True)
+    page.block_thread()
 
 
 def start(head: str, host: str, port: int) -> gr.Blocks:
