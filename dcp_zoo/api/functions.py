@@ -241,7 +241,7 @@ def outputs_of(
         if isinstance(images[0], Tensor):
             return predictor.classify(given_features(head, images)), [*range(len(images))], {}
         broken, found = predictor.outputs(images, batch_size, progress)
-    if errors == "raise":
+    if broken and errors == "raise":
         refuse(items, broken)
     return found, [i for i in range(len(items)) if i not in broken], broken
 

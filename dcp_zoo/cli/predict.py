@@ -56,8 +56,13 @@ class PredictOptions:
 
     @property
     def files(self) -> list[Path]:
-        """The table first if it is named."""
+        """Those to write."""
         return [file for file in (self.table, self.features, self.sheet) if file]
+
+    @property
+    def place(self) -> Path:
+        """The table's file: without --output named after the other file."""
+        return self.table or self.files[0].with_suffix(".csv")
 
     @property
     def on_onnx(self) -> bool:
@@ -100,17 +105,18 @@ def predict(options: PredictOptions) -> None:
         config = read_config(head_folder(opt.head_name(options.head)))
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
+    found = find_images(sources)
+    done = write_files(found, options) if options.files else show_on_screen(found, options)
+    for error in done.errors:
+        print_error(printable(error))
     if options.files:
-        done, place = write_files(sources, options)
-        failed = done.failed
-        for error in done.errors:
-            print_error(printable(error))
-        bad = f", of which {failed:,} cannot be read" if failed else ""
-        log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        say_together(done.changed, done.images, options)
-    else:
-        failed = show_on_screen(find_images(sources), options)
-    if failed:
+        bad = f", of which {done.failed:,} cannot be read" if done.failed else ""
+        log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {options.place}")
+    elif done.failed and done.images > 1:
+        log(f"{done.failed} of {done.images} images cannot be read.")
+    if options.together:
+        say_together(done.changed, done.images)
+    if done.failed:
         raise Exit(1)
 
 
@@ -147,55 +153,45 @@ def depends_on(options: PredictOptions) -> Values:
     return own | {"precision": precision}
 
 
-def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
-    """The counts, and the table's file."""
+def write_files(found: Sequence[Found], options: PredictOptions) -> "Summary":
     from dcp_zoo.prediction.job import Job, OutputFiles, run
 
-    table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
-    outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)
-    found = find_images(sources)
+    outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
     outputs.check()  # before PyTorch is imported
     job, plan = Job(options.top_k, BATCH, options.together), depends_on(options)
-    return run(found, partial(load, options, len(found)), job, outputs, plan, progress=progress_bar), table
+    return run(found, partial(load, options, len(found)), job, outputs, plan, progress=progress_bar)
 
 
-def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
-    """Print the predictions of all images; returns how many cannot be read."""
+def show_on_screen(found: Sequence[Found], options: PredictOptions) -> "Summary":
+    """Print the predictions of all images."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import is_changed, label, written
-    from dcp_zoo.prediction.job import Job
+    from dcp_zoo.prediction.job import Job, Summary
 
     job, predictor = Job(options.top_k, BATCH, options.together), load(options, len(found))
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
     rows = job.collect(batches, predictor.classnames)
-    failed = [row["error"] for row in rows if "error" in row]
+    read = [row for row in rows if "predictions" in row]
     if options.as_json:
         print(json.dumps([*map(written, rows)], indent=1))
-    elif len(rows) - len(failed) > FEW:
-        read = [row for row in rows if "predictions" in row]
+    elif len(read) > FEW:
         sure = ("" if row.get("rejected") else percent(row["predictions"][0]) for row in read)
         cells = [(row["image"], label(row), probability) for row, probability in zip(read, sure, strict=True)]
         output.print(plain_table(("image", "class", "probability"), cells))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
-        output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
-    for error in failed:
-        print_error(printable(error))
-    if failed and len(rows) > 1:
-        log(f"{len(failed)} of {len(rows)} images cannot be read.")
-    say_together([row for row in rows if is_changed(row)], len(rows), options)
+        output.print(*map(predictions_table, read), sep="")
     if predictor.architecture == "dcp_mini" and not options.as_json:
         advise(MINIATURE_NOTE)
-    return len(failed)
+    errors = [row["error"] for row in rows if "error" in row]
+    return Summary(len(rows), 0, len(errors), [row for row in rows if is_changed(row)], errors)
 
 
-def say_together(changed: "Sequence[Row]", images: int, options: PredictOptions) -> None:
+def say_together(changed: "Sequence[Row]", images: int) -> None:
     """Say how many predictions the other images changed, with examples."""
-    if not options.together:
-        return
     from dcp_zoo.answers import label
 
     examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]

@@ -2,9 +2,8 @@
 own, as small differences of features are large ones of logits."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,15 +58,13 @@ class HeadPredictor(Predictor):
         self.fused = head.fuse() if fast else head
         self.mean, self.std = (torch.tensor(cfg[name], device=self.device)[:, None, None] for name in ("mean", "std"))
 
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """Pixels, uint8 (n, 3, H, W) -> features (n, F), or where these depend on the batch, the normalised images."""
-        return self._encode(pixels, self.fused.encode_image if self.stored else Tensor.float)
-
     @torch.inference_mode()
-    def _encode(self, pixels: np.ndarray, encode: Any) -> Tensor:
+    def encode(self, pixels: np.ndarray, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Pixels, uint8 (n, 3, H, W) -> features (n, F), or those of another function of normalised images; where
+        features depend on the batch, these images themselves."""
         images = (torch.from_numpy(pixels).to(self.device) / 255 - self.mean) / self.std
         with autocast(self.device, self.precision):
-            return encode(images).float()
+            return (read or self.fused.encode_image)(images).float() if self.stored else images
 
     @torch.inference_mode()
     def classify(self, features: Tensor) -> Outputs:
@@ -78,7 +75,7 @@ class HeadPredictor(Predictor):
         else:
             with autocast(self.device, self.precision):
                 logits = torch.cat([self.head(batch) for batch in x.split(1 if self.alone else len(x))])
-                x = torch.cat([self.head.encode_image(image[None]) for image in x]) if self.threshold else x
+                x = torch.cat([self.head.encode_image(image[None]) for image in x]) if self.threshold is not None else x
         distances = None if self.threshold is None else self.fused.distances(x.float()).cpu().numpy()
         found = logits.float().cpu().numpy()
         return Outputs(found, self.reject(found, distances), features.float().cpu().numpy() if self.features else None)
@@ -102,13 +99,13 @@ class HeadPredictor(Predictor):
         give is kept by `per_image`, as in training."""
         frozen, reads, parts = self.head.frozen, self.head.reads, list[Tensor]()
 
-        def compute(encode: Any, rows: Sequence[int]) -> Iterator[Tensor]:
+        def compute(read: Callable[[Tensor], Tensor], rows: Sequence[int]) -> Iterator[Tensor]:
             left, known = iter(rows), len(images) - len(rows)
-            batches = self.encoded([images[i] for i in rows], batch_size, partial(self._encode, encode=encode))
+            batches = self.encoded([images[i] for i in rows], batch_size, partial(self.encode, read=read))
             for problems, found in by_image(progress, batches, "image features", len(images), known):
-                read = [problem is None for problem in problems]
+                sound = [problem is None for problem in problems]
                 every = torch.full((len(problems), found.shape[1]), math.nan)
-                every[read] = found[: sum(read)].cpu()
+                every[sound] = found[: sum(sound)].cpu()
                 for problem, i in zip(problems, left, strict=False):
                     errors[i] = errors[i] or problem
                 yield every[None]
