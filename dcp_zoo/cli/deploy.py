@@ -11,9 +11,8 @@ from dcp_zoo._version import __version__
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import LOCK, cache_folder, check_empty, check_writable, locked, sha256_of
+from dcp_zoo.files import LOCK, cache_folder, check_empty, check_output, check_writable, locked, sha256_of
 from dcp_zoo.heads.config import is_checkpoint, read_config
 from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores

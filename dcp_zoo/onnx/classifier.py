@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs, log_softmax
-from dcp_zoo.data.images import ImageLike
-from dcp_zoo.data.pixels import normalise
+from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.prediction import Predictor, decode
 

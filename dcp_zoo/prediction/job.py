@@ -17,11 +17,10 @@ import numpy as np
 
 from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
+from dcp_zoo.files import LOCK, UNFINISHED, Content, check_output, locked, write_file
 from dcp_zoo.prediction import Predictor
 from dcp_zoo.prediction import outputs as writers
 from dcp_zoo.prediction.together import refined

@@ -28,8 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.data.images import UnsupportedImage, count_pixels
-from dcp_zoo.data.paths import is_heif, picture_formats
+from dcp_zoo.data.images import UnsupportedImage, count_pixels, is_heif, picture_formats
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
