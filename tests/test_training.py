@@ -30,6 +30,8 @@ from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import plain_clip
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
 
 
