@@ -71,7 +71,7 @@ def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     expected = fitted.predict_proba(path)
     for one in (array / 255, array[None], tensor[None], [tensor / 255], [path]):
-        assert fitted.predict_proba(one) == pytest.approx(expected, abs=1e-5)
+        assert fitted.predict_proba(one) == pytest.approx(expected, abs=1e-3)
     assert len(fitted.predict(array[..., 0])) == len(fitted.predict(array[None, ..., 0])) == 1
     with pytest.raises(ZooError, match=r"pass images\[None\] for one, list\(images\) for three"):
         fitted.predict(tensor)  # one image, or three grey ones
