@@ -257,7 +257,6 @@ def test_a_failing_trial_is_recorded_and_tried_again(tmp_path, fake, run):
     pytest.importorskip("pandas")
     fake["broken"] = True
     command = (*COMMAND, "--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
-    assert run.refused(*command).strip() == "Error: Pass --data-root DIR, the folder with dtd."
     err = run.refused(*command, "--data-root", tmp_path)
     assert "Error: 1 of 3 trials failed; the same command tries them again" in err
     assert "out of memory [/]" in err
@@ -347,7 +346,7 @@ def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run):
     """All in one error, also by a dry run."""
     grid = ("--methods", "zero-shot", "--datasets", "digits", "--output", tmp_path / "x")
     command = ("benchmark", "cross-dataset", *grid)
-    assert "Pass --data-root DIR, the folder with imagenet, caltech101" in run.refused(*command)
+    assert run.refused(*command).count("needs a data root: pass --data-root DIR") == 11
     for options in ((), ("--dry-run",)):
         err = run.refused(*command, "--data-root", tmp_path, *options)
         assert (err.count("Error:"), err.count(" does not exist")) == (1, 11)

@@ -15,8 +15,7 @@ from shared import CommandLine
 from small_zoo import finish_or_kill
 
 import dcp_zoo
-from dcp_zoo.data import list_datasets
-from dcp_zoo.data import specs as table
+from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.zoo import registry
 
 
@@ -28,16 +27,16 @@ def run(monkeypatch, capsys) -> CommandLine:
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> Iterator[Path]:
     """The folder of the small data, with a manifest; the protocol has four datasets, of each layout."""
-    full = dict(table.DATASETS)
+    full = dict(DATASETS)
     for name in set(list_datasets()) - {"imagenet", "caltech101", "fgvc_aircraft", "oxford_pets"}:
-        del table.DATASETS[name]
+        del DATASETS[name]
     manifest = small_zoo.write_manifest(tmp_path)
     small_zoo.shrink(manifest, monkeypatch)
     small_zoo.write_data(tmp_path / "DATA")
     yield tmp_path
     monkeypatch.undo()
-    table.DATASETS.clear()
-    table.DATASETS.update(full)  # in their order
+    DATASETS.clear()
+    DATASETS.update(full)  # in their order
 
 
 def arguments(folder: Path, *more: str) -> list[str]:

@@ -27,8 +27,8 @@ from dcp_zoo.answers import Outputs, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.data.pixels import crop, normalise
 from dcp_zoo.data.readers import label_rows
 from dcp_zoo.prediction.heads import torch_predictor
 from dcp_zoo.prediction.job import Job, Summary

@@ -26,8 +26,8 @@ from dcp_zoo import ZooError, create_transform  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
+from dcp_zoo.data.images import crop  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.onnx import cache as onnx_cache  # noqa: E402
 from dcp_zoo.onnx import export as export_module  # noqa: E402

@@ -218,7 +218,7 @@ def test_load_image_takes_every_form(flowers):
     for form, message in (
         (Image.open("cut.jpg"), r"Cannot read the image .*cut\.jpg: image file is truncated"),
         ({"bytes": b"no image", "path": "a.jpg"}, r"Cannot read the image a\.jpg: not in a supported format"),
-        (Path("a.jpg"), r"No image at a\.jpg"),
+        (Path("a.jpg"), r"Cannot read the image a\.jpg: there is no such file"),
         (None, r"no image \(None or NaN\)"),
         (object(), "object is not an image: an image is a path"),
     ):
