@@ -12,15 +12,12 @@ from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from dcp_zoo.errors import ZooError, writing_to
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve.limits`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
-MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
 
 
 Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name
@@ -118,17 +115,6 @@ def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
     if len(content) > most:
         raise OSError(f"it has more than {most:,} bytes")
     return content
-
-
-def read_yaml(path: str | Path) -> Any:
-    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for neither, or for aliases."""
-    content = read_plain(path, MAX_YAML)
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise ValueError("aliases such as *name are not read: write out what they stand for")
-        return yaml.safe_load(content)
-    except Exception as error:  # such as AttributeError for !!timestamp x
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @contextmanager
