@@ -11,7 +11,6 @@ from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
-from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_outside, printable
@@ -49,8 +48,6 @@ def inspect(
     data = load_labelled("folder", root, labels)
     if data.note:
         log(printable(data.note))
-    if not labels and (doubt := unlike_classes(data.classnames, data.items)):
-        log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
 
     say_model(model)
