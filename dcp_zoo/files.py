@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -49,25 +48,6 @@ def write_file(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def unfinished(output: Path) -> Iterator[Path]:
-    """An empty folder in OUTPUT.unfinished, for what is moved to `output` when it is complete; removed at the end, or
-    after a kill at the next beginning. ZooError if another process has it, or if it is a folder of the user's."""
-    folder = output.with_name(output.name + UNFINISHED)
-    if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, "new"}:
-        raise ZooError(f"{folder} is needed while {output} is written: rename it, or choose another --output.")
-    with locked(folder / LOCK) as free:
-        if not free:
-            raise ZooError(f"Another process is writing {output}: wait for it, or choose another --output.")
-        try:
-            shutil.rmtree(folder / "new", ignore_errors=True)
-            with writing_to(folder):
-                (folder / "new").mkdir()
-            yield folder / "new"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:
@@ -150,7 +130,7 @@ HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 
 def printable(text: str) -> str:
     """A name as it may be shown to people: on one line, with escapes such as \\x1b for what is `HIDDEN`."""
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def printable_lines(text: str) -> str:

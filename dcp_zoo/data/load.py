@@ -35,9 +35,9 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
-    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the
-    images that these CSV files list; `digits` needs no root. ZooError for an
-    unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
+    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the images that these files
+    list; `digits` needs no root. ZooError for an unknown name, missing files, or a malformed split; a warning if class
+    names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)

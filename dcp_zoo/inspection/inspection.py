@@ -75,14 +75,18 @@ class Inspection:
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
 
     def __repr__(self) -> str:
+        return f"<Inspection of {len(self.data.items)} images: {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """How many images have which problem."""
         counts = {
-            "labels probably wrong": len(self.suspects),
-            "may show no class": len(self.of_no_class),
-            "groups of the same picture": len(self.groups),
-            "that cannot be read": len(self.seen.errors),
+            "labels that may be wrong": len(self.suspects),
+            "images that may show none of the classes": len(self.of_no_class),
+            "groups of duplicates": len(self.groups),
+            "images that cannot be read": len(self.seen.errors),
         }
-        found = ", ".join(f"{count} {what}" for what, count in counts.items())
-        return f"<Inspection of {len(self.data.items)} images: {found}>"
+        return "; ".join(f"{what}: {count}" for what, count in counts.items())
 
     @cached_property
     def rows(self) -> list[Inspected]:
