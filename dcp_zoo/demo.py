@@ -28,7 +28,7 @@ from dcp_zoo.data.find import IMAGE_SUFFIXES
 from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.heads.head import Head
 from dcp_zoo.serve.limits import LOCAL_HOSTS, listen
 from dcp_zoo.training.accuracy import Accuracy
@@ -167,7 +167,8 @@ def build_page(model: Head) -> gr.Blocks:
             told = gr.Markdown()
             download = gr.DownloadButton("Download the head", visible=False)
         with gr.Tab("Classify"):
-            gr.Markdown(f"Your own head, or else the page's, which knows {model.num_classes} classes: {listed(model)}.")
+            names = shorten([name.replace("_", " ") for name in model.classnames])
+            gr.Markdown(f"Your own head, or else the page's, which knows {model.num_classes} classes: {names}.")
             photos = gallery(f"Photographs, up to {MAX_PHOTOS}", sample_images(), columns=3)
             reject = gr.Checkbox(label='Answer "none of these" for photographs of other things')
             again = gr.Button("Classify", variant="primary")
@@ -207,11 +208,6 @@ def class_fields() -> list[gr.components.Component]:
                     fields.append(gr.Textbox(label=f"Class {number}", max_length=100, placeholder="its name"))
                     fields.append(gallery(f"Photographs of class {number}, up to {MAX_SHOTS}", height=200, columns=4))
     return fields
-
-
-def listed(model: Head, n: int = 12) -> str:
-    names = [name.replace("_", " ") for name in model.classnames]
-    return ", ".join(names[:n]) + ("" if len(names) <= n else " and others")
 
 
 def explained(handler: Callable) -> Callable:

@@ -24,7 +24,7 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_tables, numbers, several, show_events, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_table, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
@@ -205,7 +205,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     folder = options.output or Path(os.devnull)
     heads, results = states(folder, trials), store.results(folder)
-    output.print(*grid_tables(trials, results))
+    output.print(grid_table(trials, results))
     show_states(heads)
     todo = [trial for trial in trials if trial.key not in results]
     steps = sum(trial.steps for trial in todo)

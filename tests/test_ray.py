@@ -21,9 +21,8 @@ pytest.importorskip("pyarrow")
 import ray
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.cluster import Resources, connected, sweep_on_ray
 from dcp_zoo.benchmark.plan import Settings, Trial
-from dcp_zoo.benchmark.sweep import Event, sweep
+from dcp_zoo.benchmark.sweep import Event, Resources, connected, sweep, sweep_on_ray
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]

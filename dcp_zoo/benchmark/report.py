@@ -1,7 +1,6 @@
-"""Reports on result files: tables, with differences between methods that are paired by what they share, and learning
-curves, both from gathered results, one row per measured accuracy. And a page on the predictions of a head."""
+"""Reports on gathered results, one row per measured accuracy: tables, with differences between methods that are paired
+by what they share. And a page on the predictions of a head."""
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from dcp_zoo.data import DATASETS
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import file_name, templates, write_file
+from dcp_zoo.files import templates, write_file
 from dcp_zoo.heads.config import NO_CLASSIFIER
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import TEXT_PROBE
@@ -231,36 +230,6 @@ def against(results: "pd.DataFrame", reference: str = "DCP") -> list[Table]:
     return [Table(f"Differences from {reference}", header, rows, note)]
 
 
-MARKERS = "osD^vP"  # the colours repeat after ten methods
-
-
-def learning_curves(results: "pd.DataFrame") -> str:
-    """The learning curves of few-shot results as SVG, with one standard deviation over seeds; methods without training
-    are dotted lines. "" without few-shot results. No curve with the batch statistics beside the stored ones'."""
-    shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
-    panels = list(by_dataset(shown))
-    if not panels:
-        return ""
-    figures, text = import_extra("matplotlib.figure", "plots"), io.StringIO()
-    shots = sorted({*shown.shots} - {0})
-    with import_extra("matplotlib", "plots").rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcp"}):
-        figure = figures.Figure((8, 4 * len(panels)), layout="constrained")
-        for ax, (caption, rows, *_) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
-            for i, label in enumerate(shown.label.unique()):
-                points = rows[rows.label == label].groupby("shots").top1.agg(["mean", "std"]).fillna(0)
-                line = {"label": label, "color": f"C{i % 10}"}
-                if list(points.index) == [0]:
-                    ax.axhline(points["mean"][0], linestyle=":", **line)
-                elif len(points):
-                    ax.errorbar(points.index, points["mean"], points["std"], marker=MARKERS[i // 10 % 6], **line)
-            ax.set_xscale("log", base=2)
-            ax.set(title=caption, xlabel="images per class", ylabel="top-1 in %")
-            ax.set_xticks(shots, map(str, shots))
-            ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
 SECTIONS = {  # protocol: (heading, tables)
     "few-shot": ("Few-shot classification", lambda rows: [*few_shot_tables(rows), *against(rows)]),
     "base-to-new": ("Base-to-new generalisation", base_to_new_tables),
@@ -269,42 +238,23 @@ SECTIONS = {  # protocol: (heading, tables)
 }
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Read the results in the output folders of sweeps, and write the report. Returns the paths of `report.md` and
-    of its figures."""
+def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
+    """Write a Markdown page on the results in the output folders of sweeps."""
     paths = [Path(folder) for folder in folders]
     results = store.gather(paths)
     if results.empty:
         raise ZooError(f"No result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`.")
-    done = {key for path in paths for key in store.done(path)}
-    failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
-    files = {"report.md": ""}
-    content = {
-        "folders": [str(path) for path in paths],
-        "accuracies": len(results),
-        "failed": failed,
-        "sections": [_section(group, files) for _, group in with_labels(results).groupby(["model", "weights"])],
-    }
+    done = {key for folder in paths for key in store.done(folder)}
+    failed = {key: reason for folder in paths for key, reason in store.failures(folder).items() if key not in done}
+    sections: list[Values] = []
+    for (model, weights), rows in with_labels(results).groupby(["model", "weights"]):
+        protocols = [(title, make(rows)) for name, (title, make) in SECTIONS.items() if (rows.protocol == name).any()]
+        ece, nll = (few_shot_tables(rows, value) for value in ("ece", "nll"))
+        sections.append({"model": model, "weights": weights, "protocols": protocols, "ece": ece, "nll": nll})
     pages = templates(__package__)
     pages.filters["cell"] = lambda text: str(text).replace("|", "\\|")
-    files["report.md"] = pages.get_template("report.md.jinja").render(content)
-    for name, text in files.items():
-        write_file(Path(output) / name, text)
-    return [Path(output) / name for name in files]
-
-
-def _section(results: "pd.DataFrame", files: dict[str, str]) -> Values:
-    """The content for one model; its figure is added to `files`."""
-    model, weights = results.model.iloc[0], results.weights.iloc[0]
-    section: Values = {"model": model, "weights": weights}
-    section["protocols"] = [
-        (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
-    ]
-    section["ece"], section["nll"] = (few_shot_tables(results, value) for value in ("ece", "nll"))
-    if curves := learning_curves(results):
-        section["figure"] = file_name(f"learning-curves-{model}-{weights}.svg")
-        files[section["figure"]] = curves
-    return section
+    content = {"folders": paths, "accuracies": len(results), "failed": failed, "sections": sections}
+    write_file(Path(path), pages.get_template("report.md.jinja").render(content))
 
 
 ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing

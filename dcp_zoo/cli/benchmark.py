@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 GRID = "Grid (comma-separated lists or repeated options)"
 several = partial(opt.option, (), rich_help_panel=GRID)
 on_cluster = partial(opt.option, None, rich_help_panel="Cluster")  # None leaves the default of `Resources`
-FINISHED = ("done", "failed")
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class ClusterOptions:
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.cluster import Resources, import_ray, sweep_on_ray
-        from dcp_zoo.benchmark.sweep import run_in_process
+        from dcp_zoo.benchmark.sweep import Resources, import_ray, run_in_process, sweep_on_ray
 
         if self.ray is not None:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
@@ -98,7 +96,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     done = store.done(options.output_dir) if options.output_dir else set()
     todo = [trial for trial in trials if trial.key not in done]
     if options.dry_run:
-        output.print(*grid_tables(trials, done))
+        output.print(grid_table(trials, done))
         steps = sum(trial.steps for trial in todo)
         output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
         if options.data_root:
@@ -109,13 +107,8 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     use_threads()
     run = cluster.backend()
-    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
-    needed = [name for name in names if find_spec(name).folder]
-    missing = [] if options.output_dir else ["--output DIR for the results"]
-    if needed and options.data_root is None:
-        missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
-    if missing or options.output_dir is None:
-        raise ZooError(f"Pass {', and '.join(missing)}.")
+    if options.output_dir is None:
+        raise ZooError("Pass --output DIR for the results, or --dry-run.")
     check_writable(options.output_dir)
     check_data(todo, options.data_root)
     settings = Settings(options.output_dir, options.data_root, options.device, options.precision)
@@ -133,12 +126,12 @@ def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
     """Print a line for every trial that finishes."""
     finished = 0
     for event in events:
-        if event.state in FINISHED:
+        if event.state in ("done", "failed"):
             finished += 1
             color = "green" if event.state == "done" else "red"
             errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
             log(f"  {event.message}")
-        if event.state in ("waiting", "busy"):
+        else:
             log(f"{event.item.key}: {event.message or 'running in another sweep; waiting for its result'}")
         yield event
 
@@ -153,28 +146,23 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
                     shown.add_row(*row)
                 output.print(shown)
         path = store.write_results_csv(output_dir)
-        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", soft_wrap=True)
+        output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")
 
 
-def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[Table]:
-    """A table of each model's trials; `results` has the keys of those that are done."""
-    columns = ("dataset", "method", "shots", "seeds", "trials", "done", "steps left")
-    tables: dict[str, Table] = {}
-    rows: dict[tuple[str, ...], list[Trial]] = {}  # those of a row differ in shots and seed
+def grid_table(trials: Sequence[Trial], done: Collection[str]) -> Table:
+    """The trials of each model, dataset and method; `done` has the keys of finished ones."""
+    table = Table("model", "dataset", "method", "trials", "done", "steps left", title=trials[0].protocol)
+    rows: dict[tuple[str, str, str], list[Trial]] = {}  # those of a row differ in shots and seed
     for trial in trials:
-        rows.setdefault((trial.model, trial.dataset, trial.method, trial.changes), []).append(trial)
-    for (model, dataset, method, changes), group in rows.items():
-        table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
-        todo = [trial for trial in group if trial.key not in results]
-        drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
-        counts = len(group), len(group) - len(todo)
-        row = [dataset, f"{method} {changes}".strip(), *(", ".join(map(str, values)) for values in drawn)]
+        rows.setdefault((trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()), []).append(trial)
+    for (model, dataset, method), group in rows.items():
+        todo = [trial for trial in group if trial.key not in done]
         steps = f"{sum(trial.steps for trial in todo):,}" if find_spec(dataset).num_classes else "?"
-        table.add_row(*row, *map(str, counts), steps)
-    return tables.values()
+        table.add_row(model, dataset, method, str(len(group)), str(len(group) - len(todo)), steps)
+    return table
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
@@ -195,16 +183,15 @@ def report(
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write tables and learning curves of benchmark results to `report.md`.
+    """Write tables of benchmark results to `report.md`.
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
-    output_dir = output_dir or folders[0] / "report"
-    check_output(output_dir / "report.md", overwrite)
-    for module in ("pandas", "matplotlib"):
-        import_extra(module, "plots")
-    for path in write_report(folders, output_dir):
-        output.print(f"Wrote {path}")
+    path = (output_dir or folders[0] / "report") / "report.md"
+    check_output(path, overwrite)
+    import_extra("pandas", "plots")
+    write_report(folders, path)
+    output.print(f"Wrote {path}")
 
 
 data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
