@@ -7,8 +7,8 @@ from functools import reduce
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
+from dcp_zoo.data.images import bar
 from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec
-from dcp_zoo.data.progress import bar
 from dcp_zoo.data.splits import Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, shorten, warn

@@ -15,8 +15,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.files import templates, write_file

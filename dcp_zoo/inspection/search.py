@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
-from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
 from dcp_zoo.heads.head import Head

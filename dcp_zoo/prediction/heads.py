@@ -13,8 +13,7 @@ from torch import Tensor
 from dcp_zoo.answers import Outputs
 from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
-from dcp_zoo.data.images import ImageLike
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head

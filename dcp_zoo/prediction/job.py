@@ -9,7 +9,7 @@ import numpy as np
 
 from dcp_zoo.answers import Answering, Outputs, Row, label, labelled, top_classes
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.images import Progress, no_progress
 from dcp_zoo.errors import ZooError, nearest_hint, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.prediction.predictor import Predictor, decoded

@@ -15,7 +15,7 @@ import numpy as np
 
 from dcp_zoo.answers import Row, is_changed
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.images import Progress, no_progress
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, check_output, locked, write_file

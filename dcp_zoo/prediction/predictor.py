@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.data.images import ImageLike, crop, load_image
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, by_image, crop, load_image, no_progress
 from dcp_zoo.errors import ZooError, attempted, check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.threads import available_cores
