@@ -18,7 +18,6 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
     "listed": readers.read_json,
     "aircraft": readers.read_aircraft,
     "imagenet": readers.read_imagenet,
-    "imagenet variant": readers.read_imagenet_variant,
     "folder": readers.read_folder,
     "style": readers.read_style,
     "digits": readers.read_digits,

@@ -113,15 +113,12 @@ def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
 
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
     """`images/train/<wnid>` and `images/val/<wnid>`, labels by sorted wnid. As in CoOp, ImageNet's validation images
-    are the test part. There is no val part: nothing is selected on them."""
+    are the test part. There is no val part: nothing is selected on them. A variant has only a test part: `<wnid>`, or
+    in ImageNetV2 ImageNet's labels."""
     base, names = folder / spec.images, packaged.wnid_names()
-    train, test = (_known_classes(spec, base, part, names)[1] for part in ("train", "val"))
-    return Split(spec.name, list(names.values()), train, test=test, place=str(base))
-
-
-def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
-    """Only a test part: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
-    base, names = folder / spec.images, packaged.wnid_names()
+    if spec.name == "imagenet":
+        (classes, train), (_, test) = (_known_classes(spec, base, part, names) for part in ("train", "val"))
+        return Split(spec.name, classes, train, test=test, place=str(base))
     if spec.name == "imagenetv2":
         names = {str(label): name for label, name in enumerate(names.values())}
     classes, test = _known_classes(spec, base, "", names)
