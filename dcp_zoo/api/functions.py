@@ -25,7 +25,7 @@ from dcp_zoo.api.inputs import (
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.backbone.inputs import VIEW_BATCH
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.images import Progress, bar, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values

@@ -14,8 +14,7 @@ from PIL import Image
 from dcp_zoo.data import Item, all_for_training, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
-from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten
 from dcp_zoo.tables import NONE, is_none
 
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
@@ -58,8 +57,6 @@ def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str]
     found = load_labelled("folder", folder)
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
-    if doubt := unlike_classes(found.classnames, found.items):
-        warn(doubt)
     items, none = all_for_training(found).train, found.none if examples else []
     labels = [found.classnames[x.label] for x in items] + [NONE] * len(none)
     items = [*items, *none]

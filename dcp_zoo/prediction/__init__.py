@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs, is_rejected
-from dcp_zoo.data.images import ImageLike, crop, load_image
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, by_image, crop, load_image, no_progress
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS

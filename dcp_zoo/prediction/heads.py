@@ -12,8 +12,7 @@ from torch import Tensor
 from dcp_zoo.answers import Outputs
 from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
-from dcp_zoo.data.images import ImageLike
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction import Errors, Predictor

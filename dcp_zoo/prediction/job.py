@@ -17,7 +17,7 @@ import numpy as np
 
 from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.images import Progress, no_progress
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import LOCK, UNFINISHED, Content, check_output, locked, write_file

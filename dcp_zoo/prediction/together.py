@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.images import Progress, no_progress
 
 NEAREST, ROUNDS = 8, 10
 ROWS = 2000  # images that are compared with all others at a time

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
 from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
 from dcp_zoo.heads.head import Head
