@@ -142,10 +142,8 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
     if store.done(output_dir):
         for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
-                shown = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
-                for row in table.rows:
-                    shown.add_row(*row)
-                output.print(shown)
+                output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
+                output.print(table.note, "", sep="\n", style="dim")
         path = store.write_results_csv(output_dir)
         output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
