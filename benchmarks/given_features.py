@@ -31,7 +31,7 @@ from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import numbers, show_events, show_results, split_commas
 from dcp_zoo.data import Item, Split
-from dcp_zoo.data.specs import DATASETS
+from dcp_zoo.data.packaged import DATASETS
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable, sha256_of

@@ -28,8 +28,8 @@ from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_table, numb
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.download import AGENT, SILENCE
-from dcp_zoo.data.specs import Archive
+from dcp_zoo.data.download import AGENT
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
@@ -242,7 +242,7 @@ def size_of(archive: Archive) -> int | None:
     """The archive's size in bytes as its source states it; None if it does not answer."""
     try:
         request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return int(answer.headers["Content-Length"])
     except (OSError, http.client.HTTPException, TypeError, ValueError):
         return None

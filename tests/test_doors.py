@@ -3,9 +3,7 @@ with classes that share a name, were renamed, added and removed. No door opens o
 
 import copy
 import json
-import logging
-import os
-import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import served, told
+from helpers import process_unchanged, served, told
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +24,8 @@ from dcp_zoo.heads.config import rejection_note
 from dcp_zoo.heads.head import Head
 from dcp_zoo.onnx.export import export
 from dcp_zoo.zoo.factory import plain_clip
+
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
 NAMES = {"red": "crane", "blue": "crane", "green": "leaf", "white": "snow"}
@@ -127,10 +127,10 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
     assert estimator.predict_proba(paths[:3]) == pytest.approx(expected[:3][:, by_label], abs=loose)
     if kind in ("tip-adapter", "dcp"):  # with and without a linear classifier
         assert in_order(told(run, tmp_path / "head", paths[:2]), names) == pytest.approx(ranked[:2], abs=loose)
-    if kind in ("text-probe", "maple"):
-        answers_in_half_precision(head, paths, expected, torch.bfloat16, 0.15)
+    if kind == "maple":
+        answers_in_half_precision(head, paths[:1], expected[:1], torch.bfloat16, 0.15)
     if kind == "prolip":
-        answers_in_half_precision(head, paths[:1], expected, torch.float16, 0.02)  # in which CPUs take seconds
+        answers_in_half_precision(head, paths[:1], expected[:1], torch.float16, 0.02)
     head.rename_class(0, "egret")  # accuracy needs names that differ
     labels = [head.classnames[i % len(names)] for i in range(3)]
     evaluated = dcp_zoo.evaluate(head, paths[:3], labels, precision="float32")
@@ -139,16 +139,15 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
 
 
 def answers_in_half_precision(whole: Head, paths: list[str], expected: np.ndarray, dtype, close: float) -> None:
-    """By its equations, fused, and through the door of Python, within `close` of the probabilities in float32."""
-    head, few = copied(whole).to(dtype), paths[:3]
-    transform, wanted = dcp_zoo.create_transform(head), pytest.approx(expected[: len(few)], abs=close)
-    images = torch.stack([transform(load_image(path)) for path in few]).to(dtype)
-    assert plainly(head, few) == wanted
+    """By its equations, fused, and through the door of Python, within `close` of the probabilities in float32. For an
+    image, CPUs take seconds."""
+    head, wanted = copied(whole).to(dtype), pytest.approx(expected, abs=close)
+    images = torch.stack([dcp_zoo.create_transform(head.fuse())(load_image(path)) for path in paths]).to(dtype)
+    assert plainly(head, paths) == wanted
     with torch.no_grad():
         assert head.fuse()(images).float().softmax(-1).numpy() == wanted
-    ranked = pytest.approx(-np.sort(-expected[: len(few)]), abs=close)
-    found = dcp_zoo.predict(head, few, top_k=len(head.classnames), precision="float32")
-    assert in_order(found, head.classnames) == ranked
+    found = dcp_zoo.predict(head, paths, top_k=len(head.classnames), precision="float32")
+    assert in_order(found, head.classnames) == pytest.approx(-np.sort(-expected), abs=close)
 
 
 @pytest.mark.parametrize("kind", ["tip-adapter", "maple", "dcp"])  # of no texts, of texts, and of statistics
@@ -178,24 +177,14 @@ EDITS = {  # and whether what was measured of the classes holds after it
     "rename": (lambda head, x: head.rename_class("dog", "hound"), True),
     "other order": (lambda head, x: head.set_classnames(head.classnames[::-1]), True),
     "add": (lambda head, x: head.add_class("colour", x), False),
-    "more images": (lambda head, x: head.add_class("dog", x), False),
-    "remove": (lambda head, x: head.remove_class("dog"), False),
     "fewer": (lambda head, x: head.set_classnames(["house", "horse", "guitar"]), False),
-    "other texts": (
-        lambda head, x: head.set_classnames(head.classnames, {n: [f"a {n}"] for n in head.classnames}),
-        False,
-    ),
+    "other texts": (lambda head, x: head.set_classnames(head.classnames, {n: [n] for n in head.classnames}), False),
 }
 
 
-@pytest.fixture(scope="module")
-def edited() -> Head:
-    return dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True).eval()
-
-
 @pytest.mark.parametrize("change", EDITS)
-def test_after_an_edit_of_the_classes_nothing_old_is_said(change, edited, pictures, tmp_path, run):
-    head, (edit, holds) = copied(edited), EDITS[change]
+def test_after_an_edit_of_the_classes_nothing_old_is_said(change, pictures, tmp_path, run):
+    head, (edit, holds) = dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True).eval(), EDITS[change]
     told_before, transform = rejection_note(head.info), dcp_zoo.create_transform(head)
     assert "Of things much like its classes it accepts" in told_before
     edit(head, torch.stack([transform(load_image(path)) for path in pictures[0][:2]]))
@@ -203,11 +192,9 @@ def test_after_an_edit_of_the_classes_nothing_old_is_said(change, edited, pictur
     found = json.loads(run.ok("info", tmp_path, "--json"))
     assert rejection_note(found) == (told_before if holds else "")
     assert ("metrics" in found, "not_measured" in found) == (holds, not holds)
-    if change in ("rename", "add"):
-        assert (told_before in " ".join(run.ok("info", tmp_path).split())) is holds
+    assert (told_before in " ".join(run.ok("info", tmp_path).split())) is holds
     loaded = dcp_zoo.create_model(str(tmp_path), True).eval()
-    assert loaded.classnames == head.classnames
-    assert plainly(loaded, pictures[0][:2]) == pytest.approx(plainly(head, pictures[0][:2]), abs=CLOSE)
+    assert plainly(loaded, pictures[0][:1]) == pytest.approx(plainly(head, pictures[0][:1]), abs=CLOSE)
 
 
 def test_warnings_point_at_the_line_of_the_user(pictures, heads):
@@ -233,7 +220,6 @@ DOORS = {
     "compare": lambda head, paths, place: dcp_zoo.compare(paths, list("ab") * 4, methods=["text-probe"], cv=2),
     "explain": lambda head, paths, place: attention_maps(head, torch.zeros(1, 3, 192, 192)),
     "save": lambda head, paths, place: head.save_pretrained(place),
-    "fuse": lambda head, paths, place: head.fuse(),
     "train": lambda head, paths, place: dcp_zoo.train("dcp_mini", paths, list("ab") * 4),
 }
 
@@ -251,17 +237,13 @@ def test_doors_leave_the_head_and_the_process_as_they_were(door, pictures, heads
         return [
             *[(name, module.training) for name, module in head.named_modules()],
             *[(name, t.device, t.dtype, t.requires_grad, t._version) for name, t in tensors.items()],
-            *(head.stats, head._stats, [*head.classes], head.info, head.texts),
-            *(random.getstate(), np.random.get_state()[1].tobytes(), bytes(torch.get_rng_state())),
-            *(torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            *(dict(os.environ), list(warnings.filters), warnings.showwarning, logging.root.manager.disable),
+            *(head.stats, [*head.classes], dict(head.info), head.texts),
         ]
 
     dcp_zoo.list_models()  # what is imported on first use may filter warnings for good, as torch does
-    before = copy.copy(state())
-    (DOORS | {"export": lambda head, paths, place: export(head, place / "head.onnx")})[door](
-        head, pictures[0], tmp_path
-    )
+    before, doors = state(), DOORS | {"export": lambda head, paths, place: export(head, place / "head.onnx")}
+    with process_unchanged(door):
+        doors[door](head, pictures[0], tmp_path)
     assert state() == before
 
 
@@ -289,28 +271,24 @@ def test_a_folder_of_some_classes_is_judged_among_all(heads, tmp_path, run, monk
     assert {pair.predicted for pair in found.confused_pairs} - {*names.values()}, "otherwise nothing is tested"
     rows = [f"{path},{path.parent.name}" for path in Path("some").rglob("*.png")]
     Path("table.csv").write_text("\n".join(["file,class", *rows]))
-    for images in (["some"], ["--labels", "table.csv"], ["folder", "--data-root", "some"]):
+    for images in (["some"], ["--labels", "table.csv"]):
         told = json.loads(run.ok("eval", *images, "--head", "head", "--json"))
         assert told["top1"] == round(found.accuracy.percent, 2)
         assert told["per_class"] == {row.name: [row.correct, row.images] for row in found.per_class}
         assert told["confused_pairs"] == [list(pair) for pair in found.confused_pairs]
 
     shutil.copytree("some/leaf", "some/rose")
-    problem = f"No class rose: the classes are {', '.join(head.classnames)}. Pass images of these only."
-    assert problem in run.refused("eval", "some", "--head", "head")
-    with pytest.raises(ZooError, match=problem):
+    with pytest.raises(ZooError, match=f"No class rose: the classes are {', '.join(head.classnames)}. Pass "):
         dcp_zoo.evaluate(head, "some")
 
 
 @pytest.fixture
 def other_clip(tmp_path, monkeypatch):
     """The miniature gets other weights from now on: two of its blocks change places."""
-    blocks = [f"visual.transformer.resblocks.{i}." for i in (1, 2)]
-    weights = load_file(MINI_WEIGHTS)
-    names = [name.removeprefix(blocks[0]) for name in weights if name.startswith(blocks[0])]
-    for name in names:
-        first, second = (block + name for block in blocks)
-        weights[first], weights[second] = weights[second], weights[first]
+    first, second = (f"visual.transformer.resblocks.{i}." for i in (1, 2))
+    weights = {re.sub(f"^{first}", "other.", name): tensor for name, tensor in load_file(MINI_WEIGHTS).items()}
+    weights = {re.sub(f"^{second}", first, name): tensor for name, tensor in weights.items()}
+    weights = {re.sub("^other.", second, name): tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "clip.safetensors")
     return lambda: monkeypatch.setattr("dcp_zoo.zoo.factory.MINI_WEIGHTS", tmp_path / "clip.safetensors")
 
@@ -326,18 +304,15 @@ def test_no_door_opens_on_other_weights_of_clip(kind, pictures, heads, tmp_path,
     assert now[:16] == plain[:16]  # the sum of all words is the same
     assert now[16:] != plain[16:]
     message = f"was trained on other weights.* {plain}, .*'bundled' weights.* of dcp_mini, have {now}.*train the head"
-    host = dcp_zoo.create_model("dcp_mini", "clip", classnames=["red", "blue"], n_ctx=2, depth=2)
-    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
     doors = [
         lambda: dcp_zoo.create_model(str(folder), True),
         lambda: FewShotClassifier.load(folder),
         lambda: dcp_zoo.predict(str(folder), image),
-        lambda: dcp_zoo.load_head(host, folder),
+        lambda: dcp_zoo.load_head(dcp_zoo.create_model("dcp_mini", "clip", n_ctx=2, depth=2), folder),
     ]
     for open_door in doors if kind == "dcp" else doors[:-1]:  # the last takes a head of its own kind
         with pytest.raises(ZooError, match=message):
             open_door()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
     assert "other weights" in run.refused("predict", image, "--head", folder)
 
 
@@ -348,8 +323,5 @@ def test_an_older_head_does_not_know_its_clip(heads, tmp_path):
     del config["dcp"]["clip_fingerprint"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="trained on is unknown: .* older than fingerprints .*save_pretrained") as told:
-        head = dcp_zoo.create_model(str(folder), True)
+        dcp_zoo.create_model(str(folder), True)
     assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dcp_zoo.create_model(str(head.save_pretrained(folder)), True)

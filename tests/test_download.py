@@ -3,29 +3,28 @@
 import hashlib
 import io
 import json
-import shutil
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from helpers import encoded, http_server, tar
 from PIL import Image
-from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
+from trees import LISTED, picture, rows, touch, write_tree
 
-from dcp_zoo.data import DATASETS, VARIANTS, classnames, download, few_shot, load_split, packaged
+from dcp_zoo.data import DATASETS, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
-from dcp_zoo.data.specs import Archive
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
 
 
 class Files(BaseHTTPRequestHandler):
-    """A server of files. `faults` are taken one by one: "cut" sends half, "stall" half and then nothing more, "html" a
-    web page, a number that status; "whole" ignores ranges."""
+    """A server of files. Of `faults` each is for one request: "cut" sends half, a number that status; "whole" takes no
+    range."""
 
     content: dict[str, bytes]
     faults: list[object]
@@ -43,14 +42,11 @@ class Files(BaseHTTPRequestHandler):
         offset = int(start.removeprefix("bytes=").rstrip("-")) if start and fault != "whole" else 0
         data = whole[offset:]
         self.send_response((206 if data else 416) if offset else 200)
-        self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
         self.send_header("Content-Length", str(len(data)))
         if offset:
             self.send_header("Content-Range", f"bytes {offset}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
-        if fault == "stall":
-            time.sleep(1)
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -70,7 +66,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server = Server()
     with http_server(type("Handler", (Files,), vars(server))) as server.url:
         yield server
@@ -94,12 +91,10 @@ CONTENT = bytes(range(256)) * 4000
     [
         (["cut", "cut", "cut"], [None, "bytes=512000-", "bytes=768000-", "bytes=896000-"]),
         (["cut", "whole"], [None, "bytes=512000-"]),  # a server that starts again from the first byte
-        (["stall"], [None, "bytes=512000-"]),
     ],
     ids=str,
 )
-def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(download, "SILENCE", 0.3)
+def test_a_broken_download_is_continued(server, tmp_path, faults, ranges):
     archive = server.offer("a.tar", CONTENT)
     server.faults += faults
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
@@ -110,23 +105,11 @@ def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, r
 def test_the_next_call_continues(server, tmp_path):
     archive = server.offer("a.tar", CONTENT)
     server.faults += ["cut", *[503] * 9]
-    with pytest.raises(ZooError, match=r"a.tar cannot be downloaded: HTTP 503"):
+    with pytest.raises(ZooError, match="a.tar cannot be downloaded: .*503"):
         fetch_archive(archive, tmp_path)
     assert (tmp_path / "a.tar.part").stat().st_size == 512_000
     server.faults.clear()
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-    (tmp_path / "a.tar").rename(tmp_path / "a.tar.part")  # stopped between the last byte and the check
-    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_source_that_gives_up(server, tmp_path, monkeypatch):
-    archive = server.offer("a.tar", b"ab")
-    server.faults += ["cut"] * 99  # one byte, then nothing new
-    with pytest.raises(ZooError, match=r"cannot be downloaded: the connection ended early.*run the same command again"):
-        fetch_archive(archive, tmp_path)
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0)
-    with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
-        fetch_archive(Archive("http://127.0.0.1:9/b.tar"), tmp_path)
 
 
 def test_two_versions_are_never_joined(server, tmp_path):
@@ -134,39 +117,25 @@ def test_two_versions_are_never_joined(server, tmp_path):
     later = bytes(reversed(CONTENT))
     for archive in (server.offer("a.tar", CONTENT), replace(server.offer("b.tar", CONTENT), md5="")):
         server.faults[:] = ["cut", *[503] * 9]
-        with pytest.raises(ZooError, match="HTTP 503"):
+        with pytest.raises(ZooError, match="503"):
             fetch_archive(archive, tmp_path)
         server.faults.clear()
         server.content |= {"a.tar": later, "b.tar": later}
         if archive.md5:
-            with pytest.raises(ZooError, match=r"has the md5 \w+, but .* is published.*deleted"):
+            with pytest.raises(ZooError, match="has not the published md5 .*deleted"):
                 fetch_archive(archive, tmp_path)
             assert list(tmp_path.iterdir()) == []
         else:
             assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
-@pytest.mark.parametrize(("fault", "message"), [(404, "HTTP 404"), ("html", "it answers with a web page")])
-def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
+def test_a_dead_link_says_what_to_do(server, tmp_path):
     archive = server.offer("a.tar", CONTENT)
-    server.faults.append(fault)
-    with pytest.raises(ZooError, match=f"{message}.* put a.tar .md5 {archive.md5}. in {tmp_path}"):
+    server.faults.append(404)
+    with pytest.raises(ZooError, match=f"cannot be downloaded: .*404.* put a.tar .md5 {archive.md5}. in {tmp_path}"):
         fetch_archive(archive, tmp_path)
     (tmp_path / "a.tar").write_bytes(CONTENT)  # done as told
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_no_space(server, tmp_path, monkeypatch):
-    """Seen before the first byte; and while writing, to a device that is always full."""
-    archive = server.offer("a.tar", CONTENT)
-    usage = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as full:
-        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(ZooError, match="has 0.0 GB free, but 0.0 GB of a.tar are missing: free disk space"):
-            fetch_archive(archive, tmp_path)
-    (tmp_path / "a.tar.part").symlink_to("/dev/full")
-    with pytest.raises(ZooError, match=f"Cannot write to {tmp_path}: No space left on device. Run the same command"):
-        fetch_archive(archive, tmp_path)
 
 
 # --- unpacking -------------------------------------------------------------------------------------------------------
@@ -184,8 +153,8 @@ def link(name: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (link("images/a.jpg"), "is a link or a device"),
-        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* delete it"),
+        (link("images/a.jpg"), "cannot be unpacked .*link"),
+        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* delete .*a.bin"),
         (b"<html>not found</html>", "cannot be unpacked .*neither a zip nor a tar file"),
         (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
     ],
@@ -198,12 +167,6 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
-
-
-def test_what_macos_adds_is_left_out(tmp_path):
-    (tmp_path / "a.zip").write_bytes(zipped({"d/a.jpg": b"x", "d/._a.jpg": b"y", "__MACOSX/d/a.jpg": b"z"}))
-    unpack(Archive("http://x/a.zip", places={"d": ""}), tmp_path / "a.zip", tmp_path / "set")
-    assert [path.name for path in (tmp_path / "set").rglob("*")] == ["a.jpg"]
 
 
 # --- every dataset ---------------------------------------------------------------------------------------------------
@@ -250,8 +213,6 @@ def test_download(server, tmp_path, monkeypatch, run, name):
     source, target = tmp_path / "source", tmp_path / "DATA"
     archives = offered(server, name, source)
     use_small(monkeypatch, name, archives, source)
-    if name in VARIANTS:
-        write_classnames_txt(target / "imagenet")  # the tests' own WordNet ids
     server.faults += ["cut"]
     out = run.ok("data", "download", name, "--data-root", target, "--agree")
     assert DATASETS[name].terms[:40] in out
@@ -282,7 +243,7 @@ def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run
     monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], archives=gone))
     code, out, err = run("data", "download", "eurosat", "dtd", "--data-root", tmp_path / "DATA", "--agree")
     assert (code, "dtd: complete" in out) == (2, True)
-    for text in ("eurosat: ", "HTTP 404", "Not complete: eurosat."):
+    for text in ("eurosat: ", "404", "Not complete: eurosat."):
         assert text in err
     with pytest.raises(ZooError, match="pacs_photo cannot be downloaded: choose from imagenet, caltech101"):
         download.missing(["pacs_photo"], tmp_path)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
 from dcp_zoo.backbone.clip import ImageEncoder
 from dcp_zoo.data import load_image
+from dcp_zoo.data.images import crop
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.data.pixels import crop
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.onnx import OnnxClassifier

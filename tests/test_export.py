@@ -26,8 +26,8 @@ from dcp_zoo import ZooError, create_transform  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
+from dcp_zoo.data.images import crop  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.data.pixels import crop  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.onnx import cache as onnx_cache  # noqa: E402
 from dcp_zoo.onnx import export as export_module  # noqa: E402
@@ -127,20 +127,18 @@ def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch, pre
 
 
 @torch.no_grad()
-def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(
-    rejecting_once, onnx_file, tmp_path, run
-):
-    """And so do the command line and the server with it."""
-    head, expected = rejecting_once
+def test_files_reject_the_images_that_the_model_rejects(tiny_head, onnx_file, inside, run):
+    """And so do the command line and the server with them."""
+    images = torch.stack([create_transform(tiny_head)(load_image(path)) for path in sample_images()])
+    expected = [name is None for name in tiny_head.predict(images, True)]
     assert set(expected) == {False, True}
-    file = export(head, tmp_path / "inside.onnx", preprocessing="inside")
-    said = json.loads(run.ok("predict", "--sample", "--head", file, "--reject", "--json"))
-    assert [row["rejected"] for row in said] == expected
-    with TestClient(application(file)) as client:
-        served = client.post("/predict", files=[("images", Path(path).read_bytes()) for path in sample_images()]).json()
-    assert [image["rejected"] for image in served["images"]] == expected
-    problem = "tiny.onnx has no threshold to reject images. Export a head that can"
-    assert problem in run.refused("predict", "--sample", "--head", onnx_file, "--reject")
+    for file in (onnx_file, inside.path):
+        said = json.loads(run.ok("predict", "--sample", "--head", file, "--reject", "--json"))
+        assert [row["rejected"] for row in said] == expected
+        with TestClient(application(file)) as client:
+            form = [("images", Path(path).read_bytes()) for path in sample_images()]
+            served = client.post("/predict", files=form).json()
+        assert [image["rejected"] for image in served["images"]] == expected
 
 
 # ---------------------------------------------------------------------------------------- preprocessing inside, float16

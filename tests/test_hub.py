@@ -136,9 +136,8 @@ MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.item
 
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
     """A process for which no weights of CLIP are pinned, as `server` has other commits than the Hub."""
-    env = {**os.environ, **env}
     command = [sys.executable, "-W", "always", "-c", UNPINNED + code, *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -278,11 +277,8 @@ def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
         with pytest.raises(ZooError, match=r"is rejected: its sha256 is .*, but 0000.* is pinned.*Delete"):
             dcp_zoo.create_model(MINI, True)
     patch_manifest(monkeypatch, revision=client.second, sha256=sha256_of(BUNDLED / WEIGHTS_NAME))
-    dcp_zoo.create_model(MINI, True)
     (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.resolve().write_bytes(damaged)  # on the disk, after a good download
+    file.resolve().write_bytes(file.read_bytes()[:-1] + b"x")  # on the disk, after a good download
     with pytest.raises(ZooError, match="is rejected") as error:
         dcp_zoo.create_model(MINI, True)
     Path(re.search(r"Delete (\S+) and try again", str(error.value))[1]).unlink()

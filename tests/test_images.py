@@ -16,8 +16,7 @@ from timm.data import create_transform as timm_transform
 
 import dcp_zoo
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split
-from dcp_zoo.data.images import UnsupportedImage, check_complete
-from dcp_zoo.data.paths import picture_formats
+from dcp_zoo.data.images import UnsupportedImage, check_complete, picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, read_tensors

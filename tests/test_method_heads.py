@@ -14,7 +14,6 @@ from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import tensor_shapes
 from dcp_zoo.heads.config import STATE_NAME, read_config
-from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -150,14 +149,10 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = fit_head(method, given), fit_head(method, small(method, clip, photos))
-    assert head.text_probe.classes == head.classes
     assert fit_probe(bare, given.plain_train) == head.info["text_probe"]
     assert len(head.reads) == (1 if method == "zero-shot" else 2)
-    x = pixels(given.val)
+    loaded, x = load(clip, head.save_pretrained(tmp_path, torch.float32)), pixels(given.val)
     with torch.no_grad():
-        assert close(logits_of(bare, given.val), head(x), 1e-4)
-        assert close(head.fuse()(x), head(x), 1e-4)
-        loaded = load(clip, head.save_pretrained(tmp_path, torch.float32))
         assert close(loaded(x), head(x), 1e-4)
         assert close(loaded.frozen.encode_image(x), clip.encode_image(x), 1e-5)
 
@@ -178,16 +173,6 @@ def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     assert close(head.text_probe.weight, weight, 1e-3)
     with pytest.raises(ZooError, match="A head of gda is fitted to features.*method text-probe"):  # before a training
         plan(Split("folder", NAMES, given.train.items), "dcp_mini", "gda", classifier="text-probe")
-    same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
-    with pytest.raises(ZooError, match="same image features"):
-        fit_probe(head, same)
-
-
-def test_tensors_that_do_not_fit(clip):
-    weight = torch.zeros(2, clip.num_features)
-    for wrong in ((weight, torch.zeros(3)), (weight[:, 1:], torch.zeros(2))):
-        with pytest.raises(ZooError, match="classifier has the shapes .* do not fit 2 classes"):
-            LinearHead(clip, ["a", "b"], *wrong)
 
 
 def test_the_command_line_trains_any_method(photos, tmp_path, run):

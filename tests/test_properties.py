@@ -21,8 +21,8 @@ from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.data import DATASETS, load_labelled, load_split
 from dcp_zoo.data.download import unpack
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.data.readers import read_classnames, read_descriptions
-from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable
 from dcp_zoo.heads.config import read_config

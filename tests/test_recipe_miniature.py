@@ -70,11 +70,10 @@ def write_wordnet(folder: Path) -> None:
 
 def letters(texts: list[str]) -> torch.Tensor:
     """A sentence encoder without weights: the count of every letter."""
-    counts = torch.zeros(len(texts), 64)
-    for row, text in zip(counts, texts, strict=True):
-        for letter in text.lower():
-            row[ord(letter) % 64] += 1
-    return counts
+    counts = [
+        torch.bincount(torch.tensor([ord(letter) % 64 for letter in text.lower()]), minlength=64) for text in texts
+    ]
+    return torch.stack(counts).float()
 
 
 def sources(recipe):

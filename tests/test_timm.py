@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.heads.linear import CacheHead
 from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.heads.timm_contract import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
@@ -87,15 +86,14 @@ def test_every_way_to_name_a_head_loads_that_head(model):
 def test_local_dir(tmp_path, model):
     model.save_pretrained(tmp_path)
     overlay = {"file": f"{tmp_path}/model.safetensors"}
-    for again in (
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
-        timm.create_model("dcp_mini", pretrained=True, pretrained_cfg_overlay=overlay),
-    ):
-        assert same(again, model)
-        assert again.pretrained_cfg["label_names"] == model.classnames
+    assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg_overlay=overlay), model)
     named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, classnames=["cat", "dog"])
+    assert same(named, model)
     assert named.pretrained_cfg["label_names"] == ["cat", "dog"]
-    assert named.eval()(IMAGES).shape == (2, 2)
+    config = json.loads((tmp_path / "config.json").read_text())  # which cannot lead elsewhere
+    config["pretrained_cfg"] |= {"file": "/etc/passwd", "url": "http://127.0.0.1:9/x", "hf_hub_id": "evil/repo"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
 
 
 @torch.inference_mode()
@@ -108,16 +106,7 @@ def test_timm_saves_what_timm_can_load(tmp_path, model):
         timm.models.save_for_hf(model, tmp_path / "other", {"label_names": ["cat"]})
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path / "vit")
     assert sorted(path.name for path in (tmp_path / "vit").iterdir()) == ["config.json", "pytorch_model.bin"]
-    assert [path.name for path in tmp_path.iterdir() if path.name == "other"] == []
-
-
-def test_a_config_cannot_lead_elsewhere(tmp_path, model):
-    model.save_pretrained(tmp_path / "head")
-    config = json.loads((tmp_path / "head/config.json").read_text())
-    for hostile in ({"file": "/etc/passwd"}, {"url": "http://127.0.0.1:9/x"}, {"hf_hub_id": "evil/repo"}):
-        changed = config | {"pretrained_cfg": config["pretrained_cfg"] | hostile}
-        (tmp_path / "head/config.json").write_text(json.dumps(changed))
-        assert same(timm.create_model(f"local-dir:{tmp_path / 'head'}", pretrained=True), model)
+    assert not (tmp_path / "other").exists()
 
 
 def test_data_config_and_transform(model):
@@ -137,26 +126,29 @@ def test_data_config_and_transform(model):
 
 @torch.inference_mode()
 def test_features_the_head_and_another_classifier():
-    model = timm.create_model("dcp_mini", pretrained=True).eval()
+    """From names to features, to other names, to a fresh classifier, and back: nothing that was trained is lost."""
+    head = timm.create_model(DEFAULT, pretrained=True).eval()
+    names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
+    features = head.forward_features(IMAGES)
+    assert features.shape == (2, head.num_features) == (2, head.head_hidden_size)
+    assert torch.equal(head.forward_head(features, pre_logits=True), features)
+    torch.testing.assert_close(head.forward_head(features), logits)
+    torch.testing.assert_close(head.get_classifier()(features), logits)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
-        model.reset_classifier(3, classnames=["cat", "dog"])
-    with pytest.raises(ZooError, match="num_classes must be at least 0, not -1"):
-        model.reset_classifier(-1)
-    model.reset_classifier(3, classnames=["cat", "dog", "red fox"])
-    features = model.forward_features(IMAGES)
-    assert features.shape == (2, model.num_features) == (2, model.head_hidden_size)
-    assert torch.equal(model.forward_head(features, pre_logits=True), features)
-    logits = model(IMAGES)
-    assert logits.shape == (2, 3)
-    torch.testing.assert_close(model.forward_head(features), logits)
-    torch.testing.assert_close(model.get_classifier()(features), logits)
-    model.reset_classifier(["cat", "dog"])
-    assert model.classnames == ["cat", "dog"]
-    model.reset_classifier(0)
-    assert torch.equal(model(IMAGES), model.forward_features(IMAGES))
-    assert isinstance(model.get_classifier(), torch.nn.Identity)
-    headless = timm.create_model("dcp_mini", pretrained=True, num_classes=0).eval()
-    assert torch.equal(headless(IMAGES), model(IMAGES))
+        head.reset_classifier(3, classnames=["cat", "dog"])
+    head.reset_classifier(0)
+    assert torch.equal(head(IMAGES), features)
+    assert isinstance(head.get_classifier(), torch.nn.Identity)
+    head.reset_classifier(names)
+    assert head.info == {"metrics": {"top1": 50.0}}
+    torch.testing.assert_close(head(IMAGES), logits)
+    head.reset_classifier(["cat", "dog"])
+    assert (head.classnames, head(IMAGES).shape) == (["cat", "dog"], (2, 2))
+    head.reset_classifier(7)
+    assert head(IMAGES).shape == (2, 7)
+    assert "metrics" not in head.info
+    head.reset_classifier(names)
+    torch.testing.assert_close(head(IMAGES), logits)
 
 
 @pytest.fixture(scope="module")
@@ -209,44 +201,20 @@ def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
     assert "fine-tuned" in head.cannot_reject
 
 
-@pytest.mark.parametrize("kind", ["dcp", "tip-adapter"])
-@torch.inference_mode()
-def test_there_and_back(kind, model):
-    """From names to features, to a fresh classifier, and to the same names: nothing that was trained is lost."""
-    head, clip = copy.deepcopy(model), model.encoder
-    if kind == "tip-adapter":
-        tensors = {"weight": torch.randn(3, 512), "keys": torch.randn(4, 512), "values": torch.eye(4)[:, :3]}
-        head = CacheHead(clip, NAMES, tensors | {"alpha": torch.tensor(1.0), "beta": torch.tensor(2.0)})
-    names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
-    head.reset_classifier(0)
-    head.reset_classifier(names)
-    assert head.info == {"metrics": {"top1": 50.0}}
-    torch.testing.assert_close(head(IMAGES), logits)
-    head.reset_classifier(0)
-    head.reset_classifier(7)
-    assert head(IMAGES).shape == (2, 7)
-    assert "metrics" not in head.info
-    head.reset_classifier(names)
-    torch.testing.assert_close(head(IMAGES), logits)
-
-
 # ----------------------------------------------------------------------------------------------------- timm's arguments
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_unsupported_arguments_are_rejected():
+    for arguments, message in (
         ({"img_size": 224}, "img_size=224: dcp_mini reads square images of one size, only 192"),
         ({"drop_path_rate": 0.1}, "a DCP has no dropout, only 0"),
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
         ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
-    ],
-)
-def test_unsupported_arguments_are_rejected(arguments, message):
-    for create in (timm.create_model, dcp_zoo.create_model):
-        with pytest.raises(ZooError, match=message):
-            create("dcp_mini", **arguments)
+    ):
+        for create in (timm.create_model, dcp_zoo.create_model):
+            with pytest.raises(ZooError, match=message):
+                create("dcp_mini", **arguments)
 
 
 def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
@@ -256,15 +224,11 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     assert (fresh.prompts["text"].dtype, fresh.pretrained_cfg["interpolation"]) == (torch.bfloat16, "bilinear")
     zeros = dict.fromkeys(DROP_RATES, 0.0) | {"img_size": (SIZE, SIZE), "scriptable": False, "exportable": True}
     assert timm.create_model("dcp_mini", **args | zeros).num_classes == 100
-    with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
-        dcp_zoo.create_transform(DEFAULT, input_size=224)
     folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
     torch.save(model.state_dict(), file)
     for checkpoint in (folder, file):
         again = dcp_zoo.create_model(DEFAULT, checkpoint == file, checkpoint_path=checkpoint).eval()
         assert same(again, model)
-    with pytest.raises(ZooError, match=r"no file or checkpoint folder none\.pth"):
-        dcp_zoo.create_model("dcp_mini", checkpoint_path="none.pth")
     torch.save({}, file)
     with pytest.raises(ZooError, match=r"state\.pth does not have the tensors of this dcp_mini"):
         dcp_zoo.create_model("dcp_mini", checkpoint_path=file)
@@ -272,11 +236,10 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
 
 @torch.inference_mode()
 def test_device_and_dtype(model):
-    dtype = torch.bfloat16
-    names = model.classnames[:20]  # half precision is slow on CPUs
+    names, dtype = model.classnames[:20], torch.bfloat16  # which is slow on CPUs
     moved = timm.create_model(DEFAULT, pretrained=True, classnames=names, device="cpu", dtype=dtype).eval()
     assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
-    found, expected = moved(IMAGES.to(dtype)).float(), model(IMAGES)[:, : len(names)]
+    found, expected = moved(IMAGES[:1].to(dtype)).float(), model(IMAGES[:1])[:, :20]
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.98
     assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
 
@@ -319,17 +282,6 @@ def test_forward_intermediates(model):
     torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 3**0.5)  # the first of three parts
     with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
-
-
-@torch.inference_mode()
-def test_intermediates_in_every_statistics():
-    model = timm.create_model(DEFAULT, pretrained=True).eval()
-    alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
-    for stats in ("stored", "batch"):
-        model.stats = stats
-        features, maps = model.forward_intermediates(IMAGES)
-        torch.testing.assert_close(features, model.forward_features(IMAGES))
-        assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (stats == "stored")
 
 
 @torch.inference_mode()
@@ -402,15 +354,13 @@ def logits(model: DCP) -> torch.Tensor:
     return model(SMALL)
 
 
-@pytest.mark.parametrize(("had_its_own", "assign"), [(False, True), (True, False)])
-def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, had_its_own, assign):
-    model, expected = small_model(golden, seed=2, with_statistics=had_its_own), logits(with_stats)
-    assert not matches_alone(model, expected)
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, assign):
+    model, expected = small_model(golden, seed=2, with_statistics=not assign), logits(with_stats)
     state = {name: t.clone() for name, t in with_stats.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=assign)
     assert model.stats == "stored"
     assert matches_alone(model, expected)
-    assert torch.equal(logits(model), expected)
     assert (model.stored_stats is state["stored_stats"]) == assign
     other = small_model(golden, seed=2)
     model.load_state_dict(other.state_dict(), strict=True)
@@ -418,27 +368,11 @@ def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, had_
     assert torch.equal(logits(model), logits(other))
 
 
-def saved(model: DCP) -> DCP:
-    file = io.BytesIO()
-    torch.save(model, file)
+def test_copies_have_the_statistics(with_stats):
+    """Those of `torch.save`, and moving averages, which follow the weights."""
+    torch.save(with_stats, file := io.BytesIO())
     file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
-def test_copies_have_the_statistics_and_share_nothing(with_stats, copied):
-    expected = logits(with_stats)
-    other = copied(with_stats)
-    assert matches_alone(other, expected)
-    with torch.no_grad():
-        other.stored_stats.mul_(2)
-        other.prompts["text"].mul_(2)
-    assert not matches_alone(other, expected)
-    assert torch.equal(logits(with_stats), expected)
-
-
-def test_moving_averages(with_stats):
-    """The copy uses the context too, and follows the weights."""
+    assert matches_alone(torch.load(file, weights_only=False), logits(with_stats))
     ema, before = ModelEmaV3(with_stats, decay=0.5), with_stats.prompts["text"].detach().clone()
     assert matches_alone(ema.module, logits(with_stats))
     with torch.no_grad():
@@ -446,8 +380,6 @@ def test_moving_averages(with_stats):
     ema.update(with_stats)
     torch.testing.assert_close(ema.module.prompts["text"], 2 * before)
     torch.testing.assert_close(ema.module.stored_stats, with_stats.stored_stats)
-    with torch.enable_grad():  # nothing cached
-        assert torch.allclose(ema.module(SMALL), logits(ema.module), atol=1e-5)
 
 
 def test_distributed_data_parallel(with_stats):
@@ -462,11 +394,7 @@ def test_distributed_data_parallel(with_stats):
         for name, p in alone.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(with_stats.get_parameter(name).grad, p.grad)
-        parallel.eval()
-        assert matches_alone(parallel, expected)
-        other = copy.deepcopy(with_stats)
-        other.load_state_dict({name.removeprefix("module."): t for name, t in parallel.state_dict().items()})
-        assert matches_alone(other, expected)
+        assert matches_alone(parallel.eval(), expected)
     finally:
         dist.destroy_process_group()
 
@@ -520,8 +448,6 @@ def test_torch_export_names_what_can_be_exported(golden):
     head = PromptHead(FrozenCLIP(build_tiny_clip(golden)), NAMES, texts="a photo of a {}.").eval()
     with pytest.raises(ZooError, match=r"torch.export.export\(model.fuse\(\), ...\) reads images alone"):
         torch.export.export(head, (SMALL,), strict=False)
-    exported = torch.export.export(head.fuse(), (SMALL,), strict=False).module()
-    torch.testing.assert_close(exported(SMALL), head(SMALL))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer

@@ -18,10 +18,9 @@ from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, p
 from dcp_zoo.cli.options import Agree, Command
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_writable
+from dcp_zoo.files import check_output, check_writable
 from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
@@ -212,7 +211,7 @@ def check_(
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check.")
     rows = check(data_root, names or ())
     columns = ("dataset", "status", "train", "val", "test", "split sha256")
-    cells = [(r.name, r.status, *map("{:,}".format, r.found or ()), r.sha256[:12]) for r in rows]
+    cells = [(r.name, r.status, *map("{:,}".format, r.counts or ()), r.sha256[:12]) for r in rows]
     output.print(plain_table(columns, cells))
     broken, missing = ([row for row in rows if row.status == status] for status in ("broken", "missing"))
     lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in broken]

@@ -6,9 +6,8 @@ from typer import Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import check_empty, check_writable
+from dcp_zoo.files import check_empty, check_output, check_writable
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.onnx.cache import onnx_file
 from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from dcp_zoo.backbone import MINI_CFG
-from dcp_zoo.data.specs import DATASETS, list_datasets
+from dcp_zoo.data.packaged import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import WEIGHTS_NAME, DCPConfig
