@@ -129,10 +129,10 @@ def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
         if event.state in ("done", "failed"):
             finished += 1
             color = "green" if event.state == "done" else "red"
-            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
+            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
             log(f"  {event.message}")
         else:
-            log(f"{event.item.key}: {event.message or 'running in another sweep; waiting for its result'}")
+            log(f"{event.trial.key}: {event.message or 'running in another sweep; waiting for its result'}")
         yield event
 
 
