@@ -93,17 +93,11 @@ def start(head: str, host: str, port: int) -> gr.Blocks:
         prevent_thread_lock=True,
         run_history=False,
         footer_links=[],
-        enable_monitoring=False,
         ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
         max_file_size=MAX_FILE,
         state_session_capacity=200,
         theme=THEME,
         app_kwargs={
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
             "middleware": [
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
                 Middleware(BaseHTTPMiddleware, dispatch=guard),

@@ -55,7 +55,7 @@ IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 class Event:
     """What has become of a trial."""
 
-    item: Trial
+    trial: Trial
     state: str  # "done", "failed", "busy" in another process, or "waiting" for another attempt on a cluster
     message: str = ""  # accuracies, or why
     seconds: float = 0.0  # that it took
@@ -237,7 +237,7 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
         for event in run(trials, settings):
             yield event
             if event.state == "busy":
-                busy.append(event.item)
+                busy.append(event.trial)
         if len(busy) == len(trials):
             time.sleep(BUSY_SECONDS)
         trials = busy
@@ -388,4 +388,4 @@ def sweep(
     shared_images.cache_clear()
     todo = [trial for trial in trials if not store.finished(trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
-    return {event.item: event.message for event in events if event.state == "failed"}
+    return {event.trial: event.message for event in events if event.state == "failed"}

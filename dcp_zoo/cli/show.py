@@ -125,8 +125,8 @@ def show_recommended() -> None:
     text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
     output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
     output.print(f"Class names are English; in many languages: {', '.join(others)}.", "", style="dim", sep="\n")
-    rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
-    output.print(plain_table(("encoder", "parameters", "features", "licence"), rows))
+    encoders = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
+    output.print(plain_table(("encoder", "parameters", "features", "licence"), encoders))
     text = "Any other pretrained image model of timm works, too: timm.list_models(pretrained=True)."
     output.print(f"Encoders are read beside CLIP: dcp-zoo train --encoder. {text}", style="dim")
 
