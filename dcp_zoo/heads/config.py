@@ -3,6 +3,7 @@
 import json
 import math
 import os.path
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
