@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,3 +195,20 @@ def test_folders_that_are_no_classes_are_asked_about(run, flowers, monkeypatch):
     shutil.rmtree(flowers / "rose")
     with pytest.warns(UserWarning, match=r"2024, 2025-01. If the classes are the folders in them \(rose\)"):
         dcp_zoo.list_labelled_images(flowers)
+
+
+def test_each_image_is_read_once(run, flowers, monkeypatch):
+    """For the fit, its hash, the test, copies in the test, and the refit."""
+    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
+    opened, watching = Counter[str](), True
+
+    def watch(event, args):
+        if watching and event == "open" and str(args[0]).endswith(".jpg"):
+            opened[str(args[0])] += 1
+
+    sys.addaudithook(watch)  # for the rest of the process
+    code, _, err = run("train", "MY_PHOTOS")
+    watching = False
+    assert (code, err.count("Text probe on dcp_mini")) == (0, 2), err
+    assert len(opened) == 12
+    assert set(opened.values()) == {1}

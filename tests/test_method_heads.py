@@ -21,7 +21,7 @@ from dcp_zoo.onnx.export import export
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
-from dcp_zoo.training.planning import plan
+from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import create_model, trained_head

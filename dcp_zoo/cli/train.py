@@ -14,7 +14,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
-from dcp_zoo.data import Split, check_images, is_own, load_for_training
+from dcp_zoo.data import Split, is_own, load_for_training
 from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.data.unreadable import all_named
@@ -30,7 +30,7 @@ from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
-    from dcp_zoo.training.planning import Run
+    from dcp_zoo.training.run import Run
 
 REFIT = "After the accuracy is measured, the head is refitted on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
@@ -164,22 +164,20 @@ def train(options: TrainOptions) -> None:
 
 
 def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split:
-    """The images, checked before PyTorch is imported."""
+    """The images, listed before PyTorch is imported."""
     if options.skip_unreadable and dataset != "folder":
         raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
     split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
     if options.report and not split.test:
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     if dataset == "folder":
-        if not options.skip_unreadable:
-            check_images([*split.items, *split.none], advice=SKIP)
         _check_classes(options, split)
     return split
 
 
 def _planned(options: TrainOptions, split: Split) -> "Run":
     from dcp_zoo.training.device import decoders, pick_device
-    from dcp_zoo.training.planning import plan
+    from dcp_zoo.training.run import plan
 
     names = "seed recipe device precision encoder".split()
     same: Values = {name: getattr(options, name) for name in names}
@@ -206,14 +204,15 @@ def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
         log(f"Wrote {options.report}")
     show_evaluation(evaluation)
     if run.split.name == "folder":
-        _warn_of_copies(evaluation, run.subset())
+        _warn_of_copies(evaluation, run)
 
 
-def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
+def _warn_of_copies(evaluation: "Evaluation", run: "Run") -> None:
     """Warn of test images that are also training images, and say what accuracy is without them."""
     from dcp_zoo.inspection.look import copies
 
-    if not (found := copies(used.train + used.val, used.test)):
+    used = run.subset()
+    if not (found := copies(used.train + used.val, used.test, run.copies)):
         return
     hits, first = (evaluation.predicted == evaluation.labels).tolist(), next(iter(found))
     without = "None is left without them."

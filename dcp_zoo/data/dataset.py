@@ -11,11 +11,13 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from dcp_zoo.data.images import in_threads, load_image
+from dcp_zoo.data.images import grey_copy, in_threads, load_image
 from dcp_zoo.data.splits import Item
 
 CPU = torch.device("cpu")
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
+AT_ONCE = 64  # images that are decoded in advance
+Copies = dict[str, Image.Image]  # small ones, see `grey_copy`, by the path of the image
 
 
 class Decoded(dict[int, Image.Image | torch.Tensor]):
@@ -34,17 +36,22 @@ class Decoded(dict[int, Image.Image | torch.Tensor]):
 
 class ImageDataset(Dataset):
     """Items as (transform(image), label) pairs, for a torch DataLoader: decoded once, on all cores, and kept up to
-    `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). ZooError as of `load_image`."""
+    `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). `copies` receives the `grey_copy`
+    of each file that this process decodes, by its path. ZooError as of `load_image`."""
 
     _seeds: Sequence[int] | None = None
     _mirrored: Sequence[int] | None = None
 
     def __init__(
-        self, items: Sequence[Item], transform: Callable[..., torch.Tensor], cache_bytes: int = CACHE_BYTES
+        self,
+        items: Sequence[Item],
+        transform: Callable[..., torch.Tensor],
+        cache_bytes: int = CACHE_BYTES,
+        copies: Copies | None = None,
     ) -> None:
         from torchvision.transforms import v2  # slow to import
 
-        self.items, self.transform = items, transform
+        self.items, self.transform, self.copies = items, transform, copies
         self._tensors = isinstance(transform, v2.Transform)
         self._decoded = Decoded(cache_bytes)
 
@@ -63,15 +70,26 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
-        new = [index for index in indices if index not in self._decoded]
-        read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
-        images = dict(zip(new, read(self._load, new), strict=True))
-        for index, image in images.items():
-            self._decoded.add(index, image)
+        images = self._read([index for index in indices if index not in self._decoded])
         return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
 
+    def decode(self) -> None:
+        """Decode all images once before any is needed, so that an error comes early, and their hashes are known."""
+        for start in range(0, len(self), AT_ONCE):
+            self._read(range(start, min(start + AT_ONCE, len(self))))
+
+    def _read(self, indices: Sequence[int]) -> dict[int, Image.Image | torch.Tensor]:
+        """Decoded images by position, which are kept where there is room."""
+        read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
+        images = dict(zip(indices, read(self._load, indices), strict=True))
+        for index, image in images.items():
+            self._decoded.add(index, image)
+        return images
+
     def _load(self, index: int) -> Image.Image | torch.Tensor:
-        image = load_image(self.items[index].path)
+        image = load_image(path := self.items[index].path)
+        if self.copies is not None and isinstance(path, str):
+            self.copies[path] = grey_copy(image)
         return pil_to_tensor(image) if self._tensors else image
 
     def _transformed(self, image: Image.Image | torch.Tensor, index: int) -> tuple[torch.Tensor, int]:

@@ -17,13 +17,15 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item
-from dcp_zoo.data.images import ImageLike, in_threads, load_image
+from dcp_zoo.data.dataset import Copies
+from dcp_zoo.data.images import GREY, ImageLike, grey_copy, in_threads, load_image
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
-GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
+DETAIL, BATCH = 128, 64  # pixels of the image whose sharpness is measured; images
 STATISTICS = 5  # of each image
 SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
 NEAREST = 3  # pairs of each image that are looked at
@@ -127,19 +129,20 @@ def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
     return sorted(readable[sorted(group)].tolist() for group in groups.subsets())
 
 
-def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
-    """The test images that show the same picture as a training image, by their positions, and that training image."""
-    paths = [item.path for item in (*train, *test)]
-
-    def small(path: ImageLike) -> np.ndarray:
-        return np.asarray(load_image(path).convert("L").resize((GREY, GREY), reducing_gap=2.0))
-
-    alike = same_pictures(np.ones((len(paths), 1), np.float32), np.stack(in_threads(small, paths)))
-    left, found = sorted({i for group in alike for i in group}), dict[int, Item]()
+def copies(train: Sequence[Item], test: Sequence[Item], known: Copies) -> dict[int, Item]:
+    """The test images that show the same picture as a training image, by their positions, and that training image.
+    Images whose grey copies are known are read again only if these are alike, and their features are not kept."""
+    items, found = [*train, *test], dict[int, Item]()
+    unknown = [item.path for item in items if item.path not in known]
+    known = known | dict(zip(unknown, in_threads(lambda path: grey_copy(load_image(path)), unknown), strict=True))
+    grey = np.stack([np.asarray(known[item.path]) for item in items])
+    alike = same_pictures(np.ones((len(items), 1), np.float32), grey)
+    left = sorted({i for group in alike for i in group})
     if not left:
         return found
-    seen = look([paths[i] for i in left], plain_clip("dcp_mini"))  # for which the limits above were chosen
-    for group in same_pictures(seen.features, seen.grey):
+    model = plain_clip("dcp_mini")  # for which the limits above were chosen
+    features = image_source(model, [items[i] for i in left], once=True).features()[0].numpy()
+    for group in same_pictures(features, grey[left]):
         first, *others = (left[i] for i in group)
         if first < len(train):
             found |= {i - len(train): train[first] for i in others if i >= len(train)}

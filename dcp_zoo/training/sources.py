@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, d
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.data import Item
-from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
+from dcp_zoo.data.dataset import CACHE_BYTES, Copies, ImageDataset
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -43,6 +43,7 @@ class ImageSource:
         once: whether the images are read only once, so that decoded ones need not be kept.
         precision: in which features are computed; they are kept in float32.
         pass_size: images per forward pass when features are computed, which do not depend on it; 0 for `VIEW_BATCH`.
+        copies: receives those of `ImageDataset`.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
@@ -58,13 +59,19 @@ class ImageSource:
     once: bool = False
     precision: str = "float32"
     pass_size: int = 0
+    copies: Copies | None = None
     targets: Tensor | None = field(default=None, init=False)
     _read: Tensor | None = field(default=None, init=False)  # see `read`
 
     @cached_property
     def dataset(self) -> ImageDataset:
         """Shared by all epochs, so that each file is decoded once."""
-        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES)
+        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES, self.copies)
+
+    def decode(self) -> None:
+        """Decode the images that are not read already, see `ImageDataset.decode`."""
+        if self.views is None:
+            self.dataset.decode()
 
     def of(self, rows: Sequence[int]) -> "ImageSource":
         """The images at these positions."""
@@ -174,6 +181,7 @@ def image_source(
     once: bool = False,
     precision: str = "float32",
     pass_size: int = 0,
+    copies: Copies | None = None,
 ) -> ImageSource:
     """Images for a CLIP, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
@@ -188,7 +196,8 @@ def image_source(
         return ImageSource(clip, items, create_transform(clip), views=given[None], form=Features)
     crops = augment == "crop-flip"
     transform = create_transform(clip, crops)
-    source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, pass_size=pass_size)
+    options: Values = {"workers": workers, "once": once, "pass_size": pass_size, "copies": copies}
+    source = ImageSource(clip, items, transform, crops=crops, **options)
     stem, views = clip.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * (math.prod(stem.grid) * stem.width + stem.backbone_width) if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:

@@ -59,9 +59,6 @@ class Task:
         seed: of all random numbers.
         precision: of training; logits are computed in float32.
         training: options of `loop.train`, which trains prompts: its state, callbacks and log.
-        reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
-        probe_images: the training images without augmentation, for the text probe, if the method has them in a form
-            that its head reads faster.
         probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
         none: images of none of the classes, from which the text probe learns what to reject; None if there are none.
         encoders: that the text probe reads beside CLIP.
@@ -78,8 +75,6 @@ class Task:
     precision: str = "float32"
     progress: Progress = no_progress
     training: Values = field(default_factory=dict)
-    reload_clip: Callable[[], FrozenCLIP] | None = None
-    probe_images: ImageSource | None = None
     probe_weights: Tensor | None = None
     none: ImageSource | None = None
     encoders: Sequence[ImageEncoder] = ()

@@ -86,26 +86,23 @@ METHODS = Methods()
 
 
 def fit_head(name: str, task: "Task") -> "Head":
-    """Turn a task into a head by a method, followed by the text probe if the recipe names one; draws follow the task's
-    seed. A recipe without a number of epochs gets that for the task's images."""
+    """Turn a task into a head by a method, followed by the text probe if the recipe names one and the method has not
+    fitted it; draws follow the task's seed. A recipe without a number of epochs gets that for the task's images."""
     from dcp_zoo.data.dataset import seeded
-    from dcp_zoo.training.methods.text_probe import fit_probe
+    from dcp_zoo.training.methods.text_probe import add_probe
     from dcp_zoo.zoo.factory import told_timm
 
     method = METHODS[name]
     if task.train is not None:
         task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-    probed = task.recipe.classifier != "none"
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method, head.abilities = name, method.abilities
     told_timm(head)
     head.to(task.clip.device).eval()
-    if probed:
-        head.image_encoders.extend(task.encoders)
-        images = task.probe_images or task.plain_train
-        found = fit_probe(head, images, task.progress, task.probe_weights, task.none)
-        head.info = head.info | {"text_probe": found}
+    if task.recipe.classifier != "none":
+        if head.text_probe is None:
+            add_probe(head, task)
     elif task.none is not None:
         why = f"only a text probe learns from them, and {name} is trained without one"
         warn(EXAMPLES_UNUSED.format(len(task.none.items), why))
