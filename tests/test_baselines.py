@@ -24,8 +24,8 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import METHODS, clap, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.methods.caches import BETAS, PENALTIES
 from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant
-from dcp_zoo.training.methods.proker import BETAS, PENALTIES
 from dcp_zoo.training.methods.promptsrc import epoch_weights
 from dcp_zoo.training.methods.zero_shot import ENSEMBLE
 from dcp_zoo.training.recipes import default_recipe

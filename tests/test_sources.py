@@ -9,8 +9,7 @@ import torch
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Inputs
-from dcp_zoo.data.dataset import seeded
-from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.sources import image_source, seeded
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "flip"])

@@ -22,13 +22,12 @@ from dcp_zoo.backbone.classes import TEMPLATE
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
-from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
-from dcp_zoo.training.methods.maple import MaPLe
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.methods.prompts import MaPLe
+from dcp_zoo.training.sources import ImageDataset, ImageSource
 from dcp_zoo.zoo.factory import load_weights
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]

@@ -17,7 +17,6 @@ from dcp_zoo.benchmark import plan, store
 from dcp_zoo.benchmark.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
-from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
@@ -37,7 +36,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.run import plan as plan_run
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.training.sources import CACHE_BYTES, ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 

@@ -21,7 +21,6 @@ from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.fingerprint import construction
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
-from dcp_zoo.data.dataset import Copies
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.splits import all_for_training, subset_sha256, warn_of_numbers, warn_of_tiny_classes
@@ -38,7 +37,7 @@ from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.sources import Copies, ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.encoders import check_encoders, load_encoders
 from dcp_zoo.zoo.factory import plain_clip

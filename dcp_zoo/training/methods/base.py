@@ -1,5 +1,5 @@
-"""What a method is, and what methods share: the task that one is given, how its features are read, learned prompts, and
-training with a loss of its own.
+"""What a method is, and what methods share: the task that one is given, how its features are read, and training with a
+loss of its own.
 
 Shapes: n or B images, C classes, E embedding.
 """
@@ -20,7 +20,6 @@ from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.linear import LinearHead
-from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, image_source, no_progress
@@ -33,7 +32,6 @@ Schedule = Callable[[int], float]  # the learning rate of each step
 # of heads: any class names; its own only; also fitted to features of its images; also no linear function of features
 ABLE, CLOSED = Abilities(), Abilities(transfers=False)
 FITTED, CACHED = replace(CLOSED, fitted=True), replace(CLOSED, fitted=True, linear=False)
-PROMPT_STD = 0.02  # of initial prompts, as in the papers
 CROPS = "random crops of each training image; not used by a model whose images are only flipped"
 
 
@@ -226,24 +224,6 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from source.batches(batch_size, generator, drop_last=drop_last)
-
-
-def random_prompts(count: int, n_ctx: int, width: int) -> list[Tensor]:
-    """`count` sets of random prompts (n_ctx, width)."""
-    return [torch.randn(n_ctx, width) * PROMPT_STD for _ in range(count)]
-
-
-def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[list[Tensor], str]:
-    """The text prompts, the first of which are a phrase's first words, if it has enough; and the words left."""
-    words, n_ctx = phrase.split(), len(prompts[0])
-    if len(words) >= n_ctx:
-        prompts = [clip.embed_words(phrase, n_ctx), *prompts[1:]]
-    return prompts, " ".join(words[n_ctx:])
-
-
-def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
-    """The task's CLIP with these prompts."""
-    return PromptHead(task.clip, task.classnames, text, vision, texts=task.texts, rest=rest)
 
 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
