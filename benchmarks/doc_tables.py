@@ -13,10 +13,10 @@ import pandas as pd
 import typer.main
 from typer.cli import get_docs_for_click
 
-from dcp_zoo.answers import REFUSED
 from dcp_zoo.benchmark import report
-from dcp_zoo.cli.app import app
+from dcp_zoo.cli import app
 from dcp_zoo.heads.config import NO_CLASSIFIER, read_config
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, trained_heads
 

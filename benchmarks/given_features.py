@@ -26,13 +26,12 @@ from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.benchmark import Settings, Trial, plan_trials
-from dcp_zoo.benchmark.cluster import Event
-from dcp_zoo.benchmark.sweep import execute, sweep
+from dcp_zoo.benchmark.sweep import Event, execute, sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import numbers, show_events, show_results, split_commas
 from dcp_zoo.data import Item, Split
-from dcp_zoo.data.specs import DATASETS
+from dcp_zoo.data.packaged import DATASETS
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable, sha256_of

@@ -32,7 +32,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.inspection.labels import learning_curve, of_no_class, out_of_fold, suspected
+from dcp_zoo.inspection.inspection import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import spread
 from dcp_zoo.probe import ReadingFeatures, fit_on_features

@@ -1,6 +1,6 @@
 """What it costs to read more than CLIP's embedding: one image through fused heads, random weights, one thread.
 
-    python benchmarks/readings.py      writes results/readings.csv
+    python benchmarks/readings.py      writes results/readings.csv; resumes when repeated
 
 The heads are timed in turn: the median over the turns of the processor time in units of the first head's, a text probe
 on the embedding alone, in the same turn. Each fused head is first checked against the head that it was made of.
@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import timm
 import torch
+from growing import GrowingTable
 
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.heads.dcp import DCP
@@ -69,24 +69,24 @@ def heads(model: str) -> dict[str, Head]:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure and write the table."""
+    """Measure what the table does not have yet."""
     torch.set_num_threads(1)
-    rows = []
+    table = GrowingTable(RESULTS, "model head batch seconds_per_image ratio".split(), ["model", "batch"])
     for model in MODELS:
-        found = heads(model)
+        left = [batch for batch in BATCHES if (model, batch) not in table]
+        found = heads(model) if left else {}
         fused = {name: head.fuse() for name, head in found.items()}
-        for batch in BATCHES:
+        for batch in left:
             images = torch.randn(batch, 3, *found["embedding"].encoder.visual.image_size)
             for name, head in fused.items():
                 assert torch.allclose(head(images), found[name](images), atol=1e-3), name
             turns = [{name: seconds(head, images) for name, head in fused.items()} for _ in range(TURNS)]
+            rows = []
             for name in fused:
                 ratio = statistics.median(turn[name] / turn["embedding"] for turn in turns)
                 middle = statistics.median(turn[name] for turn in turns) / batch
-                row = {"model": model, "head": name, "batch": batch}
-                rows.append(row | {"seconds_per_image": round(middle, 4), "ratio": round(ratio, 2)})
-    pd.DataFrame(rows).to_csv(RESULTS, index=False)
-    print(pd.DataFrame(rows).to_string(index=False))
+                rows.append((model, name, batch, round(middle, 4), round(ratio, 2)))
+            table.add(rows)
 
 
 def seconds(model: torch.nn.Module, images: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """What a second vector beside CLIP's embedding is worth: the text probe on the embedding, on both, and rejection.
 
-    python benchmarks/reads.py FEATURES      writes results/reads.csv
+    python benchmarks/reads.py FEATURES      writes results/reads.csv; resumes when repeated
 
 FEATURES is what `baselines.py features` writes: the miniature's embedding and its stem's features for each set of
 `sets.py`, for choosing and for reporting. Of each class so many images are drawn at random, three times. AUROC is that
@@ -9,13 +9,14 @@ of test images of every second class against the others', by a probe that was fi
 
 import random
 import time
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
 import typer
+from growing import GrowingTable
 from many_sets import MODEL, RESULTS
 from sets import CHOOSING, REPORTING
 from sklearn.metrics import roc_auc_score
@@ -29,6 +30,7 @@ from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 
 IMAGES, DRAWS = (1, 2, 4, 8, 16), (1, 2, 3)
+COLUMNS = "weights set classes images_per_class seed reading cpu_seconds top1 nll ece auroc_near".split()
 READINGS = {"embedding": ("x",), "embedding and backbone": ("x", "stem")}
 
 
@@ -72,22 +74,16 @@ def measured(own: Known, images: int, seed: int) -> dict[str, Any]:
 
 
 def main(features: Annotated[Path, typer.Argument(help="Folder that baselines.py has written.")]) -> None:
-    """Measure and write the table."""
-    rows, weights = [], weights_id(MODEL)
-    for name in (*CHOOSING, *REPORTING):
+    """Measure what the table does not have for the current weights yet."""
+    table, weights = GrowingTable(RESULTS / "reads.csv", COLUMNS, COLUMNS[:6]), weights_id(MODEL)
+    for name, (reading, parts) in product((*CHOOSING, *REPORTING), READINGS.items()):
         if not (file := features / f"{name}.npz").exists():
             continue
-        for reading, parts in READINGS.items():
-            own = Known(file, parts)
-            for images in IMAGES:
-                for seed in DRAWS:
-                    row = {"weights": weights, "set": name, "classes": len(own.text), "images_per_class": images}
-                    rows.append(row | {"seed": seed, "reading": reading} | measured(own, images, seed))
-                print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    table.to_csv(RESULTS / "reads.csv", index=False)
-    columns = ["top1", "ece", "auroc_near"]
-    print(table.groupby(["images_per_class", "reading"])[columns].mean().round(1).to_string())
+        own = Known(file, parts)
+        for images, seed in product(IMAGES, DRAWS):
+            key = weights, name, len(own.text), images, seed, reading
+            if key not in table:
+                table.add([dict(zip(COLUMNS, key, strict=False)) | measured(own, images, seed)])
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
     python benchmarks/rejection.py --data-root DATA --real-clip CLIP_FOLDER --examples   writes rejection_examples.csv
 
-DATA: see `sets.py`. A text probe is trained on a few images of half of the classes of a set, another half for every
-seed. Its known test images are compared with test images of the other half ("near"), and of all other sets ("far";
-PACS's domains, which share their classes, are not far from each other). The threshold comes from the training images.
+Each resumes when repeated. DATA: see `sets.py`. A text probe is trained on a few images of half of the classes of a
+set, another half for every seed. Its known test images are compared with test images of the other half ("near"), and of
+all other sets ("far"; PACS's domains, which share their classes, are not far from each other). The threshold comes from
+the training images.
 --choose compares scores on the sets for choosing. (The one that heads use was chosen on PACS art paintings and cartoons
 and 40 classes of Tiny ImageNet.) --real-clip takes features of
 the real CLIP ViT-B/32, see `real_clip.py`, without its text, of which only parts are known; these sets took part in
@@ -26,9 +27,9 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
 import typer
+from growing import GrowingTable
 from sets import CHOOSING, REPORTING, of_class
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -49,6 +50,9 @@ from dcp_zoo.zoo.factory import plain_clip
 RESULTS = Path(__file__).parent / "results"
 MODEL, IMAGES, SEEDS, FAR = "dcp_mini", (1, 2, 6, 16), (1, 2), 200
 CLIP_IMAGES = 2, 4, 8  # images per class of the real CLIP
+COLUMNS = "set images_per_class seed score auroc_near auroc_far known_refused near_passed far_passed".split()
+COLUMNS += ["near_passed_estimate", "far_passed_estimate"]
+EXAMPLE_COLUMNS = "part set seed examples known_refused alike_passed far_passed".split()
 HEADS_OWN = "entropy and distance"  # the score that heads reject by
 REAL = {"Caltech-101": "caltech101", "flowers": "oxford_flowers", "actions": "ucf101", "aircraft": "fgvc"}
 RELATED = [{"Caltech-101", "flowers"}, {"Caltech-101", "aircraft"}]
@@ -218,7 +222,7 @@ def main(
     choose: Annotated[bool, typer.Option("--choose", help="Compare scores on the sets for choosing.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="With --real-clip: measure examples of none.")] = False,
 ) -> None:
-    """Measure all sets and write the table."""
+    """Measure what the table does not have yet."""
     parts: dict[str, dict[str, Any]] = {}
     if real_clip:
         parts["choosing"] = {name: RealFeatures(real_clip / f"{file}.npz") for name, file in REAL.items()}
@@ -230,23 +234,22 @@ def main(
     if not parts or (examples and len(parts) < 2):
         raise typer.BadParameter("give --data-root or --real-clip, for --examples both")
     if examples:
-        runs = product(DRAWS, parts)
-        rows = [
-            row for seed, part in runs for name in parts[part] for row in with_examples(part, name, parts[part], seed)
-        ]
-        write(rows, "_examples", ["part", "examples"])
-    else:
-        ((_, sets),) = parts.items()
-        numbers, suffix = (CLIP_IMAGES, "_clip") if real_clip else (IMAGES, "_choice" * choose)
-        rows = [row for n in numbers for seed in SEEDS for name in sets for row in measured(name, sets, n, seed)]
-        write(rows, suffix, ["images_per_class", "score"])
+        table = GrowingTable(RESULTS / "rejection_examples.csv", EXAMPLE_COLUMNS, EXAMPLE_COLUMNS[:3])
+        for seed, part in product(DRAWS, parts):
+            for name in parts[part]:
+                if (part, name, seed) not in table:
+                    table.add(map(rounded, with_examples(part, name, parts[part], seed)))
+        return
+    ((_, sets),) = parts.items()
+    numbers, suffix = (CLIP_IMAGES, "_clip") if real_clip else (IMAGES, "_choice" * choose)
+    table = GrowingTable(RESULTS / f"rejection{suffix}.csv", COLUMNS, COLUMNS[:3])
+    for images, seed, name in product(numbers, SEEDS, sets):
+        if (name, images, seed) not in table:
+            table.add(map(rounded, measured(name, sets, images, seed)))
 
 
-def write(rows: Sequence[Mapping[str, Any]], suffix: str, by: list[str]) -> None:
-    """Write a table, and show the means of its groups."""
-    table = pd.DataFrame(rows).round(1)
-    table.to_csv(RESULTS / f"rejection{suffix}.csv", index=False)
-    print(table.groupby(by, sort=False).mean(numeric_only=True).round(1).to_string())
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 1) if isinstance(value, float) else value for name, value in row.items()}
 
 
 if __name__ == "__main__":

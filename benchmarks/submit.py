@@ -15,6 +15,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.cli.heads import test_images, trained_on
 from dcp_zoo.data import list_datasets, load_labelled, packaged
+from dcp_zoo.data.splits import listed_split
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_yaml
@@ -94,7 +95,7 @@ def check_same(submission: Submission, info: Values, folder: Path) -> None:
 def split_sha256(dataset: str) -> str | None:
     """The hash of CoOp's split; None if the package does not have it."""
     rows = packaged.split_rows(dataset)
-    return None if rows is None else packaged.listed_split(dataset, rows).sha256
+    return None if rows is None else listed_split(dataset, rows).sha256
 
 
 @app.command(cls=opt.Command)

@@ -6,9 +6,9 @@
 `--code CHECKOUT` runs the package of another commit. Of real sizes DCP trains
 for one epoch and for three, from which the time of all epochs follows.
 
-Each writes its rows into results/train_time.csv. DATA holds `pacs`, of which 5 classes with 20 photographs each are
-trained on, with all defaults, the test on held-out images included; time is user plus system time of the process and of
-those it starts.
+Each writes its rows into results/train_time.csv, and resumes when repeated. DATA holds `pacs`, of which 5 classes with
+20 photographs each are trained on, with all defaults, the test on held-out images included; time is user plus system
+time of the process and of those it starts.
 """
 
 import json
@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import pandas as pd
 import typer
+from growing import GrowingTable
 from speed_variants import cache_clip
 
 from dcp_zoo.data import load_split
@@ -32,7 +32,7 @@ RUNS = {
     "dcp": ("--method", "dcp"),
     "dcp, recipe fast": ("--method", "dcp", "--recipe", "fast"),
 }
-KEYS = ["commit", "model", "method", "threads"]
+COLUMNS = "commit model method threads classes images_per_class processor_seconds peak_mb seconds_per_step".split()
 
 
 def main(
@@ -45,21 +45,16 @@ def main(
     commit = subprocess.run(
         ["git", "-C", code, "rev-parse", "--short", "HEAD"], capture_output=True, check=True, text=True
     )
-    rows = []
+    table = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4])
     with TemporaryDirectory() as folder:
         write_folder(Path(folder, "MY_PHOTOS"), data_root)
         if model != "dcp_mini":
             cache_clip(Path(folder, "hub"), model)
         for method in RUNS:
-            seconds, memory, step = cost(Path(folder), code, model, method, threads)
             key = commit.stdout.strip(), model, method, threads
-            rows.append((*key, CLASSES, IMAGES, round(seconds, 1), memory, step and round(step, 3)))
-    columns = [*KEYS, "classes", "images_per_class", "processor_seconds", "peak_mb", "seconds_per_step"]
-    table = pd.DataFrame(rows, columns=columns)
-    if RESULTS.exists():
-        table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(KEYS, keep="last")
-    table.to_csv(RESULTS, index=False)
-    print(table.to_string(index=False))
+            if key not in table:
+                seconds, memory, step = cost(Path(folder), code, model, method, threads)
+                table.add([(*key, CLASSES, IMAGES, round(seconds, 1), memory, step and round(step, 3))])
 
 
 def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tuple[float, int, float | None]:

@@ -5,4 +5,4 @@ import lazy_loader
 import wrapt
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-wrapt.register_post_import_hook("dcp_zoo.zoo.timm_entry:register", "timm")
+wrapt.register_post_import_hook("dcp_zoo.zoo.dcp:register", "timm")

@@ -10,7 +10,6 @@ from dcp_zoo.errors import check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.tables import NONE
 
-REFUSED = 0.05  # of the images of known classes, by a head's threshold
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
 Ranked = list[Values]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import stat
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,14 +17,10 @@ import yaml
 from dcp_zoo.errors import ZooError, writing_to
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
-CACHE_TAG = "CACHEDIR.TAG"  # with this text, see bford.info/cachedir
-CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of dcp_zoo.\n"
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve.limits`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
 MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
-MAX_CELLS = 5_000_000  # of a spreadsheet
-UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 
 Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name
@@ -86,6 +80,23 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
         TemporaryFile(dir=place).close()
 
 
+def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite`."""
+    advice = f"choose another {option}"
+    if os.path.lexists(file):
+        with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
+            check_regular(file)
+        if not overwrite:
+            raise ZooError(f"{file} exists already: {advice}, or pass --overwrite.")
+    check_writable(file.parent, advice)
+
+
+def check_outside(place: Path, images: str | Path, option: str) -> None:
+    """ZooError for an output folder in a folder of images: the next run would find the copies there."""
+    if Path(images).is_dir() and place.resolve().is_relative_to(Path(images).resolve()):
+        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for {option}.")
+
+
 def check_empty(folder: Path) -> None:
     """Raise ZooError unless the folder can be created, or is empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -124,29 +135,19 @@ def read_yaml(path: str | Path) -> Any:
 def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
     """Whether this process has the lock of this file, for which it waits so long, until the context or process ends.
     The Hub client's lock also works where the file system has none. ZooError if the folder is not writable."""
-    end, free, made = time.monotonic() + seconds, False, not file.parent.exists()
+    from huggingface_hub.utils import WeakFileLock  # slow to import
+
+    free, made = False, not file.parent.exists()
     with ExitStack() as stack:
-        with writing_to(file.parent):
-            while not (free := _acquire(file, stack, end)) and time.monotonic() < end:
-                pass
+        with writing_to(file.parent), suppress(TimeoutError):
+            while not free:
+                with suppress(FileNotFoundError):  # whoever had the lock has just removed the folder
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(WeakFileLock(file, timeout=seconds))
+                    free = True
         if free:
             stack.callback(_remove, file, made)
         yield free
-
-
-def _acquire(file: Path, stack: ExitStack, end: float) -> bool:
-    """Whether the stack has the lock now; False after a time, or if whoever had the lock has removed its file."""
-    from huggingface_hub.utils import WeakFileLock  # slow to import
-
-    with ExitStack() as attempt, suppress(TimeoutError, FileNotFoundError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        before = file.stat()
-        attempt.enter_context(WeakFileLock(file, timeout=max(end - time.monotonic(), 0.01)))
-        if os.path.samestat(before, file.stat()):
-            stack.push(attempt.pop_all())
-            return True
-    return False
 
 
 def _remove(file: Path, made: bool) -> None:
@@ -209,20 +210,11 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def cache_root() -> Path:
-    """DCP_ZOO_CACHE, or `dcp_zoo` in the system's folder for caches."""
-    if own := os.environ.get("DCP_ZOO_CACHE"):
-        return Path(own)
-    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
-
-
 def cache_folder(name: str) -> Path:
-    """A folder of the user's cache, made with the file that tells backups to leave it out; if that is not possible, the
-    error is that of whoever writes there."""
-    folder = cache_root() / name
+    """A folder in the folder DCP_ZOO_CACHE or in the user's cache. If it cannot be made, whoever writes there gets the
+    error."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dcp_zoo")
+    folder = Path(os.environ.get("DCP_ZOO_CACHE") or base).expanduser() / name
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CACHE_TAG).exists():
-            (folder / CACHE_TAG).write_text(CACHE_TAG_TEXT)
     return folder

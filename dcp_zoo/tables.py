@@ -11,6 +11,7 @@ from dcp_zoo.errors import warn
 from dcp_zoo.files import read_plain
 
 NONE, LEAVE_OUT = "none of these", "leave out"  # what stands in tables in place of a class
+REFUSED = 0.05  # the share of images of the head's classes that are called `NONE`, unless asked otherwise
 INSPECTION_PAGE, INSPECTION_TABLE = "inspection.html", "inspection.csv"
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
 # an entry of a list, in quotes or with braces in it, and what ends it

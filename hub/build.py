@@ -24,12 +24,12 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_tables, numbers, several, show_events, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_table, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.download import AGENT, SILENCE
-from dcp_zoo.data.specs import Archive
+from dcp_zoo.data.download import AGENT
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
@@ -205,7 +205,7 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     folder = options.output or Path(os.devnull)
     heads, results = states(folder, trials), store.results(folder)
-    output.print(*grid_tables(trials, results))
+    output.print(grid_table(trials, results))
     show_states(heads)
     todo = [trial for trial in trials if trial.key not in results]
     steps = sum(trial.steps for trial in todo)
@@ -242,7 +242,7 @@ def size_of(archive: Archive) -> int | None:
     """The archive's size in bytes as its source states it; None if it does not answer."""
     try:
         request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return int(answer.headers["Content-Length"])
     except (OSError, http.client.HTTPException, TypeError, ValueError):
         return None

@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from dcp_zoo.demo import DEFAULT_HEAD
-from dcp_zoo.demo.app import start
+from dcp_zoo.demo import start
 from dcp_zoo.serve.limits import listen
+from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms

@@ -89,21 +89,19 @@ def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rejecting(head: Any) -> tuple[Any, list[bool]]:
+def rejecting(head: Any) -> Any:
     """A copy of a head of four classes that rejects one of the package's first two photographs and the last of those
-    that it accepts, which is an example of none of the classes; and which it rejects of all."""
+    that it accepts, which is an example of none of the classes."""
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
     head.text_probe = fit_on_features(head.classes, labels, [ReadingFeatures(views, head.own_linear())])[0]
     head.text_probe.threshold.copy_(in_distribution(head, images[:2]).mean())
-    before = [name is None for name in head.predict(images, True)]
-    last = max(i for i, is_rejected in enumerate(before) if not is_rejected)
-    head.text_probe.margin.copy_(head.distances(views[0, [last]])[0] / 2)
-    head.text_probe.examples = views[0, [last]]
-    after = [name is None for name in head.predict(images, True)]
-    assert after == [i == last or was for i, was in enumerate(before)]
-    return head, after
+    accepted = [i for i, name in enumerate(head.predict(images, True)) if name is not None]
+    head.text_probe.margin.copy_(head.distances(views[0, accepted[-1:]])[0] / 2)
+    head.text_probe.examples = views[0, accepted[-1:]]
+    assert [i for i, name in enumerate(head.predict(images, True)) if name is not None] == accepted[:-1]
+    return head
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

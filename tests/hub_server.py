@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers import until
 
 OLAH = "olah==0.5.4"
 CONFIG = Path(__file__).parents[1] / "hub" / "mirror" / "olah.toml"
@@ -92,10 +92,7 @@ def serve(root: Path) -> Iterator[Hub]:
     with (root / "olah.out").open("w") as out:
         server = subprocess.Popen([olah_command(), "--config", root / "olah.toml"], cwd=root, stdout=out, stderr=out)
         try:
-            for _ in range(300):
-                if hub.is_up() or server.poll() is not None:
-                    break
-                time.sleep(0.1)
+            until(lambda: hub.is_up() or server.poll() is not None)
             assert hub.is_up(), (root / "olah.out").read_text()
             yield hub
         finally:

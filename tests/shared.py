@@ -23,7 +23,7 @@ from upload_hub import TOKEN, UploadHub, serve_uploads
 from dcp_zoo import DCP
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import default_tokenizer
-from dcp_zoo.cli.app import app, main
+from dcp_zoo.cli import app, main
 from dcp_zoo.data import Item
 from dcp_zoo.onnx import export
 from dcp_zoo.training.methods import promptsrc
@@ -78,7 +78,7 @@ class CommandLine:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that mostly wait come first: one process runs them all, while the others compute, and starts Ray and
     Chromium once."""
-    first = ["test_build.py", "test_ray.py", "test_demo_browser.py"]
+    first = ["test_build.py", "test_ray.py", "test_pages.py"]
     items.sort(key=lambda item: [*first, item.path.name].index(item.path.name))
 
 
@@ -153,14 +153,12 @@ def photos(tmp_path_factory) -> list[Item]:
 
 @pytest.fixture(scope="session")
 def tiny_head(golden: dict) -> DCP:
-    """A calibrated DCP of four classes on the golden CLIP, its parameters perturbed so that answers differ."""
+    """A calibrated DCP of four classes on the golden CLIP that rejects images, its parameters perturbed so that answers
+    differ."""
     clip = FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG)
     model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
-    return model.eval()
-
-
-WRITE_ONNX = export.write_onnx
+    return rejecting(model.eval())
 
 
 @pytest.fixture(scope="session")
@@ -193,18 +191,6 @@ def exported_once(onnx_file: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
         yield
-
-
-@pytest.fixture
-def rejecting_once(
-    tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> tuple[DCP, list[bool]]:
-    """`tiny_head` as one that rejects images, and which of the package's; its exports begin with a copy of one file."""
-    head, expected = rejecting(tiny_head)
-    monkeypatch.setattr(export, "write_onnx", WRITE_ONNX)
-    file = shared_file(tmp_path_factory, "rejecting.onnx", lambda path: export.export(head, path))
-    monkeypatch.setattr(export, "write_onnx", lambda fused, path, images: shutil.copy(file, path))
-    return head, expected
 
 
 @pytest.fixture

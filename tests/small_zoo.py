@@ -20,8 +20,7 @@ from upload_hub import TOKEN
 
 from dcp_zoo.cli import main
 from dcp_zoo.data import DATASETS, list_datasets, packaged
-from dcp_zoo.data import specs as table
-from dcp_zoo.data.specs import Archive
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.zoo.registry import MODELS
 
 NAMES = ["red", "green", "blue"]
@@ -41,7 +40,7 @@ def shrink(manifest: Path, patch: Any = None) -> None:
     put(trees, "WNIDS", trees.WNIDS[:3])
     for name in list_datasets():
         counts = COUNTS.get(name, (6, 3, 3))
-        put_item(table.DATASETS, name, replace(DATASETS[name], num_classes=3, counts=counts, archives=(DEAD,)))
+        put_item(DATASETS, name, replace(DATASETS[name], num_classes=3, counts=counts, archives=(DEAD,)))
     mini = MODELS["dcp_mini"]
     put_item(MODELS, "dcp_mini", replace(mini, recipe=mini.recipe | RECIPE))
     put(publish, "MANIFEST", manifest)
@@ -80,7 +79,7 @@ def finish_or_kill(
     until: Callable[[], bool],
     prepare: Callable[[], object] = list,
     pause: float = 0.0,
-    program: str = "dcp_zoo.cli.app",
+    program: str = "dcp_zoo.cli",
 ) -> bool:
     """Run `dcp-zoo ARGS`, or a script, in a new process, which calls `prepare` first, and kill it so many seconds after
     `until` is true. Whether it had finished before; an error of the command is one here."""

@@ -7,7 +7,6 @@ import random
 import shutil
 import sqlite3
 import warnings
-import zipfile
 from contextlib import closing
 from unittest.mock import DEFAULT, Mock
 
@@ -28,12 +27,10 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api import attention_maps
 from dcp_zoo.api.estimator import seed_of
-from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.backbone import mini
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.data.archives import unpacked
 from dcp_zoo.training import cache
 from dcp_zoo.zoo.registry import get_head
 
@@ -67,36 +64,24 @@ def fitted(folder, quick_probe):
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-def test_every_form_of_an_image_gives_the_same_pixels(pictures):
+def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
     """And says how many images there are; `load_image` itself is in test_unreadable.py."""
     path = pictures[0][0]
-    image = Image.open(path)
-    array = np.asarray(image)
+    array = np.asarray(Image.open(path))
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    for form in (image, array, array / 255, tensor, tensor / 255, array.astype(np.float32) / 255):
-        assert np.array_equal(np.asarray(to_image(form)), array)
-    for one in (path, array, array[..., 0], array[None, ..., 0], array[None], tensor[None], [array], [tensor], [path]):
-        assert len(unlabelled(one)) == 1
-    for either in (tensor, np.zeros((3, 8, 8))):  # one image, or three grey ones
-        with pytest.raises(ZooError, match=r"pass images\[None\] for one, list\(images\) for three"):
-            unlabelled(either)
-        assert len(unlabelled(list(either))) == 3
-    assert len(unlabelled(np.zeros((4, 8, 8)))) == 4
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
+    expected = fitted.predict_proba(path)
+    for one in (array / 255, array[None], tensor[None], [tensor / 255], [path]):
+        assert fitted.predict_proba(one) == pytest.approx(expected, abs=1e-5)
+    assert len(fitted.predict(array[..., 0])) == len(fitted.predict(array[None, ..., 0])) == 1
+    with pytest.raises(ZooError, match=r"pass images\[None\] for one, list\(images\) for three"):
+        fitted.predict(tensor)  # one image, or three grey ones
+    for wrong, message in (
         (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
-        (np.zeros((3, 4, 5)) - 1, "float64 from -1"),
-        (np.full((4, 4), 200), r"int64 from 200 to 200 is not an image: pass array.astype\(np.uint8\)"),
-        (np.full((4, 4), 16.0), "divide it by 16"),
-        (torch.full((3, 4, 4), -1.5), "if `create_transform` made it, pass the image itself"),
-    ],
-)
-def test_what_is_no_image_is_refused(image, message):
-    with pytest.raises(ZooError, match=message):
-        to_image(image)
+        (np.full((4, 4), 200), "int64 from 200 to 200 is not an image"),
+        (torch.full((3, 4, 4), -1.5), "float32 from -1.5 to -1.5 is not an image"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            fitted.predict([wrong])
 
 
 def test_labels_are_checked(folder, pictures):
@@ -106,16 +91,17 @@ def test_labels_are_checked(folder, pictures):
         ((paths, labels[:-1]), "8 images need as many labels"),
         ((paths, ["red"] * 8), "at least two classes"),
         ((folder, labels), "omit labels"),
-        ((paths, labels, ["a", "b", "c"]), "3 class names for 2 classes"),
-        ((paths, labels, {"red": "red"}), "no name for blue"),
         ((paths, [float("nan"), *labels[1:]]), "no label"),
         (([*paths, paths[0]], [*labels, "red"]), r"0.png has two labels, 'blue' and 'red': keep one of them"),
     ):
         with pytest.raises(ZooError, match=message):
-            labelled(*args)
-    labelled([*paths, paths[0]], [*labels, labels[0]])  # as a bootstrap draws
-    data = labelled(paths, [int(label == "red") for label in labels], {1: "red", 0: "blue"})
-    assert (data.names, data.classes.tolist()) == (NAMES, [0, 1])
+            FewShotClassifier(method="zero-shot").fit(*args)
+    for names, message in ((["a", "b", "c"], "3 class names for 2 classes"), ({"red": "red"}, "no name for blue")):
+        with pytest.raises(ZooError, match=message):
+            FewShotClassifier(classnames=names).fit(paths, labels)
+    twice = FewShotClassifier(method="gda", classnames={1: "red", 0: "blue"})  # as a bootstrap draws
+    twice.fit([*paths, paths[0]], [int(label == "red") for label in [*labels, labels[0]]])
+    assert (twice.model_.classnames, twice.classes_.tolist()) == (NAMES, [0, 1])
 
 
 # ------------------------------------------------------------------------------------------------------------ functions
@@ -132,24 +118,14 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
         assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
     with pytest.raises(ZooError, match="No class green: the classes are blue, red"):
         dcp_zoo.evaluate(model, pictures[0][:1], ["green"])
+    with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
+        dcp_zoo.predict(model, pictures[0], batch_size=0)
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         dcp_zoo.train("dcp_mini", *pictures, output=tmp_path / "head")
 
 
-def test_batches_and_predictions_have_at_least_one_entry(pictures, fitted):
-    for name in ("batch_size", "top_k"):
-        with pytest.raises(ZooError, match=f"{name} must be at least 1, not 0"):
-            dcp_zoo.predict(fitted.model_, pictures[0], **{name: 0})
-    with pytest.raises(ZooError, match="batch_size"):
-        dcp_zoo.evaluate(fitted.model_, *pictures, batch_size=0)
-
-
-@pytest.mark.parametrize("method", ["dcp", "text-probe"])
-def test_a_batch_is_what_one_forward_pass_reads(pictures, fitted, method):
-    classifier = FewShotClassifier(batch_size=3, memory=False)
-    classifier.model_, classifier.classes_ = fitted.model_, fitted.classes_
-    if method != "dcp":
-        classifier.fit(*pictures)
+def test_a_batch_is_what_one_forward_pass_reads(pictures):
+    classifier = FewShotClassifier(batch_size=3, memory=False).fit(*pictures)
     head, sizes = classifier.model_, []
     doors = (
         lambda size: classifier.set_params(batch_size=size).predict_proba(pictures[0]),
@@ -225,6 +201,8 @@ def test_a_fitted_classifier_behaves_as_scikit_learns(folder, pictures, fitted):
     assert [row[0].probability for row in answers] == pytest.approx(refined.max(1), abs=1e-3)
     assert refined.sum(1) == pytest.approx(np.ones(4), abs=1e-5)
     assert np.abs(refined - probabilities[:4]).max() > 1e-3
+    decisions = fitted.decision_function(paths)  # of two classes the logits of the second alone
+    assert 1 / (1 + np.exp(-decisions)) == pytest.approx(probabilities[:, 1], abs=1e-5)
     assert set(vars(fitted)) == before
     again = clone(fitted).fit(paths, labels)
     assert np.array_equal(again.predict_proba(paths), probabilities)
@@ -246,15 +224,13 @@ def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
     assert dcp_zoo.create_model(f"local-dir:{tmp_path / 'head'}", True).classnames == NAMES
 
 
-def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted, monkeypatch):
+def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted):
     """Also where nothing may require gradients."""
     classifier = pickle.loads(pickle.dumps(fitted))
     green, before = [Image.new("RGB", (150, 140), (10, 9 * i, 30)) for i in range(3)], fitted.predict_proba(pictures[0])
     info = {**classifier.model_.info}
-    with monkeypatch.context() as patched:
-        patched.setattr("dcp_zoo.probe.model.minimum", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            classifier.add_class("azure", green)
+    with pytest.raises(ZooError):
+        classifier.add_class("azure", [*green, b"no image"])
     assert classifier.predict_proba(pictures[0]) == pytest.approx(before, abs=1e-6)
     assert (classifier.model_.info, classifier.model_.num_classes) == (info, 2)
     with torch.inference_mode():
@@ -271,24 +247,13 @@ def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted, monkeypatch):
 
 
 def test_labels_outlive_edits_of_a_head(pictures, fitted, tmp_path):
-    """Also where names repeat; a classifier has its labels in order, as scikit-learn expects."""
-    paths, _ = pictures
-    with pytest.warns(UserWarning, match="Repeated class names"):
-        twins = FewShotClassifier(classnames=["a", "a", "b"]).fit(paths[:6], [*range(3)] * 2)
-    for edit, labels in (
-        (lambda model: model.rename_class("b", "z"), [0, 1, 2]),
-        (lambda model: model.remove_class(0), [1, 2]),
-    ):
-        with warnings.catch_warnings():  # of repeated names
-            warnings.simplefilter("ignore")
-            model = dcp_zoo.create_model(str(twins.save(tmp_path / "twins", overwrite=True)), True)
-            edit(model)
-            assert FewShotClassifier.load(model.save_pretrained(tmp_path / "edited")).classes_.tolist() == labels
+    """A classifier has its labels in order, as scikit-learn expects."""
     model = dcp_zoo.create_model(str(fitted.save(tmp_path / "named")), True)
     model.rename_class("blue", "zaffre")
     loaded = FewShotClassifier.load(model.save_pretrained(tmp_path / "renamed"))
     assert loaded.classes_.tolist() == ["red", "zaffre"] == loaded.model_.classnames
-    assert loaded.predict_proba(paths) == pytest.approx(fitted.predict_proba(paths)[:, ::-1], abs=1e-3)
+    expected = fitted.predict_proba(pictures[0])[:, ::-1]
+    assert loaded.predict_proba(pictures[0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_rejected_images_and_removed_classes(pictures, tmp_path):
@@ -315,23 +280,11 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     assert set(classifier.predict(paths, reject=True)) <= {0, 10, 5, None}  # the threshold stays
     assert classifier.remove_class(10).classes_.tolist() == [0, 5]
     assert (classifier.model_.classnames, classifier.classes_.tolist()) == (["blue", "green"], [0, 5])
-    classifier.save(tmp_path)
-    assert FewShotClassifier.load(tmp_path).predict(paths).tolist() == classifier.predict(paths).tolist()
-    model = dcp_zoo.create_model(str(tmp_path), True)
+    model = dcp_zoo.create_model(str(classifier.save(tmp_path)), True)
     model.set_classnames(["green", "teal"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match="No label is stored for teal"):
         FewShotClassifier.load(tmp_path)
-
-
-def test_decisions_are_logits(pictures, fitted):
-    """Of two classes those of the second alone, as in scikit-learn."""
-    found = fitted.decision_function(pictures[0])
-    assert 1 / (1 + np.exp(-found)) == pytest.approx(fitted.predict_proba(pictures[0])[:, 1], abs=1e-5)
-    three = FewShotClassifier().fit(pictures[0], ["a", "b", "c", "a", *pictures[1][4:]])
-    assert (
-        three.classes_[three.decision_function(pictures[0]).argmax(1)].tolist() == three.predict(pictures[0]).tolist()
-    )
 
 
 def test_features_take_the_place_of_images(pictures, fitted):
@@ -374,12 +327,14 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     for options, weights in (({}, [1] * 8), ({"class_weight": {"red": 2}}, None)):
         with pytest.raises(ZooError, match="gda does not support .*_weight: choose method='text-probe'"):
             FewShotClassifier(method="gda", **options).fit(paths, labels, weights)
-    for weights in ([1] * 7, [float("nan"), *[1] * 7], [0] * 4 + [1] * 4):
-        with pytest.raises(ZooError, match="sample_weight|fewer than two classes"):
-            FewShotClassifier().fit(paths, labels, weights)
-    for wrong in ({"green": 1}, {"red": -1}, {"red": 0, "blue": 0}, "red"):
-        with pytest.raises(ZooError, match="class_weight"):
-            FewShotClassifier(class_weight=wrong).fit(paths, labels)
+    for options, weights, message in (
+        ({}, [1] * 7, "sample_weight"),
+        ({}, [0] * 4 + [1] * 4, "fewer than two classes"),
+        ({"class_weight": {"green": 1}}, None, "class_weight"),
+        ({"class_weight": {"red": -1}}, None, "class_weight"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            FewShotClassifier(**options).fit(paths, labels, weights)
 
 
 def test_features_of_another_tower_are_refused(pictures):
@@ -394,7 +349,6 @@ def test_features_of_another_tower_are_refused(pictures):
         lambda: dcp_zoo.train("dcp_mini", features, labels),
         lambda: dcp_zoo.evaluate(plain.model_, features, labels),
         lambda: dcp_zoo.compare(features, labels, cv=2),
-        lambda: FewShotClassifier().fit(paths, labels, validation=(features, labels)),
     ):
         with pytest.raises(ZooError, match="features of dcp_mini .bundled., changed by prolip"):
             refused()
@@ -430,8 +384,7 @@ def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
     file = tmp_path / cache.FILE_NAME
     whole = file.read_bytes()
     damages = [whole[:at] + bytes(9) + whole[at + 9 :] for at in (*range(0, 200, 20), *range(200, len(whole), 4997))]
-    damages += [whole[:size] for size in range(1, len(whole), 4997)]
-    for damaged in damages:
+    for damaged in (*damages, whole[:100], whole[:-4997]):
         file.write_bytes(damaged)
         for _ in range(2):  # the second one finds what the first one left
             kept = cache.FeatureCache(tmp_path)
@@ -442,24 +395,20 @@ def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
 
 def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    (tmp_path / "a file").touch()
     cache.FeatureCache(tmp_path).put({})
     with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        for folder, reason in ((tmp_path, "database is locked"), (tmp_path / "a file", "File exists")):
-            kept = cache.FeatureCache(folder)
-            with pytest.warns(UserWarning, match=f"not cached for the next run. .*{reason}. Choose another"):
-                kept.put({"1": torch.ones(3)})
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                kept.put({"2": torch.ones(3)})
-                assert kept.get("123").keys() == {"1", "2"}
-    assert not cache.FeatureCache(tmp_path).get("123")
+        kept = cache.FeatureCache(tmp_path)
+        with pytest.warns(UserWarning, match="not cached for the next run. .*database is locked. Choose another"):
+            kept.put({"1": torch.ones(3)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kept.put({"2": torch.ones(3)})
+            assert kept.get("123").keys() == {"1", "2"}
 
 
 def test_features_are_kept_by_what_an_image_shows(tmp_path):
-    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image. An image in an
-    archive is the same wherever that is unpacked."""
+    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image."""
 
     def in_palette(color):
         image = Image.new("P", (8, 6))
@@ -473,14 +422,6 @@ def test_features_are_kept_by_what_an_image_shows(tmp_path):
     turned.getexif()[0x112] = 6  # by a quarter
     turned.save(tmp_path / "1.png", exif=turned.getexif())
     assert cache.image_key(Image.open(tmp_path / "1.png")) == cache.image_key(upright)
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
-        file.write(tmp_path / "1.png", "cat/1.png")
-    keys = set()
-    for _ in range(2):
-        folder = unpacked(str(tmp_path / "photos.zip"))
-        keys.add(cache.image_key(next(folder.rglob("1.png"))))
-        unpacked.cache_clear()
-    assert len(keys) == 1
 
 
 def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
@@ -571,9 +512,6 @@ def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):
     np.random.seed(0)
     states = (3, np.int64(3), np.random.RandomState(3), np.random.default_rng(3), None)
     seeds = [seed_of(state) for state in states]
-    assert seeds[:2] == [3, 3]
-    assert len(set(seeds[1:])) == 4
-    FewShotClassifier(method="zero-shot", random_state=np.random.RandomState(3)).fit(*pictures)
-    for wrong in ("one", -1, 1.5):
-        with pytest.raises(ZooError, match="Pass an integer from 0, a RandomState, a Generator or None"):
-            seed_of(wrong)
+    assert (seeds[:2], len(set(seeds[1:]))) == ([3, 3], 4)
+    with pytest.raises(ZooError, match="Pass an integer from 0, a RandomState, a Generator or None"):
+        FewShotClassifier(method="zero-shot", random_state=1.5).fit(*pictures)

@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 from helpers import close
+from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,11 +23,10 @@ from dcp_zoo.backbone.inputs import Features, Maps, Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.methods import METHODS, clap, fit_head, promptsrc
+from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.caches import BETAS, PENALTIES
 from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant
-from dcp_zoo.training.methods.promptsrc import epoch_weights
 from dcp_zoo.training.methods.zero_shot import ENSEMBLE
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -182,35 +182,16 @@ def linear_probe(given: Task, C: float) -> Tensor:
         mirrored = encode_image(given.clip, pixels(given.train).flip(-1))
 
     def regression(rows: Tensor) -> Callable[[Tensor], Tensor]:
-        both, labels = torch.cat([x[rows], mirrored[rows]]).double(), y[rows].repeat(2)
-        weight, bias = (torch.zeros(*shape, dtype=torch.double, requires_grad=True) for shape in ((3, 64), (3,)))
-
-        def loss() -> Tensor:
-            of_images = F.cross_entropy(both @ weight.T + bias, labels, reduction="sum") / 2
-            return of_images + weight.square().sum() / (2 * C)
-
-        minimise(loss, [weight, bias])
-        return lambda rows: (rows.double() @ weight.T + bias).detach()
+        both, half = torch.cat([x[rows], mirrored[rows]]).double(), torch.full((2 * int(rows.sum()),), 0.5)
+        fitted = LogisticRegression(C=C, tol=1e-9, max_iter=1000).fit(both, y[rows].repeat(2), half)
+        return lambda rows: torch.from_numpy(fitted.decision_function(rows.double()))
 
     held_out = torch.empty(9, 3, dtype=torch.double)
     for fold in range(3):  # of three images per class
         out = torch.arange(9) // 3 == fold
         held_out[out] = regression(~out)(x[out])
-    log = torch.zeros((), dtype=torch.double, requires_grad=True)
-    minimise(lambda: F.cross_entropy(log.exp() * held_out, y, reduction="sum") + log.square() / 2, [log])
-    return (log.exp() * regression(torch.ones(9, dtype=torch.bool))(val)).float().detach()
-
-
-def minimise(loss: Callable[[], Tensor], trained: list[Tensor]) -> None:
-    """By all the steps that it takes."""
-    optimizer = torch.optim.LBFGS(trained, max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        (value := loss()).backward()
-        return value
-
-    optimizer.step(closure)
+    loss = lambda log: F.cross_entropy(math.exp(log) * held_out, y, reduction="sum").item() + log**2 / 2  # noqa: E731
+    return math.exp(minimize_scalar(loss).x) * regression(torch.ones(9, dtype=torch.bool))(val).float()
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], rates: list[float]) -> None:
@@ -511,6 +492,10 @@ EQUATIONS = {
 }
 
 
+# those of the text probe and of DCP are in test_text_probe.py and test_golden.py
+assert {method for method, *_ in EQUATIONS.values()} | {"text-probe", "dcp"} == {*METHODS}
+
+
 @pytest.mark.parametrize("case", EQUATIONS)
 def test_logits_equal_those_of_the_plain_equations(case, clip, photos):
     """What a method changes in zero-shot CLIP's logits, by a training on all images in every step."""
@@ -527,36 +512,7 @@ def test_logits_equal_those_of_the_plain_equations(case, clip, photos):
         assert torch.equal(p, clip.clip.get_parameter(name)) != any(part in name for part in sum(changed, ()))
 
 
-def test_every_method_has_an_equation():
-    """Those of the text probe and of DCP are in test_text_probe.py and test_golden.py."""
-    assert {method for method, *_ in EQUATIONS.values()} | {"text-probe", "dcp"} == {*METHODS}
-
-
 # ------------------------------------------------------------------------------------------------- what equations leave
-
-
-def test_linear_probe_of_two_classes(clip, photos):
-    """For which scikit-learn fits a single row of weights; with one image per class there is nothing to leave out."""
-    given = task("linear-probe", clip, photos, C=2.0)
-    given = replace(given, classnames=NAMES[:2], train=image_source(clip, [p for p in photos if p.label < 2]), val=None)
-    probe, (x, mirrored) = fit_head("linear-probe", given), given.plain_train.features(2)
-    fitted = LogisticRegression(C=1.0, max_iter=1000).fit(torch.cat([x, mirrored]), given.train.labels.repeat(2))
-    second = probe.info["scale"] * torch.from_numpy(fitted.decision_function(x)).float()
-    expected = torch.stack([torch.zeros_like(second), second], 1).softmax(1)
-    torch.testing.assert_close(logits_of(probe, given.train).softmax(-1), expected, rtol=1e-3, atol=1e-4)
-    assert fit_head("linear-probe", replace(given, train=given.train.of([0, 1]))).info == {"scale": 4.0}
-
-
-@pytest.mark.parametrize(("n", "classes", "width"), [(12, 3, 20), (4, 2, 3), (200, 5, 8)])
-def test_gaussian_discriminant(n, classes, width):
-    torch.manual_seed(0)
-    x = F.normalize(torch.randn(n, width, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
-    y = torch.arange(n) % classes
-    expected = gaussian(x, y, classes)
-    for rows, tolerance in ((x, 1e-9), (x.float(), 1e-5)):
-        for found, wanted in zip(gaussian_discriminant(rows, y, classes), expected, strict=True):
-            assert found.dtype == rows.dtype
-            assert close(found.double(), wanted, tolerance)
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -571,55 +527,39 @@ def test_gaussian_discriminant_without_spread_finds_the_nearest_mean(copies):
     assert 1 < weight.norm(dim=-1).mean() < 100
 
 
-def test_clap_draws_every_row_at_most_once_in_an_epoch():
-    rows, labels = torch.randn(18, 5), torch.arange(18) % 3
-    stream = clap.random_rows(rows, labels, 4, 2, seed=1)
-    epochs = [[torch.cat(parts) for parts in zip(next(stream), next(stream), strict=True)] for _ in range(3)]
-    for drawn, of in epochs:
-        places = [int((rows == row).all(-1).nonzero()) for row in drawn]
-        assert len(set(places)) == 8
-        assert torch.equal(labels[places], of)
-    assert not torch.equal(epochs[0][0], epochs[1][0])
+def test_gaussian_discriminant_of_more_images_than_features():
+    """With fewer, it is an equation of the table."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(200, 8, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
+    y = torch.arange(200) % 5
+    for found, wanted in zip(gaussian_discriminant(x, y, 5), gaussian(x, y, 5), strict=True):
+        assert close(found, wanted, 1e-9)
 
 
 def test_clip_lora_drops_inputs_in_training_only(clip, photos):
-    """Two equal trainings agree, one with dropout differs from one without, and its head answers the same twice."""
-    given = task("clip-lora", clip, photos, batch_size=9, lr=0.01, dropout=0.5)
-    fitted = [
-        fit_head("clip-lora", replace(given, recipe=given.recipe.updated({"dropout": p}))) for p in (0.5, 0.5, 0.0)
-    ]
-    first, same, other = (logits_of(head, given.val) for head in fitted)
-    assert torch.equal(first, same)
-    assert torch.equal(first, logits_of(fitted[0], given.val))
-    assert not close(first, other, 1e-4)
-
-
-def test_weights_of_epochs():
-    weights = epoch_weights(50, 0.6, 0.6)
-    assert sum(weights) == pytest.approx(1)
-    assert max(range(50), key=weights.__getitem__) == 29  # epoch 30
-    assert weights[0] / weights[29] == pytest.approx(math.exp(-((29 / 30) ** 2) / 2))
-    assert epoch_weights(20, 0.75, 0.001, run=2) == pytest.approx([0, 1])  # far from the centre, and no underflow
+    given, found = task("clip-lora", clip, photos, batch_size=9, lr=0.01), []
+    for dropout in (0.5, 0.0):
+        head = fit_head("clip-lora", replace(given, recipe=given.recipe.updated({"dropout": dropout})))
+        found.append(logits_of(head, given.val))
+        assert torch.equal(found[-1], logits_of(head, given.val))
+    assert not close(*found, 1e-4)
 
 
 # ------------------------------------------------------------------------------------- what validation images choose
 
 
-def candidates_of(method: str) -> tuple[list[dict[str, float]], Callable[..., Tensor]]:
-    """What a method tries in its order, as the head's `info`, and the equation of each."""
-    if method == "proker":
-        pairs = product(BETAS, PENALTIES)
-        return [{"beta": b, "lambda": p} for b, p in pairs], lambda t, v: proker(t, v["beta"], v["lambda"])
-    if method == "gda":
-        return [{"alpha": a} for a in ALPHAS], lambda t, v: gda(t, v["alpha"])
-    return [{"epoch": epoch} for epoch in range(12, 0, -1)], lambda t, v: lp(t, v["epoch"])
+TRIED = {  # in their order, as the head's `info`, and the equation of each
+    "proker": ([{"beta": b, "lambda": p} for b, p in product(BETAS, PENALTIES)], lambda t, v: proker(t, *v.values())),
+    "gda": ([{"alpha": a} for a in ALPHAS], lambda t, v: gda(t, *v.values())),
+    "lp-plus-plus": ([{"epoch": n} for n in range(12, 0, -1)], lambda t, v: lp(t, *v.values())),
+}
 
 
-@pytest.mark.parametrize("method", ["proker", "gda", "lp-plus-plus"])
+@pytest.mark.parametrize("method", TRIED)
 def test_what_is_chosen_on_the_validation_images(method, clip, photos):
     """The value that classifies the most of them: the smallest of several, and of epochs the last."""
     options = {"epochs": 12} if method == "lp-plus-plus" else {}
-    given, (values, equation) = with_random_features(task(method, clip, photos, **options)), candidates_of(method)
+    given, (values, equation) = with_random_features(task(method, clip, photos, **options)), TRIED[method]
     answers, chosen = [equation(given, value).argmax(-1) for value in values], []
     for labels in (given.val.labels, answers[0], answers[len(answers) // 2], answers[-1]):
         for images in (7, 120):  # few: many ties
@@ -630,10 +570,9 @@ def test_what_is_chosen_on_the_validation_images(method, clip, photos):
     assert len({*chosen}) > 2
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f"])
-def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(method, clip, photos):
-    given = with_random_features(task(method, clip, photos))
-    adapter, start = fit_head(method, given), fit_head(method, replace(given, val=None))
+def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(clip, photos):
+    given = with_random_features(task("tip-adapter", clip, photos))
+    adapter, start = fit_head("tip-adapter", given), fit_head("tip-adapter", replace(given, val=None))
     labels = given.val.labels
     assert top1(logits_of(adapter, given.val), labels) > top1(logits_of(start, given.val), labels)
     assert adapter.info == {"alpha": round(adapter.alpha.item(), 4), "beta": round(adapter.beta.item(), 4)}
@@ -656,62 +595,12 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
     weight, bias = gaussian_discriminant(x[:3], y[:3], 3)
     spread = (x[:3] @ weight.T + bias).std().item()
     assert 2 * found * spread == pytest.approx(cosine(clip, x[:3], texts).std().item(), rel=1e-3)
-    for changes, alpha in (({"text": False}, 1.0), ({"alpha": 0.0}, 0.0)):
-        assert fit_head("gda", replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
 
 
 # -------------------------------------------------------------------------------------------- properties of all methods
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_properties_of_every_method(method, clip, photos):
-    """Two trainings agree and leave CLIP as it was; only what chooses reads validation images; an image's answer is its
-    own; new names are read, or refused."""
-    before, given = {name: tensor.clone() for name, tensor in clip.state_dict().items()}, task(method, clip, photos)
-    chooses = METHODS[method].chooses
-    first, second = fit_head(method, given), fit_head(method, given if chooses else replace(given, val=None))
-    test = image_source(clip, photos)
-    logits = logits_of(first, test)
-    assert logits.shape == (12, 3)
-    assert torch.equal(logits, logits_of(second, test))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
-    assert not clip.clip.training
-    alone = logits_of(first, image_source(clip, photos[2:3]))
-    torch.testing.assert_close(logits[2:3], alone, rtol=1e-4, atol=1e-4)
-    (check_new_classes if METHODS[method].abilities.transfers else check_closed)(method, first, test)
-
-
-def check_new_classes(method, head, test: ImageSource) -> None:
-    before = logits_of(head, test)
-    probed = method in ("text-probe", "dcp")  # a text probe counts among the classes it was fitted on
-    head.set_classnames([*reversed(NAMES), *(() if probed else ("cat",))])
-    after = logits_of(head, test)
-    torch.testing.assert_close(after[:, :3].flip(-1), before, rtol=1e-4, atol=1e-4)
-    head.set_classnames(NAMES, "art of a {}")
-    changed = not torch.allclose(logits_of(head, test), before, atol=1e-3)
-    assert changed == (method not in ("coop", "maple", "promptsrc", "dcp"))  # their prompts are the template
-    with pytest.warns(UserWarning, match="Repeated"):
-        head.set_classnames(["cat", "cat"])
-
-
-def check_closed(method, head, test: ImageSource) -> None:
-    before = logits_of(head, test)
-    with pytest.raises(ZooError, match=f"A head of {method} is limited to its classes.*zero-shot"):
-        head.set_classnames(["cat"])
-    head.set_classnames(NAMES[:0:-1])
-    torch.testing.assert_close(logits_of(head, test), before[:, [2, 1]])
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "linear-probe"])
-def test_class_names_that_the_text_tower_would_cut_are_refused(method, clip, photos):
-    """By every method with one message: two of them could become the same."""
-    names = ["ant", "bee", f"{'cat ' * 80}cub"]
-    with pytest.raises(ZooError, match=r"takes \d+ tokens, but only \d+ are left.*: shorten it"):
-        fit_head(method, replace(task(method, clip, photos), classnames=names))
-
-
-@pytest.mark.parametrize("method", ["proker", "ss-text", "gda", "lp-plus-plus", "clap", "prolip"])
+@pytest.mark.parametrize("method", ["linear-probe", "proker", "gda", "lp-plus-plus", "clap"])
 def test_one_shot_and_two_classes(method, clip, photos):
     """And validation images for one of the classes only."""
     train, val = (image_source(clip, part) for part in (photos[:2], photos[3:4]))
@@ -729,56 +618,37 @@ def test_training_in_half_precision(method, clip, photos):
     assert fitted[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "gda", "clap", "prolip", "coop", "2sfs"])
+@pytest.mark.parametrize("method", ["tip-adapter", "gda", "prolip", "coop"])
 def test_training_on_random_crops(method, clip, photos):
-    """Which differ from the plain images, and from pass to pass: keys of several passes are their mean."""
-    given = task(method, clip, photos, **({"lr": 0.01} if method in ("prolip", "2sfs", "coop") else {}))
-    passes = {"augment_epochs": 2} if method in ("tip-adapter", "gda", "clap") else {}
-    plain, cropped = fit_head(method, given), fit_head(method, with_crops(given, **passes))
-    assert not close(logits_of(cropped, given.val), logits_of(plain, given.val), 1e-5)
-    if method == "tip-adapter":
-        once = fit_head(method, with_crops(given, augment_epochs=1))
-        assert not close(cropped.keys, once.keys, 1e-3)
-        torch.testing.assert_close(cropped.keys.norm(dim=-1), torch.ones(9))
+    """Which differ from the plain images."""
+    given = task(method, clip, photos, **({"lr": 0.01} if method in ("prolip", "coop") else {}))
+    passes = {"augment_epochs": 2} if method in ("tip-adapter", "gda") else {}
+    plain, cropped = (logits_of(fit_head(method, t), given.val) for t in (given, with_crops(given, **passes)))
+    assert not close(cropped, plain, 1e-5)
 
 
-@pytest.mark.parametrize("method", ["dcp", "gda"])
-def test_no_augmentation_means_the_first_view_alone(method, clip, photos):
+def test_no_augmentation_means_the_first_view_alone(clip, photos):
     """Although a trial before it may have left both views in the cache."""
-    given = with_flips(task(method, clip, photos, **({"classifier": "none"} if method == "dcp" else {})))
+    given = with_flips(task("gda", clip, photos))
     given = replace(given, recipe=given.recipe.updated({"augment": "none"}))
     one = replace(given, train=replace(given.train, views=given.train.views[:1]))
-    first, second = (logits_of(fit_head(method, each), given.val) for each in (given, one))
+    first, second = (logits_of(fit_head("gda", each), given.val) for each in (given, one))
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("method", ["clap", "promptsrc"])
-def test_divergence_is_reported(method, clip, photos):
+def test_what_cannot_be_fitted_is_said(clip, photos):
     with pytest.raises(ZooError, match=r"Training diverged: the loss of step \d+ is (nan|inf).*--set lr="):
-        fit_head(method, task(method, clip, photos, lr=1e30, warmup_lr=1e30))
-
-
-@pytest.mark.parametrize("method", ["gda", "clap", "lp-plus-plus"])
-def test_missing_training_images(method, clip, photos):
-    given = task(method, clip, photos)
+        fit_head("clap", task("clap", clip, photos, lr=1e30, warmup_lr=1e30))
+    given = task("gda", clip, photos)
     given.train = image_source(clip, [item for item in photos if item.label != 1])
     with pytest.raises(ZooError, match="No training image has label 1"):
-        fit_head(method, given)
-
-
-@pytest.mark.parametrize("method", ["prolip", "clip-lora", "clip-svd"])
-def test_towers_that_a_method_cannot_train_are_refused_with_another_method(method, clip, photos):
-    (setattr(clip.visual, "proj", None) if method == "prolip" else setattr(clip.clip, "attn_mask", None))
-    with pytest.raises(ZooError, match=r"this CLIP (has none|does not have): use"):
-        fit_head(method, task(method, clip, photos))
-
-
-def test_image_features_are_computed_once_for_a_source(clip, photos):
-    given, passes = task("zero-shot", clip, photos), []
-    clip.visual.ln_post.register_forward_hook(lambda *_: passes.append(1))
-    for method in ("zero-shot", "tip-adapter", "coop"):
-        assert logits_of(fit_head(method, replace(given, recipe=task(method, clip, photos).recipe)), given.val).any()
-    assert len(passes) == 2  # the training images, and those of the test
+        fit_head("gda", given)
+    with pytest.raises(ZooError, match="lr is none of augment, classifier, augment_epochs"):
+        given.recipe.updated({"lr": 1.0})
+    clip.visual.proj = clip.clip.attn_mask = None
+    for method in ("prolip", "clip-lora"):  # which train these
+        with pytest.raises(ZooError, match=r"this CLIP (has none|does not have): use"):
+            fit_head(method, task(method, clip, photos))
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -790,20 +660,16 @@ def recipe(method: str, shots: int = 16, protocol: str = "few-shot", dataset: st
 
 SGD_32, PER_CLASS = {"optimizer": "sgd", "batch_size": 32, "warmup_lr": 1e-5}, {"lr": 0.0025, "batch_size": 4}
 PUBLISHED = [
-    *(("coop", {"shots": k}, {"epochs": n}) for k, n in ((1, 50), (2, 100), (4, 100), (8, 200), (16, 200))),
+    *(("coop", {"shots": k}, {"epochs": n}) for k, n in ((1, 50), (4, 100), (8, 200))),
     ("coop", {"dataset": "imagenet"}, SGD_32 | {"epochs": 50, "n_ctx": 16, "lr": 0.002}),
     ("maple", {"protocol": "base-to-new"}, {"n_ctx": 2, "depth": 9, "lr": 0.0035, "batch_size": 4, "epochs": 5}),
     ("maple", {"protocol": "cross-dataset"}, {"lr": 0.0026, "epochs": 2, "depth": 3}),
-    ("vpt-deep", {"protocol": "base-to-new"}, PER_CLASS | {"epochs": 5, "optimizer": "sgd"}),
     ("tip-adapter-f", {}, {"lr": 1e-3, "eps": 1e-4, "batch_size": 256, "epochs": 20, "augment": "crop-flip"}),
-    ("clap", {}, {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0, "batch_size": 256}),
-    ("clap", {}, {"epochs": 300, "augment_epochs": 20, "augment": "crop-flip"}),
+    ("clap", {}, {"optimizer": "sgd", "lr": 0.1, "batch_size": 256, "epochs": 300, "augment_epochs": 20}),
     *(("prolip", {"shots": k}, {"penalty": 1 / k, "lr": 1e-5, "eps": 1e-4, "epochs": 300}) for k in (1, 2, 16)),
     ("lp-plus-plus", {}, {"epochs": 300, "augment": "none"}),
-    ("clip-lora", {"shots": 4}, {"rank": 2, "alpha": 1, "dropout": 0.25, "lr": 2e-4, "weight_decay": 1e-2}),
-    ("clip-lora", {"shots": 4}, {"batch_size": 32, "steps": 2000}),
+    ("clip-lora", {"shots": 4}, {"rank": 2, "alpha": 1, "dropout": 0.25, "lr": 2e-4, "batch_size": 32, "steps": 2000}),
     ("proker", {"shots": 4}, {"beta": 1.5, "penalty": 0.05}),
-    ("proker", {"shots": 40}, {"beta": 1.7, "penalty": 0.1}),
     ("clip-svd", {"shots": 4}, {"lr": 5e-4, "weight_decay": 1e-2, "batch_size": 32, "steps": 800}),
     ("2sfs", {"shots": 1}, {"steps": 300, "first_stage": 0.6}),
     ("promptsrc", {}, PER_CLASS | {"n_ctx": 4, "depth": 9, "epochs": 50, "average_mean": 0.6, "average_std": 0.6}),
@@ -825,27 +691,11 @@ def test_a_recipe_explains_its_fields_reaches_workers_and_fits_the_miniature(met
     assert METHODS[method].title
     assert METHODS[method].reference
     assert all(part.metadata["help"] for part in fields(kind))
-    assert type(big) is kind
     assert pickle.loads(pickle.dumps(big)) == big
     if method in ("coop", "vpt-deep", "maple", "promptsrc"):
-        dcp = default_recipe("dcp_mini")
-        assert (mini.lr, dcp.lr) == (4e-3, 2e-3)
         for name in ("optimizer", "warmup_lr", "weight_decay", "batch_size", "epochs", "augment"):
-            assert getattr(mini, name) == getattr(dcp, name)
+            assert getattr(mini, name) == getattr(default_recipe("dcp_mini"), name)
     elif method != "dcp":
         rates = {"prolip": {"lr": 1e-3}, "clip-lora": {"lr": 4e-3, "steps": 1600}}
         assert mini == replace(big, augment=mini.augment, **rates.get(method, {}))
         assert mini.augment == ("none" if big.augment == "none" else "flip")
-
-
-def test_options_change_a_recipe_or_are_refused():
-    assert recipe("tip-adapter").updated({"alpha": 2.0}).alpha == 2.0
-    for method, change, message in (
-        ("tip-adapter", {"lr": 1.0}, "lr is none of augment, classifier, augment_epochs"),
-        ("2sfs", {"first_stage": 1.5}, r"first_stage must be from 0 to 1, not 1\.5"),
-        ("gda", {"augment_epochs": 0}, "augment_epochs must be at least 1, not 0"),
-        ("clip-lora", {"rank": 0}, "rank must be at least 1"),
-        ("dcp", {"stop_epoch": 0}, "stop_epoch must be at least 1"),
-    ):
-        with pytest.raises(ZooError, match=message):
-            recipe(method).updated(change)

@@ -15,11 +15,10 @@ from trees import write_tree
 from dcp_zoo.data import DATASETS, check, load_image, load_split, packaged
 from dcp_zoo.errors import ZooError
 
-NAMES = ["imagenet", "food101", "dtd", "fgvc_aircraft", "imagenetv2", "imagenet_a", "pacs_photo", "pacs_cartoon"]
+NAMES = ["imagenet", "food101", "dtd", "fgvc_aircraft", "imagenetv2", "pacs_photo"]
 LISTED, AIRCRAFT = ["food101", "dtd"], ["fgvc_aircraft"]
 PACKAGED = ["dtd"]
 IMAGENETS = [name for name in NAMES if name.startswith("imagenet")]
-WNID_FOLDERS = [name for name in IMAGENETS if name != "imagenetv2"]
 FOLDERS = [name for name in NAMES if name not in [*LISTED, *AIRCRAFT]]
 
 
@@ -59,47 +58,40 @@ def images_of(root: Path, name: str) -> Path:
 
 
 def listing_of(root: Path, name: str) -> Path:
-    """The file that lists the images, or the classes."""
-    return (
-        folder_of(root, name) / DATASETS[name].split_file if name not in IMAGENETS else root / "imagenet/classnames.txt"
-    )
+    return folder_of(root, name) / DATASETS[name].split_file
+
+
+def rename_class(root: Path, name: str) -> None:
+    first_image(root, name).parent.rename(images_of(root, name) / "n9")
+
+
+def other_row(root: Path, name: str) -> None:
+    row = "0000000 Zebu" if name in AIRCRAFT else ["a.jpg", 0, "Zebu"]
+    change_rows(root, name, lambda rows: [row, *rows[1:]])
 
 
 def first_image(root: Path, name: str) -> Path:
     return sorted(path for path in images_of(root, name).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[0]
 
 
-def change_row(root: Path, name: str, row: list | str) -> None:
-    """Replace the row of the first training image by `row`."""
+def change_rows(root: Path, name: str, change: Callable[[list], list]) -> None:
+    """Change the rows of the training images."""
     file = listing_of(root, name)
     if name in AIRCRAFT:
-        file.write_text("\n".join([row, *file.read_text().splitlines()[1:]]))
+        file.write_text("\n".join(change(file.read_text().splitlines())))
     else:
         content = json.loads(file.read_text())
-        content["train"][0] = row
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(content | {"train": change(content["train"])}))
 
 
 def empty_class(root: Path, name: str) -> None:
     """Remove class 0 from the training images."""
-    file = listing_of(root, name)
-    if name in AIRCRAFT:
-        file.write_text("\n".join(file.read_text().splitlines()[1:]))
-    else:
-        content = json.loads(file.read_text())
-        content["train"] = [row for row in content["train"] if row[1] != 0]
-        file.write_text(json.dumps(content))
+    change_rows(root, name, lambda rows: rows[1 if name in AIRCRAFT else 2 :])
 
 
 def empty_folder(root: Path, name: str) -> None:
     for file in first_image(root, name).parent.iterdir():
         file.unlink()
-
-
-def link_out(root: Path, name: str) -> None:
-    image = first_image(root, name)
-    image.rename(root / "outside.jpg")
-    image.symlink_to(root / "outside.jpg")
 
 
 BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = {  # what: (datasets, how, message)
@@ -110,23 +102,16 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
         (AIRCRAFT, lambda root, name: listing_of(root, name).unlink(), "not exist. Get it from"),
         # the package's listing is used, and the trees have other images and classes
         (PACKAGED, lambda root, name: listing_of(root, name).unlink(), "images .* are missing. Get it from"),
-        (WNID_FOLDERS, lambda root, name: listing_of(root, name).unlink(), "no class of ImageNet: n0000000"),
     ],
     "malformed listing": [
         (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": ['), "is not JSON"),
         (AIRCRAFT, lambda root, name: listing_of(root, name).write_text("{"), "'{' is not an image number"),
-        (IMAGENETS, lambda root, name: listing_of(root, name).write_text("{"), "must have 20 lines"),
     ],
     "label and name disagree": [
-        (LISTED, lambda root, name: change_row(root, name, ["a.jpg", 0, "Zebu"]), "label 0 has two names"),
-        (AIRCRAFT, lambda root, name: change_row(root, name, "0000000 Zebu"), "is not an image number and a name"),
-        (
-            IMAGENETS,
-            lambda root, name: first_image(root, name).parent.rename(images_of(root, name) / "n9"),
-            "class folders",
-        ),
+        (LISTED, other_row, "label 0 has two names"),
+        (AIRCRAFT, other_row, "is not an image number and a name"),
+        (IMAGENETS, rename_class, "class folders"),
     ],
-    "link leaves": [([*LISTED, *AIRCRAFT], link_out, r"1 images \(the first: .*\) are links out of")],
     "no image": [
         ([*LISTED, *AIRCRAFT], lambda root, name: first_image(root, name).unlink(), r"1 images \(.*\) are missing")
     ],
@@ -153,7 +138,7 @@ def test_broken_tree_is_rejected(tmp_path, linked, name, how, message):
     assert row.status != "ok"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["imagenet", "dtd", "pacs_photo"])
 def test_damaged_image_is_found(tmp_path, linked, name):
     write_tree(tmp_path, name, linked)
     broken = first_image(tmp_path, name)
@@ -161,17 +146,6 @@ def test_damaged_image_is_found(tmp_path, linked, name):
     broken.unlink()  # a link to the image that all share
     broken.write_bytes(content[: len(content) // 2])
     [row] = check(tmp_path, names=[name])
-    assert f"{broken}) are damaged" in row.message
+    assert f"1 images (the first: {broken}) are damaged" in row.message
     with pytest.raises(ZooError, match="Cannot read the image .*truncated"):
         load_image(str(broken))
-    broken.write_bytes(b"")
-    [row] = check(tmp_path, names=[name])
-    assert f"1 images (the first: {broken}) are damaged" in row.message
-
-
-def test_listed_paths_through_a_linked_folder_are_rejected(tmp_path, linked):
-    write_tree(tmp_path, "dtd", linked)
-    (images_of(tmp_path, "dtd") / "sub").rename(tmp_path / "elsewhere")
-    (images_of(tmp_path, "dtd") / "sub").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ZooError, match="188 images .* are links out of .*dtd/images"):
-        load_split("dtd", tmp_path)

@@ -79,24 +79,18 @@ def test_claims_are_measured_again(head, data, run, monkeypatch):
     change(head, metrics=metrics | {"top1_batch": metrics["top1_batch"] + 0.06})
     code, out, _ = run(*command)
     assert (code, claims(out)) == (1, {"stored": "holds", "batch": "differs", "no_classifier": "holds"})
-    seen = []
-    monkeypatch.setattr("dcp_zoo.training.device.pick_precision", lambda name, *_: seen.append(name) or "float32")
-    change(head, recipe={"eval_batch_size": 5, "precision": "bfloat16"})
-    assert json.loads(run.ok(*command[:-1], "--json"))["batch_size"] == 5
-    run(*command)
-    assert seen == ["auto", "bfloat16"]  # a claim is measured as it was before
+    change(head, recipe={"eval_batch_size": 5})
+    assert json.loads(run.ok(*command[:-1], "--json"))["batch_size"] == 5  # a claim is measured as it was before
     change(head, split_sha256="0" * 64)
     assert "was trained on another split of pacs_photo: its sha256 is 0000" in run.refused(*command)
 
 
-@pytest.mark.parametrize("classifier", ["text-probe", "none"])
-def test_what_training_measures_is_claimed(classifier, data, tmp_path, run):
-    """A new head, with a text probe and without, read back from its checkpoint."""
-    options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
-    run.ok("train", "--method", "dcp", "pacs_photo", "--data-root", data, "--shots", "2", *options)
-    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).text_probe is not None) == (classifier == "text-probe")
+def test_what_training_measures_is_claimed(data, tmp_path, run):
+    """A new head, read back from its checkpoint."""
+    options = ("--set", "epochs=2", "--shots", "2", "--output", tmp_path / "new")
+    run.ok("train", "--method", "dcp", "pacs_photo", "--data-root", data, *options)
     out = run.ok("eval", "--head", tmp_path / "new", "--data-root", data, "--claim")
-    assert [*claims(out).values()] == ["holds"] * (3 if classifier == "text-probe" else 2)
+    assert claims(out) == dict.fromkeys(("stored", "batch", "no_classifier"), "holds")
 
 
 def test_a_card_is_believed_before_the_checkpoint(head):
@@ -108,13 +102,6 @@ def test_a_card_is_believed_before_the_checkpoint(head):
     stated = {mode: release.info["metrics"][f"top1_{mode}"] for mode in ("stored", "no_classifier")}
     assert cards.claimed(name, model) == without | stated
     assert set(without) == {"stored", "batch", "no_classifier"}
-
-
-def test_what_cannot_be_compared(head, data, run):
-    command = ("eval", "--head", head, "--data-root", data, "--claim")
-    assert "omit --json" in run.refused(*command, "--json")
-    change(head, metrics={})
-    assert "claims no accuracy" in run.refused(*command)
 
 
 SUBMISSION = {
@@ -147,8 +134,5 @@ def test_a_submission_is_measured(head, data, submitted, monkeypatch):
     assert "says dataset: dtd, but the head in" in submitted.refused(head, "--data-root", data)
     monkeypatch.setattr(submit, "check_same", lambda *_: None)  # this head is of a dataset that no leaderboard has
     assert f'"measured": {measured}' in submitted.ok(head, "--data-root", data)
-    file.write_text(yaml.safe_dump(SUBMISSION | {"reported": min(100.0, measured + 1) if measured < 99 else 1.0}))
+    file.write_text(yaml.safe_dump(SUBMISSION | {"reported": measured - 1 if measured > 50 else measured + 1}))
     assert f"but {measured:.2f} % was measured here" in submitted.refused(head, "--data-root", data)
-    (head / "config.json").unlink()
-    (head / "model.safetensors").unlink()
-    assert '"measured": null' in submitted.ok(head)

@@ -14,10 +14,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dcp_zoo import ZooError
-from dcp_zoo.cli import console, main, show
-from dcp_zoo.cli.app import app
+from dcp_zoo.cli import app, console, main, show
 from dcp_zoo.cli.benchmark import split_commas
-from dcp_zoo.cli.options import class_list, parse_changes, single_values
+from dcp_zoo.cli.options import class_list, parse_changes
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, get_spec
@@ -50,20 +49,17 @@ def head(animals, tmp_path_factory):
 
 
 def test_list(run):
-    out = run.ok("list")
-    for text in ("dcp_vitl14_336", "ViT-L-14-336", "dcp_mini.caltech101-16shot", "90.1 %", "1, 2, 4, 8, 16"):
-        assert text in out
-    assert "dcp_vitb16." not in out
-    shown = " ".join(out.split())
-    assert "head status method alone with text probe" in shown
-    assert "dcp_mini.caltech101-16shot bundled 77.2 % 90.1 %" in shown
-    assert "oxford_flowers50 is a part of oxford_flowers: 50 of 102 classes, 400 of 2,463 test images" in shown
-    _, out, _ = run("list", "*b32*")
-    assert "dcp_vitb32" in out
-    assert "dcp_vitb16" not in out
-    _, out, _ = run("list", "*.caltech101-16shot")
-    assert "dcp_mini.caltech101-16shot" in out
-    assert "dcp_mini.caltech101-1shot" not in out
+    shown = " ".join(run.ok("list").split())
+    for text in ("dcp_vitl14_336 ViT-L-14-336", "1, 2, 4, 8, 16", "head status method alone with text probe",
+                 "dcp_mini.caltech101-16shot bundled 77.2 % 90.1 %",
+                 "oxford_flowers50 is a part of oxford_flowers: 50 of 102 classes"):  # fmt: skip
+        assert text in shown
+    assert "dcp_vitb16." not in shown
+    out = run.ok("list", "*.caltech101-16shot")
+    assert ("dcp_mini.caltech101-16shot" in out, "dcp_mini.caltech101-1shot" in out) == (True, False)
+    told = " ".join(run.ok("list", "*vitb32.ucf101*").split())
+    assert "5 heads for 1, 2, 4, 8, 16 images per class are planned" in told
+    assert told.endswith("How to train one: dcp-zoo info dcp_vitb32.ucf101-1shot")
 
 
 def test_models_to_choose_from(run, monkeypatch):
@@ -79,19 +75,13 @@ def test_models_to_choose_from(run, monkeypatch):
     assert "omit FILTER" in run.refused("list", "*b32*", "--recommend")
 
 
-@pytest.mark.parametrize(("columns", "args", "most"), [(80, [], 60), (100, [], 60), (80, ["--recommend"], 40)])
-def test_list_fits_a_screen(columns, args, most, run, monkeypatch):
-    monkeypatch.setattr(console.output, "_width", columns)
+@pytest.mark.parametrize(("args", "most"), [([], 60), (["--recommend"], 40)])
+def test_list_fits_a_screen(args, most, run, monkeypatch):
+    monkeypatch.setattr(console.output, "_width", 80)
     lines = run.ok("list", *args).splitlines()
     assert len(lines) <= most
-    assert max(map(len, lines)) <= columns
+    assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
-
-
-def test_list_names_a_planned_head(run):
-    told = " ".join(run.ok("list", "*vitb32.ucf101*").split())
-    assert "5 heads for 1, 2, 4, 8, 16 images per class are planned" in told
-    assert told.endswith("How to train one: dcp-zoo info dcp_vitb32.ucf101-1shot")
 
 
 def test_shell_completion(monkeypatch):
@@ -107,32 +97,20 @@ def test_shell_completion(monkeypatch):
         assert sorted(result.stdout.split()) == expected
 
 
-def test_info(run):
-    _, out, _ = run("info", "dcp_vitb16.eurosat-4shot")
-    assert "planned" in out
-    assert "dcp-zoo train --head dcp_vitb16.eurosat-4shot" in out
-    _, out, _ = run("info", "dcp_vitb16", "--json")
-    assert json.loads(out)["recipe"]["lr"] == 0.0035
+def test_info(head, run):
+    """How good it is, of what and since when; also of a planned head and a model."""
+    assert "dcp-zoo train --head dcp_vitb16.eurosat-4shot" in run.ok("info", "dcp_vitb16.eurosat-4shot")
+    assert json.loads(run.ok("info", "dcp_vitb16", "--json"))["recipe"]["lr"] == 0.0035
     assert "Nearest: dcp_vitb1" in run.refused("info", "dcp_vitb17")
-
-
-def test_info_says_how_good_of_what_and_when(head, run):
     stored = json.loads((head / "config.json").read_text())["dcp"]
     percent, images = stored["metrics"]["top1_stored"], stored["test_images"]
     low, high = Accuracy("", round(percent * images / 100), images).interval
     out = run.ok("info", head)
     for text in (f"{percent:.1f} % (", f"of {images}; 95 % interval {low:.0f} to {high:.0f})", f"{date.today()}"):
         assert text in out
-    assert "sha256" not in out
     assert json.loads(run("info", head, "--json")[1])["metrics"] == stored["metrics"]
-    for name, text in (
-        (
-            "dcp_mini.caltech101-16shot",
-            "90.1 % (2222 of 2465; 95 % interval 89 to 91) with the text probe; 77.2 % without",
-        ),
-        ("dcp_mini.oxford_flowers50-16shot", "oxford_flowers50 is a part of oxford_flowers: 50 of 102 classes"),
-    ):
-        assert text in " ".join(run.ok("info", name).replace("│", "").split())
+    told = " ".join(run.ok("info", "dcp_mini.caltech101-16shot").replace("│", "").split())
+    assert "90.1 % (2222 of 2465; 95 % interval 89 to 91) with the text probe; 77.2 % without" in told
 
 
 def test_eval(head, animals, run):
@@ -146,20 +124,6 @@ def test_eval(head, animals, run):
     assert page.read_text() == (head.parent / "pages" / "dcp.html").read_text(), "the one that training wrote"
 
 
-def test_predict_json_and_table(head, animals, run, monkeypatch, tmp_path):
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path))
-    path = animals / "cat" / "0.jpg"
-    (answer,) = json.loads(run.ok("predict", path, "--head", head, "--json"))
-    assert answer["image"] == str(path)
-    assert {p["class"] for p in answer["predictions"]} == {"cat", "dog"}
-    assert sum(p["probability"] for p in answer["predictions"]) == pytest.approx(1, abs=1e-3)
-    code, out, err = run("predict", path, "--head", head, "--top-k", 1)
-    assert code == 0
-    assert "0.jpg" in out
-    assert "miniature" in err
-    assert "miniature" not in run("predict", path, "--head", head)[2], "said once"
-
-
 DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
 
 
@@ -167,22 +131,16 @@ DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
     ("args", "message"),
     [
         (["predict"], "Pass images, a folder of images, or --sample"),
-        (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
-        (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
-        ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),
         ([*DIGITS, "--model", "ViT-B-32"], "Unknown model 'ViT-B-32'. open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG"),
         (["train", "caltec101", "--output", "OUT"], "caltech101"),
         (["train", "caltech101", "--output", "OUT"], "--data-root"),
         ([*DIGITS, "--set", "coupling=both"], "bidirectional or text_to_vision"),
-        (["train", "digits", "--output", "OUT", "--set", "epochs=3"], "none of augment, classifier."),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
-        ([*DIGITS, "--method", "dcp", "--recipe", "slow"], "Unknown recipe 'slow': choose from fast, release, paper"),
-        (["eval", "--head", "ROOT"], "no config.json"),
         (["list", "dcp_vitb17*"], "No model or head matches 'dcp_vitb17*'. Nearest: dcp_vitb16"),
-        (["predict", f"{'a' * 5000}.zip"], "This path is too long for the system: 'aaaa"),
+        (["predict", "a.jpg", "--output", "a" * 5000 + ".csv"], "This path is too long for the system: 'aaaa"),
     ],
 )
 def test_bad_input_gets_one_message(run, head, tmp_path, args, message):
@@ -204,14 +162,10 @@ def test_bad_input_gets_one_message(run, head, tmp_path, args, message):
 def test_a_text_may_have_commas():
     phrases = ["ctx_init=a photo, or a drawing, of a", "ctx_init=art"]
     assert parse_changes(phrases) == {"ctx_init": ["a photo, or a drawing, of a", "art"]}
-    assert single_values(parse_changes(phrases[:1])) == {"ctx_init": "a photo, or a drawing, of a"}
-    with pytest.raises(ZooError, match="ctx_init has 2 values"):
-        single_values(parse_changes(phrases))
 
 
-@pytest.mark.parametrize("method", ["dcp", "clip-lora"])
-def test_help_of_train_lists_every_field_of_the_recipe(run, method):
-    out = run.ok("train", "--method", method, "--help")
+def test_help_of_train_lists_every_field_of_the_recipe(run):
+    out, method = run.ok("train", "--method", "dcp", "--help"), "dcp"
     for part in fields(METHODS[method].config):
         assert re.search(rf"- {part.name} \([^)]+\): {re.escape(part.metadata['help'])}", out)
         assert ", ".join(part.metadata.get("choices", ())) in out
@@ -275,11 +229,7 @@ def test_commands_without_a_model_import_nothing_heavy():
 
 @pytest.mark.parametrize(
     ("command", "file"),
-    [
-        ("eval digits --head dcp_mini.eurosat_small-16shot --report FILE", "page.html"),
-        ("predict --sample --sheet FILE", "page.html"),
-        ("inspect photos --output .", "inspection.csv"),
-    ],
+    [("predict --sample --sheet FILE", "page.html"), ("inspect photos --output .", "inspection.csv")],
 )
 def test_no_command_replaces_a_file_unasked(run, tmp_path, monkeypatch, command, file):
     """Nor a photograph when asked."""
@@ -322,7 +272,7 @@ def test_predict_and_export_read_the_file(run, my_head, exported_names):
     ("command", "module", "extra"),
     [
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
-        (["report", "out"], "matplotlib", "plots"),
+        (["report", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
     ],
 )

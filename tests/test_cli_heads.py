@@ -21,15 +21,9 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 COMMANDS = [["predict", "--sample"], ["eval", "digits"], ["export"]]
 
 
-@pytest.mark.parametrize("name", ["my_head", "my_head/", "my_head/model.safetensors", "local-dir:my_head"])
-def test_every_name_of_a_checkpoint_works(my_head, name):
-    assert Path(head_name(name).removeprefix("local-dir:")).resolve() == my_head
-    assert dcp_zoo.create_model(name, True).classnames == ["rose", "tulip"]
-
-
-def test_other_heads_keep_their_names(my_head):
-    for name in (BUNDLED, "dcp_mini", "hf-hub:org/name", "hf-hub:org/name@v1"):
-        assert head_name(name) == name
+def test_every_name_of_a_checkpoint_works(my_head):
+    for name in ("my_head", "my_head/", "my_head/model.safetensors", "local-dir:my_head"):
+        assert dcp_zoo.create_model(name, True).classnames == ["rose", "tulip"]
     with pytest.raises(ZooError, match="neither a checkpoint folder nor a head of the zoo"):
         dcp_zoo.create_model("x" * 1000, True)
     Path("dcp_mini").mkdir()  # any folder with the name of a model
@@ -76,17 +70,6 @@ def test_a_folder_stands_for_a_planned_head_never_for_a_bundled_one(name, is_fol
     assert ("dog" in run.ok("info", name)) == is_folder
 
 
-def test_info_on_a_checkpoint(run, my_head):
-    name = "my_head/model.safetensors"
-    out = run.ok("info", name)
-    for text in ("my_head", "dcp_mini", "2: rose, tulip", f"all else: dcp-zoo info {name} --json"):
-        assert text in out
-    details = json.loads(run("info", name, "--json")[1])
-    assert {"metrics", "recipe", "versions"} < details.keys()
-    assert (details["classes"], details["shots"]) == (["rose", "tulip"], 3)
-    assert "my_head" in details["head"]
-
-
 def test_info_on_a_head_saved_from_python(run, flowers):
     """With the labels where they are not the names, and lists of numbers, such as class weights."""
     paths, names = dcp_zoo.list_labelled_images(flowers)
@@ -95,12 +78,15 @@ def test_info_on_a_head_saved_from_python(run, flowers):
     classifier.fit(paths, [labels[name] for name in names]).save("python_head")
     details = json.loads(run.ok("info", "python_head", "--json"))
     assert (details["class_weight"], details["labels"]) == ([2, 1], labels)
+    assert {"recipe", "versions"} < details.keys()
+    out = run.ok("info", "python_head/model.safetensors")
+    for text in ("2: rose, tulip", "all else: dcp-zoo info python_head/model.safetensors --json"):
+        assert text in out
 
 
 def test_a_command_makes_one_change(run, flowers):
     for args, message in (
         ((), "Pass one change: --add NAME IMAGES, --rename OLD NEW, or --remove NAME"),
-        (("--remove", "rose", "--add", "daisy", "MY_PHOTOS/rose"), "Pass one change"),
         (("--add", "daisy"), "--add needs images of the class"),
         (("--remove", "rose", "MY_PHOTOS/rose"), "--rename and --remove take none"),
     ):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -24,24 +23,16 @@ from dcp_zoo.zoo import factory
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
+def test_train_needs_its_data_named_once(run, flowers, my_head):
+    for args, message in (
         ([], "or train caltech101 --data-root DATA"),
         (["digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
-        (["MY_PHOTOS", "--data-root", "."], "MY_PHOTOS has your own images: omit --data-root"),
         (["digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
-        (["hf://datasets/a/b"], "no folder hf://datasets/a/b, and no dataset"),
         (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
         (["--head", "my_head"], "not the checkpoint my_head: dcp-zoo train MY_PHOTOS"),
-        (["--head", "dcp_vitb16.dtd-1shot", "--shots", "2"], "already sets --shots"),
-    ],
-)
-def test_train_needs_its_data_named_once(run, flowers, my_head, args, message):
-    err = run.refused("train", "--output", "out", *args)
-    assert not Path("out").exists()
-    assert err.count("Error:") == 1
-    assert re.search(message, err)
+    ):
+        err = run.refused("train", "--output", "out", *args)
+        assert (err.count("Error:"), message in err, Path("out").exists()) == (1, True, False), err
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypatch):
@@ -49,13 +40,10 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
     assert err.startswith("MY_PHOTOS has no test part"), "paths are as seen from here"
-    advice = "dcp_mini, a miniature for trying things out. For real use pass --model small: dcp_datacomp_b32_256"
-    assert re.search(rf"{advice}, 0.6 GB to download once, [\d.]+ GB of memory and about \d+ (s|min) for 100", err)
+    assert "dcp_mini, a miniature for trying things out. For real use pass --model small" in err
     photo(Path("MY_PHOTOS/rose/6.jpg"), 6)
     code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--output", "again")
-    assert (code, "miniature" in err, "image features: 13 of 13" in err) == (0, False, True), (
-        "said once, cached, counted"
-    )
+    assert (code, "miniature" in err, "image features: 13 of 13" in err) == (0, False, True), "said once, cached"
     Path("MY_PHOTOS/rose/6.jpg").unlink()
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "was trained on these images" in err
@@ -63,12 +51,9 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
     assert "was trained on these images. Pass other" in run.refused("eval", "OTHERS", "--head", "MY_PHOTOS_head")
     for name in ("rose", "tulip"):
         photo(Path("OTHERS", name, "5.jpg"))  # another picture
-    code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS", "--report", "page.html")
-    assert code == 0, err
-    assert "on 2 test images of OTHERS" in out
-    assert re.search(r"test top-1: \d+\.\d % \(\d of 2; 95 % interval", out)
+    code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS")
+    assert (code, "on 2 test images of OTHERS" in out) == (0, True), err
     assert "Left out: 10 of 12 images, as MY_PHOTOS_head was trained on them" in err
-    assert "95 % interval" in Path("page.html").read_text()
 
 
 def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, monkeypatch):
@@ -83,36 +68,18 @@ def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, 
     assert (details["class_images"], details["test_images"]) == ({"rose": 6, "tulip": 6}, 4)
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "trained on these images. dcp-zoo info MY_PHOTOS_head shows its accuracy" in err
-    for part in ("train", "test"):
-        shutil.copytree("MY_PHOTOS", f"PARTS/{part}")
-    for number, args in enumerate((["MY_PHOTOS", "--no-refit"], ["MY_PHOTOS", "--shots", 2], ["PARTS"])):
+    for number, args in enumerate((["MY_PHOTOS", "--no-refit"], ["MY_PHOTOS", "--shots", 2])):
         code, _, err = run("train", *args, "--output", f"head{number}")
         assert (code, err.count("Text probe on dcp_mini"), "fitted on all" in err) == (0, 1, False), err
 
 
-@pytest.mark.parametrize("kind", ["zip", "gztar"])
-def test_an_archive_is_like_its_folder(run, flowers, my_head, kind):
-    """Whether the folder itself is in it or only what it holds."""
-    for base, name in (("MY_PHOTOS", "outer"), (None, "inner")):
-        file = Path(shutil.make_archive(name, kind, *((".", base) if base else ("MY_PHOTOS",)))).name
-        assert load_labelled("folder", file).sha256 == load_labelled("folder", flowers).sha256
-        assert dcp_zoo.list_labelled_images(file)[1] == dcp_zoo.list_labelled_images(flowers)[1]
-    assert f"Saved in {name}_head" in run.ok("train", file, "--no-refit")
-    code, out, err = run("predict", file, "--head", "my_head", "--json")
-    assert (code, len(json.loads(out)), json.loads(out)[0]["image"]) == (0, 12, f"{file}/rose/0.jpg"), err
-    Path("broken.zip").write_bytes(b"PK")
-    assert "broken.zip cannot be unpacked" in run("train", "broken.zip")[2]
-
-
 def test_labels_are_used_and_checked(run, flowers):
     labels = flowers / "labels.csv"
-    photo(flowers.parents[1] / "photo.jpg")
     for text, message in (
         ("name,year\na,b", "has the columns name, year: a labels file is a CSV"),
         ("file,class\nrose/0.jpg,", "row 2: ['rose/0.jpg', ''] is not a file and one class"),
         ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images with a class, of which 1 are not in"),
         ("file,class\nrose/0.jpg,x\n./rose/../rose/0.jpg,y", "row 3: ['./rose/../rose/0.jpg', 'y'] has another class"),
-        ("file,class\n../../photo.jpg,x", "MY_PHOTOS or the current folder: ../../photo.jpg. Pass the folder"),
         ('file,class\nrose/0.jpg,"rose', "unexpected end of data"),
     ):
         labels.write_text(text)
@@ -192,9 +159,6 @@ def test_folders_that_are_no_classes_are_asked_about(run, flowers, monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("dcp_zoo.cli.train.confirm", lambda question: "2024" in question)
     run.ok(*args)
-    shutil.rmtree(flowers / "rose")
-    with pytest.warns(UserWarning, match=r"2024, 2025-01. If the classes are the folders in them \(rose\)"):
-        dcp_zoo.list_labelled_images(flowers)
 
 
 def test_each_image_is_read_once(run, flowers, monkeypatch):

@@ -1,16 +1,21 @@
-"""`dcp_zoo.compare`: the numbers of `dcp-zoo benchmark`, for any folds."""
+"""`dcp_zoo.compare`: the numbers of `dcp-zoo benchmark`, for any folds. And no trial learns from the labels of test
+images: with others there, all that is fitted is the same bit for bit."""
+
+from dataclasses import replace
 
 import numpy as np
 import pandas
 import pytest
+import torch
 from PIL import Image
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.plan import Settings, plan_trials
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.benchmark import Settings, plan, plan_trials, store
+from dcp_zoo.benchmark import sweep as sweep_module
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.data import few_shot, load_split
+from dcp_zoo.data import Item, Split, few_shot, load_split
 
 METHODS = ["zero-shot", "text-probe", "gda"]
 
@@ -46,30 +51,74 @@ def test_numbers_are_those_of_the_benchmark(images, tmp_path):
 
 
 def test_features_are_computed_once(images, monkeypatch):
-    calls, encode = [], dcp_zoo.backbone.clip.FrozenCLIP.encode_image
-    monkeypatch.setattr("dcp_zoo.training.sources.VIEW_BATCH", 1000)
+    calls, encode = [], FrozenCLIP.encode_image
     monkeypatch.setattr("dcp_zoo.training.cache._memory", dcp_zoo.training.cache.FeatureCache())
-    monkeypatch.setattr(
-        "dcp_zoo.backbone.clip.FrozenCLIP.encode_image",
-        lambda self, inputs, *args: calls.append(len(inputs)) or encode(self, inputs, *args),
-    )
+    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args: calls.append(len(args[1])) or encode(*args))
     found = dcp_zoo.compare(images / "test", methods=["text-probe", "gda"], cv=3)
     assert sum(calls) <= 2 * 12 + 30  # with mirror images, and the pictures of everyday things
-    table = pandas.DataFrame(found)
-    assert table.columns.tolist()[:3] == ["model", "method", "accuracy"]
+    assert pandas.DataFrame(found).columns.tolist()[:3] == ["model", "method", "accuracy"]
     assert repr(found).splitlines()[0].split("  ")[0] == "model"
     assert len(repr(found).splitlines()) == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_cannot_be_compared_is_said(images):
+    for options, message in (
         ({"cv": 7}, "cv=7: of blue there are 6 images.*pass 2 to 6"),
         ({"cv": [(range(6), range(6, 12))]}, "no image of red for training"),
-        ({"methods": ["svm"]}, "Unknown method 'svm'"),
         ({"models": ["dcp_maxi"]}, "Unknown model 'dcp_maxi'.*dcp_mini"),
-    ],
-)
-def test_what_cannot_be_compared_is_said(images, options, message):
-    with pytest.raises(ZooError, match=message):
-        dcp_zoo.compare(images / "test", **options)
+    ):
+        with pytest.raises(ZooError, match=message):
+            dcp_zoo.compare(images / "test", **options)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Two training, one validation and four test images of each of three classes. They are noise, so that what fits one
+    labelling of them best fits another worse."""
+    folder, rng, items = tmp_path_factory.mktemp("noise"), np.random.default_rng(2), []
+    for i in range(21):
+        path = folder / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((32, 32)).save(path)
+        items.append(Item(str(path), path.name, i % 3))
+    return Split("digits", ["red", "blue", "green"], items[:6], items[6:9], items[9:])
+
+
+@pytest.fixture
+def fitted(clip, split, monkeypatch, tmp_path):
+    """A function (permuted) -> the logits of the test images and `info`, of a whole few-shot trial of GDA."""
+    logits: list[torch.Tensor] = []
+    top1 = sweep_module.METRICS["top1"]
+    monkeypatch.setattr(sweep_module, "plain_clip", lambda model: clip)
+    monkeypatch.setitem(sweep_module.METRICS, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
+
+    def run(permuted):
+        test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
+        monkeypatch.setattr(plan, "read_split", lambda *args: replace(split, test=test))
+        sweep_module.shared_images.cache_clear()
+        logits.clear()
+        (trial,) = plan_trials("few-shot", ["dcp_mini"], ["gda"], ["digits"], [2], [1])
+        result = sweep_module.run_trial(trial, Settings(tmp_path, device="cpu"))
+        assert len(logits) == len(result["results"])
+        return torch.stack(logits), result["info"]
+
+    yield run
+    sweep_module.shared_images.cache_clear()
+
+
+def test_labels_of_test_images_change_nothing(fitted):
+    """A method gets training and validation images alone; what it gets is the same for all."""
+    (logits, info), (permuted, other) = fitted(permuted=False), fitted(permuted=True)
+    assert torch.equal(permuted, logits)
+    assert other == info
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_method_that_reads_them_is_found(fitted, monkeypatch, part):
+    """If it is given the test images as its training or validation images."""
+    subset = sweep_module.TrialImages.subset
+
+    def leaking(self, *args):
+        return replace(subset(self, *args), **{part: self.split("digits").test})
+
+    monkeypatch.setattr(sweep_module.TrialImages, "subset", leaking)
+    assert not torch.equal(fitted(permuted=False)[0], fitted(permuted=True)[0])

@@ -31,8 +31,8 @@ from dcp_zoo.data import (
     load_split,
     training_split,
 )
-from dcp_zoo.data.packaged import split_rows, split_sha256
-from dcp_zoo.data.splits import PARTS, check_test_share, warn_of_tiny_classes
+from dcp_zoo.data.packaged import split_rows
+from dcp_zoo.data.splits import PARTS, check_test_share, split_sha256
 from dcp_zoo.errors import ZooError
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def test_table_is_consistent():
 # --- listed splits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dtd", "food101"])
-def test_listed_split(name, tmp_path):
+def test_listed_split(tmp_path):
+    name = "dtd"
     file = write_listed(tmp_path, name)
     split = load_split(name, tmp_path)
     assert split.classnames == classnames(name)
@@ -106,28 +106,21 @@ def first(**change):
     return content
 
 
-def relabelled(change):
-    return {part: [[key, change(label), name] for key, label, name in v] for part, v in rows("eurosat").items()}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_malformed_split_is_rejected(tmp_path):
+    file = write_listed(tmp_path, "eurosat", {"train": [], "val": [], "test": []})
+    for content, message in (
         ({"train": {}, "val": [], "test": []}, "must have the lists"),
         (first(key="sub/../../outside.jpg"), "leaves the image folder"),
         (first(key="sub\\..\\..\\outside.jpg"), "leaves the image folder"),
         (first(key="C:/outside.jpg"), "leaves the image folder"),
         (first(key="./sub/0_test_0.jpg"), "is listed twice"),
-        (relabelled(lambda label: 20 if label == 9 else label), "labels must run from 0 without gaps"),
+        (first(label=20), "labels must run from 0 without gaps"),
         ({"train": [], "val": [], "test": []}, "0 classes, but"),
-    ],
-)
-def test_malformed_split_is_rejected(tmp_path, content, message):
-    file = write_listed(tmp_path, "eurosat", {"train": [], "val": [], "test": []})
-    file.write_text(json.dumps(content))
-    with pytest.raises(ZooError, match=message) as error:
-        load_split("eurosat", tmp_path)
-    assert str(file) in str(error.value)
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ZooError, match=message) as error:
+            load_split("eurosat", tmp_path)
+        assert str(file) in str(error.value)
 
 
 def test_sha256_depends_only_on_contents(tmp_path):
@@ -155,13 +148,6 @@ def test_imagenet(tmp_path):
     assert all(Path(item.path).is_file() for item in split.items)
     assert load_split("imagenet", folder) == split
 
-    (folder / "images/val" / WNIDS[5] / "v.JPEG").unlink()
-    with pytest.raises(ZooError, match=f"{WNIDS[5]} has no image"):
-        load_split("imagenet", tmp_path)
-    (folder / "images/val" / WNIDS[5]).rmdir()
-    with pytest.raises(ZooError, match=r"val: 999 class folders, not 1000"):
-        load_split("imagenet", tmp_path)
-
 
 @pytest.mark.parametrize("name", ["imagenetv2", "imagenet_a"])
 def test_imagenet_variants(tmp_path, name):
@@ -177,10 +163,6 @@ def test_imagenet_variants(tmp_path, name):
     with pytest.raises(ZooError, match=r"no training image for .* more"):
         few_shot(split, 1, 1)
 
-    (images / next(iter(folders))).rename(images / "n99999999")
-    with pytest.raises(ZooError, match=r"no class of ImageNet: n99999999"):
-        load_split(name, tmp_path)
-
 
 def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
     source = DATASETS["pacs_photo"]
@@ -194,12 +176,6 @@ def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
         assert style.classnames == split.classnames
         assert [item.key for item in style.test] == [f"{c}/{f}.jpg" for c in split.classnames for f in "abc"]
         assert (style.train, style.val, style.note) == ([], [], "")
-
-    (tmp_path / "pacs/cartoon/cat").mkdir()
-    touch(tmp_path / "pacs/cartoon/cat/a.jpg")
-    touch(tmp_path / "pacs/cartoon/cat/b.jpg")
-    with pytest.raises(ZooError, match=r"cartoon: 8 classes, not 7. Get it from"):
-        load_split("pacs_cartoon", tmp_path)
 
 
 # --- folder per class, digits ----------------------------------------------------------------------------------------
@@ -242,33 +218,26 @@ def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
 
 
 def test_small_classes_are_named(tmp_path):
-    """A class without a test image in the note, one with much fewer training images than others in a warning."""
+    """A class without a test image, in the note."""
     for name, count in {"ant": 2, "bee": 30, "cow": 10}.items():
         write_folders(tmp_path, [name], tuple(f"{i}.jpg" for i in range(count)))
     images = load_labelled("folder", tmp_path)
     assert "no test image" not in training_split(images).note
-    split = training_split(images, 0.2)
-    assert "The accuracy says nothing about ant: no test image." in split.note
-    with pytest.warns(UserWarning, match=r"Other classes have up to 24 training images, these very few: ant \(2\)\."):
-        warn_of_tiny_classes(split)
+    assert "The accuracy says nothing about ant: no test image." in training_split(images, 0.2).note
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
+def test_folder_rejects(tmp_path):
+    for number, (files, message) in enumerate((
         (["a.jpg"], "has no class folders"),
         (["cat/a.jpg", "dog/notes.txt"], "class folder .*dog has no image"),
         (["cat/a.jpg"], "has one class only, 'cat'"),
         (["train/cat/a.jpg"], "There is no folder .*test"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "must have the same class folders as train/; they differ in: cat, dog"),
-        (["train/cat/a.jpg", "test/cat/a.jpg", "valid/cat/a.jpg"], "only val/ and test/ may be .*valid"),
-    ],
-)
-def test_folder_rejects(tmp_path, files, message):
-    for file in files:
-        touch(tmp_path / file)
-    with pytest.raises(ZooError, match=message):
-        load_split("folder", tmp_path)
+    )):  # fmt: skip
+        for file in files:
+            touch(tmp_path / str(number) / file)
+        with pytest.raises(ZooError, match=message):
+            load_split("folder", tmp_path / str(number))
 
 
 def test_a_class_with_one_image_trains_but_cannot_test(tmp_path):
@@ -306,7 +275,7 @@ def test_check_reports_every_dataset(tmp_path, monkeypatch):
     assert "Get it from" in found["ucf101"].message
     assert found["dtd"].status == "broken"
     assert "188 images (the first:" in found["dtd"].message
-    assert (found["eurosat"].status, found["eurosat"].found) == ("broken", (20, 10, 10))
+    assert (found["eurosat"].status, found["eurosat"].counts) == ("broken", (20, 10, 10))
     assert "(20, 10, 10) train, val and test images instead of (13500, 5400, 8100)" in found["eurosat"].message
 
     monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], counts=(20, 10, 10)))

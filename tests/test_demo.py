@@ -4,7 +4,6 @@ import http.client
 import json
 import re
 import socket
-import threading
 from collections import namedtuple
 from pathlib import Path
 from uuid import uuid4
@@ -16,9 +15,11 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
 from dcp_zoo import create_model, predict  # noqa: E402
+from dcp_zoo import demo as app  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.demo import DEFAULT_HEAD, app, launch  # noqa: E402
+from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.errors import ZooError  # noqa: E402
+from dcp_zoo.zoo.registry import DEFAULT_HEAD  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none
@@ -40,33 +41,22 @@ def coloured(folder, colour, n=4):
 # ------------------------------------------------------------------------------------------------------------- handlers
 
 
-def test_captions_are_what_predict_says():
+def test_captions_are_what_predict_says(tmp_path):
     model = create_model(DEFAULT_HEAD, pretrained=True).eval()
     best = predict(model, sample_images()[0])[0][0]
     path, caption = app.captions(model, photos(sample_images()[0]), False)[0]
     assert (path, caption.split(" %")[0]) == (sample_images()[0], f"wild cat {100 * best.probability:.0f}")
     other = create_model(OTHER_HEAD, pretrained=True).eval()
     assert {caption for _, caption in app.captions(other, photos(*sample_images()), True)} == {"none of these"}
-    model.set_classnames(["cat", "dog"])
-    with pytest.warns(UserWarning, match="cannot tell what is none of the classes"):
-        assert app.captions(model, photos(path), True)[0][1].startswith("cat ")
     with pytest.raises(ZooError, match="remove some until 24 are left"):
         app.captions(model, photos(*sample_images() * 5), False)
-
-
-def test_what_cannot_be_read_is_named_without_its_folder(tmp_path):
-    model = create_model(OTHER_HEAD, pretrained=True).eval()
-    for name, content, message in (
+    for name, content, message in (  # named without its folder
         ("broken.jpg", b"not an image", "broken.jpg: not in a supported format"),
         ("bomb.png", png_that_claims(40_000), "bomb.png: 40000 x 40000 pixels, more than the limit of 50,000,000"),
-        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "script.eps"),
     ):
         (tmp_path / name).write_bytes(content)
-        ((_, caption),) = app.captions(model, photos(tmp_path / name), False)
-        assert message in caption
-        assert str(tmp_path) not in caption
-    Image.new("RGB", (3000, 1000)).save(tmp_path / "large.png")
-    assert app.read(tmp_path / "large.png").size == (1344, 448)
+        ((_, caption),) = app.captions(other, photos(tmp_path / name), False)
+        assert (message in caption, str(tmp_path) in caption) == (True, False)
 
 
 def test_a_head_is_trained_measured_and_saved(tmp_path):
@@ -79,30 +69,18 @@ def test_a_head_is_trained_measured_and_saved(tmp_path):
     saved = create_model(f"local-dir:{own.files.name}/my_head", True)
     assert saved.classnames == own.head.classnames == ["blue", "red"]
     assert app.captions(own.head, coloured(tmp_path, "red", 1), False)[0][1].startswith("red ")
-    few = app.named_classes(["red", "blue"], [coloured(tmp_path, "red", 1), coloured(tmp_path, "blue", 1)])
-    assert "Nothing is measured" in app.train_on("dcp_mini", few)[0]
-
-
-@pytest.mark.parametrize(
-    ("names", "counts", "message"),
-    [
+    for names, counts, message in (
         (["cat", ""], [1, 0], "at least two classes"),
-        (["cat", "dog"], [1, 0], "'dog' has no photographs"),
         (["cat", None], [1, 1], "Class 2 has photographs but no name"),
-        (["cat", "Cat"], [1, 1], "cannot be told apart"),
         (["cat", "dog"], [1, 31], "31 photographs of 'dog' are too many: remove some until 30 are left"),
-    ],
-)
-def test_an_incomplete_form_is_explained(names, counts, message):
-    with pytest.raises(ZooError, match=message):
-        app.named_classes(names, [photos("a.png") * count for count in counts])
+    ):
+        with pytest.raises(ZooError, match=message):
+            app.named_classes(names, [photos("a.png") * count for count in counts])
 
 
-def test_a_taken_port_and_an_unknown_head_are_explained():
+def test_a_taken_port_is_explained():
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ZooError, match="pass other --host or --port"):
         launch(port=other.getsockname()[1])
-    with pytest.raises(ZooError, match="has no head 'nothing-1shot'"):
-        launch("dcp_mini.nothing-1shot", port=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- the door
@@ -205,29 +183,3 @@ def test_what_is_large_or_from_another_site_is_refused(place, cache, monkeypatch
     monkeypatch.setattr(app.shutil, "disk_usage", lambda path: disk)
     assert upload(place, b"x")[0] == 503
     assert files(cache) == before
-
-
-def test_visitors_have_heads_of_their_own(place, cache, tmp_path):
-    """A head that one visitor trained classifies only this visitor's photographs; both can wait at once."""
-    by_inputs = {inputs: number for number, inputs in functions(place).items()}
-    shots = {}
-    for colour in ("red", "blue"):
-        own = json.loads(upload(place, encoded(Image.new("RGB", (40, 30), colour)))[1])[0]
-        shots[colour] = [{"image": {"path": own, "meta": {"_type": "gradio.FileData"}}, "caption": None}]
-    form = ["red thing", shots["red"], "blue thing", shots["blue"], *["", None] * 4]
-    visitors, told = ["visitor a", "visitor b"], {}
-
-    def visit(visitor):
-        steps = [(by_inputs[12], form)] if visitor == visitors[0] else []
-        for number, data in [*steps, (by_inputs[3], [shots["red"], None, False])]:
-            body = json.dumps({"data": data, "fn_index": number, "session_hash": visitor})
-            assert ask(place, "POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0] == 200
-            told[visitor] = ask(place, "GET", f"/gradio_api/queue/data?session_hash={visitor.replace(' ', '%20')}")[1]
-
-    threads = [threading.Thread(target=visit, args=[visitor]) for visitor in visitors]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert "red thing" in told["visitor a"]
-    assert "thing" not in told["visitor b"]

@@ -34,17 +34,15 @@ def test_values_are_rewritten_as_they_are_written(monkeypatch):
     assert quote.renewed(block.format("old\n")) == block.format("\n1234.56\n\n")
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
+@pytest.mark.scripts
+def test_what_needs_a_mark():
+    for text, found in (
         ("It has 77.6 % and takes 3 ms, 1.5 x as long.", ["77.6 %", "3 ms", "1.5 x"]),
         ("67.0, 66.9 or a 20-second pause.", ["67.0", "66.9", "20-second"]),
         ("Python 3.10, `5 MB`, 16 shots, 300 x 225 pixels, 8-bit, [2 s](a_3 s)", ["2 s"]),
         (f"77.6<!--= {FEW} --> %, better than all", ["better"]),
         ("5 MB<!-- a comment --> and 6<!--from: arXiv 2305.17903--> points, no better", ["5 MB"]),
         ("The 95 % interval\n```text\n5 %\n```", []),
-    ],
-)
-def test_what_needs_a_mark(text, found):
-    assert quote.unmarked(text) == found
+    ):
+        assert quote.unmarked(text) == found
     assert quote.unmarked("as above", comparing=True) == ["above"]

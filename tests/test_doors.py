@@ -3,9 +3,7 @@ with classes that share a name, were renamed, added and removed. No door opens o
 
 import copy
 import json
-import logging
-import os
-import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import served, told
+from helpers import process_unchanged, served, told
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,13 +19,13 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api import attention_maps
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.data import Item, load_image
+from dcp_zoo.data import load_image
 from dcp_zoo.heads.config import rejection_note
 from dcp_zoo.heads.head import Head
 from dcp_zoo.onnx.export import export
-from dcp_zoo.training.evaluation import measure
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
+
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
 NAMES = {"red": "crane", "blue": "crane", "green": "leaf", "white": "snow"}
@@ -40,7 +38,7 @@ KINDS = {  # of each kind of head, its recipe
     "maple": QUICK | {"depth": 2, "classifier": "text-probe"},
     "dcp": QUICK | {"n_ctx": 2, "depth": 2},
 }
-PRECISIONS = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # and how close probabilities are
+CLOSE = 2e-4  # probabilities in float32
 
 
 @pytest.fixture(scope="module")
@@ -111,48 +109,53 @@ def edit(head: Head, paths: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
-    """In float32, in which heads are saved, also those of a checkpoint."""
+    """In float32, also those of a checkpoint."""
     monkeypatch.setattr("dcp_zoo.prediction.heads.FEW", 4)  # images, of more than which a head is fused
-    whole, (paths, _) = heads(kind), pictures
-    edit(whole, paths)
-    names, expected = whole.classnames, plainly(whole, paths)
+    head, (paths, _) = heads(kind), pictures
+    edit(head, paths)
+    names, expected = head.classnames, plainly(head, paths)
     ranked = -np.sort(-expected)
-    for dtype, close in PRECISIONS.items():
-        head = copied(whole).to(dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for number in (3, len(paths)) if dtype != torch.float16 else (1,):
-                found = dcp_zoo.predict(head, paths[:number], top_k=len(names), precision="float32")
-                assert in_order(found, names) == pytest.approx(ranked[:number], abs=close)
-        few = paths[:1] if dtype == torch.float16 else paths[:3]  # in which CPUs take seconds for an image
-        assert plainly(head, few) == pytest.approx(expected[: len(few)], abs=close)
-        if head.abilities.linear:
-            transform = dcp_zoo.create_transform(head)
-            images = torch.stack([transform(load_image(path)) for path in few]).to(dtype)
-            with torch.no_grad():
-                assert head.fuse()(images).float().softmax(-1).numpy() == pytest.approx(expected[: len(few)], abs=close)
-        head.rename_class(0, "egret")  # accuracy needs names that differ
-        labels = [head.classnames[i % len(names)] for i in range(len(few))]
-        evaluated = dcp_zoo.evaluate(head, few, labels, precision="float32")
-        assert evaluated.logits.softmax(-1).numpy() == pytest.approx(expected[: len(few)], abs=close)
-
-    whole.save_pretrained(tmp_path / "head")
-    loose = 2e-3 if kind == "dcp" else PRECISIONS[torch.float32]  # its prompts are stored in half precision
+    for number in (3, len(paths)):
+        found = dcp_zoo.predict(head, paths[:number], top_k=len(names), precision="float32")
+        assert in_order(found, names) == pytest.approx(ranked[:number], abs=CLOSE)
+    head.save_pretrained(tmp_path / "head")
+    loose = 2e-3 if kind == "dcp" else CLOSE  # its prompts are stored in half precision
     loaded = dcp_zoo.create_model(str(tmp_path / "head"), True).eval()
     assert loaded.classnames == names
     assert plainly(loaded, paths[:3]) == pytest.approx(expected[:3], abs=loose)
-    estimator = FewShotClassifier.load(tmp_path / "head")
-    by_label = np.argsort(names, kind="stable")
+    estimator, by_label = FewShotClassifier.load(tmp_path / "head"), np.argsort(names, kind="stable")
     assert estimator.predict_proba(paths[:3]) == pytest.approx(expected[:3][:, by_label], abs=loose)
-    assert in_order(told(run, tmp_path / "head", paths[:2]), names) == pytest.approx(ranked[:2], abs=loose)
+    if kind in ("tip-adapter", "dcp"):  # with and without a linear classifier
+        assert in_order(told(run, tmp_path / "head", paths[:2]), names) == pytest.approx(ranked[:2], abs=loose)
+    if kind == "maple":
+        answers_in_half_precision(head, paths[:1], expected[:1], torch.bfloat16, 0.15)
+    if kind == "prolip":
+        answers_in_half_precision(head, paths[:1], expected[:1], torch.float16, 0.02)
+    head.rename_class(0, "egret")  # accuracy needs names that differ
+    labels = [head.classnames[i % len(names)] for i in range(3)]
+    evaluated = dcp_zoo.evaluate(head, paths[:3], labels, precision="float32")
+    assert evaluated.logits.softmax(-1).numpy() == pytest.approx(expected[:3], abs=CLOSE)
+    assert repr(evaluated) == f"<Evaluation: {evaluated.accuracy.correct} of 3 images right, {len(names)} classes>"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def answers_in_half_precision(whole: Head, paths: list[str], expected: np.ndarray, dtype, close: float) -> None:
+    """By its equations, fused, and through the door of Python, within `close` of the probabilities in float32. For an
+    image, CPUs take seconds."""
+    head, wanted = copied(whole).to(dtype), pytest.approx(expected, abs=close)
+    images = torch.stack([dcp_zoo.create_transform(head.fuse())(load_image(path)) for path in paths]).to(dtype)
+    assert plainly(head, paths) == wanted
+    with torch.no_grad():
+        assert head.fuse()(images).float().softmax(-1).numpy() == wanted
+    found = dcp_zoo.predict(head, paths, top_k=len(head.classnames), precision="float32")
+    assert in_order(found, head.classnames) == pytest.approx(-np.sort(-expected), abs=close)
+
+
+@pytest.mark.parametrize("kind", ["tip-adapter", "maple", "dcp"])  # of no texts, of texts, and of statistics
 def test_a_state_dict_loads_as_a_whole_or_not_at_all(kind, pictures, heads):
     """Also into a head without a text probe, and for classes that the text probe was not fitted on."""
     whole, (paths, _) = heads(kind), pictures
     edit(whole, paths)
-    for names in ([*whole.classnames], [*reversed(whole.classnames)][:-1], ["rose", "daisy", "iris", "lily"]):
+    for names in ([*reversed(whole.classnames)][:-1], ["rose", "daisy", "iris", "lily"]):
         if names[-1] != "lily" or whole.texts:
             whole.set_classnames(names)
         state, other = {name: t.clone() for name, t in whole.state_dict().items()}, copied(whole)
@@ -174,18 +177,13 @@ EDITS = {  # and whether what was measured of the classes holds after it
     "rename": (lambda head, x: head.rename_class("dog", "hound"), True),
     "other order": (lambda head, x: head.set_classnames(head.classnames[::-1]), True),
     "add": (lambda head, x: head.add_class("colour", x), False),
-    "more images": (lambda head, x: head.add_class("dog", x), False),
-    "remove": (lambda head, x: head.remove_class("dog"), False),
     "fewer": (lambda head, x: head.set_classnames(["house", "horse", "guitar"]), False),
-    "other texts": (
-        lambda head, x: head.set_classnames(head.classnames, {n: [f"a {n}"] for n in head.classnames}),
-        False,
-    ),
+    "other texts": (lambda head, x: head.set_classnames(head.classnames, {n: [n] for n in head.classnames}), False),
 }
 
 
 @pytest.mark.parametrize("change", EDITS)
-def test_after_an_edit_of_the_classes_doors_agree_and_say_nothing_old(change, pictures, tmp_path, run):
+def test_after_an_edit_of_the_classes_nothing_old_is_said(change, pictures, tmp_path, run):
     head, (edit, holds) = dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True).eval(), EDITS[change]
     told_before, transform = rejection_note(head.info), dcp_zoo.create_transform(head)
     assert "Of things much like its classes it accepts" in told_before
@@ -195,47 +193,26 @@ def test_after_an_edit_of_the_classes_doors_agree_and_say_nothing_old(change, pi
     assert rejection_note(found) == (told_before if holds else "")
     assert ("metrics" in found, "not_measured" in found) == (holds, not holds)
     assert (told_before in " ".join(run.ok("info", tmp_path).split())) is holds
-    names, paths = head.classnames, pictures[0][:3]
-    ranked, loaded = -np.sort(-plainly(head, paths)), dcp_zoo.create_model(str(tmp_path), True).eval()
-    close = PRECISIONS[torch.float32]
-    assert loaded.classnames == names
-    assert plainly(loaded, paths) == pytest.approx(plainly(head, paths), abs=close)
-    assert in_order(dcp_zoo.predict(head, paths, top_k=len(names)), names) == pytest.approx(ranked, abs=close)
-    best = [[p for _, p in row] for row in told(run, tmp_path, paths)]
-    assert np.array(best) == pytest.approx(ranked[:, : len(best[0])], abs=close)
+    loaded = dcp_zoo.create_model(str(tmp_path), True).eval()
+    assert plainly(loaded, pictures[0][:1]) == pytest.approx(plainly(head, pictures[0][:1]), abs=CLOSE)
 
 
 def test_warnings_point_at_the_line_of_the_user(pictures, heads):
     """Not into this package, or the context managers that decorate its functions."""
-    (paths, _), labels, head = pictures, [0, 1] * 4, heads("text-probe")
+    (paths, _), head = pictures, heads("text-probe")
     for call, about in (
-        (lambda: dcp_zoo.train("dcp_mini", paths, labels), "CLIP reads the class names"),
-        (lambda: FewShotClassifier().fit(paths, labels), "CLIP reads the class names"),
-        (lambda: dcp_zoo.compare(paths, labels, methods=["zero-shot"], cv=2), "CLIP reads the class names"),
+        (lambda: FewShotClassifier().fit(paths, [0, 1] * 4), "CLIP reads the class names"),
         (lambda: dcp_zoo.create_model("dcp_mini", "clip", classnames=["a", "a"]), "Repeated class names"),
         (lambda: head.set_classnames(["a", "a"]), "Repeated class names"),
-        (lambda: dcp_zoo.inspect(paths, ["a", "a "] * 4), "Repeated class names"),
     ):
         with pytest.warns(UserWarning, match=about) as caught:
             call()
         assert {warning.filename for warning in caught if about in str(warning.message)} == {__file__}
 
 
-def test_results_are_shown_in_a_line(pictures, heads):
-    head = heads("text-probe")
-    head.rename_class(0, "egret")
-    found = dcp_zoo.inspect(pictures[0], ["a", "b"] * 4)
-    assert repr(found).startswith("<Inspection of 8 images: ")
-    evaluated = dcp_zoo.evaluate(head, pictures[0][:4], [head.classnames[0]] * 4)
-    assert repr(evaluated) == f"<Evaluation: {evaluated.accuracy.correct} of 4 images right, 4 classes>"
-    assert all(len(repr(each)) < 200 for each in (found, evaluated))
-
-
 DOORS = {
     "predict": lambda head, paths, place: dcp_zoo.predict(head, paths, device="cpu"),
-    "predict many": lambda head, paths, place: dcp_zoo.predict(head, paths * 3),
     "evaluate": lambda head, paths, place: dcp_zoo.evaluate(head, paths[:4], head.classnames[:4]),
-    "measure": lambda head, paths, place: measure(head, image_source(head.frozen, [Item(paths[0], "", 0)])),
     "head.predict": lambda head, paths, place: head.predict(torch.zeros(1, 3, 192, 192)),
     "suggest": lambda head, paths, place: dcp_zoo.suggest(str(Path(paths[0]).parent), head, count=2),
     "search": lambda head, paths, place: dcp_zoo.search(Path(paths[0]).parent, "red", count=2),
@@ -243,7 +220,6 @@ DOORS = {
     "compare": lambda head, paths, place: dcp_zoo.compare(paths, list("ab") * 4, methods=["text-probe"], cv=2),
     "explain": lambda head, paths, place: attention_maps(head, torch.zeros(1, 3, 192, 192)),
     "save": lambda head, paths, place: head.save_pretrained(place),
-    "fuse": lambda head, paths, place: head.fuse(),
     "train": lambda head, paths, place: dcp_zoo.train("dcp_mini", paths, list("ab") * 4),
 }
 
@@ -261,36 +237,30 @@ def test_doors_leave_the_head_and_the_process_as_they_were(door, pictures, heads
         return [
             *[(name, module.training) for name, module in head.named_modules()],
             *[(name, t.device, t.dtype, t.requires_grad, t._version) for name, t in tensors.items()],
-            *(head.stats, head._stats, [*head.classes], head.info, head.texts),
-            *(random.getstate(), np.random.get_state()[1].tobytes(), bytes(torch.get_rng_state())),
-            *(torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            *(dict(os.environ), list(warnings.filters), warnings.showwarning, logging.root.manager.disable),
+            *(head.stats, [*head.classes], dict(head.info), head.texts),
         ]
 
     dcp_zoo.list_models()  # what is imported on first use may filter warnings for good, as torch does
-    before = copy.copy(state())
-    (DOORS | {"export": lambda head, paths, place: export(head, place / "head.onnx")})[door](
-        head, pictures[0], tmp_path
-    )
+    before, doors = state(), DOORS | {"export": lambda head, paths, place: export(head, place / "head.onnx")}
+    with process_unchanged(door):
+        doors[door](head, pictures[0], tmp_path)
     assert state() == before
 
 
 @pytest.mark.scripts  # exports take seconds; every run has that of a head with all readings, in test_encoders.py
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tip-adapter"])
+@pytest.mark.parametrize("kind", ["prolip", "dcp"])
 def test_a_file_and_a_server_answer_like_the_head(kind, pictures, heads, tmp_path, run):
-    """A cache of images has no such form."""
     head, paths = heads(kind), pictures[0][:2]
     edit(head, pictures[0])
     ranked, file = -np.sort(-plainly(head, paths)), export(head, tmp_path / "head.onnx")
     for answers in (told(run, file, paths), served(file, paths)):
-        assert in_order(answers, head.classnames) == pytest.approx(ranked, abs=PRECISIONS[torch.float32])
+        assert in_order(answers, head.classnames) == pytest.approx(ranked, abs=CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["text-probe", "tip-adapter", "dcp"])
-def test_a_folder_of_some_classes_is_judged_among_all(kind, heads, tmp_path, run, monkeypatch):
+def test_a_folder_of_some_classes_is_judged_among_all(heads, tmp_path, run, monkeypatch):
     """By the command, also with a table of the images, and in Python: classes without images stay possible answers."""
     monkeypatch.chdir(tmp_path)
-    head, rng, names = heads(kind), np.random.default_rng(1), {"green": "leaf", "white": "snow"}
+    head, rng, names = heads("text-probe"), np.random.default_rng(1), {"green": "leaf", "white": "snow"}
     head.rename_class(0, "egret")  # now their names differ
     head.save_pretrained("head")
     head = dcp_zoo.create_model("head", True)
@@ -301,33 +271,29 @@ def test_a_folder_of_some_classes_is_judged_among_all(kind, heads, tmp_path, run
     assert {pair.predicted for pair in found.confused_pairs} - {*names.values()}, "otherwise nothing is tested"
     rows = [f"{path},{path.parent.name}" for path in Path("some").rglob("*.png")]
     Path("table.csv").write_text("\n".join(["file,class", *rows]))
-    for images in (["some"], ["--labels", "table.csv"], ["folder", "--data-root", "some"]):
+    for images in (["some"], ["--labels", "table.csv"]):
         told = json.loads(run.ok("eval", *images, "--head", "head", "--json"))
         assert told["top1"] == round(found.accuracy.percent, 2)
         assert told["per_class"] == {row.name: [row.correct, row.images] for row in found.per_class}
         assert told["confused_pairs"] == [list(pair) for pair in found.confused_pairs]
 
     shutil.copytree("some/leaf", "some/rose")
-    problem = f"No class rose: the classes are {', '.join(head.classnames)}. Pass images of these only."
-    assert problem in run.refused("eval", "some", "--head", "head")
-    with pytest.raises(ZooError, match=problem):
+    with pytest.raises(ZooError, match=f"No class rose: the classes are {', '.join(head.classnames)}. Pass "):
         dcp_zoo.evaluate(head, "some")
 
 
 @pytest.fixture
 def other_clip(tmp_path, monkeypatch):
     """The miniature gets other weights from now on: two of its blocks change places."""
-    blocks = [f"visual.transformer.resblocks.{i}." for i in (1, 2)]
-    weights = load_file(MINI_WEIGHTS)
-    names = [name.removeprefix(blocks[0]) for name in weights if name.startswith(blocks[0])]
-    for name in names:
-        first, second = (block + name for block in blocks)
-        weights[first], weights[second] = weights[second], weights[first]
+    first, second = (f"visual.transformer.resblocks.{i}." for i in (1, 2))
+    weights = {re.sub(f"^{first}", "other.", name): tensor for name, tensor in load_file(MINI_WEIGHTS).items()}
+    weights = {re.sub(f"^{second}", first, name): tensor for name, tensor in weights.items()}
+    weights = {re.sub("^other.", second, name): tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "clip.safetensors")
     return lambda: monkeypatch.setattr("dcp_zoo.zoo.factory.MINI_WEIGHTS", tmp_path / "clip.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["text-probe", "prolip", "dcp"])  # the second changes CLIP's weights
+@pytest.mark.parametrize("kind", ["prolip", "dcp"])  # the first changes CLIP's weights
 def test_no_door_opens_on_other_weights_of_clip(kind, pictures, heads, tmp_path, run, other_clip):
     """Of whatever precision the head was when it was saved."""
     head, image, plain = heads(kind), pictures[0][0], plain_clip("dcp_mini").fingerprint()
@@ -338,18 +304,15 @@ def test_no_door_opens_on_other_weights_of_clip(kind, pictures, heads, tmp_path,
     assert now[:16] == plain[:16]  # the sum of all words is the same
     assert now[16:] != plain[16:]
     message = f"was trained on other weights.* {plain}, .*'bundled' weights.* of dcp_mini, have {now}.*train the head"
-    host = dcp_zoo.create_model("dcp_mini", "clip", classnames=["red", "blue"], n_ctx=2, depth=2)
-    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
     doors = [
         lambda: dcp_zoo.create_model(str(folder), True),
         lambda: FewShotClassifier.load(folder),
         lambda: dcp_zoo.predict(str(folder), image),
-        lambda: dcp_zoo.load_head(host, folder),
+        lambda: dcp_zoo.load_head(dcp_zoo.create_model("dcp_mini", "clip", n_ctx=2, depth=2), folder),
     ]
     for open_door in doors if kind == "dcp" else doors[:-1]:  # the last takes a head of its own kind
         with pytest.raises(ZooError, match=message):
             open_door()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
     assert "other weights" in run.refused("predict", image, "--head", folder)
 
 
@@ -360,8 +323,5 @@ def test_an_older_head_does_not_know_its_clip(heads, tmp_path):
     del config["dcp"]["clip_fingerprint"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="trained on is unknown: .* older than fingerprints .*save_pretrained") as told:
-        head = dcp_zoo.create_model(str(folder), True)
+        dcp_zoo.create_model(str(folder), True)
     assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dcp_zoo.create_model(str(head.save_pretrained(folder)), True)

@@ -3,32 +3,28 @@
 import hashlib
 import io
 import json
-import shutil
 import tarfile
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from helpers import encoded, http_server, tar
 from PIL import Image
-from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
+from trees import LISTED, picture, rows, touch, write_tree
 
-from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
-from dcp_zoo.data.archives import unpacked
+from dcp_zoo.data import DATASETS, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
-from dcp_zoo.data.specs import Archive
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
 
 
 class Files(BaseHTTPRequestHandler):
-    """A server of files. `faults` are taken one by one: "cut" sends half, "stall" half and then nothing more, "html" a
-    web page, a number that status; "whole" ignores ranges."""
+    """A server of files. Of `faults` each is for one request: "cut" sends half, a number that status; "whole" takes no
+    range."""
 
     content: dict[str, bytes]
     faults: list[object]
@@ -46,14 +42,11 @@ class Files(BaseHTTPRequestHandler):
         offset = int(start.removeprefix("bytes=").rstrip("-")) if start and fault != "whole" else 0
         data = whole[offset:]
         self.send_response((206 if data else 416) if offset else 200)
-        self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
         self.send_header("Content-Length", str(len(data)))
         if offset:
             self.send_header("Content-Range", f"bytes {offset}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
-        if fault == "stall":
-            time.sleep(1)
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -73,7 +66,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server = Server()
     with http_server(type("Handler", (Files,), vars(server))) as server.url:
         yield server
@@ -95,16 +89,12 @@ CONTENT = bytes(range(256)) * 4000
 @pytest.mark.parametrize(
     ("faults", "ranges"),
     [
-        ([], [None]),
-        (["cut"], [None, "bytes=512000-"]),
         (["cut", "cut", "cut"], [None, "bytes=512000-", "bytes=768000-", "bytes=896000-"]),
         (["cut", "whole"], [None, "bytes=512000-"]),  # a server that starts again from the first byte
-        (["stall"], [None, "bytes=512000-"]),
     ],
     ids=str,
 )
-def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(download, "SILENCE", 0.3)
+def test_a_broken_download_is_continued(server, tmp_path, faults, ranges):
     archive = server.offer("a.tar", CONTENT)
     server.faults += faults
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
@@ -115,20 +105,11 @@ def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, r
 def test_the_next_call_continues(server, tmp_path):
     archive = server.offer("a.tar", CONTENT)
     server.faults += ["cut", *[503] * 9]
-    with pytest.raises(ZooError, match=r"a.tar cannot be downloaded: HTTP 503"):
+    with pytest.raises(ZooError, match="a.tar cannot be downloaded: .*503"):
         fetch_archive(archive, tmp_path)
     assert (tmp_path / "a.tar.part").stat().st_size == 512_000
     server.faults.clear()
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-    (tmp_path / "a.tar").rename(tmp_path / "a.tar.part")  # stopped between the last byte and the check
-    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_source_that_gives_up(server, tmp_path):
-    archive = server.offer("a.tar", b"ab")
-    server.faults += ["cut"] * 99  # one byte, then nothing new
-    with pytest.raises(ZooError, match=r"cannot be downloaded: the connection ended early.*run the same command again"):
-        fetch_archive(archive, tmp_path)
 
 
 def test_two_versions_are_never_joined(server, tmp_path):
@@ -136,47 +117,25 @@ def test_two_versions_are_never_joined(server, tmp_path):
     later = bytes(reversed(CONTENT))
     for archive in (server.offer("a.tar", CONTENT), replace(server.offer("b.tar", CONTENT), md5="")):
         server.faults[:] = ["cut", *[503] * 9]
-        with pytest.raises(ZooError, match="HTTP 503"):
+        with pytest.raises(ZooError, match="503"):
             fetch_archive(archive, tmp_path)
         server.faults.clear()
         server.content |= {"a.tar": later, "b.tar": later}
         if archive.md5:
-            with pytest.raises(ZooError, match=r"has the md5 \w+, but .* is published.*deleted"):
+            with pytest.raises(ZooError, match="has not the published md5 .*deleted"):
                 fetch_archive(archive, tmp_path)
             assert list(tmp_path.iterdir()) == []
         else:
             assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"), [(404, "HTTP 404"), (403, "HTTP 403"), ("html", "it answers with a web page")]
-)
-def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
+def test_a_dead_link_says_what_to_do(server, tmp_path):
     archive = server.offer("a.tar", CONTENT)
-    server.faults.append(fault)
-    with pytest.raises(ZooError, match=f"{message}.* put a.tar .md5 {archive.md5}. in {tmp_path}"):
+    server.faults.append(404)
+    with pytest.raises(ZooError, match=f"cannot be downloaded: .*404.* put a.tar .md5 {archive.md5}. in {tmp_path}"):
         fetch_archive(archive, tmp_path)
     (tmp_path / "a.tar").write_bytes(CONTENT)  # done as told
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0)
-    with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
-        fetch_archive(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
-
-
-def test_no_space(server, tmp_path, monkeypatch):
-    """Seen before the first byte; and while writing, to a device that is always full."""
-    archive = server.offer("a.tar", CONTENT)
-    usage = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as full:
-        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(ZooError, match="has 0.0 GB free, but 0.0 GB of a.tar are missing: free disk space"):
-            fetch_archive(archive, tmp_path)
-    (tmp_path / "a.tar.part").symlink_to("/dev/full")
-    with pytest.raises(ZooError, match=f"Cannot write to {tmp_path}: No space left on device. Run the same command"):
-        fetch_archive(archive, tmp_path)
 
 
 # --- unpacking -------------------------------------------------------------------------------------------------------
@@ -191,24 +150,15 @@ def link(name: str) -> bytes:
     return buffer.getvalue()
 
 
-def encrypted() -> bytes:
-    content = bytearray(zipped({"images/a.jpg": b"x"}))
-    content[6] |= 1
-    content[content.rindex(b"PK\1\2") + 8] |= 1
-    return bytes(content)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (encrypted(), "cannot be unpacked .*encrypted"),
-        (link("images/a.jpg"), "is a link or a device"),
-        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* delete it"),
-        (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* delete it"),
+        (link("images/a.jpg"), "cannot be unpacked .*link"),
+        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* delete .*a.bin"),
         (b"<html>not found</html>", "cannot be unpacked .*neither a zip nor a tar file"),
         (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
     ],
-    ids=["encrypted", "link", "gz cut", "tar cut", "html", "other"],
+    ids=["link", "cut", "html", "other"],
 )
 def test_bad_archives_leave_nothing(tmp_path, content, message):
     file = tmp_path / "a.bin"
@@ -217,60 +167,6 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("make", [zipped, tar])
-def test_small_archives_with_much_in_them_are_refused(tmp_path, monkeypatch, make):
-    """Nothing of them is left, in the data root or among temporary files."""
-    monkeypatch.setattr(archives, "UNPACKED", (30_000, 0))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    file = tmp_path / "a.zip"
-    file.write_bytes(make({"images/a.jpg": b"x", "images/b.jpg": bytes(40_000)}))
-    message = "holds more than 0.0 GB, which is 0 times its own size"
-    with pytest.raises(ZooError, match=message):
-        unpack(Archive("http://x/a.zip", places={"images": "images"}), file, tmp_path / "in")
-    with pytest.raises(ZooError, match=message):
-        unpacked(str(file))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
-    monkeypatch.setattr(archives, "UNPACKED", (50_000, 0))
-    assert len(list(unpacked(str(file)).iterdir())) == 2
-
-
-ESCAPES = [  # after "images/"; `{}` is an absolute path
-    *(
-        "../evil",
-        "../../evil",
-        "/../../evil",
-        "a/../../../evil",
-        ".//../evil",
-        "a//..//..//..//evil",
-        "/{}",
-        "{}",
-        "..",
-    ),
-    *("C:\\evil", "..\\..\\evil", "a/..\\../../evil", "\\\\server\\share\\evil"),
-]
-
-
-@pytest.mark.parametrize("make", ["tar", "zip", "inner"])
-@pytest.mark.parametrize("form", ESCAPES)
-def test_nothing_is_written_outside(tmp_path, make, form):
-    """The file is refused, or what is in it lands inside."""
-    files = {"images/a.jpg": b"x", "images/" + form.format(tmp_path / "evil"): b"evil"}
-    file, folder = tmp_path / "a.bin", tmp_path / "in" / "dataset"
-    content = zipped(files) if make == "zip" else tar(files, "w")
-    file.write_bytes(zipped({"b.tar": content}) if make == "inner" else content)
-    with suppress(ZooError):
-        unpack(Archive("http://x/a.bin", places={"images": ""}, inner="b.tar" * (make == "inner")), file, folder)
-        assert (folder / "a.jpg").read_bytes() == b"x"
-    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)} == {file, folder.parent}
-
-
-def test_what_macos_adds_is_left_out(tmp_path):
-    (tmp_path / "a.zip").write_bytes(zipped({"d/a.jpg": b"x", "d/._a.jpg": b"y", "__MACOSX/d/a.jpg": b"z"}))
-    unpack(Archive("http://x/a.zip", places={"d": ""}), tmp_path / "a.zip", tmp_path / "set")
-    assert [path.name for path in (tmp_path / "set").rglob("*")] == ["a.jpg"]
 
 
 # --- every dataset ---------------------------------------------------------------------------------------------------
@@ -317,8 +213,6 @@ def test_download(server, tmp_path, monkeypatch, run, name):
     source, target = tmp_path / "source", tmp_path / "DATA"
     archives = offered(server, name, source)
     use_small(monkeypatch, name, archives, source)
-    if name in VARIANTS:
-        write_classnames_txt(target / "imagenet")  # the tests' own WordNet ids
     server.faults += ["cut"]
     out = run.ok("data", "download", name, "--data-root", target, "--agree")
     assert DATASETS[name].terms[:40] in out
@@ -348,11 +242,9 @@ def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run
     gone = (replace(DATASETS["eurosat"].archives[0], url=f"{server.url}/gone.zip"),)
     monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], archives=gone))
     code, out, err = run("data", "download", "eurosat", "dtd", "--data-root", tmp_path / "DATA", "--agree")
-    assert code == 2
-    assert "dtd: complete" in out
-    assert "eurosat: " in err
-    assert "HTTP 404" in err
-    assert "Not complete: eurosat." in err
+    assert (code, "dtd: complete" in out) == (2, True)
+    for text in ("eurosat: ", "404", "Not complete: eurosat."):
+        assert text in err
     with pytest.raises(ZooError, match="pacs_photo cannot be downloaded: choose from imagenet, caltech101"):
         download.missing(["pacs_photo"], tmp_path)
 
@@ -408,18 +300,16 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
 
 def test_packaged_splits_need_no_file(tmp_path):
     """DTD's whole split from the package, with images in the real layout; another split on disk is noted."""
-    for part in packaged.split_rows("dtd").values():
-        for key, *_ in part:
-            touch(tmp_path / "dtd/images" / key)
+    content = packaged.split_rows("dtd")
+    for key in (key for part in content.values() for key, *_ in part):
+        touch(tmp_path / "dtd/images" / key)
     split = load_split("dtd", tmp_path)
     assert (len(split.train), len(split.val), len(split.test)) == DATASETS["dtd"].counts
     assert split.note == ""
     file = tmp_path / "dtd" / DATASETS["dtd"].split_file
-    file.write_text(json.dumps(packaged.split_rows("dtd")))
+    file.write_text(json.dumps(content))
     assert load_split("dtd", tmp_path) == split
-    assert packaged.listed_split("dtd", packaged.split_rows("dtd")).sha256 == split.sha256
-    changed = packaged.split_rows("dtd") | {"val": packaged.split_rows("dtd")["val"][1:]}
-    file.write_text(json.dumps(changed))
+    file.write_text(json.dumps(content | {"val": content["val"][1:]}))
     assert f"{file} is not CoOp's split of dtd" in load_split("dtd", tmp_path).note
 
 
@@ -451,5 +341,4 @@ def test_a_split_is_recognised_by_its_draw(tmp_path):
 def test_imagenets_names_are_in_the_package():
     names = packaged.wnid_names()
     assert list(names.values()) == classnames("imagenet")
-    assert list(names) == sorted(names)
     assert (names["n01440764"], len(names)) == ("tench", 1000)

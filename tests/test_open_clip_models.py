@@ -65,12 +65,12 @@ def test_parameters_and_operations_are_in_the_row(spec):
     assert numbers is None or spec.head_mb == round(2e-6 * numbers, 1)
 
 
-@pytest.mark.parametrize("pair", ["ViT-B-16-SigLIP2/webli", "MobileCLIP2-B/dfndr2b"])
+@pytest.mark.parametrize("pair", ["ViT-B-16-SigLIP2/webli", "MobileCLIP2-B/dfndr2b", "ViT-B-16/openai"])
 def test_the_test_transform_is_open_clips_own(pair):
     """Bit for bit, on an image that needs resizing and cropping."""
     architecture, tag = pair.split("/")
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
-    preprocess = {key: cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    preprocess = {key: cfg[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in cfg}
     theirs = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=224, **preprocess), False)
     image = Image.effect_noise((311, 500), 80).convert("RGB")
     assert torch.equal(create_transform(f"open_clip:{pair}")(image), theirs(image))
@@ -80,9 +80,7 @@ def test_fresh_prompts_leave_room_for_names():
     """SigLIP's SO400M reads 16 tokens: as many prompts as the others have would fill them."""
     with mock.patch.object(factory, "build_open_clip", return_value=build_clip("siglip")[0]):
         options = {"classnames": ["ant"], "tokenizer": word_tokenizer(False)}
-        assert (
-            create_model("dcp_siglip_so400m", **options).config.n_ctx == default_recipe("dcp_siglip_so400m").n_ctx == 4
-        )
+        assert create_model("dcp_siglip_so400m", **options).config.n_ctx == 4
         assert create_model("dcp_siglip_so400m", n_ctx=2, **options).config.n_ctx == 2
 
 
@@ -108,25 +106,16 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     again = create_model(str(tmp_path / "head"), True, tokenizer=tokenizer).eval()
     assert close(again(images), model(images))
     assert get_spec(name).crop_mode == "squash"
-    with pytest.raises(ZooError, match="has no heads"):
-        create_model(name, True)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("open_clip:ViT-B-16-SigLIP2/weblii", "Nearest: ViT-B-16-SigLIP2/webli"),
-        ("open_clip:ViT-B-16", "Nearest: "),
-        ("openclip:ViT-B-16/openai", "open_clip:ARCH/TAG"),
-    ],
-)
-def test_unknown_names_are_explained(name, message):
-    with pytest.raises(ZooError, match=message):
-        create_model(name)
-
-
-def test_a_missing_tokenizer_is_one_clear_error(monkeypatch):
+def test_what_cannot_be_built_is_explained(monkeypatch):
     """Before anything is downloaded."""
+    for name, message in (
+        ("open_clip:ViT-B-16-SigLIP2/weblii", "Nearest: ViT-B-16-SigLIP2/webli"),
+        ("openclip:ViT-B-16/openai", "open_clip:ARCH/TAG"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            create_model(name)
     monkeypatch.setattr(factory, "fetch_clip", lambda *_: pytest.fail("downloaded"))
     monkeypatch.setattr(open_clip, "get_tokenizer", mock.Mock(side_effect=OSError("no such file")))
     monkeypatch.setattr(factory, "import_extra", lambda *_: None)
@@ -191,9 +180,7 @@ def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
     assert model.pretrained_cfg["crop_mode"] == "squash"
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     audio = described | {"model_cfg": sizes | {"audio_cfg": {}}}  # as open_clip 4 has
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(audio))
-    with pytest.raises(ZooError, match="hf-hub:me/clip is not a CLIP of images and texts.*audio_cfg"):
-        create_model("open_clip:hf-hub:me/clip", tokenizer=word_tokenizer(True))
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    with pytest.raises(ZooError, match="damaged, or not open_clip's"):
-        create_model("open_clip:hf-hub:me/clip")
+    for wrong, message in ((audio, "not a CLIP of images and texts.*audio_cfg"), ({}, "not open_clip's")):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ZooError, match=message):
+            create_model("open_clip:hf-hub:me/clip", tokenizer=word_tokenizer(True))

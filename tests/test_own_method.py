@@ -60,24 +60,18 @@ def test_the_example_of_the_page(package, monkeypatch):
     assert '"method": "nearest-mean"' in Path("head/config.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            "no_such_package:METHOD",
-            "of no_such_package cannot be used: No module named 'no_such_package'. Repair",
-        ),
+def test_what_cannot_be_loaded_is_refused_when_it_is_used(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    for value, message in (
+        ("no_such_package:METHOD", "of no_such_package cannot be used: No module named 'no_such_package'. Repair"),
         ("json:dumps", "json:dumps is not a dcp_zoo.training.Method"),
         ("test_own_method:TAKEN", "test_own_method:TAKEN is not a dcp_zoo.training.Method of that name"),
-    ],
-)
-def test_what_cannot_be_loaded_is_refused_when_it_is_used(value, message, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr(table, "entry_points", lambda group: [EntryPoint("mine", value, group)])
-    methods = table.Methods()
-    assert [*methods] == [*table.OWN, "mine"]
-    with pytest.raises(ZooError, match=message):
-        methods["mine"]
+    ):
+        monkeypatch.setattr(table, "entry_points", lambda group, value=value: [EntryPoint("mine", value, group)])
+        methods = table.Methods()
+        assert [*methods] == [*table.OWN, "mine"]
+        with pytest.raises(ZooError, match=message):
+            methods["mine"]
 
 
 def test_a_name_that_is_taken_stays_what_it_was(monkeypatch):

@@ -17,8 +17,8 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo import release as cards
 from dcp_zoo.data import DATASETS
-from dcp_zoo.data.packaged import classnames, sample_images, split_sha256
-from dcp_zoo.heads.config import read_config
+from dcp_zoo.data.packaged import classnames, sample_images
+from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.heads.linear import LinearHead
 from dcp_zoo.zoo import registry
 
@@ -80,16 +80,13 @@ def test_a_busy_hub_is_asked_again(folder, uploads):
 
 def test_the_card_is_valid_metadata(folder):
     """Read back by the Hub's client, which rejects a model-index that it cannot parse."""
-    made = publish.prepare(folder, "our-org").card
-    made.save(folder / "README.md")
+    publish.prepare(folder, "our-org").card.save(folder / "README.md")
     metadata = metadata_load(folder / "README.md")
     data = ModelCardData(**metadata)
     assert data.to_dict() == metadata == ModelCard.load(folder / "README.md").data.to_dict()
     assert (data.library_name, data.license, data.pipeline_tag) == ("dcp-zoo", "apache-2.0", "image-classification")
-    assert data.datasets == ["caltech101"]
     metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
-    found = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert found == {
+    assert {result.metric_name: result.metric_value for result in data.eval_results} == {
         "top-1, stored statistics, with a text probe": metrics["top1_stored"],
         "top-1, without the text probe": metrics["top1_no_classifier"],
     }
@@ -123,53 +120,46 @@ def test_without_its_text_probe_a_head_claims_what_it_has_alone():
     assert "text probe" not in card.text
 
 
-@pytest.mark.parametrize("name", registry.trained_heads())
-def test_a_trained_head_is_of_the_dataset_it_names(name):
-    """As the card claims: its classes, split and test images."""
-    head = registry.get_head(name)
-    release, spec = publish.prepare(head.bundled_dir, "our-org"), DATASETS[head.dataset]
-    assert release.repo_id == f"our-org/{name}"
-    assert f"the {spec.num_classes} classes of **{head.dataset}**" in release.card.text
-    assert release.card.data.datasets == [head.dataset]
-    assert spec.part_note in release.card.text
-    assert dcp_zoo.get_pretrained_cfg(name)["num_classes"] == len(read_config(head.bundled_dir)["label_names"])
+def test_trained_heads_are_of_the_datasets_they_name():
+    """As the card claims: their classes, split and test images."""
+    for name in registry.trained_heads():
+        head = registry.get_head(name)
+        release, spec = publish.prepare(head.bundled_dir, "our-org"), DATASETS[head.dataset]
+        assert release.repo_id == f"our-org/{name}"
+        assert f"the {spec.num_classes} classes of **{head.dataset}**" in release.card.text
+        assert release.card.data.datasets == [head.dataset]
+        assert spec.part_note in release.card.text
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "reason"),
-    [
-        ("dcp_mini.oxford_flowers50-16shot", {"dataset": "oxford_flowers"}, "its 50 classes are not the 102 of oxford"),
-        ("dcp_mini.eurosat_small-16shot", {"dataset": "eurosat"}, "on another split: its sha256 is 5fcd.*, not "),
+def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
+    flowers, eurosat = "dcp_mini.oxford_flowers50-16shot", "dcp_mini.eurosat_small-16shot"
+    for name, change, reason in (
+        (flowers, {"dataset": "oxford_flowers"}, "its 50 classes are not the 102 of oxford"),
+        (eurosat, {"dataset": "eurosat"}, "on another split: its sha256 is 5fcd.*, not "),
         (MINI, {"test_images": 400}, "tested on 400 images, not on the 2,465 of caltech101"),
-    ],
-)
-def test_a_part_is_not_published_as_the_whole(name, change, reason, tmp_path, uploads):
-    folder = Path(shutil.copytree(registry.WEIGHTS / name, tmp_path / "head"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dcp": config["dcp"] | change}))
-    with pytest.raises(ZooError, match=f"cannot be published.*{reason}.*dcp-zoo train FOLDER"):
-        publish.prepare(folder, "our-org")
-    with pytest.raises(ZooError, match=reason):
-        dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
+    ):
+        folder = Path(shutil.copytree(registry.WEIGHTS / name, tmp_path / name))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dcp": config["dcp"] | change}))
+        with pytest.raises(ZooError, match=f"cannot be published.*{reason}.*dcp-zoo train FOLDER"):
+            publish.prepare(folder, "our-org")
+        with pytest.raises(ZooError, match=reason):
+            dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
     assert uploads.requests == []
 
 
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.encoder, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
-    head.method = "gda"
-    text = cards.make_card(head, "me/pets", "mit", 1_000_000).text
-    assert "A classifier trained by gda" in text
-    assert "The method is DCP" not in text
-    head.info = {"dataset": "folder", "shots": 4, "seed": 1, "metrics": {"top1_stored": 50.0}}
+    head.method, head.info = "gda", {"dataset": "folder", "shots": 4, "seed": 1, "metrics": {"top1_stored": 50.0}}
     card = cards.make_card(head, "me/pets", "mit", 1_000_000)
-    assert "datasets" not in card.data.to_dict()
+    assert "A classifier trained by gda" in card.text
+    assert "The method is DCP" not in card.text
     assert "**folder**" not in card.text
-    head.info = {"dataset": "caltech101", "shots": 16, "seed": 2}
-    card = cards.make_card(head, "me/pets", "mit", 1_000_000)  # it may be of other classes as it has no accuracy
     assert "datasets" not in card.data.to_dict()
     own = LinearHead(clip.encoder, classnames("caltech101"), torch.ones(100, 512), torch.zeros(100))
-    own.method, own.info = "gda", head.info | {"split_sha256": split_sha256("caltech101")}
+    own.method, own.info = "gda", {"dataset": "caltech101", "shots": 16, "seed": 2}
+    own.info["split_sha256"] = split_sha256("caltech101")
     card = cards.make_card(own, "me/pets", "mit", 1_000_000)
     assert card.data.datasets == ["caltech101"]
     assert "| seed |" not in card.text, "accuracies of DCP's heads"
@@ -181,20 +171,13 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
 @pytest.mark.scripts
 def test_invalid_folders_are_rejected(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    for change, message in (
-        ({"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
-        ({"shots": 3}, "not one of the zoo's heads"),
-        ({"n_ctx": 5}, "of another shape"),
+    for block, change, message in (
+        ("dcp", {"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
+        ("model_args", {"n_ctx": 5}, "of another shape"),
     ):
-        block = "model_args" if "n_ctx" in change else "dcp"
         (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=message):
             publish.prepare(folder, "our-org")
-    (folder / "config.json").write_text(json.dumps(config))
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.truncate(1000)
-    with pytest.raises(ZooError, match="damaged"):
-        publish.prepare(folder, "our-org")
     with pytest.raises(ZooError, match="is not a checkpoint"):
         publish.prepare(tmp_path / "none", "our-org")
 

@@ -3,7 +3,6 @@ a sweep is stopped."""
 
 import os
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +20,9 @@ pytest.importorskip("pyarrow")
 
 import ray
 
-from dcp_zoo.benchmark import plan_trials, store
-from dcp_zoo.benchmark.cluster import Event, Resources, connected
+from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import Settings, Trial
-from dcp_zoo.benchmark.sweep import longest_first, sweep, sweep_on_ray
+from dcp_zoo.benchmark.sweep import Event, Resources, connected, sweep, sweep_on_ray
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -61,13 +59,12 @@ def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, S
 
 def dies(times: dict[str, int]) -> Callable[[Trial, Path], None]:
     """Kills the workers of some trials, each so many times."""
-    sigkill = signal.SIGKILL
 
     def kill_worker(trial: Trial, output: Path) -> None:
         deaths = len(list(output.glob(f"death-{trial.key}-*")))
         if deaths < times.get(trial.key, 0):
             (output / f"death-{trial.key}-{deaths}").touch()
-            os.kill(os.getpid(), sigkill)
+            os.kill(os.getpid(), 9)
 
     return kill_worker
 
@@ -121,13 +118,6 @@ def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_
     trial = Trial("few-shot", "dcp_mini", "zero-shot", "folder", 0, 0)
     assert sweep([trial], replace(settings, data_root=tmp_path / "photos"), run=sweep_on_ray) == {}
     assert store.results(settings.output)[trial.key]["results"][0]["images"] > 0
-
-
-def test_the_longest_trials_start_first_after_those_without_training() -> None:
-    trials = plan_trials("few-shot", ["dcp_vitb16"], ["zero-shot", "dcp"], ["eurosat", "sun397"], [1, 16], [1])
-    order = [(t.dataset, t.shots) for t in longest_first(trials)]
-    assert order[:2] == [("eurosat", 0), ("sun397", 0)]
-    assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
 
 
 def test_what_cannot_run_on_ray_is_said(

@@ -1,23 +1,30 @@
-"""Names: what the zoo lists, what timm sees, and messages for unknown names. New table rows are covered here."""
+"""The zoo's table: what it lists, what `info` shows, training by a head's name alone, and messages for unknown names.
+New rows are covered here."""
 
 import csv
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import published
 import pytest
-import timm
 import torch
 from helpers import offline
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
+from trees import picture, write_listed
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import classnames
+from dcp_zoo.backbone._torch import skip_init
+from dcp_zoo.cli.show import describe_head
+from dcp_zoo.data import DATASETS
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME
+from dcp_zoo.heads.config import PHRASE
+from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, SIZES, all_heads, frontier, get_head, trained_heads
 
 
@@ -29,38 +36,24 @@ def test_lists():
     fast = dcp_zoo.list_models("dcp_*b*", min_zero_shot=70, max_gflops=20)
     assert fast == ["dcp_datacomp_b32", "dcp_datacomp_b32_256"]
     assert dcp_zoo.list_models(pretrained=True, min_zero_shot=1) == []  # the miniature has no published figure
+    assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_vitb16", "dcp_mini"]
 
 
 @pytest.mark.scripts
-def test_accuracies_are_the_published_ones():
-    """Each figure of the table, and those that are missing."""
-    with published.RESULTS.open() as file:
+def test_accuracies_and_costs_are_the_published_and_measured_ones():
+    """Each figure of the table, and those that are missing; one model of each architecture was measured."""
+    with published.RESULTS.open() as file, (published.RESULTS.parent / "model_costs.csv").open() as costs:
         rows = {
             row["model"]: [float(row[name]) for name in published.NAMES if row[name]] for row in csv.DictReader(file)
         }
+        measured = {MODELS[row["model"]].clip: row for row in csv.DictReader(costs)}
     for name, spec in MODELS.items():
-        tops = rows.get(name, [])
+        tops, row = rows.get(name, []), measured.get(spec.clip)
         assert spec.imagenet == (round(tops[0], 1) if tops else None), name
         assert spec.zero_shot == (round(sum(tops) / 10, 1) if len(tops) == 10 else None), name
         assert bool(tops) == bool(spec.accuracy_source), name
-
-
-@pytest.mark.scripts
-def test_costs_are_the_measured_ones():
-    """One model of each architecture was measured."""
-    with (published.RESULTS.parent / "model_costs.csv").open() as file:
-        rows = {MODELS[row["model"]].clip: row for row in csv.DictReader(file)}
-    for spec in MODELS.values():
-        row = rows.get(spec.clip)
-        costs = row and (float(row["core_ms_per_image"]), int(row["peak_mb"]))
-        assert (spec.core_ms, spec.memory_mb) == (costs or (None, None)), spec.name
-
-
-def test_pins_are_whole_commits():
-    """A branch may move, and a hash that YAML takes for a number is none."""
-    pins = [spec.clip_revision for spec in MODELS.values() if spec.clip_revision is not None]
-    assert pins
-    assert all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins)
+        found = row and (float(row["core_ms_per_image"]), int(row["peak_mb"]))
+        assert (spec.core_ms, spec.memory_mb) == (found or (None, None)), name
 
 
 @pytest.mark.parametrize("accuracy", ["zero_shot", "imagenet"])
@@ -72,9 +65,14 @@ def test_a_model_is_on_the_frontier_if_none_as_cheap_is_as_accurate(accuracy):
         for spec in rated:
             as_cheap = (getattr(s, accuracy) for s in rated if s.gflops <= spec.gflops and s is not spec)
             assert (spec in best) == all(value < getattr(spec, accuracy) for value in as_cheap), spec.name
+    best = [spec.name for spec in frontier("zero_shot", OPEN_LICENSES)]
+    assert list(SIZES) == ["small", "medium", "large"]  # the larger, the more accurate
+    assert [best.index(name) for name in SIZES.values()] == sorted(best.index(name) for name in SIZES.values())
 
 
 def test_pretrained_means_can_be_loaded():
+    """CLIP's weights are pinned by whole commits, as a branch may move."""
+    assert all(re.fullmatch("[0-9a-f]{40}", spec.clip_revision) for spec in MODELS.values() if spec.clip_revision)
     bundled, published, planned = (dcp_zoo.list_heads(status=s) for s in ("bundled", "published", "planned"))
     assert set(dcp_zoo.list_models(pretrained=True)) == {*bundled, *published} == trained_heads().keys()
     assert sorted(bundled + published + planned) == sorted(dcp_zoo.list_heads())
@@ -114,7 +112,7 @@ def test_each_seed_has_its_own_head(monkeypatch):
     assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
     assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"
-    for tag in ("dtd-4shot-seed1", "dtd-4shot-seed4", "dtd-3shot", "dtd"):
+    for tag in ("dtd-4shot-seed1", "dtd-4shot-seed4"):
         with pytest.raises(ZooError, match="dtd-4shot"):
             get_head(f"dcp_vitb16.{tag}")
 
@@ -132,29 +130,8 @@ def test_each_seed_has_its_own_head(monkeypatch):
 def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):
     with pytest.raises(ZooError, match=message):
         dcp_zoo.create_model(name, pretrained)
-
-
-def test_sizes_stand_for_models_that_are_best_for_their_cost():
-    """And whose licences allow every use; the larger, the more accurate."""
-    best = [spec.name for spec in frontier("zero_shot", OPEN_LICENSES)]
-    assert list(SIZES) == ["small", "medium", "large"]
-    assert [best.index(name) for name in SIZES.values()] == sorted(best.index(name) for name in SIZES.values())
-
-
-def test_unknown_clip_weights():
     with pytest.raises(ZooError, match="laion2b_s34b_b88k"):
         dcp_zoo.create_model("dcp_vitb16", "clip", clip_pretrained="laion")
-    with pytest.raises(ZooError, match="dcp_mini has no CLIP weights 'openai': choose from "):
-        dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True, clip_pretrained="openai")
-
-
-def test_timm_sees_every_model():
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "tag")
-    for name, spec in MODELS.items():
-        cfg, ours = timm.get_pretrained_cfg(name).to_dict(), dcp_zoo.get_pretrained_cfg(name)
-        assert {key: cfg[key] for key in keys} == {key: ours[key] for key in keys}, name
-        assert ours["num_classes"] == len(classnames(get_head(f"{name}.{spec.default_tag}").dataset)), name
-        assert ours["input_size"] == (3, spec.image_size, spec.image_size), name
 
 
 def test_training_transform_works_on_tensors_as_on_pil_images():
@@ -163,21 +140,60 @@ def test_training_transform_works_on_tensors_as_on_pil_images():
     to_tensor, crop, flip, *rest = train.transforms
     by_pil = v2.Compose([crop, flip, to_tensor, *rest])
     image = Image.effect_noise((400, 300), 60).convert("RGB")
-    for seed in range(5):
+    for seed in range(3):
         results = []
-        for transform, picture in ((train, image), (train, pil_to_tensor(image)), (by_pil, image)):
+        for transform, given in ((train, image), (train, pil_to_tensor(image)), (by_pil, image)):
             torch.manual_seed(seed)
-            results.append(transform(picture))
+            results.append(transform(given))
         assert torch.equal(results[0], results[1])
         levels = 255 * (results[0] - results[2]).abs() * torch.tensor(rest[-1].std).view(3, 1, 1)
         assert levels.max() < 2.5
         assert levels.mean() < 0.05
 
 
-def test_test_transform_is_clips_own():
-    """Bit for bit equal to open_clip's, on an image that needs resizing and cropping."""
-    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
+def test_info_of_every_head():
+    for name in dcp_zoo.list_heads():
+        facts = describe_head(registry.get_head(name))
+        model, dataset, shots = facts["head"].split(".")[0], facts["dataset"], facts["shots"]
+        assert (name, facts["seed"]) == (f"{model}.{dataset}-{shots}shot", 1)
+        assert facts["train it"] == f"dcp-zoo train --head {name} --data-root DIR"
+        assert {field.name for field in fields(Recipe)} <= facts["recipe"].keys(), name
+        assert facts["recipe"]["coupling"] == "bidirectional", name
+        if facts["status"] == "planned":
+            assert "not trained" in facts["licence"], name
+            assert "not measured" in facts["metrics"], name
+        else:
+            assert facts["licence"] == "apache-2.0", name
+            assert all(50 < facts["metrics"][f"top1_{stats}"] < 100 for stats in ("stored", "batch")), name
 
-    theirs = image_transform(224, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
-    image = Image.effect_noise((311, 500), 80).convert("RGB")
-    assert torch.equal(dcp_zoo.create_transform("dcp_vitb16")(image), theirs(image))
+
+def test_the_size_of_a_planned_head_is_that_of_the_file(tmp_path):
+    with skip_init():
+        model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_() if p.requires_grad else None
+    model.stored_stats = torch.zeros(model.num_coupled, *model.prompts["vision"].shape)
+    size = (model.save_pretrained(tmp_path) / "model.safetensors").stat().st_size
+    assert describe_head(registry.get_head("dcp_vitb16.dtd-1shot"))["size"] == f"about {size / 1e6:.0f} MB"
+    assert round(size / 1e6, 1) == registry.get_spec("dcp_vitb16").head_mb
+
+
+def test_a_head_is_trained_from_its_name_alone(run, tmp_path, monkeypatch):
+    """The data are loaded and the run is planned; only the training itself is left out."""
+    monkeypatch.chdir(tmp_path)
+    write_listed(tmp_path, "eurosat", make=picture)
+    monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], counts=(20, 10, 10)))
+    seen: list = []
+
+    def train_head(run, output, options):
+        seen.append((run, str(output)))
+        return SimpleNamespace(info={}), {}
+
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
+    for args, lr in (((), 0.0035), (("--set", "lr=0.1", "--output", "o"), 0.1)):
+        run.ok("train", "--head", "dcp_vitb32.eurosat-1shot-seed2", "--data-root", ".", *args)
+        planned, output = seen.pop()
+        assert (planned.model, planned.split.name, planned.shots, planned.seed) == ("dcp_vitb32", "eurosat", 1, 2)
+        assert planned.recipe == Recipe(lr=lr, ctx_init=PHRASE, classifier="text-probe")
+        assert output == (args[-1] if args else "dcp_vitb32.eurosat-1shot-seed2")

@@ -1,14 +1,25 @@
-"""The images that a model reads."""
+"""The images that a model reads, features of them in bfloat16, and the threads that compute."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from helpers import state_of_the_process
+from torch.nn import functional as F
 
+from dcp_zoo import threads
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.inputs import Inputs
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.predictor import decoded
+from dcp_zoo.training.cache import kept_features
+from dcp_zoo.training.device import decoders, pick_precision
 from dcp_zoo.training.sources import image_source, seeded
 
 
@@ -16,16 +27,15 @@ from dcp_zoo.training.sources import image_source, seeded
 def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, photos):
     source = image_source(clip, photos, augment)
 
-    def shuffled(seed: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
-        return iter(source.batches(4, torch.Generator().manual_seed(seed)))
+    def shuffled(seed: int) -> Iterator[torch.Tensor]:
+        batches = source.batches(4, torch.Generator().manual_seed(seed))
+        return (torch.cat([inputs.x.flatten(1), labels[:, None]], 1) for inputs, labels in batches)
 
     alone = [list(shuffled(seed)) for seed in (1, 2)]
     together = zip(*zip(shuffled(1), shuffled(2), strict=True), strict=True)  # a batch of each in turn
     for expected, found in zip(alone, together, strict=True):
-        for (inputs, labels), (others, other_labels) in zip(expected, found, strict=True):
-            assert torch.equal(inputs.x, others.x)
-            assert torch.equal(labels, other_labels)
-    assert not torch.equal(alone[0][0][0].x, alone[1][0][0].x)
+        assert all(map(torch.equal, expected, found))
+    assert not torch.equal(alone[0][0], alone[1][0])
 
 
 def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos):
@@ -39,51 +49,107 @@ def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos)
     assert all(map(torch.equal, *found))
 
 
-class TwoDevices:
-    """In place of `torch.cuda`, with a generator for each of two devices, of which the first is the current one."""
-
-    def __init__(self) -> None:
-        self.default_generators = [torch.Generator().manual_seed(i) for i in range(2)]
-        self.current = 0
-
-    @contextmanager
-    def device(self, device: torch.device) -> Iterator[None]:
-        before, self.current = self.current, device.index
-        yield
-        self.current = before
-
-    def at(self, device: torch.device | None = None) -> torch.Generator:
-        return self.default_generators[self.current if device is None else device.index]
-
-    def manual_seed(self, seed: int) -> None:
-        self.at().manual_seed(seed)
-
-    def get_rng_state(self, device: torch.device | None = None) -> torch.Tensor:
-        return self.at(device).get_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: torch.device | None = None) -> None:
-        self.at(device).set_state(state)
-
-
 def test_the_chosen_gpu_is_seeded_not_the_current_one(monkeypatch):
-    devices = TwoDevices()
-    monkeypatch.setattr(torch, "cuda", devices)
-
-    def states() -> list[bytes]:
-        of_devices = [generator.get_state() for generator in devices.default_generators]
-        return [bytes(state) for state in (*of_devices, torch.get_rng_state())] + [np.random.get_state()[1].tobytes()]
-
-    before, drawn = states(), []
+    """And all random states are as before afterwards."""
+    cuda, device, before, drawn = MagicMock(), torch.device("cuda", 1), state_of_the_process(), []
+    monkeypatch.setattr(torch, "cuda", cuda)
     for _ in range(2):
-        with seeded(5, torch.device("cuda", 1)):
-            drawn.append(float(torch.rand(1, generator=devices.default_generators[1])))
-            assert states()[0] == before[0], "the other device"
-            assert devices.current == 0
-        assert states() == before
+        with seeded(5, device):
+            drawn.append((float(torch.rand(1)), np.random.rand()))
     assert drawn[0] == drawn[1]
+    names = ["get_rng_state", "device", "device().__enter__", "manual_seed", "device().__exit__", "set_rng_state"]
+    assert [name for name, *_ in cuda.mock_calls if name != "__bool__"] == 2 * names
+    assert [args[-1] for name, args, _ in cuda.mock_calls if name in (names[0], names[1], names[-1])] == [device] * 6
+    monkeypatch.undo()
+    assert state_of_the_process() == before
 
 
-@pytest.mark.parametrize(("device", "workers", "pinned"), [("cuda", 1, True), ("cuda", 0, False), ("cpu", 1, False)])
-def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch, device, workers, pinned):
-    monkeypatch.setattr(FrozenCLIP, "device", torch.device(device))
-    assert image_source(clip, photos, "crop-flip", workers).batches(2).pin_memory == pinned
+def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch):
+    monkeypatch.setattr(FrozenCLIP, "device", torch.device("cuda"))
+    assert [image_source(clip, photos, "crop-flip", workers).batches(2).pin_memory for workers in (0, 1)] == [0, 1]
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False])
+def multiplies(request, monkeypatch) -> bool:
+    """A processor that multiplies bfloat16, and one that does not."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    return request.param
+
+
+def test_auto_is_bfloat16_for_a_real_clip_where_the_processor_multiplies_it(multiplies):
+    fast = "bfloat16" if multiplies else "float32"
+    found = [pick_precision("auto", name, CPU) for name in ("dcp_vitb16", "open_clip:ViT-B-16/openai")]
+    assert found == [fast, fast]
+    assert [pick_precision("auto", name, CPU) for name in ("dcp_mini", "custom")] == ["float32"] * 2
+    assert pick_precision("float32", "dcp_vitb16", CPU) == "float32"
+
+
+def test_features_are_kept_by_their_precision(clip, photos):
+    with kept_features():
+        rounded = image_source(clip, photos, precision="bfloat16").features()
+        exact = image_source(clip, photos).features()
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert torch.equal(exact, image_source(clip, photos).features())
+    assert 0 < (exact - rounded).abs().max() < 0.02
+
+
+def test_logits_are_those_of_rounded_features_exactly(tiny_head):
+    """A classifier in bfloat16 would round logits, too."""
+    cfg = tiny_head.pretrained_cfg
+    ((pixels, _),) = decoded(sample_images()[:3], cfg, 3)
+    found = torch_predictor(tiny_head, features=True, precision="bfloat16").compute(pixels)
+    features, (weight, bias) = torch.from_numpy(found.features), tiny_head.linear()
+    torch.testing.assert_close(torch.from_numpy(found.logits), F.linear(features, weight, bias), rtol=1e-5, atol=1e-4)
+    exact = torch_predictor(tiny_head, features=True, precision="float32").compute(pixels)
+    assert 0 < abs(exact.features - found.features).max() < 0.02
+
+
+def test_functions_choose_the_threads_of_their_own_thread_only():
+    """Otherwise one that starts meanwhile keeps what another has set for itself, and all later ones with it."""
+
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads(), elsewhere()
+    with threads.fair_threads(before[1] + 2):
+        assert (torch.get_num_threads(), elsewhere()) == (before[1] + 2, before[1])
+    assert (torch.get_num_threads(), elsewhere()) == before
+
+
+def test_commands_compute_with_the_cores_they_may_use(run, flowers, monkeypatch):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run.ok("train", "MY_PHOTOS", "--shots", "2")
+    assert chosen == [3]
+
+
+def test_processes_decode_where_a_gpu_would_wait(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    places = ("cuda", 2001), ("cuda", 2000), ("cpu", 50_000)
+    assert [decoders(torch.device(name), images) for name, images in places] == [3, 0, 0]
+
+
+def printed(program: str, own: dict[str, str]) -> list[str]:
+    """What a program prints of the environment variables, and whether it has imported torch before."""
+    env = {name: value for name, value in os.environ.items() if name not in threads.PASSIVE} | own
+    show = f"print('torch' in sys.modules, *map(os.environ.get, {[*threads.PASSIVE]}))"
+    command = [sys.executable, "-c", f"import os, sys\n{program.format(show=show)}"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("own", [{}, {"KMP_BLOCKTIME": "200"}])
+def test_waiting_threads_of_a_command_sleep_unless_the_user_says_otherwise(own):
+    found = printed("from dcp_zoo.cli import main\nmain(lambda: {show})", own)
+    assert found == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
+
+
+def test_an_import_changes_nothing_in_the_environment():
+    """So that it does not matter whether torch or this package comes first."""
+    assert printed("import dcp_zoo\ndcp_zoo.FewShotClassifier\n{show}", {}) == ["True", "None", "None"]

@@ -3,13 +3,11 @@
 from itertools import product
 from pathlib import Path
 
-import open_clip
 import pytest
 import reference
 import torch
 from helpers import close, gradients, loud
 from PIL import Image
-from safetensors.torch import save_file
 from shared import build_tiny_clip
 from torch import nn
 from torch.nn import functional as F
@@ -17,18 +15,14 @@ from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, create_model
-from dcp_zoo.backbone._torch import call_linear, linear, skip_init
-from dcp_zoo.backbone.classes import TEMPLATE
+from dcp_zoo.backbone._torch import linear
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.prompts import PromptHead
-from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
-from dcp_zoo.training.methods.prompts import MaPLe
+from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing
 from dcp_zoo.training.sources import ImageDataset, ImageSource
-from dcp_zoo.zoo.factory import load_weights
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -45,40 +39,31 @@ def build(clip: nn.Module, **options) -> DCP:
 # ------------------------------------------------------------------------------------------------------ matrix products
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (2, 0, 8)], ids=str)
-def test_linear_and_its_gradients(shape, with_bias):
+def test_linear_and_its_gradients(shape):
     """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
-    for trained in product([False, True], repeat=3):
-        check_linear(shape, trained, with_bias)
-
-
-def check_linear(shape: tuple[int, ...], trained: tuple[bool, ...], with_bias: bool) -> None:
-    tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][: 2 + with_bias]
-    found = []
-    for product_of in (linear, F.linear):
-        inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
-        out = product_of(*inputs)
-        if out.requires_grad:
-            out.sin().sum().backward()
-        found.append((out.detach(), *(t.grad for t in inputs)))
-    for fast, plain in zip(*found, strict=True):
-        assert (fast is None) == (plain is None)
-        if plain is not None:
-            torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+    for trained, size in product(product([False, True], repeat=3), (2, 3)):
+        tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][:size]
+        found = []
+        for product_of in (linear, F.linear):
+            inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
+            out = product_of(*inputs)
+            if out.requires_grad:
+                out.sin().sum().backward()
+            found.append((out.detach(), *(t.grad for t in inputs)))
+        for fast, plain in zip(*found, strict=True):
+            assert (fast is None) == (plain is None)
+            if plain is not None:
+                torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_linear_is_differentiated_twice_and_by_torch_func():
-    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8)
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
 
     def derivatives(product):
-        def loss(x):
-            return product(x, weight).sin().sum()
-
-        (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
-        (second,) = torch.autograd.grad(gradient.square().sum(), x)
-        rows = torch.func.vmap(lambda row: product(row, weight))(x.detach())
-        return gradient, second, torch.func.grad(loss)(x.detach()), torch.func.hessian(loss)(x.detach()), rows
+        loss = lambda x: product(x, weight).sin().sum()  # noqa: E731
+        rows = torch.func.vmap(lambda row: product(row, weight))(x)
+        return torch.func.grad(loss)(x), torch.func.hessian(loss)(x), rows, torch.autograd.functional.hessian(loss, x)
 
     for fast, plain in zip(derivatives(linear), derivatives(F.linear), strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
@@ -102,16 +87,6 @@ def test_attention_in_bfloat16_is_nearly_as_exact_as_torchs():
         torch.testing.assert_close(one, exact, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:TF32")
-def test_linear_leaves_trainable_weights_to_torch():
-    layer = nn.Linear(8, 6)
-    call_linear(layer, torch.randn(3, 8)).sum().backward()
-    assert layer.weight.grad is not None
-    with torch.backends.mkldnn.flags(enabled=False):
-        x = torch.randn(3, 8)
-        assert torch.equal(call_linear(layer, x), layer(x))
-
-
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -129,23 +104,14 @@ def poke(t: torch.Tensor) -> None:
 MUTATIONS = {
     "classes": lambda m: m.set_classnames(NAMES[::-1]),
     "prompts": lambda m: m.prompts["text"].mul_(1.5),
-    "prompts, copied": lambda m: m.prompts["text"].copy_(torch.randn(3, 64)),
-    "cmpa": lambda m: m.cmpa[0].to_vision.query.weight.add_(0.3),
-    "vision prompts": lambda m: m.prompts["vision"].mul_(3),
     "half and back": lambda m: m.bfloat16().float(),
     "another storage": lambda m: setattr(m.prompts["text"], "data", m.prompts["text"] * 2),
     "one number of cmpa": lambda m: poke(m.cmpa[0].to_vision.mlp.c_proj.bias),
     "one number of a text block": lambda m: poke(m.encoder.text.transformer.resblocks[1].mlp.c_fc.bias),
     "embedding of a name": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens[0].ids[0]].add_(1),
-    "embedding of the start": lambda m: m.encoder.text.token_embedding.weight[m.name_tokens.start_id].add_(1),
-    "projection": lambda m: m.encoder.text.text_projection.mul_(
-        torch.linspace(1, 2, m.encoder.text.text_projection.shape[-1])
-    ),
     "ln_final": lambda m: poke(m.encoder.text.ln_final.bias),
-    "positions": lambda m: m.encoder.text.positional_embedding.mul_(2),
-    "statistics in place": lambda m: m.stored_stats is not None and m.stored_stats.mul_(2),
+    "statistics in place": lambda m: m.stored_stats.mul_(2),
     "calibration": lambda m: m.store_stats(IMAGES * 3),
-    "stats": lambda m: setattr(m, "stats", None),
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "optimizer": lambda m: step(m),
     "parameter": lambda m: setattr(
@@ -165,9 +131,7 @@ def step(model: DCP) -> None:
 @torch.no_grad()
 def test_text_features_are_never_stale(tiny_clip, mutation):
     """And are computed once only: the text tower has not run again for the last logits."""
-    model = build(
-        tiny_clip, coupling="text_to_vision" if mutation in ("prompts", "cmpa", "ln_final") else "bidirectional"
-    )
+    model = build(tiny_clip, coupling="text_to_vision" if mutation in ("prompts", "ln_final") else "bidirectional")
     model.store_stats(IMAGES)
     before = model(IMAGES)
     assert torch.equal(model(IMAGES), before)
@@ -190,30 +154,19 @@ def test_cache_follows_dtype_and_autocast(tiny_clip):
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(model(IMAGES), fresh(model))
     assert not close(autocast, model(IMAGES), 1e-6)
-    assert model.double()(IMAGES.double()).dtype == torch.float64
-
-
-def test_nothing_is_cached_with_gradients(tiny_clip):
-    model = build(tiny_clip)
-    model.store_stats(IMAGES)
-    model(IMAGES).sum().backward()
-    assert model.prompts["text"].grad is not None
-    with torch.inference_mode():
-        model(IMAGES)
-    model.zero_grad()
-    model(IMAGES).sum().backward()
+    with torch.enable_grad():  # nothing is cached then
+        model(IMAGES).sum().backward()
     assert model.prompts["text"].grad.abs().sum() > 0
+    assert model.double()(IMAGES.double()).dtype == torch.float64
 
 
 def test_what_is_cached_stays_inside(tiny_clip):
     model = build(tiny_clip)
     model.store_stats(IMAGES)
-    model.predict(IMAGES)
+    model.predict(IMAGES)  # in inference mode, whose tensors could not be used in training
     with torch.no_grad():
-        found = [model.encode_text(), model.encode(IMAGES)[1], *model.image_prompts()]
         logits = model(IMAGES)
-        for tensor in found:
-            assert not tensor.is_inference()  # which could not be used in training
+        for tensor in (model.encode_text(), model.encode(IMAGES)[1], *model.image_prompts()):
             tensor.mul_(2)
         assert torch.equal(model(IMAGES), logits)
 
@@ -261,34 +214,17 @@ def kept_for_backward(model: Head) -> int:
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
 
 
-def prompted(kind: str, clip: nn.Module, n_ctx: int) -> Head:
-    if kind == "dcp":
-        return DCP(clip, NAMES, n_ctx=n_ctx)
-    vision, text = torch.randn(4, n_ctx, 128), torch.randn(4, n_ctx, 64)
-    if kind == "vpt-deep":
-        return PromptHead(FrozenCLIP(clip), NAMES, vision_prompts=vision, texts=TEMPLATE)
-    head = MaPLe(FrozenCLIP(clip), NAMES, text, texts=TEMPLATE)
-    head.couplings = nn.ModuleList(nn.Linear(64, 128) for _ in range(4))
-    return head
-
-
-@pytest.mark.parametrize("kind", ["dcp", "vpt-deep", "maple"])
-def test_memory_of_a_step_grows_with_prompts_as_estimated(golden, kind):
+def test_memory_of_a_step_grows_with_prompts_as_estimated(golden, monkeypatch):
+    """A step that needs a quarter of what there is, is computed in parts."""
     clip = build_tiny_clip(golden, vision_cfg={"layers": 12})  # as deep as CLIP's
-    few, many = (prompted(kind, clip, n_ctx).train() for n_ctx in (4, 24))
+    few, many = (DCP(clip, NAMES, n_ctx=n_ctx).train() for n_ctx in (4, 24))
     kept = [kept_for_backward(model) for model in (few, many)]
     estimated = [activation_bytes(model, len(IMAGES)) for model in (few, many)]
     assert estimated[1] / estimated[0] == pytest.approx(kept[1] / kept[0], rel=0.15)
     assert all(true < estimate < 2.5 * true for true, estimate in zip(kept, estimated, strict=True))
-
-
-def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
-    model = build(tiny_clip).train()
-    needed = activation_bytes(model, len(IMAGES))
-    for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
+    for total, recompute in ((4 * kept[0], True), (10 * kept[0], False)):
         monkeypatch.setattr("dcp_zoo.training.device.total_memory", lambda device, total=total: total)
-        assert needs_checkpointing(model, len(IMAGES)) is recompute
-    assert total_memory(torch.device("cpu")) > 2**28
+        assert needs_checkpointing(few, len(IMAGES)) is recompute
 
 
 @pytest.mark.parametrize(("precision", "coupling"), zip(("bfloat16", "float16"), COUPLINGS, strict=True))
@@ -312,28 +248,10 @@ def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupli
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def state_file(clip: nn.Module, path, dtype=torch.float32) -> str:
-    save_file({n: t.to(dtype).contiguous() for n, t in clip.state_dict().items()}, path)
-    return str(path)
-
-
-def test_weights_are_loaded_without_random_initialisation(golden, tmp_path):
-    clip, dtype = build_tiny_clip(golden), torch.float16
-    path = state_file(clip, tmp_path / "clip.safetensors", dtype)
-    generator = torch.get_rng_state()
-    with skip_init():
-        other = open_clip.CLIP(**golden["clip"])
-    load_weights(other, path)
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
-    assert torch.equal(other.attn_mask, clip.attn_mask)
-    assert not torch.equal(open_clip.CLIP(**golden["clip"]).visual.proj, clip.visual.proj)  # initialised again
-
-
 @torch.no_grad()
 def test_every_parameter_of_a_head_is_loaded(monkeypatch):
-    """Tensors that `skip_init` leaves uninitialised and no file fills would be NaN here."""
-    empty = torch.empty
+    """Tensors that `skip_init` leaves uninitialised and no file fills would be NaN here; nothing is drawn for them."""
+    empty, state = torch.empty, torch.get_rng_state()
 
     def filled(*args, **options):
         t = empty(*args, **options)
@@ -342,6 +260,7 @@ def test_every_parameter_of_a_head_is_loaded(monkeypatch):
     monkeypatch.setattr(torch, "empty", filled)
     model = create_model("dcp_mini.caltech101-16shot", True)
     assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -354,30 +273,17 @@ def items(tmp_path) -> list[Item]:
     return [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
 
 
-@pytest.mark.parametrize(("cache_bytes", "kept"), [(0, 0), (8000, 2), (2**30, 6)])
-def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items, cache_bytes, kept):
+def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items):
     """What is not kept is decoded again: here from files that have changed."""
-    dataset = ImageDataset(items, to_tensor, cache_bytes)
-    plain = [(to_tensor(Image.open(item.path).convert("RGB")), item.label) for item in items]
+    dataset = ImageDataset(items, to_tensor, 8000)
+    plain = torch.stack([to_tensor(Image.open(item.path).convert("RGB")) for item in items])
     for _ in range(2):
-        for (image, label), (expected, expected_label) in zip(dataset.__getitems__(range(6)), plain, strict=True):
-            assert label == expected_label
-            assert torch.equal(image, expected)
+        images, labels = zip(*dataset.__getitems__(range(6)), strict=True)
+        assert torch.equal(torch.stack(images), plain)
+        assert [*labels] == [item.label for item in items]
     for item in items:
         Image.new("RGB", (40, 30)).save(item.path)
-    assert sum(bool(image.any()) for image, _ in dataset.__getitems__(range(6))) == kept
-
-
-def test_random_transforms_keep_their_order(items):
-    def draw(image):
-        return torch.rand(1)
-
-    torch.manual_seed(0)
-    expected = [draw(None) for _ in range(12)]
-    torch.manual_seed(0)
-    dataset = ImageDataset(items, draw)
-    drawn = [x for _ in range(2) for batch in ((5, 1, 0), (2, 4, 3)) for x, _ in dataset.__getitems__(batch)]
-    assert torch.equal(torch.stack(drawn), torch.stack(expected))
+    assert sum(bool(image.any()) for image, _ in dataset.__getitems__(range(6))) == 2
 
 
 def test_a_source_decodes_each_file_once(tiny_clip, items):

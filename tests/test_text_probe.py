@@ -28,8 +28,7 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features, folds
-from dcp_zoo.training.evaluation import measure
+from dcp_zoo.probe import ReadingFeatures, fit_on_features, folds
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.sources import ImageSource, features_of
 from dcp_zoo.zoo.factory import create_model, create_transform
@@ -50,11 +49,8 @@ def built(golden):
     plain.store_stats(images(4))
     model = copy.deepcopy(plain)
     with torch.no_grad():
-        x, labels = images(12), torch.arange(12) % 3
-        readings = [
-            ReadingFeatures(reading.encode(x)[None], reading.start(), reading.widths) for reading in model.readings
-        ]
-        model.text_probe, _ = fit_on_features(model.classes, labels, readings)
+        read = [ReadingFeatures(each.encode(images(12))[None], each.start(), each.widths) for each in model.readings]
+        model.text_probe, _ = fit_on_features(model.classes, torch.arange(12) % 3, read)
     model.text_probe.text_scale.fill_(0.5)
     model.text_probe.threshold.fill_(NEVER)
     return plain, model
@@ -79,21 +75,16 @@ def text_logits(model: DCP, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_its_equations(model):
+    """By every path to the logits."""
     x, probe = images(5, 1), model.text_probe
     f, text = model.encode_image(x), text_logits(model, x)
     assert close(f.norm(dim=1), torch.ones(5))
     probe.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
     assert probe.weight.abs().max() > 0.1
-    assert close(model(x), 0.5 * text + f @ probe.weight.T + probe.bias, 1e-5)
-
-
-@torch.no_grad()
-def test_every_path_to_the_logits_has_it(model):
-    x = images(5, 1)
+    expected = 0.5 * text + f @ probe.weight.T + probe.bias
     features = model.forward_features(x)
-    assert close(model.fuse()(x), model(x))
-    assert close(model.forward_head(features), model(x))
-    assert close(model.get_classifier()(features), model(x))
+    for logits in (model(x), model.fuse()(x), model.forward_head(features), model.get_classifier()(features)):
+        assert close(logits, expected, 1e-5)
 
 
 @torch.no_grad()
@@ -136,38 +127,34 @@ def test_more_images_of_a_class_count_like_its_first_ones(model):
 
 
 @torch.no_grad()
-def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
-    x = images(5, 1)
-    before, threshold = picky(x), picky.rejection_threshold()
-    picky.info = {"metrics": {"top1_stored": 50.0}, "text_probe": {"thresholds": {"0.2": 9.0}, "text_scale": 1.0}}
+def test_a_renamed_class_keeps_its_thresholds(picky, tiny_clip, tmp_path):
+    """And an added one what does not depend on the classes."""
+    threshold = picky.rejection_threshold()
+    picky.info = {"text_probe": {"thresholds": {"0.2": 9.0}, "text_scale": 1.0}}
     picky.rename_class("cat", "tabby cat")
     picky.save_pretrained(tmp_path, torch.float32)
-    names = ["bus", "tabby cat", "kite"]
-    loaded = load_head(DCP(tiny_clip, names, n_ctx=2).eval(), tmp_path)
-    assert close(loaded(x), before)
-    assert (loaded.rejection_threshold(), picky.classnames) == (threshold, names)
-    assert "metrics" in json.loads((tmp_path / "config.json").read_text())["dcp"]
+    loaded = load_head(DCP(tiny_clip, ["bus", "tabby cat", "kite"], n_ctx=2).eval(), tmp_path)
     loaded.info = json.loads((tmp_path / "config.json").read_text())["dcp"]
-    assert loaded.rejection_threshold(0.2) == 9
+    assert (loaded.rejection_threshold(), loaded.rejection_threshold(0.2)) == (threshold, 9)
     with pytest.raises(ZooError, match="no threshold that refuses 1 of the images"):
         loaded.rejection_threshold(1.0)  # which is True's value
     loaded.add_class("zebra", images(3))
     loaded.save_pretrained(tmp_path)
     kept = json.loads((tmp_path / "config.json").read_text())["dcp"]["text_probe"]
     assert kept == {"thresholds": {"0.2": 9.0}, "text_scale": 1.0}
-    with pytest.raises(ZooError, match="bus exists already"):
-        loaded.rename_class("zebra", "bus")
-    with pytest.raises(ZooError, match="Unknown class 'cat'"):
-        loaded.rename_class("cat", "dog")
+    for old, new, message in (("zebra", "bus", "bus exists already"), ("cat", "dog", "Unknown class 'cat'")):
+        with pytest.raises(ZooError, match=message):
+            loaded.rename_class(old, new)
 
 
-def test_without_a_text_probe_a_class_is_its_name(plain):
+def test_without_a_text_probe_a_class_is_its_name(plain, model):
+    """Which a state without one says, too."""
+    model.load_state_dict(plain.state_dict())
+    assert model.text_probe is None
     with pytest.raises(ZooError, match="no text probe.*Train a head with one.*reset_classifier"):
-        plain.add_class("zebra", images(2))
-    with pytest.raises(
-        ZooError, match="cannot reject images: it has no text probe. Train one that can: dcp-zoo train.$"
-    ):
-        plain.predict(images(2), reject=True)
+        model.add_class("zebra", images(2))
+    with pytest.raises(ZooError, match="cannot reject .* it has no text probe. Train one that can: dcp-zoo train.$"):
+        model.predict(images(2), reject=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the threshold
@@ -175,10 +162,9 @@ def test_without_a_text_probe_a_class_is_its_name(plain):
 
 def scores(model: DCP, x: Tensor) -> Tensor:
     """Minus the entropy - four distances, by hand."""
-    probe, z, f = model.text_probe, model(x), model.encode_image(x)
+    probe, f = model.text_probe, model.encode_image(x)
     width = model.encoder.num_features  # of the own part, which distances leave out; of three parts two are left
-    nearest = torch.cdist(f[:, width:], probe.means[:, width:]).amin(1) * math.sqrt(3 / 2) / probe.spread
-    return (z.softmax(-1) * z.log_softmax(-1)).sum(-1) - 4 * nearest
+    return score(model(x), to(f[:, width:], probe.means[:, width:]) * math.sqrt(3 / 2) / probe.spread)
 
 
 @pytest.fixture
@@ -199,18 +185,14 @@ def cannot_reject(model: DCP, message: str) -> bool:
 
 @torch.no_grad()
 def test_the_score_of_the_threshold(picky, tmp_path):
-    """Its equation, fused and from a file; the same for any order and part of the classes."""
+    """Its equation, also fused."""
     x = images(5, 1)
     wanted = scores(picky, x)
     fused = picky.fuse()
     for model in (picky, fused):
-        features = model.encode_image(x)
-        distances = model.distances(features) if model is picky else fused.distances(features)
+        distances = model.distances(model.encode_image(x))
         assert close(torch.from_numpy(in_distribution_score(model(x).numpy(), distances.numpy())), wanted, 1e-4)
     assert [name is None for name in picky.predict(x, reject=True)] == (wanted < picky.text_probe.threshold).tolist()
-    distances = picky.distances(picky.encode_image(x))
-    picky.set_classnames(NAMES[::-1])
-    assert close(picky.distances(picky.encode_image(x)), distances)
 
 
 def test_it_outlives_changes_of_the_classes(picky, tiny_clip, tmp_path):
@@ -229,52 +211,25 @@ def test_it_outlives_changes_of_the_classes(picky, tiny_clip, tmp_path):
     assert picky.fuse().info["threshold"] == threshold
 
 
-@pytest.mark.parametrize("classes", [["kite", "zebra", "bus"], ["dog"], [*NAMES, "zebra"]])
-def test_it_needs_images_of_each_class(picky, tiny_clip, tmp_path, classes):
-    answers = picky.predict(images(5, 1), reject=True)
+def test_it_needs_images_of_each_class(picky, tiny_clip, tmp_path):
+    """A checkpoint of other classes has exact logits, and no threshold."""
+    answers, classes = picky.predict(images(5, 1), reject=True), ["kite", "zebra", "bus"]
     picky.save_pretrained(tmp_path / "whole", torch.float32)
     picky.set_classnames(classes)
-    message = f"has seen no image of {'dog' if classes == ['dog'] else 'zebra'}, .*omit --classes.*classes --add"
+    message = "has seen no image of zebra, .*omit --classes.*classes --add"
     assert cannot_reject(picky, message)
     assert cannot_reject(copy.deepcopy(picky), message)
     assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
     picky.info = {"text_probe": {"thresholds": {"0.05": 1.0}, "text_scale": 1.0}}
     picky.save_pretrained(tmp_path / "new")
+    state = load_file(tmp_path / "new" / "model.safetensors")
+    assert [name for name, t in state.items() if "classifier" in name and t.dtype == torch.half] == ["classifier.means"]
+    loaded = load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "new").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(5, 1)), picky(images(5, 1)))
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dcp"]["text_probe"] == {"text_scale": 1.0}
     picky.set_classnames(NAMES)
     assert picky.predict(images(5, 1), reject=True) == answers
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("classes", [NAMES, ["cat", "zebra"]])
-def test_checkpoints_carry_it(model, tiny_clip, tmp_path, classes):
-    """Its scores are stored exactly, for the classes of the moment."""
-    model.set_classnames(classes)
-    model.save_pretrained(tmp_path, torch.float32)
-    loaded = load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path).eval()
-    assert torch.equal(loaded(images(5, 1)), model(images(5, 1)))
-    other = load_head(DCP(tiny_clip, classes[::-1], n_ctx=2), tmp_path).eval()
-    assert close(other(images(5, 1)), model(images(5, 1)).flip(1))
-
-
-@torch.no_grad()
-def test_only_what_logits_do_not_depend_on_is_rounded_in_a_file(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    rounded = {name for name, t in state.items() if name.startswith("classifier.") and t.dtype == torch.half}
-    assert rounded == {"classifier.means"}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("had_its_own", [False, True])
-def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
-    x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
-    if had_its_own:
-        other.text_probe = TextProbe(other.classes, model.text_probe.widths, model.text_probe.changed)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x))
-    other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("text_probe.")})
-    assert other.text_probe is None
 
 
 # ------------------------------------------------------------------------------------------- fitting, written plainly
@@ -367,16 +322,12 @@ class Evidence(NamedTuple):
 def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text: tuple) -> Evidence:
     outs = plain_folds(labels)
     fitted = [plain_candidates(views[:, ~out], widths, labels[~out], text) for out in outs]
-    logits = [
-        each.logits(F.linear(views[0, out, : widths[0]], *text), views[0, out])
-        for each, out in zip(fitted, outs, strict=True)
-    ]
-    losses = sum(
-        torch.stack([F.cross_entropy(z, labels[out], reduction="sum") for z in of_fold])
-        for of_fold, out in zip(logits, outs, strict=True)
-    )
+    losses, logits, distances = torch.zeros(len(fitted[0].texts)), [], []
+    for each, out in zip(fitted, outs, strict=True):
+        logits.append(each.logits(F.linear(views[0, out, : widths[0]], *text), views[0, out]))
+        losses += torch.stack([F.cross_entropy(z, labels[out], reduction="sum") for z in logits[-1]])
+        distances.append(to(views[0, out], each.means))
     weights = (-losses).softmax(0)
-    distances = [to(views[0, out], each.means) for each, out in zip(fitted, outs, strict=True)]
     mean = torch.cat([torch.einsum("k,kmc->mc", weights, z) for z in logits])
     return Evidence(weights, mean, torch.cat(distances) / math.sqrt(len(widths)))
 
@@ -426,18 +377,16 @@ def test_worked_examples(part):
 def test_no_group_of_images_is_in_two_folds():
     """And each class keeps an image; if each image is a group, folds are as without groups."""
     generator = torch.Generator().manual_seed(0)
-    for number in (1, 12, 30):
-        labels, groups = (torch.randint(high, (40,), generator=generator) for high in (5, number))
-        parts = folds.folds(labels, groups)
-        assert bool(parts) == (number > 1)
-        of_parts = [set(groups[part].tolist()) for part in parts]
-        assert sum(map(len, of_parts)) == len(set().union(*of_parts))
-        for part, of_part in zip(parts, of_parts, strict=True):
-            assert sum(group in of_part for group in groups.tolist()) == len(part) > 0
-            kept = torch.isin(torch.arange(40), part, invert=True)
-            assert set(labels[kept].tolist()) == set(labels.tolist())
-        alone = folds.folds(labels, torch.randperm(40, generator=generator) - 7)
-        assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
+    labels, groups = (torch.randint(high, (40,), generator=generator) for high in (5, 12))
+    parts = folds.folds(labels, groups)
+    for i, part in enumerate(parts):
+        kept = torch.isin(torch.arange(40), part, invert=True)
+        assert len(part) > 0 == sum(torch.isin(groups[kept], groups[part]))
+        assert set(labels[kept].tolist()) == set(labels.tolist())
+        assert not any(torch.isin(part, other).any() for other in parts[:i])
+    assert not folds.folds(labels, torch.zeros(40, dtype=torch.long))
+    alone = folds.folds(labels, torch.randperm(40, generator=generator) - 7)
+    assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
 
 
 def test_copies_of_an_image_in_one_group_are_no_evidence():
@@ -445,15 +394,12 @@ def test_copies_of_an_image_in_one_group_are_no_evidence():
     views, labels, (weight, bias) = in_a_cone([6, 6, 6])
     once = labels[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
     twice = ReadingFeatures(views.repeat(1, 2, 1), (weight, bias))
-    fits = [
-        fit_on_features(CLASSES, once.repeat(2), [twice], groups=groups)[0]
-        for groups in (None, torch.arange(18).repeat(2))
-    ]
-    strongest = [probe.evidence[-1].item() for probe in fits]
-    assert strongest[0] > 10 * strongest[1]
+    groups = (None, torch.arange(18).repeat(2))
+    fits = [fit_on_features(CLASSES, once.repeat(2), [twice], groups=of)[0] for of in groups]
+    assert fits[0].evidence[-1] > 10 * fits[1].evidence[-1]
 
 
-@pytest.mark.parametrize("counts", [[1, 6, 3], [5, 0, 5], [8, 8, 8], [700, 0, 1400]])
+@pytest.mark.parametrize("counts", [[1, 6, 0], [8, 8, 8], [700, 0, 1400]])
 def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
     """For classes of equal and other sizes, one without images, which is its text, more features than images and fewer,
     and so many images that steps are few and one fold is left out."""
@@ -485,16 +431,6 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
         assert threshold == pytest.approx(wanted.item(), abs=0.05)
 
 
-def test_of_many_images_and_classes_only_the_full_text_is_tried():
-    views, labels, (weight, bias) = in_a_cone([2] * 130)
-    wrong = weight.roll(1, 0), bias
-    strengths = [
-        fit_on_features([*map(Class, map(str, range(130)))], labels, [ReadingFeatures(some, wrong)])[1]["text_strength"]
-        for some in (views, views[:1])
-    ]
-    assert strengths[0] == 1 > strengths[1]
-
-
 def test_with_one_image_per_class_all_penalties_count_unless_text_explains_little():
     views, labels, (weight, _) = in_a_cone([1, 1, 1], 24)
     zero = torch.zeros(3)
@@ -519,9 +455,6 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     assert [*info["like_accepted"]] == [*info["thresholds"]] == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"]
     assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
     assert [*info["like_accepted"].values()] == sorted(info["like_accepted"].values(), reverse=True)
-    two = labels < 2
-    of_two = ReadingFeatures(views[:, two], (text[0][:2], text[1][:2]))
-    assert "like_accepted" not in fit_on_features(CLASSES[:2], labels[two], [of_two])[1]
 
 
 @pytest.mark.parametrize("corrections", [0, 40])
@@ -546,7 +479,7 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
 
 
 @torch.no_grad()
-def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, tmp_path):
+def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     """Its logits are the mean of two probes, on its own and on CLIP's embedding, each beside what the frozen tower has
     before it; evidence, scale and distances are those of the frozen tower, as the prompts have seen the training
     images. Fused and from a file they are the same."""
@@ -556,9 +489,8 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     views = [train.read_by(reading, 2) for reading in (own, frozen)]
     text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
-    expected, wanted = fit_on_features(
-        plain.classes, train.labels, [ReadingFeatures(views[1], zero_shot, frozen.widths)]
-    )
+    alone = [ReadingFeatures(views[1], zero_shot, frozen.widths)]
+    expected, wanted = fit_on_features(plain.classes, train.labels, alone)
     assert not close(with_frozen, views[1])
     x_own, x_frozen = own.encode(x), frozen.encode(x)
     info = fit_probe(plain, train)
@@ -566,10 +498,8 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert (len(plain.reads), plain.num_features) == (2, width + sum(frozen.widths))
     scaled = [times(info["text_scale"], linear) for linear in (text, zero_shot)]
     evidence = plain_evidence(views[1], frozen.widths, train.labels, scaled[1])
-    fitted, mixed = (
-        plain_candidates(with_frozen, frozen.widths, train.labels, scaled[0]),
-        torch.cat([x_own, x_frozen[:, width:]], 1),
-    )
+    fitted = plain_candidates(with_frozen, frozen.widths, train.labels, scaled[0])
+    mixed = torch.cat([x_own, x_frozen[:, width:]], 1)
     z = [
         torch.einsum("k,kmc->mc", evidence.weights, fitted.logits(F.linear(x_own, *scaled[0]), mixed)),
         expected(F.linear(x_frozen[:, :width], *zero_shot), x_frozen / math.sqrt(2), plain.classes),
@@ -577,28 +507,12 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain, tiny_clip, t
     assert close(plain(x), (z[0] + z[1]) / 2, 2e-2)
     everyday = plain.encode_image(torch.stack([create_transform(plain)(each) for each in everyday_pictures()]))
     scores = in_distribution_score(plain.classify(everyday).numpy(), plain.distances(everyday).numpy())
-    assert len(scores) == 30
     accepted = {rate: 100 * (scores >= threshold).mean() for rate, threshold in info["thresholds"].items()}
     assert info["others_accepted"] == pytest.approx(accepted, abs=0.1)
     distances = expected.distance(x_frozen / math.sqrt(2), plain.classes)
     assert close(plain.distances(plain.encode_image(x)), distances, 1e-3)
-    assert close(plain.fuse()(x), plain(x), 1e-5)
     fused = plain.fuse()
     assert close(fused.distances(fused.encode_image(x)), distances, 1e-3)
-    plain.save_pretrained(tmp_path, torch.float32)
-    loaded = load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval()
-    assert len(loaded.reads) == 2
-    assert close(loaded(x), plain(x), 1e-5)
-    loaded.stats = "batch"
-    assert not close(loaded(x[:1]), plain(x[:1]), 1e-3)
-    plain.add_class("zebra", x)
-    assert plain(x).argmax(-1).tolist().count(3) > 3
-    assert close(plain.fuse()(x), plain(x), 1e-5)
-
-
-def test_few_images_make_no_threshold(plain):
-    assert not {"thresholds", "others_accepted"} & {*fit_probe(plain, source(plain, 12, 0))}
-    assert cannot_reject(plain, "fitted on too few")
 
 
 @torch.no_grad()
@@ -629,7 +543,9 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
         assert close(head.distances(head.encode_image(x)), expected, 1e-3)
     assert plain.distances(features_of(plain, none, 1)[0]).tolist() == [1e4] * 4
     with pytest.warns(UserWarning, match="The 4 images of none of the classes are not used: .* It needs 20 images"):
-        assert "examples" not in fit_probe(plain, source(plain, 12, 0), none=none)
+        found = fit_probe(plain, source(plain, 12, 0), none=none)
+    assert not {"examples", "thresholds", "others_accepted"} & found.keys()
+    assert cannot_reject(plain, "fitted on too few")
 
 
 def test_added_images_set_the_threshold_only_where_others_are_few(plain):
@@ -641,45 +557,20 @@ def test_added_images_set_the_threshold_only_where_others_are_few(plain):
 
 
 @torch.no_grad()
-def test_in_training_mode_predictions_do_not_depend_on_the_batch(model):
+def test_prediction_names_a_class(model):
     x = images(5, 1)
-    expected = model.predict(x)
-    model.train()
-    model.forward = lambda images: type(model).forward(model, images) * (1 if not model.training else float("nan"))
-    assert [name for image in x.split(1) for name in model.predict(image)] == expected
-    assert model.training
-
-
-@torch.no_grad()
-def test_raw_pixels_and_images_of_another_size_are_refused(model):
-    """Also by the fused model; integers would be answered as if they were normalised."""
-    for wrong in (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 40, 32), torch.zeros(2, 1, 32, 32)):
-        for reader in (model, model.fuse(), model.predict):
-            with pytest.raises(ZooError, match=r"reads images \(n, 3, 32, 32\) of floats.*create_transform.*not \(2, "):
-                reader(wrong)
-
-
-@torch.no_grad()
-def test_prediction_names_a_class_or_none(model, plain):
-    x = images(5, 1)
-    for wrong, message in ((x[0], r"not a tensor \(3, "), (x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):
+    for reader in (model, model.fuse(), model.predict):  # integers would be answered as if they were normalised
+        with pytest.raises(ZooError, match=r"reads images \(n, 3, 32, 32\) of floats.*create_transform.*not \(2, "):
+            reader(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    for wrong, message in ((x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):
         with pytest.raises(ZooError, match=rf"Expected images \(n, 3, H, W\).*{message}"):
             model.predict(wrong)
         with pytest.raises(ZooError, match=message):
             model.add_class("new", wrong)
-    with pytest.raises(ZooError, match="must be strings, not 3"):
-        model.set_classnames([3])
-    names = model.predict(x)
-    assert names == [NAMES[i] for i in model(x).argmax(-1)]
-    with pytest.raises(ZooError, match="no threshold.*dcp-zoo train sets one"):
-        model.predict(x, reject=True)
-
-
-def test_statistics_that_are_stored_after_a_measurement_are_the_default(tiny_clip):
-    model = DCP(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), NAMES, n_ctx=2).eval()
-    assert measure(model, source(model, 6, 0))[0].keys() == {"top1_batch"}
-    model.store_stats(images(4))
-    assert model.stats == "stored"
+    names = [NAMES[i] for i in model(x).argmax(-1)]
+    assert model.predict(x) == names
+    assert [name for image in x.split(1) for name in model.train().predict(image)] == names  # not of the batch
+    assert model.training
 
 
 @torch.no_grad()
@@ -690,6 +581,5 @@ def test_the_papers_logits_are_one_argument_away():
     assert close(
         plain(x), head.encoder.clip.logit_scale.exp() * head.readings[0].encode(x) @ head.encode_text().T, 1e-5
     )
-    assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
         create_model("dcp_mini.eurosat_small-16shot", True, classifier="gaussian")

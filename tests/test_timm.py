@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.heads.linear import CacheHead
 from dcp_zoo.heads.prompts import PromptHead
 from dcp_zoo.heads.timm_contract import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
@@ -49,26 +48,22 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
 
 
 def test_names_and_configs():
-    assert set(timm.list_models("dcp*")) == set(MODELS)
-    assert set(timm.list_models("dcp*", module="dcp")) == set(MODELS)
-    for name in MODELS:
-        assert timm.is_model(name)
-        assert timm.models.get_pretrained_cfg(name).tag == MODELS[name].default_tag
+    assert set(timm.list_models("dcp*")) == set(timm.list_models("dcp*", module="dcp")) == set(MODELS)
     for name, head in all_heads().items():
         cfg = timm.models.get_pretrained_cfg(name)
         assert bool(cfg.has_weights) == (head.status != "planned")
         assert (cfg.architecture, cfg.tag) == (head.model, head.tag)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "tag")
+    for name, spec in MODELS.items():
+        cfg, ours = timm.get_pretrained_cfg(name).to_dict(), dcp_zoo.get_pretrained_cfg(name)
+        assert {key: cfg[key] for key in keys} == {key: ours[key] for key in keys}, name
+        assert (ours["tag"], ours["input_size"]) == (spec.default_tag, (3, spec.image_size, spec.image_size)), name
     loadable = set(dcp_zoo.list_models(pretrained=True))
     assert set(timm.list_pretrained("dcp*")) == set(timm.list_models("dcp*", pretrained=True)) == loadable
-
-
-def test_planned_heads_keep_their_config():
-    name = "dcp_vitl14_336.food101-2shot"
-    cfg = timm.models.get_pretrained_cfg(name)
-    assert (cfg.input_size, cfg.crop_pct, cfg.num_classes) == ((3, 336, 336), 1.0, 101)
-    assert cfg.mean == pytest.approx(MODELS["dcp_vitl14_336"].mean)
-    assert (cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (None,) * 4
-    assert dcp_zoo.get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
+    assert set(dcp_zoo.list_pretrained()) == loadable
+    cfg = timm.models.get_pretrained_cfg(planned := "dcp_vitl14_336.food101-2shot")
+    assert (cfg.num_classes, cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (101, None, None, None, None)
+    assert dcp_zoo.get_pretrained_cfg(planned)["hf_hub_id"] == f"dcp-zoo/{planned}"
 
 
 def test_every_way_to_name_a_head_loads_that_head(model):
@@ -81,11 +76,8 @@ def test_every_way_to_name_a_head_loads_that_head(model):
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=cfg), expected)
     assert same(timm.create_model("dcp_mini", pretrained=True), model)
     assert not same(model, expected)
-    for wrong, message in (
-        ({"pretrained": "caltech101-3shot"}, "has no head 'caltech101-3shot'"),
-        ({"pretrained_cfg": "caltech101-3shot", "pretrained": True}, "has no head 'caltech101-3shot'"),
-    ):
-        with pytest.raises(ZooError, match=message):
+    for wrong in ({"pretrained": "cars-3shot"}, {"pretrained_cfg": "cars-3shot", "pretrained": True}):
+        with pytest.raises(ZooError, match="has no head 'cars-3shot'"):
             timm.create_model("dcp_mini", **wrong)
     with pytest.raises(ZooError, match="pass only one"):
         timm.create_model(other, pretrained=tag)
@@ -93,19 +85,15 @@ def test_every_way_to_name_a_head_loads_that_head(model):
 
 def test_local_dir(tmp_path, model):
     model.save_pretrained(tmp_path)
-    for again in (
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
-        timm.create_model(
-            "dcp_mini", pretrained=True, pretrained_cfg_overlay={"file": f"{tmp_path}/model.safetensors"}
-        ),
-    ):
-        assert same(again, model)
-        assert again.pretrained_cfg["label_names"] == model.classnames
-    with pytest.raises(ZooError, match="num_classes=5, but there are 2 class names"):
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5, classnames=["cat", "dog"])
+    overlay = {"file": f"{tmp_path}/model.safetensors"}
+    assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg_overlay=overlay), model)
     named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, classnames=["cat", "dog"])
+    assert same(named, model)
     assert named.pretrained_cfg["label_names"] == ["cat", "dog"]
-    assert named.eval()(IMAGES).shape == (2, 2)
+    config = json.loads((tmp_path / "config.json").read_text())  # which cannot lead elsewhere
+    config["pretrained_cfg"] |= {"file": "/etc/passwd", "url": "http://127.0.0.1:9/x", "hf_hub_id": "evil/repo"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
 
 
 @torch.inference_mode()
@@ -118,16 +106,7 @@ def test_timm_saves_what_timm_can_load(tmp_path, model):
         timm.models.save_for_hf(model, tmp_path / "other", {"label_names": ["cat"]})
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path / "vit")
     assert sorted(path.name for path in (tmp_path / "vit").iterdir()) == ["config.json", "pytorch_model.bin"]
-    assert [path.name for path in tmp_path.iterdir() if path.name == "other"] == []
-
-
-def test_a_config_cannot_lead_elsewhere(tmp_path, model):
-    model.save_pretrained(tmp_path / "head")
-    config = json.loads((tmp_path / "head/config.json").read_text())
-    for hostile in ({"file": "/etc/passwd"}, {"url": "http://127.0.0.1:9/x"}, {"hf_hub_id": "evil/repo"}):
-        changed = config | {"pretrained_cfg": config["pretrained_cfg"] | hostile}
-        (tmp_path / "head/config.json").write_text(json.dumps(changed))
-        assert same(timm.create_model(f"local-dir:{tmp_path / 'head'}", pretrained=True), model)
+    assert not (tmp_path / "other").exists()
 
 
 def test_data_config_and_transform(model):
@@ -146,58 +125,48 @@ def test_data_config_and_transform(model):
 
 
 @torch.inference_mode()
-def test_features_and_head_make_the_forward_pass(model):
-    features = model.forward_features(IMAGES)
-    assert features.shape == (2, model.num_features) == (2, model.head_hidden_size)
-    assert torch.equal(model.forward_head(features, pre_logits=True), features)
-    logits = model(IMAGES)
-    torch.testing.assert_close(model.forward_head(features), logits)
-    torch.testing.assert_close(model.get_classifier()(features), logits)
-
-
-@torch.inference_mode()
-def test_reset_classifier():
-    model = timm.create_model("dcp_mini", pretrained=True).eval()
+def test_features_the_head_and_another_classifier():
+    """From names to features, to other names, to a fresh classifier, and back: nothing that was trained is lost."""
+    head = timm.create_model(DEFAULT, pretrained=True).eval()
+    names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
+    features = head.forward_features(IMAGES)
+    assert features.shape == (2, head.num_features) == (2, head.head_hidden_size)
+    assert torch.equal(head.forward_head(features, pre_logits=True), features)
+    torch.testing.assert_close(head.forward_head(features), logits)
+    torch.testing.assert_close(head.get_classifier()(features), logits)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
-        model.reset_classifier(3, classnames=["cat", "dog"])
-    with pytest.raises(ZooError, match="num_classes must be at least 0, not -1"):
-        model.reset_classifier(-1)
-    model.reset_classifier(3, classnames=["cat", "dog", "red fox"])
-    assert model(IMAGES).shape == (2, 3)
-    model.reset_classifier(["cat", "dog"])
-    assert model.classnames == ["cat", "dog"]
-    assert model(IMAGES).shape == (2, 2)
-    model.reset_classifier(0)
-    assert torch.equal(model(IMAGES), model.forward_features(IMAGES))
-    assert isinstance(model.get_classifier(), torch.nn.Identity)
-    headless = timm.create_model("dcp_mini", pretrained=True, num_classes=0).eval()
-    assert torch.equal(headless(IMAGES), model(IMAGES))
+        head.reset_classifier(3, classnames=["cat", "dog"])
+    head.reset_classifier(0)
+    assert torch.equal(head(IMAGES), features)
+    assert isinstance(head.get_classifier(), torch.nn.Identity)
+    head.reset_classifier(names)
+    assert head.info == {"metrics": {"top1": 50.0}}
+    torch.testing.assert_close(head(IMAGES), logits)
+    head.reset_classifier(["cat", "dog"])
+    assert (head.classnames, head(IMAGES).shape) == (["cat", "dog"], (2, 2))
+    head.reset_classifier(7)
+    assert head(IMAGES).shape == (2, 7)
+    assert "metrics" not in head.info
+    head.reset_classifier(names)
+    torch.testing.assert_close(head(IMAGES), logits)
 
 
-def fine_tuned(model, steps: int = 6):
-    """A plain loop of PyTorch on the live layer and all else that is trainable."""
-    labels = torch.arange(len(IMAGES)) % model.num_classes
+@pytest.fixture(scope="module")
+def five() -> dcp_zoo.DCP:
+    """A head whose classifier was replaced as in timm's fine-tuning scripts, and trained by a plain loop."""
+    model, losses = timm.create_model(DEFAULT, pretrained=True, num_classes=5), []
+    layer, before = model.get_classifier(), model.get_classifier().weight.detach().clone()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(steps):
-        loss = torch.nn.functional.cross_entropy(model.train()(IMAGES), labels)
+    for _ in range(4):
+        loss = torch.nn.functional.cross_entropy(model.train()(IMAGES), torch.arange(len(IMAGES)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def five() -> dcp_zoo.DCP:
-    """A head whose classifier was replaced as in timm's fine-tuning scripts, and trained."""
-    model = timm.create_model(DEFAULT, pretrained=True, num_classes=5)
-    layer, before = model.get_classifier(), model.get_classifier().weight.detach().clone()
-    fine_tuned(model)
     assert model.get_classifier() is layer is getattr(model, model.default_cfg["classifier"])
     assert not torch.equal(layer.weight, before)
-    return model
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -222,8 +191,6 @@ def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
     head, logits = copy.deepcopy(five), five(IMAGES)
     with pytest.raises(ZooError, match=r"no row for red fox\. Rename its classes"):
         head.set_classnames(["class 0", "red fox"])
-    with pytest.raises(ZooError, match="which reads no texts"):
-        head.set_classnames(head.classnames, {name: ["a photo."] for name in head.classnames})
     head.rename_class("class 3", "red fox")
     head.set_classnames(["red fox", "class 0"])
     torch.testing.assert_close(head(IMAGES), logits[:, [3, 0]])
@@ -234,48 +201,20 @@ def test_a_fresh_classifier_is_edited_by_its_own_classes_alone(five):
     assert "fine-tuned" in head.cannot_reject
 
 
-@pytest.mark.parametrize("kind", ["dcp", "tip-adapter"])
-@torch.inference_mode()
-def test_there_and_back(kind, model):
-    """From names to features, to a fresh classifier, and to the same names: nothing that was trained is lost."""
-    head, clip = copy.deepcopy(model), model.encoder
-    if kind == "tip-adapter":
-        tensors = {"weight": torch.randn(3, 512), "keys": torch.randn(4, 512), "values": torch.eye(4)[:, :3]}
-        head = CacheHead(clip, NAMES, tensors | {"alpha": torch.tensor(1.0), "beta": torch.tensor(2.0)})
-    names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
-    head.reset_classifier(0)
-    head.reset_classifier(names)
-    assert head.info == {"metrics": {"top1": 50.0}}
-    torch.testing.assert_close(head(IMAGES), logits)
-    head.reset_classifier(0)
-    head.reset_classifier(7)
-    assert head(IMAGES).shape == (2, 7)
-    assert "metrics" not in head.info
-    head.reset_classifier(names)
-    torch.testing.assert_close(head(IMAGES), logits)
-
-
 # ----------------------------------------------------------------------------------------------------- timm's arguments
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"in_chans": 1}, "in_chans=1: CLIP reads RGB images, only 3"),
+def test_unsupported_arguments_are_rejected():
+    for arguments, message in (
         ({"img_size": 224}, "img_size=224: dcp_mini reads square images of one size, only 192"),
-        ({"global_pool": "avg"}, "only 'token'"),
         ({"drop_path_rate": 0.1}, "a DCP has no dropout, only 0"),
-        ({"num_classes": -1}, "num_classes must be at least 0, not -1"),
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
-        ({"out_indices": (1, 2)}, "pass features_only=True"),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
         ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
-    ],
-)
-@pytest.mark.parametrize("create", [timm.create_model, dcp_zoo.create_model])
-def test_unsupported_arguments_are_rejected(create, arguments, message):
-    with pytest.raises(ZooError, match=message):
-        create("dcp_mini", **arguments)
+    ):
+        for create in (timm.create_model, dcp_zoo.create_model):
+            with pytest.raises(ZooError, match=message):
+                create("dcp_mini", **arguments)
 
 
 def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
@@ -285,37 +224,22 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     assert (fresh.prompts["text"].dtype, fresh.pretrained_cfg["interpolation"]) == (torch.bfloat16, "bilinear")
     zeros = dict.fromkeys(DROP_RATES, 0.0) | {"img_size": (SIZE, SIZE), "scriptable": False, "exportable": True}
     assert timm.create_model("dcp_mini", **args | zeros).num_classes == 100
-    with pytest.raises(ZooError, match=f"input_size=224: .* only {SIZE} is supported"):
-        dcp_zoo.create_transform(DEFAULT, input_size=224)
-    headless = dcp_zoo.create_model(DEFAULT, True, num_classes=0).eval()
-    assert torch.equal(headless(IMAGES), model.forward_features(IMAGES))
     folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
     torch.save(model.state_dict(), file)
     for checkpoint in (folder, file):
         again = dcp_zoo.create_model(DEFAULT, checkpoint == file, checkpoint_path=checkpoint).eval()
         assert same(again, model)
-    with pytest.raises(ZooError, match=r"no file or checkpoint folder none\.pth"):
-        dcp_zoo.create_model("dcp_mini", checkpoint_path="none.pth")
     torch.save({}, file)
     with pytest.raises(ZooError, match=r"state\.pth does not have the tensors of this dcp_mini"):
         dcp_zoo.create_model("dcp_mini", checkpoint_path=file)
 
 
-def test_lists_take_timms_filters():
-    assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_vitb16", "dcp_mini"]
-    assert dcp_zoo.list_models(exclude_filters=["dcp_[!m]*", "dcp_m[!i]*"]) == dcp_zoo.list_models("dcp_mini*")
-    assert set(dcp_zoo.list_pretrained()) == set(timm.list_pretrained("dcp*"))
-    assert DEFAULT in dcp_zoo.list_pretrained("dcp_mini")
-    assert DEFAULT not in dcp_zoo.list_pretrained(exclude_filters="*-16shot")
-
-
 @torch.inference_mode()
 def test_device_and_dtype(model):
-    dtype = torch.bfloat16
-    names = model.classnames[:20]  # half precision is slow on CPUs
+    names, dtype = model.classnames[:20], torch.bfloat16  # which is slow on CPUs
     moved = timm.create_model(DEFAULT, pretrained=True, classnames=names, device="cpu", dtype=dtype).eval()
     assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
-    found, expected = moved(IMAGES.to(dtype)).float(), model(IMAGES)[:, : len(names)]
+    found, expected = moved(IMAGES[:1].to(dtype)).float(), model(IMAGES[:1])[:, :20]
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.98
     assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
 
@@ -338,8 +262,7 @@ def test_intermediates_are_the_outputs_of_the_blocks(model):
 
 @torch.inference_mode()
 def test_forward_intermediates(model):
-    n_blocks = len(vision_blocks(model))
-    calls = []
+    n_blocks, calls = len(vision_blocks(model)), []
     hook = vision_blocks(model)[2].ln_1.register_forward_hook(lambda *_: calls.append(1))
     early, (map_1,) = model.forward_intermediates(IMAGES, [1], stop_early=True)
     assert (early.shape, calls) == ((2, 512), [])  # of CLIP's embedding alone, and no further block
@@ -348,30 +271,17 @@ def test_forward_intermediates(model):
     assert torch.equal(map_1, maps[1])
     torch.testing.assert_close(features, model.forward_features(IMAGES))
     assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * n_blocks
-    assert all(x.is_contiguous() for x in maps)
-    for indices, blocks in ((2, [4, 5]), ([-1, 0], [0, 5]), ((3,), [3])):
+    for indices, blocks in ((2, [4, 5]), ([-1, 0], [0, 5])):
         found = model.forward_intermediates(IMAGES, indices, intermediates_only=True)
         assert [torch.equal(x, maps[i]) for x, i in zip(found, blocks, strict=True)] == [True] * len(blocks)
     _, tokens = model.forward_intermediates(IMAGES, output_fmt="NLC")
     assert torch.equal(tokens[3].mT.reshape(2, 256, 6, 6), maps[3])
     features, pairs = model.forward_intermediates(IMAGES, return_prefix_tokens=True, norm=True, output_fmt="NLC")
-    assert [tuple(class_token.shape) for _, class_token in pairs] == [(2, 1, 256)] * n_blocks
     torch.testing.assert_close(pairs[2][0], model.encoder.visual.ln_post(tokens[2]))
     projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.encoder.visual.proj, dim=-1)
     torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 3**0.5)  # the first of three parts
     with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
-
-
-@torch.inference_mode()
-def test_intermediates_in_every_statistics():
-    model = timm.create_model(DEFAULT, pretrained=True).eval()
-    alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
-    for stats in ("stored", "batch"):
-        model.stats = stats
-        features, maps = model.forward_intermediates(IMAGES)
-        torch.testing.assert_close(features, model.forward_features(IMAGES))
-        assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (stats == "stored")
 
 
 @torch.inference_mode()
@@ -383,9 +293,7 @@ def test_features_only(model):
     expected = model.forward_intermediates(IMAGES, (1, 5), intermediates_only=True)
     assert all(map(torch.equal, net(IMAGES), expected))
     assert resolve_model_data_config(net) == resolve_model_data_config(model)
-    assert len(timm.create_model("dcp_mini", features_only=True)(IMAGES)) == 3  # timm's default for a ViT
-    half = timm.create_model("dcp_mini", features_only=True, out_indices=2, dtype=torch.bfloat16)
-    assert [x.dtype for x in half(IMAGES)] == [torch.bfloat16] * 2
+    assert torch.equal(copy.deepcopy(net)(IMAGES)[0], net(IMAGES)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -393,34 +301,25 @@ def test_features_only(model):
 
 def test_optimizer_gets_exactly_the_trainable_parameters():
     model = timm.create_model("dcp_mini", pretrained="clip")
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
     taken = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert taken.keys() == {id(p) for p in trained.values()}
     assert taken[id(trained["prompts.text"])]["weight_decay"] == 0
     assert taken[id(trained["cmpa.0.to_vision.query.weight"])]["weight_decay"] == 0.1
     assert model.no_weight_decay() <= trained.keys()
-    groups = [taken[id(trained[name])] for name in ("prompts.text", "cmpa.0.to_vision.query.weight")]
-    assert groups[0]["lr_scale"] < groups[1]["lr_scale"] == 1
 
 
-@pytest.mark.parametrize("call", ["forward_intermediates", "forward"])
-def test_grad_checkpointing_is_switched_on_and_off(call):
+def test_grad_checkpointing_is_switched_on_and_off():
     """A block that is checkpointed runs again in the backward pass."""
     model, calls = timm.create_model("dcp_mini", classnames=["cat", "dog"]), []
     vision_blocks(model)[2].ln_1.register_forward_hook(lambda *_: calls.append(1))
-
-    def count() -> int:
-        calls.clear()
-        found = getattr(model, call)(IMAGES)
-        (found[0] if call == "forward_intermediates" else found).sum().backward()
-        return len(calls)
-
-    assert count() == 1
-    model.set_grad_checkpointing(True)
-    assert count() == 2
-    model.set_grad_checkpointing(False)
-    assert count() == 1
+    for call in (model, lambda x: model.forward_intermediates(x)[0]):
+        for enabled in (True, False):
+            model.set_grad_checkpointing(enabled)
+            calls.clear()
+            call(IMAGES).sum().backward()
+            assert len(calls) == 1 + enabled
 
 
 # ---------------------------------------------------------------------- the stored statistics travels with the weights
@@ -455,65 +354,25 @@ def logits(model: DCP) -> torch.Tensor:
     return model(SMALL)
 
 
-@pytest.mark.parametrize(("had_its_own", "assign"), [(False, True), (True, False)])
-def test_a_state_brings_its_statistics(golden, with_stats, had_its_own, assign):
-    model, expected = small_model(golden, seed=2, with_statistics=had_its_own), logits(with_stats)
-    assert not matches_alone(model, expected)
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, assign):
+    model, expected = small_model(golden, seed=2, with_statistics=not assign), logits(with_stats)
     state = {name: t.clone() for name, t in with_stats.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=assign)
     assert model.stats == "stored"
     assert matches_alone(model, expected)
-    assert torch.equal(logits(model), expected)
     assert (model.stored_stats is state["stored_stats"]) == assign
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, p in with_stats.named_parameters() if p.requires_grad
-    }
-
-
-def test_a_state_without_a_context_removes_it(golden, with_stats):
     other = small_model(golden, seed=2)
-    with_stats.load_state_dict(other.state_dict(), strict=True)
-    assert with_stats.stored_stats is None
-    assert "stored_stats" not in with_stats.state_dict()
-    assert with_stats.stats == "batch"
-    assert torch.equal(logits(with_stats), logits(other))
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert (model.stored_stats, model.stats) == (None, "batch")
+    assert torch.equal(logits(model), logits(other))
 
 
-def test_a_context_of_another_shape_is_refused(golden, with_stats):
-    model = small_model(golden, seed=2, with_statistics=True)
-    state = with_stats.state_dict()
-    state["stored_stats"] = state["stored_stats"][:1]
-    with pytest.raises(RuntimeError, match=r"size mismatch for stored_stats: .*\[1, 3, 128\]"):
-        model.load_state_dict(state)
-
-
-def saved(model: DCP) -> DCP:
-    file = io.BytesIO()
-    torch.save(model, file)
+def test_copies_have_the_statistics(with_stats):
+    """Those of `torch.save`, and moving averages, which follow the weights."""
+    torch.save(with_stats, file := io.BytesIO())
     file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "torch.save": saved}  # which pickles
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copies_have_the_statistics_and_share_nothing(with_stats, how):
-    expected = logits(with_stats)
-    other = COPIES[how](with_stats)
-    assert matches_alone(other, expected)
-    with torch.no_grad():
-        other.stored_stats.mul_(2)
-        other.prompts["text"].mul_(2)
-    assert not matches_alone(other, expected)
-    assert torch.equal(logits(with_stats), expected)
-    net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=1).eval()
-    with torch.inference_mode():
-        assert torch.equal(COPIES[how](net)(IMAGES)[0], net(IMAGES)[0])
-
-
-def test_moving_averages(with_stats):
-    """The copy uses the context too, and follows the weights."""
+    assert matches_alone(torch.load(file, weights_only=False), logits(with_stats))
     ema, before = ModelEmaV3(with_stats, decay=0.5), with_stats.prompts["text"].detach().clone()
     assert matches_alone(ema.module, logits(with_stats))
     with torch.no_grad():
@@ -521,8 +380,6 @@ def test_moving_averages(with_stats):
     ema.update(with_stats)
     torch.testing.assert_close(ema.module.prompts["text"], 2 * before)
     torch.testing.assert_close(ema.module.stored_stats, with_stats.stored_stats)
-    with torch.enable_grad():  # nothing cached
-        assert torch.allclose(ema.module(SMALL), logits(ema.module), atol=1e-5)
 
 
 def test_distributed_data_parallel(with_stats):
@@ -537,11 +394,7 @@ def test_distributed_data_parallel(with_stats):
         for name, p in alone.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(with_stats.get_parameter(name).grad, p.grad)
-        parallel.eval()
-        assert matches_alone(parallel, expected)
-        other = copy.deepcopy(with_stats)
-        other.load_state_dict({name.removeprefix("module."): t for name, t in parallel.state_dict().items()})
-        assert matches_alone(other, expected)
+        assert matches_alone(parallel.eval(), expected)
     finally:
         dist.destroy_process_group()
 
@@ -552,7 +405,6 @@ def test_distributed_data_parallel(with_stats):
 IMPORTS = {
     "dcp_zoo, timm": "import dcp_zoo, sys; assert 'timm' not in sys.modules; import timm",
     "timm, dcp_zoo": "import timm; assert not timm.is_model('dcp_mini'); import dcp_zoo",
-    "the factory alone": "from dcp_zoo import create_model",
     "every public name": "from dcp_zoo import *",
     "eager": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
     "timm in a thread": """
@@ -596,8 +448,6 @@ def test_torch_export_names_what_can_be_exported(golden):
     head = PromptHead(FrozenCLIP(build_tiny_clip(golden)), NAMES, texts="a photo of a {}.").eval()
     with pytest.raises(ZooError, match=r"torch.export.export\(model.fuse\(\), ...\) reads images alone"):
         torch.export.export(head, (SMALL,), strict=False)
-    exported = torch.export.export(head.fuse(), (SMALL,), strict=False).module()
-    torch.testing.assert_close(exported(SMALL), head(SMALL))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer

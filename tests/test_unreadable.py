@@ -63,7 +63,7 @@ def fitted(trained) -> FewShotClassifier:
     return copy(trained)  # with options of its own
 
 
-@pytest.mark.parametrize("bad", [(cut, broken_inside), (broken_inside, broken_inside)], indirect=True)
+@pytest.mark.parametrize("bad", [(cut, broken_inside)], indirect=True)
 def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
     """Whoever leaves these out is done."""
     (paths, labels), head = pictures, fitted.model_
@@ -112,21 +112,16 @@ def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
     with pytest.warns(UserWarning, match="2 of 14"):
         assert keep.score(images, named, weights) == pytest.approx(fitted.score(paths, labels, weights[good]))
     with pytest.warns(UserWarning, match="2 of 14"):
+        weighted = clone(keep).fit(images, named, weights)
+    np.testing.assert_array_equal(
+        weighted.predict_proba(paths), clone(fitted).fit(paths, labels, weights[good]).predict_proba(paths)
+    )
+    with pytest.warns(UserWarning, match="2 of 14"):
         evaluation = dcp_zoo.evaluate(head, images, named, errors="keep")
     assert torch.equal(evaluation.logits, dcp_zoo.evaluate(head, paths, labels).logits)
     assert [item.path for item in evaluation.items] == paths
     with pytest.warns(UserWarning, match="2 of 14"):
         assert dcp_zoo.train("dcp_mini", images, named, errors="keep").class_images == {"rose": 6, "tulip": 6}
-
-
-def test_weights_stay_with_their_images(pictures, bad):
-    paths, labels = pictures
-    weights = np.arange(1.0, 13.0)
-    expected = FewShotClassifier().fit(paths, labels, weights).predict_proba(paths)
-    images, named = [*paths[:3], bad[0], *paths[3:]], [*labels[:3], "rose", *labels[3:]]
-    with pytest.warns(UserWarning, match="1 of 13 images cannot be read"):
-        found = FewShotClassifier(errors="keep").fit(images, named, np.insert(weights, 3, 99.0))
-    np.testing.assert_array_equal(found.predict_proba(paths), expected)
 
 
 def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
@@ -136,16 +131,20 @@ def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
             assert np.isnan(keep.predict_proba(bad, together=together)).all()
         rows = dcp_zoo.predict(keep.model_, bad, together=together, errors="keep")
         assert [type(row) for row in rows] == [UnreadableImages] * 2
-    with pytest.warns(UserWarning, match="2 of 2"):
-        assert [type(label) for label in keep.predict(bad)] == [float, float]
     with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(ZooError, match="None of these images can be read"):
         keep.score(bad, ["rose", "tulip"])
-    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(UnreadableImages, match="2 of 2 images"):
-        dcp_zoo.evaluate(keep.model_, bad, ["rose", "tulip"], errors="keep")
 
 
 def test_images_in_memory_are_among_those_that_are_named(pictures, bad, fitted):
-    images = [pictures[0][0], b"no image", bad[0], None, np.full((9, 9), 300), Image.open(bad[1]), float("nan")]
+    images = [
+        {"bytes": Path(pictures[0][0]).read_bytes(), "path": None},
+        b"no image",
+        bad[0],
+        None,
+        np.full((9, 9), 300),
+        Image.open(bad[1]),
+        float("nan"),
+    ]
     for call in (lambda: dcp_zoo.predict(fitted.model_, images), lambda: fitted.predict(images)):
         with pytest.raises(UnreadableImages, match="6 of 7 images") as failure:
             call()
@@ -153,8 +152,6 @@ def test_images_in_memory_are_among_those_that_are_named(pictures, bad, fitted):
     keep = fitted.set_params(errors="keep")
     with pytest.warns(UserWarning, match=r"6 of 7 images .*no image \(None or NaN\)"):
         assert [isinstance(label, str) for label in keep.predict(images)] == [True, *[False] * 6]
-    rows = dcp_zoo.predict(fitted.model_, images, errors="keep")
-    assert [isinstance(row, list) for row in rows] == [True, *[False] * 6]
 
 
 def test_scikit_learn_goes_on_too(pictures, bad):
@@ -166,12 +163,6 @@ def test_scikit_learn_goes_on_too(pictures, bad):
         found = cross_val_predict(classifier, paths, labels, cv=2, method="predict_proba")
     assert np.isfinite(search.best_score_)
     assert np.flatnonzero(np.isnan(found).any(1)).tolist() == [0, 13]
-
-
-def test_a_class_without_a_readable_image_is_not_trained(bad, pictures):
-    images, labels = [*pictures[0], *bad], [*pictures[1], "lily", "lily"]
-    with pytest.raises(ZooError, match=r"2 of 14 images cannot be read: .* lily has no other image"):
-        dcp_zoo.train("dcp_mini", images, labels, errors="keep")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -200,28 +191,13 @@ def test_train_leaves_out_what_cannot_be_read(run, flowers, bad):
     )
 
 
-def test_a_class_of_unreadable_images_is_not_added(run, pictures, my_head, bad):
+def test_a_class_without_a_readable_image_is_refused(run, pictures, my_head, bad):
     err = run.refused("classes", "my_head", "--add", "lily", "bad", "--output", "more")
     assert "2 of 2 images cannot be read: bad/a.png, bad/b.png" in err
-    classifier = FewShotClassifier.load("my_head")
-    with pytest.raises(UnreadableImages, match="2 of 3 images cannot be read"):
-        classifier.add_class("lily", [pictures[0][0], *bad])
+    with pytest.raises(ZooError, match=r"2 of 14 images cannot be read: .* lily has no other image"):
+        dcp_zoo.train("dcp_mini", [*pictures[0], *bad], [*pictures[1], "lily", "lily"], errors="keep")
     with pytest.raises(UnreadableImages, match="2 of 14 images cannot be read"):
         dcp_zoo.compare([*pictures[0], *bad], [*pictures[1], "rose", "tulip"], methods=["gda"], cv=2)
-
-
-def test_numbers_as_folders_are_doubted_once(run, flowers):
-    for i, name in enumerate(("rose", "tulip"), 1):
-        (flowers / name).rename(flowers / f"{i:02}")
-    message = "CLIP reads the class names, which are 01, 02: rename the folders"
-    code, _, err = run("train", "MY_PHOTOS")
-    assert (code, err.count(message)) == (0, 1), err
-    with pytest.warns(UserWarning, match=message) as told:
-        FewShotClassifier().fit("MY_PHOTOS")
-    assert sum(message in str(warning.message) for warning in told) == 1
-    with pytest.warns(UserWarning, match=message) as told:
-        dcp_zoo.train("dcp_mini", "MY_PHOTOS")
-    assert sum(message in str(warning.message) for warning in told) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- load_image
@@ -241,21 +217,10 @@ def test_load_image_takes_every_form(flowers):
     Path("cut.jpg").write_bytes(content[: len(content) // 2])
     for form, message in (
         (Image.open("cut.jpg"), r"Cannot read the image .*cut\.jpg: image file is truncated"),
-        (Path("cut.jpg"), r"Cannot read the image cut\.jpg: image file is truncated"),
-        (b"no image", "Cannot read the image bytes: not in a supported format"),
         ({"bytes": b"no image", "path": "a.jpg"}, r"Cannot read the image a\.jpg: not in a supported format"),
-        (Path("a.jpg"), r"No image at a\.jpg"),
+        (Path("a.jpg"), r"Cannot read the image a\.jpg: there is no such file"),
         (None, r"no image \(None or NaN\)"),
         (object(), "object is not an image: an image is a path"),
-        ({"image": [1]}, "dict is not an image: an image is a path"),
     ):
         with pytest.raises(ZooError, match=message):
             load_image(form)
-
-
-def test_undecoded_images_of_datasets_are_images_everywhere(pictures, fitted):
-    paths, labels = pictures
-    rows = [{"bytes": Path(path).read_bytes(), "path": path} for path in paths]
-    np.testing.assert_array_equal(fitted.predict_proba(rows), fitted.predict_proba(paths))
-    assert fitted.predict(rows[0]).shape == (1,), "one image, not its two keys"
-    assert dcp_zoo.evaluate(fitted.model_, rows, labels).accuracy.images == 12

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.data import DATASETS, VARIANTS, classnames
+from dcp_zoo.data import DATASETS, VARIANTS, classnames, packaged
 
 LISTED = [name for name, spec in DATASETS.items() if spec.layout == "listed"]
 
@@ -62,13 +62,7 @@ def write_aircraft(root: Path, make: Callable[[Path], object] = touch) -> Path:
     return folder
 
 
-WNIDS = [f"n{number:08d}" for number in range(1000)]
-
-
-def write_classnames_txt(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{wnid} {name}\n" for wnid, name in zip(WNIDS, classnames("imagenet"), strict=True)]
-    (folder / "classnames.txt").write_text("".join(reversed(lines)))  # the order of lines must not matter
+WNIDS = list(packaged.wnid_names())
 
 
 def write_folders(
@@ -84,7 +78,6 @@ def write_folders(
 
 def write_imagenet(root: Path, make: Callable[[Path], object] = touch) -> Path:
     folder = root / "imagenet"
-    write_classnames_txt(folder)
     write_folders(folder / "images/train", WNIDS, make=make)
     write_folders(folder / "images/val", WNIDS, ("v.JPEG",), make)
     return folder
@@ -106,7 +99,6 @@ def write_tree(root: Path, name: str, make: Callable[[Path], object] = touch) ->
     elif name == "imagenet":
         write_imagenet(root, make)
     elif name in VARIANTS:
-        write_classnames_txt(root / "imagenet")
         write_folders(root / spec.folder / spec.images, list(variant_folders(name)), ("a.jpg",), make)
     else:
         write_folders(root / spec.folder / spec.images, classnames(name), ("a.jpg", "b.jpg"), make)

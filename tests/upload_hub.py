@@ -57,7 +57,6 @@ class UploadHub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.gated: set[str] = set()  # nobody has access to these
-        self.renamed: dict[str, str] = {}  # old name: new name
         # pattern and status; 0 cuts the connection after the work is done, 206 in the middle of a file
         self.faults: list[tuple[str, int]] = []
         self.ranges: list[str] = []  # that were asked for
@@ -214,9 +213,6 @@ class Answers(BaseHTTPRequestHandler):
         return {"id": repo_id, "modelId": repo_id, "sha": oid, "private": private, "siblings": siblings, "tags": []}
 
     def resolve(self, repo_id: str, revision: str, name: str) -> Any:
-        if repo_id in self.hub.renamed:
-            self.extra["Location"] = f"/{self.hub.renamed[repo_id]}/resolve/{revision}/{name}"
-            raise Refusal(307)
         oid, files = self.revision(repo_id, revision)
         self.extra["X-Repo-Commit"] = oid
         if repo_id in self.hub.gated:

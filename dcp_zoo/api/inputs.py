@@ -14,7 +14,6 @@ from PIL import Image
 from dcp_zoo.data import Item, all_for_training, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten, warn
 from dcp_zoo.tables import NONE, is_none
@@ -48,7 +47,7 @@ class Labelled(NamedTuple):
 
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The images of a folder with one folder per class, or a zip or tar of it: their paths, and the class of each, for
+    """The images of a folder with one folder per class: their paths, and the class of each, for
     functions such as scikit-learn's `cross_val_score`; without those in `none of these`. ZooError for no such folder,
     no class folders, a class without images, or folders `train` and `test`."""
     return _of_folder(folder, examples=False)[:2]
@@ -68,7 +67,7 @@ def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str]
 
 
 def is_folder(images: Images) -> bool:
-    return isinstance(images, (str, Path)) and (Path(images).is_dir() or is_archive(images))
+    return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
 def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, features: bool = True) -> Labelled:

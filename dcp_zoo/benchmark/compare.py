@@ -19,7 +19,7 @@ from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.cache import kept_features
+from dcp_zoo.training.cache import features_folder, kept_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, negative_log_likelihood, predict
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.recipes import AUTO
@@ -48,19 +48,17 @@ class Comparison(list[Compared]):
     """The most accurate first; `pandas.DataFrame(comparison)` is a table, too."""
 
     def __repr__(self) -> str:
-        rows = [
-            (
-                x.model,
-                x.method,
-                f"{x.accuracy:.1f} %",
-                f"{x.low:.0f} to {x.high:.0f}",
-                f"{x.log_loss:.3f}",
-                f"{x.seconds}",
+        rows = [HEADER]
+        for row in self:
+            numbers = (
+                f"{row.accuracy:.1f} %",
+                f"{row.low:.0f} to {row.high:.0f}",
+                f"{row.log_loss:.3f}",
+                f"{row.seconds}",
             )
-            for x in self
-        ]
-        widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (HEADER, *rows))
+            rows.append((row.model, row.method, *numbers))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 @fair_threads()
@@ -78,8 +76,8 @@ def compare(
     progress: Progress = bar,
 ) -> Comparison:
     """Which method, on the features of which model, is best for these images: each is trained on all folds but one and
-    tested on that one, with what `dcp-zoo benchmark` measures. ZooError for bad input, an unknown method or model, or a
-    fold without a class.
+    tested on that one, with what `dcp-zoo benchmark` measures. Features are kept in the user's cache, so that a call
+    after a stop reads no image again. ZooError for bad input, an unknown method or model, or a fold without a class.
 
     Args:
         images, labels, classnames, device, precision, progress: see `dcp_zoo.train`; without images of `none of these`.
@@ -104,7 +102,7 @@ def compare(
             plans[name, method] = replace(run, encoders=tuple(beside))
     clips: dict[str, FrozenCLIP] = {}
     rows = Comparison()
-    with kept_features(), all_named(data.items, LEAVE_OUT):
+    with kept_features(features_folder()), all_named(data.items, LEAVE_OUT):
         for (name, method), run in progress(plans.items(), "methods", len(plans)):
             if run.model not in clips:
                 clips = {run.model: plain_clip(run.model).to(run.device)}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
+from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.data.seen import image_hashes
-from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
@@ -35,13 +35,11 @@ class Trial:
     seed: int
     targets: tuple[str, ...] = ()  # the test datasets; empty: `dataset`
     options: tuple[tuple[str, object], ...] = ()  # changes to the method's recipe, sorted by name
-    encoder: str = ""  # an image model of timm that the text probe reads beside CLIP
 
     @property
     def changes(self) -> str:
         """What differs from the method alone, as text: "coupling=text_to_vision,depth=3"."""
-        encoder = [("encoder", self.encoder)] * bool(self.encoder)
-        return ",".join(f"{name}={value}" for name, value in [*self.options, *encoder])
+        return ",".join(f"{name}={value}" for name, value in self.options)
 
     @property
     def key(self) -> str:
@@ -196,16 +194,14 @@ def plan_trials(
     shots: Sequence[int] = (),
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[object]] | None = None,
-    encoders: Sequence[str] = (),
     targets: Sequence[str] = (),
 ) -> list[Trial]:
     """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
     without training come first: they are fast and reveal missing files early.
 
     By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
-    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field.
-    Methods with a text probe are also run with each of the image `encoders`, see `dcp_zoo.zoo.encoders`. `targets` are
-    some of the protocol's."""
+    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field;
+    `targets` are some of the protocol's."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     models = [get_spec(model).name for model in models]
@@ -225,12 +221,10 @@ def plan_trials(
     for model, dataset in product(models, datasets or chosen.datasets):
         tested, found = _chosen_targets(protocol, dataset, targets), []
         for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
-            plain = _trial(Trial(protocol, model, method, dataset, k, seed, tested), changes)
-            if tested and not plain.targets:
+            found.append(_trial(Trial(protocol, model, method, dataset, k, seed, tested), changes))
+            if tested and not found[-1].targets:
                 problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
-            has_probe = plain.recipe.classifier != "none"
-            found += [plain, *(replace(plain, encoder=encoder) for encoder in encoders if has_probe)]
         trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
     recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
     for name in options or ():

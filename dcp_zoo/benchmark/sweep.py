@@ -1,23 +1,26 @@
 """Run trials: a method is trained on one few-shot subset and tested as its protocol requires. In a list of trials,
 finished ones are skipped, failures are recorded, and the others continue."""
 
+import os
+import socket
 import time
 import traceback
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from dcp_zoo.benchmark import plan, store
-from dcp_zoo.benchmark.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, library_versions
@@ -43,6 +46,16 @@ from dcp_zoo.zoo.resolve import resolve
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
+
+
+@dataclass(frozen=True)
+class Event:
+    """What has become of a trial."""
+
+    item: Trial
+    state: str  # "done", "failed", "busy" in another process, or "waiting" for another attempt on a cluster
+    message: str = ""  # accuracies, or why
+    seconds: float = 0.0  # that it took
 
 
 class TrialImages:
@@ -118,7 +131,6 @@ def run_trial(
         recipe=trial.recipe,
         device=settings.device,
         precision=settings.precision,
-        encoder=trial.encoder or None,
     )
     folder = None
     if kept and (run.recipe.is_trained or len(trial.targets) > 1):  # otherwise it is trained again in seconds
@@ -229,18 +241,107 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
 
 
 # -------------------------------------------------------------------------------------------------------------- on Ray
-# One task per trial writes its result to the sweep's folder, which all machines must share, so that if the driver dies,
-# only running trials are lost. Workers are reused from trial to trial, with the images they have prepared.
+# Trials are repeated when their worker dies.
+
+LOCAL = "local"
+CONNECT_SECONDS, LOCAL_STARTS = 10, 3
+
+
+def import_ray() -> Any:
+    """The ray module, with the settings that it reads when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    return import_extra("ray", "ray")
+
+
+@contextmanager
+def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
+    """The ray module while it is connected. `address`: "10.0.0.1:6379", "auto", or "local", started with `local`."""
+    ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon and port.isdecimal():  # Ray itself would retry for minutes and then exit the process
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
+    except Exception as error:  # Ray raises many types, including plain Exception
+        token = " If it wants a token, set RAY_AUTH_MODE=token." if "AuthToken" in str(error.__cause__) else ""
+        raise ZooError(f"No Ray cluster at {address!r}: {error}.{token} To start one: --ray local.") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _init(ray: ModuleType, address: str, options: Values) -> None:
+    """Connect; a local start is retried, as Ray's timeout of 30 seconds is too short for a busy machine."""
+    for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
+        try:
+            ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == LOCAL_STARTS - 1 or address != LOCAL:
+                raise
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The resources of one trial."""
+
+    cpus: float = 1  # also the number of torch's threads
+    gpus: float | None = None  # 0.5 puts two trials on a GPU; None: 1 if the cluster has GPUs, else 0
+    retries: int = 2  # after a worker died, a machine was lost, or memory was exhausted
+
+    def fitted(self, ray: ModuleType) -> "Resources":
+        """The same with a definite number of GPUs; ZooError if no machine is large enough for a trial."""
+        fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
+        needs = {"CPU": fitted.cpus, "GPU": fitted.gpus or 0}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(machine.get(name, 0) >= n for name, n in needs.items()) for machine in machines):
+            found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in machines)
+            needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for one trial (found: {found or 'none'})"
+            raise ZooError(f"No machine of the cluster has {needed}. Request less with --per-trial.")
+        return fitted
 
 
 def sweep_on_ray(
-    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
+    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = Resources()
 ) -> Iterator[Event]:
-    """Run trials on a cluster, see `run_tasks`, and yield their events. Closing it cancels them."""
-    work = partial(execute, settings=settings)
-    with closing(run_tasks(work, longest_first(trials), resources, address)) as tasks:
-        for task in tasks:
-            yield _event(task, settings)
+    """Run trials on a cluster and yield their events, in this process's folder where that exists. Each writes its
+    result to the sweep's folder, which all machines must share, so that if this process dies, only running trials are
+    lost. Closing the generator cancels what runs. Workers are reused, with the images they have prepared."""
+    folder, lost = os.getcwd(), Counter[Trial]()  # noqa: PTH109
+
+    def on_worker(trial: Trial) -> Event:
+        with suppress(OSError):  # so that relative paths start there; a machine without the folder needs no such paths
+            os.chdir(folder)
+        return execute(trial, settings)
+
+    with connected(address) as ray:
+        resources = resources.fitted(ray)
+        remote = ray.remote(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_calls=0,  # otherwise a worker with a GPU would exit after each task
+            max_retries=0,  # retries are counted here: Ray's have no end where memory is exhausted
+        )(on_worker)
+        running = {remote.remote(trial): trial for trial in longest_first(trials)}
+        try:
+            while running:
+                for reference in ray.wait(list(running))[0]:
+                    trial = running.pop(reference)
+                    event = _ended(ray, reference, trial, settings, lost, resources.retries)
+                    if event.state == "waiting":
+                        running[remote.remote(trial)] = trial
+                    yield event
+        except ray.exceptions.RaySystemError as error:
+            raise ZooError(f"Ray stopped ({error}). Finished work is kept: repeat the command to resume.") from error
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
 
 
 def longest_first(trials: Sequence[Trial]) -> list[Trial]:
@@ -249,17 +350,26 @@ def longest_first(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (trial.shots > 0, -trial.steps))
 
 
-def _event(task: Event, settings: Settings) -> Event:
-    """The event of a trial's task; a trial that is lost for good has failed."""
-    if task.state == "lost":
-        store.save_failure(settings.output, task.item, task.message, str(task.result))
-        return replace(task, state="failed")
-    if task.state != "done":
-        return task
-    if task.result.state == "done" and task.item.key not in store.done(settings.output):
-        problem = f"A worker has finished {task.item.key}, but its result is not in {settings.output}."
+def _ended(
+    ray: ModuleType, reference: object, trial: Trial, settings: Settings, lost: Counter[Trial], retries: int
+) -> Event:
+    """The event of a trial that has ended; it has failed if Ray lost it too often. Raises what the worker raised."""
+    try:
+        event: Event = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, ZooError) else error) from None
+    except ray.exceptions.RayError as error:
+        lost[trial] += 1
+        reason = f"Ray lost it ({type(error).__name__})"
+        if lost[trial] <= retries:
+            return Event(trial, "waiting", f"{reason}; attempt {lost[trial] + 1} of {retries + 1} follows")
+        reason = f"{reason}, {lost[trial]} times"
+        store.save_failure(settings.output, trial, reason, str(error))
+        return Event(trial, "failed", reason)
+    if event.state == "done" and trial.key not in store.done(settings.output):
+        problem = f"A worker has finished {trial.key}, but its result is not in {settings.output}."
         raise ZooError(f"{problem} --output must be a folder shared by all machines of the cluster.")
-    return task.result
+    return event
 
 
 def sweep(
@@ -269,8 +379,8 @@ def sweep(
     run: Callable[[Sequence[Trial], Settings], Iterable[Event]] = run_in_process,
     show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
 ) -> dict[Trial, str]:
-    """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
-    display them, given their number. Returns the trials that failed, with their error messages."""
+    """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events
+    to display them, given their number. Returns the trials that failed, with their error messages."""
     plan.forget_images()
     shared_images.cache_clear()
     todo = [trial for trial in trials if not store.finished(trial, settings)]

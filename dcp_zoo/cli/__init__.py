@@ -1,5 +1,68 @@
-"""The command line `dcp-zoo`."""
+"""The command `dcp-zoo`. Its modules import what is slow inside their functions, so that help and lists are fast."""
 
-from dcp_zoo.cli.app import main
+import errno
+import io
+import sys
+import warnings
+from importlib.metadata import version
+from reprlib import repr as shortened
+from typing import Any
 
-__all__ = ["main"]
+from rich.markup import escape
+from typer import Exit, Option, Typer
+
+from dcp_zoo.cli import benchmark, deploy, heads, inspect, predict, show, train  # not the functions of these names
+from dcp_zoo.cli.console import errors, from_here, print_error
+from dcp_zoo.cli.options import Command, Group, recipe_help
+from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import wait_passively
+
+app = Typer(name="dcp-zoo", cls=Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def print_version(requested: bool) -> None:
+    if requested:
+        print(f"dcp_zoo {version('dcp_zoo')}")
+        raise Exit
+
+
+@app.callback()
+def dcp_zoo(
+    version: bool = Option(False, "--version", callback=print_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
+
+    First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train MY_PHOTOS --output my_head[/].
+    """
+
+
+COMMANDS: tuple[Any, ...] = (
+    *(show.list_, show.info, predict.predict, inspect.inspect, inspect.search, train.train, heads.evaluate),
+    *(heads.classes, benchmark.benchmark, benchmark.report, deploy.demo, deploy.export, deploy.serve),
+)
+NAMES = {show.list_: "list", heads.evaluate: "eval"}  # others are named after their functions
+for command in COMMANDS:
+    epilog = recipe_help() if command is train.train else None
+    app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
+app.add_typer(benchmark.data, name="data")
+
+
+def main(program: Typer = app) -> None:
+    """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
+    wait_passively()  # before a command imports torch
+    warnings.showwarning = lambda text, *_, **__: errors.print(
+        f"[yellow]Note:[/] {escape(from_here(str(text)))}", soft_wrap=True
+    )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
+    try:
+        program()
+    except ZooError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print_error(f"This path is too long for the system: {shortened(error.filename)}. Check it.")
+        sys.exit(2)

@@ -1,17 +1,16 @@
 """`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
-from dcp_zoo.benchmark.cluster import Event, Resources, import_ray
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
@@ -19,18 +18,19 @@ from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, p
 from dcp_zoo.cli.options import Agree, Command
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_writable
+from dcp_zoo.files import check_output, check_writable
 from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 
+if TYPE_CHECKING:
+    from dcp_zoo.benchmark.sweep import Event
+
 GRID = "Grid (comma-separated lists or repeated options)"
 several = partial(opt.option, (), rich_help_panel=GRID)
 on_cluster = partial(opt.option, None, rich_help_panel="Cluster")  # None leaves the default of `Resources`
-FINISHED = ("done", "failed")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class BenchmarkOptions:
         grid["options"] = opt.parse_changes(self.changes)
         return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
 
-    def settings(self) -> Settings:
-        """What all trials share: the options of the same names."""
-        shared = {part.name: getattr(self, part.name) for part in fields(Settings) if hasattr(self, part.name)}
-        return Settings(self.output_dir or Path(), **shared)
-
 
 @dataclass(frozen=True)
 class ClusterOptions:
@@ -72,7 +67,7 @@ class ClusterOptions:
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
+        from dcp_zoo.benchmark.sweep import Resources, import_ray, run_in_process, sweep_on_ray
 
         if self.ray is not None:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
@@ -101,7 +96,9 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     done = store.done(options.output_dir) if options.output_dir else set()
     todo = [trial for trial in trials if trial.key not in done]
     if options.dry_run:
-        show_grid(trials, done)
+        output.print(grid_table(trials, done))
+        steps = sum(trial.steps for trial in todo)
+        output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
         if options.data_root:
             check_data(todo, options.data_root)
         return
@@ -110,17 +107,13 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     use_threads()
     run = cluster.backend()
-    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
-    needed = list(filter(opt.uses_data_root, names))
-    missing = [] if options.output_dir else ["--output DIR for the results"]
-    if needed and options.data_root is None:
-        missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
-    if missing or options.output_dir is None:
-        raise ZooError(f"Pass {', and '.join(missing)}.")
+    if options.output_dir is None:
+        raise ZooError("Pass --output DIR for the results, or --dry-run.")
     check_writable(options.output_dir)
     check_data(todo, options.data_root)
+    settings = Settings(options.output_dir, options.data_root, options.device, options.precision)
     try:
-        failed = sweep(trials, options.settings(), run=run, show=show_events)
+        failed = sweep(trials, settings, run=run, show=show_events)
     except KeyboardInterrupt:
         log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
@@ -129,16 +122,16 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
+def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
     """Print a line for every trial that finishes."""
     finished = 0
     for event in events:
-        if event.state in FINISHED:
+        if event.state in ("done", "failed"):
             finished += 1
             color = "green" if event.state == "done" else "red"
             errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
             log(f"  {event.message}")
-        if event.state in ("waiting", "busy"):
+        else:
             log(f"{event.item.key}: {event.message or 'running in another sweep; waiting for its result'}")
         yield event
 
@@ -153,35 +146,23 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
                     shown.add_row(*row)
                 output.print(shown)
         path = store.write_results_csv(output_dir)
-        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", soft_wrap=True)
+        output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")
 
 
-def show_grid(trials: Sequence[Trial], done: Collection[str]) -> None:
-    output.print(*grid_tables(trials, done))
-    todo = [trial for trial in trials if trial.key not in done]
-    steps = sum(trial.steps for trial in todo)
-    output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
-
-
-def grid_tables(trials: Sequence[Trial], results: Collection[str]) -> Iterable[Table]:
-    """A table of each model's trials; `results` has the keys of those that are done."""
-    columns = ("dataset", "method", "shots", "seeds", "trials", "done", "steps left")
-    tables: dict[str, Table] = {}
-    rows: dict[tuple[str, ...], list[Trial]] = {}  # those of a row differ in shots and seed
+def grid_table(trials: Sequence[Trial], done: Collection[str]) -> Table:
+    """The trials of each model, dataset and method; `done` has the keys of finished ones."""
+    table = Table("model", "dataset", "method", "trials", "done", "steps left", title=trials[0].protocol)
+    rows: dict[tuple[str, str, str], list[Trial]] = {}  # those of a row differ in shots and seed
     for trial in trials:
-        rows.setdefault((trial.model, trial.dataset, trial.method, trial.changes), []).append(trial)
-    for (model, dataset, method, changes), group in rows.items():
-        table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
-        todo = [trial for trial in group if trial.key not in results]
-        drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
-        counts = len(group), len(group) - len(todo)
-        row = [dataset, f"{method} {changes}".strip(), *(", ".join(map(str, values)) for values in drawn)]
+        rows.setdefault((trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()), []).append(trial)
+    for (model, dataset, method), group in rows.items():
+        todo = [trial for trial in group if trial.key not in done]
         steps = f"{sum(trial.steps for trial in todo):,}" if find_spec(dataset).num_classes else "?"
-        table.add_row(*row, *map(str, counts), steps)
-    return tables.values()
+        table.add_row(model, dataset, method, str(len(group)), str(len(group) - len(todo)), steps)
+    return table
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
@@ -202,16 +183,15 @@ def report(
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write tables and learning curves of benchmark results to `report.md`.
+    """Write tables of benchmark results to `report.md`.
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
-    output_dir = output_dir or folders[0] / "report"
-    check_output(output_dir / "report.md", overwrite)
-    for module in ("pandas", "matplotlib"):
-        import_extra(module, "plots")
-    for path in write_report(folders, output_dir):
-        output.print(f"Wrote {path}")
+    path = (output_dir or folders[0] / "report") / "report.md"
+    check_output(path, overwrite)
+    import_extra("pandas", "plots")
+    write_report(folders, path)
+    output.print(f"Wrote {path}")
 
 
 data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
@@ -233,7 +213,7 @@ def check_(
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check.")
     rows = check(data_root, names or ())
     columns = ("dataset", "status", "train", "val", "test", "split sha256")
-    cells = [(r.name, r.status, *map("{:,}".format, r.found or ()), r.sha256[:12]) for r in rows]
+    cells = [(r.name, r.status, *map("{:,}".format, r.counts or ()), r.sha256[:12]) for r in rows]
     output.print(plain_table(columns, cells))
     broken, missing = ([row for row in rows if row.status == status] for status in ("broken", "missing"))
     lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in broken]

@@ -1,33 +1,29 @@
 """`dcp-zoo export`, `dcp-zoo serve` and `dcp-zoo demo`."""
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from typer import Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.data.paths import check_output
-from dcp_zoo.demo import DEFAULT_HEAD, launch
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import check_empty, check_writable
+from dcp_zoo.files import check_empty, check_output, check_writable
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.onnx.cache import onnx_file
 from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
+from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    head: opt.HeadName
-    file: Path | None = opt.option(None, "The file or folder. Default: named after the head.", "--output")
-    format: str | None = opt.option(None, "onnx (default) or hub (a repo).")
-    classes: opt.Classes = None
-    preprocessing: str | None = opt.option(None, "outside (default; -> logits) or inside (RGB -> probabilities).")
-    precision: str | None = opt.option(None, "float32 (default) or float16; for hub: of a second file.")
-    overwrite: opt.Overwrite = False
-
-
-@opt.takes_options
-def export(options: ExportOptions) -> None:
+def export(
+    head: opt.HeadName,
+    file: Path | None = Option(None, "--output", help="The file or folder. Default: named after the head."),
+    format: str = Option("onnx", help="onnx or hub (a repo)."),
+    classes: opt.Classes = None,
+    preprocessing: str | None = Option(None, help="outside (default; -> logits) or inside (RGB -> probabilities)."),
+    precision: str = Option("float32", help="float32 or float16; for hub: of a second file."),
+    overwrite: opt.Overwrite = False,
+) -> None:
     """Export a head to a file or a repo that works without this package, and verify it against the model.
 
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
@@ -37,31 +33,28 @@ def export(options: ExportOptions) -> None:
     from dcp_zoo.release import export_hub
     from dcp_zoo.zoo.factory import create_model
 
-    name, names = opt.head_name(options.head), opt.class_list(options.classes)
-    check_choice("format", options.format or "onnx", ("onnx", "hub"))
-    in_folder = options.format == "hub"
-    precision = options.precision or "float32"
-    preprocessing = options.preprocessing or ("inside" if in_folder else "outside")
+    name, names = opt.head_name(head), opt.class_list(classes)
+    check_choice("format", format, ("onnx", "hub"))
+    preprocessing = preprocessing or ("inside" if format == "hub" else "outside")
     files.check_export(preprocessing, precision)
-    if in_folder and preprocessing == "outside":
-        raise ZooError("The format hub always has the preprocessing inside: omit --preprocessing.")
-    file = options.file or Path(file_stem(name) + ("-hub" if in_folder else ".onnx"))
-    if in_folder:
+    if format == "hub":
+        if preprocessing == "outside":
+            raise ZooError("The format hub always has the preprocessing inside: omit --preprocessing.")
+        file = file or Path(f"{file_stem(name)}-hub")
         check_empty(file)
         check_writable(file.parent)
-    else:
-        file = file if file.suffix else file.with_suffix(".onnx")
-        check_output(file, options.overwrite)
-        check_choice("suffix", file.suffix, (".onnx",))
-    model = create_model(name, True, classnames=names).eval()
-    if in_folder:
+        model = create_model(name, True, classnames=names).eval()
         path = export_hub(model, file, precision=precision)
         next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}", markup=False)
         return
+    file = file or Path(f"{file_stem(name)}.onnx")
+    file = file if file.suffix else file.with_suffix(".onnx")
+    check_output(file, overwrite)
+    check_choice("suffix", file.suffix, (".onnx",))
+    model = create_model(name, True, classnames=names).eval()
     path = files.export(model, file, preprocessing=preprocessing, precision=precision)
-    megabytes = path.stat().st_size / 1e6
-    size = f"{megabytes:.0f} MB, {model.num_classes} classes"
+    size = f"{path.stat().st_size / 1e6:.0f} MB, {model.num_classes} classes"
     output.print(f"Wrote {path} ({size}), verified against the model.", markup=False)
 
 
@@ -71,19 +64,15 @@ def file_stem(name: str) -> str:
     return Path(place).resolve().name if kind == "local-dir" else name.rpartition("/")[2]
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    head: opt.HeadName
-    port: opt.Port = 8000
-    host: opt.Host = "127.0.0.1"
-    classes: opt.Classes = None
-    device: opt.Device = "auto"
-    max_mb: float = opt.option(DEFAULT_LIMITS.max_mb, "Size of one request, in megabytes, at most.", min=0.001)
-    allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
-
-
-@opt.takes_options
-def serve(options: ServeOptions) -> None:
+def serve(
+    head: opt.HeadName,
+    port: opt.Port = 8000,
+    host: opt.Host = "127.0.0.1",
+    classes: opt.Classes = None,
+    device: opt.Device = "auto",
+    max_mb: float = Option(DEFAULT_LIMITS.max_mb, min=0.001, help="Size of one request, in megabytes, at most."),
+    allow_hosts: list[str] = Option((), help="Host names that clients may use besides localhost and --host."),
+) -> None:
     """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
 
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
@@ -95,16 +84,15 @@ def serve(options: ServeOptions) -> None:
         import_extra(module, "serve")
     from dcp_zoo.serve.app import application
 
-    head, names = options.head, opt.class_list(options.classes)
-    hosts = allowed_hosts(options.host, options.allow_hosts)
+    names, hosts = opt.class_list(classes), allowed_hosts(host, allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    limits = Limits(options.max_mb)
-    app = application(file, limits, available_cores(), name, hosts, options.device)
-    listening = listen(options.host, options.port)
-    address = f"http://{options.host}:{listening.getsockname()[1]}"
+    limits = Limits(max_mb)
+    app = application(file, limits, available_cores(), name, hosts, device)
+    listening = listen(host, port)
+    address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
     server(app, limits.timeout).run(sockets=[listening])
 
@@ -115,4 +103,7 @@ def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
     """
+    import_extra("gradio", "demo")
+    from dcp_zoo.demo import launch
+
     launch(opt.head_name(head), host, port)

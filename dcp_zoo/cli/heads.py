@@ -15,13 +15,12 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_image, load_labelled, training_split
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.seen import note_images, unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.data.unreadable import LEAVE_OUT
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.files import printable
+from dcp_zoo.files import check_output, printable
 from dcp_zoo.heads.config import alone_in, check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO

@@ -11,11 +11,10 @@ from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
-from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import printable
+from dcp_zoo.files import check_output, check_outside, printable
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
@@ -29,12 +28,11 @@ def inspect(
     photos: Photos = None,
     labels: Labels = None,
     output_dir: Path | None = Option(None, "--output", help="Folder for page and table."),
-    no_labels: bool = Option(False, "--no-labels", help="Of an unsorted folder, find duplicates and bad images."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
     device: Device = "auto",
 ) -> None:
-    """Look for wrong labels, duplicates and bad images before training, and say what accuracy to expect.
+    """Look for wrong labels and duplicates before training, and say what accuracy to expect.
 
     Writes a page with pictures, and a CSV file with a row for each image: train --labels takes it, with your changes.
 
@@ -43,34 +41,28 @@ def inspect(
     dataset, root = data_source(photos, None, labels)
     if dataset != "folder" or root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
-    if no_labels and labels:
-        raise ZooError("--no-labels is for a folder without classes: omit --labels, or --no-labels.")
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     if not labels:
         check_outside(folder, root, "--output")
     for name in (INSPECTION_TABLE, INSPECTION_PAGE):
         check_output(folder / name, overwrite)
-    if not no_labels:
-        data = load_labelled("folder", root, labels)
-        if data.note:
-            log(printable(data.note))
-        if not labels and (doubt := unlike_classes(data.classnames, data.items)):
-            log(printable(f"{doubt} They are inspected as classes."))
+    data = load_labelled("folder", root, labels)
+    if data.note:
+        log(printable(data.note))
+    if not labels and (doubt := unlike_classes(data.classnames, data.items)):
+        log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
 
     say_model(model)
     use_threads()
-    found = find(root, False if no_labels else labels, model=model, device=device, progress=progress_bar)
+    found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
-    _say_found(found, no_labels)
-    if found.unknown:
-        log(printable(f"Names that say {model} little about the images: {shorten(found.unknown)}."))
-    change = "" if no_labels else f"; to change labels, fill in the column change of {table}"
-    output.print(f"Look at {page}{change}", markup=False)
+    _say_found(found)
+    output.print(f"Look at {page}; to change labels, fill in the column change of {table}", markup=False)
     advise_larger(model)
 
 
-def _say_found(found: "Inspection", no_labels: bool) -> None:
+def _say_found(found: "Inspection") -> None:
     """Print how many images have which problem, and why some cannot be read."""
     from dcp_zoo.inspection.inspection import unreadable
 
@@ -78,9 +70,9 @@ def _say_found(found: "Inspection", no_labels: bool) -> None:
         "labels that may be wrong": len(found.suspects),
         "images that may show none of the classes": len(found.of_no_class),
         "groups of duplicates": len(found.groups),
-        "bad images": len(found.problems),
+        "images that cannot be read": len(found.seen.errors),
     }
-    text = "; ".join(f"{what}: {count}" for what, count in list(counts.items())[2 * no_labels :])
+    text = "; ".join(f"{what}: {count}" for what, count in counts.items())
     output.print(f"{text[0].upper()}{text[1:]}.")
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))

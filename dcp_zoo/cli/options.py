@@ -15,7 +15,6 @@ from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from dcp_zoo.data import DATASETS, find_spec
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values  # for the commands
@@ -52,11 +51,11 @@ def models_like(incomplete: str) -> list[str]:
 
 Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
-Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it.")]
+Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
 Images = Annotated[
     Text,
-    Argument(metavar="PHOTOS", help="Your images: a folder per class, or a zip or tar of it. Or a dataset's name."),
+    Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name."),
 ]
 DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
@@ -123,7 +122,7 @@ def data_source(
     those of the first labels file's folder, if any."""
     if images is None:
         return ("folder", data_root or labels[0].parent) if labels else (None, data_root)
-    is_folder = Path(images).is_dir() or is_archive(images)
+    is_folder = Path(images).is_dir()
     if is_folder and not data_root:
         return "folder", Path(images)
     if is_folder and images not in DATASETS:
@@ -139,13 +138,8 @@ def data_source(
 
 def check_data_root(dataset: str, data_root: Path | None) -> None:
     """Raise ZooError for a data root that a dataset does not need."""
-    if data_root and not uses_data_root(dataset):
+    if data_root and find_spec(dataset).folder is None:
         raise ZooError(f"{dataset} needs no --data-root: omit it.")
-
-
-def uses_data_root(dataset: str) -> bool:
-    """Whether a dataset is looked up in the data root: those with a folder."""
-    return find_spec(dataset).folder is not None
 
 
 FREE_TEXT = {"ctx_init"}  # fields whose values may contain commas
@@ -159,7 +153,11 @@ def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
         if not (name and text):
             raise ZooError(f"--set takes NAME=VALUE, such as depth=3, not {setting!r}.")
         values = [text] if name in FREE_TEXT else text.split(",")
-        changes.setdefault(name, []).extend(_value(value.strip()) for value in values)
+        for value in values:
+            parsed: object = value.strip()
+            with suppress(ValueError):
+                parsed = json.loads(value)
+            changes.setdefault(name, []).append(parsed)
     return changes
 
 
@@ -168,12 +166,6 @@ def single_values(changes: dict[str, list[Any]]) -> Values:
         if len(values) > 1:
             raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")
     return {name: value for name, (value,) in changes.items()}
-
-
-def _value(text: str) -> Any:
-    with suppress(ValueError):
-        return json.loads(text)
-    return text
 
 
 def as_text(value: object) -> str:
@@ -190,15 +182,12 @@ def recipe_help(method: str = "") -> str:
     )
     text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
     for part in fields(kind):
-        limits = _limits(**part.metadata)
-        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata.get('help', '')}{limits}"
+        about = part.metadata
+        limits = [f"one of {', '.join(about['choices'])}"] if about.get("choices") else []
+        limits += [f"at {which} {about[name]}" for name, which in (("min", "least"), ("max", "most")) if name in about]
+        told = "; ".join([about.get("help", ""), *limits])
+        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {told}"
     return text
-
-
-def _limits(choices: Sequence[str] = (), min: float | None = None, max: float | None = None, **_: object) -> str:
-    found = f"; one of {', '.join(choices)}" if choices else ""
-    found += "" if min is None else f"; at least {min}"
-    return found if max is None else f"{found}; at most {max}"
 
 
 class _Flags:

@@ -16,13 +16,13 @@ from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, p
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.heads.config import read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
+from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ FEW = 8  # images with a table each, and without a progress bar
 EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
-IMAGES = "Images, folders, zip or tar files, patterns in quotes, or a .txt file with one path per line."
+IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, such as corrections of predictions. What it "
     "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."

@@ -2,10 +2,7 @@
 
 import fnmatch
 import json
-import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, is_checkpoint, made,
 from dcp_zoo.tables import quoted
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.accuracy import Accuracy, alone_and_probed
-from dcp_zoo.training.recipes import Recipe, default_recipe
+from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import (
     MODELS,
@@ -76,7 +73,6 @@ def list_(
         if filter:
             raise ZooError("--recommend compares models: omit FILTER.")
         show_recommended()
-        _show_encoders()
         return
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
@@ -97,7 +93,8 @@ def list_(
             top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(metrics))
             rows.append((head.name, head.status, *top1))
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
-        output.print(HEADS_NOTE, *_parts(heads), "", sep="\n", style="dim")
+        parts = [note for note in dict.fromkeys(find_spec(head.dataset).part_note for head in heads) if note]
+        output.print(HEADS_NOTE, *parts, "", sep="\n", style="dim")
     if not_trained:
         shots = sorted({all_heads()[name].shots for name in not_trained})
         text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
@@ -105,22 +102,11 @@ def list_(
         output.print(text, style="dim", markup=False)
 
 
-def _parts(heads: Sequence[HeadEntry]) -> list[str]:
-    """What the datasets of these heads are, where they are parts of others."""
-    return list(filter(None, dict.fromkeys(find_spec(head.dataset).part_note for head in heads)))
-
-
-def _show_encoders() -> None:
+def show_recommended() -> None:
+    """The models that no cheaper one beats, of all licences or open ones, by either accuracy; the cheapest first; and
+    encoders to read beside them."""
     from dcp_zoo.zoo.encoders import list_encoders
 
-    rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
-    output.print("", plain_table(("encoder", "parameters", "features", "licence"), rows), sep="\n")
-    others = "Any other pretrained image model of timm works, too: timm.list_models(pretrained=True)."
-    output.print(f"Encoders are read beside CLIP: dcp-zoo train --encoder. {others}", style="dim")
-
-
-def show_recommended() -> None:
-    """The models that no cheaper one beats, of all licences or of open ones, by either accuracy; the cheapest first."""
     best = {s.name for f in ("zero_shot", "imagenet") for ls in ((), OPEN_LICENSES) for s in frontier(f, ls)}
     specs = [spec for spec in MODELS.values() if spec.core_ms and (not spec.clip or spec.name in best)]
     specs.sort(key=lambda spec: spec.gflops or 0)
@@ -130,7 +116,11 @@ def show_recommended() -> None:
     cores, others = available_cores(), [s.name for s in MODELS.values() if s.language != "English"]
     text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
     output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
-    output.print(f"Class names are English; in many languages: {', '.join(others)}.", style="dim")
+    output.print(f"Class names are English; in many languages: {', '.join(others)}.", "", style="dim", sep="\n")
+    rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
+    output.print(plain_table(("encoder", "parameters", "features", "licence"), rows))
+    text = "Any other pretrained image model of timm works, too: timm.list_models(pretrained=True)."
+    output.print(f"Encoders are read beside CLIP: dcp-zoo train --encoder. {text}", style="dim")
 
 
 def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
@@ -200,9 +190,8 @@ def check_model(name: str) -> Values:
     from dcp_zoo.training.device import pick_device
     from dcp_zoo.zoo.factory import create_transform, plain_clip
 
-    started = time.perf_counter()
     clip = plain_clip(name).to(pick_device())
-    loading, transform = time.perf_counter() - started, create_transform(clip)
+    transform = create_transform(clip)
     images = torch.stack([transform(load_image(path)) for path in sample_images()]).to(clip.device)
     with torch.inference_mode():
         classifier = clip.zero_shot_classifier(SAMPLE_CLASSES)
@@ -218,19 +207,12 @@ def check_model(name: str) -> Values:
             f"{name} recognises {right} of {len(images)} sample photographs ({given}). Unless it is a CLIP of another "
             f"field, its weights, tokenizer or preprocessing are not what they should be: {again}."
         )
-    measured = {
+    return {
         "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, untrained",
-        "loaded in": format_duration(loading),
         "time here": f"{1000 * seconds:.0f} ms per image on {clip.device.type} with {available_cores()} cores",
         "training here": f"about {format_duration(200 * seconds)} to read 100 photographs and their mirror images; a "
         "text probe then fits in seconds",
     }
-    with suppress(ImportError):  # Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        measured["memory here"] = f"{peak / 1e9:.1f} GB, without a GPU's"
-    return measured
 
 
 def describe(name: str) -> Values:
@@ -294,25 +276,26 @@ def describe_model(spec: ModelSpec) -> Values:
 
 
 def describe_head(head: HeadEntry) -> Values:
-    details: Values = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
-    counts = find_spec(head.dataset).counts
-    images = counts[2] if head.metrics and counts else None
-    if head.status == "bundled":
-        details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
-        config = read_config(head.bundled_dir)
-        images = config["dcp"]["test_images"]
-        recipe = Recipe().as_dict() | config["model_args"] | config["dcp"]["recipe"]  # newer fields at their defaults
-    else:
-        details["size"] = f"about {get_spec(head.model).head_mb:.0f} MB"
-        details |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
-        recipe = default_recipe(head.model, head.dataset).as_dict()
-    return details | {
-        "seed": head.seed,
+    details = {
+        "status": head.status,
         "licence": head.license or "none yet: not trained",
-        "metrics": head.metrics or "none: not measured",
-        **({"test_images": images} if images else {}),
-        "recipe": recipe,
         "train it": head.train_command,
+    }
+    if head.status == "bundled":
+        return describe_checkpoint(head.name, head.bundled_dir) | details
+    counts = find_spec(head.dataset).counts
+    return {
+        "head": head.name,
+        "dataset": head.dataset,
+        "shots": head.shots,
+        "seed": head.seed,
+        "size": f"about {get_spec(head.model).head_mb:.0f} MB",
+        "Hub repo": head.repo_id,
+        "revision": head.pin[0] or "not pinned: not published yet",
+        "metrics": head.metrics or "none: not measured",
+        **({"test_images": counts[2]} if head.metrics and counts else {}),
+        "recipe": default_recipe(head.model, head.dataset).as_dict(),
+        **details,
     }
 
 

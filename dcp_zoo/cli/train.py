@@ -15,12 +15,11 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, is_own, load_for_training
-from dcp_zoo.data.paths import check_output, check_outside
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, check_choice, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_writable
+from dcp_zoo.files import check_output, check_outside, check_writable
 from dcp_zoo.heads.config import STATE_NAME, check_free, rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy

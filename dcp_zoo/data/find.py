@@ -7,10 +7,12 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.data import paths
-from dcp_zoo.data.archives import unpacked
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
+KNOWN = ", ".join(IMAGE_SUFFIXES)
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LISTS = (".txt", ".lst")
 
 
@@ -25,8 +27,8 @@ def find_images(sources: Sequence[str]) -> list[Found]:
     """All images of the sources, in order. ZooError for a source without images.
 
     Args:
-        sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
-            (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its folder).
+        sources: each an image file, a folder (with its subfolders, sorted by path), a pattern (`'photos/**/*.jpg'`),
+            or a text file with one path per line (relative ones start at its folder).
     """
     return [Found(*image) for source in sources for image in _images_of(source)]
 
@@ -35,41 +37,33 @@ def _images_of(source: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every image."""
     if "://" in source:
         raise ZooError(f"{source} is at a URL: download it, and pass the files.")
-    elif source.lower().endswith(paths.VIDEO_SUFFIXES):
+    elif source.lower().endswith(VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")
+    elif source.lower().endswith(ARCHIVE_SUFFIXES):
+        raise ZooError(f"{source} is an archive: unpack it, and pass the folder.")
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         yield from ((path, path) for path in _in_folder(source))
-    elif paths.is_archive(source):
-        folder = str(unpacked(source))
-        yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder))
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
     elif has_magic(source) and not Path(source).exists():
-        matching = sorted(path for path in glob(source, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
-        images = [path for path in matching if paths.is_image(os.path.basename(path))]  # noqa: PTH119
+        images = [path for path in sorted(glob(source, recursive=True)) if is_image(path)]  # noqa: PTH207
         if not images:
-            raise ZooError(f"No image matches {source} ({paths.KNOWN}).")
-        yield from ((path, path) for path in images)
-    elif paths.is_image(os.path.basename(source)) or os.path.lexists(source):  # noqa: PTH119
+            raise ZooError(f"No image matches {source} ({KNOWN}).")
+        yield from ((path, path) for path in images if "__MACOSX" not in path)
+    elif is_image(source) or os.path.lexists(source):
         yield source, source  # a missing one among many is an error in its row
     else:
         raise ZooError(f"There is no file or folder {source}: check the path.")
 
 
-def _in_folder(folder: str) -> Iterator[str]:
-    """Images in a folder and its subfolders, without what is hidden or belongs to the system."""
-    others: Counter[str] = Counter()
-    count = 0
-    for path in paths.visible_files(folder):
-        if paths.is_image(os.path.basename(path)):  # noqa: PTH119
-            count += 1
-            yield path
-        else:
-            others[paths.kind_of(path)] += 1
-    if not count:
-        instead = f", but {paths.counted(others)}" if others else ": it is empty"
-        raise ZooError(f"No image in {folder} ({paths.KNOWN}){instead}.")
-    paths.warn_of_skipped(folder, others)
+def _in_folder(folder: str) -> list[str]:
+    skipped = Counter[str]()
+    images = list(images_in(folder, skipped))
+    if not images:
+        instead = f", but {_counted(skipped)}" if skipped else ": it is empty"
+        raise ZooError(f"No image in {folder} ({KNOWN}){instead}.")
+    warn_of_skipped(folder, skipped)
+    return images
 
 
 def _in_list(file: Path) -> Iterator[str]:
@@ -79,3 +73,42 @@ def _in_list(file: Path) -> Iterator[str]:
     if not listed:
         raise ZooError(f"The list {file} is empty: write one image path per line.")
     yield from (str(file.parent / path) for path in listed)
+
+
+def images_in(folder: str | Path, skipped: Counter[str]) -> Iterator[str]:
+    """The user's own images in a folder and its subfolders, sorted within each; `skipped` counts other files by kind.
+    ZooError if one cannot be listed. Links to folders, which may lead back here, are not followed: a warning."""
+
+    def cannot_list(error: OSError) -> None:
+        raise ZooError(f"Cannot list {error.filename}: {error.strerror}.") from error
+
+    for place, folders, files in os.walk(str(folder), onerror=cannot_list):
+        folders[:] = sorted(filter(is_visible, folders))
+        for linked in filter(os.path.islink, (os.path.join(place, each) for each in folders)):  # noqa: PTH118
+            warn(f"{linked} is a link to a folder, and is not read: pass it itself.")
+        for file in sorted(filter(is_visible, files)):
+            if is_image(file):
+                yield os.path.join(place, file)  # noqa: PTH118
+            else:
+                skipped[Path(file).suffix.lower() or file] += 1
+
+
+def is_image(file: str) -> bool:
+    """Whether a file is an image, by its name."""
+    return file.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is the user's own: not hidden, nor added by macOS to archives or Windows to folders."""
+    return not name.startswith(".") and name.lower() not in ("__macosx", "thumbs.db", "desktop.ini")
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """Such as "3 .mov, 1 .txt"."""
+    return shorten([f"{count:,} {kind}" for kind, count in kinds.most_common()])
+
+
+def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
+    """Warn of files that are not read, if there are any."""
+    if kinds:
+        warn(f"Ignored in {folder}: {_counted(kinds)}.")

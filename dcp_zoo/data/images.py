@@ -1,4 +1,4 @@
-"""Load the image at an item's path."""
+"""From a file, or an image in memory, to its pixels: exactly the transform's, with PIL and NumPy alone."""
 
 import math
 import os
@@ -7,18 +7,21 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, picture_formats
 from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error
+from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
 
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
@@ -38,6 +41,23 @@ class UnsupportedImage(UnreadableImages):
     """A file in a format that cannot be read, or that is not allowed."""
 
 
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """PIL's formats that are read: none for which it runs other programs, as for EPS; HEIC if its plugin is there."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()  # imports every plugin
+    names = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+    return tuple(name for name in names if name in Image.OPEN)
+
+
+def is_heif(start: bytes) -> bool:
+    """Whether a file starts like HEIC, whatever its suffix: phones and web sites also call such files .jpg."""
+    return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
+
+
 def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image, by its path or in memory, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
     `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
@@ -48,13 +68,13 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
             gives; an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1.
         max_pixels: of files and bytes.
     """
-    found = to_image(image, max_pixels)
-    if isinstance(found, str):
-        with _explained(found):
-            data = _read(found, _version(found))
-        return decode_image(data, found, max_pixels)
-    with _explained(_name(found)):
-        return _rgb(found.copy() if found is image else found)
+    opened = to_image(image, max_pixels)
+    if isinstance(opened, str):
+        with _explained(opened):
+            data = _read(opened, _version(opened))
+        return decode_image(data, opened, max_pixels)
+    with _explained(_name(opened)):
+        return _rgb(opened.copy() if opened is image else opened)
 
 
 def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
@@ -79,8 +99,6 @@ def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Imag
 
 
 def _of_array(image: Any) -> Image.Image:
-    import numpy as np
-
     with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
         array = image.detach().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
@@ -90,21 +108,12 @@ def _of_array(image: Any) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
         what = f"An array of shape {tuple(array.shape)}" if array.ndim else type(image).__name__
         raise ZooError(f"{what} is not an image: {FORMS}.")
-    return Image.fromarray(array if array.dtype == np.uint8 else _in_8_bits(array))
-
-
-def _in_8_bits(array: Any) -> Any:
-    """Floats 0 to 1 as 0 to 255; ZooError, which says what to do, for other numbers."""
-    low, high = float(array.min()), float(array.max())
-    if array.dtype.kind == "f" and low >= 0 and high <= 1:
-        return (array * 255).round().astype("uint8")
-    if not low >= 0:
-        advice = "if `create_transform` made it, pass the image itself, or give the tensor to the model"
-    elif array.dtype.kind != "f" and 16 < high <= 255:
-        advice = "pass array.astype(np.uint8)"
-    else:
-        advice = f"divide it by {255 if 16 < high <= 255 else max(high, 1):g}"
-    raise ZooError(f"An array of {array.dtype} from {low:g} to {high:g} is not an image: {advice}, as {FORMS}.")
+    if array.dtype != np.uint8:
+        low, high = float(array.min()), float(array.max())
+        if array.dtype.kind != "f" or not 0 <= low <= high <= 1:  # of NaN nothing holds
+            raise ZooError(f"An array of {array.dtype} from {low:g} to {high:g} is not an image: {FORMS}.")
+        array = (array * 255).round().astype(np.uint8)
+    return Image.fromarray(array)
 
 
 def _name(image: Image.Image) -> str:
@@ -130,8 +139,8 @@ def file_sha256(path: str) -> str:
 
 
 def _version(path: str) -> tuple[str, int, int]:
-    found = os.stat(path)  # noqa: PTH116
-    return path, found.st_mtime_ns, found.st_size
+    status = os.stat(path)  # noqa: PTH116
+    return path, status.st_mtime_ns, status.st_size
 
 
 def _read(path: str, version: tuple[str, int, int]) -> bytes:
@@ -144,9 +153,9 @@ def _read(path: str, version: tuple[str, int, int]) -> bytes:
     return data
 
 
-def grey_copy(image: Image.Image) -> Image.Image:
-    """An image in grey, squeezed into a small square: enough to find others that may show the same picture."""
-    return image.convert("L").resize((GREY, GREY), reducing_gap=2.0)
+def grey_copy(image: Image.Image) -> np.ndarray:
+    """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture."""
+    return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -160,8 +169,6 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is unknown."""
-    import numpy as np
-
     levels = np.asarray(image)
     low, high = levels.min(), levels.max()
     white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
@@ -189,27 +196,26 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
         return list(pool.map(read, images))
 
 
-def thumbnails(paths: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
-    """`jpeg_base64` of the images at these paths."""
-    return in_threads(lambda path: jpeg_base64(load_image(path), side, quality), paths)
+def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
+    """Images, shrunk to at most `side` pixels wide and high, as JPEGs in base64."""
 
+    def small(image: ImageLike) -> str:
+        pixels, buffer = load_image(image), BytesIO()
+        pixels.thumbnail((side, side))
+        pixels.save(buffer, "JPEG", quality=quality)
+        return b64encode(buffer.getvalue()).decode()
 
-def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
-    """An image, shrunk to at most `side` pixels wide and high, as a JPEG in base64."""
-    small, buffer = image.copy(), BytesIO()
-    small.thumbnail((side, side))
-    small.save(buffer, "JPEG", quality=quality)
-    return b64encode(buffer.getvalue()).decode()
+    return in_threads(small, images)
 
 
 def check_complete(path: ImageLike) -> None:
     """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the rest is decoded."""
-    found = to_image(path)
-    if isinstance(found, Image.Image):
-        with _explained(_name(found)):
-            found.load()  # what PIL has opened is not decoded before
+    opened = to_image(path)
+    if isinstance(opened, Image.Image):
+        with _explained(_name(opened)):
+            opened.load()  # what PIL has opened is not decoded before
         return
-    with _opened_image(found) as image:
+    with _opened_image(opened) as image:
         file: Any = image.fp
         position = file.tell()
         file.seek(max(0, file.seek(0, 2) - 4096))
@@ -246,18 +252,13 @@ def _explained(path: str) -> Iterator[None]:
     """Any error inside becomes a ZooError."""
     try:
         yield
-    except FileNotFoundError:
-        if os.path.islink(path):  # noqa: PTH114
-            gone = Path(os.path.realpath(path))
-            gone = next(parent for parent in (*reversed(gone.parents), gone) if not parent.exists())
-            reason = f"a link to {gone}, which is gone"
-            text = f"Cannot read the image {path}: {reason}. Restore that, or copy again."
-            raise UnreadableImages(text, {path: reason}) from OSError(reason)
-        what = "download it" if "://" in path else "check the path, or restore the file from its dataset"
-        raise UnreadableImages(text := f"No image at {path}: {what}.", {path: text}) from None
     except Exception as error:  # decoders raise almost any exception for damaged files
         kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else UnreadableImages
         reason = str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            is_link = os.path.islink(path)  # noqa: PTH114
+            reason = f"a link to {os.path.realpath(path)}, which is gone" if is_link else "there is no such file"
+            error = OSError(reason)
         text = f"Cannot read the image {path}: {reason}. Replace the file, or leave it out."
         raise kind(text, {path: reason}) from error
 
@@ -271,8 +272,6 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
             if (accepted := accept is None or accept(start)) and not isinstance(accepted, str):
                 stream.seek(0)
                 return make(stream, "")
-    if path.lower().endswith(VIDEO_SUFFIXES):
-        raise UnidentifiedImageError("it is a video")
     if is_heif(start):
         raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
@@ -281,3 +280,27 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
 def _stream(path: str) -> IO[bytes]:
     check_regular(path)
     return Path(path).open("rb")
+
+
+def crop(image: Image.Image, cfg: Values) -> np.ndarray:
+    """An RGB image -> its pixels, uint8 (3, H, W), before they are normalised: exactly those of timm's transform for
+    testing. Of timm's `cfg`, interpolation ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing.
+    """
+    _, height, width = cfg["input_size"]
+    resized, short = int(height / cfg["crop_pct"]), min(image.size)
+    size = [resized if side == short else int(resized * side / short) for side in image.size]
+    if cfg.get("crop_mode") == "squash":
+        size = [int(width / cfg["crop_pct"]), resized]
+    image = image.resize(size, Image.Resampling[cfg.get("interpolation", "bicubic").upper()])
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+
+
+def normalise(pixels: np.ndarray, cfg: Values) -> np.ndarray:
+    """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
+    mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    x = pixels.astype(np.float32, order="C")
+    x /= 255
+    x -= mean
+    x /= std
+    return x

@@ -3,16 +3,13 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
-from dcp_zoo.data.archives import unpacked
-from dcp_zoo.data.packaged import classnames
-from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec
 from dcp_zoo.data.progress import bar
-from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.data.splits import Item, Split, check_test_share, split_images, training_split, with_labels
+from dcp_zoo.data.splits import Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.tables import NONE, is_reserved
@@ -38,7 +35,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
-    its own folder. `folder` reads `root` itself, one folder per class or a zip or tar of it, or with `labels` the
+    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the
     images that these CSV files list; `digits` needs no root. ZooError for an
     unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
@@ -47,11 +44,11 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
     if len(images.classnames) == 1:
         place, only = folder if name == "folder" else name, images.classnames[0]
         raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
-    if spec.split_file:
-        _check_files(spec, images.items, folder / spec.images)
+    if spec.split_file and (missing := [item.path for item in images.items if not Path(item.path).exists()]):
+        raise ZooError(f"{name}: {_and_first(missing)} are missing. {spec.where}")
     if spec.names and images.classnames != (known := classnames(name)):
         pairs = enumerate(zip(images.classnames, known, strict=True))
-        first = next(f"{label} is {own!r} here but {zoos!r}" for label, (own, zoos) in pairs if own != zoos)
+        first = next(f"{label} is {here!r} here but {zoos!r}" for label, (here, zoos) in pairs if here != zoos)
         warn(f"{name}: label {first} in the zoo's class names, which its heads use.")
     return images
 
@@ -94,7 +91,7 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
     if not labels:
         return {}
     names = {os.path.abspath(image): image for image in images}  # noqa: PTH100
-    answers, others = dict[str, str](), list[str]()
+    answers, unknown = dict[str, str](), list[str]()
     for file in _files(labels):
         of_file = dict[str, str]()
         for where, image, name, unreadable, *_ in readers.label_rows(file):
@@ -103,23 +100,21 @@ def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[st
             paths = (os.path.abspath(Path(place, image)) for place in ("", *sources, str(file.parent)))  # noqa: PTH100
             key = next((names[path] for path in paths if path in names), None)
             if key is None:
-                others.append(image)
+                unknown.append(image)
             elif of_file.setdefault(key, name) != name:
                 raise ZooError(f"{where} has another class than the same file above.")
         answers |= of_file
     files = shorten(list(map(str, _files(labels))))
     if not answers:
         advice = "Pass the images that have a label, or run the command where their paths start."
-        raise ZooError(f"{files} names none of these images, but {shorten(others, 3) or 'no image at all'}. {advice}")
-    if others:
-        warn(f"Images in {files} that are not among these: {len(others):,} ({shorten(others, 3)}).")
+        raise ZooError(f"{files} names none of these images, but {shorten(unknown, 3) or 'no image at all'}. {advice}")
+    if unknown:
+        warn(f"Images in {files} that are not among these: {len(unknown):,} ({shorten(unknown, 3)}).")
     return answers
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     """The dataset's folder; ZooError names the first missing path."""
-    if spec.layout == "folder" and root is not None and is_archive(root):
-        return unpacked(str(root))
     if spec.folder is None:
         return Path(root or "").expanduser()
     if root is None:
@@ -139,21 +134,6 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
     return root.name == spec.folder or bool(spec.split_file and (root / spec.split_file).is_file())
 
 
-def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
-    """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
-    if missing := [item.path for item in items if not Path(item.path).exists()]:
-        raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
-    home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
-    outside = []
-    for item in items:
-        parent, file = os.path.split(item.path)
-        target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
-        if not target.startswith(home):
-            outside.append(item.path)
-    if outside:
-        raise ZooError(f"{spec.name}: {_and_first(outside)} are links out of {base}: move the files into it.")
-
-
 def _and_first(paths: list[str]) -> str:
     return f"{len(paths)} images (the first: {paths[0]})"
 
@@ -165,8 +145,7 @@ class CheckRow:
     name: str
     status: str  # "ok", "missing" (no files) or "broken" (see message)
     message: str
-    expected: tuple[int, int, int] | None = None  # train, val and test images
-    found: tuple[int, int, int] | None = None
+    counts: tuple[int, int, int] | None = None  # train, val and test images
     sha256: str = ""  # of the split, as its note
     note: str = ""
 
@@ -185,12 +164,12 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     except ZooError as error:
         place = Path(root or "").expanduser()
         exists = spec.folder is None or (place / spec.folder).exists() or _is_own_folder(spec, place)
-        return CheckRow(spec.name, "broken" if exists else "missing", str(error), spec.counts)
-    found = (len(split.train), len(split.val), len(split.test))
+        return CheckRow(spec.name, "broken" if exists else "missing", str(error))
+    counts = (len(split.train), len(split.val), len(split.test))
     problems = []
-    if spec.counts and found != spec.counts:
-        problems.append(f"{found} train, val and test images instead of {spec.counts}")
+    if spec.counts and counts != spec.counts:
+        problems.append(f"{counts} train, val and test images instead of {spec.counts}")
     if broken := damaged(split.items, progress=bar, name=split.name):
         problems.append(f"{_and_first([split.items[i].path for i in broken])} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
-    return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
+    return CheckRow(spec.name, "broken" if problems else "ok", message, counts, split.sha256, split.note)

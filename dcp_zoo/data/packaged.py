@@ -1,22 +1,108 @@
-"""The data files of this package: class names, CoOp's splits, parts of two, and few-shot draws (MIT, see
-`coop/LICENSE`), photographs. Of four datasets it has no split, but the draw of one per class and seed 1, which tells
-whether a split is CoOp's."""
+"""What this package has of datasets: the table `datasets.yaml` (names, layouts, prompts, sizes, terms, archives), class
+names, CoOp's splits, parts of two, and few-shot draws (MIT, see `coop/LICENSE`); and photographs. Of four datasets it
+has no split, but the draw of one per class and seed 1, which tells whether a split is CoOp's."""
 
 import json
 import lzma
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 from dcp_zoo.data.images import load_image
-from dcp_zoo.data.specs import find_spec
-from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.fields import Values
 
 HERE = Path(__file__).parent
 SplitRows = Mapping[str, Sequence[tuple[str, int, str]]]  # by part: path, label and class name of each image
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One file of a dataset as its source offers it."""
+
+    url: str
+    md5: str = ""  # its published checksum; "" if none is known
+    places: dict[str, str] = field(default_factory=dict)  # folders in it: where they go; without any, the file itself
+    inner: str = ""  # an archive inside the archive that holds these folders
+    name: str = ""  # the file's name, if it is not the last part of the url
+
+    @property
+    def filename(self) -> str:
+        return self.name or self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One dataset: where its files are, how they are laid out, and its metadata."""
+
+    name: str
+    folder: str | None  # under the data root; "" is the root itself, None needs no files
+    images: str = ""  # the image folder under `folder`
+    split_file: str | None = None  # under `folder`; None where the folders are the split
+    num_classes: int | None = None  # None: as many as there are folders
+    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
+    template: str = "a photo of a {}."  # the zero-shot prompt
+    names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
+    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
+    part_of: str | None = None  # the dataset of which this one has only some classes or images
+    source: str  # the page about the images
+    terms: str = ""  # their licence, or what their page says about using them
+    archives: tuple[Archive, ...] = ()  # what to download; () if nothing can be, or it needs a login
+    layout: str = "listed"  # the reader of its files, see `dcp_zoo.data.load`
+
+    @property
+    def where(self) -> str:
+        """Where to get the dataset, as a sentence."""
+        if not self.folder:
+            return f"Needed: {self.source}"
+        command = f", or by `dcp-zoo data download {self.name}`" if self.archives else ""
+        return f"Get it from {self.source}{command}"
+
+    @property
+    def part_note(self) -> str:
+        """How much of another dataset it is, as a sentence; "" for a whole one."""
+        if not (self.part_of and self.counts):
+            return ""
+        whole = DATASETS[self.part_of]
+        assert whole.counts
+        return (
+            f"{self.name} is a part of {self.part_of}: {self.num_classes} of {whole.num_classes} classes, "
+            f"{self.counts[2]:,} of {whole.counts[2]:,} test images. Accuracies on the two cannot be compared."
+        )
+
+
+def _read_table() -> dict[str, DatasetSpec]:
+    rows: dict[str, Values] = yaml.safe_load((HERE / "datasets.yaml").read_text("utf-8"))
+    for row in rows.values():
+        row["archives"] = tuple(Archive(**archive) for archive in row.get("archives", ()))
+        row |= {name: tuple(row[name]) for name in ("counts", "shifts") if name in row}
+    return {name: DatasetSpec(name=name, **row) for name, row in rows.items()}
+
+
+DATASETS = _read_table()
+VARIANTS = list(DATASETS["imagenet"].shifts)
+
+
+def list_datasets() -> list[str]:
+    """Names of the 11 datasets of the few-shot protocol."""
+    return [name for name, spec in DATASETS.items() if spec.counts and not (name in VARIANTS or spec.part_of)]
+
+
+def find_spec(name: str) -> DatasetSpec:
+    """The table's entry for `name`; ZooError with the nearest names if it is unknown."""
+    if name in DATASETS:
+        return DATASETS[name]
+    valid = nearest_hint(name, DATASETS) or f" Choose one of: {', '.join(DATASETS)}."
+    raise ZooError(f"Unknown dataset {name!r}.{valid}")
+
+
+def is_own(name: str) -> bool:
+    """Whether a name stands for images of the user's choice."""
+    return find_spec(name).num_classes is None
 
 
 def classnames(name: str) -> list[str]:
@@ -34,19 +120,6 @@ def split_rows(name: str) -> SplitRows | None:
     return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else None
 
 
-def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
-    """The split that these rows list; their images are in a folder."""
-    names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
-    train, val, test = ([Item(f"{folder}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
-    return Split(name, list(names.values()), train, val, test, place=folder)
-
-
-def split_sha256(name: str) -> str | None:
-    """`Split.sha256` of these rows; None if the package does not have them."""
-    rows = split_rows(name)
-    return listed_split(name, rows).sha256 if rows else None
-
-
 @cache
 def drawn(name: str) -> list[str] | None:
     """The training images drawn with one per class and seed 1; None if the package does not have them."""
@@ -57,19 +130,6 @@ def wnid_names() -> dict[str, str]:
     """The names of ImageNet's classes by WordNet id, in label order."""
     wnids = [key.split("/")[1] for key in drawn("imagenet") or []]
     return dict(zip(wnids, classnames("imagenet"), strict=True))
-
-
-def note_on(images: Split, file: object) -> str:
-    """A sentence for the user if the split that was read from `file` is not CoOp's, else ""."""
-    rows, keys = split_rows(images.name), drawn(images.name)
-    if rows is not None:
-        given = [[key, label] for part in PARTS for key, label, _ in rows[part]]
-        is_coops = given == [[item.key, item.label] for item in images.items]
-    else:
-        is_coops = keys in (None, [item.key for item in few_shot(images, 1, 1).train])
-    if is_coops:
-        return ""
-    return f"{file} is not CoOp's split of {images.name}: results on it cannot be compared with published ones."
 
 
 @cache

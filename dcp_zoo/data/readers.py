@@ -4,22 +4,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
-from zipfile import ZipFile
 
 from PIL import Image
 
-from dcp_zoo.data import packaged, paths
-from dcp_zoo.data.packaged import SplitRows
-from dcp_zoo.data.specs import DatasetSpec
-from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, by_label, labels_of, shorten
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
-from dcp_zoo.fields import mismatch
-from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
+from dcp_zoo.data import packaged
+from dcp_zoo.data.find import KNOWN, images_in, is_image, is_visible, warn_of_skipped
+from dcp_zoo.data.packaged import DatasetSpec, SplitRows
+from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, few_shot, listed_split
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten
+from dcp_zoo.fields import Values, mismatch
+from dcp_zoo.files import read_plain
 from dcp_zoo.tables import NONE, active, is_none, is_reserved, read_csv, read_text
 
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
@@ -28,9 +27,8 @@ CLASSES = ("class", "label", "classname", "class_name", "category", "species")
 LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",), ("part",))
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
-DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # a train is a class, too
-NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
+NO_CLASSES = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}|backup|dcim|edited|exports?|originals|raw|thumb(nail)?s", re.I)
 
 
 def read_json(spec: DatasetSpec, folder: Path) -> Split:
@@ -74,8 +72,21 @@ def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> 
     base = folder / spec.images
     if problem := _problem(spec, base, rows):
         raise ZooError(f"{file}: {problem}. {spec.where}")
-    split = packaged.listed_split(spec.name, rows, str(base))
-    return replace(split, note=packaged.note_on(split, file))
+    split = listed_split(spec.name, rows, str(base))
+    return replace(split, note=_note_on(split, file))
+
+
+def _note_on(split: Split, file: Path) -> str:
+    """A sentence for the user if the split that was read from `file` is not CoOp's, else ""."""
+    rows, drawn = packaged.split_rows(split.name), packaged.drawn(split.name)
+    if rows is not None:
+        known = [[key, label] for part in PARTS for key, label, _ in rows[part]]
+        is_coops = known == [[item.key, item.label] for item in split.items]
+    else:
+        is_coops = drawn in (None, [item.key for item in few_shot(split, 1, 1).train])
+    if is_coops:
+        return ""
+    return f"{file} is not CoOp's split of {split.name}: results on it cannot be compared with published ones."
 
 
 def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
@@ -102,70 +113,55 @@ def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
 
 
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
-    """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid. As in CoOp, ImageNet's
-    validation images are the test part. There is no val part: nothing is selected on them."""
-    images = folder / spec.images
-    names = _wnid_names(spec, folder)
-    train, test = (_listing(images, _known_folders(spec, images / part, names), part) for part in ("train", "val"))
-    return Split(spec.name, list(names.values()), train, test=test, place=str(images))
+    """`images/train/<wnid>` and `images/val/<wnid>`, labels by sorted wnid. As in CoOp, ImageNet's validation images
+    are the test part. There is no val part: nothing is selected on them."""
+    base, names = folder / spec.images, packaged.wnid_names()
+    train, test = (_known_classes(spec, base, part, names)[1] for part in ("train", "val"))
+    return Split(spec.name, list(names.values()), train, test=test, place=str(base))
 
 
 def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
     """Only a test part: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
-    names = _wnid_names(spec, folder)
+    base, names = folder / spec.images, packaged.wnid_names()
     if spec.name == "imagenetv2":
         names = {str(label): name for label, name in enumerate(names.values())}
-    base = folder / spec.images
-    classes = _known_folders(spec, base, names)
-    return Split(spec.name, [names[name] for name in classes], test=_listing(base, classes), place=str(base))
+    classes, test = _known_classes(spec, base, "", names)
+    return Split(spec.name, classes, test=test, place=str(base))
 
 
-def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
-    """Class names by sorted wnid from `classnames.txt`, here or in ImageNet's folder, or from the package."""
-    file = folder / "classnames.txt"
-    if not file.exists():
-        file = folder.parent / "imagenet/classnames.txt"
-    if not file.exists():
-        return packaged.wnid_names()
-    lines = [line.strip().partition(" ") for line in _read_text(file, spec).splitlines() if line.strip()]
-    names = {wnid: name for wnid, _, name in lines}
-    if len(names) != (expected := len(packaged.wnid_names())) or not all(names.values()):
-        raise ZooError(f"{file} must have {expected} lines `wnid name`, found {len(names)}. {spec.where}")
-    return dict(sorted(names.items()))
-
-
-def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> list[str]:
-    """The class folders in the order of `names`; ZooError unless their number is right and all are named."""
-    found = set(_class_folders(folder))
-    classes = [name for name in names if name in found]
-    if len(found) != spec.num_classes or len(classes) != len(found):
-        unknown = f"; no class of ImageNet: {shorten(more)}" if (more := sorted(found.difference(classes))) else ""
-        raise ZooError(f"{folder}: {len(found)} class folders, not {spec.num_classes}{unknown}. {spec.where}")
-    return classes
+def _known_classes(spec: DatasetSpec, base: Path, part: str, names: Mapping[str, str]) -> tuple[list[str], list[Item]]:
+    """The classes with a folder in `base/part`, in the order of `names`, and their images; ZooError unless their number
+    is right and all folders are named."""
+    folders = _class_folders(base / part)
+    classes = [folder for folder in names if folder in folders]
+    if len(folders) != spec.num_classes or len(classes) != len(folders):
+        unknown = sorted({*folders} - {*classes})
+        which = f"; no class of ImageNet: {shorten(unknown)}" if unknown else ""
+        raise ZooError(f"{base / part}: {len(folders)} class folders, not {spec.num_classes}{which}. {spec.where}")
+    return [names[folder] for folder in classes], _listing(base, classes, Counter(), part)
 
 
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/**/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`."""
-    others: Counter[str] = Counter()
+    skipped = Counter[str]()
     if (folder / "train").is_dir() and _folders(folder / "train"):
         if stray := sorted(set(_class_folders(folder)).difference(PARTS)):
             raise ZooError(f"{folder} has train/, so only val/ and test/ may be next to it: move {shorten(stray)}.")
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        train, val, test = (_given_part(folder, part, classes, others) if part in given else [] for part in PARTS)
+        parts: Values = {part: _given_part(folder, part, classes, skipped) for part in given}
     else:
-        classes, given = _class_folders(folder), []
-        train, val, test = _listing(folder, classes, others=others), [], []
-    images = (entry.name for entry in os.scandir(folder) if paths.is_image(entry.name))
-    others.update(f"{paths.kind_of(name)} in no class folder" for name in images)
-    paths.warn_of_skipped(folder, others)
-    bases = given or [""]
-    reserved = [Path(base, name).as_posix() for base in bases for name in _folders(folder / base) if is_reserved(name)]
-    examples = [key for key in reserved if key.startswith(bases[0]) and is_none(Path(key).name)]
-    none = [item for key in examples for item in _images(folder, key, NO_CLASS)]
+        classes, given = _class_folders(folder), [""]
+        parts = {"train": _listing(folder, classes, skipped)}
+    loose = (entry.name for entry in os.scandir(folder) if is_visible(entry.name) and is_image(entry.name))
+    skipped.update(f"{Path(name).suffix.lower()} in no class folder" for name in loose)
+    warn_of_skipped(folder, skipped)
+    reserved = [Path(part, name).as_posix() for part in given for name in _folders(folder / part) if is_reserved(name)]
+    examples = [key for key in reserved if key.startswith(given[0]) and is_none(Path(key).name)]
+    none = [item for key in examples for item in _images(folder, key, NO_CLASS, Counter())]
     left_out = ", ".join(key for key in reserved if key not in examples)
     note = f"Left out: the images in {left_out}, as these names are reserved." if left_out else ""
-    return Split(spec.name, classes, train, val, test, none, note, place=str(folder))
+    return Split(spec.name, classes, **parts, none=none, note=note, place=str(folder))
 
 
 class LabelRow(NamedTuple):
@@ -191,7 +187,7 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
         columns[2] = columns[6] = -1
     first = 2
     if -1 in columns[:2]:
-        if len(header) != 2 or not paths.is_image(rows[0][0]):
+        if len(header) != 2 or not is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
         columns, rows, first = [0, 1, -1, -1, -1, -1, -1], [[], *rows], 1
     for number, row in enumerate(rows[1:], first):
@@ -210,7 +206,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
     predict`, in the current folder. What has no class is left out: unreadable images, and those that a head rejected;
     what a person called "none of these" is an example of that."""
-    found: dict[str, tuple[str, str, str]] = {}  # paths, classes and parts
+    listed: dict[str, tuple[str, str, str]] = {}  # paths, classes and parts
     left_out, missing, answers = Counter[str](), [], 0
     for where, image, name, unreadable, is_answer, part in label_rows(file):
         answers += is_answer
@@ -218,29 +214,28 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
             left_out["that cannot be read" if unreadable else f"{name!r}"] += 1
         elif not (path := _listed(image, folder)):
             missing.append(image)
-        elif found.setdefault(os.path.relpath(path, folder), (path, name, part))[1] != name:
+        elif listed.setdefault(os.path.relpath(path, folder), (path, name, part))[1] != name:
             raise ZooError(f"{where} has another class than the same file above.")
-    if missing or not found:
-        known = f"{file} lists {len(found) + len(missing)} images with a class, of which {len(missing)} are not in"
+    if missing or not listed:
+        known = f"{file} lists {len(listed) + len(missing)} images with a class, of which {len(missing)} are not in"
         where = f"{folder} or the current folder: {shorten(missing)}"
         raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
-    *classes, _ = labels = labels_of(name for _, name, _ in found.values())
-    items = {part: list[Item]() for part in PARTS}
-    for key, (path, name, part) in sorted(found.items()):
-        items[part if name != NONE else PARTS[0]].append(Item(path, key.replace(os.sep, "/"), labels[name]))
-    parts = by_label(items["train"]) | {part: by_label(items[part])["train"] for part in ("val", "test")}
+    classes = sorted({name for _, name, _ in listed.values()} - {NONE})
+    labels = {name: label for label, name in enumerate(classes)} | {NONE: NO_CLASS}
+    parts: Values = {name: [] for name in (*PARTS, "none")}
+    for key, (path, name, part) in sorted(listed.items(), key=lambda row: (labels[row[1][1]], row[0])):
+        parts["none" if name == NONE else part].append(Item(path, key.replace(os.sep, "/"), labels[name]))
     without = ", ".join(f"{count} {what}" for what, count in left_out.items())
     notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
-    note = " ".join(filter(None, notes))
-    return Split(spec.name, classes, **parts, note=note, place=str(file))
+    return Split(spec.name, classes, **parts, note=" ".join(filter(None, notes)), place=str(file))
 
 
 def _listed(image: str, folder: Path) -> str:
     """The path of an image that a labels file lists, or "" if it is neither in the folder, also by the name of this
     folder, nor in the current one."""
     places = [Path(os.path.abspath(place)) for place in (folder, "")]  # noqa: PTH100  without .., so that each file ...
-    found = (os.path.abspath(place / image) for place in (*places, places[0].parent))  # noqa: PTH100  ... has one path
-    inside = (path for path in found if any(map(Path(path).is_relative_to, places)))
+    paths = (os.path.abspath(place / image) for place in (*places, places[0].parent))  # noqa: PTH100  ... has one path
+    inside = (path for path in paths if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
 
 
@@ -250,28 +245,18 @@ def read_table(file: Path) -> list[list[str]]:
 
 
 def _read_sheet(file: Path) -> list[list[str]]:
-    """The active sheet of a spreadsheet, whose empty cells and rows count too."""
+    """The rows of a spreadsheet's active sheet, but for empty ones."""
     content = BytesIO(read_plain(file))
-    with ZipFile(content) as parts:
-        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
-            raise ValueError(f"unpacked, it has more than {MAX_BYTES:,} bytes: save it as CSV")
     sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
     if not hasattr(sheet, "values"):
         raise ValueError("its active sheet is no table")
-    rows, cells = [], 0
-    for row in sheet.values:
-        cells += 1 + len(row)
-        if cells > MAX_CELLS:
-            raise ValueError(f"it has more than {MAX_CELLS:,} cells: save it as CSV")
-        if any(row):
-            rows.append(["" if cell is None else active(str(cell)) for cell in row])
-    return rows
+    return [["" if cell is None else active(str(cell)) for cell in row] for row in sheet.values if any(row)]
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
     """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
     parts = {name.lower() for name in classnames} <= PART_NAMES
-    if not (odd := [name for name in classnames if parts or DATE.fullmatch(name) or name.lower() in NOT_CLASSES]):
+    if not (odd := [name for name in classnames if parts or NO_CLASSES.fullmatch(name)]):
         return ""
     doubt = f"Each folder becomes a class, but these do not look like one: {shorten(odd)}."
     if inner := {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames):
@@ -287,11 +272,11 @@ def read_style(spec: DatasetSpec, folder: Path) -> Split:
     return images if spec.shifts else replace(images, train=[], val=[], test=images.items)
 
 
-def _given_part(folder: Path, part: str, classes: list[str], others: Counter[str]) -> list[Item]:
+def _given_part(folder: Path, part: str, classes: list[str], skipped: Counter[str]) -> list[Item]:
     if difference := sorted(set(classes).symmetric_difference(_class_folders(folder / part))):
         names = ", ".join(difference)
         raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
-    return _listing(folder, classes, part, others)
+    return _listing(folder, classes, skipped, part)
 
 
 def read_digits(spec: DatasetSpec, _: Path) -> Split:
@@ -305,25 +290,22 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     return Split(spec.name, classes, items, place=spec.name)
 
 
-def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str] | None = None) -> list[Item]:
+def _listing(base: Path, classes: Sequence[str], skipped: Counter[str], part: str = "") -> list[Item]:
     """Images of `base/<part>/<class>` and its subfolders, sorted, labelled by the order of `classes`."""
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
-        images = _images(base, key, label, others)
+        images = _images(base, key, label, skipped)
         if not images:
-            raise ZooError(f"The class folder {base / key} has no image ({paths.KNOWN}). Add one or remove it.")
+            raise ZooError(f"The class folder {base / key} has no image ({KNOWN}). Add one or remove it.")
         items += images
     return items
 
 
-def _images(base: Path, key: str, label: int, others: Counter[str] | None = None) -> list[Item]:
-    """Images of `base/<key>` and its subfolders, sorted; `others` counts the other files."""
+def _images(base: Path, key: str, label: int, skipped: Counter[str]) -> list[Item]:
+    """Images of `base/<key>` and its subfolders, sorted; `skipped` counts the other files."""
     inside = f"{base / key}{os.sep}"
-    found = [file.removeprefix(inside).replace(os.sep, "/") for file in paths.visible_files(base / key)]
-    if others is not None:
-        others.update(paths.kind_of(file) for file in found if not paths.is_image(file))
-    files = sorted(filter(paths.is_image, found))
+    files = sorted(file.removeprefix(inside).replace(os.sep, "/") for file in images_in(base / key, skipped))
     return [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
 
 
@@ -333,13 +315,13 @@ def _class_folders(folder: Path) -> list[str]:
         raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
     names = [name for name in _folders(folder) if not is_reserved(name)]
     if not names:
-        instead = "For unsorted images there are search --to-label and inspect --no-labels."
+        instead = "For unsorted images there is search --to-label."
         raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class. {instead}")
     return names
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and paths.is_visible(entry.name))
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))
 
 
 CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
@@ -361,9 +343,11 @@ def read_classnames(path: str | Path) -> list[str]:
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
     with as_zoo_error(f"Cannot read descriptions from {path} ({{}}). Use {CUPL}."):
-        found = json.loads(read_plain(path).decode("utf-8-sig"))
-    if not found or mismatch(found, dict[str, list[str]]):
+        descriptions = json.loads(read_plain(path).decode("utf-8-sig"))
+    if not descriptions or mismatch(descriptions, dict[str, list[str]]):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
-    if bad := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:
-        raise ZooError(f"{path} has an empty list or sentence for {', '.join(map(repr, bad[:5]))}: write one or more.")
-    return found
+    if bad := [name for name, texts in descriptions.items() if not texts or not all(map(str.strip, texts))]:
+        raise ZooError(
+            f"{path} has an empty list or sentence for {shorten(list(map(repr, bad)), 5)}: write one or more."
+        )
+    return descriptions

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-from dcp_zoo.data.specs import is_own
+from dcp_zoo.data import packaged
+from dcp_zoo.data.packaged import SplitRows, is_own
 from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.tables import NONE
 
 NO_CLASS = -1  # label of images of none of the classes
 BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
@@ -81,16 +81,17 @@ def subset_sha256(items: Iterable[Item]) -> str:
     return hashlib.sha256("\n".join(item.key for item in items).encode(*BYTES)).hexdigest()
 
 
-def labels_of(names: Iterable[str]) -> dict[str, int]:
-    """The labels of classes by name, in alphabetical order; that of `NONE` is `NO_CLASS`."""
-    return {name: label for label, name in enumerate(sorted({*names} - {NONE}))} | {NONE: NO_CLASS}
+def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
+    """The split that these rows list; their images are in a folder."""
+    names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
+    train, val, test = ([Item(f"{folder}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
+    return Split(name, list(names.values()), train, val, test, place=folder)
 
 
-def by_label(items: Iterable[Item]) -> Values:
-    """Fields of a `Split`: images of classes as those for training, in the order of their labels, and the others."""
-    ordered = sorted(items, key=lambda item: item.label)
-    none = [item for item in ordered if item.label == NO_CLASS]
-    return {"train": ordered[len(none) :], "none": none}
+def split_sha256(name: str) -> str | None:
+    """`Split.sha256` of CoOp's split of this dataset, or of a part's; None if the package does not have it."""
+    rows = packaged.split_rows(name)
+    return listed_split(name, rows).sha256 if rows else None
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
@@ -144,7 +145,6 @@ def subsample_classes(split: Split, part: str) -> Split:
 
 
 OWN_TEST_SHARE = 0.3
-TINY = 5  # images; and this many times fewer than the largest class
 
 
 def split_images(images: Split, test: float | None = None) -> Split:
@@ -193,16 +193,6 @@ def check_test_share(images: Split, test: float | None) -> None:
         raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
 
 
-def warn_of_tiny_classes(split: Split) -> None:
-    """Warn of classes with much fewer training images than others."""
-    counts = Counter(item.label for item in split.train)
-    most = max(counts.values(), default=0)
-    tiny = [f"{split.classnames[label]} ({n})" for label, n in sorted(counts.items()) if n < TINY and TINY * n < most]
-    if tiny:
-        text = f"Other classes have up to {most} training images, these very few: {shorten(tiny)}."
-        warn(f"{text} Expect more mistakes on them.")
-
-
 def warn_of_numbers(classnames: Sequence[str]) -> None:
     """Warn of class names that are all numbers, or True and False, of which CLIP knows nothing."""
     if all(re.fullmatch(r"[-+]?\d+(\.\d+)?|True|False", name) for name in classnames):
@@ -222,10 +212,10 @@ def with_labels(images: Split, listed: Split) -> Split:
     none = {file(item.path): item for item in (*images.none, *listed.none)}
     for item in listed.items:
         none.pop(file(item.path), None)
-    own = {file(item.path): images.classnames[item.label] for item in images.items}
-    classes = own | {file(item.path): listed.classnames[item.label] for item in listed.items}
+    before = {file(item.path): images.classnames[item.label] for item in images.items}
+    classes = before | {file(item.path): listed.classnames[item.label] for item in listed.items}
     classes = {path: name for path, name in classes.items() if path not in none}
-    new = [item._replace(added=True) for item in listed.items if file(item.path) not in own]
+    new = [item._replace(added=True) for item in listed.items if file(item.path) not in before]
     names = {name: label for label, name in enumerate(sorted(set(classes.values())))}
     parts: Values = {"train": [*images.train, *new], "val": images.val, "test": images.test}
     for part, items in parts.items():

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from dcp_zoo.answers import REFUSED
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, count, option, problems
 from dcp_zoo.files import LOCK, locked, read_plain, sha256_of
+from dcp_zoo.tables import REFUSED
 
 COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
 PHRASE = "a photo of a"  # the authors' `ctx_init`

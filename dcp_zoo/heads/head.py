@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import REFUSED, is_rejected
+from dcp_zoo.answers import is_rejected
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, out_of_inference_mode
 from dcp_zoo.backbone.classes import (
     NO_CLASSES,
@@ -46,6 +46,7 @@ from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head_state import HeadState
 from dcp_zoo.heads.timm_contract import TimmContract
 from dcp_zoo.probe.model import NEVER, TextProbe
+from dcp_zoo.tables import REFUSED
 
 
 class Head(HeadState, TimmContract, ABC):

@@ -1,4 +1,4 @@
-"""Know the photographs before training: wrong labels, duplicates and bad images; and find some."""
+"""Know the images before training: wrong labels and duplicates; and find some."""
 
 import lazy_loader
 

@@ -1,3 +1,3 @@
-from .find import Suggestion as Suggestion
 from .inspection import Inspected as Inspected
 from .inspection import Inspection as Inspection
+from .search import Suggestion as Suggestion

@@ -1,27 +1,31 @@
 """Inspect labelled images before training: a page and a CSV file of what was found."""
 
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import Progress, bar
-from dcp_zoo.data.splits import PARTS, shorten
-from dcp_zoo.errors import ZooError, by_reason
+from dcp_zoo.data.splits import PARTS
+from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.files import templates, write_file
-from dcp_zoo.inspection.labels import Point, learning_curve, of_no_class, out_of_fold, suspected, unknown
 from dcp_zoo.inspection.look import Seen, look, same_pictures
-from dcp_zoo.probe import ReadingFeatures
+from dcp_zoo.probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
+from dcp_zoo.probe.estimates import text_scale
+from dcp_zoo.probe.evidence import leave_out_each, without_evidence
+from dcp_zoo.probe.fit import ReadingFeatures
+from dcp_zoo.probe.folds import folds, within_class
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, NONE, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
@@ -29,9 +33,20 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.factory import plain_clip
 
-UNLABELLED = [""]  # the class of images without labels
 SHOWN = 60  # pictures of a section
-DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
+SURE, PER_CLASS = 20, 3
+NOTHING = 0.02  # of the evidence: such candidates are not fitted again
+IQR = 1.349  # standard deviations between the quartiles of a normal distribution
+SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
+
+
+class Point(NamedTuple):
+    """A point of a learning curve: images per class, accuracy in percent, and its 95 % interval over random draws."""
+
+    images: int
+    accuracy: float
+    low: float
+    high: float
 
 
 class Inspected(NamedTuple):
@@ -40,7 +55,7 @@ class Inspected(NamedTuple):
     file: str  # its path in the folder, or for an image in memory its number
     label: str  # its class
     part: str  # train, val or test
-    problems: str  # cannot be read, small, dark, blank, narrow, blurred, label?, no class? and twice, joined by ";"
+    problems: str  # cannot be read, label?, no class? and twice, joined by ";"
     looks_like: str  # the most probable class by the other images
     label_probability: float | None  # of its own class, from 0 to 1
     same_as: str  # another file with the same picture
@@ -52,48 +67,51 @@ class Inspection:
     """What was found about n labelled images, which are named by their positions."""
 
     data: Split
-    seen: Seen  # their features and statistics
+    seen: Seen  # their features, and why some cannot be read
     answers: Evaluation  # each by a classifier fitted without the image, for those that can be read
     suspects: list[int]  # images whose label is probably wrong, the most suspicious first
     of_no_class: list[int]  # images that may show none of the classes, the least like them first
     groups: list[list[int]]  # images that show the same picture
-    problems: dict[int, list[str]]  # what else is wrong with images
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
-    unknown: Sequence[str] = ()  # classes whose names say CLIP little, see `labels.unknown`
 
     def __repr__(self) -> str:
-        found = {
+        counts = {
             "labels probably wrong": len(self.suspects),
             "may show no class": len(self.of_no_class),
             "groups of the same picture": len(self.groups),
-            "with other problems": len(self.problems),
+            "that cannot be read": len(self.seen.errors),
         }
-        counts = ", ".join(f"{count} {what}" for what, count in found.items())
-        return f"<Inspection of {len(self.data.items)} images: {counts}>"
+        found = ", ".join(f"{count} {what}" for what, count in counts.items())
+        return f"<Inspection of {len(self.data.items)} images: {found}>"
 
     @cached_property
     def rows(self) -> list[Inspected]:
         """One for each image, those with a suggestion first."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         readable = [i for i in range(len(items)) if i not in self.seen.errors]
-        answers = dict(zip(readable, self.answers.logits.exp(), strict=True)) if names != UNLABELLED else {}
+        answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
         suspects, of_no_class = set(self.suspects), set(self.of_no_class)
         twins = {i: group for group in self.groups for i in group}
         rows = []
         for i, item in enumerate(items):
             looks = names[int(answers[i].argmax())] if i in answers else ""
-            own = round(float(answers[i][item.label]), 4) if i in answers else None
-            others = [other for other in twins.get(i, []) if other != i]
-            marks = {"label?": i in suspects, "no class?": i in of_no_class, "twice": bool(others)}
-            found = [*self.problems.get(i, []), *(mark for mark, holds in marks.items() if holds)]
+            chance = round(float(answers[i][item.label]), 4) if i in answers else None
+            same = [other for other in twins.get(i, []) if other != i]
+            marks = {
+                "cannot be read": i in self.seen.errors,
+                "label?": i in suspects,
+                "no class?": i in of_no_class,
+                "twice": bool(same),
+            }
+            wrong = ";".join(mark for mark, holds in marks.items() if holds)
             # of one class the first stays, but a test image before others; of two only a person knows which is right
-            kept = (o for o in others if (parts[o] != "test", o) < (parts[i] != "test", i))
+            kept = (o for o in same if (parts[o] != "test", o) < (parts[i] != "test", i))
             twin_to_drop = any(items[o].label == item.label for o in kept)
-            is_there = any(names[items[o].label] == looks for o in others)
+            is_there = any(names[items[o].label] == looks for o in same)
             drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
-            suggestion = LEAVE_OUT if drop else looks if i in suspects else ""
-            same_as = items[others[0]].key if others else ""
-            rows += [Inspected(item.key, names[item.label], parts[i], ";".join(found), looks, own, same_as, suggestion)]
+            advice = LEAVE_OUT if drop else looks if i in suspects else ""
+            same_as = items[same[0]].key if same else ""
+            rows += [Inspected(item.key, names[item.label], parts[i], wrong, looks, chance, same_as, advice)]
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
@@ -111,10 +129,9 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        odd = [i for i in self.problems if i not in self.seen.errors]
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
-        lists = self.suspects, self.of_no_class, odd
-        shown = {*(i for found in lists for i in found[:SHOWN]), *(i for _, group in groups for i in group)}
+        lists = self.suspects, self.of_no_class
+        shown = {*(i for images in lists for i in images[:SHOWN]), *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
@@ -126,10 +143,8 @@ class Inspection:
             parts=parts if len(set(parts)) > 1 else None,
             pictures=pictures,
             groups=groups,
-            odd=odd,
             shown=SHOWN,
             weakest=weakest,
-            labelled=names != UNLABELLED,
         )
 
 
@@ -151,50 +166,39 @@ def inspect(
     device: str = "auto",
     progress: Progress = bar,
 ) -> Inspection:
-    """Inspect images before training: wrong labels, duplicates, bad images, classes that look alike, and the accuracy
-    to expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
+    """Inspect images before training: wrong labels, duplicates, classes that look alike, and the accuracy to expect.
+    ZooError for no such folder, fewer than two classes, or a class without a readable image.
 
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
-        labels: one per image; for a folder omitted, or a CSV file with the columns file and class. False for an
-            unsorted folder, of which only duplicates and bad images are found.
+        labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
     """
-    data = _unsorted(images) if labels is False else _read(images, labels)
-    if labels is not False:
-        check_classnames(data.classnames)
+    data = _read(images, labels)
+    check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
-    keep = isinstance(images, (str, Path)) and not is_archive(images)
-    seen = look([item.path for item in data.items], clip, keep, progress)
+    seen = look([item.path for item in data.items], clip, isinstance(images, (str, Path)), progress)
     readable = [i for i in range(len(data.items)) if i not in seen.errors]
     items = [data.items[i] for i in readable]
-    groups = same_pictures(seen.features, seen.grey)
-    problems = dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1]))
-    if labels is False:
-        nothing = Evaluation(data.classnames, items, torch.zeros(len(items), 1))
-        return Inspection(data, seen, nothing, [], [], groups, problems, [])
     target = torch.tensor([item.label for item in items]).long()
     if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
         problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
         raise ZooError(f"{problem}. Replace them, or remove the class.")
 
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    judged = out_of_fold(
-        ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths)), target
-    )
+    features = ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths))
+    judged = out_of_fold(features, target)
     return Inspection(
         data,
         seen,
         Evaluation(data.classnames, items, judged.log_probabilities),
         [readable[i] for i in suspected(judged.log_probabilities, target)],
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
-        groups,
-        problems,
+        same_pictures(seen.features, seen.grey),
         learning_curve(judged),
-        [data.classnames[label] for label in unknown(judged.images.text_logits(judged.images.views[0]), target)],
     )
 
 
@@ -217,23 +221,79 @@ def _read(images: Images, labels: Labels) -> Split:
     return Split("images", given.names, given.items, none=given.none, place=f"{len(given.items)} images")
 
 
-def _unsorted(folder: Images) -> Split:
-    found = find_images([str(folder)])
-    items = [Item(image.path, os.path.relpath(image.name, folder), 0) for image in found]
-    return Split("unsorted", UNLABELLED, items, place=str(folder))
+@dataclass(frozen=True)
+class OutOfFold:
+    """What text probes that were fitted without it say of each of n images."""
+
+    log_probabilities: Tensor  # (n, C)
+    distances: Tensor  # (n,), to the nearest class mean, 1 on average
+    images: TrainingSet
+    evidence: Evidence  # for the candidates that are worth fitting
+
+    def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
+        """The answers (m,) for the images `test` by a text probe that is fitted to the images `train` (n,), with this
+        evidence, or if there is one of each class, without."""
+        drawn, x = self.images.of(train), self.images.views[0][test]
+        evidence = without_evidence(drawn, len(drawn.widths)) if shots == 1 else self.evidence
+        mean = mean_of(fit_candidates(drawn, evidence), evidence, x.shape[1])
+        return mean.logits(drawn.text_logits(x), x).argmax(1)
 
 
-def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
-    """Images with problems for a model whose input has this side in pixels: their positions, and which problems."""
-    for i, (width, height, low, high, detail) in enumerate(seen.statistics):
-        shorter, longer = sorted((width, height))
-        found = {
-            "cannot be read": i in seen.errors,
-            "small": 4 * shorter < side,
-            "dark": high < DARK,
-            "blank": high - low < FLAT,
-            "narrow": shorter < NARROW * longer,
-            "blurred": high - low >= FLAT and detail < BLURRED,
-        }
-        if any(found.values()):
-            yield i, [problem for problem, holds in found.items() if holds]
+def out_of_fold(given: ReadingFeatures, labels: Tensor) -> OutOfFold:
+    """What the other images say of each, in four folds, of features (1, n, ..) and labels (n,). The only image of a
+    class is judged by the text, at no distance."""
+    assert given.start is not None
+    images = TrainingSet(given.features, given.widths, labels, given.start)
+    images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels))
+    log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
+    distances = torch.zeros(len(labels))
+    parts = folds(labels)
+    left_out, evidence = leave_out_each(images, parts)
+    for out, fold in zip(parts, left_out, strict=True):
+        log_probabilities[out] = fold.logits(evidence).log_softmax(-1)
+        distances[out] = fold.distances()
+    distances /= distances.mean().clamp(min=1e-6)
+    worth = {family: weights for family, weights in evidence.items() if weights.sum() > NOTHING}
+    total = sum(weights.sum() for weights in worth.values())
+    return OutOfFold(log_probabilities, distances, images, {family: each / total for family, each in worth.items()})
+
+
+def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
+    """The images for which another class is so many times as probable as their label, the most suspicious first:
+    `SURE` times, or with many classes, one of which is the more easily like the image, `PER_CLASS` times their number.
+    At equal numbers, this order finds more wrong labels than confident learning: see `benchmarks/inspection.py`."""
+    doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
+    order = doubt.argsort(descending=True, stable=True)
+    return order[doubt[order] > math.log(max(SURE, PER_CLASS * log_probabilities.shape[1]))].tolist()
+
+
+def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) -> list[int]:
+    """The images that may show none of the classes, the least like them first: their `in_distribution_score` lies three
+    standard deviations, estimated from the quartiles, below the median, or one if their own class has a probability
+    below 1 / `SURE`. Chosen on art paintings, cartoons and Tiny ImageNet, see `benchmarks/inspection.py`."""
+    scores = torch.from_numpy(in_distribution_score(log_probabilities.numpy(), distances.numpy()))
+    low, middle, high = scores.quantile(scores.new_tensor([0.25, 0.5, 0.75]))
+    is_doubtful = log_probabilities.gather(1, labels[:, None])[:, 0] < -math.log(SURE)
+    odd = (distances > 0) & (scores < middle - torch.where(is_doubtful, 1, 3) * (high - low) / IQR)
+    order = scores.argsort(stable=True)
+    return order[odd[order]].tolist()
+
+
+def learning_curve(judged: OutOfFold) -> list[Point]:
+    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn."""
+    labels = judged.images.labels
+    sizes, points = torch.bincount(labels), []
+    for shots in SHOTS:
+        if 2 * (sizes > shots).sum() <= len(sizes):
+            break
+        generator, values = torch.Generator().manual_seed(0), np.zeros(DRAWS)
+        most = torch.minimum(sizes - 1, torch.tensor(shots)).clamp(min=1)[labels]
+        for draw in range(DRAWS):
+            order = torch.randperm(len(labels), generator=generator)
+            drawn = torch.empty(len(labels), dtype=torch.bool)
+            drawn[order] = within_class(labels[order]) < most[order]
+            tested = order[~drawn[order]][:TESTED]
+            values[draw] = 100 * (judged.answers(drawn, tested, shots) == labels[tested]).float().mean().item()
+        spread = 2.776 * values.std(ddof=1) / DRAWS**0.5  # Student's t of five draws
+        points.append(Point(shots, values.mean(), max(0, values.mean() - spread), min(100, values.mean() + spread)))
+    return points

@@ -1,7 +1,7 @@
-"""Features of a frozen image tower, a small grey copy and statistics of each image, in the user's cache. And images
-that show the same picture: saved again, resized, mirrored, or with up to a tenth of a side cut off. Pairs with similar
-features and a similar coarse picture are laid over each other: a scale and a shift along each axis minimise their
-squared difference (Lucas and Kanade, 1981). Those with a correlation above `SAME` match."""
+"""Features of a frozen image tower and a small grey copy of each image, in the user's cache. And images that show the
+same picture: saved again, resized, mirrored, or with up to a tenth of a side cut off. Pairs with similar features and a
+similar coarse picture are laid over each other: a scale and a shift along each axis minimise their squared difference
+(Lucas and Kanade, 1981). Those with a correlation above `SAME` match."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,8 +23,7 @@ from dcp_zoo.training.cache import features_folder, kept_features, per_image, to
 from dcp_zoo.training.sources import Copies, image_source
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
-DETAIL, BATCH = 128, 64  # pixels of the image whose sharpness is measured; images
-STATISTICS = 5  # of each image
+BATCH = 64  # images
 SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
 NEAREST = 3  # pairs of each image that are looked at
 STEPS, FARTHEST = 5, 0.15  # of Gauss-Newton; scale and shift, in halves of a side
@@ -40,7 +38,6 @@ class Seen:
     parts: np.ndarray  # what a text probe reads: CLIP's embedding and what its image tower has before it, each
     widths: Sequence[int]  # normalised, float32 (n, E + V), and their widths
     grey: np.ndarray  # the images squeezed into a square, uint8 (n, 32, 32); 0 without an image
-    statistics: np.ndarray  # float32 (n, 5), see `_measured`
     errors: dict[int, str]  # why an image cannot be read, by its position
 
     @property
@@ -63,18 +60,17 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
         return by_image(progress, batches, "images", total, total - len(positions))
 
     with kept_features(features_folder()) if keep else nullcontext():
-        found = per_image(images, lambda: tower_setting(model, "seen and read"), 1, rows)[0].numpy()
-    grey, statistics, parts = np.split(found, (GREY**2, GREY**2 + STATISTICS), axis=1)
-    grey = np.nan_to_num(grey).reshape(-1, GREY, GREY).astype(np.uint8)
-    return Seen(parts, model.widths, grey, statistics, errors)
+        both = per_image(images, lambda: tower_setting(model, "grey and read"), 1, rows)[0].numpy()
+    grey = np.nan_to_num(both[:, : GREY**2]).reshape(-1, GREY, GREY).astype(np.uint8)
+    return Seen(both[:, GREY**2 :], model.widths, grey, errors)
 
 
 @torch.inference_mode()
 def _rows(
     images: Sequence[ImageLike], positions: Sequence[int], model: FrozenCLIP, errors: dict[int, str]
 ) -> Iterator[Tensor]:
-    """Batches (1, m, 1024 + 5 + E + V) of the grey copies, statistics and features of images at these positions, NaN
-    for those that cannot be read, of which `errors` then say why."""
+    """Batches (1, m, 1024 + E + V) of the grey copies and features of images at these positions, NaN for those that
+    cannot be read, of which `errors` then say why."""
     transform = create_transform(model)
 
     def read(image: ImageLike) -> tuple[Tensor, Tensor] | str:
@@ -82,32 +78,18 @@ def _rows(
             pixels = load_image(image)
         except ZooError as error:
             return error.reason
-        return _measured(pixels), transform(pixels)
+        return torch.tensor(grey_copy(pixels)).flatten().float(), transform(pixels)
 
     for start in range(0, len(positions), BATCH):
         part = positions[start : start + BATCH]
         batch = dict(zip(part, in_threads(read, (images[i] for i in part)), strict=True))
         errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
-        read_here = [place for place, i in enumerate(part) if i not in errors]
-        rows = torch.full((len(part), GREY**2 + STATISTICS + sum(model.widths)), math.nan)
-        if read_here:
-            measured, inputs = map(torch.stack, zip(*(batch[part[place]] for place in read_here), strict=True))
-            features = model.read(inputs.to(model.device)).float().cpu()
-            rows[read_here] = torch.cat([measured, features], 1)
+        readable = [place for place, i in enumerate(part) if i not in errors]
+        rows = torch.full((len(part), GREY**2 + sum(model.widths)), math.nan)
+        if readable:
+            grey, inputs = map(torch.stack, zip(*(batch[part[place]] for place in readable), strict=True))
+            rows[readable] = torch.cat([grey, model.read(inputs.to(model.device)).float().cpu()], 1)
         yield rows[None]
-
-
-def _measured(image: Image.Image) -> Tensor:
-    """The grey copy of an image and its statistics, (1024 + 5,): width and height, the 5th and 99th percentile of
-    the grey levels from 0 to 1, and the 98th of second differences between pixels, as a share of the contrast."""
-    grey = image.convert("L")
-    small = grey.resize((GREY, GREY), reducing_gap=2.0)
-    grey.thumbnail((DETAIL, DETAIL))
-    levels = np.asarray(grey, np.float32) / 255
-    low, high = np.percentile(levels, (5, 99))
-    edges = np.concatenate([np.diff(levels, 2, axis).ravel() for axis in (0, 1)])
-    detail = np.percentile(np.abs(edges), 98) / max(high - low, 0.02) if len(edges) else np.nan
-    return torch.tensor([*np.asarray(small).ravel(), *image.size, low, high, detail], dtype=torch.float32)
 
 
 def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
@@ -115,15 +97,15 @@ def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
     readable = np.flatnonzero(~np.isnan(features[:, 0]))
     small = torch.from_numpy(grey[readable])[:, None].float()
     pairs = sorted({(min(pair), max(pair)) for pair in _candidates(torch.from_numpy(features[readable]), small)})
-    found = []
+    matches = []
     for start in range(0, len(pairs), ROWS):
         first, second = torch.tensor(pairs[start : start + ROWS]).T
         a, b = small[first], small[second]
         a = torch.where((_alike(a, b) >= _alike(a.flip(-1), b))[:, None, None, None], a, a.flip(-1))
         same = torch.maximum(laid_over(a, b), laid_over(b, a)) > SAME
-        found += [pair for pair, hit in zip(pairs[start : start + ROWS], same.tolist(), strict=True) if hit]
-    groups = DisjointSet({i for pair in found for i in pair})
-    for pair in found:
+        matches += [pair for pair, hit in zip(pairs[start : start + ROWS], same.tolist(), strict=True) if hit]
+    groups = DisjointSet({i for pair in matches for i in pair})
+    for pair in matches:
         groups.merge(*pair)
     return sorted(readable[sorted(group)].tolist() for group in groups.subsets())
 
@@ -131,21 +113,21 @@ def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
 def copies(train: Sequence[Item], test: Sequence[Item], known: Copies) -> dict[int, Item]:
     """The test images that show the same picture as a training image, by their positions, and that training image.
     Images whose grey copies are known are read again only if these are alike, and their features are not kept."""
-    items, found = [*train, *test], dict[int, Item]()
+    items, originals = [*train, *test], dict[int, Item]()
     unknown = [item.path for item in items if item.path not in known]
     known = known | dict(zip(unknown, in_threads(lambda path: grey_copy(load_image(path)), unknown), strict=True))
-    grey = np.stack([np.asarray(known[item.path]) for item in items])
+    grey = np.stack([known[item.path] for item in items])
     alike = same_pictures(np.ones((len(items), 1), np.float32), grey)
     left = sorted({i for group in alike for i in group})
     if not left:
-        return found
+        return originals
     model = plain_clip("dcp_mini")  # for which the limits above were chosen
     features = image_source(model, [items[i] for i in left], once=True).features()[0].numpy()
     for group in same_pictures(features, grey[left]):
-        first, *others = (left[i] for i in group)
+        first, *rest = (left[i] for i in group)
         if first < len(train):
-            found |= {i - len(train): train[first] for i in others if i >= len(train)}
-    return found
+            originals |= {i - len(train): train[first] for i in rest if i >= len(train)}
+    return originals
 
 
 def _candidates(features: Tensor, grey: Tensor) -> Iterator[tuple[int, int]]:

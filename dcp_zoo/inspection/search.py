@@ -19,10 +19,9 @@ from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
-from dcp_zoo.data.paths import check_outside
 from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_empty, check_writable, templates, write_file
+from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
 from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.look import look
 from dcp_zoo.tables import write_csv
@@ -145,7 +144,7 @@ def suggest(
     with nullcontext() if head is None else lent(head, device) as known:
         clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
         seen = look(paths, clip, True, progress)
-        usable = seen.statistics[:, 3] >= BLACK  # not of those that cannot be read, either
+        usable = np.percentile(seen.grey, 99, (1, 2)) >= 255 * BLACK  # the grey copy of a broken image is black, too
         usable &= [path not in answers for path in paths]
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
         done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])

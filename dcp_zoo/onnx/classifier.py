@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dcp_zoo.answers import Answering, Outputs, log_softmax
-from dcp_zoo.data.pixels import crop, normalise
+from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.prediction.predictor import Predictor

@@ -15,11 +15,10 @@ import numpy as np
 
 from dcp_zoo.answers import Row, is_changed
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.paths import check_output
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import LOCK, UNFINISHED, Content, locked, write_file
+from dcp_zoo.files import LOCK, UNFINISHED, Content, check_output, locked, write_file
 from dcp_zoo.prediction import outputs as writers
 from dcp_zoo.prediction.job import NAMED, Job, Rows, Summary
 

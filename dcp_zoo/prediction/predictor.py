@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.data.images import ImageLike, load_image
-from dcp_zoo.data.pixels import crop
+from dcp_zoo.data.images import ImageLike, crop, load_image
 from dcp_zoo.data.progress import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError, attempted, check_range
 from dcp_zoo.fields import Values
@@ -64,7 +63,7 @@ class Predictor:
 
     architecture: str  # name of its model
     classnames: list[str]
-    preprocessing: Values  # timm's, see `dcp_zoo.data.pixels`
+    preprocessing: Values  # timm's, see `dcp_zoo.data.images.crop`
     encode: Callable[[np.ndarray], Any]  # pixels, uint8 (n, 3, H, W) -> what `classify` takes, such as features (n, F)
     classify: Callable[[Any], Outputs] = as_they_are
     threshold: float | None = None  # images whose in_distribution_score is below it are of no class; None: not known

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import REFUSED, in_distribution_score
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
@@ -30,6 +30,7 @@ from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_e
 from dcp_zoo.probe.folds import folds
 from dcp_zoo.probe.model import PENALTIES, TextProbe
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
+from dcp_zoo.tables import REFUSED
 
 
 class ReadingFeatures(NamedTuple):

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
-from dcp_zoo.answers import REFUSED
+from dcp_zoo.tables import REFUSED
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty

@@ -12,8 +12,8 @@ from PIL import Image
 
 from dcp_zoo.answers import log_softmax
 from dcp_zoo.backbone.classes import read_of
-from dcp_zoo.data.packaged import classnames, split_sha256
-from dcp_zoo.data.specs import DATASETS, is_own
+from dcp_zoo.data.packaged import DATASETS, classnames, is_own
+from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, unfinished, write_file

@@ -23,8 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
-from dcp_zoo.data.paths import is_heif, picture_formats
+from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image, is_heif, picture_formats
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dcp_zoo._version import __version__
 from dcp_zoo.backbone.clip import Encoder
-from dcp_zoo.data.archives import archive_of
 from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import warn
 from dcp_zoo.files import cache_folder
@@ -168,17 +167,16 @@ def per_image(
 
 
 def image_key(image: str | Path | Image.Image) -> str:
-    """A file by its path, or in an archive by that one's, with time and size, or an image in memory by its pixels; ""
+    """A file by its path, time and size, or an image in memory by its pixels; ""
     for what could change unnoticed."""
     if isinstance(image, Image.Image):
         return pixels_sha256(image)
     path = Path(image).absolute()
-    archive, inside = archive_of(path) or (path, "")  # the archive is unpacked anew by each process
     try:
-        found = archive.stat()
+        found = path.stat()
     except OSError:
         return ""
-    return f"{archive} {found.st_mtime_ns} {found.st_size} {inside}"
+    return f"{path} {found.st_mtime_ns} {found.st_size}"
 
 
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from typing import Any, TypeVar
 
-from dcp_zoo.data.specs import find_spec
+from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.errors import check_range
 from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
 from dcp_zoo.heads.config import PHRASE, DCPConfig

@@ -23,7 +23,7 @@ from dcp_zoo.backbone.fingerprint import construction
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.seen import image_hashes
-from dcp_zoo.data.splits import all_for_training, subset_sha256, warn_of_numbers, warn_of_tiny_classes
+from dcp_zoo.data.splits import all_for_training, subset_sha256, warn_of_numbers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
@@ -174,10 +174,8 @@ def plan(
     fitting = fitting.updated(changes or {}, where="--set")
     if fitting.classifier != "none" and METHODS[method].abilities.fitted:
         raise ZooError(PROBE_REFUSED.format(method))
-    if is_own(split.name):
-        warn_of_tiny_classes(split)
-        if not options.get("descriptions"):
-            warn_of_numbers(split.classnames)
+    if is_own(split.name) and not options.get("descriptions"):
+        warn_of_numbers(split.classnames)
     encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())
     if encoders and fitting.classifier == "none":
         raise ZooError("An image encoder is read by the text probe: choose --classifier text-probe, or omit --encoder.")

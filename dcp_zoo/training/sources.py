@@ -33,7 +33,7 @@ Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if ther
 CPU = torch.device("cpu")
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 AT_ONCE = 64  # images that are decoded in advance
-Copies = dict[str, Image.Image]  # small ones, see `grey_copy`, by the path of the image
+Copies = dict[str, np.ndarray]  # grey ones, see `grey_copy`, by the path of the image
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
 
 

@@ -21,7 +21,7 @@ from dcp_zoo.backbone.classes import TEMPLATE, Descriptions
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.data import classnames as dataset_classnames
-from dcp_zoo.data.pixels import crop, normalise
+from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, import_extra, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.checkpoint import load_head, tensor_shapes, without_probe

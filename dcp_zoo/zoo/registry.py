@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from dcp_zoo.backbone import MINI_CFG
-from dcp_zoo.data.specs import DATASETS, list_datasets
+from dcp_zoo.data.packaged import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import WEIGHTS_NAME, DCPConfig
@@ -97,6 +97,8 @@ ROWS = {name: row for name, row in TABLE.items() if not name.startswith(".")}
 for row in ROWS.values():
     row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
 MODELS = {name: ModelSpec(name, **row) for name, row in ROWS.items()}
+DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
+MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that a full-size model would not."
 
 
 def frontier(figure: str, licenses: Sequence[str] = ()) -> list[ModelSpec]:

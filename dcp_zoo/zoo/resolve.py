@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.data.specs import find_spec
+from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of

@@ -1,4 +1,5 @@
-"""The demo's page, in plain Gradio, and its door: what Gradio itself would let in."""
+"""The demo, a web page that trains and classifies: `dcp-zoo demo`, or the Space in `hub/space/`. The page, in plain
+Gradio, and its door: what Gradio itself would let in."""
 
 import json
 import shutil
@@ -23,15 +24,15 @@ from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.backbone.classes import repeated_names
 from dcp_zoo.data import Item, load_image, load_split
+from dcp_zoo.data.find import IMAGE_SUFFIXES
 from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.data.splits import divide
-from dcp_zoo.demo import MINIATURE_NOTE
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.heads.head import Head
-from dcp_zoo.serve.limits import LOCAL_HOSTS
+from dcp_zoo.serve.limits import LOCAL_HOSTS, listen
 from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph
 MAX_PHOTOS, MAX_CLASSES, MAX_SHOTS = 24, 6, 30  # photographs to classify; classes, and photographs of each
@@ -67,6 +68,16 @@ class Trained(NamedTuple):
 
     head: Head
     files: TemporaryDirectory
+
+
+def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serve the demo until it is interrupted. Port 0 picks a free one; host "0.0.0.0" is open to other machines.
+    ZooError for an unknown head or a port that is taken."""
+    with listen(host, port) as listening:  # Gradio takes no socket, and looks for another port than 0 by itself
+        port = listening.getsockname()[1]
+    page = start(head, host, port)
+    print(f"The demo is at http://{host}:{port} - stop it with Ctrl-C.", flush=True)
+    page.block_thread()
 
 
 def start(head: str, host: str, port: int) -> gr.Blocks:
@@ -156,7 +167,8 @@ def build_page(model: Head) -> gr.Blocks:
             told = gr.Markdown()
             download = gr.DownloadButton("Download the head", visible=False)
         with gr.Tab("Classify"):
-            gr.Markdown(f"Your own head, or else the page's, which knows {model.num_classes} classes: {listed(model)}.")
+            names = shorten([name.replace("_", " ") for name in model.classnames])
+            gr.Markdown(f"Your own head, or else the page's, which knows {model.num_classes} classes: {names}.")
             photos = gallery(f"Photographs, up to {MAX_PHOTOS}", sample_images(), columns=3)
             reject = gr.Checkbox(label='Answer "none of these" for photographs of other things')
             again = gr.Button("Classify", variant="primary")
@@ -196,11 +208,6 @@ def class_fields() -> list[gr.components.Component]:
                     fields.append(gr.Textbox(label=f"Class {number}", max_length=100, placeholder="its name"))
                     fields.append(gallery(f"Photographs of class {number}, up to {MAX_SHOTS}", height=200, columns=4))
     return fields
-
-
-def listed(model: Head, n: int = 12) -> str:
-    names = [name.replace("_", " ") for name in model.classnames]
-    return ", ".join(names[:n]) + ("" if len(names) <= n else " and others")
 
 
 def explained(handler: Callable) -> Callable:

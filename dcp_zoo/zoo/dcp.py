@@ -1,4 +1,5 @@
-"""The zoo's models in timm's registry, so that `timm.create_model("dcp_vitb16")` works.
+"""The zoo's models in timm's registry, so that `timm.create_model("dcp_vitb16")` works. timm takes the name of
+this module for that of the family: `timm.list_models(module="dcp")`.
 
 `register` runs once timm is imported, see `dcp_zoo/__init__.py`. This module must not import anything at the top that
 imports timm, as open_clip does: that would be a circular import.

@@ -1,0 +1,139 @@
+"""Scripts: the speed benchmark, whose variants agree and whose grid has what the page states; and the backend for Label
+Studio, with a stand-in for it (hub/label_studio/check.py tries the real one)."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import speed
+import speed_report
+import speed_variants as variants
+import torch
+from starlette.testclient import TestClient
+
+from dcp_zoo import DCP
+from dcp_zoo.data.packaged import sample_images
+
+# ----------------------------------------------------------------------------------------------------- speed benchmark
+
+
+@pytest.mark.scripts
+@pytest.mark.filterwarnings("ignore")
+def test_variants_agree(tiny_clip, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+
+    def build(case: variants.Case) -> DCP:
+        torch.manual_seed(0)
+        model = DCP(tiny_clip, ["ant", "wild_cat", "crocodile head"], n_ctx=3)
+        model.pretrained_cfg = {"input_size": (3, 32, 32)}
+        return model.eval()
+
+    monkeypatch.setattr(variants, "build_model", build)
+    monkeypatch.setattr(variants, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1))
+    case = variants.Case("inference", "tiny", 3, (2,), variants.INFERENCE)
+    variants.prepare(case, tmp_path)
+    images = variants.make_images(case, 2)
+    with torch.inference_mode():
+        out = {v: variants.inference(case, v, tmp_path)(images).numpy() for v in variants.INFERENCE}
+    assert out.pop("encode_image").shape == (2, 64)
+    for variant, logits in out.items():
+        assert speed.difference_of(logits, out["plain"]) < speed.TOLERANCE, variant
+    steps = {v: variants.training(case, v, tmp_path) for v in variants.TRAINING if v != "ours-bfloat16"}
+    expected = steps["plain"](images)
+    for step in steps.values():
+        for _ in range(2):
+            assert speed.difference_of(step(images), expected) < 1e-4
+
+
+@pytest.mark.scripts
+def test_processes_run_every_batch_size():
+    case = variants.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
+    rows = list(speed.compare(case, threads=1, repeats=1))
+    assert [(r["batch"], r["repeats"], r["note"]) for r in rows] == [(1, 1, ""), (2, 1, "")]
+    assert all(float(r["seconds"]) > 0 and float(r["peak_mb"]) > float(r["loaded_mb"]) > 50 for r in rows)
+
+
+def test_the_grid_covers_every_statement():
+    rows = [
+        {"task": case.task, "model": case.model, "classes": case.classes, "batch": batch, "variant": variant}
+        for case in speed.grid()
+        for batch in case.batches
+        for variant in case.variants
+    ]
+    figures = speed_report.Figures(pd.DataFrame(rows).assign(seconds=range(1, len(rows) + 1), peak_mb=100.0))
+    for statement in speed_report.STATEMENTS:
+        assert statement.value(figures) == statement.value(figures), statement.text
+
+
+# -------------------------------------------------------------------------------------------------------- Label Studio
+
+backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hub/label_studio/backend.py")))
+CONFIG = (
+    '<View><Image name="photo" value="$picture"/><Choices name="class" toName="photo">'
+    '<Choice value="cat" alias="Minka"/><Choice value="bird of prey"/><Choice value="lake"/></Choices></View>'
+)
+
+
+class FakeStudio:
+    """Annotations by the address of an image, which is its path; those that are no files cannot be read."""
+
+    answers: dict[str, str] = {}
+    asked = 0
+
+    def annotations(self, project: str, question: object) -> dict[str, str]:
+        self.asked += 1
+        return dict(self.answers)
+
+    def images(self, addresses: list) -> dict[str, str]:
+        return {address: address for address in addresses if address and Path(address).is_file()}
+
+
+def test_it_learns_from_annotations():
+    studio, project = FakeStudio(), "7.1700000000"
+    client = TestClient(backend.app_of(backend.Backend(studio, "dcp_mini"), ["localhost"]), "http://localhost")
+
+    def setup(config: str = CONFIG) -> str:
+        response = client.post("/setup", json={"project": project, "schema": config})
+        return response.json().get("model_version") or response.json()["detail"]
+
+    def predict(*images: str | None) -> list[tuple]:
+        """The version, answer and score of each image; () without a prediction."""
+        tasks = [{"id": i, "data": {"picture": image}} for i, image in enumerate(images)]
+        response = client.post("/predict", json={"project": project, "label_config": CONFIG, "tasks": tasks})
+        rows = [row and (row["model_version"], row["result"][0], row["score"]) for row in response.json()["results"]]
+        return [row and (row[0], row[1]["value"]["choices"][0], row[2]) for row in rows]
+
+    cat, _, _, osprey, lake, flowers = sample_images()
+    version = setup()
+    (before, answer, score), (_, bird, _), *unreadable = predict(cat, osprey, "/missing.jpg", None)
+    assert (before, answer, bird) == (version, "Minka", "bird of prey")
+    assert not any(unreadable)
+    assert version.startswith("annotations: 0, ")
+    assert 1 / 3 < score <= 1
+
+    studio.answers = {cat: "bird of prey", osprey: "Minka", flowers: "Minka", "/missing.jpg": "lake"}
+    assert setup() == version, "nobody said that annotations have changed"
+    client.post("/webhook", json={"action": "ANNOTATION_CREATED", "project": {"id": 7}})
+    assert (after := setup()).startswith("annotations: 4, ")
+    assert [row[:2] for row in predict(cat, osprey, lake)] == [
+        (after, "bird of prey"),
+        (after, "Minka"),
+        (after, "lake"),  # without an image that can be read, by its name
+    ]
+    assert studio.asked == 2
+    assert setup("<View>").startswith("The labeling configuration")
+
+
+@pytest.mark.scripts
+def test_the_latest_annotation_counts():
+    def annotation(answer: str, day: int, cancelled: bool = False) -> dict:
+        part = {"from_name": "class", "value": {"choices": [answer]}}
+        return {"updated_at": f"2026-01-0{day}", "was_cancelled": cancelled, "result": [{"type": "relation"}, part]}
+
+    question = backend.Question.of(CONFIG)
+    assert (question.field, question.names["Minka"]) == ("picture", "cat")
+    given = [annotation("Minka", 3), annotation("lake", 2), annotation("lake", 4, cancelled=True)]
+    assert question.answer({"annotations": given}) == "Minka"
+    assert question.answer({"annotations": [annotation("removed class", 1)]}) is None
