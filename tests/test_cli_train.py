@@ -161,7 +161,8 @@ def test_folders_that_are_no_classes_are_asked_about(run, flowers, monkeypatch):
     run.ok(*args)
 
 
-def test_each_image_is_read_once(run, flowers, monkeypatch):
+@pytest.mark.parametrize("method", ["text-probe", "dcp"])
+def test_each_image_is_read_once(run, flowers, method, monkeypatch):
     """For the fit, its hash, the test, copies in the test, and the refit."""
     monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     opened, watching = Counter[str](), True
@@ -171,8 +172,9 @@ def test_each_image_is_read_once(run, flowers, monkeypatch):
             opened[str(args[0])] += 1
 
     sys.addaudithook(watch)  # for the rest of the process
-    code, _, err = run("train", "MY_PHOTOS")
+    options = ("--set", "epochs=1") if method == "dcp" else ()
+    code, _, err = run("train", "MY_PHOTOS", "--method", method, *options)
     watching = False
-    assert (code, err.count("Text probe on dcp_mini")) == (0, 2), err
+    assert (code, err.count(" on dcp_mini: ")) == (0, 2), err
     assert len(opened) == 12
     assert set(opened.values()) == {1}

@@ -284,9 +284,10 @@ def _fit_and_measure(
     metrics: dict[str, float] = {}
     evaluation, found = None, dict(measured or {})
     if measured is None and options.test and run.split.test:
-        test = run.source(clip, options.progress, run.split.test, "none", head.stats_modes == ("stored",))
-        if refit and task.train and METHODS[run.method].features:
-            test.read(task.train.num_views, options.progress)
+        views = "flip" if refit and task.train and task.train.num_views > 1 else "none"
+        test = run.source(clip, options.progress, run.split.test, views, head.stats_modes == ("stored",))
+        if METHODS[run.method].features:
+            test.read(progress=options.progress)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         found = {"metrics": metrics, "test_images": len(evaluation.items)}
         if evaluation.balanced is not None:

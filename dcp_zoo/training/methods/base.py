@@ -96,8 +96,8 @@ class Task:
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
-        train = self.train
-        return image_source(train.clip, train.items, "none", train.workers, self.progress, precision=train.precision)
+        source, shared = self.train, (self.train.once, self.train.precision, self.train.copies)
+        return image_source(source.clip, source.items, "none", source.workers, self.progress, *shared)
 
     def features(self, source: ImageSource) -> Tensor:
         """Normalised features (n, E) of a source by the plain image tower, in float32 on its device."""
