@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item
-from dcp_zoo.data.images import GREY, ImageLike, grey_copy, in_threads, load_image
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import GREY, ImageLike, Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.training.sources import Copies, image_source

@@ -19,8 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.data import Item
-from dcp_zoo.data.images import grey_copy, in_threads, load_image
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head
