@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,22 @@ def test_file_names_that_are_not_text(run, flowers, monkeypatch):
     (flowers / "rose").rename(os.fsdecode(os.fsencode(flowers) + b"/ros\xe4"))
     with pytest.raises(ZooError, match=r"CLIP cannot read 'a photo of a ros\\udce4.', which is not in UTF-8: rename"):
         dcp_zoo.inspect(flowers)
+
+
+@pytest.mark.parametrize("method", ["text-probe", "dcp"])
+def test_each_image_is_read_once(run, flowers, method, monkeypatch):
+    """For the fit, its hash, the test, copies in the test, and the refit."""
+    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
+    opened, watching = Counter[str](), True
+
+    def watch(event, args):
+        if watching and event == "open" and str(args[0]).endswith(".jpg"):
+            opened[str(args[0])] += 1
+
+    sys.addaudithook(watch)  # for the rest of the process
+    options = ("--set", "epochs=1") if method == "dcp" else ()
+    code, _, err = run("train", "MY_PHOTOS", "--method", method, *options)
+    watching = False
+    assert (code, err.count(" on dcp_mini: ")) == (0, 2), err
+    assert len(opened) == 12
+    assert set(opened.values()) == {1}

@@ -18,7 +18,7 @@ from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
-from dcp_zoo.training.planning import plan
+from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import trained_head

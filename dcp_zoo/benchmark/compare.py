@@ -22,9 +22,8 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import features_folder, kept_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, negative_log_likelihood, predict
 from dcp_zoo.training.methods.table import METHODS
-from dcp_zoo.training.planning import Run, plan
 from dcp_zoo.training.recipes import AUTO
-from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.build import check_encoders, plain_clip
 

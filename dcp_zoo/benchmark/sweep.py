@@ -20,14 +20,12 @@ import torch
 from dcp_zoo.benchmark import plan, store
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
-from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.heads.config import is_finished
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training import planning
 from dcp_zoo.training.device import decoders, pick_device, pick_precision, total_memory
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
@@ -39,10 +37,10 @@ from dcp_zoo.training.evaluation import (
     top1,
 )
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.planning import Run
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.run import RunOptions, train_head
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.training.run import Run, RunOptions, train_head
+from dcp_zoo.training.run import plan as plan_run
+from dcp_zoo.training.sources import CACHE_BYTES, ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 
@@ -125,7 +123,7 @@ def run_trial(
     images = images or shared_images(trial.model, *shared)
     images.progress = progress
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
-    run = planning.plan(
+    run = plan_run(
         split,
         trial.model,
         trial.method,

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from io import BytesIO
@@ -35,6 +35,8 @@ FORMS = (
     "an image is a path, PIL's, an open file, its bytes, datasets' dict of bytes and path, or an array or tensor "
     "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
 )
+GREY = 32  # pixels of both sides of a grey copy
+HASHES = 2**16  # of files that are kept, as folds and further fits are on the same files
 SIDE = 160  # pixels of a thumbnail's longer side
 # (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
 Progress = Callable[..., Iterable[Any]]
@@ -76,8 +78,9 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     opened = to_image(image, max_pixels)
     if isinstance(opened, str):
-        with _opened_image(opened, max_pixels) as file:
-            return _rgb(file)
+        with _explained(opened):
+            data = _read(opened, _version(opened))
+        return decode_image(data, opened, max_pixels)
     with _explained(_name(opened)):
         return _rgb(opened.copy() if opened is image else opened)
 
@@ -132,17 +135,35 @@ def pixels_sha256(image: Image.Image) -> str:
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 
 
+_hashes: dict[tuple[str, int, int], str] = {}  # of files, until they change: each is read and hashed in one pass
+
+
 def file_sha256(path: str) -> str:
-    """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
+    """A hash of the bytes of an image, which are not read again after `load_image`; ZooError, naming it, if they cannot
+    be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        status = os.stat(path)  # noqa: PTH116
-        return _bytes_sha256(path, status.st_mtime_ns, status.st_size)
+        version = _version(path)
+        return _hashes.get(version) or sha256(_read(path, version)).hexdigest()
 
 
-@lru_cache(2**16)  # as folds and further fits are on the same files
-def _bytes_sha256(path: str, *version: int) -> str:
+def _version(path: str) -> tuple[str, int, int]:
+    status = os.stat(path)  # noqa: PTH116
+    return path, status.st_mtime_ns, status.st_size
+
+
+def _read(path: str, version: tuple[str, int, int]) -> bytes:
+    """The bytes of a file, whose hash is kept."""
     with _stream(path) as file:
-        return sha256(file.read()).hexdigest()
+        data = file.read()
+    if len(_hashes) >= HASHES:
+        _hashes.clear()
+    _hashes[version] = sha256(data).hexdigest()
+    return data
+
+
+def grey_copy(image: Image.Image) -> np.ndarray:
+    """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture."""
+    return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -237,6 +258,12 @@ def check_complete(path: ImageLike) -> None:
         end = ENDS.get(image.format or "")
         if end is None or not last.endswith(end):
             image.load()
+
+
+def check_in_memory(image: ImageLike) -> None:
+    """`check_complete` but for a path, whose file is read when it is needed."""
+    if not isinstance(image, str):
+        check_complete(image)
 
 
 @contextmanager
