@@ -13,7 +13,7 @@ from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar, rejection_note
-from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -153,7 +153,7 @@ def depends_on(options: PredictOptions) -> Values:
     return own | {"precision": precision}
 
 
-def write_files(found: Sequence[Found], options: PredictOptions) -> "Summary":
+def write_files(found: Sequence[str], options: PredictOptions) -> "Summary":
     from dcp_zoo.prediction.job import Job, OutputFiles, run
 
     outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
@@ -162,7 +162,7 @@ def write_files(found: Sequence[Found], options: PredictOptions) -> "Summary":
     return run(found, partial(load, options, len(found)), job, outputs, plan, progress=progress_bar)
 
 
-def show_on_screen(found: Sequence[Found], options: PredictOptions) -> "Summary":
+def show_on_screen(found: Sequence[str], options: PredictOptions) -> "Summary":
     """Print the predictions of all images."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")

@@ -73,7 +73,7 @@ def search(
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
     if output is not None:
         _check_new(Path(output), Path(folder))
-    paths = [image.path for image in find_images([str(folder)])]
+    paths = find_images([str(folder)])
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
@@ -137,7 +137,7 @@ def suggest(
     """
     if output is not None:
         _check_new(Path(output), Path(images))
-    paths = [image.path for image in find_images([str(images)])]
+    paths = find_images([str(images)])
     answers = read_answers(labels, paths, [str(images)])
     paths = paths[:: -(-len(paths) // MOST)]
     with nullcontext() if head is None else lent(head, device) as known:
@@ -146,7 +146,7 @@ def suggest(
         usable = np.percentile(seen.grey, 99, (1, 2)) >= 255 * BLACK  # the grey copy of a broken image is black, too
         usable &= [path not in answers for path in paths]
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
-        done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
+        done = [*answers] + ([] if labelled is None else find_images([str(labelled)]))
         of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
         features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
         files = [paths[i] for i in spread(features, of_labelled, count)]
