@@ -139,18 +139,17 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
 
 
 def answers_in_half_precision(whole: Head, paths: list[str], expected: np.ndarray, dtype, close: float) -> None:
-    """By its equations, fused, and through the door of Python, within `close` of the probabilities in float32. For an
-    image, CPUs take seconds."""
-    head, wanted = copied(whole).to(dtype), pytest.approx(expected, abs=close)
+    """Fused, and through the door of Python, within `close` of the probabilities in float32. For an image, CPUs take
+    seconds."""
+    head = copied(whole).to(dtype)
     images = torch.stack([dcp_zoo.create_transform(head.fuse())(load_image(path)) for path in paths]).to(dtype)
-    assert plainly(head, paths) == wanted
     with torch.no_grad():
-        assert head.fuse()(images).float().softmax(-1).numpy() == wanted
+        assert head.fuse()(images).float().softmax(-1).numpy() == pytest.approx(expected, abs=close)
     found = dcp_zoo.predict(head, paths, top_k=len(head.classnames), precision="float32")
     assert in_order(found, head.classnames) == pytest.approx(-np.sort(-expected), abs=close)
 
 
-@pytest.mark.parametrize("kind", ["tip-adapter", "maple", "dcp"])  # of no texts, of texts, and of statistics
+@pytest.mark.parametrize("kind", ["tip-adapter", "dcp"])  # which reads no texts, and which has all parts
 def test_a_state_dict_loads_as_a_whole_or_not_at_all(kind, pictures, heads):
     """Also into a head without a text probe, and for classes that the text probe was not fitted on."""
     whole, (paths, _) = heads(kind), pictures

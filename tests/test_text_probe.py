@@ -482,7 +482,7 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
 def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     """Its logits are the mean of two probes, on its own and on CLIP's embedding, each beside what the frozen tower has
     before it; evidence, scale and distances are those of the frozen tower, as the prompts have seen the training
-    images. Fused and from a file they are the same."""
+    images. Fused they are the same."""
     train, x, width = source(plain, 24, 0), images(5, 1), plain.encoder.num_features
     own, frozen = plain.readings
     assert (own.widths, frozen.widths) == ((width,), plain.encoder.widths)
