@@ -24,7 +24,7 @@ from dcp_zoo.training.methods import METHODS, fit_head
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2}
+SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2, "classifier": "none"}
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:Training has not converged")
