@@ -219,6 +219,7 @@ def digits_run():
     )
 
 
+@pytest.mark.usefixtures("quick_probe")
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path, monkeypatch):
     """Also one that is stopped while it is tested, which does not train again."""
     reference, killed, messages = tmp_path / "reference", tmp_path / "killed", []
