@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from dcp_zoo.data.images import load_image
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 
@@ -150,8 +151,6 @@ def sample_images() -> list[str]:
 
 def everyday_pictures() -> list[Image.Image]:
     """Thirty pictures that few classifiers are about: the photographs of `sample_images` and their quarters."""
-    from dcp_zoo.data.images import load_image  # imports NumPy, which commands without a model do without
-
     pictures = []
     for photo in map(load_image, sample_images()):
         (width, height), x, y = photo.size, photo.width // 2, photo.height // 2
