@@ -29,9 +29,9 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.files import IMAGE_SUFFIXES
+from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.serve.limits import LOCAL_HOSTS, listen
-from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.serve import LOCAL_HOSTS, listen
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph
@@ -93,17 +93,11 @@ def start(head: str, host: str, port: int) -> gr.Blocks:
         prevent_thread_lock=True,
         run_history=False,
         footer_links=[],
-        enable_monitoring=False,
         ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
         max_file_size=MAX_FILE,
         state_session_capacity=200,
         theme=THEME,
         app_kwargs={
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
             "middleware": [
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
                 Middleware(BaseHTTPMiddleware, dispatch=guard),

@@ -18,7 +18,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import app, console, main, show
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.options import class_list, parse_changes
-from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, get_spec
 

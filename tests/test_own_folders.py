@@ -34,7 +34,8 @@ def test_what_is_not_read_is_said(flowers, run, tmp_path, my_head):
     for part in ("Train", "Test"):
         for name in ("tulip", "lily"):
             photo(tmp_path / "CAPITALS" / part / name / "0.jpg")
-    assert "these do not look like one: Test, Train" in run("train", tmp_path / "CAPITALS", "--output", "x")[2]
+    said = run("train", tmp_path / "CAPITALS", "--output", "x")[2]
+    assert "has no classes, but parts: rename Test, Train to train, test and val" in said
 
 
 def test_what_computers_add_to_folders_is_skipped(flowers):

@@ -75,7 +75,7 @@ def test_a_killed_worker_loses_and_repeats_no_result(cluster, settings, monkeypa
     assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
     assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
     assert Counter(event.state for event in events) == {"done": 3, "waiting": 2, "failed": 1}
-    lost = next(event for event in events if event.state == "waiting" and event.item == TRIALS[3])
+    lost = next(event for event in events if event.state == "waiting" and event.trial == TRIALS[3])
     assert re.fullmatch(r"Ray lost it \(\w+\); attempt 2 of 2 follows", lost.message)
     ((key, message),) = store.failures(settings.output).items()
     assert key == TRIALS[0].key

@@ -35,6 +35,7 @@ from dcp_zoo.training.evaluation import (
     expected_calibration_error,
     negative_log_likelihood,
     predict_modes,
+    read,
     top1,
 )
 from dcp_zoo.training.methods import METHODS
@@ -54,7 +55,7 @@ IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 class Event:
     """What has become of a trial."""
 
-    item: Trial
+    trial: Trial
     state: str  # "done", "failed", "busy" in another process, or "waiting" for another attempt on a cluster
     message: str = ""  # accuracies, or why
     seconds: float = 0.0  # that it took
@@ -183,7 +184,7 @@ def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished
         if split.classnames != head.classnames:
             head.set_classnames(split.classnames, find_spec(target).template)
         source = images.read(split.test)
-        modes = predict_modes(head, source, batch_size, images.progress)
+        modes = predict_modes(head, partial(read, head, source, batch_size, images.progress))
         if [*modes] == ["stored"] or not head.has_own_features:
             modes = {"": modes["stored"]}  # without its text probe it is another method
         for mode, logits in modes.items():
@@ -236,7 +237,7 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
         for event in run(trials, settings):
             yield event
             if event.state == "busy":
-                busy.append(event.item)
+                busy.append(event.trial)
         if len(busy) == len(trials):
             time.sleep(BUSY_SECONDS)
         trials = busy
@@ -387,4 +388,4 @@ def sweep(
     shared_images.cache_clear()
     todo = [trial for trial in trials if not store.finished(trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
-    return {event.item: event.message for event in events if event.state == "failed"}
+    return {event.trial: event.message for event in events if event.state == "failed"}

@@ -129,10 +129,10 @@ def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
         if event.state in ("done", "failed"):
             finished += 1
             color = "green" if event.state == "done" else "red"
-            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
+            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
             log(f"  {event.message}")
         else:
-            log(f"{event.item.key}: {event.message or 'running in another sweep; waiting for its result'}")
+            log(f"{event.trial.key}: {event.message or 'running in another sweep; waiting for its result'}")
         yield event
 
 
@@ -141,10 +141,8 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
     if store.done(output_dir):
         for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
-                shown = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
-                for row in table.rows:
-                    shown.add_row(*row)
-                output.print(shown)
+                output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
+                output.print(table.note, "", sep="\n", style="dim")
         path = store.write_results_csv(output_dir)
         output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():

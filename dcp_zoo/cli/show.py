@@ -19,10 +19,18 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, is_checkpoint, made, read_config, rejection_note
+from dcp_zoo.heads.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Accuracy,
+    alone_and_probed,
+    is_checkpoint,
+    made,
+    read_config,
+    rejection_note,
+)
 from dcp_zoo.tables import quoted
 from dcp_zoo.threads import available_cores
-from dcp_zoo.training.accuracy import Accuracy, alone_and_probed
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import (
@@ -117,8 +125,8 @@ def show_recommended() -> None:
     text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
     output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
     output.print(f"Class names are English; in many languages: {', '.join(others)}.", "", style="dim", sep="\n")
-    rows = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
-    output.print(plain_table(("encoder", "parameters", "features", "licence"), rows))
+    encoders = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
+    output.print(plain_table(("encoder", "parameters", "features", "licence"), encoders))
     text = "Any other pretrained image model of timm works, too: timm.list_models(pretrained=True)."
     output.print(f"Encoders are read beside CLIP: dcp-zoo train --encoder. {text}", style="dim")
 
