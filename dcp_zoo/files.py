@@ -15,6 +15,7 @@ from uuid import uuid4
 from dcp_zoo.errors import ZooError, writing_to
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
@@ -59,13 +60,14 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """ZooError for an output file that cannot be written, or that exists, unless `overwrite`."""
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        if not overwrite:
-            raise ZooError(f"{file} exists already: {advice}, or pass --overwrite.")
+        is_image = os.path.realpath(file).lower().endswith(IMAGE_SUFFIXES)
+        if is_image or not overwrite:
+            raise ZooError(f"{file} exists already: {advice}{'' if is_image else ', or pass --overwrite'}.")
     check_writable(file.parent, advice)
 
 

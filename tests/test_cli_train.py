@@ -138,7 +138,7 @@ def test_ctrl_c_stops_at_once_and_says_what_is_kept(run, flowers, monkeypatch, i
 def test_file_names_that_are_not_text(run, flowers, monkeypatch):
     """They are of another system's encoding, and stay as they are; class names in it cannot be read by CLIP."""
     (flowers / "rose" / "0.jpg").rename(os.fsdecode(os.fsencode(flowers / "rose") + b"/\xe4.jpg"))
-    run.ok("train", flowers, "--test", 0)
+    run.ok("train", flowers, "--method", "zero-shot", "--test", 0)
     monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     _, table = dcp_zoo.inspect(flowers).write("found")
     assert {os.fsdecode(b"rose/\xe4.jpg"), "rose/1.jpg"} < {row[0] for row in read_csv(table)}

@@ -7,8 +7,8 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
+from dcp_zoo.files import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 KNOWN = ", ".join(IMAGE_SUFFIXES)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
