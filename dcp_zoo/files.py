@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from mimetypes import guess_type
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -60,14 +61,14 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image."""
+    """ZooError for an output file that cannot be written, or exists, unless `overwrite` and no picture or video."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        is_image = os.path.realpath(file).lower().endswith(IMAGE_SUFFIXES)
-        if is_image or not overwrite:
-            raise ZooError(f"{file} exists already: {advice}{'' if is_image else ', or pass --overwrite'}.")
+        kind = guess_type(os.path.realpath(file))[0] or ""
+        if not overwrite or kind.startswith(("image/", "video/")):
+            raise ZooError(f"{file} exists already: {advice}{', or pass --overwrite' * (not overwrite)}.")
     check_writable(file.parent, advice)
 
 

@@ -263,7 +263,7 @@ def _of(model: "Head", name: str) -> str | int:
     return int(name) if name.isdecimal() and name not in model.classnames else name
 
 
-def _add(model: "Head", name: str, found: Sequence[str], head: str, output_dir: Path) -> str:
+def _add(model: "Head", name: str, images: Sequence[str], head: str, output_dir: Path) -> str:
     from dcp_zoo.api.functions import pixels_of
 
     exists = name in model.classnames
@@ -271,8 +271,8 @@ def _add(model: "Head", name: str, found: Sequence[str], head: str, output_dir: 
     if exists and not known:
         instead = f"train one on images of all classes: dcp-zoo train PHOTOS --output {output_dir}"
         raise ZooError(f"{head} does not store how many images of {name} it has seen, to add some. Instead, {instead}")
-    items = [Item(path, path, 0) for path in found]
+    items = [Item(image, image, 0) for image in images]
     check_images(items, advice=LEAVE_OUT, read=load_image)
     model.add_class(name, pixels_of(model, items), known or 0)
     note_images(model.info, items)
-    return f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
+    return f"{len(items)} images added to the {known} of {name}" if exists else f"{name} added, by {len(items)} images"

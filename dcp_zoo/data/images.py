@@ -26,7 +26,7 @@ from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
-    import numpy as np  # functions import it: commands without a model do without it
+    import numpy as np  # slow to import
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
