@@ -86,14 +86,14 @@ def export_file(name: str, precision: str, folder: Path) -> None:
 def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:
     import torch
 
-    from dcp_zoo.onnx.classifier import onnx_predictor
-    from dcp_zoo.prediction.heads import torch_predictor
+    from dcp_zoo.onnx.classifier import OnnxClassifier
+    from dcp_zoo.prediction.heads import HeadPredictor
 
     torch.set_num_threads(1)
     if runtime == "onnx":
-        predictor = onnx_predictor(Path(folder) / f"{precision}.onnx", 1)
+        predictor = OnnxClassifier(Path(folder) / f"{precision}.onnx", 1)
     else:
-        predictor = torch_predictor(random_model(name), precision=precision)
+        predictor = HeadPredictor(random_model(name), precision=precision)
     images, seconds = pixels(name), []
     while len(seconds) < 3 or (len(seconds) <= REPEATS and sum(seconds) < ENOUGH):  # the first warms up
         started = time.process_time()

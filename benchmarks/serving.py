@@ -24,9 +24,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from dcp_zoo.cli.deploy import onnx_file
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.onnx.cache import onnx_file
 from dcp_zoo.onnx.classifier import OnnxClassifier
 from dcp_zoo.threads import available_cores
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from typer import Argument, Typer
 
 from dcp_zoo.api.functions import as_model
@@ -14,11 +15,11 @@ from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.cli.heads import test_images, trained_on
-from dcp_zoo.data import list_datasets, load_labelled, packaged
-from dcp_zoo.data.splits import listed_split
+from dcp_zoo.data import list_datasets, load_labelled
+from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, problems
-from dcp_zoo.files import read_yaml
+from dcp_zoo.files import read_plain
 from dcp_zoo.heads.config import PERCENT, is_checkpoint
 from dcp_zoo.release import holds
 from dcp_zoo.training.device import decoders
@@ -58,8 +59,8 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto")
     fields that are missing, unknown or wrong, and for an accuracy that is not what is reported."""
     path = folder / SUBMISSION
     names = [part.name for part in fields(Submission)]
-    with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}."):
-        found = read_yaml(path)
+    with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}.", Exception):
+        found = yaml.safe_load(read_plain(path, 100_000))
     if isinstance(found, dict):  # empty ones are missing
         found = dict.fromkeys(names) | {name: value for name, value in found.items() if value not in ("", [])}
     check(path, problems(found, Submission))
@@ -90,12 +91,6 @@ def check_same(submission: Submission, info: Values, folder: Path) -> None:
         if info.get(name) not in values:
             listed = ", ".join(map(str, values))
             raise ZooError(f"{SUBMISSION} says {name}: {listed}, but the head in {folder} has {info.get(name)}.")
-
-
-def split_sha256(dataset: str) -> str | None:
-    """The hash of CoOp's split; None if the package does not have it."""
-    rows = packaged.split_rows(dataset)
-    return None if rows is None else listed_split(dataset, rows).sha256
 
 
 @app.command(cls=opt.Command)

@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.cli.console import progress_bar
-from dcp_zoo.data.progress import no_progress
+from dcp_zoo.data.images import no_progress
 from dcp_zoo.prediction import together as rule
 from dcp_zoo.prediction.together import together
 from dcp_zoo.probe import ReadingFeatures, fit_on_features

@@ -1,20 +1,17 @@
 """From logits to answers: probabilities, the best classes, whether an image is of none; in NumPy, without torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcp_zoo.errors import check_range
 from dcp_zoo.fields import Values
 from dcp_zoo.tables import NONE
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
 Ranked = list[Values]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
-# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone;
-# of a run with labels "labelled", whether a person said the answer: the only prediction, with a probability of None
+# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone
 Row = Values
 
 
@@ -66,28 +63,29 @@ class Outputs(NamedTuple):
     """What a classifier computes of n images, in float32."""
 
     logits: np.ndarray  # (n, C)
-    distances: np.ndarray | None = None  # (n,), see `Answering`, of one that can reject
+    rejected: np.ndarray | None = None  # (n,), whether each is of none of the classes, if that was asked for
     features: np.ndarray | None = None  # (n, F), normalised, if they are kept
 
+    def of(self, rows: Any) -> "Outputs":
+        """Of the images at these positions, as arrays of NumPy take them."""
+        return Outputs(*(None if part is None else part[rows] for part in self))
 
-@dataclass(frozen=True)
-class Answering:
-    """How logits become the rows of a table or of JSON."""
+    @classmethod
+    def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":
+        """Of the images of several outputs, of which each has the same parts."""
+        return cls(*(None if part[0] is None else np.concatenate(part) for part in zip(*outputs, strict=True)))
 
-    top_k: int = 5  # classes per image
-    threshold: float | None = None  # of `in_distribution_score`; without one nothing is rejected
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(n, C)."""
+        return np.exp(log_softmax(self.logits))
 
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-
-    def __call__(self, logits: np.ndarray, classnames: Sequence[str], distances: np.ndarray | None = None) -> list[Row]:
-        """Logits (n, C) and `TextProbe.distance` (n,) -> the answers for n images."""
-        ranked = top_classes(np.exp(log_softmax(logits)), classnames, self.top_k)
-        rows: list[Row] = [{"predictions": classes} for classes in ranked]
-        if self.threshold is not None:
-            unknown = is_rejected(logits, distances, self.threshold)
-            rows = [row | {"rejected": bool(no)} for row, no in zip(rows, unknown, strict=True)]
-        return rows
+    def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
+        """The answers for n images, with the `top_k` classes of each."""
+        rows: list[Row] = [{"predictions": row} for row in top_classes(self.probabilities, classnames, top_k)]
+        if self.rejected is None:
+            return rows
+        return [row | {"rejected": no} for row, no in zip(rows, self.rejected.tolist(), strict=True)]
 
 
 def label(row: Row) -> str:
@@ -98,16 +96,6 @@ def label(row: Row) -> str:
 def written(row: Row) -> Row:
     """An answer as tables and --json have it: `class` is what was decided, a class or `NONE`."""
     return row if "error" in row else {"image": row["image"], "class": label(row)} | row
-
-
-def labelled(row: Row, said: str | None) -> Row:
-    """An answer of a run with labels: as it is, or what a person said of the image, a class or `NONE`."""
-    if "error" in row:
-        return row
-    if said is None:
-        return row | {"labelled": False}
-    rejected = {"rejected": said == NONE} if "rejected" in row else {}
-    return row | rejected | {"predictions": [{"class": said, "probability": None}], "labelled": True}
 
 
 def is_changed(row: Row) -> bool:

@@ -29,9 +29,9 @@ from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.serve.limits import LOCAL_HOSTS, listen
-from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.serve import LOCAL_HOSTS, listen
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 
 MAX_FILE, MAX_PIXELS = 20_000_000, 50_000_000  # bytes and pixels of one photograph

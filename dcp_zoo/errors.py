@@ -67,7 +67,7 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         names.setdefault(reason, []).append(name)
-    return shorten([f"{shorten(own)} ({reason})" for reason, own in names.items()])
+    return shorten([f"{shorten(alike)} ({reason})" for reason, alike in names.items()])
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:

@@ -40,9 +40,9 @@ class Checked:
         check(type(self).__name__, problems(vars(self), type(self)))
 
 
-def check(where: object, found: Iterable[str], advice: str = "") -> None:
+def check(where: object, wrong: Iterable[str], advice: str = "") -> None:
     """Raise ZooError if problems were found with what is at `where`, such as a file."""
-    if text := "; ".join(found):
+    if text := "; ".join(wrong):
         raise ZooError(" ".join(filter(None, (f"{where}: {text}.", advice))))
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,15 +11,12 @@ from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from dcp_zoo.errors import ZooError, writing_to
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
-# The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve.limits`.
+# The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
-MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
 
 
 Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name
@@ -52,25 +48,6 @@ def write_file(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def unfinished(output: Path) -> Iterator[Path]:
-    """An empty folder in OUTPUT.unfinished, for what is moved to `output` when it is complete; removed at the end, or
-    after a kill at the next beginning. ZooError if another process has it, or if it is a folder of the user's."""
-    folder = output.with_name(output.name + UNFINISHED)
-    if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, "new"}:
-        raise ZooError(f"{folder} is needed while {output} is written: rename it, or choose another --output.")
-    with locked(folder / LOCK) as free:
-        if not free:
-            raise ZooError(f"Another process is writing {output}: wait for it, or choose another --output.")
-        try:
-            shutil.rmtree(folder / "new", ignore_errors=True)
-            with writing_to(folder):
-                (folder / "new").mkdir()
-            yield folder / "new"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:
@@ -120,17 +97,6 @@ def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
     return content
 
 
-def read_yaml(path: str | Path) -> Any:
-    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for neither, or for aliases."""
-    content = read_plain(path, MAX_YAML)
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise ValueError("aliases such as *name are not read: write out what they stand for")
-        return yaml.safe_load(content)
-    except Exception as error:  # such as AttributeError for !!timestamp x
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
 @contextmanager
 def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
     """Whether this process has the lock of this file, for which it waits so long, until the context or process ends.
@@ -164,7 +130,7 @@ HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 
 def printable(text: str) -> str:
     """A name as it may be shown to people: on one line, with escapes such as \\x1b for what is `HIDDEN`."""
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def printable_lines(text: str) -> str:

@@ -83,8 +83,8 @@ def read_text(file: Path) -> str:
 def split_list(text: str) -> list[str]:
     """The entries of a list with commas or line breaks between them, but for those in double quotes or braces."""
     entries = []
-    for found in _ENTRY.finditer(f"{text.strip()}\n"):
-        entry = found[1].strip()
+    for match in _ENTRY.finditer(f"{text.strip()}\n"):
+        entry = match[1].strip()
         is_quoted = len(entry) > 1 and entry.startswith('"') and entry.endswith('"')
         entries.append(entry[1:-1].replace('""', '"') if is_quoted else entry)
     return entries

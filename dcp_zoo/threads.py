@@ -20,13 +20,7 @@ def use_threads() -> None:
     """Let torch compute in the whole process with its own number of threads, at most the cores."""
     import torch
 
-    torch.set_num_threads(_own_threads())
-
-
-def _own_threads() -> int:
-    import torch
-
-    return min(torch.get_num_threads(), available_cores())
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
 def available_cores() -> int:
@@ -42,7 +36,9 @@ def available_cores() -> int:
 @contextmanager
 def fair_threads(threads: int | None = None) -> Iterator[None]:
     """Inside this context torch computes with as many threads as `use_threads` sets, but in this thread alone."""
-    with _openmp().limit(limits=threads or _own_threads()):
+    import torch
+
+    with _openmp().limit(limits=threads or min(torch.get_num_threads(), available_cores())):
         yield
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from dcp_zoo.demo import start
-from dcp_zoo.serve.limits import listen
+from dcp_zoo.serve import listen
 from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

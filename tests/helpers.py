@@ -38,8 +38,8 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.prediction import Predictor
 from dcp_zoo.prediction.job import Job, Rows
-from dcp_zoo.prediction.predictor import Predictor
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
@@ -231,7 +231,12 @@ def offline() -> Iterator[None]:
 
 def classify(images: Sequence[Found], predictor: Predictor, **options: Any) -> Iterator[Rows]:
     """The batches of a job with these options."""
-    return Job(lambda: predictor, {}, **options).classify(images, predictor)
+    return Job(**options).classify(images, predictor)
+
+
+def answers(predictor: Predictor, image: Any, top_k: int = 5) -> list[dict[str, Any]]:
+    """The predictions for one image."""
+    return predictor.outputs([image], 1)[1].rows(predictor.classnames, top_k)[0]["predictions"]
 
 
 def photo(path: Path, number: int = 0) -> Path:

@@ -193,17 +193,6 @@ def exported_once(onnx_file: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def exported_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exported files hold the class names alone, as torch's exporter takes seconds."""
-
-    def write(model: DCP, path: Path, **_: object) -> Path:
-        path.write_text(str(model.classnames))
-        return path
-
-    monkeypatch.setattr(export, "export", write)
-
-
 @pytest.fixture(scope="module")
 def chromium():
     """A running Chromium; the test is skipped without one."""

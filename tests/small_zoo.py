@@ -70,7 +70,7 @@ def write_manifest(root: Path) -> Path:
 
 # a fork of this process would hang in the first loop that torch splits over threads: it has none of this process's
 SERVER = multiprocessing.get_context("forkserver")
-SLOW = "open_clip dcp_zoo.training.run dcp_zoo.inspection.inspection dcp_zoo.onnx.export dcp_zoo.prediction.on_disk"
+SLOW = "open_clip dcp_zoo.training.run dcp_zoo.inspection.inspection dcp_zoo.onnx.export dcp_zoo.prediction.job"
 SERVER.set_forkserver_preload(["small_zoo", *SLOW.split()])
 
 

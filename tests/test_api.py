@@ -71,7 +71,7 @@ def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     expected = fitted.predict_proba(path)
     for one in (array / 255, array[None], tensor[None], [tensor / 255], [path]):
-        assert fitted.predict_proba(one) == pytest.approx(expected, abs=1e-5)
+        assert fitted.predict_proba(one) == pytest.approx(expected, abs=1e-3)
     assert len(fitted.predict(array[..., 0])) == len(fitted.predict(array[None, ..., 0])) == 1
     with pytest.raises(ZooError, match=r"pass images\[None\] for one, list\(images\) for three"):
         fitted.predict(tensor)  # one image, or three grey ones
@@ -108,20 +108,30 @@ def test_labels_are_checked(folder, pictures):
 
 
 def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
-    model = dcp_zoo.train("dcp_mini", *pictures, method="dcp", recipe=QUICK, output=tmp_path / "head")
-    expected = fitted.predict_proba(pictures[0])
+    """Callbacks see every epoch, and can end a training; nothing is learnt from validation images."""
+    seen, recipe = [], QUICK | {"classifier": "none"}  # whose weights depend on the validation images
+    options = {"method": "dcp", "recipe": recipe, "output": tmp_path / "head"}
+    validation = (pictures[0][::3], pictures[1][::3])
+    with_callback = {"validation": validation, "callbacks": [lambda model, epoch: seen.append(epoch)]}
+    model = dcp_zoo.train("dcp_mini", *pictures, **options, **with_callback)
+    assert [epoch.epoch for epoch in seen] == [1, 2, 3, 4]
+    assert seen[-1].step == 8
+    assert torch.equal(model.prompts["text"], fitted.model_.prompts["text"])
     assert dcp_zoo.evaluate(model, folder).accuracy.correct == 8
-    for head in (model, str(tmp_path / "head")):
-        (best, other), *_ = dcp_zoo.predict(head, pictures[0][5], top_k=5)
-        assert best.name == "red"
-        assert best.probability == pytest.approx(expected[5, 1], abs=1e-3)
-        assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
-    with pytest.raises(ZooError, match="No class green: the classes are blue, red"):
-        dcp_zoo.evaluate(model, pictures[0][:1], ["green"])
-    with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
-        dcp_zoo.predict(model, pictures[0], batch_size=0)
-    with pytest.raises(ZooError, match="already holds a checkpoint"):
-        dcp_zoo.train("dcp_mini", *pictures, output=tmp_path / "head")
+    ((expected, _),) = dcp_zoo.predict(model, pictures[0][5], top_k=5)
+    assert expected.name == "red"
+    ((best, other),) = dcp_zoo.predict(str(tmp_path / "head"), pictures[0][5], top_k=5)
+    assert best == (expected.name, pytest.approx(expected.probability, abs=1e-3))
+    assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
+    stopped = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: epoch.epoch == 2])
+    assert len(stopped.fit(*pictures).history_) == 2
+    for wrong, message in (
+        (lambda: dcp_zoo.evaluate(model, pictures[0][:1], ["green"]), "No class green: the classes are blue, red"),
+        (lambda: dcp_zoo.predict(model, pictures[0], batch_size=0), "batch_size must be at least 1, not 0"),
+        (lambda: dcp_zoo.train("dcp_mini", *pictures, **options), "already holds a checkpoint"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            wrong()
 
 
 def test_a_batch_is_what_one_forward_pass_reads(pictures):
@@ -143,23 +153,6 @@ def test_a_batch_is_what_one_forward_pass_reads(pictures):
         assert found[0] == pytest.approx(found[1], abs=1e-4)
     for hook in hooks:
         hook.remove()
-
-
-# ------------------------------------------------------------------------------------------------------------ callbacks
-
-
-def test_callbacks_see_every_epoch_and_can_end_a_training(pictures, fitted):
-    paths, labels = pictures
-    seen = []
-    recipe = QUICK | {"classifier": "none"}  # whose weights depend on the validation images
-    classifier = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: seen.append(epoch)])
-    classifier.fit(paths, labels, validation=(paths[::3], labels[::3]))
-    assert [epoch.epoch for epoch in classifier.history_] == list(range(1, 5))
-    assert classifier.history_ == seen
-    assert seen[-1].step == 8
-    assert torch.equal(classifier.model_.prompts["text"], fitted.model_.prompts["text"]), "nothing is learnt from those"
-    stopped = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: epoch.epoch == 2])
-    assert len(stopped.fit(paths, labels).history_) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- scikit-learn
@@ -214,12 +207,9 @@ def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
     content = pickle.dumps(fitted)
     assert len(content) < 5e6  # without CLIP
     assert pickle.loads(content).predict_proba(paths) == pytest.approx(probabilities, abs=1e-3)
-    numbers = FewShotClassifier(method="dcp", recipe=QUICK, classnames=NAMES).fit(
-        paths, [10 * (name == "red") for name in labels]
-    )
-    numbers.save(tmp_path / "head")
-    loaded = FewShotClassifier.load(tmp_path / "head", device="cpu")
-    assert loaded.predict_proba(paths) == pytest.approx(probabilities, abs=1e-3)
+    numbers = FewShotClassifier(method="gda", classnames=NAMES).fit(paths, [10 * (name == "red") for name in labels])
+    loaded = FewShotClassifier.load(numbers.save(tmp_path / "head"), device="cpu")
+    assert loaded.predict_proba(paths) == pytest.approx(numbers.predict_proba(paths), abs=1e-3)
     assert loaded.classes_.tolist() == [0, 10]
     assert dcp_zoo.create_model(f"local-dir:{tmp_path / 'head'}", True).classnames == NAMES
 
@@ -244,16 +234,6 @@ def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted):
             classifier.add_class(args[0], green, *args[1:])
     classifier.model_.remove_class("azure")
     assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4}
-
-
-def test_labels_outlive_edits_of_a_head(pictures, fitted, tmp_path):
-    """A classifier has its labels in order, as scikit-learn expects."""
-    model = dcp_zoo.create_model(str(fitted.save(tmp_path / "named")), True)
-    model.rename_class("blue", "zaffre")
-    loaded = FewShotClassifier.load(model.save_pretrained(tmp_path / "renamed"))
-    assert loaded.classes_.tolist() == ["red", "zaffre"] == loaded.model_.classnames
-    expected = fitted.predict_proba(pictures[0])[:, ::-1]
-    assert loaded.predict_proba(pictures[0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_rejected_images_and_removed_classes(pictures, tmp_path):

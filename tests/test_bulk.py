@@ -23,19 +23,18 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Outputs, written
+from dcp_zoo.answers import Outputs, label, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import label_rows
-from dcp_zoo.prediction.heads import torch_predictor
-from dcp_zoo.prediction.job import Job, Summary
-from dcp_zoo.prediction.on_disk import OutputFiles, UnfinishedRun, unfinished_run
-from dcp_zoo.prediction.on_disk import run as run_job
+from dcp_zoo.prediction import Predictor, decode
+from dcp_zoo.prediction.heads import HeadPredictor
+from dcp_zoo.prediction.job import Job, OutputFiles, Summary, UnfinishedRun, unfinished_run
+from dcp_zoo.prediction.job import run as run_job
 from dcp_zoo.prediction.outputs import write_sheet
-from dcp_zoo.prediction.predictor import Predictor, decode
 
 BUNDLED = "dcp_mini.caltech101-1shot"
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -64,11 +63,25 @@ def compute(pixels: np.ndarray) -> Outputs:
     return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 
 
-FAKE = Predictor("fake", ["dark", "bright"], CFG, compute)
+class Fake(Predictor):
+    """Its outputs are a function of the pixels."""
+
+    def __init__(self, compute, *more: str) -> None:
+        super().__init__("fake", ["dark", "bright", *more], CFG)
+        self.of_pixels = compute
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels
+
+    def classify(self, features: np.ndarray) -> Outputs:
+        return self.of_pixels(features)
+
+
+FAKE = Fake(compute)
 
 
 def run_bulk(images, load, outputs, plan, part_seconds=20, **options) -> Summary:
-    return run_job(images, Job(load, plan, **options), outputs, part_seconds=part_seconds)
+    return run_job(images, load, Job(**options), outputs, plan, part_seconds=part_seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -152,7 +165,7 @@ def stopping(after: int, error: BaseException) -> Predictor:
             raise error
         return compute(pixels)
 
-    return Predictor("fake", FAKE.classnames, CFG, stop)
+    return Fake(stop)
 
 
 def test_a_stopped_run_goes_on(photos):
@@ -211,7 +224,7 @@ def slow_run() -> None:
         return compute(pixels)
 
     os.setsid()
-    predictor = Predictor("fake", FAKE.classnames, CFG, slow)
+    predictor = Fake(slow)
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
     run_bulk(images, lambda: predictor, outputs, {}, batch_size=1, part_seconds=0)
 
@@ -269,6 +282,35 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     assert not re.search(r'(?:src|href)="(?!data:|#|\.\./photos/)', page)
 
 
+# ------------------------------------------------------------------------------------------------------------ together
+
+
+def doubtful(pixels: np.ndarray) -> Outputs:
+    """Dark and bright images look alike among themselves, and two of them are taken for the other kind; of two more
+    classes there are none."""
+    level = np.round(pixels.mean((1, 2, 3)) / 10)
+    bright, doubt = level > 11, np.isin(level, (7, 19))
+    logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
+    features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1)
+    logits = np.stack([0 * logit, logit, 0 * logit - 9, 0 * logit - 9], 1).astype(np.float32)
+    return Outputs(logits, features=features / np.linalg.norm(features, axis=1)[:, None])
+
+
+DOUBTFUL = Fake(doubtful, "red", "green")
+
+
+def test_images_of_a_folder_help_each_other(photos):
+    images = find_images(["photos"])
+    outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"))
+    done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
+    rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
+    assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
+    assert [(row["alone"], label(row)) for row in done.changed] == [("bright", "dark"), ("dark", "bright")]
+    assert (rows["04"]["alone"], rows["04"]["error"] != "") == ("", True)
+    assert Path("s.html").read_text().count("<small>alone ") == 2
+    assert np.load("f.npz")["features"].shape == (24, 3)
+
+
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
@@ -284,7 +326,7 @@ def test_predict_a_folder(run, photos, bundled):
     assert code == 1, err
     assert "Cannot read the image photos/a/04.jpg" in err
     assert "24 images, of which 1 cannot be read: p.csv" in err
-    ((rows, features),) = classify(images, torch_predictor(bundled, features=True), top_k=2)
+    ((rows, features),) = classify(images, HeadPredictor(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
     ]
@@ -294,30 +336,6 @@ def test_predict_a_folder(run, photos, bundled):
         np.testing.assert_allclose(features[7], bundled.encode_image(image[None])[0], atol=1e-5)
     assert Path("s.html").read_text().count("<figure") == 23
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]
-
-
-def test_what_a_person_said_is_the_answer(run, photos):
-    """In every output, and without a probability; paths start here or at the images, and the last table counts."""
-    Path("1.csv").write_text("file,class\nphotos/b/12.jpg,emu\nphotos/b/13.jpg,none of these\nphotos/b/14.jpg,emu\n")
-    Path("2.csv").write_text(f"file,class\nb/14.jpg,crab\n{Path('photos/b/15.jpg').absolute()},ant\nx.jpg,emu\n")
-    said = {"12": "emu", "13": "none of these", "14": "crab", "15": "ant"}
-    labels = ("--head", BUNDLED, "--labels", "1.csv", "--labels", "2.csv")
-    place = ("--output", "p.csv", "--sheet", "s.html", "--together", "--top-k", 2)
-    code, _, err = run("predict", "photos", *labels, *place)
-    assert code == 1, err
-    assert "24 images, of which 4 labelled by --labels and 1 cannot be read" in err
-    assert "Images in 1.csv, 2.csv that are not among these: 1 (x.jpg)" in err
-    rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
-    assert {name: row["class"] for name, row in rows.items() if row["labelled"] == "True"} == said
-    assert {(rows[name]["probability"], rows[name]["class_2"]) for name in said} == {("", "")}
-    assert {row["alone"] != "" for row in rows.values() if row["labelled"] == "False" and not row["error"]} == {True}
-    assert all(0 < float(row["probability"]) < 1 for row in rows.values() if row["labelled"] == "False")
-    page = Path("s.html").read_text()
-    assert re.findall(r"labelled: (\d\d).jpg", page[page.index("<main>") :]) == ["15", "14", "12", "13"]
-    shown = json.loads(run.ok("predict", "photos/b/12.jpg", *labels, "--json"))
-    assert (shown[0]["class"], shown[0]["labelled"], shown[0]["predictions"][0]["probability"]) == ("emu", True, None)
-    Path("1.csv").write_text("file,class\nphotos/b/12.jpg,emuu\n")
-    assert "'emuu' is none of the head's classes" in run.refused("predict", "photos/b/12.jpg", *labels, "--json")
 
 
 HOSTILE = "\x1b]0;title\x07\u202egpj\x9b2J\u2028\nError[red]: x\x7f"

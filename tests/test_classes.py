@@ -28,7 +28,7 @@ COLOURS = ((200, 30, 30), (30, 30, 200), (20, 150, 20), (220, 220, 40), (20, 20,
 CRANES = ["crane", "crane", "b", "last"]  # the fifth colour is a new class
 AMBIGUOUS = "2 classes are named crane: pass the position of one in place of its name: 0, 1"
 
-pytestmark = pytest.mark.filterwarnings("ignore:Repeated class names")
+pytestmark = [pytest.mark.filterwarnings("ignore:Repeated class names"), pytest.mark.usefixtures("quick_probe")]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import Count, photo
@@ -144,16 +143,3 @@ def test_file_names_that_are_not_text(run, flowers, monkeypatch):
     (flowers / "rose").rename(os.fsdecode(os.fsencode(flowers) + b"/ros\xe4"))
     with pytest.raises(ZooError, match=r"CLIP cannot read 'a photo of a ros\\udce4.', which is not in UTF-8: rename"):
         dcp_zoo.inspect(flowers)
-
-
-def test_folders_that_are_no_classes_are_asked_about(run, flowers, monkeypatch):
-    for year in ("2024", "2025-01"):
-        photo(flowers / year / "rose" / "0.jpg")
-    shutil.rmtree(flowers / "tulip")
-    args = ("train", flowers, "--test", "0")
-    err = run.refused(*args)
-    for text in ("do not look like one: 2024, 2025-01", "--labels"):
-        assert text in err
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("dcp_zoo.cli.train.confirm", lambda question: "2024" in question)
-    run.ok(*args)

@@ -11,11 +11,12 @@ import torch
 from helpers import close, served, told
 from PIL import Image
 from safetensors.torch import load_file
+from shared import CFG, build_tiny_clip
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
-from dcp_zoo.backbone.clip import ImageEncoder
+from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.data import load_image
 from dcp_zoo.data.images import crop
 from dcp_zoo.data.packaged import sample_images
@@ -135,12 +136,13 @@ def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
 
 
 @torch.no_grad()
-def test_a_head_beside_an_encoder_is_fused_exported_and_served(clip, tmp_path, run):
-    """With a small CLIP, whose embedding and inner layers are read beside the head's own features."""
+def test_a_head_beside_an_encoder_is_fused_exported_and_served(golden, tmp_path, run):
+    """Of few blocks, as an export takes seconds; the frozen CLIP is read beside the head's own features."""
+    clip = FrozenCLIP(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), pretrained_cfg=CFG)
     size, names, x = (32, 32), ["bus", "cat"], torch.randn(3, 3, 32, 32)
     head = DCP(clip, names, n_ctx=2).eval()
     head.store_stats(x)
-    model = timm.create_model("test_vit", num_classes=0, img_size=size)
+    model = timm.create_model("test_vit", num_classes=0, img_size=size, depth=1)
     head.image_encoders.append(ImageEncoder(model, "test_vit", size, clip))
     head.text_probe = head._probe_of(head.classes, sum(sum(reading.widths) for reading in head.readings))
     head.text_probe.weight.normal_()

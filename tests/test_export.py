@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from helpers import classify
+from helpers import answers, classify
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript"):
@@ -24,16 +24,16 @@ import onnxruntime  # noqa: E402
 
 from dcp_zoo import ZooError, create_transform  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402
+from dcp_zoo.cli import deploy  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.images import crop  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
-from dcp_zoo.onnx import cache as onnx_cache  # noqa: E402
 from dcp_zoo.onnx import export as export_module  # noqa: E402
-from dcp_zoo.onnx.classifier import CUDA, OnnxClassifier, onnx_predictor, providers  # noqa: E402
+from dcp_zoo.onnx.classifier import CUDA, OnnxClassifier, providers  # noqa: E402
 from dcp_zoo.onnx.export import export  # noqa: E402
-from dcp_zoo.prediction.heads import torch_predictor  # noqa: E402
+from dcp_zoo.prediction.heads import HeadPredictor  # noqa: E402
 from dcp_zoo.serve.app import application  # noqa: E402
 from dcp_zoo.zoo.registry import WEIGHTS  # noqa: E402
 
@@ -59,10 +59,10 @@ def inside(exported_once, tiny_head, tmp_path_factory):
 def test_answers_and_features_are_the_models(tiny_head, onnx_file, run, tmp_path):
     """`predict` writes all its files with them, in a process that calls no torch module."""
     images = torch.randn(2, *tiny_head.pretrained_cfg["input_size"])
-    logits, features = OnnxClassifier(onnx_file).outputs(images.numpy(), "features")[::2]
-    np.testing.assert_allclose(features, tiny_head.encode_image(images), atol=1e-4)
-    np.testing.assert_allclose(logits, tiny_head(images), atol=1e-3)
-    ((expected, others),) = classify(find_images(sample_images()), torch_predictor(tiny_head, features=True))
+    found = OnnxClassifier(onnx_file, features=True).classify(images.numpy())
+    np.testing.assert_allclose(found.features, tiny_head.encode_image(images), atol=1e-4)
+    np.testing.assert_allclose(found.logits, tiny_head(images), atol=1e-3)
+    ((expected, others),) = classify(find_images(sample_images()), HeadPredictor(tiny_head, features=True))
     files = {name: tmp_path / name for name in ("a.jsonl", "f.npz", "s.html")}
     outputs = zip(("--output", "--features", "--sheet"), files.values(), strict=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def test_the_documented_client(onnx_file, tmp_path, monkeypatch):
     Image.effect_noise((300, 201), 90).convert("RGB").save("photo.jpg")
     client: dict = {}
     exec(PAGE.partition("```python\n")[2].partition("```")[0], client)
-    expected = OnnxClassifier(onnx_file).classify(load_image("photo.jpg"))
+    expected = answers(OnnxClassifier(onnx_file), "photo.jpg")
     assert client["classify"]("photo.jpg") == pytest.approx({p["class"]: p["probability"] for p in expected}, abs=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_pixels_in_probabilities_out(plain, inside, run):
     assert (after < 0.6 * before, inside.info["precision"]) == (True, "float16")
     command = ("predict", "--sample", "--head", inside.path, "--json")
     said = [row["predictions"][0]["class"] for row in json.loads(run.ok(*command))]
-    assert said == [plain.classify(load_image(path), 1)[0]["class"] for path in sample_images()]
+    assert said == [answers(plain, path, 1)[0]["class"] for path in sample_images()]
     assert "preprocessing outside, or omit --features, --together" in run.refused(*command, "--together")
 
 
@@ -215,7 +215,7 @@ def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
     exec(code, {"__name__": "__main__"})
     assert "of 6 answers are the same" in capsys.readouterr().out
     assert Path("int8.onnx").stat().st_size < 0.6 * Path("my_head.onnx").stat().st_size
-    rows = classify(find_images(["MY_PHOTOS"]), onnx_predictor(Path("int8.onnx"), 1))
+    rows = classify(find_images(["MY_PHOTOS"]), OnnxClassifier(Path("int8.onnx"), 1))
     assert sum(len(batch.rows) for batch in rows) == 6
 
 
@@ -240,27 +240,27 @@ def exports(onnx_file, tmp_path, monkeypatch) -> list[Path]:
 def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
     head = shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "head")
     names = [(BUNDLED, None), (BUNDLED, ["a"]), (BUNDLED, ["a", "b"]), (f"local-dir:{head}", None)]
-    files = [onnx_cache.onnx_file(*name) for name in names + names]
+    files = [deploy.onnx_file(*name) for name in names + names]
     assert files[:4] == files[4:] == exports
     assert len(set(files)) == 4
     config = json.loads((head / "config.json").read_text())
     (head / "config.json").write_text(json.dumps(config | {"label_names": ["x", *config["label_names"][1:]]}))
-    onnx_cache.onnx_file(f"local-dir:{head}")
-    monkeypatch.setattr(onnx_cache, "FOLDER", "onnx-9")  # of another version
-    onnx_cache.onnx_file(BUNDLED)
+    deploy.onnx_file(f"local-dir:{head}")
+    monkeypatch.setattr(deploy, "FOLDER", "onnx-9")  # of another version
+    deploy.onnx_file(BUNDLED)
     with ThreadPoolExecutor(2) as pool:  # started together, one waits for the other
-        assert len({*pool.map(lambda _: onnx_cache.onnx_file(BUNDLED, ["c"]), range(2))}) == 1
+        assert len({*pool.map(lambda _: deploy.onnx_file(BUNDLED, ["c"]), range(2))}) == 1
     assert len(set(exports)) == len(exports) == 7
 
 
 def test_a_cached_head_classifies_without_torch(exports, tiny_head):
-    file = onnx_cache.onnx_file(BUNDLED)
+    file = deploy.onnx_file(BUNDLED)
     heavy = "{'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'}"
     program = f"""
 import sys
 from contextlib import suppress
 from dcp_zoo.cli import main
-from dcp_zoo.onnx.cache import onnx_file
+from dcp_zoo.cli.deploy import onnx_file
 sys.argv += ["--head", str(onnx_file("{BUNDLED}"))]
 with suppress(SystemExit):
     main()

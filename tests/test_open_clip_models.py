@@ -24,10 +24,8 @@ from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import factory
 from dcp_zoo.zoo.registry import MODELS, SIZES, get_spec, open_clip_spec
 
-ROWS = [spec for spec in MODELS.values() if spec.clip]
 
-
-@pytest.mark.parametrize("spec", ROWS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [spec for spec in MODELS.values() if spec.clip], ids=lambda spec: spec.name)
 def test_a_row_says_what_open_clip_says(spec):
     theirs = open_clip_spec(f"open_clip:{spec.clip}/{spec.clip_pretrained}")
     assert spec.data_cfg == theirs.data_cfg

@@ -34,7 +34,8 @@ def test_what_is_not_read_is_said(flowers, run, tmp_path, my_head):
     for part in ("Train", "Test"):
         for name in ("tulip", "lily"):
             photo(tmp_path / "CAPITALS" / part / name / "0.jpg")
-    assert "these do not look like one: Test, Train" in run("train", tmp_path / "CAPITALS", "--output", "x")[2]
+    said = run("train", tmp_path / "CAPITALS", "--output", "x")[2]
+    assert "has no classes, but parts: rename Test, Train to train, test and val" in said
 
 
 def test_what_computers_add_to_folders_is_skipped(flowers):
@@ -112,33 +113,30 @@ def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     for i in range(4):
         photo(Path(f"UNSORTED/{i}.jpg"), 20 + i)
     (flowers / "rose" / "link.jpg").symlink_to(Path("UNSORTED/0.jpg").absolute())
-    (flowers / "None of these").mkdir()
-    shutil.copy("UNSORTED/1.jpg", flowers / "None of these" / "x.jpg")
-    photo(flowers / "None of these" / "y.jpg", 30)
-    answers = ("tulip", "rose", "daisy", "none of these")
-    rows = "".join(f"UNSORTED/{i}.jpg,{name}\n" for i, name in enumerate(answers))
-    answered = "MY_PHOTOS/rose/1.jpg,tulip\nMY_PHOTOS/rose/5.jpg,none of these\nMY_PHOTOS/None of these/x.jpg,rose\n"
-    Path("1.csv").write_text(f"file,class\n{rows}{answered}")
+    photo(flowers / "None of these" / "x.jpg", 30)
+    photo(flowers / "None of these" / "y.jpg", 31)
+    answers = {f"UNSORTED/{i}.jpg": name for i, name in enumerate(("tulip", "rose", "daisy", "none of these"))}
+    answers |= {"MY_PHOTOS/rose/1.jpg": "tulip", "MY_PHOTOS/rose/5.jpg": "none of these"}
+    answers |= {"MY_PHOTOS/None of these/x.jpg": "rose"}
+    rows = "".join(f"{file},{name}\n" for file, name in answers.items())
+    Path("1.csv").write_text(f"file,class\n{rows}")
     Path("2.csv").write_text("file,class\nUNSORTED/1.jpg,daisy\n")
     found = load_labelled("folder", flowers, ["1.csv", "2.csv"])
-    labels = {item.key: found.classnames[item.label] for item in found.items}
     expected = {f"{name}/{i}.jpg": name for name in ("rose", "tulip") for i in range(6)}
     expected |= {"rose/link.jpg": "tulip", "rose/1.jpg": "tulip", "None of these/x.jpg": "rose"}
+    expected |= {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
     del expected["rose/5.jpg"]
-    assert labels == expected | {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
+    assert {item.key: found.classnames[item.label] for item in found.items} == expected
     assert [item.label for item in found.items] == sorted(item.label for item in found.items)
-    assert {item.key for item in found.items if item.added} == {*labels} - {*expected} | {"None of these/x.jpg"}
+    added = {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg", "None of these/x.jpg"}
+    assert {item.key for item in found.items if item.added} == added
     assert [item.key for item in found.none] == ["None of these/y.jpg", "../UNSORTED/3.jpg", "rose/5.jpg"]
     for text in ("1.csv: 3 images added, 2 labelled again, 2 of none of these.", "2.csv: 0 images added, 1 labelled"):
         assert text in found.note
-    Path("inside.csv").write_text("file,class\nrose/0.jpg,a\nrose/2.jpg,b\n")
-    assert len(load_labelled("folder", flowers, "inside.csv").items) == 2, "in place of the class folders"
     Path("Downloads").mkdir()
-    listed = "".join(f"MY_PHOTOS/rose/{i}.jpg,{name}\n" for i, name in enumerate("ab"))
-    Path("Downloads/corrections.csv").write_text(f"file,class\n{listed}")
-    monkeypatch.chdir("Downloads")  # the paths start with the folder's name
-    items = load_labelled("folder", flowers, "corrections.csv").items
-    assert [item.key for item in items] == ["rose/0.jpg", "rose/1.jpg"]
+    Path("Downloads/3.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\nMY_PHOTOS/rose/1.jpg,b\n")
+    monkeypatch.chdir("Downloads")  # the paths start with the folder's name; in place of the class folders
+    assert [item.key for item in load_labelled("folder", flowers, "3.csv").items] == ["rose/0.jpg", "rose/1.jpg"]
 
 
 def test_spreadsheets_that_are_no_tables_say_why(flowers):

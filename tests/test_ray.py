@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from helpers import until
 from PIL import Image
-from shared import CommandLine
 
 pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
@@ -57,8 +56,14 @@ def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, S
     return execute
 
 
-def dies(times: dict[str, int]) -> Callable[[Trial, Path], None]:
-    """Kills the workers of some trials, each so many times."""
+def run_all(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", execute)
+    return list(sweep_on_ray(TRIALS, settings, resources=Resources(**resources)))
+
+
+def test_a_killed_worker_loses_and_repeats_no_result(cluster, settings, monkeypatch):
+    """One that dies once is repeated, one that always dies fails, and the others run."""
+    times = {TRIALS[3].key: 1, TRIALS[0].key: 99}
 
     def kill_worker(trial: Trial, output: Path) -> None:
         deaths = len(list(output.glob(f"death-{trial.key}-*")))
@@ -66,19 +71,7 @@ def dies(times: dict[str, int]) -> Callable[[Trial, Path], None]:
             (output / f"death-{trial.key}-{deaths}").touch()
             os.kill(os.getpid(), 9)
 
-    return kill_worker
-
-
-def run_all(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
-    monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", execute)
-    return list(sweep_on_ray(TRIALS, settings, resources=Resources(**resources)))
-
-
-def test_a_killed_worker_loses_and_repeats_no_result(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that dies once is repeated, one that always dies fails, and the others run."""
-    events = run_all(short(dies({TRIALS[3].key: 1, TRIALS[0].key: 99})), settings, monkeypatch, retries=1)
+    events = run_all(short(kill_worker), settings, monkeypatch, retries=1)
     assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
     assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
     assert Counter(event.state for event in events) == {"done": 3, "waiting": 2, "failed": 1}
@@ -89,9 +82,7 @@ def test_a_killed_worker_loses_and_repeats_no_result(
     assert re.fullmatch(r"Ray lost it \(\w+\), 2 times", message)
 
 
-def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(cluster, settings, monkeypatch):
     first = TRIALS[0].key
 
     def sleep(trial: Trial, output: Path) -> None:
@@ -110,7 +101,7 @@ def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
         assert acquired
 
 
-def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_path: Path) -> None:
+def test_a_sweep_on_ray_runs_real_trials(cluster, settings, tmp_path):
     for name in ("black", "white"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):
@@ -120,9 +111,7 @@ def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_
     assert store.results(settings.output)[trial.key]["results"][0]["images"] > 0
 
 
-def test_what_cannot_run_on_ray_is_said(
-    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, run: CommandLine
-) -> None:
+def test_what_cannot_run_on_ray_is_said(cluster, settings, monkeypatch, run):
     """A trial larger than every machine, an output folder that is not shared, and no cluster."""
     with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--per-trial"):
         run_all(print, settings, monkeypatch, cpus=3)

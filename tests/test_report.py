@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import made_up_result as made_up
 from scipy import stats
-from shared import CommandLine
 
 pytest.importorskip("pandas")
 
@@ -54,7 +53,7 @@ def rows(table: report.Table) -> dict[str, list[str]]:
     return {row[0]: list(row[1:]) for row in table.rows}
 
 
-def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
+def test_few_shot_averages_only_complete_rows(sweep):
     average, caltech, dtd = report.few_shot_tables(report.with_labels(store.gather(sweep)))
     assert average.header == ["method", "selection", "0", "1", "16"]
     assert (caltech.caption, dtd.caption) == ("caltech101", "dtd")
@@ -67,7 +66,7 @@ def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
     assert next(iter(rows(average))) == ZERO
 
 
-def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
+def test_differences_are_paired_and_have_intervals(sweep):
     """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear probe."""
     (table,) = report.against(report.with_labels(store.gather(sweep)))
     assert table.header == ["method", "pairs", "1 shot", "16 shots", "all"]
@@ -78,14 +77,14 @@ def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
     assert found[3] == f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
-def test_only_an_interval_without_zero_is_marked() -> None:
+def test_only_an_interval_without_zero_is_marked():
     import pandas as pd
 
     for values, text in (([], "-"), ([1.0, 3.0], "+2.0 (-10.7 to +14.7)"), ([2.0, 2.1, 2.2], "+2.1 (+1.9 to +2.3) *")):
         assert report.difference_cell(pd.Series(values)) == text
 
 
-def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targets(sweep: Path) -> None:
+def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targets(sweep):
     found = report.with_labels(store.gather(sweep))
     (table,) = report.base_to_new_tables(found)
     assert table.header == ["method", "base", "new", "H"]
@@ -95,7 +94,7 @@ def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targ
     assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
 
 
-def test_folders_with_another_precision_are_not_mixed(sweep: Path, tmp_path: Path) -> None:
+def test_folders_with_another_precision_are_not_mixed(sweep, tmp_path):
     trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 1, 1)
     result = made_up(trial, ("caltech101", "all", "stored", 1.0)) | {"precision": "other"}
     store.save_result(tmp_path / "other", result)
@@ -103,7 +102,7 @@ def test_folders_with_another_precision_are_not_mixed(sweep: Path, tmp_path: Pat
         store.gather([sweep, tmp_path / "other"])
 
 
-def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
+def test_report_files(sweep, tmp_path, run):
     broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
     store.save_failure(sweep, broken, "<script>alert(1)</script>", "")
     run.ok("report", sweep, "--output", tmp_path / "report")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import answers as predictions
 from helpers import encoded, png_that_claims, until
 from PIL import Image
 
@@ -30,10 +31,10 @@ from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.onnx.classifier import OnnxClassifier  # noqa: E402
+from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
 from dcp_zoo.serve import app as deploy_server  # noqa: E402
+from dcp_zoo.serve import server as web_server  # noqa: E402
 from dcp_zoo.serve.app import Batcher  # noqa: E402
-from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
-from dcp_zoo.serve.limits import server as web_server  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]
@@ -113,7 +114,7 @@ def test_answers_are_pythons_alone_and_in_batches(ask, onnx_file):
         answers = list(pool.map(ask, map(encoded, images)))
     for image, (status, answer) in zip(images, answers, strict=True):
         assert status == 200
-        expected = classifier.classify(image)
+        expected = predictions(classifier, image)
         found = answer["images"][0]["predictions"]
         assert [row["class"] for row in found] == [row["class"] for row in expected]
         for a, b in zip(found, expected, strict=True):
@@ -319,14 +320,14 @@ def test_large_requests_do_not_fill_the_memory_or_shut_out_small_ones(onnx_file,
 
 
 def test_large_images_leave_threads_to_small_ones(onnx_file, monkeypatch):
-    gate, original = threading.Event(), deploy_server.decode_image
+    gate, original = threading.Event(), deploy_server.decode
 
-    def decode(data, *rest):
-        assert data != NOISE or gate.wait(20)
-        return original(data, *rest)
+    def decode(image, *rest):
+        assert image["bytes"] != NOISE or gate.wait(20)
+        return original(image, *rest)
 
     monkeypatch.setattr(deploy_server, "LARGE", 1_000)
-    monkeypatch.setattr(deploy_server, "decode_image", decode)
+    monkeypatch.setattr(deploy_server, "decode", decode)
     with started(onnx_file) as (_, send):
         large = send(NOISE)
         assert status(send(encoded(Image.new("RGB", (9, 9))))) == 200

@@ -17,8 +17,8 @@ from dcp_zoo import threads
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data.dataset import seeded
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.prediction.heads import torch_predictor
-from dcp_zoo.prediction.predictor import decoded
+from dcp_zoo.prediction import decode
+from dcp_zoo.prediction.heads import HeadPredictor
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.device import decoders, pick_precision
 from dcp_zoo.training.sources import image_source
@@ -100,12 +100,11 @@ def test_features_are_kept_by_their_precision(clip, photos):
 
 def test_logits_are_those_of_rounded_features_exactly(tiny_head):
     """A classifier in bfloat16 would round logits, too."""
-    cfg = tiny_head.pretrained_cfg
-    ((pixels, _),) = decoded(sample_images()[:3], cfg, 3)
-    found = torch_predictor(tiny_head, features=True, precision="bfloat16").compute(pixels)
+    pixels = np.stack([decode(path, tiny_head.pretrained_cfg) for path in sample_images()[:3]])
+    found = HeadPredictor(tiny_head, features=True, precision="bfloat16").compute(pixels)
     features, (weight, bias) = torch.from_numpy(found.features), tiny_head.linear()
     torch.testing.assert_close(torch.from_numpy(found.logits), F.linear(features, weight, bias), rtol=1e-5, atol=1e-4)
-    exact = torch_predictor(tiny_head, features=True, precision="float32").compute(pixels)
+    exact = HeadPredictor(tiny_head, features=True, precision="float32").compute(pixels)
     assert 0 < abs(exact.features - found.features).max() < 0.02
 
 

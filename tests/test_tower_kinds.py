@@ -285,8 +285,9 @@ def test_compiled_models_read_no_texts(short, monkeypatch):
     torch.testing.assert_close(compiled(IMAGES), expected + 1, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.scripts  # it takes seconds; every run exports to ONNX and compiles
 @torch.no_grad()
-def test_a_model_with_stats_model_exports_with_a_dynamic_batch(short):
+def test_a_model_with_stats_exports_with_a_dynamic_batch(short):
     batch = {"images": {0: torch.export.Dim("batch")}}
     program = torch.export.export(short, (IMAGES,), dynamic_shapes=batch).module()
     for images in (IMAGES, IMAGES[:2]):

@@ -30,6 +30,8 @@ from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.factory import plain_clip
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
 
 
@@ -229,7 +231,6 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     assert metrics.keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         train_head(digits_run, tmp_path / "a")
-    assert train_head(digits_run, tmp_path / "b")[1] == metrics
 
 
 def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run, tmp_path, monkeypatch):
@@ -237,7 +238,7 @@ def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run
     accuracy."""
     few, seen = few_shot(digits_run.split, 2, 1), []
     split = replace(few, val=[], test=few.test[:3])
-    run = replace(digits_run, split=split, recipe=replace(digits_run.recipe, epochs=1), shots=1)
+    run = replace(digits_run, split=split, recipe=replace(digits_run.recipe, epochs=1, classifier="none"), shots=1)
     whole = train_and_refit(run, tmp_path / "whole", RunOptions(show=seen.append))
     info = create_model(f"local-dir:{tmp_path / 'whole'}", True).info
     assert (len(seen), info["metrics"], info["test_images"], info["test_share"]) == (1, whole[1], 3, 0)
@@ -264,8 +265,8 @@ def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run
 
 def test_half_precision_calibrates_in_float32(digits_run, tmp_path):
     split = replace(digits_run.split, val=[])
-    run = replace(digits_run, split=split, shots=1, precision="bfloat16", recipe=replace(digits_run.recipe, epochs=1))
-    model, _ = train_head(run, tmp_path)
+    recipe = replace(digits_run.recipe, epochs=1, classifier="none")
+    model, _ = train_head(replace(digits_run, split=split, shots=1, precision="bfloat16", recipe=recipe), tmp_path)
     stored = model.stored_stats.clone()
     round_and_store_stats(model, image_source(model.encoder, few_shot(split, 1, 1).train))
     assert torch.equal(model.stored_stats.half(), stored.half())

@@ -1,7 +1,6 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from multiprocessing import parent_process
 from numbers import Integral
@@ -16,7 +15,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from dcp_zoo.answers import Outputs, is_rejected
+from dcp_zoo.answers import Outputs
 from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by, warn_of
 from dcp_zoo.api.inputs import (
     Images,
@@ -33,7 +32,7 @@ from dcp_zoo.api.inputs import (
 )
 from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.data import check_images, load_image
-from dcp_zoo.data.progress import bar
+from dcp_zoo.data.images import bar
 from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
@@ -144,7 +143,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         run = plan_own(data, validation, self.model, self.method, **options)
         kept = [lambda model, epoch: epochs.append(epoch)] if run.recipe.is_trained else []
         callbacks = [*kept, *(self.callbacks or ())]
-        with self._kept_features(), all_named([*run.split.items, *run.split.none]):
+        with kept_features(self.memory), all_named([*run.split.items, *run.split.none]):
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         self.history_, self.classes_ = epochs, data.classes
         return self
@@ -179,7 +178,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         """The outputs for the images that can be read, and what places their rows among those of all, else NaN."""
         head, items = self._head(), unlabelled(images, features=True)
         check_features(images, read_by(head))
-        with self._kept_features():
+        with kept_features(self.memory):
             options = self.batch_size, self.precision, self._progress(), reject, self.errors
             found, rows, broken = outputs_of(head, items, *options, features=head.stats == "stored")
         if broken:
@@ -198,13 +197,11 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
-        head = self._head()  # says if nothing is fitted
-        threshold = head.rejection_threshold(reject) if reject else None
         found, placed = self._outputs(images, reject)
         labels = self.classes_[found.logits.argmax(-1)]
-        if threshold is not None:
+        if found.rejected is not None:
             labels = labels.astype(object)
-            labels[is_rejected(found.logits, found.distances, threshold)] = None
+            labels[found.rejected] = None
         return placed(labels)
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
@@ -286,10 +283,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     def _head(self) -> Head:
         check_is_fitted(self)
         return self.model_
-
-    def _kept_features(self) -> AbstractContextManager[None]:
-        place = getattr(self.memory, "location", self.memory)
-        return nullcontext() if place is False else kept_features(place)
 
     def _progress(self) -> Progress:
         return bar if self.verbose is None else partial(bar, disable=not self.verbose)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import Outputs, Prediction, best, is_rejected
+from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
     ClassNames,
     Images,
@@ -25,13 +25,13 @@ from dcp_zoo.api.inputs import (
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.backbone.inputs import VIEW_BATCH
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.progress import Progress, bar, no_progress
-from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, refuse, told, without_unreadable
+from dcp_zoo.data.images import Progress, bar, no_progress
+from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
-from dcp_zoo.prediction.heads import torch_predictor
+from dcp_zoo.prediction.heads import HeadPredictor
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
@@ -208,8 +208,8 @@ def predict(
     with lent(model, device) as head:
         options = batch_size, precision, progress, reject, errors
         found, read, broken = outputs_of(head, items, *options, features=together)
-        names, threshold = head.classnames, head.rejection_threshold(reject) if reject else None
-    none = np.zeros(len(read), bool) if threshold is None else is_rejected(found.logits, found.distances, threshold)
+        names = head.classnames
+    none = np.zeros(len(read), bool) if found.rejected is None else found.rejected
     ranked = best(refined(found, ~none & together), names, top_k)
     answers: dict[int, Any] = {i: None if no else row for i, row, no in zip(read, ranked, none, strict=True)}
     for i, error in broken.items():
@@ -230,29 +230,18 @@ def outputs_of(
     alone: bool = True,
 ) -> tuple[Outputs, list[int], dict[int, ZooError]]:
     """What a head computes of the items' images that can be read, and their positions; and why others cannot. `errors`:
-    see `evaluate`; other arguments as of `torch_predictor`."""
+    see `evaluate`; other arguments as of `HeadPredictor`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
-    broken: dict[int, ZooError] = {}
-    if errors == "raise":
+    if errors == "raise" and len(items) > 1:  # one image says it itself
         check_images(items, no_progress, KEEP)
-    else:
-        broken = damaged(items)  # those that few bytes of the file tell
-    sound = [i for i in range(len(items)) if i not in broken]
-    paths = [items[i].path for i in sound]
+    images = [item.path for item in items]
     with in_eval_mode(head):
-        predictor = torch_predictor(head, features, precision, reject, len(paths), alone)
-        if reject and predictor.threshold is None:
-            raise ZooError(predictor.cannot_reject)
-        if paths and isinstance(paths[0], Tensor):
-            found, problems = (
-                predictor.classify(given_features(head, paths)),
-                list[ZooError | None]([None] * len(paths)),
-            )
-        else:
-            found, problems = predictor.outputs(paths, batch_size, progress)
-    broken |= {i: problem for i, problem in zip(sound, problems, strict=True) if problem is not None}
-    if errors == "raise":
+        predictor = HeadPredictor(head, features, precision, reject, len(images), alone)
+        if isinstance(images[0], Tensor):
+            return predictor.classify(given_features(head, images)), [*range(len(images))], {}
+        broken, found = predictor.outputs(images, batch_size, progress)
+    if broken and errors == "raise":
         refuse(items, broken)
     return found, [i for i in range(len(items)) if i not in broken], broken
 

@@ -14,8 +14,7 @@ from PIL import Image
 from dcp_zoo.data import Item, all_for_training, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
-from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten
 from dcp_zoo.tables import NONE, is_none
 
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
@@ -58,8 +57,6 @@ def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str]
     found = load_labelled("folder", folder)
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
-    if doubt := unlike_classes(found.classnames, found.items):
-        warn(doubt)
     items, none = all_for_training(found).train, found.none if examples else []
     labels = [found.classnames[x.label] for x in items] + [NONE] * len(none)
     items = [*items, *none]
@@ -170,11 +167,13 @@ def one_column(values: Any) -> Any:
 def as_images(images: Images, features: bool = False) -> list[Any]:
     """Paths, and images of PIL, of one image or a sequence or batch; if allowed, also `features` (E,) of length 1. An
     error takes the place of what is no image: all that cannot be read are found together, by `check_images`."""
-    images = one_column(images)
-    if features and (rows := _unit_rows(images)) is not None:
-        return list(rows)
     one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
-    if one or _is_array_of_one(images):
+    if hasattr(images, "ndim"):  # a table, an array or a tensor
+        images = one_column(images)
+        if features and (rows := _unit_rows(images)) is not None:
+            return list(rows)
+        one = _is_array_of_one(images)
+    if one:
         return [attempted(to_image, images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)

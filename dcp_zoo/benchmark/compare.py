@@ -14,7 +14,7 @@ from dcp_zoo.api.functions import OWN_IMAGES, plain_features, plan_own
 from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, check_features, hashed, labelled
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Split, check_images
-from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.images import Progress, bar, no_progress
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values

@@ -1,18 +1,26 @@
 """`dcp-zoo export`, `dcp-zoo serve` and `dcp-zoo demo`."""
 
+import json
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from typer import Option
 
+from dcp_zoo._version import __version__
+from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import check_empty, check_output, check_writable
-from dcp_zoo.heads.config import is_checkpoint
-from dcp_zoo.onnx.cache import onnx_file
-from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
+from dcp_zoo.files import LOCK, cache_folder, check_empty, check_output, check_writable, locked, sha256_of
+from dcp_zoo.heads.config import is_checkpoint, read_config
+from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
 from dcp_zoo.zoo.registry import DEFAULT_HEAD
+from dcp_zoo.zoo.resolve import head_folder, head_sha256
+
+FOLDER = f"onnx-{__version__}"  # in the user's cache, of heads that are served
+WAIT = 300  # seconds, for another process that exports the same
 
 
 def export(
@@ -87,7 +95,7 @@ def serve(
     names, hosts = opt.class_list(classes), allowed_hosts(host, allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-    file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names, log)
+    file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names)
     name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
     limits = Limits(max_mb)
     app = application(file, limits, available_cores(), name, hosts, device)
@@ -95,6 +103,28 @@ def serve(
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
     server(app, limits.timeout).run(sockets=[listening])
+
+
+def onnx_file(name: str, classnames: Sequence[str] | None = None) -> Path:
+    """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache; exported if it is
+    not there. ZooError as of `export`, for an unknown head, or a cache that is not writable."""
+    folder = head_folder(name)
+    hashes = [head_sha256(folder)]
+    if read_config(folder)["dcp"]["clip"] == "bundled":
+        hashes.append(sha256_of(MINI_WEIGHTS))
+    depends_on = json.dumps([*hashes, list(classnames or [])])
+    path = cache_folder(FOLDER) / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
+    if not path.exists():
+        check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --head")
+        from dcp_zoo.onnx.export import check_export, export
+        from dcp_zoo.zoo.factory import create_model
+
+        check_export()
+        with locked(path.with_name(f".{path.name}{LOCK}"), WAIT):  # of another process that exports it
+            if not path.exists():
+                log(f"Exporting {name} to ONNX, once, which takes up to a minute: {path}")
+                export(create_model(name, True, classnames=classnames).eval(), path)
+    return path
 
 
 def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,7 @@ from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_imag
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.seen import note_images, unseen
 from dcp_zoo.data.splits import shorten, split_images
-from dcp_zoo.data.unreadable import LEAVE_OUT
+from dcp_zoo.data.unreadable import LEAVE_OUT, MOVE, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, printable
@@ -38,22 +37,18 @@ TEST = "test top-1"  # the accuracy on images that a head has not seen
 UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    head: opt.HeadName
-    photos: opt.Images = None
-    labels: opt.Labels = None
-    data_root: opt.DataRoot = None
-    claim: bool = opt.option(False, "Compare with the accuracies that its card or checkpoint states.")
-    device: opt.Device = "auto"
-    precision: opt.Precision = AUTO
-    report: opt.Report = None
-    overwrite: opt.Overwrite = False
-    as_json: opt.AsJson = False
-
-
-@opt.takes_options
-def evaluate(options: EvalOptions) -> None:
+def evaluate(
+    head: opt.HeadName,
+    photos: opt.Images = None,
+    labels: opt.Labels = None,
+    data_root: opt.DataRoot = None,
+    claim: bool = Option(False, "--claim", help="Compare with the accuracies that its card or checkpoint states."),
+    device: opt.Device = "auto",
+    precision: opt.Precision = AUTO,
+    report: opt.Report = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
 
     Images are classified into all classes of the head, also where a folder has images of some of them only. Of a
@@ -65,26 +60,25 @@ def evaluate(options: EvalOptions) -> None:
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA --claim[/]
     """
-    head, report = options.head, options.report
-    if options.claim and options.as_json:
+    if claim and as_json:
         raise ZooError("--claim prints a table: omit --json.")
     name = opt.head_name(head)
-    dataset, data_root = opt.data_source(options.photos, options.data_root, options.labels)
+    dataset, data_root = opt.data_source(photos, data_root, labels)
     if report:
-        check_output(report, options.overwrite, "--report")
+        check_output(report, overwrite, "--report")
     from dcp_zoo.api.functions import as_model
     from dcp_zoo.api.inputs import among
     from dcp_zoo.release import claimed
 
     use_threads()
-    model = as_model(name, options.device)
-    claims = claimed(name, model) if options.claim else None
+    model = as_model(name, device)
+    claims = claimed(name, model) if claim else None
     crosses = dataset is not None and not is_own(dataset)
     dataset = dataset or trained_on(head, model, data_root)
-    images = load_labelled(dataset, data_root, options.labels)
+    images = load_labelled(dataset, data_root, labels)
     if images.note:
         log(printable(images.note))
-    test, title = test_images(images, model, head, options.claim)
+    test, title = test_images(images, model, head, claim)
     shown = str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
@@ -92,11 +86,12 @@ def evaluate(options: EvalOptions) -> None:
         trained = f"Note: {head} was trained on {model.num_classes} classes, and is tested with the"
         log(f"{trained} {len(images.classnames)} class names of {shown}, as in the cross-dataset protocol.")
         model.set_classnames(images.classnames, find_spec(dataset).template)
-    evaluation, metrics, conditions = _measured(model, among(test, images.classnames, model.classnames), options)
+    items = among(test, images.classnames, model.classnames)
+    evaluation, metrics, conditions = _measured(model, items, claim, precision)
     if report:
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")
-    if options.as_json:
+    if as_json:
         print(json.dumps({"head": head, "dataset": dataset, **conditions, **as_values(evaluation)}))
         return
     kind = title.removesuffix("top-1")
@@ -107,25 +102,31 @@ def evaluate(options: EvalOptions) -> None:
 
 
 def _measured(
-    model: "Head", test: Sequence[Item], options: EvalOptions
+    model: "Head", test: Sequence[Item], claim: bool, precision: str
 ) -> tuple["Evaluation", dict[str, float], Values]:
     """What the head says of the images; for a claim the accuracies with all statistics; and the conditions."""
-    from dcp_zoo.training.device import decoders, pick_precision
-    from dcp_zoo.training.evaluation import Evaluation, measure, predict
-    from dcp_zoo.training.sources import image_source
+    import torch
 
-    recipe, precision = model.info.get("recipe", {}), options.precision
+    from dcp_zoo.prediction.heads import HeadPredictor
+    from dcp_zoo.training.device import pick_precision
+    from dcp_zoo.training.evaluation import measured, predict_modes
+
+    recipe = model.info.get("recipe", {})
     batch_size = recipe.get("eval_batch_size", 16)
-    if options.claim and precision == AUTO:  # as it was measured
+    if claim and precision == AUTO:  # as it was measured
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
-    workers = decoders(model.device, len(test))
-    source = image_source(model.frozen, test, workers=workers, progress=progress_bar, precision=precision)
+
+    def read() -> tuple[torch.Tensor, torch.Tensor | None]:
+        predictor = HeadPredictor(model, claim and model.stats == "stored", precision, images=len(test), alone=False)
+        broken, found = predictor.outputs([item.path for item in test], batch_size, progress_bar)
+        refuse(test, broken, MOVE)
+        return torch.from_numpy(found.logits), None if found.features is None else torch.from_numpy(found.features)
+
     conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
-    if options.claim:
-        metrics, evaluation = measure(model, source, batch_size, progress_bar)
-        return evaluation, metrics, conditions
-    return Evaluation(model.classnames, test, predict(model, source, batch_size, progress_bar)), {}, conditions
+    modes = predict_modes(model, read) if claim else {model.stats: read()[0]}
+    metrics, evaluation = measured(modes, model.classnames, test)
+    return evaluation, metrics, conditions
 
 
 def as_values(evaluation: "Evaluation") -> Values:

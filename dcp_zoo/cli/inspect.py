@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from typer import Argument, Option
@@ -11,15 +10,11 @@ from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
-from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_outside, printable
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
-
-if TYPE_CHECKING:
-    from dcp_zoo.inspection.inspection import Inspection
 
 MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
 
@@ -49,33 +44,18 @@ def inspect(
     data = load_labelled("folder", root, labels)
     if data.note:
         log(printable(data.note))
-    if not labels and (doubt := unlike_classes(data.classnames, data.items)):
-        log(printable(f"{doubt} They are inspected as classes."))
     from dcp_zoo.inspection.inspection import inspect as find
+    from dcp_zoo.inspection.inspection import unreadable
 
     say_model(model)
     use_threads()
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
-    _say_found(found)
-    output.print(f"Look at {page}; to change labels, fill in the column change of {table}", markup=False)
-    advise_larger(model)
-
-
-def _say_found(found: "Inspection") -> None:
-    """Print how many images have which problem, and why some cannot be read."""
-    from dcp_zoo.inspection.inspection import unreadable
-
-    counts = {
-        "labels that may be wrong": len(found.suspects),
-        "images that may show none of the classes": len(found.of_no_class),
-        "groups of duplicates": len(found.groups),
-        "images that cannot be read": len(found.seen.errors),
-    }
-    text = "; ".join(f"{what}: {count}" for what, count in counts.items())
-    output.print(f"{text[0].upper()}{text[1:]}.")
+    output.print(f"{found.summary[0].upper()}{found.summary[1:]}.")
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
+    output.print(f"Look at {page}; to change labels, fill in the column change of {table}", markup=False)
+    advise_larger(model)
 
 
 def search(

@@ -1,7 +1,7 @@
 """`dcp-zoo predict`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typer import Argument, Exit
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.load import read_answers
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -27,8 +26,8 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
-    from dcp_zoo.prediction.job import Job, Summary
-    from dcp_zoo.prediction.predictor import Predictor
+    from dcp_zoo.prediction import Predictor
+    from dcp_zoo.prediction.job import Summary
 
 BATCH = 32  # images at a time
 FEW = 8  # images with a table each, and without a progress bar
@@ -36,10 +35,6 @@ EXAMPLES = 3  # of answers that other images changed
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
-LABELS = (
-    "A .csv or .xlsx file with the columns file and class, such as corrections of predictions. What it "
-    "says of an image, a class or `none of these`, is its answer. May be repeated: the last one counts."
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,6 @@ class PredictOptions:
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify six sample photographs.")
     reject: bool = opt.option(False, "Label images of other things `none of these`.")
-    labels: list[Path] | None = opt.option(None, LABELS, metavar="FILE")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     as_json: opt.AsJson = False
     table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
@@ -62,8 +56,13 @@ class PredictOptions:
 
     @property
     def files(self) -> list[Path]:
-        """The table first if it is named."""
+        """Those to write."""
         return [file for file in (self.table, self.features, self.sheet) if file]
+
+    @property
+    def place(self) -> Path:
+        """The table's file: without --output named after the other file."""
+        return self.table or self.files[0].with_suffix(".csv")
 
     @property
     def on_onnx(self) -> bool:
@@ -106,114 +105,93 @@ def predict(options: PredictOptions) -> None:
         config = read_config(head_folder(opt.head_name(options.head)))
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
+    found = find_images(sources)
+    done = write_files(found, options) if options.files else show_on_screen(found, options)
+    for error in done.errors:
+        print_error(printable(error))
     if options.files:
-        done, place = write_files(sources, options)
-        failed = done.failed
-        for error in done.errors:
-            print_error(printable(error))
-        parts = [f"{done.labelled:,} labelled by --labels"] if done.labelled else []
-        parts += [f"{failed:,} cannot be read"] if failed else []
-        bad = f", of which {' and '.join(parts)}" if parts else ""
-        log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
-        say_together(done.changed, done.images, options)
-    else:
-        failed = show_on_screen(find_images(sources), options)
-    if failed:
+        bad = f", of which {done.failed:,} cannot be read" if done.failed else ""
+        log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {options.place}")
+    elif done.failed and done.images > 1:
+        log(f"{done.failed} of {done.images} images cannot be read.")
+    if options.together:
+        say_together(done.changed, done.images)
+    if done.failed:
         raise Exit(1)
 
 
-def job_of(options: PredictOptions, images: Sequence[Found] = ()) -> "Job":
-    """The head, run by PyTorch or ONNX Runtime. `images`: those to classify, if they are known."""
-    from dcp_zoo.prediction.job import Job
+def load(options: PredictOptions, images: int) -> "Predictor":
+    """The head for so many images, run by PyTorch or ONNX Runtime."""
+    features = options.together or options.features is not None
+    if options.on_onnx:
+        from dcp_zoo.onnx.classifier import OnnxClassifier
 
-    load, plan = onnx_head(options) if options.on_onnx else torch_head(options, len(images))
-    answers = read_answers(options.labels, [image.name for image in images], options.images or ())
-    return Job(load, plan, options.top_k, BATCH, options.reject, options.together, answers)
+        wanted: Values = {"reject": options.reject, "features": features}
+        return OnnxClassifier(options.head, available_cores(), options.device, **wanted)
+    from dcp_zoo.prediction.heads import HeadPredictor
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.zoo.factory import create_model
 
-
-LoadedFrom = tuple[Callable[[], "Predictor"], Values]  # what loads it, and what the predictions depend on
-
-
-def onnx_head(options: PredictOptions) -> LoadedFrom:
-    from dcp_zoo.onnx.classifier import onnx_predictor
-
-    file, features = Path(options.head), options.together or options.features is not None
-    if not file.is_file():
-        raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    plan = {"runtime": "onnx", "file": sha256_of(file)}
-    return lambda: onnx_predictor(file, available_cores(), features, options.device), plan
+    use_threads()
+    model = create_model(opt.head_name(options.head), True, classnames=options.classnames)
+    model = model.eval().to(pick_device(options.device))
+    return HeadPredictor(model, features, options.precision, options.reject, images)
 
 
-def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
-    name = opt.head_name(options.head)
-    from dcp_zoo.prediction.heads import torch_predictor
+def depends_on(options: PredictOptions) -> Values:
+    """What the predictions depend on besides the images: a run is continued only with the same."""
+    own: Values = {"reject": options.reject}
+    if options.on_onnx:
+        if not Path(options.head).is_file():
+            raise ZooError(f"There is no file {options.head}: create one with dcp-zoo export.")
+        return own | {"runtime": "onnx", "file": sha256_of(Path(options.head))}
     from dcp_zoo.training.device import pick_device, pick_precision
 
-    precision = options.precision
-    if precision == AUTO:  # part of the plan: a run is only continued in the same one
-        architecture = read_config(head_folder(name))["architecture"]
-        precision = pick_precision(AUTO, architecture, pick_device(options.device))
-
-    def load() -> "Predictor":
-        from dcp_zoo.zoo.factory import create_model
-
-        use_threads()
-        model = create_model(name, True, classnames=options.classnames).eval().to(pick_device(options.device))
-        features = options.together or options.features is not None
-        return torch_predictor(model, features, precision, options.reject, images or None)
-
-    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), "classnames": options.classnames}
-    return load, plan | {"precision": precision}
+    folder = head_folder(opt.head_name(options.head))
+    precision = pick_precision(options.precision, read_config(folder)["architecture"], pick_device(options.device))
+    own |= {"runtime": "torch", "head": head_sha256(folder), "classnames": options.classnames}
+    return own | {"precision": precision}
 
 
-def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
-    """The counts, and the table's file."""
-    from dcp_zoo.prediction.on_disk import OutputFiles, run
+def write_files(found: Sequence[Found], options: PredictOptions) -> "Summary":
+    from dcp_zoo.prediction.job import Job, OutputFiles, run
 
-    table = options.table or options.files[0].with_suffix(".csv")  # without --output named after the other file
-    outputs = OutputFiles(table, options.features, options.sheet, options.overwrite)
-    found = find_images(sources)
+    outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
     outputs.check()  # before PyTorch is imported
-    return run(found, job_of(options, found), outputs, progress=progress_bar), table
+    job, plan = Job(options.top_k, BATCH, options.together), depends_on(options)
+    return run(found, partial(load, options, len(found)), job, outputs, plan, progress=progress_bar)
 
 
-def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
-    """Print the predictions of all images; returns how many cannot be read."""
+def show_on_screen(found: Sequence[Found], options: PredictOptions) -> "Summary":
+    """Print the predictions of all images."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import is_changed, label, written
+    from dcp_zoo.prediction.job import Job, Summary
 
-    job = job_of(options, found)
-    predictor = job.load()
+    job, predictor = Job(options.top_k, BATCH, options.together), load(options, len(found))
     batches = job.classify(found, predictor)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
     rows = job.collect(batches, predictor.classnames)
-    failed = [row["error"] for row in rows if "error" in row]
+    read = [row for row in rows if "predictions" in row]
     if options.as_json:
         print(json.dumps([*map(written, rows)], indent=1))
-    elif len(rows) - len(failed) > FEW:
-        read = [row for row in rows if "predictions" in row]
-        sure = ("" if row.get("rejected") else certainty(row["predictions"][0]) for row in read)
+    elif len(read) > FEW:
+        sure = ("" if row.get("rejected") else percent(row["predictions"][0]) for row in read)
         cells = [(row["image"], label(row), probability) for row, probability in zip(read, sure, strict=True)]
         output.print(plain_table(("image", "class", "probability"), cells))
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
-        output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
-    for error in failed:
-        print_error(printable(error))
-    if failed and len(rows) > 1:
-        log(f"{len(failed)} of {len(rows)} images cannot be read.")
-    say_together([row for row in rows if is_changed(row)], len(rows), options)
+        output.print(*map(predictions_table, read), sep="")
     if predictor.architecture == "dcp_mini" and not options.as_json:
         advise(MINIATURE_NOTE)
-    return len(failed)
+    errors = [row["error"] for row in rows if "error" in row]
+    return Summary(len(rows), 0, len(errors), [row for row in rows if is_changed(row)], errors)
 
 
-def say_together(changed: "Sequence[Row]", images: int, options: PredictOptions) -> None:
+def say_together(changed: "Sequence[Row]", images: int) -> None:
     """Say how many predictions the other images changed, with examples."""
-    if not options.together:
-        return
     from dcp_zoo.answers import label
 
     examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]
@@ -228,11 +206,10 @@ def predictions_table(row: "Row") -> Table:
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
     table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:
-        bar = "█" * round(20 * (prediction["probability"] or 0))
-        table.add_row(escape(printable(prediction["class"])), f"{certainty(prediction)}  {bar}")
+        bar = "█" * round(20 * prediction["probability"])
+        table.add_row(escape(printable(prediction["class"])), f"{percent(prediction)}  {bar}")
     return table
 
 
-def certainty(prediction: Values) -> str:
-    """The probability of a class, or that a person said it."""
-    return "labelled" if prediction["probability"] is None else f"{100 * prediction['probability']:5.1f} %"
+def percent(prediction: Values) -> str:
+    return f"{100 * prediction['probability']:5.1f} %"

@@ -19,10 +19,18 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration
-from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, is_checkpoint, made, read_config, rejection_note
+from dcp_zoo.heads.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Accuracy,
+    alone_and_probed,
+    is_checkpoint,
+    made,
+    read_config,
+    rejection_note,
+)
 from dcp_zoo.tables import quoted
 from dcp_zoo.threads import available_cores
-from dcp_zoo.training.accuracy import Accuracy, alone_and_probed
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import (

@@ -1,13 +1,10 @@
 """`dcp-zoo train`."""
 
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from typer import confirm
 
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
@@ -15,14 +12,13 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, check_images, is_own, load_for_training
-from dcp_zoo.data.readers import read_descriptions, unlike_classes
+from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, check_choice, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_outside, check_writable
-from dcp_zoo.heads.config import STATE_NAME, check_free, rejection_note
+from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free, rejection_note
 from dcp_zoo.threads import use_threads
-from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
 from dcp_zoo.zoo.registry import get_head, get_spec, is_model
 from dcp_zoo.zoo.resolve import name_of
@@ -169,10 +165,8 @@ def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split
     split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
     if options.report and not split.test:
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
-    if dataset == "folder":
-        if not options.skip_unreadable:
-            check_images([*split.items, *split.none], advice=SKIP)
-        _check_classes(options, split)
+    if dataset == "folder" and not options.skip_unreadable:
+        check_images([*split.items, *split.none], advice=SKIP)
     return split
 
 
@@ -188,15 +182,6 @@ def _planned(options: TrainOptions, split: Split) -> "Run":
     shots = options.shots or (None if is_own(split.name) else DATASET_SHOTS)
     method, share = str(options.method), options.test
     return plan(split, options.model, method, shots=shots, test_share=share, **same)
-
-
-def _check_classes(options: TrainOptions, split: Split) -> None:
-    """Ask about class folders that look like something else; ZooError if nobody can answer, or the answer is no."""
-    if options.labels:
-        return
-    doubt = unlike_classes(split.classnames, split.items)
-    if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):
-        raise ZooError(f"{doubt} Move them, or list the classes in a file (--labels).")
 
 
 def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:

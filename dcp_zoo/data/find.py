@@ -30,30 +30,28 @@ def find_images(sources: Sequence[str]) -> list[Found]:
         sources: each an image file, a folder (with its subfolders, sorted by path), a pattern (`'photos/**/*.jpg'`),
             or a text file with one path per line (relative ones start at its folder).
     """
-    return [Found(*image) for source in sources for image in _images_of(source)]
+    return [Found(path, path) for source in sources for path in _images_of(source)]
 
 
-def _images_of(source: str) -> Iterator[tuple[str, str]]:
-    """(name, path) of every image."""
+def _images_of(source: str) -> list[str]:
     if "://" in source:
         raise ZooError(f"{source} is at a URL: download it, and pass the files.")
-    elif source.lower().endswith(VIDEO_SUFFIXES):
+    if source.lower().endswith(VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")
-    elif source.lower().endswith(ARCHIVE_SUFFIXES):
+    if source.lower().endswith(ARCHIVE_SUFFIXES):
         raise ZooError(f"{source} is an archive: unpack it, and pass the folder.")
-    elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
-        yield from ((path, path) for path in _in_folder(source))
-    elif source.lower().endswith(LISTS) and Path(source).is_file():
-        yield from ((path, path) for path in _in_list(Path(source)))
-    elif has_magic(source) and not Path(source).exists():
+    if os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
+        return _in_folder(source)
+    if source.lower().endswith(LISTS) and Path(source).is_file():
+        return _in_list(Path(source))
+    if has_magic(source) and not Path(source).exists():
         images = [path for path in sorted(glob(source, recursive=True)) if is_image(path)]  # noqa: PTH207
         if not images:
             raise ZooError(f"No image matches {source} ({KNOWN}).")
-        yield from ((path, path) for path in images if "__MACOSX" not in path)
-    elif is_image(source) or os.path.lexists(source):
-        yield source, source  # a missing one among many is an error in its row
-    else:
-        raise ZooError(f"There is no file or folder {source}: check the path.")
+        return [path for path in images if "__MACOSX" not in path]
+    if is_image(source) or os.path.lexists(source):
+        return [source]  # a missing one among many is an error in its row
+    raise ZooError(f"There is no file or folder {source}: check the path.")
 
 
 def _in_folder(folder: str) -> list[str]:
@@ -66,13 +64,13 @@ def _in_folder(folder: str) -> list[str]:
     return images
 
 
-def _in_list(file: Path) -> Iterator[str]:
+def _in_list(file: Path) -> list[str]:
     with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
-        lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")
-    listed = [line.strip() for line in lines if line.strip()]
-    if not listed:
+        lines = map(str.strip, file.read_text("utf-8-sig", "surrogateescape").split("\n"))
+    images = [str(file.parent / line) for line in lines if line]
+    if not images:
         raise ZooError(f"The list {file} is empty: write one image path per line.")
-    yield from (str(file.parent / path) for path in listed)
+    return images
 
 
 def images_in(folder: str | Path, skipped: Counter[str]) -> Iterator[str]:

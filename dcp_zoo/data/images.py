@@ -1,15 +1,20 @@
-"""From a file, or an image in memory, to its pixels: exactly the transform's, with PIL and NumPy alone."""
+"""From a file, or an image in memory, to its pixels: exactly the transform's, with PIL and NumPy alone. And bars of
+progress where somebody watches, in a terminal or a notebook; they vanish at the end."""
 
 import math
 import os
 import struct
+import sys
 from base64 import b64encode
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from hashlib import sha256
+from importlib.util import find_spec
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -31,6 +36,9 @@ FORMS = (
     "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
 )
 SIDE = 160  # pixels of a thumbnail's longer side
+# (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
+Progress = Callable[..., Iterable[Any]]
+DELAY = 1.0  # seconds before a bar is shown
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -173,6 +181,32 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
     """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(read, images))
+
+
+def no_progress(iterable: Iterable[Any], description: str, total: int, **counts: object) -> Iterable[Any]:
+    return iterable
+
+
+def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
+    """The items with a bar of their number, in a terminal or a notebook; `options` are tqdm's, such as `disable`."""
+    in_notebook = "ipykernel" in sys.modules
+    if in_notebook and find_spec("ipywidgets"):
+        from tqdm.auto import tqdm
+    else:  # auto would warn in a notebook without widgets
+        from tqdm import tqdm  # here, as the server's container lacks it
+    settings = {"disable": not (in_notebook or sys.stderr.isatty()), "leave": False, "delay": DELAY}
+    return tqdm(items, what, total, **settings | options)
+
+
+def by_image(
+    progress: Progress, batches: Iterable[Any], description: str, images: int, cached: int = 0
+) -> Iterator[Any]:
+    """The batches (inputs, ...) of the images that are not cached; the progress bar counts all `images`."""
+    counted = iter(progress(range(images), description, images))
+    deque(islice(counted, 1 + cached), 0)  # the first starts the bar at 0
+    for batch in batches:
+        yield batch
+        deque(islice(counted, len(batch[0])), 0)
 
 
 def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:

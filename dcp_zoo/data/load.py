@@ -7,8 +7,8 @@ from functools import reduce
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
+from dcp_zoo.data.images import bar
 from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec
-from dcp_zoo.data.progress import bar
 from dcp_zoo.data.splits import Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, shorten, warn
@@ -18,7 +18,6 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
     "listed": readers.read_json,
     "aircraft": readers.read_aircraft,
     "imagenet": readers.read_imagenet,
-    "imagenet variant": readers.read_imagenet_variant,
     "folder": readers.read_folder,
     "style": readers.read_style,
     "digits": readers.read_digits,
@@ -35,9 +34,9 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
-    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the
-    images that these CSV files list; `digits` needs no root. ZooError for an
-    unknown name, missing files, or a malformed split; a warning if class names differ from `classnames(name)`."""
+    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the images that these files
+    list; `digits` needs no root. ZooError for an unknown name, missing files, or a malformed split; a warning if class
+    names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)

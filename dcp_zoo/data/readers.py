@@ -28,7 +28,6 @@ LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("proba
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # a train is a class, too
-NO_CLASSES = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}|backup|dcim|edited|exports?|originals|raw|thumb(nail)?s", re.I)
 
 
 def read_json(spec: DatasetSpec, folder: Path) -> Split:
@@ -114,15 +113,12 @@ def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
 
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
     """`images/train/<wnid>` and `images/val/<wnid>`, labels by sorted wnid. As in CoOp, ImageNet's validation images
-    are the test part. There is no val part: nothing is selected on them."""
+    are the test part. There is no val part: nothing is selected on them. A variant has only a test part: `<wnid>`, or
+    in ImageNetV2 ImageNet's labels."""
     base, names = folder / spec.images, packaged.wnid_names()
-    train, test = (_known_classes(spec, base, part, names)[1] for part in ("train", "val"))
-    return Split(spec.name, list(names.values()), train, test=test, place=str(base))
-
-
-def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
-    """Only a test part: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
-    base, names = folder / spec.images, packaged.wnid_names()
+    if spec.name == "imagenet":
+        (classes, train), (_, test) = (_known_classes(spec, base, part, names) for part in ("train", "val"))
+        return Split(spec.name, classes, train, test=test, place=str(base))
     if spec.name == "imagenetv2":
         names = {str(label): name for label, name in enumerate(names.values())}
     classes, test = _known_classes(spec, base, "", names)
@@ -152,6 +148,8 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
         parts: Values = {part: _given_part(folder, part, classes, skipped) for part in given}
     else:
         classes, given = _class_folders(folder), [""]
+        if PART_NAMES.issuperset(map(str.lower, classes)):
+            raise ZooError(f"{folder} has no classes, but parts: rename {', '.join(classes)} to train, test and val.")
         parts = {"train": _listing(folder, classes, skipped)}
     loose = (entry.name for entry in os.scandir(folder) if is_visible(entry.name) and is_image(entry.name))
     skipped.update(f"{Path(name).suffix.lower()} in no class folder" for name in loose)
@@ -251,17 +249,6 @@ def _read_sheet(file: Path) -> list[list[str]]:
     if not hasattr(sheet, "values"):
         raise ValueError("its active sheet is no table")
     return [["" if cell is None else active(str(cell)) for cell in row] for row in sheet.values if any(row)]
-
-
-def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
-    """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
-    parts = {name.lower() for name in classnames} <= PART_NAMES
-    if not (odd := [name for name in classnames if parts or NO_CLASSES.fullmatch(name)]):
-        return ""
-    doubt = f"Each folder becomes a class, but these do not look like one: {shorten(odd)}."
-    if inner := {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames):
-        doubt += f" If the classes are the folders in them ({shorten(sorted(inner))}), put these side by side."
-    return doubt
 
 
 def read_style(spec: DatasetSpec, folder: Path) -> Split:

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 
-from dcp_zoo.data.images import ImageLike, check_complete, load_image
-from dcp_zoo.data.progress import Progress, bar, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, bar, check_complete, load_image, no_progress
 from dcp_zoo.data.splits import PARTS, Item, Split
 from dcp_zoo.errors import UnreadableImages, ZooError, attempted, by_reason, shorten, warn
 from dcp_zoo.fields import Values

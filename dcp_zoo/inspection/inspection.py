@@ -15,8 +15,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.files import templates, write_file
@@ -75,14 +74,18 @@ class Inspection:
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
 
     def __repr__(self) -> str:
+        return f"<Inspection of {len(self.data.items)} images: {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """How many images have which problem."""
         counts = {
-            "labels probably wrong": len(self.suspects),
-            "may show no class": len(self.of_no_class),
-            "groups of the same picture": len(self.groups),
-            "that cannot be read": len(self.seen.errors),
+            "labels that may be wrong": len(self.suspects),
+            "images that may show none of the classes": len(self.of_no_class),
+            "groups of duplicates": len(self.groups),
+            "images that cannot be read": len(self.seen.errors),
         }
-        found = ", ".join(f"{count} {what}" for what, count in counts.items())
-        return f"<Inspection of {len(self.data.items)} images: {found}>"
+        return "; ".join(f"{what}: {count}" for what, count in counts.items())
 
     @cached_property
     def rows(self) -> list[Inspected]:

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item
-from dcp_zoo.data.images import ImageLike, in_threads, load_image
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, by_image, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.zoo.factory import create_transform, plain_clip

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.load import LabelFiles, read_answers
-from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
 from dcp_zoo.heads.head import Head
@@ -86,12 +85,12 @@ def search(
         wanted, features = photo.joined[0], look(paths, clip, True, progress).joined
     similarity = np.nan_to_num(features @ wanted, nan=-2)
     best = np.argsort(-similarity, kind="stable")[:count]
-    found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
-    if not found:
+    matches = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
+    if not matches:
         raise ZooError(f"No image of {folder} can be read.")
     if output is not None:
-        _write(Path(output), text or f"Like {like}", found, Match._fields, found)
-    return found
+        _write(Path(output), text or f"Like {like}", matches, Match._fields, matches)
+    return matches
 
 
 class Suggestion(NamedTuple):
@@ -129,8 +128,8 @@ def suggest(
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
         labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
-        labels: tables of what was said of images, such as corrections of predictions, see
-            `dcp-zoo predict --labels`: these are not suggested either.
+        labels: tables with the columns file and class, such as corrections of predictions: their images are not
+            suggested either.
         count: how many images.
         output: a new folder for found.html, with pictures, and found.csv: a labels file, whose column `class` waits
             for what a person sees.
@@ -148,19 +147,19 @@ def suggest(
         usable &= [path not in answers for path in paths]
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
         done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
-        others = look(done, clip, True, progress).joined if done else seen.joined[:0]
-        features, of_labelled = map(torch.from_numpy, (seen.joined[usable], others[~np.isnan(others[:, 0])]))
+        of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
+        features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
         files = [paths[i] for i in spread(features, of_labelled, count)]
         if not files:
             raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
-        found = [Suggestion(file) for file in files]
+        suggestions = [Suggestion(file) for file in files]
         if known is not None:
             guesses = [row[0] for row in predict(known, files) if isinstance(row, list)]
-            found = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
+            suggestions = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
     if output is not None:
-        rows = [[row.file, "", row.guess, row.probability] for row in found]
-        _write(Path(output), f"{len(found)} images to label", found, TO_LABEL, rows)
-    return found
+        rows = [[row.file, "", row.guess, row.probability] for row in suggestions]
+        _write(Path(output), f"{len(files)} images to label", suggestions, TO_LABEL, rows)
+    return suggestions
 
 
 def _check_new(place: Path, images: str | Path) -> None:
@@ -171,11 +170,11 @@ def _check_new(place: Path, images: str | Path) -> None:
 
 
 def _write(
-    output: Path, title: str, found: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
+    output: Path, title: str, images: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
-    """Write a folder with a table, and a page of the images that were found."""
-    files = [row[0] for row in found]
-    pictures = zip(thumbnails(files), (row.note for row in found), files, strict=True)
+    """Write a folder with a table, and a page of images."""
+    files = [image[0] for image in images]
+    pictures = zip(thumbnails(files), (image.note for image in images), files, strict=True)
     page = templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=list(pictures))
     write_file(output / PAGE, page)
     write_file(output / TABLE, lambda temporary: write_csv(temporary, columns, rows))
@@ -185,13 +184,13 @@ def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:
     """At most `count` rows of normalised features (n, E), best first, unlike labelled ones (m, E) and each other."""
     if not len(features):
         return []
-    distances, found = torch.cdist(features, features).square(), list[int]()
+    distances, chosen = torch.cdist(features, features).square(), list[int]()
     median = distances.median().clamp(min=1e-6)
     each, best = torch.exp(-2 * distances / median), torch.zeros(len(features))
     if len(labelled):
         best = torch.exp(-2 * torch.cdist(labelled, features).square() / median).amax(0)
-    while len(found) < count and best.min() < SAME:
+    while len(chosen) < count and best.min() < SAME:
         gain = (each - best).clamp(min=0).sum(1).masked_fill(best >= SAME, -1)
-        found.append(int(gain.argmax()))
-        best = torch.maximum(best, each[found[-1]])
-    return found
+        chosen.append(int(gain.argmax()))
+        best = torch.maximum(best, each[chosen[-1]])
+    return chosen

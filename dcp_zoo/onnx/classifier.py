@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dcp_zoo.answers import Answering, Outputs, log_softmax
-from dcp_zoo.data.images import crop, normalise
+from dcp_zoo.answers import Outputs, log_softmax
+from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
-from dcp_zoo.fields import Values
-from dcp_zoo.prediction.predictor import Predictor
+from dcp_zoo.prediction import Predictor, decode
 
 SMALLEST = np.finfo(np.float32).tiny
 INPUT = "pixel_values"  # of normalised images, as other programs call it
@@ -32,12 +30,15 @@ def providers(device: str) -> list[Any]:
     return cpu
 
 
-class OnnxClassifier:
-    """An exported model. ZooError for a file that is missing, or no export of this package.
+class OnnxClassifier(Predictor):
+    """An exported model. ZooError for a file that is missing, or no export of this package; or that cannot reject, or
+    has no features, where these are asked for.
 
     Args:
         path: a file written by `dcp-zoo export --format onnx`.
         threads, device: how many, 0 for ONNX Runtime's choice; and where, see `providers`.
+        reject: whether images of none of the classes are rejected; None: if the file has a threshold.
+        features: whether outputs keep the image features.
 
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.
@@ -46,7 +47,15 @@ class OnnxClassifier:
             of any size, and returns probabilities.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        threads: int = 0,
+        device: str = "cpu",
+        *,
+        reject: bool | None = None,
+        features: bool = False,
+    ) -> None:
         runtime = import_extra("onnxruntime", "export")
         if not Path(path).is_file():
             raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
@@ -57,62 +66,42 @@ class OnnxClassifier:
         # ONNX Runtime has a separate exception for every kind of bad file
         with as_zoo_error(f"{path} is not an exported model ({{}}): create one with dcp-zoo export.", Exception):
             self.session = runtime.InferenceSession(str(path), options, providers=chosen)
-            self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-            self.classnames: list[str] = self.info["classnames"]
-            self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
+            self.info = info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+            threshold = None if reject is False else info.get("threshold")
+            super().__init__(info["model"], info["classnames"], info["preprocessing"], threshold)
+            self.name = ".".join(filter(None, (info["model"], info["tag"])))
         if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
             warn(NO_CUDA.format(device))
-        self.rejects = "threshold" in self.info
-        taken = self.session.get_inputs()[0].name
-        self.takes_pixels = taken == "pixels"
-        self._names = taken, "probabilities" if self.takes_pixels else "logits"
+        self._taken = self.session.get_inputs()[0].name
+        self.takes_pixels = self._taken == "pixels"
+        self._returned = ["probabilities" if self.takes_pixels else "logits"]
+        self._returned += [] if self.threshold is None else ["distance"]
+        self._returned += ["features"] if features else []
+        if features and self.takes_pixels:
+            advice = "export it with the preprocessing outside, or omit --features, --together"
+            raise ZooError(f"{path} has no image features: {advice}.")
+        if reject and self.threshold is None:
+            advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
+            raise ZooError(f"{path} has no threshold to reject images. {advice}")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""
-        taken, returned = self._names
-        return self.session.run([returned], {taken: images})[0]
-
-    def outputs(self, images: np.ndarray, *others: str) -> list[Any]:
-        """A batch of what `preprocess` returns -> logits (B, C), of a file that `takes_pixels` logarithms of
-        probabilities; the distances (B,) of `Answering`, or None; and `others`, such as "features" (B, E)."""
-        taken, returned = self._names
-        distance = ["distance"] if self.rejects else []
-        found = self.session.run([returned, *distance, *others], {taken: images})
-        if self.takes_pixels:
-            found[0] = np.log(found[0] + SMALLEST)
-        return found if self.rejects else [found[0], None, *found[1:]]
+        return self.session.run(self._returned[:1], {self._taken: images})[0]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> probabilities (B, C)."""
-        return np.exp(log_softmax(self.outputs(images)[0]))
+        return self(images) if self.takes_pixels else np.exp(log_softmax(self(images)))
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """An RGB image -> (3, H, W), as `create_transform` returns it; if the file `takes_pixels`, (H, W, 3)."""
-        cfg = self.info["preprocessing"]
-        pixels = crop(image, cfg)
-        return pixels.transpose(1, 2, 0) if self.takes_pixels else normalise(pixels, cfg)
+    def preprocess(self, image: ImageLike) -> np.ndarray:
+        """An image -> (3, H, W), as `create_transform` returns it; if the file `takes_pixels`, (H, W, 3)."""
+        return self.encode(decode(image, self.preprocessing)[None])[0]
 
-    def classify(self, image: Image.Image, top_k: int = 5) -> list[Values]:
-        """The `top_k` classes of one image with their probabilities, best first."""
-        return Answering(top_k)(self.outputs(self.preprocess(image)[None])[0], self.classnames)[0]["predictions"]
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels, uint8 (n, 3, H, W) -> the images as the file takes them."""
+        return pixels.transpose(0, 2, 3, 1) if self.takes_pixels else normalise(pixels, self.preprocessing)
 
-
-def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False, device: str = "cpu") -> Predictor:
-    """An exported file, run with ONNX Runtime; ZooError if it is none, or has no `features` and these are wanted."""
-    exported = OnnxClassifier(path, threads, device)
-    info = exported.info
-    if features and exported.takes_pixels:
-        raise ZooError(
-            f"{path} has no image features: export it with the preprocessing outside, or omit --features, --together."
-        )
-
-    def compute(pixels: np.ndarray) -> Outputs:
-        if exported.takes_pixels:
-            return Outputs(*exported.outputs(pixels.transpose(0, 2, 3, 1)))
-        images = normalise(pixels, info["preprocessing"])
-        return Outputs(*exported.outputs(images, *(["features"] if features else [])))
-
-    advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
-    cannot_reject = f"{path} has no threshold to reject images. {advice}"
-    given = info["model"], exported.classnames, info["preprocessing"]
-    return Predictor(*given, compute, threshold=info.get("threshold"), cannot_reject=cannot_reject)
+    def classify(self, images: np.ndarray) -> Outputs:
+        """What `encode` returns -> the outputs; of a file that `takes_pixels` logits are logs of probabilities."""
+        found = dict(zip(self._returned, self.session.run(self._returned, {self._taken: images}), strict=True))
+        logits = np.log(found["probabilities"] + SMALLEST) if self.takes_pixels else found["logits"]
+        return Outputs(logits, self.reject(logits, found.get("distance")), found.get("features"))

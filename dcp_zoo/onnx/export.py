@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import nn
 
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.errors import ZooError, check_choice, import_extra, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import templates, unfinished, write_file
+from dcp_zoo.files import templates, write_file
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.onnx.classifier import INPUT, METADATA_KEY, OnnxClassifier
@@ -65,10 +66,11 @@ def export(
                 raise ZooError(f"The ONNX file does not match the model {problem}")
         make_variant(temporary, preprocessing, precision)
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), writing_to(path, "choose another file"):
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
-        with unfinished(path) as folder:
-            write_file(path, write_and_check, "choose another file", folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+            write_file(path, write_and_check, "choose another file", Path(folder))
     return path
 
 

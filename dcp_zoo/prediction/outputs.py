@@ -28,9 +28,8 @@ def columns(rows: Iterable[Row]) -> list[str]:
         names |= row.keys()
         ranks = max(ranks, len(row.get("predictions", ())))
     others = (f"{name}_{rank}" for rank in range(2, ranks + 1) for name in ("class", "probability"))
-    more = [name for name in ("rejected", "labelled") if name in names]
-    best, alone = ["best"] * ("rejected" in names), ["alone"] * ("alone" in names)
-    return ["image", *more, "class", *best, "probability", *others, *alone, "error"]
+    rejected, best = (["rejected"], ["best"]) if "rejected" in names else ([], [])
+    return ["image", *rejected, "class", *best, "probability", *others, *["alone"] * ("alone" in names), "error"]
 
 
 def _cells(row: Row) -> Values:
@@ -79,13 +78,13 @@ def write_sheet(
             continue
         counts[label(row)] += 1
         shown = least.setdefault(label(row), [])  # a heap of the least certain
-        entry = (-2.0 if row.get("labelled") else -row["predictions"][0]["probability"], -index, row)
+        entry = (-row["predictions"][0]["probability"], -index, row)
         (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
 
     classes = len(counts.keys() - {NONE})
 
     def pictures(name: str) -> Iterator[Values]:
-        """Of one class, the least certain first, and those that a person labelled last."""
+        """Of one class, the least certain first."""
         shown = sorted(least[name], reverse=True)
         entries = [(images[-index], row) for _, index, row in shown]
         small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
@@ -96,7 +95,6 @@ def write_sheet(
                 "path": image.name,
                 "link": _link(image.path, path.parent),
                 "predictions": row["predictions"][:2],
-                "labelled": row.get("labelled"),
                 "rejected": row.get("rejected"),
                 "alone": row["alone"] if is_changed(row) else None,
             }

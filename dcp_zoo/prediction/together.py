@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, log_softmax
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.answers import Outputs
+from dcp_zoo.data.images import Progress, no_progress
 
 NEAREST, ROUNDS = 8, 10
 ROWS = 2000  # images that are compared with all others at a time
@@ -52,7 +52,7 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
 
 def refined(found: Outputs, own: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
     """The probabilities (n, C) of images: of those that are of the classes, `own` (n,), refined by each other."""
-    probabilities, features = np.exp(log_softmax(found.logits)), found.features
+    probabilities, features = found.probabilities, found.features
     if features is not None and own.any():
         lengths = np.linalg.norm(features[own], axis=1, keepdims=True)
         probabilities[own] = together(probabilities[own], features[own] / lengths, progress)

@@ -16,7 +16,7 @@ from dcp_zoo.data.packaged import DATASETS, classnames, is_own
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_empty, unfinished, write_file
+from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
@@ -160,9 +160,11 @@ def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -
     """
     folder = Path(folder)
     check_empty(folder)
-    with writing_to(folder), unfinished(folder) as new:
-        _write_repo(model, new, "ORG/NAME", LICENSE, True, precision)
-        new.replace(folder)
+    with writing_to(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+            _write_repo(model, Path(temporary, "new"), "ORG/NAME", LICENSE, True, precision)
+            Path(temporary, "new").replace(folder)
     return folder
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import ctypes
+import json
 import platform
 import time
+from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -18,23 +20,31 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
+from python_multipart.exceptions import MultipartParseError
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
-from dcp_zoo.answers import Answering
-from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image, is_heif, picture_formats
+from dcp_zoo.answers import Outputs
+from dcp_zoo.data.images import UnsupportedImage, count_pixels, is_heif, picture_formats
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
 from dcp_zoo.onnx.classifier import OnnxClassifier
-from dcp_zoo.serve.limits import DEFAULT_LIMITS, Limits
-from dcp_zoo.serve.requests import Named, read_images
+from dcp_zoo.prediction import decode
+from dcp_zoo.serve import DEFAULT_LIMITS, Limits
 
 BYTES = 64_000_000  # of the bodies of all requests in progress
 BATCH, WAITING = 16, 256  # images per batch, and images that may wait; further ones get status 503
 REQUEST_IMAGES = 2  # of the most pixels, which a request may have
 LARGE = 4_000_000  # pixels of a request, which then leaves threads to the others
+DISCARDED = 10  # times the most bytes, which are read of a request that is too large
+JSON_KEYS = ("images", "image", "inputs", "instances")
+JSON_HELP = 'Expected {"images": ["<base64>", ...]}, or "inputs" or "instances" in its place.'
+OPTIONS_HELP = "Options belong in the URL, such as ?top_k=1."
+Named = tuple[str, bytes]  # an image of a request
 
 
 class Service:
@@ -103,11 +113,13 @@ class Service:
         if (pixels := sum(await run(self.small, self._read, count_pixels, images))) > most:
             raise HTTPException(422, f"{pixels:,} pixels in one request, more than the limit of {most:,}.")
         pool = self.large if pixels > LARGE else self.small
-        inputs = await run(pool, self._read, lambda *image: self.classifier.preprocess(decode_image(*image)), images)
-        outputs = await asyncio.gather(*map(self.batcher, inputs))
-        answer = Answering(top_k, self.classifier.info.get("threshold"))
-        rows = [answer(logits, self.classifier.classnames, distance)[0] for logits, distance in outputs]
+        decoded = await run(pool, self._read, self._decode, images)
+        found = await asyncio.gather(*map(self.batcher, decoded))
+        rows = Outputs.joined(found).rows(self.classifier.classnames, top_k)
         return [{"name": name} | row for (name, _), row in zip(images, rows, strict=True)]
+
+    def _decode(self, data: bytes, name: str, max_pixels: int) -> np.ndarray:
+        return decode({"bytes": data, "path": name}, self.classifier.preprocessing, max_pixels)
 
     def _read(self, read: Callable, images: Sequence[Named]) -> list[Any]:
         """What `read` makes of each image; HTTPException 415 for none, 422 for a damaged one or too many pixels."""
@@ -123,10 +135,10 @@ class Service:
                 raise HTTPException(422, str(error)) from error
         return results
 
-    def _compute(self, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Logits (1, C) of each image, and its distance (1,)."""
-        logits, distances = self.classifier.outputs(images)
-        return [(z[None], None if distances is None else distances[i : i + 1]) for i, z in enumerate(logits)]
+    def _compute(self, pixels: np.ndarray) -> list[Outputs]:
+        """The outputs for each image."""
+        found = self.classifier.compute(pixels)
+        return [found.of([i]) for i in range(len(pixels))]
 
 
 def application(
@@ -200,3 +212,79 @@ class Batcher:
             for (_, future), row in zip(batch, rows, strict=True):
                 if not future.done():  # it was cancelled
                     (future.set_exception if isinstance(row, Exception) else future.set_result)(row)
+
+
+async def read_images(request: Request, limits: Limits, take: Callable[[int], bool]) -> list[Named]:
+    """A request's images by name: its body, files of a form, or those in JSON. QueueFull if `take` refuses a size."""
+    try:
+        body = await asyncio.wait_for(_body(request, limits, take), limits.timeout)
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"Not here within {limits.timeout:g} seconds.", {"Connection": "close"}) from None
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        images = await _from_form(request, body, limits)
+    elif kind == "application/json" or body.startswith(b"{"):  # as no image does
+        images = await asyncio.to_thread(_from_json, body)
+    else:
+        images = [("image", body)] if body else []
+    if not images:
+        raise HTTPException(400, "No image: send one as the body, or several as files of a multipart form.")
+    if len(images) > limits.max_images:
+        raise HTTPException(413, f"More than {limits.max_images} images in one request.")
+    return images
+
+
+async def _body(request: Request, limits: Limits, take: Callable[[int], bool]) -> bytes:
+    """The bytes of a request. What is too much is read for a while, as most clients send it all, but not kept."""
+    most, body, size, fits = limits.max_bytes, bytearray(), 0, True
+    async for part in request.stream():
+        size += len(part)
+        if fits := fits and size <= most and take(len(part)):
+            body += part
+        elif size > DISCARDED * most:
+            break
+    if size > most:
+        raise HTTPException(413, f"The request is larger than {most:,} bytes.", {"Connection": "close"})
+    if not fits:
+        raise asyncio.QueueFull
+    return bytes(body)
+
+
+async def _from_form(request: Request, body: bytes, limits: Limits) -> list[Named]:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body}
+
+    try:
+        again = Request(request.scope, receive)
+        async with again.form(max_files=limits.max_images, max_fields=limits.max_images) as form:
+            parts = form.multi_items()
+            files = [(part.filename or name, await part.read()) for name, part in parts if isinstance(part, UploadFile)]
+    except MultipartParseError as error:  # of which older versions of starlette make no answer
+        raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
+    if len(files) < len(parts):
+        raise HTTPException(400, OPTIONS_HELP)
+    return [(name[:100], data) for name, data in files]
+
+
+def _from_json(body: bytes) -> list[Named]:
+    """The images in the forms of Hugging Face's and TensorFlow's servers: base64 text, data URIs, {"b64": text}."""
+    try:
+        document = json.loads(body)
+        value = next(document[key] for key in JSON_KEYS if key in document)
+        options = document.get("parameters")
+    except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError):
+        raise HTTPException(400, f"No image in this JSON. {JSON_HELP}") from None
+    if options:
+        raise HTTPException(400, OPTIONS_HELP)
+    return [_entry(f"image {i}", entry) for i, entry in enumerate(value if isinstance(value, list) else [value], 1)]
+
+
+def _entry(name: str, entry: object) -> Named:
+    text = entry.get("b64") if isinstance(entry, dict) else entry
+    if not isinstance(text, str) or not text:
+        raise HTTPException(400, f"{name} is not base64 text. {JSON_HELP}")
+    try:
+        encoded = text.partition(",")[2] if text.startswith("data:") else text
+        return name, b64decode("".join(encoded.split()), validate=True)
+    except ValueError:
+        raise HTTPException(400, f"{name} is not base64, from {text[:20]!r} on. {JSON_HELP}") from None

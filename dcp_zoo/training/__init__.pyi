@@ -1,4 +1,4 @@
-from .accuracy import Accuracy as Accuracy
+from .evaluation import Accuracy as Accuracy
 from .evaluation import Evaluation as Evaluation
 from .evaluation import measure as measure
 from .loop import Epoch as Epoch

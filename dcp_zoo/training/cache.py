@@ -11,6 +11,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from torch import Tensor
 from dcp_zoo._version import __version__
 from dcp_zoo.backbone.clip import Encoder
 from dcp_zoo.data.images import pixels_sha256
-from dcp_zoo.errors import warn
+from dcp_zoo.errors import ZooError, attempted, warn
 from dcp_zoo.files import cache_folder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
@@ -122,9 +123,12 @@ def features_folder() -> Path | None:
 
 
 @contextmanager
-def kept_features(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Inside this context `per_image` keeps what it computes, in this folder or without one in memory."""
-    token = _active.set(_memory if folder is None else FeatureCache(Path(folder).expanduser().absolute()))
+def kept_features(memory: Any = None) -> Iterator[None]:
+    """Inside this context `per_image` keeps what it computes: in a folder, which may be that of a joblib.Memory; in the
+    memory of this process for None; nowhere for False."""
+    place = getattr(memory, "location", memory)
+    folder = None if place in (None, False) else Path(place).expanduser().absolute()
+    token = _active.set(None if place is False else FeatureCache(folder) if folder else _memory)
     try:
         yield
     finally:
@@ -146,31 +150,34 @@ def per_image(
     `compute` of all, or inside `kept_features` of those that are not kept. `setting` says what they depend on besides
     the images; `compute` yields batches (views, m, ...) of these positions, on the CPU, kept at once, but for NaN."""
     cache = _active.get()
-    names = [image_key(image) for image in images] if cache else []
-    if cache is None or "" in names:
+    if cache is None:
         return torch.cat(list(compute(range(len(images)))), 1)
     name = setting()
     keys = [
-        [sha256(f"{name} {image} {view}".encode("utf-8", "surrogateescape")).hexdigest() for view in range(views)]
-        for image in names
+        [
+            sha256(f"{name} {key} {view}".encode("utf-8", "surrogateescape")).hexdigest()
+            for view in range(views if key else 0)
+        ]
+        for key in map(image_key, images)
     ]
     found = cache.get(key for own in keys for key in own)
-    rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
+    rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if own and all(key in found for key in own)}
     missing = [i for i in range(len(images)) if i not in rows]
     left = iter(missing)
     for batch in compute(missing) if missing else ():
         new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
         known = {i: parts for i, parts in new.items() if not parts[(0,) * parts.ndim].isnan()}
-        cache.put({key: part for i, parts in known.items() for key, part in zip(keys[i], parts, strict=True)})
+        cache.put({key: part for i, parts in known.items() for key, part in zip(keys[i], parts, strict=False)})
         rows |= {i: list(parts.unbind()) for i, parts in new.items()}
     return torch.stack([torch.stack([rows[i][view] for i in range(len(images))]) for view in range(views)])
 
 
 def image_key(image: str | Path | Image.Image) -> str:
-    """A file by its path, time and size, or an image in memory by its pixels; ""
-    for what could change unnoticed."""
-    if isinstance(image, Image.Image):
-        return pixels_sha256(image)
+    """A file by its path, time and size, or an image in memory by its pixels; "" for what could change unnoticed, or
+    cannot be read."""
+    if not isinstance(image, (str, Path)):
+        found = attempted(pixels_sha256, image)
+        return "" if isinstance(found, ZooError) else found
     path = Path(image).absolute()
     try:
         found = path.stat()

@@ -63,9 +63,7 @@ def cast_frozen(model: Head, precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The autocast context of a precision, none for float32, in place of the caller's: features are kept. ZooError for
-    an unknown precision."""
-    check_choice("precision", precision, PRECISIONS)
+    """The autocast context of a precision, none for float32, in place of the caller's: features are kept."""
     dtype = computed_in(precision, device)
     if dtype != torch.float32:
         return torch.autocast(device.type, dtype)

@@ -2,9 +2,9 @@
 mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import mean
 from typing import NamedTuple
 
@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
-from dcp_zoo.heads.config import NO_CLASSIFIER
+from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -150,11 +149,10 @@ def read(
     return torch.cat(logits), None
 
 
-def predict_modes(
-    head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
-) -> dict[str, Tensor]:
-    """Logits (n, C) of all images in each way that a head is measured, the default first: with the stored statistics,
-    with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
+def predict_modes(head: Head, read: Callable[[], tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    """Logits (n, C) of images in each way that a head is measured, the default first: with the stored statistics, with
+    those of batches as the release evaluates, and without the text probe. `read` computes what the function of this
+    name returns."""
     found, without = dict[str, Tensor](), dict[str, Tensor]()
     with in_eval_mode(head):
         before = head.stats
@@ -162,7 +160,7 @@ def predict_modes(
         try:
             for stats in head.stats_modes:
                 head.stats = stats
-                found[stats], features = read(head, source, batch_size, progress)
+                found[stats], features = read()
                 if features is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.own_linear())
                     own = features[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
@@ -176,9 +174,16 @@ def measure(
     head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
     """Top-1 accuracy in percent in each mode of `predict_modes`, and the predictions in the first."""
-    logits = predict_modes(head, source, batch_size, progress)
-    metrics = {f"top1_{mode}": top1(found, source.labels) for mode, found in logits.items()}
-    return metrics, Evaluation(head.classnames, source.items, next(iter(logits.values())))
+    modes = predict_modes(head, partial(read, head, source, batch_size, progress))
+    return measured(modes, head.classnames, source.items)
+
+
+def measured(
+    modes: Mapping[str, Tensor], classnames: Sequence[str], items: Sequence[Item]
+) -> tuple[dict[str, float], Evaluation]:
+    """What `measure` returns, of the logits in each mode."""
+    evaluation = Evaluation(classnames, items, next(iter(modes.values())))
+    return {f"top1_{mode}": top1(logits, evaluation.labels) for mode, logits in modes.items()}, evaluation
 
 
 def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> None:

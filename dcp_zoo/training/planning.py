@@ -12,7 +12,7 @@ import torch
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
-from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.data.images import Progress, no_progress
 from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.splits import subset_sha256, warn_of_numbers
 from dcp_zoo.errors import ZooError, check_choice

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.fingerprint import construction
 from dcp_zoo.data import Split
-from dcp_zoo.data.progress import Progress, bar
+from dcp_zoo.data.images import Progress, bar
 from dcp_zoo.data.splits import all_for_training
 from dcp_zoo.fields import Values
 from dcp_zoo.files import format_duration

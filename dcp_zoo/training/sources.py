@@ -14,7 +14,7 @@ from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
-from dcp_zoo.data.progress import Progress, by_image, no_progress
+from dcp_zoo.data.images import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head

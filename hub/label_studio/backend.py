@@ -32,7 +32,7 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.images import in_threads
 from dcp_zoo.errors import as_zoo_error
 from dcp_zoo.files import MAX_BYTES, write_file
-from dcp_zoo.serve.limits import allowed_hosts, listen, server
+from dcp_zoo.serve import allowed_hosts, listen, server
 
 PAGE = 100  # tasks
 GRACE = 2  # seconds for requests in progress, when the server is stopped

@@ -33,7 +33,7 @@ from PIL import Image
 from dcp_zoo import FewShotClassifier, list_labelled_images
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.serve.limits import listen
+from dcp_zoo.serve import listen
 
 BACKEND = Path(__file__).with_name("backend.py")
 ALBUMS = ("Minka", "breakfast", "zoo", "falconry", "holiday", "garden")  # of the sample photographs; names say little
