@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from mimetypes import guess_type
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -58,13 +59,14 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """ZooError for an output file that cannot be written, or that exists, unless `overwrite`."""
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image or video."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        if not overwrite:
-            raise ZooError(f"{file} exists already: {advice}, or pass --overwrite.")
+        precious = (guess_type(os.path.realpath(file))[0] or "").startswith(("image/", "video/"))
+        if precious or not overwrite:
+            raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
     check_writable(file.parent, advice)
 
 
