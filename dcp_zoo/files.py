@@ -61,14 +61,14 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """ZooError for an output file that cannot be written, or exists, unless `overwrite` and no picture or video."""
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image or video."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        kind = guess_type(os.path.realpath(file))[0] or ""
-        if not overwrite or kind.startswith(("image/", "video/")):
-            raise ZooError(f"{file} exists already: {advice}{', or pass --overwrite' * (not overwrite)}.")
+        precious = (guess_type(os.path.realpath(file))[0] or "").startswith(("image/", "video/"))
+        if precious or not overwrite:
+            raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
     check_writable(file.parent, advice)
 
 

@@ -96,7 +96,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
         sweep_module.shared_images.cache_clear()
         logits.clear()
         (trial,) = plan_trials("few-shot", ["dcp_mini"], ["gda"], ["digits"], [2], [1])
-        result = sweep_module.run_trial(trial, Settings(tmp_path, device="cpu"))
+        result = sweep_module.run_trial(trial, Settings(tmp_path / str(permuted), device="cpu"))
         assert len(logits) == len(result["results"])
         return torch.stack(logits), result["info"]
 
