@@ -165,8 +165,10 @@ def _read(path: str, version: tuple[str, int, int]) -> bytes:
     return data
 
 
-def grey_copy(image: Image.Image) -> np.ndarray:
+def grey_copy(image: Image.Image) -> "np.ndarray":
     """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture."""
+    import numpy as np
+
     return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
