@@ -267,28 +267,16 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
         FewShotClassifier.load(tmp_path)
 
 
-def test_features_take_the_place_of_images(pictures, fitted):
-    """Of methods that need no more; the pictures are their own mirror images."""
+def test_features_feed_other_classifiers(pictures):
     paths, labels = pictures
-    first = FewShotClassifier().fit(paths, labels)
-    features = first.transform(paths)
-    with pytest.warns(UserWarning, match="a fit on the images also reads their mirror images"):
-        again = clone(first).fit(features, labels)
-    for images in (features, paths, torch.from_numpy(features)):
-        assert again.predict_proba(images) == pytest.approx(first.predict_proba(paths), abs=0.02)
-    assert again.score(features, labels) == dcp_zoo.evaluate(again.model_, features, labels).accuracy.percent / 100 == 1
     piped = make_pipeline(FewShotClassifier(method="zero-shot"), LogisticRegression(C=1e3)).fit(paths, labels)
     assert piped.score(paths, labels) == 1
-    frame = clone(first).set_output(transform="pandas").fit(paths, labels).transform(paths)
-    assert frame.columns.tolist() == first.get_feature_names_out().tolist()
-    assert clone(first).fit(frame, labels).score(frame, labels) == 1
-    for wrong, message in (
-        (lambda: clone(first).set_params(method="dcp").fit(features, labels), "dcp needs images"),
-        (lambda: clone(first).fit(np.eye(8), labels), r"\(8, 8\) do not fit: .* 512 or 1792 columns"),
-        (lambda: fitted.predict(features), "features of dcp_mini .bundled., not of dcp_mini .bundled., changed by dcp"),
-    ):
-        with pytest.raises(ZooError, match=message):
-            wrong()
+    classifier = FewShotClassifier().set_output(transform="pandas").fit(paths, labels)
+    frame = classifier.transform(paths)
+    assert frame.columns.tolist() == classifier.get_feature_names_out().tolist()
+    assert np.linalg.norm(frame, axis=1) == pytest.approx(np.ones(len(paths)), abs=1e-5)
+    with pytest.raises(ZooError):
+        classifier.predict(frame)
 
 
 def test_weights_of_images_and_classes_in_the_text_probe(pictures):
@@ -296,10 +284,8 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     wrong = ["red", *labels[1:]]
 
     def red(labels, weights=None, **options):
-        classifier = FewShotClassifier(**options).fit(features[-len(labels) :], labels, weights)
-        return classifier.predict_proba(features)[:, 1]
+        return FewShotClassifier(**options).fit(paths[-len(labels) :], labels, weights).predict_proba(paths)[:, 1]
 
-    features = FewShotClassifier(method="zero-shot").fit(paths, labels).transform(paths)
     expected, equal = red(labels[1:]), red(wrong)
     assert red(wrong, [0, *[1] * 7]) == pytest.approx(expected, abs=1e-5)  # as if it was not there
     assert red(wrong, [2] * 8) == pytest.approx(equal, abs=1e-5)
@@ -315,25 +301,6 @@ def test_weights_of_images_and_classes_in_the_text_probe(pictures):
     ):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(**options).fit(paths, labels, weights)
-
-
-def test_features_of_another_tower_are_refused(pictures):
-    """Also parts of them: of prolip, whose projection is trained, they have the width of plain CLIP's."""
-    paths, labels = pictures
-    own = FewShotClassifier(method="prolip", classifier="none", recipe={"epochs": 2}).fit(paths, labels)
-    features = own.transform(paths)
-    plain = FewShotClassifier(method="zero-shot").fit(paths, labels)
-    assert plain.predict(plain.transform(paths)[1:]).tolist() == plain.predict(paths[1:]).tolist()
-    for refused in (
-        lambda: FewShotClassifier().fit(features[2:], labels[2:]),
-        lambda: dcp_zoo.train("dcp_mini", features, labels),
-        lambda: dcp_zoo.evaluate(plain.model_, features, labels),
-        lambda: dcp_zoo.compare(features, labels, cv=2),
-    ):
-        with pytest.raises(ZooError, match="features of dcp_mini .bundled., changed by prolip"):
-            refused()
-    with pytest.raises(ZooError, match="this model reads images alone"):
-        own.predict(plain.transform(paths).view(np.ndarray))
 
 
 def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypatch):

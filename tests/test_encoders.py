@@ -164,6 +164,3 @@ def test_errors_name_the_choices(head, pictures):
     ):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(**options).fit(*pictures)
-    features = FewShotClassifier(encoder=[encoder.source for encoder in head.image_encoders]).fit(*pictures)
-    with pytest.raises(ZooError, match="not of dcp_mini"):
-        FewShotClassifier().fit(features.transform(pictures[0]), pictures[1])

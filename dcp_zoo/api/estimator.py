@@ -16,14 +16,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by, warn_of
+from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plan_own, warn_of
 from dcp_zoo.api.inputs import (
     ClassWeights,
     Images,
     Labelled,
     Labels,
-    Transformed,
-    check_features,
     hashed,
     is_nan,
     labelled,
@@ -131,7 +129,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
                 images of a test.
         """
-        check_features(images, plain_features(self.model))
         data, epochs = labelled(images, labels, self.classnames), list[Epoch]()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
@@ -161,14 +158,10 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         return placed(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits)
 
     def transform(self, images: Images) -> np.ndarray:
-        """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline. Those of a
-        method that trains neither prompts nor CLIP's weights are plain CLIP's, and can take the place of the images in
-        another fit, which refuses the others."""
+        """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline."""
         found, placed = self._outputs(images)
         assert found.features is not None  # a fitted head has stored statistics
-        features = placed(found.features).view(Transformed)
-        features.of = read_by(self._head())
-        return features
+        return placed(found.features)
 
     @property
     def _n_features_out(self) -> int:
@@ -177,8 +170,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def _outputs(self, images: Images, reject: float | None = None) -> tuple[Outputs, Callable[..., np.ndarray]]:
         """The outputs for the images that can be read, and what places their rows among those of all, else NaN."""
-        head, items = self._head(), unlabelled(images, features=True)
-        check_features(images, read_by(head))
+        head, items = self._head(), unlabelled(images)
         with kept_features(self.memory):
             options = self.batch_size, self.precision, self._progress(), reject, self.errors
             found, rows, broken = outputs_of(head, items, *options, features=head.stats == "stored")

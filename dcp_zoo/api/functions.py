@@ -18,7 +18,6 @@ from dcp_zoo.api.inputs import (
     Images,
     Labelled,
     Labels,
-    check_features,
     hashed,
     labelled,
     unlabelled,
@@ -38,12 +37,11 @@ from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
-from dcp_zoo.training.recipes import AUTO, MANY
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
+from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import get_spec
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 
@@ -97,7 +95,6 @@ def train(
             `rich.progress.track` does (default: tqdm's).
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
-    check_features(images, plain_features(model))
     data = labelled(images, labels, classnames)
     chosen: Values = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
     settings = RunOptions(**own)
@@ -121,7 +118,6 @@ def plan_own(
     """A run on labelled images, with images for validation or None; `class_weight` and `errors` as of `train`,
     `sample_weight` one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
     images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
-    check_features(images[0], plain_features(model))
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
     check_choice("errors", errors, ERRORS)
@@ -140,13 +136,6 @@ def plan_own(
     if sample_weight is not None:
         weights = (w for item, w in zip(data.items, sample_weight, strict=True) if id(item) in left)
         run = replace(run, sample_weight=tuple(weights))
-    if split.train and isinstance(split.train[0].path, torch.Tensor):
-        if not METHODS[method].features:
-            able = ", ".join(name for name in METHODS if METHODS[name].features)
-            raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
-        if run.recipe.image_augment != "none" and len(split.train) <= MANY:
-            differs = "a fit on the images also reads their mirror images, and may answer otherwise"
-            warn(f"Features are fitted as they are: {differs}.")
     return run
 
 
@@ -189,7 +178,6 @@ def evaluate(
             computed if few bytes of the files tell; or "keep" the others and measure these, with a warning.
     """
     with lent(model, device) as head:
-        check_features(images, read_by(head))
         items = with_classes(images, labels, head.classnames)
         found, rows, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
         if broken:
@@ -260,8 +248,6 @@ def outputs_of(
     images = [item.path for item in items]
     with in_eval_mode(head):
         predictor = HeadPredictor(head, features, precision, reject, len(images), alone)
-        if isinstance(images[0], Tensor):
-            return predictor.classify(given_features(head, images)), [*range(len(images))], {}
         broken, found = predictor.outputs(images, batch_size, progress)
     if broken and errors == "raise":
         refuse(items, broken)
@@ -272,35 +258,10 @@ def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
     warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
 
 
-def given_features(head: Head, rows: Sequence[Tensor]) -> Tensor:
-    """Features (n, F) that are given in place of images; ZooError if they do not fit the head."""
-    widths, reads = {len(row) for row in rows}, head.reads
-    if widths != {head.num_features}:
-        raise ZooError(
-            f"This model reads {head.num_features} features of an image, not {min(widths)}: pass the images."
-        )
-    if len(reads) > 1 or reads[0].encoder is not head.frozen or reads[0].prompts is not None:
-        raise ZooError("Features do not fit: this model reads images alone, not only what plain CLIP says of them.")
-    return torch.stack(list(rows))
-
-
 def pixels_of(model: Head, items: Sequence[Item], batch_size: int = VIEW_BATCH) -> Iterator[Tensor]:
     """The items' images for a model, in batches (b, 3, H, W), each read when it is asked for."""
     source = image_source(model.frozen, items, once=True)
     return (inputs.x for inputs, _ in source.batches(batch_size))
-
-
-def plain_features(model: str) -> str:
-    """What computes the features of a CLIP that no method changed, see `Transformed`."""
-    spec = get_spec(model)
-    return f"{spec.name} ({spec.clip_pretrained})"
-
-
-def read_by(head: Head) -> str:
-    """What computes the features that a head reads, see `Transformed`."""
-    plain = f"{head.encoder.architecture} ({head.encoder.source})"
-    plain += "".join(f" and {encoder.source}" for encoder in head.image_encoders)
-    return f"{plain}, changed by {head.method}" if head.has_own_features else plain
 
 
 def as_model(name: str, device: str | None) -> Head:

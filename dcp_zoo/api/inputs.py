@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,26 +16,10 @@ from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten
 from dcp_zoo.tables import NONE, is_none
 
-UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
 ClassWeights = str | Mapping[Any, float] | None  # "balanced", or by label
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
-
-
-class Transformed(np.ndarray):
-    """Features (n, F) of `FewShotClassifier.transform`, also parts of them: they know what computed them."""
-
-    of = ""  # a CLIP, its weights, and the method if that changed the features
-
-    def __array_finalize__(self, other: object) -> None:
-        self.of = getattr(other, "of", "")
-
-
-def check_features(images: Images, expected: str) -> None:
-    """ZooError for features of something else, where that is known: their values do not tell."""
-    if isinstance(images, Transformed) and images.of not in ("", expected):
-        raise ZooError(f"These are features of {images.of}, not of {expected}: pass the images themselves.")
 
 
 class Labelled(NamedTuple):
@@ -68,18 +51,14 @@ def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
-def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, features: bool = True) -> Labelled:
-    """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`, and `features`
-    as in `as_images`."""
+def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None) -> Labelled:
+    """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
     images, labels, keys = _with_labels(images, labels, examples=True)
     if any(label is None or is_nan(label) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    if features and getattr(images, "ndim", 0) == 2 and len(images) == len(labels) > 1 and _unit_rows(images) is None:
-        problem = f"These are no features of a CLIP, {tuple(np.shape(images))}, as their rows do not have the length 1"
-        raise ZooError(f"{problem}: pass images, or what FewShotClassifier.transform returns.")
-    found, has_class = as_images(images, features), [not (isinstance(x, str) and is_none(x)) for x in labels]
+    found, has_class = as_images(images), [not (isinstance(x, str) and is_none(x)) for x in labels]
     values = np.asarray(labels if all(has_class) else [x for x, has in zip(labels, has_class, strict=True) if has])
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
@@ -99,7 +78,7 @@ def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: 
     if of_folder:
         called = dict(zip(names, classes, strict=False)) | {str(label): label for label in classes}
         labels = [called.get(name, name) for name in labels]
-    return _items(as_images(images, features=True), list(labels), classes, keys)
+    return _items(as_images(images), list(labels), classes, keys)
 
 
 def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -> list[Item]:
@@ -130,12 +109,8 @@ def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], 
 
 
 def hashed(items: Iterable[Item]) -> list[Item]:
-    """Images, with a hash as key of those in memory, and of features (E,): names do not tell these apart."""
-
-    def key(image: Any) -> str:
-        return pixels_sha256(image) if isinstance(image, Image.Image) else sha256(image.numpy().tobytes()).hexdigest()
-
-    return [item if isinstance(item.path, str) else item._replace(key=key(item.path)) for item in items]
+    """Images, with a hash as key of those in memory: names do not tell these apart."""
+    return [item if isinstance(item.path, str) else item._replace(key=pixels_sha256(item.path)) for item in items]
 
 
 def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, Any, list[str] | None]:
@@ -149,9 +124,9 @@ def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, A
     return one_column(images), one_column(labels), None
 
 
-def unlabelled(images: Images, features: bool = False) -> list[Item]:
+def unlabelled(images: Images) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    found = as_images(find_images([str(images)]) if is_folder(images) else images, features)
+    found = as_images(find_images([str(images)]) if is_folder(images) else images)
     return [Item(image, f"image {i}", 0) for i, image in enumerate(found)]
 
 
@@ -165,14 +140,12 @@ def one_column(values: Any) -> Any:
     return table[:, 0] if isinstance(table, np.ndarray) and table.ndim == 2 and table.shape[1] == 1 else table
 
 
-def as_images(images: Images, features: bool = False) -> list[Any]:
-    """Paths, and images of PIL, of one image or a sequence or batch; if allowed, also `features` (E,) of length 1. An
-    error takes the place of what is no image: all that cannot be read are found together, by `check_images`."""
+def as_images(images: Images) -> list[Any]:
+    """Paths, and images of PIL, of one image or a sequence or batch. An error takes the place of what is no image: all
+    that cannot be read are found together, by `check_images`."""
     one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
     if hasattr(images, "ndim"):  # a table, an array or a tensor
         images = one_column(images)
-        if features and (rows := _unit_rows(images)) is not None:
-            return list(rows)
         one = _is_array_of_one(images)
     if one:
         return [attempted(to_image, images)]
@@ -185,15 +158,6 @@ def as_images(images: Images, features: bool = False) -> list[Any]:
 
 def is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _unit_rows(table: Any) -> torch.Tensor | None:
-    """A table (n, E) of features; None for anything else: the rows of images do not all have the length 1."""
-    is_table = isinstance(table, torch.Tensor) or (isinstance(table, np.ndarray) and table.dtype.kind == "f")
-    if not is_table or table.ndim != 2 or not len(table):
-        return None
-    rows = (table if isinstance(table, torch.Tensor) else torch.tensor(table)).detach().float().cpu()
-    return rows if (rows.norm(dim=1) - 1).abs().max() < UNIT_TOLERANCE else None
 
 
 def _is_array_of_one(images: Images) -> bool:

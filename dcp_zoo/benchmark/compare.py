@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from sklearn.model_selection import StratifiedKFold
 
-from dcp_zoo.api.functions import OWN_IMAGES, plain_features, plan_own
-from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, check_features, hashed, labelled
+from dcp_zoo.api.functions import OWN_IMAGES, plan_own
+from dcp_zoo.api.inputs import ClassNames, Images, Labelled, Labels, hashed, labelled
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Split, check_images
 from dcp_zoo.data.images import Progress, bar, no_progress
@@ -87,7 +87,6 @@ def compare(
     folds, plans = _folds(data, cv, seed), dict[tuple[str, str], Run]()
     for name, method in product(models, chosen):
         model, *beside = name.split("+")
-        check_features(images, plain_features(model))
         run = plan_own(data, None, model, method, progress=no_progress, **options)  # raises before any work
         check_encoders(beside)
         if not beside or run.recipe.classifier != "none":

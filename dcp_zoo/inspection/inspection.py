@@ -220,7 +220,7 @@ def _read(images: Images, labels: Labels) -> Split:
         return images
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
-    given = labelled(images, labels, features=False)
+    given = labelled(images, labels)
     return Split("images", given.names, given.items, none=given.none, place=f"{len(given.items)} images")
 
 

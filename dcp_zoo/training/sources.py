@@ -290,16 +290,7 @@ def image_source(
     copies: Copies | None = None,
 ) -> ImageSource:
     """Images for a CLIP, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
-    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
-    may have features (E,) of the CLIP as their paths; ZooError for another one's."""
-    if items and isinstance(items[0].path, Tensor):
-        given, columns = torch.stack([item.path for item in items]), (clip.num_features, sum(clip.widths))
-        if given.shape[1] not in columns:
-            reads = f"this model reads {' or '.join(map(str, sorted(set(columns))))} columns"
-            raise ZooError(f"Features {tuple(given.shape)} do not fit: {reads}. See `transform`.")
-        if given.shape[1] > clip.num_features:
-            given = given * math.sqrt(len(clip.widths))  # each part has the length 1
-        return ImageSource(clip, items, create_transform(clip), views=given[None], form=Features)
+    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
     crops = augment == "crop-flip"
     transform = create_transform(clip, crops)
     source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, copies=copies)
