@@ -22,8 +22,8 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Split
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.planning import plan
-from dcp_zoo.training.run import RunOptions, fit
+from dcp_zoo.training.methods import fit_head
+from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.build import plain_clip
 
@@ -36,7 +36,7 @@ def measured(split: Split, recipe: str, seed: int) -> Iterator[tuple[Any, ...]]:
     """Coupling, statistics, top-1 in percent and the number of test images, for both statistics."""
     split = Split(split.name, split.classnames, split.train, [], split.test)
     run = plan(split, MODEL, "dcp", seed=seed, recipe=recipe, device="cpu")
-    head: Any = fit(run, run.task(split, plain_clip(MODEL)), split, options=RunOptions(test=False))[0]
+    head: Any = fit_head("dcp", run.task(split, plain_clip(MODEL)))
     test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
     for stats in ("stored", "batch"):
         head.stats = stats

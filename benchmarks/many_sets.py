@@ -35,11 +35,10 @@ from dcp_zoo.data import Item, Split
 from dcp_zoo.heads.head import Head
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
-from dcp_zoo.training.planning import Run, plan
-from dcp_zoo.training.run import RunOptions, fit
+from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.build import plain_clip
 
@@ -66,12 +65,13 @@ def draw(pool: Pool, images: int, seed: int) -> Split:
     return Split("folder", names, drawn, val, random.Random(0).sample(test, min(TEST_IMAGES, len(test))))
 
 
-def planned(split: Split, method: str, seed: int) -> tuple[Run, Task]:
+def planned(split: Split, method: str, seed: int) -> Task:
+    """The task of a method, whose name is what is before a comma."""
     name, classifier = method.split(",")[0], None if method in ON_FEATURES else "none"
     if not METHODS[name].chooses:
         split = Split(split.name, split.classnames, split.train, [], split.test)
     run = plan(split, MODEL, name, seed=seed, recipe=RECIPES.get(method), classifier=classifier, device="cpu")
-    return run, run.task(split, frozen_clip())
+    return run.task(split, frozen_clip(), progress_bar)
 
 
 @cache
@@ -88,14 +88,14 @@ def test_images(items: tuple[Item, ...]) -> ImageSource:
 def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
     """Reading, top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, for each reading."""
     started = time.process_time()
-    run, task = planned(split, method, seed)
-    head, _ = fit(run, task, split, options=RunOptions(test=False, progress=progress_bar))
+    task = planned(split, method, seed)
+    head = fit_head(method.split(",")[0], task)
     trained = time.process_time() - started
     test = test_images(tuple(split.test))
     if method in ON_FEATURES:
         yield "", *scores(predict(head, test, EVAL_BATCH), test.labels), round(trained, 1)
         return
-    yield from read_in_three_ways(head, task.probe_images or task.plain_train, test, trained)
+    yield from read_in_three_ways(head, task.plain_train, test, trained)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.loop import Epoch, train
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.maple import MaPLeRecipe, new_maple
+from dcp_zoo.training.methods.prompts import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.build import plain_clip

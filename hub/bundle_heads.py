@@ -21,8 +21,7 @@ from dcp_zoo.data import find_spec, load_for_training
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.training.planning import Run, plan
-from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.zoo.registry import MANIFEST, WEIGHTS
 
 LICENSE = "apache-2.0"

@@ -222,7 +222,7 @@ def convert(
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
     dcp.to(pick_device(device))
     if images is not None:
-        items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
+        items = [Item(image, image, 0) for image in find_images([str(images)])]
         round_and_store_stats(dcp, image_source(dcp.encoder, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."

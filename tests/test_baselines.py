@@ -25,8 +25,8 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.methods.caches import BETAS, PENALTIES
 from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant
-from dcp_zoo.training.methods.proker import BETAS, PENALTIES
 from dcp_zoo.training.methods.zero_shot import ENSEMBLE
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source

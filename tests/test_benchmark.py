@@ -22,8 +22,7 @@ from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS, promptsrc
-from dcp_zoo.training.planning import Run
-from dcp_zoo.training.run import train_head
+from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.state import TrainingState
 
 TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfers]

@@ -193,7 +193,7 @@ def test_a_damaged_file_or_another_heads_is_refused(folder):
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
     for other in (path.read_bytes(), content[:5000], content[:5]):
         path.write_bytes(other)
-        with pytest.raises(ZooError, match=r"model.safetensors is damaged, or of another head than config.json beside"):
+        with pytest.raises(ZooError, match=r"model\.safetensors is damaged"):
             create_model(f"local-dir:{folder}", True)
     path.unlink()
     for place, missing in ((folder, r"no model\.safetensors"), (folder / "nothing", r"no config\.json")):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -136,10 +138,29 @@ def test_ctrl_c_stops_at_once_and_says_what_is_kept(run, flowers, monkeypatch, i
 def test_file_names_that_are_not_text(run, flowers, monkeypatch):
     """They are of another system's encoding, and stay as they are; class names in it cannot be read by CLIP."""
     (flowers / "rose" / "0.jpg").rename(os.fsdecode(os.fsencode(flowers / "rose") + b"/\xe4.jpg"))
-    run.ok("train", flowers, "--test", 0)
+    run.ok("train", flowers, "--method", "zero-shot", "--test", 0)
     monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     _, table = dcp_zoo.inspect(flowers).write("found")
     assert {os.fsdecode(b"rose/\xe4.jpg"), "rose/1.jpg"} < {row[0] for row in read_csv(table)}
     (flowers / "rose").rename(os.fsdecode(os.fsencode(flowers) + b"/ros\xe4"))
     with pytest.raises(ZooError, match=r"CLIP cannot read 'a photo of a ros\\udce4.', which is not in UTF-8: rename"):
         dcp_zoo.inspect(flowers)
+
+
+@pytest.mark.parametrize("method", ["text-probe", "dcp"])
+def test_each_image_is_read_once(run, flowers, method, monkeypatch):
+    """For the fit, its hash, the test, copies in the test, and the refit."""
+    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
+    opened, watching = Counter[str](), True
+
+    def watch(event, args):
+        if watching and event == "open" and str(args[0]).endswith(".jpg"):
+            opened[str(args[0])] += 1
+
+    sys.addaudithook(watch)  # for the rest of the process
+    options = ("--set", "epochs=1") if method == "dcp" else ()
+    code, _, err = run("train", "MY_PHOTOS", "--method", method, *options)
+    watching = False
+    assert (code, err.count(" on dcp_mini: ")) == (0, 2), err
+    assert len(opened) == 12
+    assert set(opened.values()) == {1}

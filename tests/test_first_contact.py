@@ -33,7 +33,7 @@ EXPORTED = "dcp_pe_b16"  # a tower of timm; an export takes seconds, and those o
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
 
 
-MODELS = ["dcp_vitb16", "dcp_siglip2_b16", "dcp_pe_b16", "dcp_dfn_b16"]
+MODELS = ["dcp_vitb16", "dcp_siglip2_b16", pytest.param(EXPORTED, marks=pytest.mark.scripts), "dcp_dfn_b16"]
 PICKLED = "dcp_dfn_b16"  # whose repo has no safetensors file
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 

@@ -76,7 +76,7 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
     assert ("the text probe that" in page, "Gaussian" in page) == (True, False)
-    looked = Count(monkeypatch, look_module, "_grey")
+    looked = Count(monkeypatch, look_module, "grey_copy")
     with monkeypatch.context() as patch:  # before anything slow is imported
         patch.setitem(sys.modules, "dcp_zoo.inspection.inspection", None)
         assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited

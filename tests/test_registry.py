@@ -30,8 +30,7 @@ from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, SIZES, all_heads, fronti
 
 def test_lists():
     assert dcp_zoo.list_models()[:4] == ["dcp_vitb32", "dcp_vitb16", "dcp_vitl14", "dcp_vitl14_336"]
-    sizes = ("b32", "b16", "l16", "so400m", "gopt")
-    assert dcp_zoo.list_models("*siglip2*") == [f"dcp_siglip2_{size}" for size in sizes]
+    assert dcp_zoo.list_models("*siglip2*")[:2] == ["dcp_siglip2_b32", "dcp_siglip2_b16"]
     assert set(dcp_zoo.list_models(pretrained=True)) == trained_heads().keys()
     assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_vitb16", "dcp_mini"]
 
@@ -150,13 +149,14 @@ def test_info_of_every_head():
         model, dataset, shots = facts["head"].split(".")[0], facts["dataset"], facts["shots"]
         assert (name, facts["seed"]) == (f"{model}.{dataset}-{shots}shot", 1)
         assert facts["train it"] == f"dcp-zoo train --head {name} --data-root DIR"
-        assert {field.name for field in fields(Recipe)} <= facts["recipe"].keys(), name
         assert facts["recipe"]["coupling"] == "bidirectional", name
         if facts["status"] == "planned":
+            assert {field.name for field in fields(Recipe)} <= facts["recipe"].keys(), name
             assert "not trained" in facts["licence"], name
             assert "not measured" in facts["metrics"], name
         else:
             assert facts["licence"] == "apache-2.0", name
+            assert len(facts["classes"]) > 1, name
             assert all(50 < facts["metrics"][f"top1_{stats}"] < 100 for stats in ("stored", "batch")), name
 
 

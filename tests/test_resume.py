@@ -21,9 +21,8 @@ from dcp_zoo.files import LOCK, locked
 from dcp_zoo.heads.config import STATE_NAME
 from dcp_zoo.training.loop import _mix, train
 from dcp_zoo.training.methods.dcp import frozen_tokens
-from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.run import RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import plain_clip
@@ -220,6 +219,7 @@ def digits_run():
     )
 
 
+@pytest.mark.usefixtures("quick_probe")
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path, monkeypatch):
     """Also one that is stopped while it is tested, which does not train again."""
     reference, killed, messages = tmp_path / "reference", tmp_path / "killed", []

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from dcp_zoo import threads
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.data.dataset import seeded
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.prediction import decode
 from dcp_zoo.prediction.heads import HeadPredictor
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.device import decoders, pick_precision
-from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.sources import image_source, seeded
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "flip"])

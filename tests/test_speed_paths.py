@@ -19,11 +19,10 @@ from dcp_zoo.backbone._torch import linear
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
-from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.sources import ImageDataset, ImageSource
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -23,9 +23,8 @@ from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.methods.table import chosen_recipe
-from dcp_zoo.training.planning import plan
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe
-from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, train_and_refit, train_head
+from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import plain_clip

@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from dcp_zoo.answers import Outputs
 from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plain_features, plan_own, read_by, warn_of
 from dcp_zoo.api.inputs import (
+    ClassWeights,
     Images,
     Labelled,
     Labels,
@@ -46,7 +47,6 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.loop import Callback, Epoch
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.planning import ClassWeights
 from dcp_zoo.training.run import RunOptions, train_head
 from dcp_zoo.training.sources import Progress
 

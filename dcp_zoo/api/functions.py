@@ -1,5 +1,6 @@
 """Train a head on your own images, measure it, and classify with it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
     ClassNames,
+    ClassWeights,
     Images,
     Labelled,
     Labels,
@@ -25,7 +27,7 @@ from dcp_zoo.api.inputs import (
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.backbone.inputs import VIEW_BATCH
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.images import Progress, bar, no_progress
+from dcp_zoo.data.images import Progress, bar, check_in_memory, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.fields import Values
@@ -37,9 +39,8 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
-from dcp_zoo.training.planning import ClassWeights, Run, plan
 from dcp_zoo.training.recipes import AUTO, MANY
-from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import get_spec
@@ -111,12 +112,14 @@ def plan_own(
     model: str,
     method: str,
     *,
+    class_weight: ClassWeights = None,
+    sample_weight: Sequence[float] | None = None,
     progress: Progress = bar,
     errors: str = "raise",
     **options: Any,
 ) -> Run:
-    """A run on labelled images, which are checked, with images for validation or None; `errors` as of `train`, and
-    `options` as of `plan`."""
+    """A run on labelled images, with images for validation or None; `class_weight` and `errors` as of `train`,
+    `sample_weight` one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
     images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
     check_features(images[0], plain_features(model))
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
@@ -125,12 +128,18 @@ def plan_own(
     if errors == "keep":
         split = without_unreadable(split, progress)
     else:
-        check_images([*split.items, *split.none], progress, KEEP)
-    if weights := options.get("sample_weight"):
-        left = {id(item) for item in split.train}
-        options["sample_weight"] = tuple(w for item, w in zip(data.items, weights, strict=True) if id(item) in left)
+        check_images([*split.items, *split.none], no_progress, KEEP, check_in_memory)
+    left = {id(item) for item in split.train}
     split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
-    run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
+    run = plan(split, model, method, test_share=0.0, **options)
+    for name, weight in (("class_weight", class_weight), ("sample_weight", sample_weight)):
+        if weight is not None and not run.is_probe_alone:
+            raise ZooError(f"{method} does not support {name}: choose method={DEFAULT_METHOD!r}.")
+    if class_weight is not None:
+        run = replace(run, class_weight=_weights_of(data.classes.tolist(), class_weight))
+    if sample_weight is not None:
+        weights = (w for item, w in zip(data.items, sample_weight, strict=True) if id(item) in left)
+        run = replace(run, sample_weight=tuple(weights))
     if split.train and isinstance(split.train[0].path, torch.Tensor):
         if not METHODS[method].features:
             able = ", ".join(name for name in METHODS if METHODS[name].features)
@@ -139,6 +148,19 @@ def plan_own(
             differs = "a fit on the images also reads their mirror images, and may answer otherwise"
             warn(f"Features are fitted as they are: {differs}.")
     return run
+
+
+def _weights_of(labels: Sequence[object], class_weight: ClassWeights) -> tuple[float, ...] | None:
+    """The weights of the classes with these labels; None for "balanced", which a text probe always is."""
+    if not isinstance(class_weight, Mapping):
+        check_choice("class_weight", class_weight, ("balanced",))
+        return None
+    if unknown := sorted(map(str, class_weight.keys() - set(labels))):
+        raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
+    weights = tuple(float(class_weight.get(label, 1)) for label in labels)
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ZooError("class_weight takes finite numbers of at least 0, not all 0.")
+    return weights
 
 
 def evaluate(

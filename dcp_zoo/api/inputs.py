@@ -20,6 +20,7 @@ from dcp_zoo.tables import NONE, is_none
 UNIT_TOLERANCE = 1e-2  # also of features that were kept in half precision
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
+ClassWeights = str | Mapping[Any, float] | None  # "balanced", or by label
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
 
 
@@ -150,7 +151,7 @@ def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, A
 
 def unlabelled(images: Images, features: bool = False) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images, features)
+    found = as_images(find_images([str(images)]) if is_folder(images) else images, features)
     return [Item(image, f"image {i}", 0) for i, image in enumerate(found)]
 
 

@@ -85,7 +85,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings shared by all trials of a sweep; those without a comment are explained in `training.planning`."""
+    """Settings shared by all trials of a sweep; those without a comment are explained in `training.run`."""
 
     output: Path  # the sweep's folder
     data_root: Path | None = None  # see `dcp_zoo.data.load_split`

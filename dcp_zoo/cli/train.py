@@ -11,21 +11,20 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, rejection_note
 from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
-from dcp_zoo.data import Split, check_images, is_own, load_for_training
+from dcp_zoo.data import Split, is_own, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
-from dcp_zoo.errors import ZooError, check_choice, warn
-from dcp_zoo.fields import Values
+from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.files import check_output, check_outside, check_writable
 from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free
 from dcp_zoo.threads import use_threads
-from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
-from dcp_zoo.zoo.registry import get_head, get_spec, is_model
+from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
+from dcp_zoo.zoo.registry import get_head, is_model
 from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
-    from dcp_zoo.training.planning import Run
+    from dcp_zoo.training.run import Run
 
 REFIT = "After the accuracy is measured, the head is refitted on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
@@ -65,28 +64,18 @@ class TrainOptions:
     recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper")
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
-    def given(self, *names: str) -> list[str]:
-        """Those of these options that are not at their defaults."""
-        changed = [name for name in names if getattr(self, name) != getattr(TrainOptions, name)]
-        return ["PHOTOS" if name == "photos" else f"--{name.replace('_', '-')}" for name in changed]
-
     def of_head(self) -> "TrainOptions":
         """These options, with what the name in --head determines; ZooError if they also set something of that."""
         if not (head := self.head):
             return replace(self, method=self.method or DEFAULT_METHOD)
-        if given := self.given("photos", "model", "shots", "seed"):
+        sets = {"PHOTOS": "photos", "--model": "model", "--shots": "shots", "--seed": "seed"}
+        if given := [shown for shown, name in sets.items() if getattr(self, name) != getattr(TrainOptions, name)]:
             raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
         if not is_model(head) and (":" in head or Path(head).exists()):
             raise ZooError(f"--head names a head of the zoo, not the checkpoint {head}: dcp-zoo train MY_PHOTOS.")
         chosen = get_head(head)
         method = self.method or DCP_METHOD
         return replace(self, method=method, model=chosen.model, shots=chosen.shots, seed=chosen.seed)
-
-    def check_recipe(self, dataset: str) -> None:
-        """Raise ZooError for a mistake in the recipe, which `plan` would say after images were read."""
-        changes = opt.single_values(opt.parse_changes(self.changes))
-        chosen = chosen_recipe(str(self.method), self.model, dataset, self.shots or 1, self.recipe)
-        chosen.updated(changes, where="--set")
 
     @property
     def folder(self) -> Path:
@@ -117,10 +106,6 @@ def train(options: TrainOptions) -> None:
         dataset, data_root = opt.data_source(options.photos, options.data_root, options.labels)
     if dataset is None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or train caltech101 --data-root DATA.")
-    check_choice("method", options.method, tuple(METHODS))
-    get_spec(options.model)  # ZooError if it is unknown
-    if options.recipe or options.changes:
-        options.check_recipe(dataset)
     output_dir = options.folder
     check_writable(output_dir)
     if dataset == "folder" and not options.labels:
@@ -159,29 +144,34 @@ def train(options: TrainOptions) -> None:
 
 
 def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split:
-    """The images, checked before PyTorch is imported."""
+    """The images, listed before PyTorch is imported."""
     if options.skip_unreadable and dataset != "folder":
         raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
     split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
     if options.report and not split.test:
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
-    if dataset == "folder" and not options.skip_unreadable:
-        check_images([*split.items, *split.none], advice=SKIP)
     return split
 
 
 def _planned(options: TrainOptions, split: Split) -> "Run":
     from dcp_zoo.training.device import decoders, pick_device
-    from dcp_zoo.training.planning import plan
+    from dcp_zoo.training.run import plan
 
-    names = "seed recipe device precision encoder".split()
-    same: Values = {name: getattr(options, name) for name in names}
-    same["workers"] = decoders(pick_device(options.device), len(split.items))
-    same["changes"] = opt.single_values(opt.parse_changes(options.changes))
-    same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
-    shots = options.shots or (None if is_own(split.name) else DATASET_SHOTS)
-    method, share = str(options.method), options.test
-    return plan(split, options.model, method, shots=shots, test_share=share, **same)
+    return plan(
+        split,
+        options.model,
+        str(options.method),
+        shots=options.shots or (None if is_own(split.name) else DATASET_SHOTS),
+        seed=options.seed,
+        recipe=options.recipe,
+        changes=opt.single_values(opt.parse_changes(options.changes)),
+        device=options.device,
+        precision=options.precision,
+        encoder=options.encoder,
+        workers=decoders(pick_device(options.device), len(split.items)),
+        descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
+        test_share=options.test,
+    )
 
 
 def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
@@ -190,14 +180,15 @@ def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
         log(f"Wrote {options.report}")
     show_evaluation(evaluation)
     if run.split.name == "folder":
-        _warn_of_copies(evaluation, run.subset())
+        _warn_of_copies(evaluation, run)
 
 
-def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
+def _warn_of_copies(evaluation: "Evaluation", run: "Run") -> None:
     """Warn of test images that are also training images, and say what accuracy is without them."""
     from dcp_zoo.inspection.look import copies
 
-    if not (found := copies(used.train + used.val, used.test)):
+    used = run.subset()
+    if not (found := copies(used.train + used.val, used.test, run.copies)):
         return
     hits, first = (evaluation.predicted == evaluation.labels).tolist(), next(iter(found))
     without = "None is left without them."

@@ -10,21 +10,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
+
+if TYPE_CHECKING:
+    import numpy as np  # slow to import
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
@@ -35,6 +37,8 @@ FORMS = (
     "an image is a path, PIL's, an open file, its bytes, datasets' dict of bytes and path, or an array or tensor "
     "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
 )
+GREY = 32  # pixels of both sides of a grey copy
+HASHES = 2**16  # of files that are kept, as folds and further fits are on the same files
 SIDE = 160  # pixels of a thumbnail's longer side
 # (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
 Progress = Callable[..., Iterable[Any]]
@@ -76,8 +80,9 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     opened = to_image(image, max_pixels)
     if isinstance(opened, str):
-        with _opened_image(opened, max_pixels) as file:
-            return _rgb(file)
+        with _explained(opened):
+            data = _read(opened, _version(opened))
+        return decode_image(data, opened, max_pixels)
     with _explained(_name(opened)):
         return _rgb(opened.copy() if opened is image else opened)
 
@@ -104,6 +109,8 @@ def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Imag
 
 
 def _of_array(image: Any) -> Image.Image:
+    import numpy as np
+
     with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
         array = image.detach().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
@@ -132,17 +139,37 @@ def pixels_sha256(image: Image.Image) -> str:
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 
 
+_hashes: dict[tuple[str, int, int], str] = {}  # of files, until they change: each is read and hashed in one pass
+
+
 def file_sha256(path: str) -> str:
-    """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
+    """A hash of the bytes of an image, which are not read again after `load_image`; ZooError, naming it, if they cannot
+    be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        status = os.stat(path)  # noqa: PTH116
-        return _bytes_sha256(path, status.st_mtime_ns, status.st_size)
+        version = _version(path)
+        return _hashes.get(version) or sha256(_read(path, version)).hexdigest()
 
 
-@lru_cache(2**16)  # as folds and further fits are on the same files
-def _bytes_sha256(path: str, *version: int) -> str:
+def _version(path: str) -> tuple[str, int, int]:
+    status = os.stat(path)  # noqa: PTH116
+    return path, status.st_mtime_ns, status.st_size
+
+
+def _read(path: str, version: tuple[str, int, int]) -> bytes:
+    """The bytes of a file, whose hash is kept."""
     with _stream(path) as file:
-        return sha256(file.read()).hexdigest()
+        data = file.read()
+    if len(_hashes) >= HASHES:
+        _hashes.clear()
+    _hashes[version] = sha256(data).hexdigest()
+    return data
+
+
+def grey_copy(image: Image.Image) -> "np.ndarray":
+    """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture."""
+    import numpy as np
+
+    return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -156,6 +183,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is unknown."""
+    import numpy as np
+
     levels = np.asarray(image)
     low, high = levels.min(), levels.max()
     white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
@@ -239,6 +268,12 @@ def check_complete(path: ImageLike) -> None:
             image.load()
 
 
+def check_in_memory(image: ImageLike) -> None:
+    """`check_complete` but for a path, whose file is read when it is needed."""
+    if not isinstance(image, str):
+        check_complete(image)
+
+
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given, `_explained`."""
@@ -289,10 +324,12 @@ def _stream(path: str) -> IO[bytes]:
     return Path(path).open("rb")
 
 
-def crop(image: Image.Image, cfg: Values) -> np.ndarray:
+def crop(image: Image.Image, cfg: Values) -> "np.ndarray":
     """An RGB image -> its pixels, uint8 (3, H, W), before they are normalised: exactly those of timm's transform for
     testing. Of timm's `cfg`, interpolation ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing.
     """
+    import numpy as np
+
     _, height, width = cfg["input_size"]
     resized, short = int(height / cfg["crop_pct"]), min(image.size)
     size = [resized if side == short else int(resized * side / short) for side in image.size]
@@ -303,8 +340,10 @@ def crop(image: Image.Image, cfg: Values) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
 
-def normalise(pixels: np.ndarray, cfg: Values) -> np.ndarray:
+def normalise(pixels: "np.ndarray", cfg: Values) -> "np.ndarray":
     """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
+    import numpy as np
+
     mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
     x = pixels.astype(np.float32, order="C")
     x /= 255

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item
-from dcp_zoo.data.images import ImageLike, Progress, by_image, in_threads, load_image, no_progress
+from dcp_zoo.data.images import GREY, ImageLike, Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
+from dcp_zoo.training.sources import Copies, image_source
 from dcp_zoo.zoo.build import plain_clip
 from dcp_zoo.zoo.factory import create_transform
 
-GREY, BATCH = 32, 64  # pixels of a side of the grey copy; images
+BATCH = 64  # images
 SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
 NEAREST = 3  # pairs of each image that are looked at
 STEPS, FARTHEST = 5, 0.15  # of Gauss-Newton; scale and shift, in halves of a side
@@ -78,7 +78,7 @@ def _rows(
             pixels = load_image(image)
         except ZooError as error:
             return error.reason
-        return torch.tensor(_grey(pixels)).flatten().float(), transform(pixels)
+        return torch.tensor(grey_copy(pixels)).flatten().float(), transform(pixels)
 
     for start in range(0, len(positions), BATCH):
         part = positions[start : start + BATCH]
@@ -90,11 +90,6 @@ def _rows(
             grey, inputs = map(torch.stack, zip(*(batch[part[place]] for place in readable), strict=True))
             rows[readable] = torch.cat([grey, model.read(inputs.to(model.device)).float().cpu()], 1)
         yield rows[None]
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """The grey copy of an image, uint8 (32, 32)."""
-    return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
 def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
@@ -115,16 +110,20 @@ def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
     return sorted(readable[sorted(group)].tolist() for group in groups.subsets())
 
 
-def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
-    """The test images that show the same picture as a training image, by their positions, and that training image."""
-    paths = [item.path for item in (*train, *test)]
-    grey = np.stack(in_threads(lambda path: _grey(load_image(path)), paths))
-    alike = same_pictures(np.ones((len(paths), 1), np.float32), grey)
-    left, originals = sorted({i for group in alike for i in group}), dict[int, Item]()
+def copies(train: Sequence[Item], test: Sequence[Item], known: Copies) -> dict[int, Item]:
+    """The test images that show the same picture as a training image, by their positions, and that training image.
+    Images whose grey copies are known are read again only if these are alike, and their features are not kept."""
+    items, originals = [*train, *test], dict[int, Item]()
+    unknown = [item.path for item in items if item.path not in known]
+    known = known | dict(zip(unknown, in_threads(lambda path: grey_copy(load_image(path)), unknown), strict=True))
+    grey = np.stack([known[item.path] for item in items])
+    alike = same_pictures(np.ones((len(items), 1), np.float32), grey)
+    left = sorted({i for group in alike for i in group})
     if not left:
         return originals
-    seen = look([paths[i] for i in left], plain_clip("dcp_mini"))  # for which the limits above were chosen
-    for group in same_pictures(seen.features, seen.grey):
+    model = plain_clip("dcp_mini")  # for which the limits above were chosen
+    features = image_source(model, [items[i] for i in left], once=True).features()[0].numpy()
+    for group in same_pictures(features, grey[left]):
         first, *rest = (left[i] for i in group)
         if first < len(train):
             originals |= {i - len(train): train[first] for i in rest if i >= len(train)}

@@ -5,12 +5,12 @@ from .loop import Epoch as Epoch
 from .methods.base import Method as Method
 from .methods.base import Task as Task
 from .methods.table import METHODS as METHODS
-from .planning import plan as plan
 from .recipes import BaseRecipe as BaseRecipe
 from .recipes import Recipe as Recipe
 from .recipes import default_recipe as default_recipe
 from .recipes import option as option
 from .run import RunOptions as RunOptions
+from .run import plan as plan
 from .run import train_head as train_head
 from .sources import ImageSource as ImageSource
 from .sources import image_source as image_source

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
-from dcp_zoo.data.dataset import seeded
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.device import autocast, needs_checkpointing
 from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
-from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress, seeded
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
@@ -118,17 +118,14 @@ def train(
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
 ) -> list[float]:
-    """Train the parameters of a head that require gradients: its prompts, and CMPA of a DCP. CLIP stays frozen.
-    Returns the loss of every step.
+    """Train what requires gradients in a head, its prompts and CMPA of a DCP. Returns the loss of every step.
 
     Args:
         model: with fresh prompts and on its device.
         source: the few-shot training images.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
-        precision: "float32"; "bfloat16" or "float16" for autocast over float32 prompts and CMPA; or "release" for the
-            float16 weights of DCP's authors.
-        log: receives how many steps there are, and what is faster.
+        precision: of `PRECISIONS`: autocast over float32 prompts and CMPA, but for "release", DCP's authors' float16.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
@@ -136,15 +133,12 @@ def train(
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
-    model.set_grad_checkpointing(needs_checkpointing(model, max(sizes)))
-    model.train()
     sums = average.begin(trained) if average else []
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
-    losses, steps = run.losses, recipe.num_epochs * per_epoch
-    numbers = sum(p.numel() for p in trained)
-    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
-    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-    log(f"{steps:,} steps of at most {recipe.batch_size} images; {numbers:,} trained parameters. Faster: {faster}.")
+    losses, classes = run.losses, source.num_classes
+    ended = recipe.is_flat(losses, per_epoch, classes)  # before it was stopped
+    steps = len(losses) if ended else recipe.num_epochs * per_epoch
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {_size_and_advice(trained, recipe)}")
     loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,18 +155,31 @@ def train(
         epoch = step // per_epoch
         reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), fmean(losses[-per_epoch:]))
         stops = [callback(model, reached) for callback in callbacks]
-        return recipe.is_flat(losses, per_epoch, source.num_classes) or any(stops)
+        return recipe.is_flat(losses, per_epoch, classes) or any(stops)
 
-    if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
-        steps = len(losses)
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
+    with _training_mode(model, max(sizes)):
+        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
     if average:
         average.finish(trained, len(losses) // per_epoch)
+    warn_if_not_learnt(fmean(losses[-per_epoch:]), classes, "epochs", recipe.num_epochs)
+    return losses
+
+
+@contextmanager
+def _training_mode(model: Head, batch: int) -> Iterator[None]:
+    """A head while it is trained on batches of at most this size; then in evaluation mode."""
+    model.set_grad_checkpointing(needs_checkpointing(model, batch))
+    model.train()
+    yield
     model.eval()
     model.set_grad_checkpointing(False)
-    warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
-    return losses
+
+
+def _size_and_advice(trained: Sequence[Tensor], recipe: TrainingRecipe) -> str:
+    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
+    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
+    return f"{sum(p.numel() for p in trained):,} trained parameters. Faster: {faster}."
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

@@ -1,37 +1,192 @@
-"""A `Run` of any method on few images per class, from its plan to a measured checkpoint."""
+"""A `Run` of any method on few images per class: planned, with all inputs checked before any work starts, then trained,
+measured and saved. `train`, `FewShotClassifier.fit`, `benchmark` and `build` all plan a `Run`, which alone makes a
+`Task`."""
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.fingerprint import construction
-from dcp_zoo.data import Split
-from dcp_zoo.data.images import Progress, bar
-from dcp_zoo.data.splits import all_for_training
+from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
+from dcp_zoo.data.images import Progress, bar, no_progress
+from dcp_zoo.data.seen import image_hashes
+from dcp_zoo.data.splits import all_for_training, subset_sha256, warn_of_numbers
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, format_duration
 from dcp_zoo.heads.checkpoint import MEASURED
 from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
+from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.planning import Reader, Run, check_supported
-from dcp_zoo.training.recipes import TrainingRecipe
-from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
+from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
+from dcp_zoo.training.sources import Copies, ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
-from dcp_zoo.zoo.build import plain_clip
+from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
+from dcp_zoo.zoo.registry import SIZES
 
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
+# of items, augmentation, and whether they are read once: `Run.source`, or in a sweep what trials share
+Reader = Callable[[Sequence[Item], str, bool], ImageSource]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and on which images."""
+
+    model: str  # in the zoo, such as "dcp_vitb16"
+    split: Split  # the full dataset, from which the few-shot subset is drawn
+    shots: int | None  # training images per class; None uses all
+    seed: int  # of the subset, of initial weights and of the order of the images
+    recipe: BaseRecipe  # the method's, see `chosen_recipe`
+    device: torch.device
+    method: str = DCP_METHOD
+    precision: str = "float32"
+    workers: int = 0  # processes that decode images
+    descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
+    test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
+    class_weight: tuple[float, ...] | None = None  # of each class in the text probe. Default: all 1
+    sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
+    encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
+    copies: Copies = field(default_factory=dict)  # of own images, if there is a test: filled as they are read
+
+    def subset(self) -> Split:
+        """The split with the training images that are used: drawn by shots and seed, or all."""
+        return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
+
+    def source(
+        self, clip: FrozenCLIP, progress: Progress, items: Sequence[Item], augment: str, once: bool
+    ) -> ImageSource:
+        """Images for a CLIP on the run's device, see `image_source`."""
+        copies = self.copies if is_own(self.split.name) and self.split.test else None
+        return image_source(clip, items, augment, self.workers, progress, once, self.precision, copies=copies)
+
+    def task(
+        self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress, read: Reader | None = None
+    ) -> Task:
+        """What the method is given: the images of `subset`, for a CLIP on the run's device."""
+        method, read = METHODS[self.method], read or partial(self.source, clip, progress)
+        augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
+        needed = method.needs_images(self.recipe)
+        return Task(
+            clip,
+            self.model,
+            subset.classnames,
+            self.descriptions or find_spec(self.split.name).template,
+            read(subset.train, augment, method.features) if needed else None,
+            read(subset.val, "none", True) if needed and subset.val else None,
+            self.recipe,
+            self.seed,
+            self.precision,
+            progress,
+            probe_weights=self._probe_weights(subset),
+            none=read(subset.none, "none", True) if subset.none else None,
+            encoders=load_encoders(self.encoders, clip),
+        )
+
+    def _probe_weights(self, subset: Split) -> torch.Tensor | None:
+        """Weights (n,) of the training images in the text probe: those of the images times those of their classes."""
+        if self.class_weight is None and self.sample_weight is None:
+            return None
+        labels = torch.tensor([item.label for item in subset.train])
+        images = torch.tensor(self.sample_weight or [1.0] * len(labels))
+        return images if self.class_weight is None else images * torch.tensor(self.class_weight)[labels]
+
+    @property
+    def is_probe_alone(self) -> bool:
+        """Whether nothing but a text probe is fitted to the training images."""
+        return self.recipe.classifier != "none" and not METHODS[self.method].trains
+
+    def info(self, subset: Split) -> Values:
+        """What a checkpoint stores about how it was trained, on the training images of `subset`."""
+        recipe = self.recipe.fitted(len(subset.train), len(subset.classnames))
+        stored: Values = {
+            "dataset": self.split.name,
+            "shots": self.shots,
+            "seed": self.seed,
+            "split_sha256": self.split.sha256,
+            "subset_sha256": subset_sha256(subset.train),
+        }
+        if is_own(self.split.name):
+            counts = Counter(item.label for item in subset.train)
+            stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
+            stored["image_hashes"] = image_hashes(subset.train + subset.val)
+        if self.split.unreadable:
+            stored["unreadable_images"] = self.split.unreadable
+        if subset.none:
+            stored["none_sha256"] = subset_sha256(subset.none)
+        if self.test_share is not None:
+            stored["test_share"] = self.test_share
+        stored["recipe"] = recipe.training | {"precision": self.precision}
+        if self.class_weight is not None:
+            stored["class_weight"] = list(self.class_weight)
+        return stored
+
+
+def plan(
+    split: Split,
+    model: str,
+    method: str = DCP_METHOD,
+    *,
+    shots: int | None = None,
+    seed: int = 1,
+    recipe: RecipeLike = None,
+    classifier: str | None = None,
+    changes: Mapping[str, object] | None = None,
+    device: str = "auto",
+    precision: str = AUTO,
+    encoder: str | Sequence[str] | None = None,
+    **options: Any,
+) -> Run:
+    """A run on the images of a split, with all other inputs checked before any work starts.
+
+    Args:
+        split, model, method, shots, seed: see `Run`.
+        recipe, classifier: see `chosen_recipe`.
+        changes: to the recipe, as of `--set`.
+        device, precision: see `pick_device` and `pick_precision`.
+        encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
+        options: further attributes of `Run`.
+    """
+    check_seed(seed)
+    model, place = SIZES.get(model, model), pick_device(device)
+    precision = pick_precision(precision, model, place)
+    per_class = shots or max(1, len(split.train) // len(split.classnames))
+    fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
+    fitting = fitting.updated(changes or {}, where="--set")
+    if fitting.classifier != "none" and METHODS[method].abilities.fitted:
+        raise ZooError(PROBE_REFUSED.format(method))
+    if is_own(split.name) and not options.get("descriptions"):
+        warn_of_numbers(split.classnames)
+    encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())
+    if encoders and fitting.classifier == "none":
+        raise ZooError("An image encoder is read by the text probe: choose --classifier text-probe, or omit --encoder.")
+    check_encoders(encoders)
+    return Run(model, split, shots, seed, fitting, place, method, precision, encoders=encoders, **options)
+
+
+def check_supported(run: Run, callbacks: Sequence[Callback]) -> None:
+    """ZooError for callbacks of a method that does not train by epochs."""
+    if callbacks and not run.recipe.is_trained:
+        able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
+        raise ZooError(f"{run.method} does not support callbacks: choose from {', '.join(able)}.")
 
 
 @dataclass(frozen=True)
@@ -104,50 +259,40 @@ def _fit_and_measure(
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
     read: Reader | None = None,
+    refit: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
     """What `train_head` saves, its accuracies, and its predictions on the test images; a training's state and log stay
-    in `output`."""
-    started = time.perf_counter()
+    in `output`. With `refit` the test images are trained on next: all that this needs is read in the same pass."""
+    started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
     task = run.task(subset, clip, options.progress, read)
     title = METHODS[run.method].title
     options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-    head, earlier = fit(run, task, subset, output, options)
+    if run.recipe.is_trained:
+        if task.train and is_own(run.split.name):
+            task.train.decode()
+        info = run.info(subset)
+        state = _state(run, clip, subset, info, output, options)
+        earlier = state.seconds[-1] if state.seconds else 0.0
+        task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
+    head = fit_head(run.method, task)
+    info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
     _check_learnt(task, head)
+    seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
     evaluation, found = None, dict(measured or {})
-    seconds = round(earlier + time.perf_counter() - started, 2)
     if measured is None and options.test and run.split.test:
-        once = head.stats_modes == ("stored",)
-        test = image_source(clip, run.split.test, "none", run.workers, options.progress, once, run.precision)
+        views = "flip" if refit and task.train and task.train.num_views > 1 else "none"
+        test = run.source(clip, options.progress, run.split.test, views, head.stats_modes == ("stored",))
+        if METHODS[run.method].features:
+            test.read(progress=options.progress)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         found = {"metrics": metrics, "test_images": len(evaluation.items)}
         if evaluation.balanced is not None:
             found["balanced_top1"] = evaluation.balanced
-    head.info = head.info | {"trained": f"{date.today()}", "train_seconds": seconds} | found
+    head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **found}
     return head, metrics, evaluation
-
-
-def fit(
-    run: Run, task: Task, subset: Split, output: Path | None = None, options: RunOptions | None = None
-) -> tuple[Head, float]:
-    """The head that a run's method makes of its task on `subset`, with `info` of how it was trained; and for how many
-    seconds a stopped run trained before, if this one resumes it."""
-    options, info = options or RunOptions(), run.info(subset)
-    if not run.recipe.is_trained:
-        head = fit_head(run.method, task)
-        head.info = info | head.info
-        return head, 0.0
-    path = None if output is None else output / STATE_NAME
-    identity = _identity(run, task.clip, subset, info)
-    state = TrainingState(path, identity, options.save_every, options.log)
-    earlier = state.seconds[-1] if state.seconds else 0.0
-    task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
-    task.reload_clip = lambda: plain_clip(run.model).to(run.device)
-    head = fit_head(run.method, task)
-    head.info = info | head.info
-    return head, earlier
 
 
 def _check_learnt(task: Task, head: Head) -> None:
@@ -174,7 +319,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         if options.overwrite:
             remove_state(first)
-        trained, metrics, evaluation = _fit_and_measure(run, first, options)  # its state stays, to be resumed
+        trained, metrics, evaluation = _fit_and_measure(run, first, options, refit=True)  # its state stays
         if evaluation:
             options.show(evaluation)
         took = format_duration(trained.info["train_seconds"])
@@ -185,11 +330,13 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     return head, metrics
 
 
-def _identity(run: Run, clip: FrozenCLIP, subset: Split, info: Mapping[str, object]) -> Values:
-    """What identifies a training: the checkpoint's info, with one hash of its images in place of several, and more. The
-    state of another run is rejected."""
+def _state(
+    run: Run, clip: FrozenCLIP, subset: Split, info: Values, output: Path | None, options: RunOptions
+) -> TrainingState:
+    """The state of a training, in its output folder. It belongs to the checkpoint's info, with one hash of its images
+    in place of several, and more: the state of another run is rejected."""
     of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
-    return {
+    identity: Values = {
         **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
         **run.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
         "precision": run.precision,
@@ -202,3 +349,4 @@ def _identity(run: Run, clip: FrozenCLIP, subset: Split, info: Mapping[str, obje
         "preprocessing": clip.preprocessing,
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }
+    return TrainingState(output and output / STATE_NAME, identity, options.save_every, options.log)

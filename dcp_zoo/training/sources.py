@@ -1,20 +1,25 @@
-"""The images that a model reads: loaded, transformed, shuffled, and run through a frozen stem only once."""
+"""The images that a model reads: decoded once, transformed, shuffled, and run through a frozen stem only once."""
 
+import copy
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, default_collate, get_worker_info
+from torchvision.transforms.functional import pil_to_tensor
 
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
 from dcp_zoo.data import Item
-from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
-from dcp_zoo.data.images import Progress, by_image, no_progress
+from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head
@@ -24,7 +29,111 @@ from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
 Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if there are any
+CPU = torch.device("cpu")
+CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
+AT_ONCE = 64  # images that are decoded in advance
+Copies = dict[str, np.ndarray]  # grey ones, see `grey_copy`, by the path of the image
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
+
+
+class Decoded(dict[int, Image.Image | Tensor]):
+    """Decoded images by position, up to so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def add(self, index: int, image: Image.Image | Tensor) -> None:
+        size = image.nbytes if isinstance(image, Tensor) else 3 * image.width * image.height
+        if size <= self.room and index not in self:
+            self.room -= size
+            self[index] = image
+
+
+class ImageDataset(Dataset[Any]):
+    """Items as (transform(image), label) pairs, for a torch DataLoader: decoded once, on all cores, and kept up to
+    `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). `copies` receives the `grey_copy`
+    of each file that this process decodes, by its path. ZooError as of `load_image`."""
+
+    _seeds: Sequence[int] | None = None
+    _mirrored: Sequence[int] | None = None
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        transform: Callable[..., Tensor],
+        cache_bytes: int = CACHE_BYTES,
+        copies: Copies | None = None,
+    ) -> None:
+        from torchvision.transforms import v2  # slow to import
+
+        self.items, self.transform, self.copies = items, transform, copies
+        self._tensors = isinstance(transform, v2.Transform)
+        self._decoded = Decoded(cache_bytes)
+
+    def drawn(self, seeds: Sequence[int] | None, mirrored: Sequence[int]) -> "ImageDataset":
+        """The same items, decoded once for both, of which those that are `mirrored` are so after the transform. With
+        `seeds`, one per item, the result depends neither on the images read before nor on the process that reads it."""
+        other = copy.copy(self)
+        other._seeds, other._mirrored = seeds, mirrored
+        return other
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
+        images = self._read([index for index in indices if index not in self._decoded])
+        return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
+
+    def decode(self) -> None:
+        """Decode all images once before any is needed, so that an error comes early, and their hashes are known."""
+        for start in range(0, len(self), AT_ONCE):
+            self._read(range(start, min(start + AT_ONCE, len(self))))
+
+    def _read(self, indices: Sequence[int]) -> dict[int, Image.Image | Tensor]:
+        """Decoded images by position, which are kept where there is room."""
+        read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
+        images = dict(zip(indices, read(self._load, indices), strict=True))
+        for index, image in images.items():
+            self._decoded.add(index, image)
+        return images
+
+    def _load(self, index: int) -> Image.Image | Tensor:
+        image = load_image(path := self.items[index].path)
+        if self.copies is not None and isinstance(path, str):
+            self.copies[path] = grey_copy(image)
+        return pil_to_tensor(image) if self._tensors else image
+
+    def _transformed(self, image: Image.Image | Tensor, index: int) -> tuple[Tensor, int]:
+        with nullcontext() if self._seeds is None else seeded(self._seeds[index]):
+            x = self.transform(image)
+        return x.flip(-1) if self._mirrored and self._mirrored[index] else x, self.items[index].label
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """A context in which Python, NumPy and torch, here and on this device, draw from this seed; then as before."""
+    accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before_there = accelerator and accelerator.get_rng_state(device)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if accelerator:  # `manual_seed` is for the current GPU, which may be another; there is one "mps" only
+        with accelerator.device(device) if hasattr(accelerator, "device") else nullcontext():
+            accelerator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if accelerator:
+            accelerator.set_rng_state(before_there, device)
 
 
 @dataclass
@@ -42,7 +151,7 @@ class ImageSource:
         crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
         precision: in which features are computed; they are kept in float32.
-        pass_size: images per forward pass when features are computed, which do not depend on it; 0 for `VIEW_BATCH`.
+        copies: receives those of `ImageDataset`.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
@@ -57,14 +166,19 @@ class ImageSource:
     crops: bool = False
     once: bool = False
     precision: str = "float32"
-    pass_size: int = 0
+    copies: Copies | None = None
     targets: Tensor | None = field(default=None, init=False)
     _read: Tensor | None = field(default=None, init=False)  # see `read`
 
     @cached_property
     def dataset(self) -> ImageDataset:
         """Shared by all epochs, so that each file is decoded once."""
-        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES)
+        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES, self.copies)
+
+    def decode(self) -> None:
+        """Decode the images that are not read already, see `ImageDataset.decode`."""
+        if self.views is None:
+            self.dataset.decode()
 
     def of(self, rows: Sequence[int]) -> "ImageSource":
         """The images at these positions."""
@@ -173,7 +287,7 @@ def image_source(
     progress: Progress = no_progress,
     once: bool = False,
     precision: str = "float32",
-    pass_size: int = 0,
+    copies: Copies | None = None,
 ) -> ImageSource:
     """Images for a CLIP, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
@@ -188,7 +302,7 @@ def image_source(
         return ImageSource(clip, items, create_transform(clip), views=given[None], form=Features)
     crops = augment == "crop-flip"
     transform = create_transform(clip, crops)
-    source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, pass_size=pass_size)
+    source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, copies=copies)
     stem, views = clip.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * (math.prod(stem.grid) * stem.width + stem.backbone_width) if stem else 0
     if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
@@ -221,14 +335,16 @@ def encode_views(
     """What `encode`, inputs -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
     on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed,
     if it depends on the frozen encoder alone, `of` CLIP by default; `per_image` may know it already."""
-    device, form, size = source.clip.device, source.form, source.pass_size or VIEW_BATCH
+    device, form = source.clip.device, source.form
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
-            read: Iterable[tuple[Tensor, ...]] = zip(*(view.split(size) for view in part.views[:views]), strict=True)
+            read: Iterable[tuple[Tensor, ...]] = zip(
+                *(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True
+            )
         else:
-            pixels = (inputs.x for inputs, _ in part.batches(size))
+            pixels = (inputs.x for inputs, _ in part.batches(VIEW_BATCH))
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)
         for shown in by_image(progress, read, description, len(source.items), len(source.items) - len(rows)):
             with autocast(device, source.precision):

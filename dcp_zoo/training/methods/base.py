@@ -1,5 +1,5 @@
-"""What a method is, and what methods share: the task that one is given, how its features are read, learned prompts, and
-training with a loss of its own.
+"""What a method is, and what methods share: the task that one is given, how its features are read, and training with a
+loss of its own.
 
 Shapes: n or B images, C classes, E embedding.
 """
@@ -19,7 +19,7 @@ from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.kinds import LinearHead, PromptHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, image_source, no_progress
@@ -32,7 +32,6 @@ Schedule = Callable[[int], float]  # the learning rate of each step
 # of heads: any class names; its own only; also fitted to features of its images; also no linear function of features
 ABLE, CLOSED = Abilities(), Abilities(transfers=False)
 FITTED, CACHED = replace(CLOSED, fitted=True), replace(CLOSED, fitted=True, linear=False)
-PROMPT_STD = 0.02  # of initial prompts, as in the papers
 CROPS = "random crops of each training image; not used by a model whose images are only flipped"
 
 
@@ -58,9 +57,6 @@ class Task:
         seed: of all random numbers.
         precision: of training; logits are computed in float32.
         training: options of `loop.train`, which trains prompts: its state, callbacks and log.
-        reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
-        probe_images: the training images without augmentation, for the text probe, if the method has them in a form
-            that its head reads faster.
         probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
         none: images of none of the classes, from which the text probe learns what to reject; None if there are none.
         encoders: that the text probe reads beside CLIP.
@@ -77,8 +73,6 @@ class Task:
     precision: str = "float32"
     progress: Progress = no_progress
     training: Values = field(default_factory=dict)
-    reload_clip: Callable[[], FrozenCLIP] | None = None
-    probe_images: ImageSource | None = None
     probe_weights: Tensor | None = None
     none: ImageSource | None = None
     encoders: Sequence[ImageEncoder] = ()
@@ -102,8 +96,8 @@ class Task:
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
-        train = self.train
-        return image_source(train.clip, train.items, "none", train.workers, self.progress, precision=train.precision)
+        source, shared = self.train, (self.train.once, self.train.precision, self.train.copies)
+        return image_source(source.clip, source.items, "none", source.workers, self.progress, *shared)
 
     def features(self, source: ImageSource) -> Tensor:
         """Normalised features (n, E) of a source by the plain image tower, in float32 on its device."""
@@ -230,24 +224,6 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from source.batches(batch_size, generator, drop_last=drop_last)
-
-
-def random_prompts(count: int, n_ctx: int, width: int) -> list[Tensor]:
-    """`count` sets of random prompts (n_ctx, width)."""
-    return [torch.randn(n_ctx, width) * PROMPT_STD for _ in range(count)]
-
-
-def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[list[Tensor], str]:
-    """The text prompts, the first of which are a phrase's first words, if it has enough; and the words left."""
-    words, n_ctx = phrase.split(), len(prompts[0])
-    if len(words) >= n_ctx:
-        prompts = [clip.embed_words(phrase, n_ctx), *prompts[1:]]
-    return prompts, " ".join(words[n_ctx:])
-
-
-def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
-    """The task's CLIP with these prompts."""
-    return PromptHead(task.clip, task.classnames, text, vision, texts=task.texts, rest=rest)
 
 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:

@@ -1,25 +1,27 @@
-"""What methods share that train a small part of CLIP's own weights, in a copy of it."""
+"""Methods that train a small part of CLIP's own weights, in a copy of it: CLIP-LoRA, CLIP-SVD, 2SFS and ProLIP."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from dcp_zoo.backbone.classes import Texts, check_classnames, class_texts, mean_of_texts
-from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.inputs import Inputs
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading
+from dcp_zoo.backbone.inputs import Features, Inputs
 from dcp_zoo.backbone.tokens import end_positions
-from dcp_zoo.backbone.towers.open_clip import OpenClipViT
+from dcp_zoo.backbone.towers.open_clip import OpenClipBlock, OpenClipViT
 from dcp_zoo.backbone.towers.text import shares_prefix
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import cosine
-from dcp_zoo.training.methods.base import Loss, Task, minimise, shuffled
+from dcp_zoo.training.methods.base import CLOSED, Loss, Method, Task, minimise, own_clip, shuffled
 from dcp_zoo.training.recipes import BaseRecipe, changed, count, option
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.sources import ImageSource, encode_views
 
 FINAL_LR = 1e-6  # of CLIP-LoRA, CLIP-SVD and 2SFS
 
@@ -96,3 +98,239 @@ def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
     """Zero-shot classification by a copy of CLIP that was trained."""
     text = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts)
     return task.text_head(text, clip=clip, texts=task.texts)
+
+
+# ------------------------------------------------------------------------------------------------------------ CLIP-LoRA
+
+
+@dataclass(frozen=True)
+class CLIPLoRARecipe(AdamWRecipe):
+    rank: int = count(2, "r of the updates")
+    alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
+    dropout: float = option(0.25, "dropout of the updates' inputs")
+
+
+def fit_lora(task: Task) -> LinearHead:
+    """CLIP-LoRA: low-rank updates of both towers' attention weights, trained through the dataset's prompt template.
+
+    In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each
+    get an update with A (r, D), B (D, r) and its own dropout:
+
+        W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
+
+    A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits
+    s f W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is
+    then an ordinary CLIP that accepts any class names. No model selection: the last step is used.
+    """
+    clip = own_clip(task.clip)
+    updates = add_updates(clip, task.recipe).train()
+    train_weights(clip, task, updates.parameters(), task.recipe.steps)
+    return zero_shot_of(merge(clip, updates), task)
+
+
+def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
+    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first."""
+    check_blocks(clip, "CLIP-LoRA")
+    updates = nn.ModuleList()
+    towers: Any = clip.text_tower, clip.vision_tower
+    for tower in towers:
+        own = [LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device) for _ in tower.blocks]
+        tower.blocks = [LowRankBlock(block.module, update) for block, update in zip(tower.blocks, own, strict=True)]
+        updates.extend(own)
+    return updates.eval()
+
+
+@torch.no_grad()
+def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
+    """The CLIP with the updates of its blocks merged into its weights."""
+    for block, update in zip(both_blocks(clip), updates, strict=True):
+        block.attn.in_proj_weight.add_(update.scale * (update.b @ update.a).flatten(0, 1))
+    return clip.with_clip(clip.clip)
+
+
+class LowRank(nn.Module):
+    """Updates of the queries, keys and values of a block: x (.., D) -> (.., 3 D)."""
+
+    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.dropout = alpha / rank**0.5, dropout
+        self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
+        self.b = nn.Parameter(torch.zeros(3, width, rank))
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of queries, keys and values those in `rows`, by default all."""
+        pairs = zip(self.a[rows], self.b[rows], strict=True)
+        return self.scale * torch.cat([F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in pairs], -1)
+
+
+class LowRankBlock(OpenClipBlock):
+    """A block of CLIP with updates of its queries, keys and values."""
+
+    def __init__(self, module: nn.Module, update: LowRank) -> None:
+        super().__init__(module)
+        self.update = update
+
+    def project(self, normed: Tensor, parts: str) -> Tensor:
+        return super().project(normed, parts) + self.update(normed, slice(1) if parts == "q" else slice(1, None))
+
+
+# ------------------------------------------------------------------------------------------------------------- CLIP-SVD
+
+
+@dataclass(frozen=True)
+class CLIPSVDRecipe(AdamWRecipe):
+    """That of the authors' code: one setting for all datasets."""
+
+    lr: float = changed(AdamWRecipe, "lr", 5e-4)
+    steps: int = changed(AdamWRecipe, "steps", 800)
+
+
+def fit_svd(task: Task) -> LinearHead:
+    """CLIP-SVD: trains only the singular values of the weights in both towers, through the dataset's prompt template.
+
+    In every block of both towers, each of the weights W of queries, keys, values, attention's output and MLP layers is
+
+        W = U diag(values) V^T
+
+    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
+    selection: the last step is used.
+    """
+    clip = own_clip(task.clip)
+    check_blocks(clip, "CLIP-SVD")
+    blocks = both_blocks(clip)
+    weights = [(block.attn, "in_proj_weight", 3) for block in blocks]
+    weights += [(m, "weight", 1) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    for module, name, parts in weights:
+        parametrize.register_parametrization(module, name, SingularValues(getattr(module, name), parts))
+    train_weights(clip, task, [p for p in clip.parameters() if p.requires_grad], task.recipe.steps)
+    for module, name, _ in weights:
+        parametrize.remove_parametrizations(module, name)
+    return zero_shot_of(clip, task)
+
+
+class SingularValues(nn.Module):
+    """Parametrises a weight W by the singular values of its `parts`, equal blocks of rows (D, D'): U diag(values) V^T.
+    What is trained is added to W as it is, so that nothing changes before."""
+
+    def __init__(self, weight: Tensor, parts: int) -> None:
+        super().__init__()
+        u, s, vh = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
+        self.u, self.start, self.vh, self.values = u, s, vh, nn.Parameter(s.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + ((self.u * (self.values - self.start)[:, None]) @ self.vh).flatten(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- 2SFS
+
+
+@dataclass(frozen=True)
+class TwoSFSRecipe(AdamWRecipe):
+    steps: int = changed(AdamWRecipe, "steps", 1200)
+    first_stage: float = option(0.6, "fraction of the steps in the first stage", min=0, max=1)
+
+
+def fit_two_sfs(task: Task) -> LinearHead:
+    """2SFS: first trains the LayerNorms of both towers, then a classifier on top.
+
+    With image features f (B, E), text features W (C, E) of the dataset's template, and s = exp(logit_scale):
+
+        stage 1:  s f W^T            trains weights and biases of all LayerNorms, in a copy of CLIP
+        stage 2:  s f w_c^T / |w_c|  trains w (C, E), initialised to stage 1's W; both towers are frozen
+
+    both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot, stage 2 the
+    rest. For the miniature, which only flips, stage 2 caches the features of both views. The last step is used.
+    """
+    recipe: TwoSFSRecipe = task.recipe
+    clip, source = own_clip(task.clip), task.train_images
+    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
+    first = int(recipe.steps * recipe.first_stage)
+    train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
+    weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts).requires_grad_()
+    if source.views is not None or recipe.augment != "crop-flip":
+        trained = Reading(clip, clip.widths[:1], clip.encode_image)
+        source = replace(source, views=source.read_by(trained), form=Features)
+
+    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = clip.encode_image(inputs)
+        return F.cross_entropy(clip.logits(features, F.normalize(weight, dim=-1)).float(), labels)
+
+    train_steps(task, [weight], loss, source, recipe.steps - first)
+    return task.text_head(F.normalize(weight.requires_grad_(False), dim=-1), clip=clip)
+
+
+# --------------------------------------------------------------------------------------------------------------- ProLIP
+
+
+@dataclass(frozen=True)
+class ProLIPRecipe(BaseRecipe):
+    """That of the authors' code: Adam with a cosine over all steps."""
+
+    augment: str = changed(BaseRecipe, "augment", "crop-flip")
+    penalty: float = option(0.25, "lambda; by default 1 / shots")
+    lr: float = option(1e-5, "learning rate of the first step")
+    eps: float = option(1e-4, "epsilon of Adam")
+    epochs: int = count(300, "steps, each on all training images")
+
+    @classmethod
+    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "ProLIPRecipe":
+        return cls(penalty=1 / shots)
+
+
+def fit_prolip(task: Task) -> LinearHead:
+    """ProLIP: fine-tunes the last projection of the image tower, penalising its change.
+
+    With input x (B, Dv), projection P (Dv, E), pretrained P0, zero-shot classifier W (C, E), and s = exp(logit_scale):
+
+        f      = x P / |x P|                                                 (B, E)
+        logits = s f W^T                                                     (B, C)
+        loss   = cross-entropy + lambda |P - P0|^2,  lambda = 1 / shots
+
+    in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for both views
+    and the steps alternate between them. No model selection: this is the authors' variant without validation images, at
+    1e-5, the smallest of the learning rates that they report for it.
+    """
+    recipe: ProLIPRecipe = task.recipe
+    tower, clip = task.clip.vision_tower, own_clip(task.clip)
+    start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
+    if start is None:
+        problem = "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none"
+        raise ZooError(f"{problem}: use clip-lora, tip-adapter-f or clap instead.")
+    text, projection = task.text, clip.visual.proj.requires_grad_()
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
+        return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
+
+    optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
+    minimise(task, loss, optimizer, projected(task), cosine(recipe.lr, recipe.epochs), recipe.epochs)
+    projection.requires_grad_(False).grad = None
+    return zero_shot_of(clip, task)
+
+
+def projected(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
+    source, tower = task.train_images, task.clip.vision_tower
+
+    def encode(inputs: Inputs) -> Tensor:
+        return tower.norm(tower.run(tower.embed(inputs).x, ())[:, 0])
+
+    def one_pass() -> Tensor:
+        return encode_views(source, encode, source.num_views)
+
+    if source.views is None and task.recipe.augment == "crop-flip":
+        while True:
+            yield one_pass()[0], source.labels
+    for view in cycle(one_pass()):
+        yield view, source.labels
+
+
+PAPER = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
+CLIP_LORA = Method("clip-lora", "CLIP-LoRA", PAPER, fit_lora, CLIPLoRARecipe)
+PAPER = "Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, arXiv:2509.03740"
+CLIP_SVD = Method("clip-svd", "CLIP-SVD", PAPER, fit_svd, CLIPSVDRecipe)
+PAPER = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
+TWO_SFS = Method("2sfs", "2SFS", PAPER, fit_two_sfs, TwoSFSRecipe, CLOSED)
+PAPER = "Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, arXiv:2410.05270"
+PROLIP = Method("prolip", "ProLIP", PAPER, fit_prolip, ProLIPRecipe)

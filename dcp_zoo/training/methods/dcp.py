@@ -5,7 +5,8 @@ defaults and named variants are in `dcp_zoo.training.recipes`, because help text
 training the prompts are rounded as they will be stored, and the stored statistics measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
 
@@ -19,14 +20,13 @@ from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.device import cast_frozen, total_memory
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
-from dcp_zoo.training.methods.text_probe import probe_views
+from dcp_zoo.training.methods.text_probe import add_probe, probe_views
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views
 
 
 def fit(task: Task) -> DCP:
-    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With the
-    task's `reload_clip` CLIP is stored in half precision while training in it; otherwise autocast converts it."""
+    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics."""
     recipe: Recipe = task.recipe
     model, clip = new_model(task), task.clip
     source, fixed = task.train_images, task.plain_train
@@ -35,17 +35,26 @@ def fit(task: Task) -> DCP:
     if recipe.clip_reg:
         shown = max(source.num_views, probe_views(fixed))
         source.targets = fixed.targets = encode_views(fixed, clip.encode_image, shown, task.progress).float()
-    task.probe_images = fixed
-    if task.reload_clip:
-        cast_frozen(model, task.precision)
-    losses = train_prompts(task, model, source)
-    if task.reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
-        for own, loaded in zip(clip.clip.parameters(), task.reload_clip().clip.parameters(), strict=True):
-            own.data = loaded.data  # the cast weights are freed
-    round_and_store_stats(model, fixed)
+    with clip_in(model, task.precision):
+        losses = train_prompts(task, model, source)
+    round_and_store_stats(model, fixed)  # measured as the head will be used
     tenth = max(1, len(losses) // 10)  # enough to tell later whether it learnt
     model.info = {"first_loss": fmean(losses[:tenth]), "last_loss": fmean(losses[-tenth:])}
+    if recipe.classifier != "none":
+        add_probe(model, task, fixed)
     return model
+
+
+@contextmanager
+def clip_in(model: DCP, precision: str) -> Iterator[None]:
+    """CLIP's weights in this precision, so that they take less memory on the device; then as before."""
+    weights = [p.data.cpu() for p in model.encoder.clip.parameters()]
+    cast_frozen(model, precision)
+    try:
+        yield
+    finally:
+        for p, before in zip(model.encoder.clip.parameters(), weights, strict=True):
+            p.data = before.to(p.device)
 
 
 def frozen_tokens(

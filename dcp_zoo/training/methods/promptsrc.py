@@ -31,7 +31,8 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.loop import EpochAverage
-from dcp_zoo.training.methods.base import Method, Task, new_head, random_prompts, start_from, train_prompts
+from dcp_zoo.training.methods.base import Method, Task, train_prompts
+from dcp_zoo.training.methods.prompts import new_head, random_prompts, start_from
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])

@@ -5,7 +5,6 @@ Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -24,22 +23,22 @@ OWN = {  # module and object in this package, in the order of tables
     "zero-shot": "zero_shot:ZERO_SHOT",
     "zero-shot-ensemble": "zero_shot:ZERO_SHOT_ENSEMBLE",
     "linear-probe": "linear_probe:LINEAR_PROBE",
-    "tip-adapter": "tip_adapter:TIP_ADAPTER",
-    "tip-adapter-f": "tip_adapter:TIP_ADAPTER_F",
-    "proker": "proker:PROKER",
-    "ss-text": "ss_text:SS_TEXT",
+    "tip-adapter": "caches:TIP_ADAPTER",
+    "tip-adapter-f": "caches:TIP_ADAPTER_F",
+    "proker": "caches:PROKER",
+    "ss-text": "zero_shot:SS_TEXT",
     "gda": "gda:GDA",
-    "lp-plus-plus": "lp_plus_plus:LP_PLUS_PLUS",
+    "lp-plus-plus": "linear_probe:LP_PLUS_PLUS",
     "text-probe": "text_probe:TEXT_PROBE",
     "clap": "clap:CLAP",
-    "prolip": "prolip:PROLIP",
-    "coop": "coop:COOP",
-    "vpt-deep": "vpt_deep:VPT_DEEP",
-    "maple": "maple:MAPLE",
+    "prolip": "clip_weights:PROLIP",
+    "coop": "prompts:COOP",
+    "vpt-deep": "prompts:VPT_DEEP",
+    "maple": "prompts:MAPLE",
     "promptsrc": "promptsrc:PROMPTSRC",
-    "clip-lora": "clip_lora:CLIP_LORA",
-    "clip-svd": "clip_svd:CLIP_SVD",
-    "2sfs": "two_sfs:TWO_SFS",
+    "clip-lora": "clip_weights:CLIP_LORA",
+    "clip-svd": "clip_weights:CLIP_SVD",
+    "2sfs": "clip_weights:TWO_SFS",
     "dcp": "dcp:DCP_METHOD",
 }
 
@@ -63,47 +62,40 @@ class Methods(Mapping[str, "Method"]):
         return len(self.places)
 
     def __getitem__(self, name: str) -> "Method":
-        return _imported(self.places[name])
+        from dcp_zoo.training.methods.base import Method
+
+        place = self.places[name]
+        failed = f"The method {name!r} of {_package(place)} cannot be used: {{}}. Repair or uninstall that package."
+        with as_zoo_error(failed, Exception):
+            method = place.load()  # which Python imports once
+            if not (isinstance(method, Method) and method.name == name):
+                raise TypeError(f"{place.value} is not a dcp_zoo.training.Method of that name")
+        return method
 
 
 def _package(place: EntryPoint) -> str:
     return place.dist.name if place.dist else place.module
 
 
-@cache
-def _imported(place: EntryPoint) -> "Method":
-    from dcp_zoo.training.methods.base import Method
-
-    message = f"The method {place.name!r} of {_package(place)} cannot be used: {{}}. Repair or uninstall that package."
-    with as_zoo_error(message, Exception):
-        found = place.load()
-        if not (isinstance(found, Method) and found.name == place.name):
-            raise TypeError(f"{place.value} is not a dcp_zoo.training.Method of that name")
-    return found
-
-
 METHODS = Methods()
 
 
 def fit_head(name: str, task: "Task") -> "Head":
-    """Turn a task into a head by a method, followed by the text probe if the recipe names one; draws follow the task's
-    seed. A recipe without a number of epochs gets that for the task's images."""
-    from dcp_zoo.data.dataset import seeded
-    from dcp_zoo.training.methods.text_probe import fit_probe
+    """Turn a task into a head by a method, followed by the text probe if the recipe names one and the method has not
+    fitted it; draws follow the task's seed. A recipe without a number of epochs gets that for the task's images."""
+    from dcp_zoo.training.methods.text_probe import add_probe
+    from dcp_zoo.training.sources import seeded
 
     method = METHODS[name]
     if task.train is not None:
         task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-    probed = task.recipe.classifier != "none"
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method, head.abilities = name, method.abilities
     head.to(task.clip.device).eval()
-    if probed:
-        head.image_encoders.extend(task.encoders)
-        images = task.probe_images or task.plain_train
-        found = fit_probe(head, images, task.progress, task.probe_weights, task.none)
-        head.info = head.info | {"text_probe": found}
+    if task.recipe.classifier != "none":
+        if head.text_probe is None:
+            add_probe(head, task)
     elif task.none is not None:
         why = f"only a text probe learns from them, and {name} is trained without one"
         warn(EXAMPLES_UNUSED.format(len(task.none.items), why))

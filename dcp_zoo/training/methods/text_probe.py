@@ -1,8 +1,8 @@
-"""The text probe of this project: a convex classifier on frozen features, which blends what images and texts say.
+"""The text probe of this project, the default method: a convex classifier on frozen features, which starts at zero-shot
+CLIP's logits and blends what images and texts say.
 
-`dcp_zoo.probe` has its equations, and fits it to features. It can follow any method whose heads are not
-fitted to features of the training images themselves: `fit_probe` gives it to a head. As a method of its own it follows
-zero-shot CLIP, by whose `fit` it is made, because its recipe names it.
+`dcp_zoo.probe` has its equations, and fits it to features. It can also follow another method whose heads are not fitted
+to features of the training images themselves, and then starts at the logits of that one.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.probe.threshold import share_above
-from dcp_zoo.training.methods.base import Method
-from dcp_zoo.training.methods.zero_shot import fit
+from dcp_zoo.training.methods.base import Method, Task
+from dcp_zoo.training.methods.zero_shot import fit as zero_shot
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
@@ -29,6 +30,22 @@ TOO_FEW = "without a threshold nothing is rejected. It needs 20 images of the cl
 @dataclass(frozen=True)
 class TextProbeRecipe(BaseRecipe):
     classifier: str = changed(BaseRecipe, "classifier", "text-probe")
+
+
+def fit(task: Task) -> LinearHead:
+    """Zero-shot CLIP, and what is learnt from the images: the probe on its features."""
+    head = zero_shot(task)
+    if task.recipe.classifier != "none":
+        add_probe(head, task)
+    return head
+
+
+def add_probe(head: Head, task: Task, images: ImageSource | None = None) -> None:
+    """Fit a text probe to the task's training images and add it to a head, with the encoders that it reads beside CLIP.
+    `images`: they without augmentation, if the method has them in a form that its head reads faster."""
+    head.image_encoders.extend(task.encoders)
+    found = fit_probe(head, images or task.plain_train, task.progress, task.probe_weights, task.none)
+    head.info = head.info | {"text_probe": found}
 
 
 @torch.no_grad()
