@@ -205,10 +205,10 @@ class Head(Classifier):
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured without it."""
         if self.text_probe is None:
             return
-        self.text_probe, info = None, self.info
-        self.info = {name: value for name, value in info.items() if name not in ("text_probe", *checkpoint.MEASURED)}
-        if (alone := (info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")) is not None:
-            self.info |= {"metrics": {"top1_stored": alone}, "test_images": info.get("test_images", 0)}
+        alone = (self.info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")
+        gone = {"text_probe", *checkpoint.MEASURED} - ({"test_images"} if alone is not None else set())
+        info = {name: value for name, value in self.info.items() if name not in gone}
+        self.text_probe, self.info = None, info if alone is None else info | {"metrics": {"top1_stored": alone}}
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
         """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""

@@ -162,7 +162,7 @@ def plan(
         recipe, classifier: see `chosen_recipe`.
         changes: to the recipe, as of `--set`.
         device, precision: see `pick_device` and `pick_precision`.
-        encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.encoders`.
+        encoder: image models of timm, by name, that the text probe reads beside CLIP; see `dcp_zoo.zoo.build`.
         options: further attributes of `Run`.
     """
     check_seed(seed)
