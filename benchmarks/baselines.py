@@ -38,7 +38,7 @@ from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, text_scale
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -47,7 +47,7 @@ from dcp_zoo.training.methods.linear_probe import LinearProbeRecipe, left_out
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 NEAREST, VALIDATED = "nearest class mean", ", with validation images"
 CHOSEN_C, CS = "linear-probe, C by cross-validation", (0.1, 1.0, 10.0, 100.0, 1000.0)

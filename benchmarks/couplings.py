@@ -25,7 +25,7 @@ from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.methods import fit_head
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 COLUMNS = "weights set shots seed coupling stats top1 images".split()
 SHOTS = {"PACS, photos": 4, "EuroSAT": 2, "groceries": 2}

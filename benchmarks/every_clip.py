@@ -28,7 +28,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.factory import build_open_clip
+from dcp_zoo.zoo.build import build_open_clip
 
 RESULTS = Path(__file__).parent / "results" / "every_clip.csv"
 NAMES = ["cat", "red fox", "emu"]

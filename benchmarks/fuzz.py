@@ -130,7 +130,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
 
     from dcp_zoo import create_model, predict
     from dcp_zoo.backbone.classes import TEMPLATE
-    from dcp_zoo.heads.linear import LinearHead
+    from dcp_zoo.heads.kinds import LinearHead
 
     dcp, found = create_model("dcp_mini.caltech101-16shot", True).eval(), []
     predict(dcp, sample_images()[:1])  # what this imports does not count
@@ -272,9 +272,9 @@ def work(kind: str, folder: Path, kept: Path | None, number: Any, started: Any, 
 
 def build_clips_once() -> None:
     """The CLIP that a checkpoint names is the same for most, and takes most of the time."""
-    from dcp_zoo.zoo import factory
+    from dcp_zoo.zoo import build as zoo_build
 
-    build, clips = factory.build_clip, {}
+    build, clips = zoo_build.build_clip, {}
 
     def built(spec: Any, *options: Any) -> Any:
         key = spec.name, *options
@@ -282,7 +282,7 @@ def build_clips_once() -> None:
             clips[key] = build(spec, *options)
         return clips[key]
 
-    factory.build_clip = built
+    zoo_build.build_clip = built
 
 
 def fail(name: str, reason: str, folder: Path, kept: Path | None) -> None:

@@ -37,7 +37,7 @@ from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import spread
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import top1
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"
 COLUMNS = ("weights", "measure", "set", "draw", "name", "value")

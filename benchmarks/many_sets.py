@@ -40,7 +40,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()

@@ -36,14 +36,14 @@ from dcp_zoo.data import Item, load_split
 from dcp_zoo.data.splits import few_shot
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.loop import Epoch, train
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 sys.path.append(str(Path(__file__).parents[1] / "hub"))
 from convert import load_trained, renamed

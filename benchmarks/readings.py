@@ -18,9 +18,9 @@ from growing import GrowingTable
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe import TextProbe
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "readings.csv"
 WITH_PROMPTS, MODELS = "dcp_vitb16", ("dcp_mini", "dcp_vitb32", "dcp_vitb16")

@@ -117,7 +117,7 @@ def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and ends (C,).
     The rest of a phrase precedes the name."""
     prompts = "X " * model.config.n_ctx
-    sentences = [prompts + model.behind.format(name.replace("_", " ")) for name in model.classnames]
+    sentences = [prompts + model.template.format(name.replace("_", " ")) for name in model.classnames]
     ids = model.encoder.tokenizer(sentences, context_length=len(model.encoder.text.positional_embedding))
     return ids, end_positions(model.encoder.text, ids)
 

@@ -45,7 +45,7 @@ from dcp_zoo.probe.folds import within_class
 from dcp_zoo.probe.model import nearest
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, IMAGES, SEEDS, FAR = "dcp_mini", (1, 2, 6, 16), (1, 2), 200

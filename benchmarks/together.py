@@ -53,7 +53,7 @@ from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 CLIP_CHOOSING = ("ucf101", "fgvc", "imagenet, 500 classes")

@@ -68,12 +68,14 @@ class Outputs(NamedTuple):
 
     def of(self, rows: Any) -> "Outputs":
         """Of the images at these positions, as arrays of NumPy take them."""
-        return Outputs(*(None if part is None else part[rows] for part in self))
+        parts: list[Any] = [None if part is None else part[rows] for part in self]
+        return Outputs(*parts)
 
     @classmethod
     def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":
         """Of the images of several outputs, of which each has the same parts."""
-        return cls(*(None if part[0] is None else np.concatenate(part) for part in zip(*outputs, strict=True)))
+        parts: list[Any] = [None if part[0] is None else np.concatenate(part) for part in zip(*outputs, strict=True)]
+        return cls(*parts)
 
     @property
     def probabilities(self) -> np.ndarray:

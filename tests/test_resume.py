@@ -25,7 +25,7 @@ from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps per epoch
 STEPS = 6
@@ -219,6 +219,7 @@ def digits_run():
     )
 
 
+@pytest.mark.usefixtures("quick_probe")
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path, monkeypatch):
     """Also one that is stopped while it is tested, which does not train again."""
     reference, killed, messages = tmp_path / "reference", tmp_path / "killed", []

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.heads.prompts import PromptHead
-from dcp_zoo.heads.timm_contract import DROP_RATES
+from dcp_zoo.heads.kinds import PromptHead
+from dcp_zoo.zoo.factory import DROP_RATES
 from dcp_zoo.zoo.registry import MODELS, all_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"
@@ -224,6 +224,7 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     assert (fresh.prompts["text"].dtype, fresh.pretrained_cfg["interpolation"]) == (torch.bfloat16, "bilinear")
     zeros = dict.fromkeys(DROP_RATES, 0.0) | {"img_size": (SIZE, SIZE), "scriptable": False, "exportable": True}
     assert timm.create_model("dcp_mini", **args | zeros).num_classes == 100
+    assert dcp_zoo.create_model(DEFAULT, True, num_classes=5, classifier="none").eval()(IMAGES).shape == (2, 5)
     folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
     torch.save(model.state_dict(), file)
     for checkpoint in (folder, file):

@@ -33,7 +33,7 @@ from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.factory import build_open_clip
+from dcp_zoo.zoo.build import build_open_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

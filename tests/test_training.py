@@ -27,7 +27,7 @@ from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import warnings
 from copy import copy
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
         found = keep.predict(images)
     assert found[good].tolist() == fitted.predict(paths).tolist()
     assert found[3] != found[3], "NaN"
-    weights = np.arange(14.0)
+    weights = np.arange(1.0, 15.0)
     with pytest.warns(UserWarning, match="2 of 14"):
         assert keep.score(images, named, weights) == pytest.approx(fitted.score(paths, labels, weights[good]))
     with pytest.warns(UserWarning, match="2 of 13"):  # one has the weight 0
@@ -198,6 +199,14 @@ def test_a_class_without_a_readable_image_is_refused(run, pictures, my_head, bad
         dcp_zoo.train("dcp_mini", [*pictures[0], *bad], [*pictures[1], "lily", "lily"], errors="keep")
     with pytest.raises(UnreadableImages, match="2 of 14 images cannot be read"):
         dcp_zoo.compare([*pictures[0], *bad], [*pictures[1], "rose", "tulip"], methods=["gda"], cv=2)
+
+
+@pytest.mark.parametrize("bad", [(broken_inside, broken_inside)], indirect=True)
+def test_eval_names_all_images_that_cannot_be_read(run, my_head, flowers, bad):
+    for path in bad:
+        Path(path).rename(flowers / "rose" / Path(path).name)
+    err = run.refused("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
+    assert re.search(r"2 of 14 images cannot be read: .*a\.png, .*b\.png .*move them out of their class folders", err)
 
 
 # ---------------------------------------------------------------------------------------------------------- load_image

@@ -38,8 +38,9 @@ from dcp_zoo.data.seen import note_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.fields import Values
+from dcp_zoo.files import alone_in
 from dcp_zoo.heads.checkpoint import SAVE_SECONDS
-from dcp_zoo.heads.config import alone_in, is_checkpoint
+from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads

@@ -151,7 +151,7 @@ def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, A
 
 def unlabelled(images: Images, features: bool = False) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images, features)
+    found = as_images(find_images([str(images)]) if is_folder(images) else images, features)
     return [Item(image, f"image {i}", 0) for i, image in enumerate(found)]
 
 

@@ -1,4 +1,4 @@
-"""Classes: an index with a name, and what CLIP reads of it. Names may repeat; what is read outlives a rename."""
+"""Classes: an index with a name, and the name that CLIP reads in texts, which outlives a rename; names may repeat."""
 
 import re
 from collections import Counter, defaultdict
@@ -25,18 +25,18 @@ class Class:
     """A class of a head. It is itself alone: another one may have the same name."""
 
     name: str
-    read: str = ""  # the name that CLIP reads; by default the same
+    text_name: str = ""  # the name that CLIP reads; by default the same
 
     def __post_init__(self) -> None:
-        self.read = self.read or self.name
+        self.text_name = self.text_name or self.name
 
 
 def names_of(classes: Iterable[Class]) -> list[str]:
     return [each.name for each in classes]
 
 
-def read_of(classes: Iterable[Class]) -> list[str]:
-    return [each.read for each in classes]
+def text_names(classes: Iterable[Class]) -> list[str]:
+    return [each.text_name for each in classes]
 
 
 def matched(names: Sequence[str], *known: Iterable[Class]) -> list[Class]:

@@ -25,11 +25,11 @@ from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.zoo.encoders import check_encoders
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import check_encoders, plain_clip
 
 Fold = tuple[Sequence[int], Sequence[int]]  # positions of the images for training, and for the test
-HEADER = ("model", "method", "accuracy", "95 % interval", "log loss", "seconds")
+HEADER = ["model", "method", "accuracy", "95 % interval", "log loss", "seconds"]
+LINE = "{0.model}\t{0.method}\t{0.accuracy:.1f} %\t{0.low:.0f} to {0.high:.0f}\t{0.log_loss:.3f}\t{0.seconds}"
 
 
 class Compared(NamedTuple):
@@ -48,15 +48,7 @@ class Comparison(list[Compared]):
     """The most accurate first; `pandas.DataFrame(comparison)` is a table, too."""
 
     def __repr__(self) -> str:
-        rows = [HEADER]
-        for row in self:
-            numbers = (
-                f"{row.accuracy:.1f} %",
-                f"{row.low:.0f} to {row.high:.0f}",
-                f"{row.log_loss:.3f}",
-                f"{row.seconds}",
-            )
-            rows.append((row.model, row.method, *numbers))
+        rows = [HEADER, *(LINE.format(row).split("\t") for row in self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

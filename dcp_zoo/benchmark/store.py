@@ -30,10 +30,12 @@ RESULT_COLUMNS = (
 
 
 def save_result(output: Path, result: Values) -> None:
-    """Write a finished trial's file and remove an earlier failure."""
+    """Write a finished trial's file; remove an earlier failure, and what it had computed before."""
     key = Trial.from_dict(result["trial"]).key
     write_json(output / "results" / f"{key}.json", result)
-    (output / "failed" / f"{key}.json").unlink(missing_ok=True)
+    shutil.rmtree(output / "unfinished" / key, ignore_errors=True)
+    for folder in ("failed", "unfinished"):
+        (output / folder / f"{key}.json").unlink(missing_ok=True)
 
 
 def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
@@ -103,10 +105,6 @@ class Unfinished:
         """Write the results so far, and their conditions; before a training there are none."""
         self.results = results
         write_json(self._file, self._conditions | {"results": results})
-
-    def remove(self) -> None:
-        shutil.rmtree(self.head, ignore_errors=True)
-        self._file.unlink(missing_ok=True)
 
 
 def _json_files(folder: Path) -> list[Path]:

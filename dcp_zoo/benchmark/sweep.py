@@ -41,7 +41,7 @@ from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.run import plan as plan_run
 from dcp_zoo.training.sources import CACHE_BYTES, ImageSource, Progress, image_source, no_progress
-from dcp_zoo.zoo.factory import plain_clip, trained_head
+from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
@@ -114,10 +114,10 @@ def run_trial(
     settings: Settings,
     progress: Progress = no_progress,
     images: TrialImages | None = None,
-    kept: store.Unfinished | None = None,
 ) -> Values:
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence.
-    `images`: what reads them, by default those that trials of a model share. `kept`: what is resumed, and added to."""
+    `images`: what reads them, by default those that trials of a model share."""
+    kept = store.Unfinished(trial, settings)
     part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
     shared = (settings.device, settings.data_root, settings.precision)
     images = images or shared_images(trial.model, *shared)
@@ -134,7 +134,7 @@ def run_trial(
         precision=settings.precision,
     )
     folder = None
-    if kept and (run.recipe.is_trained or len(trial.targets) > 1):  # otherwise it is trained again in seconds
+    if run.recipe.is_trained or len(trial.targets) > 1:  # otherwise it is trained again in seconds
         folder = kept.head
         kept.keep(kept.results)
     head = _trained(run, folder, subset, images)
@@ -170,10 +170,10 @@ def _trained(run: Run, folder: Path | None, subset: Split, images: TrialImages) 
     return train_head(run, folder, options, clip=images.clip, subset=subset, read=images.read)[0]
 
 
-def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished | None) -> list[Values]:
+def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished) -> list[Values]:
     """One entry per test dataset, part of its classes, and way of measuring the head; the kept ones come first."""
     batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
-    found = list(kept.results) if kept else []
+    found = list(kept.results)
     done = {(entry["target"], entry["classes"]) for entry in found}
     for target, part in product(trial.targets or (trial.dataset,), PROTOCOLS[trial.protocol].parts):
         if (target, part) in done:
@@ -190,8 +190,7 @@ def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished
             measured = {name: metric(answers.logits, answers.labels) for name, metric in METRICS.items()}
             entry: Values = {"target": target, "classes": part, "stats": mode}
             found.append(entry | measured | {"images": len(answers.labels)})
-        if kept:
-            kept.keep(found)
+        kept.keep(found)
     return found
 
 
@@ -210,14 +209,12 @@ def execute(
         if store.finished(trial, settings):
             return Event(trial, "done", "by another process")
         try:
-            kept = store.Unfinished(trial, settings)
-            result = run_trial(trial, settings, progress=progress, images=images, kept=kept)
+            result = run_trial(trial, settings, progress=progress, images=images)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings.output, trial, message, traceback.format_exc())
             return Event(trial, "failed", message, seconds=time.perf_counter() - started)
         store.save_result(settings.output, result)
-        kept.remove()
     rows = ((e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"])
     accuracies = ", ".join(" ".join(filter(None, row)) for row in rows)
     return Event(trial, "done", accuracies, seconds=time.perf_counter() - started)

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from rich.segment import Segment
 from rich.table import Column, Table
 
 from dcp_zoo.files import cache_folder, file_name, format_duration, printable, printable_lines
+from dcp_zoo.heads.config import ACCEPTED
+from dcp_zoo.tables import REFUSED
 
 QUIET = 30.0  # seconds between the lines of a log that show where a run is
 AT_ONCE = 0.1  # seconds
@@ -101,3 +103,18 @@ def advise(text: str) -> None:
         log(text)
         with suppress(OSError):  # said again, then
             mark.touch()
+
+
+def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
+    """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
+    rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
+    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
+    said = []
+    if like is not None:
+        said += [f"Of things much like its classes it accepts about {like:.0f} %, as measured by leaving classes out"]
+        said[0] += "." if others is None else f"; of thirty everyday pictures {others:.0f} %."
+    if examples := fitted.get("examples"):
+        said += [f"It rejects what is much like its {examples:,} examples of none of these."]
+    measured = bool(fitted.keys() & set(ACCEPTED))  # for these classes
+    known = [f"{100 * rate:g} % of the images of the head's classes are rejected."] * measured
+    return " ".join([*known, *said]) if said else ""

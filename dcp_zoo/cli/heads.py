@@ -13,14 +13,14 @@ from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_image, load_labelled, training_split
-from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.seen import note_images, unseen
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, MOVE, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_output, printable
-from dcp_zoo.heads.config import alone_in, check_free
+from dcp_zoo.files import alone_in, check_output, printable
+from dcp_zoo.heads.config import check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
@@ -263,7 +263,7 @@ def _of(model: "Head", name: str) -> str | int:
     return int(name) if name.isdecimal() and name not in model.classnames else name
 
 
-def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir: Path) -> str:
+def _add(model: "Head", name: str, images: Sequence[str], head: str, output_dir: Path) -> str:
     from dcp_zoo.api.functions import pixels_of
 
     exists = name in model.classnames
@@ -271,8 +271,8 @@ def _add(model: "Head", name: str, found: Sequence[Found], head: str, output_dir
     if exists and not known:
         instead = f"train one on images of all classes: dcp-zoo train PHOTOS --output {output_dir}"
         raise ZooError(f"{head} does not store how many images of {name} it has seen, to add some. Instead, {instead}")
-    items = [Item(image.path, image.name, 0) for image in found]
+    items = [Item(image, image, 0) for image in images]
     check_images(items, advice=LEAVE_OUT, read=load_image)
     model.add_class(name, pixels_of(model, items), known or 0)
     note_images(model.info, items)
-    return f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
+    return f"{len(items)} images added to the {known} of {name}" if exists else f"{name} added, by {len(items)} images"

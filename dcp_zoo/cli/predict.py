@@ -12,13 +12,13 @@ from rich.table import Table
 from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar
-from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar, rejection_note
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
-from dcp_zoo.heads.config import read_config, rejection_note
+from dcp_zoo.heads.config import read_config
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
@@ -105,8 +105,8 @@ def predict(options: PredictOptions) -> None:
         config = read_config(head_folder(opt.head_name(options.head)))
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
-    found = find_images(sources)
-    done = write_files(found, options) if options.files else show_on_screen(found, options)
+    images = find_images(sources)
+    done = write_files(images, options) if options.files else show_on_screen(images, options)
     for error in done.errors:
         print_error(printable(error))
     if options.files:
@@ -153,26 +153,26 @@ def depends_on(options: PredictOptions) -> Values:
     return own | {"precision": precision}
 
 
-def write_files(found: Sequence[Found], options: PredictOptions) -> "Summary":
+def write_files(images: Sequence[str], options: PredictOptions) -> "Summary":
     from dcp_zoo.prediction.job import Job, OutputFiles, run
 
     outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
     outputs.check()  # before PyTorch is imported
     job, plan = Job(options.top_k, BATCH, options.together), depends_on(options)
-    return run(found, partial(load, options, len(found)), job, outputs, plan, progress=progress_bar)
+    return run(images, partial(load, options, len(images)), job, outputs, plan, progress=progress_bar)
 
 
-def show_on_screen(found: Sequence[Found], options: PredictOptions) -> "Summary":
+def show_on_screen(images: Sequence[str], options: PredictOptions) -> "Summary":
     """Print the predictions of all images."""
-    if len(found) > ON_SCREEN and not options.as_json:
-        raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
+    if len(images) > ON_SCREEN and not options.as_json:
+        raise ZooError(f"{len(images):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import is_changed, label, written
     from dcp_zoo.prediction.job import Job, Summary
 
-    job, predictor = Job(options.top_k, BATCH, options.together), load(options, len(found))
-    batches = job.classify(found, predictor)
-    if len(found) > FEW:
-        batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
+    job, predictor = Job(options.top_k, BATCH, options.together), load(options, len(images))
+    batches = job.classify(images, predictor)
+    if len(images) > FEW:
+        batches = progress_bar(batches, "images", len(images), transient=True, size=lambda batch: len(batch.rows))
     rows = job.collect(batches, predictor.classnames)
     read = [row for row in rows if "predictions" in row]
     if options.as_json:

@@ -11,7 +11,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.cli.console import advise, log, output, plain_table
+from dcp_zoo.cli.console import advise, log, output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text, head_name
 from dcp_zoo.data import DATASETS, find_spec, load_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
@@ -27,7 +27,6 @@ from dcp_zoo.heads.config import (
     is_checkpoint,
     made,
     read_config,
-    rejection_note,
 )
 from dcp_zoo.tables import quoted
 from dcp_zoo.threads import available_cores
@@ -113,7 +112,7 @@ def list_(
 def show_recommended() -> None:
     """The models that no cheaper one beats, of all licences or open ones, by either accuracy; the cheapest first; and
     encoders to read beside them."""
-    from dcp_zoo.zoo.encoders import list_encoders
+    from dcp_zoo.zoo.build import list_encoders
 
     best = {s.name for f in ("zero_shot", "imagenet") for ls in ((), OPEN_LICENSES) for s in frontier(f, ls)}
     specs = [spec for spec in MODELS.values() if spec.core_ms and (not spec.clip or spec.name in best)]
@@ -196,7 +195,8 @@ def check_model(name: str) -> Values:
     import torch
 
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.zoo.factory import create_transform, plain_clip
+    from dcp_zoo.zoo.build import plain_clip
+    from dcp_zoo.zoo.factory import create_transform
 
     clip = plain_clip(name).to(pick_device())
     transform = create_transform(clip)
@@ -232,7 +232,7 @@ def describe(name: str) -> Values:
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
     if kind == "zoo" and tag:
-        folder = trained_here(get_head(name), name)
+        folder = trained_here(get_head(name))
         return describe_checkpoint(name, folder) if folder else describe_head(get_head(name))
     return describe_model(get_spec(name))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.console import log, output, progress_bar, rejection_note
 from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, is_own, load_for_training
@@ -16,7 +16,7 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.files import check_output, check_outside, check_writable
-from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free, rejection_note
+from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.zoo.registry import get_head, is_model

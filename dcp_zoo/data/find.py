@@ -5,32 +5,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
-from typing import NamedTuple
 
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
+from dcp_zoo.files import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 KNOWN = ", ".join(IMAGE_SUFFIXES)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LISTS = (".txt", ".lst")
 
 
-class Found(NamedTuple):
-    """One image: what results call it, and the path for `load_image`. For a file they are the same."""
-
-    name: str
-    path: str
-
-
-def find_images(sources: Sequence[str]) -> list[Found]:
-    """All images of the sources, in order. ZooError for a source without images.
+def find_images(sources: Sequence[str]) -> list[str]:
+    """The paths of all images of the sources, in order. ZooError for a source without images.
 
     Args:
         sources: each an image file, a folder (with its subfolders, sorted by path), a pattern (`'photos/**/*.jpg'`),
             or a text file with one path per line (relative ones start at its folder).
     """
-    return [Found(path, path) for source in sources for path in _images_of(source)]
+    return [path for source in sources for path in _images_of(source)]
 
 
 def _images_of(source: str) -> list[str]:

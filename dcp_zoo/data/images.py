@@ -16,15 +16,17 @@ from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
+
+if TYPE_CHECKING:
+    import numpy as np  # slow to import
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
@@ -107,6 +109,8 @@ def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Imag
 
 
 def _of_array(image: Any) -> Image.Image:
+    import numpy as np
+
     with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
         array = image.detach().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
@@ -161,8 +165,10 @@ def _read(path: str, version: tuple[str, int, int]) -> bytes:
     return data
 
 
-def grey_copy(image: Image.Image) -> np.ndarray:
+def grey_copy(image: Image.Image) -> "np.ndarray":
     """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture."""
+    import numpy as np
+
     return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
@@ -177,6 +183,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is unknown."""
+    import numpy as np
+
     levels = np.asarray(image)
     low, high = levels.min(), levels.max()
     white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
@@ -316,10 +324,12 @@ def _stream(path: str) -> IO[bytes]:
     return Path(path).open("rb")
 
 
-def crop(image: Image.Image, cfg: Values) -> np.ndarray:
+def crop(image: Image.Image, cfg: Values) -> "np.ndarray":
     """An RGB image -> its pixels, uint8 (3, H, W), before they are normalised: exactly those of timm's transform for
     testing. Of timm's `cfg`, interpolation ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing.
     """
+    import numpy as np
+
     _, height, width = cfg["input_size"]
     resized, short = int(height / cfg["crop_pct"]), min(image.size)
     size = [resized if side == short else int(resized * side / short) for side in image.size]
@@ -330,8 +340,10 @@ def crop(image: Image.Image, cfg: Values) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
 
-def normalise(pixels: np.ndarray, cfg: Values) -> np.ndarray:
+def normalise(pixels: "np.ndarray", cfg: Values) -> "np.ndarray":
     """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
+    import numpy as np
+
     mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
     x = pixels.astype(np.float32, order="C")
     x /= 255

@@ -12,7 +12,6 @@ from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec
 from dcp_zoo.data.splits import Split, check_test_share, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, shorten, warn
-from dcp_zoo.tables import NONE, is_reserved
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -83,33 +82,19 @@ def _files(labels: LabelFiles) -> list[Path]:
     return [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
 
 
-def read_answers(labels: LabelFiles, images: Sequence[str], sources: Sequence[str] = ()) -> dict[str, str]:
-    """What labels files say of images, by their names: a class, or `NONE`; the last file counts. Paths start at the
-    current folder, one of the sources or the file's folder. A warning counts other images that are listed; ZooError if
-    there are only such."""
-    if not labels:
-        return {}
-    names = {os.path.abspath(image): image for image in images}  # noqa: PTH100
-    answers, unknown = dict[str, str](), list[str]()
+def listed_images(labels: LabelFiles, images: Sequence[str], folder: str | os.PathLike) -> list[str]:
+    """The images of which labels files say something, at paths from the current folder, this one or the file's.
+    ZooError for a file that lists none of them."""
+    names, listed = {os.path.abspath(image): image for image in images}, dict[str, None]()  # noqa: PTH100
     for file in _files(labels):
-        of_file = dict[str, str]()
-        for where, image, name, unreadable, *_ in readers.label_rows(file):
-            if unreadable or (is_reserved(name) and name != NONE):
-                continue
-            paths = (os.path.abspath(Path(place, image)) for place in ("", *sources, str(file.parent)))  # noqa: PTH100
-            key = next((names[path] for path in paths if path in names), None)
-            if key is None:
-                unknown.append(image)
-            elif of_file.setdefault(key, name) != name:
-                raise ZooError(f"{where} has another class than the same file above.")
-        answers |= of_file
-    files = shorten(list(map(str, _files(labels))))
-    if not answers:
-        advice = "Pass the images that have a label, or run the command where their paths start."
-        raise ZooError(f"{files} names none of these images, but {shorten(unknown, 3) or 'no image at all'}. {advice}")
-    if unknown:
-        warn(f"Images in {files} that are not among these: {len(unknown):,} ({shorten(unknown, 3)}).")
-    return answers
+        given = [row.image for row in readers.label_rows(file) if not row.unreadable]
+        paths = (os.path.abspath(Path(p, image)) for image in given for p in ("", folder, file.parent))  # noqa: PTH100
+        of_file = {names[path]: None for path in paths if path in names}
+        if not of_file:
+            advice = "Pass the images that have a label, or run the command where their paths start."
+            raise ZooError(f"{file} names none of these images, but {shorten(given, 3)}. {advice}")
+        listed |= of_file
+    return list(listed)
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:

@@ -1,20 +1,18 @@
-"""DCP's options, a checkpoint's `config.json`, and the sizes of the miniature: plain values, without torch."""
+"""The options of a DCP, what the `config.json` of a checkpoint says, and its files: all without torch."""
 
 import json
 import math
 import os.path
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, count, option, problems
-from dcp_zoo.files import LOCK, locked, read_plain, sha256_of
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.files import alone_in, read_plain, sha256_of
 
 COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
 PHRASE = "a photo of a"  # the authors' `ctx_init`
@@ -64,7 +62,7 @@ class Abilities(Checked):
 
 
 FORMAT_VERSION = 4  # the only one that is read
-HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.factory.KINDS`
+HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
 COUNT, PERCENT = {"min": 0}, {"min": 0, "max": 100}
 
 
@@ -136,27 +134,6 @@ def is_checkpoint(place: str | Path) -> bool:
     return os.path.isfile(checkpoint_folder(place) / CONFIG_NAME)  # noqa: PTH113  Path would raise
 
 
-_alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
-
-
-@contextmanager
-def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
-    """Hold a folder's lock, to write a head there, for which it waits so long; again within. ZooError if taken."""
-    place, held = directory.absolute(), _alone.get()
-    if place in held:
-        yield
-        return
-    with locked(directory / LOCK, seconds) as free:
-        if not free:
-            raise ZooError(f"Another process trains or saves a head in {directory}: wait, or choose another --output.")
-        token = _alone.set(held | {place})
-        try:
-            settle(directory)
-            yield
-        finally:
-            _alone.reset(token)
-
-
 def settle(directory: Path) -> None:
     """End a save, also that of a killed process, in a folder that is locked: put new weights into their place if
     `config.json` names them, and remove them otherwise."""
@@ -174,7 +151,7 @@ def read_config(directory: str | Path) -> HeadConfig:
     path = Path(directory) / CONFIG_NAME
     if (path.parent / NEW_WEIGHTS).exists():
         with suppress(ZooError), alone_in(path.parent):
-            pass  # a save is finished that was killed
+            settle(path.parent)  # finishes a save that was killed
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
     with as_zoo_error(f"{path} is damaged: invalid JSON ({{}}). Train or download it again."):
@@ -232,21 +209,6 @@ def alone_and_probed(metrics: Mapping[str, float]) -> tuple[float | None, float 
     without one. `metrics` are those of a config.json or the manifest."""
     stored, alone = metrics.get("top1_stored"), metrics.get(f"top1_{NO_CLASSIFIER}")
     return (stored, None) if alone is None else (alone, stored)
-
-
-def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
-    """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
-    rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
-    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
-    said = []
-    if like is not None:
-        said += [f"Of things much like its classes it accepts about {like:.0f} %, as measured by leaving classes out"]
-        said[0] += "." if others is None else f"; of thirty everyday pictures {others:.0f} %."
-    if examples := fitted.get("examples"):
-        said += [f"It rejects what is much like its {examples:,} examples of none of these."]
-    measured = bool(fitted.keys() & set(ACCEPTED))  # for these classes
-    known = [f"{100 * rate:g} % of the images of the head's classes are rejected."] * measured
-    return " ".join([*known, *said]) if said else ""
 
 
 def is_finished(folder: Path) -> bool:

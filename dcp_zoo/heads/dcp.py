@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
-from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, read_of
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, joined, parts_of
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, text_names
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import Step, append_prompts
@@ -74,6 +74,8 @@ class DCP(Head):
         texts: sentences of each class, see `set_classnames`.
     """
 
+    kind = "dcp"
+    trained = ("prompts.", "cmpa.", "stored_stats")
     name_tokens: TextChunks
 
     def __init__(
@@ -95,10 +97,10 @@ class DCP(Head):
         if config.n_ctx > room:
             raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
-        self.behind = NAME  # follows the text prompts
+        self.template = NAME  # follows the text prompts
         if config.ctx_init and config.n_ctx <= 4:
             initial["text"] = self.encoder.embed_words(config.ctx_init, config.n_ctx)
-            self.behind = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
+            self.template = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
         self.prompts = nn.ParameterDict(initial).to(self.device)
         blocks = len(vision.blocks), len(text.blocks)
         self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
@@ -110,7 +112,6 @@ class DCP(Head):
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
         self._cache, self._start_cache = WeightCache(), WeightCache()
-        self.register_module("name_tokens", None)
         self._classify_into(matched(check_classnames(classnames)), texts)
         self.stats = None
 
@@ -308,23 +309,24 @@ class DCP(Head):
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
         normalised features. A template changes nothing, as prompts are in its place; {} takes the sentences away."""
         now = texts or TEMPLATE if isinstance(texts, Mapping) else self.texts
-        self.name_tokens = self._tokens(read_of(classes), now)
+        self.name_tokens = self._tokens(text_names(classes), now)
         self._keep(classes, now)
-
-    def _template(self) -> str:
-        return self.behind
 
     def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
         """What follows the text prompts of each class."""
-        behind = texts if isinstance(texts, Mapping) else self.behind
+        behind = texts if isinstance(texts, Mapping) else self.template
         return self.encoder.tokenize_names(names, self.config.n_ctx, behind)
 
-    def _text_linear(self) -> Linear:
-        return self.encoder.scaled(self.encode_text())
-
     def _own_reading(self) -> Reading:
-        width, prompts = self.encoder.num_features, self.image_prompts
-        return Reading(self.encoder, (width,), self._encode_own, self._text_linear, prompts, self.first_block)
+        clip = self.encoder
+        return Reading(
+            clip,
+            widths=(clip.num_features,),
+            encode=lambda images: self._encode(as_inputs(images))[0],
+            start=lambda: clip.scaled(self.encode_text()),
+            prompts=self.image_prompts,
+            first=self.first_block,
+        )
 
     def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics."""
@@ -339,9 +341,6 @@ class DCP(Head):
         """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
         return self._constants()[0]
 
-    def _encode_own(self, images: Images) -> Tensor:
-        return self._encode(as_inputs(images))[0]
-
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:
         bidirectional coupling without stored statistics."""
@@ -352,14 +351,8 @@ class DCP(Head):
             return self._constants()[1]
         return self._run_text(self._tokens(check_classnames(classnames), self.texts))[1]
 
-    def _trained_state(self) -> dict[str, Tensor]:
-        """Prompts and CMPA, and the stored statistics if there are any."""
-        stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
-        own = {name: p.detach() for name, p in self.named_parameters() if name.startswith(("prompts.", "cmpa."))}
-        return own | stats
-
     def method_config(self) -> tuple[Values, Values]:
-        return self.config.as_dict(), {"head": "dcp"}
+        return self.config.as_dict(), {"head": self.kind}
 
     def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""

@@ -1,31 +1,15 @@
-"""What every head is: encoders, what it reads of them, a classifier, and classes.
+"""A head: a classifier whose classes can change, and which can be saved."""
 
-Of images x, reading r gives one or more normalised features f_p (B, E_p), its parts, and a classifier on the first of
-them starts at f_p W_p^T + b_p, if the encoder reads text. With P parts, of which T have text, features and logits are
-
-    f = [f_1, .., f_P] / sqrt(P)                                                            (B, F)
-    z = f W^T + b    with W = [W_1, .., W_P] sqrt(P) / T, 0 without text, b the mean of b_p  (B, C)
-
-followed by the text probe, if the head has one; without one only the method's own first part is read. The first reading
-is the method's own. If the method changed the image features, by prompts or by CLIP's weights, a text probe reads those
-of plain CLIP, too, and starts there at its text. Besides CLIP's embedding it reads what CLIP's image tower has before
-it, see `VisionTower.read`.
-"""
-
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dcp_zoo.answers import is_rejected
-from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, out_of_inference_mode
+from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.backbone.classes import (
-    NO_CLASSES,
-    TEMPLATE,
     Class,
     Texts,
     check_classnames,
@@ -33,224 +17,50 @@ from dcp_zoo.backbone.classes import (
     matched,
     names_of,
     position,
-    read_of,
     same_texts,
+    text_names,
 )
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
-from dcp_zoo.backbone.inputs import VIEW_BATCH, Images
-from dcp_zoo.errors import ZooError, check_choice, shorten
+from dcp_zoo.backbone.clip import join
+from dcp_zoo.backbone.inputs import VIEW_BATCH
+from dcp_zoo.errors import ZooError, check_choice, check_range, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.heads import checkpoint
-from dcp_zoo.heads.config import ACCEPTED, Abilities
-from dcp_zoo.heads.fused import FusedHead
-from dcp_zoo.heads.head_state import HeadState
-from dcp_zoo.heads.timm_contract import TimmContract
-from dcp_zoo.probe.model import NEVER, TextProbe
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.heads.classifier import Classifier
+from dcp_zoo.heads.config import ACCEPTED, NO_CLASSIFIER, HeadConfig, made, own_names
+from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
 
 
-class Head(HeadState, TimmContract, ABC):
+class Head(Classifier):
     """See the module. The kinds of heads: `LinearHead`, `CacheHead`, `PromptHead` and `DCP`. A kind defines the methods
-    that are abstract here and in `HeadState`; all else follows from these.
-
-    Args:
-        clip: whose features and texts it reads.
-        original: the CLIP before a method changed its weights, if one did.
-
-    Attributes:
-        encoder: the CLIP that the method's own features and the texts of classes come from.
-        image_encoders: `ImageEncoder`s that a text probe reads besides.
-        classes: in the order of the logits.
-        named: the classes of the method's own classifier: these, unless `reset_classifier` replaced it.
-        fc: the layer of `reset_classifier`, or None.
-        texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
-        text_probe: or None.
-        method, abilities: the name of the method that made it, and what such a head can do.
-        info: how it was made: dataset, shots, seed, recipe, metrics, ...; a change of its classes takes metrics out.
-    """
-
-    def __init__(self, clip: FrozenCLIP, original: FrozenCLIP | None = None) -> None:
-        super().__init__()
-        self.encoder = clip
-        self.image_encoders: Any = nn.ModuleList()
-        self._original: FrozenCLIP | None
-        self.register_module("_original", original)
-        self.text_probe: TextProbe | None
-        self.register_module("text_probe", None)
-        self.fc: nn.Linear | None
-        self.register_module("fc", None)
-        self.classes: list[Class] = []
-        self.named: list[Class] = []
-        self.texts: Texts = TEMPLATE
-        self.method, self.abilities = "", Abilities()
-        self.pretrained_cfg = self.default_cfg = dict(self.encoder.pretrained_cfg)
-        _ = self.frozen.vision_tower_or_none  # cached before torch.compile traces a forward, which cannot take its lock
-        self.info: Values = {}
-        self._zero_shot = WeightCache()
+    that are abstract here and in `Classifier`; all else follows from these. For the attributes see `Classifier`."""
 
     # --- what a kind of head defines ---
 
     @abstractmethod
-    def _own_reading(self) -> Reading:
-        """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+        """`set_classnames` for classes of which some may be among the present ones."""
 
-    @property
-    def num_image_prompts(self) -> int:
-        """Prompts beside the tokens of each image."""
-        return 0
+    kind: ClassVar[str]  # as `config.json` calls it
+    trained: ClassVar[tuple[str, ...]]  # how the names of the tensors begin that a method trains
 
-    @property
-    def stats_modes(self) -> tuple[str, ...]:
-        """The statistics that it can be evaluated with, the default first."""
-        return ("stored",)
+    def _trained_state(self) -> dict[str, Tensor]:
+        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name: tensor.detach() for name, tensor in tensors if name.startswith(self.trained)}
 
-    @property
-    def stats(self) -> str:
-        """What logits depend on besides an image: on nothing if "stored". Only a DCP has others, see `DCP.stats`."""
-        return "stored"
+    def method_config(self) -> tuple[Values, Values]:
+        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
+        return {}, {"head": self.kind}
 
-    @stats.setter
-    def stats(self, stats: str | None) -> None:
-        if stats is not None:
-            check_choice("stats", stats, self.stats_modes)
+    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`_trained_state` as a file with these tensors has it."""
+        return self._trained_state()
 
-    # --- from images to logits ---
-
-    @property
-    def readings(self) -> list[Reading]:
-        """What a classifier on it can read: the method's own features, plain CLIP's, and those of image encoders."""
-        own = self._own_reading()
-        plain = Reading(self.frozen, self.frozen.widths, self.frozen.read, self.zero_shot_linear)
-        of_clip = [own.first_part(), plain] if self.has_own_features else [own]
-        return [*of_clip, *(Reading(encoder, encoder.widths, encoder.read) for encoder in self.image_encoders)]
-
-    @property
-    def has_own_features(self) -> bool:
-        """Whether the method changed the image features."""
-        return self._original is not None or self._own_reading().prompts is not None
-
-    @property
-    def frozen(self) -> FrozenCLIP:
-        """Zero-shot CLIP, before the method changed anything."""
-        return self._original or self.encoder
-
-    @property
-    def reads(self) -> list[Reading]:
-        """The readings of its classifier."""
-        if self.text_probe is None:
-            return [self.readings[0].first_part()]
-        pairs = zip(self.readings, self.text_probe.widths, strict=False)
-        return [reading if reading.widths == widths else reading.first_part() for reading, widths in pairs]
-
-    def _probe_of(self, classes: Sequence[Class], columns: int, examples: int = 0) -> TextProbe:
-        """An empty text probe that reads so many columns: all parts of all readings, or each one's first alone."""
-        readings = self.readings
-        if columns != sum(sum(reading.widths) for reading in readings):
-            readings = [reading.first_part() for reading in readings]
-        own = readings[0].widths[0] if self.has_own_features else 0
-        return TextProbe(classes, [reading.widths for reading in readings], own, examples)
-
-    @torch.compiler.disable  # reads texts, and is kept
-    def zero_shot_linear(self) -> Linear:
-        """Zero-shot CLIP's logits of these classes by its image features."""
-        clip, names, texts = self.frozen, read_of(self.named), self.texts or TEMPLATE
-        text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
-        return clip.scaled(text)
-
-    def forward(self, images: Images) -> Tensor:
-        """Images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features."""
-        features = self.encode_image(images)
-        return self.classify(features) if self.classes else features
-
-    def encode_image(self, images: Images) -> Tensor:
-        """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier reads."""
-        reads, shared = self.reads, images
-        if self.has_own_features and len(reads) > 1 and self._original is None:  # what both need is computed once
-            shared = self.encoder.enter(images, reads[0].first)
-        features = [reading.encode(shared if reading.encoder is self.encoder else images) for reading in reads]
-        return joined(features, parts_of(reads))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. ZooError as of `linear`."""
-        weight, bias = self.linear()
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(weight.dtype), weight, bias)
-
-    def linear(self) -> Linear:
-        """W (C, F) and b (C,), the text probe included. ZooError without classes, or if the logits are no linear
-        function of the features: of a head that keeps its training images, or if text features depend on images, see
-        `DCP.encode_text`."""
-        if not self.classes:
-            raise ZooError(NO_CLASSES)
-        if self.fc is not None:
-            return self.fc.weight, self.fc.bias
-        start = join(self.reads)
-        return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
-
-    def own_linear(self) -> Linear:
-        """The method's own logits, without a text probe, by its own features: weight (C, E) and bias (C,)."""
-        return join([self.readings[0].first_part()])
-
-    def fuse(self) -> FusedHead:
-        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
-        it shares its frozen weights with this model. ZooError as of `linear`."""
-        return FusedHead(self)
-
-    @torch.inference_mode()
-    def predict(self, images: Tensor, reject: float | None = None) -> list[str | None]:
-        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
-        None for those that belong to none of the classes, see `rejection_threshold`. ZooError for anything else."""
-        threshold = self.rejection_threshold(reject) if reject else None
-        images = self._batch(images)
-        distances = None
-        with in_eval_mode(self):  # no answer depends on the other images
-            stored = self.encode_image(images) if self.stats == "stored" else None  # one pass for both
-            logits = self(images) if stored is None else self.classify(stored)
-            if reject:
-                distances = self.distances(self.encode_image(images) if stored is None else stored).cpu().numpy()
-        found, names = logits.float().cpu().numpy(), self.classnames
-        none = [False] * len(found) if threshold is None else is_rejected(found, distances, threshold)
-        return [None if no else names[i] for i, no in zip(found.argmax(-1), none, strict=True)]
-
-    # --- images of none of the classes ---
-
-    def rejection_threshold(self, reject: float = REFUSED) -> float:
-        """Images with a lower `in_distribution_score` belong to none of the present classes; see
-        `text_probe.threshold`. `reject` is the share of images of these classes that may be refused; True for 0.05.
-        ZooError without a threshold for it, and for exactly these classes."""
-        probe, problem = self.text_probe, self.cannot_reject
-        if probe is None or problem:
-            raise ZooError(problem)
-        if reject is True or reject == REFUSED:
-            return probe.threshold.item()
-        thresholds = self.info.get("text_probe", {}).get("thresholds", {REFUSED: 0.0})
-        rate = f"{reject:g}" if isinstance(reject, (int, float)) else str(reject)
-        if rate not in thresholds:
-            problem = f"This head has no threshold that refuses {rate} of the images of its classes"
-            advice = "or train a head on more images"
-            raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
-        return float(thresholds[rate])
-
-    def distances(self, features: Tensor) -> Tensor:
-        """f (B, F) -> how far each image is from what the head has seen (B,), see `TextProbe.distance`; of a head that
-        can reject."""
-        assert self.text_probe is not None
-        return self.text_probe.distance(features, self.classes).detach()
-
-    @property
-    def cannot_reject(self) -> str:
-        """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
-        if self.text_probe is None or self.fc is not None:
-            reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
-            return f"This head cannot reject images: {reason}. Train one that can: dcp-zoo train."
-        return self.text_probe.cannot_reject(self.classes)
+    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
+        """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
+        self.load_state_dict(state, strict=False)  # without CLIP
 
     # --- classes ---
-
-    @property
-    def classnames(self) -> list[str]:
-        """The name of each class, in the order of the logits. Names may repeat."""
-        return names_of(self.classes)
 
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         """Classify into these classes from now on: those that the head knows by these names, of repeated ones the first
@@ -268,7 +78,7 @@ class Head(HeadState, TimmContract, ABC):
         if texts and isinstance(texts, Mapping):  # they are for these names
             class_texts(names, texts)
             for each in classes:
-                each.read = each.name
+                each.text_name = each.name
         self.classify_into(classes, texts)
 
     def classify_into(self, classes: list[Class], texts: Texts | None = None) -> None:
@@ -287,6 +97,41 @@ class Head(HeadState, TimmContract, ABC):
             layer.weight, layer.bias = (nn.Parameter(t.detach()[rows]) for t in self.linear())
             self._replace_fc(classes, layer)
 
+    def reset_classifier(
+        self, num_classes: int | Sequence[str], global_pool: str | None = None, classnames: Sequence[str] | None = None
+    ) -> None:
+        """Classify into other classes. ZooError for a number that is not that of `classnames`, and another pooling than
+        "token".
+
+        Args:
+            num_classes: n for a fresh linear layer `fc` (n, F) on the image features, which is to be trained and reads
+                no text; its classes are "class 0", "class 1", .. until `rename_class`. 0 returns image features. Names
+                bring the head's own classifier back, see `set_classnames`.
+            global_pool: None or "token".
+            classnames: the names, beside their number.
+        """
+        check_choice("global_pool", global_pool, (None, "token"))  # CLIP pools its class token
+        names = num_classes if classnames is None and not isinstance(num_classes, int) else classnames
+        if names is not None:
+            if isinstance(num_classes, int) and len(names) != num_classes:
+                raise ZooError(f"num_classes={num_classes}, but there are {len(names)} class names: pass one of both.")
+            self._replace_fc(self.named, None)
+            self.set_classnames(names)
+            return
+        assert isinstance(num_classes, int)
+        check_range("num_classes", num_classes, 0)
+        classes = [Class(f"class {i}") for i in range(num_classes)]
+        dtype = self.encoder.clip.logit_scale.dtype
+        layer = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype) if classes else None
+        self._replace_fc(classes, layer)
+
+    def _replace_fc(self, classes: list[Class], layer: nn.Linear | None) -> None:
+        """Classify into these classes by this layer; None stands for the head's own classifier."""
+        del self.fc  # torch would drop the weights of a state for a module that it knows as None
+        self.classes, self.fc = classes, layer
+        if layer is not None:
+            self._outdate("the classifier was replaced")
+
     @out_of_inference_mode()
     def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
@@ -299,9 +144,8 @@ class Head(HeadState, TimmContract, ABC):
         """
         if (probe := self.text_probe) is None or self.fc is not None:
             reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
-            problem = f"This head cannot add a class by its images: {reason}."
-            advice = "Train a head with one, or call model.reset_classifier([...]) to classify by names"
-            raise ZooError(f"{problem} {advice}.")
+            by_name = ", or call model.reset_classifier([...]) to classify by names" if self.texts else ""
+            raise ZooError(f"This head cannot add a class by its images: {reason}. Train a head with one{by_name}.")
         with torch.no_grad():
             features = self._encode_batches(images)
         if exists := isinstance(name, int) or name in self.classnames:
@@ -319,7 +163,7 @@ class Head(HeadState, TimmContract, ABC):
         try:
             if not exists:
                 if isinstance(self.texts, Mapping):  # sentences of the others: of this one CLIP reads the name
-                    self.texts = {one.read: class_texts([one.read], self._template())[0], **self.texts}
+                    self.texts = {one.text_name: class_texts([one.text_name], self.template)[0], **self.texts}
                 self._classify_into([*self.classes, one], None)
             with torch.no_grad():
                 probe.add(one, mean, count, self.classes, join(self.reads))
@@ -357,16 +201,21 @@ class Head(HeadState, TimmContract, ABC):
         """How many images of each class it has seen, by name; None where that is not known."""
         return self.info.get("class_images") or dict.fromkeys(self.classnames, self.info.get("shots"))
 
-    def _template(self) -> str:
-        """What CLIP reads of a class without sentences, where the others have some."""
-        return TEMPLATE
+    def drop_text_probe(self) -> None:
+        """Classify by the method alone, if there is a text probe; the accuracy is then what was measured without it."""
+        if self.text_probe is None:
+            return
+        self.text_probe, info = None, self.info
+        self.info = {name: value for name, value in info.items() if name not in ("text_probe", *checkpoint.MEASURED)}
+        if (alone := (info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")) is not None:
+            self.info |= {"metrics": {"top1_stored": alone}, "test_images": info.get("test_images", 0)}
 
     def _keep(self, classes: list[Class], texts: Texts) -> None:
         """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""
         probe = self.text_probe
-        if probe is not None and not same_texts(read_of(probe.classes), texts, self.texts):
+        if probe is not None and not same_texts(text_names(probe.classes), texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if set(classes) != set(self.named) or not same_texts(read_of(classes), texts, self.texts):
+        if set(classes) != set(self.named) or not same_texts(text_names(classes), texts, self.texts):
             self._outdate("the classes were changed")
         if probe is not None:
             probe.arrange(classes)
@@ -378,14 +227,6 @@ class Head(HeadState, TimmContract, ABC):
         features = [self.encode_image(self._batch(batch)) for batch in batches]
         return torch.cat(features) if features else self._batch(images)
 
-    def _batch(self, images: object) -> Tensor:
-        """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
-        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}"
-            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
-        return images.to(self.device)
-
     def _outdate(self, change: str) -> None:
         """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
         if (fitted := self.info.get("text_probe", {})).keys() & set(ACCEPTED):
@@ -394,6 +235,46 @@ class Head(HeadState, TimmContract, ABC):
             reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
             valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
             self.info = valid | {"not_measured": reason}
+
+    # --- in a checkpoint ---
+
+    def to_state(self) -> dict[str, Tensor]:
+        """The trained tensors by name: the method's, the text probe's, with rows in the order of the method's classes,
+        and those of the layer of `reset_classifier`."""
+        layer = {} if self.fc is None else {f"fc.{name}": p.detach() for name, p in self.fc.named_parameters()}
+        return self._trained_state() | ({} if self.text_probe is None else self.text_probe.tensors(self.named)) | layer
+
+    def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
+        """What `to_state` gives once a checkpoint with these shapes, and this `config.json`, is loaded: it may
+        bring statistics, a text probe and a layer."""
+        probe = self._probe_like(shapes, [Class(name) for name in own_names(config)] if config else self.named)
+        layer: dict[str, Tensor] = {}
+        if config and "named" in config["dcp"]:
+            columns = self.readings[0].widths[0] if probe is None else probe.weight.shape[1]
+            weight = torch.empty(len(config["label_names"]), columns, device="meta")
+            layer = {"fc.weight": weight, "fc.bias": weight[:, 0]}
+        return self._expected_state(shapes) | ({} if probe is None else probe.tensors()) | layer
+
+    def from_state(self, state: dict[str, Tensor], config: HeadConfig) -> None:
+        """Take over a checkpoint: tensors that match `expected_state`, and what its `config.json` says of texts and of
+        training. The head keeps its classes, or gets those of the checkpoint's layer. ZooError, before any change, for
+        a class without sentences."""
+        block, names = config["dcp"], own_names(config)
+        classes, given = matched(names, self.named), self.texts if isinstance(self.texts, Mapping) else None
+        wanted, read = self.named, dict(zip(classes, block.get("read", names), strict=True))
+        class_texts([read.get(one, one.text_name) for one in wanted], given or block["texts"])
+        for one in classes:
+            one.text_name = read[one]
+        self.text_probe, self.fc = None, None
+        self.classes, self.named, self.texts = classes, classes, block["texts"]  # those of the tensors
+        if "fc.weight" in state:
+            rows, columns = state["fc.weight"].shape
+            self.fc = nn.Linear(columns, rows, device=self.encoder.device)
+        self._load_trained(state, config)
+        self.info = made(config)
+        self._classify_into(wanted, given)
+        if self.fc is not None:
+            self.classes = [Class(name) for name in config["label_names"]]
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.heads.checkpoint`.
@@ -407,3 +288,31 @@ class Head(HeadState, TimmContract, ABC):
             **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
         """
         return checkpoint.save(self, Path(directory), dtype, info or self.info)
+
+    # --- in torch's state dict ---
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """torch's. The text probe has rows for the head's present classes, as in a checkpoint."""
+        state, probe = super().state_dict(*args, prefix=prefix, **kwargs), self.text_probe
+        if probe is not None and probe.classes != self.named:
+            own = probe.tensors(self.named)
+            state.update((f"{prefix}{PREFIX}{name}", own[f"{PREFIX}{name}"]) for name in ("weight", "bias", "means"))
+        return state
+
+    def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
+        """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
+        own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+        if f"{PREFIX}weight" in own:
+            probe = self._probe_like(own, self.named)
+            if self.text_probe is None or probe is None or not self.text_probe.is_like(probe):
+                self.text_probe = probe
+        elif own.keys() & self._trained_state():
+            self.text_probe = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _probe_like(self, shapes: Mapping[str, Tensor], classes: Sequence[Class]) -> TextProbe | None:
+        """An empty text probe of these classes for tensors of these shapes; None if they have none."""
+        if not any(name.startswith(PREFIX) for name in shapes):
+            return None
+        means, examples = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in ("means", "examples"))
+        return self._probe_of(classes, means.shape[-1], len(examples)).to(self.encoder.device)

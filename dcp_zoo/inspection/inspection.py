@@ -30,7 +30,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.text_probe import on_cpu
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 SHOWN = 60  # pictures of a section
 SURE, PER_CLASS = 20, 3

@@ -20,7 +20,8 @@ from dcp_zoo.data.images import GREY, ImageLike, Progress, by_image, grey_copy, 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.training.sources import Copies, image_source
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.zoo.build import plain_clip
+from dcp_zoo.zoo.factory import create_transform
 
 BATCH = 64  # images
 SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies

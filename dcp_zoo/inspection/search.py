@@ -18,7 +18,7 @@ from torch import Tensor
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import Progress, bar, thumbnails
-from dcp_zoo.data.load import LabelFiles, read_answers
+from dcp_zoo.data.load import LabelFiles, listed_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
 from dcp_zoo.heads.head import Head
@@ -26,7 +26,7 @@ from dcp_zoo.inspection.look import look
 from dcp_zoo.tables import write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 TABLE, PAGE = "found.csv", "found.html"
 TO_LABEL = "file", "class", "guess", "guess_probability"  # the columns of that table
@@ -73,7 +73,7 @@ def search(
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
     if output is not None:
         _check_new(Path(output), Path(folder))
-    paths = [image.path for image in find_images([str(folder)])]
+    paths = find_images([str(folder)])
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
@@ -137,16 +137,16 @@ def suggest(
     """
     if output is not None:
         _check_new(Path(output), Path(images))
-    paths = [image.path for image in find_images([str(images)])]
-    answers = read_answers(labels, paths, [str(images)])
+    paths = find_images([str(images)])
+    listed = listed_images(labels, paths, images)
     paths = paths[:: -(-len(paths) // MOST)]
     with nullcontext() if head is None else lent(head, device) as known:
         clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
         seen = look(paths, clip, True, progress)
         usable = np.percentile(seen.grey, 99, (1, 2)) >= 255 * BLACK  # the grey copy of a broken image is black, too
-        usable &= [path not in answers for path in paths]
+        usable &= [path not in listed for path in paths]
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
-        done = [*answers] + ([] if labelled is None else [image.path for image in find_images([str(labelled)])])
+        done = [*listed, *([] if labelled is None else find_images([str(labelled)]))]
         of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
         features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
         files = [paths[i] for i in spread(features, of_labelled, count)]

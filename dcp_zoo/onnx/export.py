@@ -50,7 +50,7 @@ def export(
     check_export(preprocessing, precision)
     path, fused = Path(path), model.fuse()
     if (size := fused.info["preprocessing"].get("input_size")) is None:
-        raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
+        raise ZooError('The input size of this model is unknown: set model.encoder.pretrained_cfg["input_size"] first.')
     if (place := fused.classifier.device.type) != "cpu":
         raise ZooError(f"The model is on {place}, but export needs it on the CPU: call model.cpu() first.")
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
-from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import Progress, no_progress
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
@@ -45,13 +44,13 @@ class Job:
     batch_size: int = 32  # does not affect the predictions
     together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
 
-    def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
+    def classify(self, images: Sequence[str], predictor: Predictor) -> Iterator[Rows]:
         """Classify images in order, batch by batch."""
         left = iter(images)
-        for errors, found in predictor.batches([image.path for image in images], self.batch_size):
+        for errors, found in predictor.batches(images, self.batch_size):
             answers = iter(found.rows(predictor.classnames, self.top_k))
             rows = [
-                {"image": image.name} | ({"error": str(error)} if error else next(answers))
+                {"image": image} | ({"error": str(error)} if error else next(answers))
                 for error, image in zip(errors, left, strict=False)
             ]
             kept = None
@@ -118,7 +117,7 @@ class OutputFiles:
 
 
 def run(
-    images: Sequence[Found],
+    images: Sequence[str],
     load: Callable[[], Predictor],
     job: Job,
     outputs: OutputFiles,
@@ -135,8 +134,7 @@ def run(
         plan: plain JSON, such as the head's hash: only a run with the same plan continues this one.
     """
     outputs.check()
-    names = [image.name for image in images]
-    digest = sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
     plan |= {"top_k": job.top_k, "together": job.together, "images": digest, "features": outputs.features is not None}
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
@@ -151,7 +149,7 @@ def run(
             refined = job.refined([*answers()], kept, predictor.classnames, progress)
             answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
         if outputs.features and kept is not None:
-            rows.write(outputs.features, lambda temporary: writers.write_features(temporary, names, kept))
+            rows.write(outputs.features, lambda temporary: writers.write_features(temporary, images, kept))
         if outputs.sheet:
             rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, answers()))
         write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete

@@ -13,7 +13,6 @@ from urllib.parse import quote
 import numpy as np
 
 from dcp_zoo.answers import Row, is_changed, label, written
-from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates
@@ -53,7 +52,7 @@ def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
 TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl}
 
 
-def write_features(path: str, names: list[str], features: np.ndarray) -> None:
+def write_features(path: str, names: Sequence[str], features: np.ndarray) -> None:
     """Arrays `image` (N,) and `features` (N, E), as np.load reads them; names with replacement characters for what is
     not valid in the system's encoding."""
     with open(path, "wb") as file:  # noqa: PTH123  np.savez would add a suffix to the path
@@ -66,7 +65,7 @@ SIZE = 128  # pixels of a thumbnail's longer side
 
 def write_sheet(
     path: Path,
-    images: Sequence[Found],
+    images: Sequence[str],
     rows: Iterable[Row],
     temporary: str,
 ) -> None:
@@ -87,13 +86,13 @@ def write_sheet(
         """Of one class, the least certain first."""
         shown = sorted(least[name], reverse=True)
         entries = [(images[-index], row) for _, index, row in shown]
-        small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
+        small = thumbnails((image for image, _ in entries), SIZE, quality=70)
         for (image, row), thumbnail in zip(entries, small, strict=True):
             yield {
                 "thumbnail": thumbnail,
-                "name": os.path.basename(image.name),  # noqa: PTH119
-                "path": image.name,
-                "link": _link(image.path, path.parent),
+                "name": os.path.basename(image),  # noqa: PTH119
+                "path": image,
+                "link": _link(image, path.parent),
                 "predictions": row["predictions"][:2],
                 "rejected": row.get("rejected"),
                 "alone": row["alone"] if is_changed(row) else None,

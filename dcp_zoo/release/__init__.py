@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from dcp_zoo.answers import log_softmax
-from dcp_zoo.backbone.classes import read_of
+from dcp_zoo.backbone.classes import text_names
 from dcp_zoo.data.packaged import DATASETS, classnames, is_own
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
@@ -19,7 +19,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
-from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
+from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
 from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
 from dcp_zoo.onnx.export import TOLERANCES, compare_probabilities, export, with_preprocessing
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
@@ -76,7 +76,7 @@ def not_of_dataset(model: Head) -> str:
         return ""
     spec, known = DATASETS[name], split_sha256(name)
     tested = spec.counts and info.get("test_images", spec.counts[2])
-    if spec.names and sorted(read_of(model.classes)) != sorted(classnames(name)):
+    if spec.names and sorted(text_names(model.classes)) != sorted(classnames(name)):
         reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
     elif known and info.get("split_sha256") != known:
         reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
@@ -197,19 +197,19 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
-    api = HfApi(library_name=HUB_LIBRARY)
-
-    def send() -> str:
+    api, files = (
+        HfApi(library_name=HUB_LIBRARY),
+        [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
+    )
+    with explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
+            allow_patterns=files,
             commit_message="Upload a head with dcp_zoo",
-        ).oid
-
-    with explained(repo_id):
-        return retried(send)
+        )
+    return commit.oid
 
 
 def write_client_files(model: Head, folder: Path, precision: str = "float32") -> None:

@@ -176,8 +176,8 @@ def image_key(image: str | Path | Image.Image) -> str:
     """A file by its path, time and size, or an image in memory by its pixels; "" for what could change unnoticed, or
     cannot be read."""
     if not isinstance(image, (str, Path)):
-        found = attempted(pixels_sha256, image)
-        return "" if isinstance(found, ZooError) else found
+        key = attempted(pixels_sha256, image)
+        return "" if isinstance(key, ZooError) else key
     path = Path(image).absolute()
     try:
         found = path.stat()

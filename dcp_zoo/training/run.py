@@ -26,9 +26,9 @@ from dcp_zoo.data.seen import image_hashes
 from dcp_zoo.data.splits import all_for_training, subset_sha256, warn_of_numbers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.files import format_duration
+from dcp_zoo.files import alone_in, format_duration
 from dcp_zoo.heads.checkpoint import MEASURED
-from dcp_zoo.heads.config import STATE_NAME, alone_in, check_free
+from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
@@ -39,8 +39,7 @@ from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
 from dcp_zoo.training.sources import Copies, ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
-from dcp_zoo.zoo.encoders import check_encoders, load_encoders
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
 
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured

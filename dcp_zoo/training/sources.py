@@ -50,7 +50,7 @@ class Decoded(dict[int, Image.Image | Tensor]):
             self[index] = image
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[Any]):
     """Items as (transform(image), label) pairs, for a torch DataLoader: decoded once, on all cores, and kept up to
     `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). `copies` receives the `grey_copy`
     of each file that this process decodes, by its path. ZooError as of `load_image`."""

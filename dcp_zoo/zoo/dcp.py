@@ -6,7 +6,6 @@ imports timm, as open_clip does: that would be a circular import.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -30,26 +29,24 @@ def register(timm: ModuleType) -> None:
 
     default_cfgs.update(generate_default_cfgs(_head_cfgs()))
     for name in MODELS:
-        globals()[name] = register_model(_entrypoint(name))
+        register_model(_entrypoint(name))
 
 
 def _saving(save: Callable[..., None]) -> Callable[..., None]:
     """timm's `save_for_hf`, which `push_to_hf_hub` calls too, and which writes the checkpoint of a head. timm itself
-    would write all tensors, CLIP's included, and a config.json that says too little to read them again; and it asks a
-    model for nothing before it writes, so that no head could refuse."""
+    would write all tensors, CLIP's included, and a config.json that says too little to read them again."""
 
     @functools.wraps(save)
-    def save_for_hf(*args: Any, **kwargs: Any) -> None:
+    def save_for_hf(model: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
         from dcp_zoo.heads.head import Head
 
-        given = inspect.signature(save).bind(*args, **kwargs).arguments
-        if not isinstance(model := given["model"], Head):
-            return save(*args, **kwargs)
-        if extra := [name for name in ("model_config", "model_args", "data_config") if given.get(name)]:
+        if not isinstance(model, Head):
+            save(model, save_directory, *args, **kwargs)
+        elif any(args) or kwargs.get("model_config") or kwargs.get("model_args"):
             advice = "Omit it; model.save_pretrained(directory, name=value) adds values."
-            raise ZooError(f"{extra[0]}: a head writes its own config.json. {advice}")
-        model.save_pretrained(given["save_directory"])
-        return None
+            raise ZooError(f"model_config: a head writes its own config.json. {advice}")
+        else:
+            model.save_pretrained(save_directory)
 
     return save_for_hf
 

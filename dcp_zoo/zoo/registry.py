@@ -7,14 +7,12 @@ A head is what a method trained for one model and one dataset, named `model.data
 
 import fnmatch
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -127,18 +125,12 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
 
 def open_clip_hint(name: str) -> str:
     """The part of an error message that says how to write a name of open_clip's, ARCH or ARCH/TAG; "" for others."""
+    import open_clip  # slow to import
+
     clip, _, tag = name.partition("/")
-    if clip not in _open_clip_names():
+    if clip not in open_clip.list_models():
         return ""
     return f" open_clip's {clip} is {OPEN_CLIP}{clip}/{tag or 'TAG'}, with a tag of open_clip.list_pretrained()."
-
-
-@cache
-def _open_clip_names() -> set[str]:
-    """The architectures of open_clip, whose import would take seconds."""
-    found = find_spec("open_clip")
-    places = (found and found.submodule_search_locations) or ()
-    return {path.stem for place in places for path in Path(place, "model_configs").glob("*.json")}
 
 
 def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
@@ -188,7 +180,7 @@ MANIFEST = Path(__file__).parent / "heads.json"
 
 @dataclass(frozen=True)
 class HeadEntry:
-    """One set of trained prompts."""
+    """One set of trained prompts; ZooError for a name that is no `model.dataset-Kshot[-seedS]`."""
 
     name: str
     status: str = "planned"  # "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet)
@@ -198,25 +190,19 @@ class HeadEntry:
     license: str | None = None
     metrics: Values = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
 
-    @property
-    def model(self) -> str:
-        return self.name.partition(".")[0]
+    model: str = field(init=False)  # the parts of its name, as the next
+    tag: str = field(init=False)
+    dataset: str = field(init=False)
+    shots: int = field(init=False)
+    seed: int = field(init=False)
 
-    @property
-    def tag(self) -> str:
-        return self.name.partition(".")[2]
-
-    @property
-    def dataset(self) -> str:
-        return _parsed(self.tag)[0]
-
-    @property
-    def shots(self) -> int:
-        return _parsed(self.tag)[1]
-
-    @property
-    def seed(self) -> int:
-        return _parsed(self.tag)[2]
+    def __post_init__(self) -> None:
+        model, _, tag = self.name.partition(".")
+        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
+        if match is None:
+            raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
+        parts = {"model": model, "tag": tag, "dataset": match[1], "shots": int(match[2]), "seed": int(match[3] or 1)}
+        vars(self).update(parts)  # this class is frozen
 
     @property
     def repo_id(self) -> str:
@@ -253,15 +239,6 @@ class HeadEntry:
 
 
 @cache
-def _parsed(tag: str) -> tuple[str, int, int]:
-    """`dataset-Kshot[-seedS]` -> dataset, K, S."""
-    match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
-    if match is None:
-        raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
-    return match[1], int(match[2]), int(match[3] or 1)
-
-
-@cache
 def trained_heads() -> dict[str, HeadEntry]:
     """The heads of the manifest, which exist."""
     manifest = json.loads(MANIFEST.read_text())
@@ -281,8 +258,8 @@ def get_head(name: str) -> HeadEntry:
     """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
     if head := all_heads().get(name):
         return head
+    get_spec(name.partition(".")[0])  # raises for an unknown one
     head = HeadEntry(name)
-    get_spec(head.model)  # raises for an unknown one
     first_seed = re.sub(r"-seed[23]$", "", head.tag)
     # the miniature has heads of the 11 datasets too, which are not listed
     in_zoo = first_seed in (f"{dataset}-{shots}shot" for dataset in list_datasets() for shots in SHOTS)
@@ -305,9 +282,6 @@ def list_models(
     filter: str | Sequence[str] = "",
     pretrained: bool = False,
     exclude_filters: str | Sequence[str] = "",
-    *,
-    min_zero_shot: float = 0,
-    max_gflops: float = math.inf,
 ) -> list[str]:
     """Names of the zoo's models or, with `pretrained`, those of `list_pretrained`.
 
@@ -315,13 +289,8 @@ def list_models(
         filter, exclude_filters: wildcards such as "dcp_vitb16*" or "*-16shot", or lists of them, as of
             `timm.list_models`.
         pretrained: whether to list heads.
-        min_zero_shot: published zero-shot top-1 of the model in percent, the mean over ten datasets; models without a
-            published figure have 0.
-        max_gflops: of the model's image tower for one image.
     """
-    models = {s.name for s in MODELS.values() if (s.zero_shot or 0) >= min_zero_shot and (s.gflops or 0) <= max_gflops}
-    names = _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
-    return [name for name in names if name.partition(".")[0] in models]
+    return _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
 
 
 def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:

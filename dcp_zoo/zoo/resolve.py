@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
@@ -22,6 +21,7 @@ from dcp_zoo.heads.config import (
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
+FRESH = (False, "clip")  # what `pretrained` is for fresh prompts
 SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
@@ -71,9 +71,15 @@ class Source:
 
     architecture: str  # the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know
     head: HeadEntry | None = None  # of the name, or the model's default head; None for names that are not the zoo's
-    folder: Path | None = None  # of the checkpoint; None for fresh prompts
-    config: HeadConfig | None = None  # the checkpoint's checked config.json; None for fresh prompts
+    folder: Path | None = None  # of the checkpoint; None if there is none, or none is needed
+    config: HeadConfig | None = None  # the checkpoint's checked config.json
     cache_dir: str | Path | None = None  # where downloads are kept
+    pretrained: bool | str = True  # as asked for, see `create_model`
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it stands for a trained head, and not for fresh prompts."""
+        return self.config is not None and self.pretrained not in FRESH
 
     @property
     def spec(self) -> ModelSpec:
@@ -89,44 +95,68 @@ class Source:
         return spec
 
 
-def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
+def resolve(
+    name: str,
+    pretrained: bool | str = True,
+    cache_dir: str | Path | None = None,
+    clip_pretrained: str | None = None,
+) -> Source:
     """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub. For
-    `pretrained` and `cache_dir` see `create_model`; checkpoint folders and Hub repos are read in any case."""
+    the arguments see `create_model`; checkpoint folders and Hub repos are read in any case."""
+    if clip_pretrained:
+        name = _with_weights(resolve(name, pretrained, cache_dir), clip_pretrained)
     kind, place, tag = parse_name(name)
-    fresh = pretrained in (False, "clip")
     if kind == "open_clip":
-        if not fresh:
+        if pretrained not in FRESH:
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
-        return Source(name, cache_dir=cache_dir)
-    head, folder = None, Path(place)
-    if kind != "zoo" and isinstance(pretrained, str) and not fresh:
+        return Source(name, cache_dir=cache_dir, pretrained=pretrained)
+    if kind == "zoo":
+        return _of_the_zoo(place, tag, pretrained, cache_dir)
+    if pretrained not in (*FRESH, True):
         problem = f"{name} is one head, and pretrained={pretrained!r} names another"
         raise ZooError(f"{problem}: pass True for its weights, or 'clip' for CLIP's weights and fresh prompts.")
+    folder = Path(place)
     if kind == "hf-hub":
         from dcp_zoo.hub import download_head  # slow to import
 
         folder = download_head(place, tag or None, cache_dir=cache_dir)
-    elif kind == "zoo":
-        if isinstance(pretrained, str) and tag and pretrained != tag:
-            raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
-        head = get_head(f"{place}.{tag or get_spec(place).default_tag}")
-        if fresh:
-            return Source(place, head)
-        head = head if pretrained is True else get_head(f"{place}.{pretrained}")
-        stored = head.bundled_dir if head.status == "bundled" else None
-        folder = trained_here(head, name) or stored or _download(head, cache_dir)
     config = read_config(folder)
-    return Source(config["architecture"], head, folder, config, cache_dir)
+    return Source(config["architecture"], None, folder, config, cache_dir, pretrained)
 
 
-def trained_here(head: HeadEntry, name: str) -> Path | None:
+def _of_the_zoo(model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None) -> Source:
+    """What `model.tag` stands for, or the head of the model that `pretrained` names."""
+    if isinstance(pretrained, str) and tag and pretrained != tag:
+        raise ZooError(f"'{model}.{tag}' names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+    head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
+    if pretrained in FRESH:
+        return Source(model, head, cache_dir=cache_dir, pretrained=pretrained)
+    head = head if pretrained is True else get_head(f"{model}.{pretrained}")
+    stored = head.bundled_dir if head.status == "bundled" else None
+    folder = trained_here(head) or stored or _download(head, cache_dir)
+    config = read_config(folder)
+    return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
+
+
+def _with_weights(source: Source, tag: str) -> str:
+    """The name of a model with other weights; ZooError if it has none of this tag, or is a head, which has its own."""
+    import open_clip  # slow to import
+
+    spec = source.spec
+    tags = [] if source.config else [known for arch, known in open_clip.list_pretrained() if arch == spec.clip]
+    tags = tags or [spec.clip_pretrained]
+    if tag not in tags:
+        raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(tags)}.")
+    return spec.name if tag == spec.clip_pretrained else f"{OPEN_CLIP}{spec.clip}/{tag}"
+
+
+def trained_here(head: HeadEntry) -> Path | None:
     """The checkpoint in the working folder that is called like a planned head, and is loaded as that; otherwise None.
-    Where a checkpoint is called like it, a warning says once which one `name` stands for."""
-    places = [place for place in (head.name, name) if is_checkpoint(place)]
-    if not places:
+    Where a checkpoint is called like a head, a warning says once which one the name stands for."""
+    if not is_checkpoint(name := head.name):
         return None
-    folder, is_head = Path(places[0]).absolute(), head.status == "planned" and places[0] == head.name
-    other = f"the {head.status} head {head.name}, not the one in {folder}: that is local-dir:{places[0]}"
+    folder, is_head = Path(name).absolute(), head.status == "planned"
+    other = f"the {head.status} head {name}, not the one in {folder}: that is local-dir:{name}"
     text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
     warnings.warn(text, stacklevel=1)  # from one place, so that it is said once
     return folder if is_head else None
@@ -145,15 +175,6 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_zoos else name
 
 
-def _instead_of(head: HeadEntry) -> str:
-    """A head that exists: of a part of the same dataset if there is one."""
-    for other in registry.trained_heads().values():
-        spec = find_spec(other.dataset)
-        if (other.model, other.shots, spec.part_of) == (head.model, head.shots, head.dataset):
-            return f"{other.name}: {spec.part_note}"
-    return f"a head that exists, such as {registry.list_heads(status='bundled')[0]}: dcp-zoo list shows all."
-
-
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     """The folder of a registered head at its pinned revision, or unpinned with a warning."""
     from dcp_zoo.hub import download_head, is_absent  # slow to import
@@ -167,7 +188,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
         if head.status != "planned" or os.environ.get("DCP_ZOO_HUB_ORG") or not is_absent(error):
             raise
         problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
-        raise ZooError(f"{problem}. Or load {_instead_of(head)}") from None  # the Hub's answer says no more
+        raise ZooError(f"{problem}. Heads that exist: dcp-zoo list.") from None  # the Hub's answer says no more
     warn(
         f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
         "Hub."

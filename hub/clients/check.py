@@ -34,7 +34,7 @@ def main(
     node: Annotated[Path, typer.Option(help="The folder of node_modules.")],
 ) -> None:
     """Run the clients, and fail if an answer differs."""
-    found = [image.path for image in find_images([str(photos)])]
+    found = find_images([str(photos)])
     chosen = found[:: max(1, len(found) // IMAGES)][:IMAGES]
     model = create_model(HEAD, True).eval()
     expected = table([dict(row) for row in predict(model, chosen, top_k=model.num_classes)], model.classnames)

@@ -19,7 +19,7 @@ from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import descend, train
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, changed, count, default_recipe
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, image_source, no_progress

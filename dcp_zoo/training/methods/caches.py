@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.fields import option
-from dcp_zoo.heads.linear import CacheHead
+from dcp_zoo.heads.kinds import CacheHead
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import CACHED, CropsRecipe, Method, Task, minimise, most_accurate, shuffled
 from dcp_zoo.training.recipes import batch_sizes, count

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import check_classnames
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, Task, minimise

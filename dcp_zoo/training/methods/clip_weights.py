@@ -17,7 +17,7 @@ from dcp_zoo.backbone.tokens import end_positions
 from dcp_zoo.backbone.towers.open_clip import OpenClipBlock, OpenClipViT
 from dcp_zoo.backbone.towers.text import shares_prefix
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import CLOSED, Loss, Method, Task, minimise, own_clip, shuffled
 from dcp_zoo.training.recipes import BaseRecipe, changed, count, option

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, in_float64
 from dcp_zoo.probe.folds import FOLDS, within_class
 from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, text_scale
 from dcp_zoo.probe.folds import folds
 from dcp_zoo.training.methods.base import FITTED, Method, Task

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Inputs
-from dcp_zoo.heads.prompts import PromptHead
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.loop import EpochAverage
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.prompts import new_head, random_prompts, start_from

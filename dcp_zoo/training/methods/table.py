@@ -85,7 +85,6 @@ def fit_head(name: str, task: "Task") -> "Head":
     fitted it; draws follow the task's seed. A recipe without a number of epochs gets that for the task's images."""
     from dcp_zoo.training.methods.text_probe import add_probe
     from dcp_zoo.training.sources import seeded
-    from dcp_zoo.zoo.factory import told_timm
 
     method = METHODS[name]
     if task.train is not None:
@@ -93,7 +92,6 @@ def fit_head(name: str, task: "Task") -> "Head":
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method, head.abilities = name, method.abilities
-    told_timm(head)
     head.to(task.clip.device).eval()
     if task.recipe.classifier != "none":
         if head.text_probe is None:

@@ -16,7 +16,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.probe.threshold import share_above
 from dcp_zoo.training.methods.base import Method, Task

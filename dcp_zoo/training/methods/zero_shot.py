@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import Texts
-from dcp_zoo.heads.linear import LinearHead
+from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 
 ENSEMBLE = (

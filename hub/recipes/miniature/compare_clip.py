@@ -18,7 +18,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from real_clip import named_classes

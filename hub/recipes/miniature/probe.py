@@ -17,7 +17,7 @@ from dcp_zoo.backbone import MINI_CFG
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.data import Item, Split, few_shot, load_split
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.factory import plain_clip
+from dcp_zoo.zoo.build import plain_clip
 
 SHOTS, MAX_ITER = 16, 1000
 CS = [10 ** (exponent / 2) for exponent in range(-1, 10)]

@@ -1,24 +1,48 @@
-"""Heads whose own classifier is stored: a linear one, and one that keeps the features of its training images beside.
+"""The kinds of heads besides `DCP`: a stored classifier, one that keeps the features of its training images beside, and
+learned prompts that do not rewrite each other.
+
+A `LinearHead` stores its classifier: z = f W^T + b                     (B, C)
 
 A `CacheHead` is Tip-Adapter's (Zhang et al., ECCV 2022): zero-shot CLIP plus what similar training images say. With the
 zero-shot classifier W (C, E), keys K (n, E), the normalised features of the training images, and their one-hot labels
 L (n, C), the values, the logits are not linear:
 
-    z = exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L     (B, C)
+    z = exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L         (B, C)
 
 ProKeR (Bendou et al., CVPR 2025) solves for other values.
+
+A `PromptHead` is that of CoOp, VPT, MaPLe and PromptSRC. Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new
+prompts p before each of the first blocks; sentences of each class take the place of `rest-of-phrase name .` Without
+prompts in the text, zero-shot CLIP's template. Images: prompts at the end of the sequence, with new ones before each of
+the first blocks. With image features f (B, E) and text features t (C, E):
+
+    z = exp(logit_scale) f t^T                                          (B, C)
 """
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import TEMPLATE, Class, Texts, check_classnames, matched, names_of, read_of, rows_of
-from dcp_zoo.backbone.clip import FrozenCLIP, Reading
+from dcp_zoo.backbone._torch import WeightCache
+from dcp_zoo.backbone.classes import (
+    NAME,
+    TEMPLATE,
+    Class,
+    Texts,
+    check_classnames,
+    class_texts,
+    matched,
+    names_of,
+    rows_of,
+    text_names,
+)
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
+from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import HeadConfig, own_names
@@ -40,6 +64,8 @@ class LinearHead(Head):
         changed: names of tensors in `clip.state_dict()`, which a checkpoint then holds.
     """
 
+    kind = "linear"
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
     weight: Tensor
     bias: Tensor
 
@@ -83,39 +109,26 @@ class LinearHead(Head):
         texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
         now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
         rows = rows_of(classes, self.named) if now == self.texts else [None] * len(classes)
-        new = [each for each, row in zip(classes, rows, strict=True) if row is None]
         weight, bias = self.weight, self.bias
-        if new:
+        if new := [each for each, row in zip(classes, rows, strict=True) if row is None]:
             if not self.texts:
-                raise self._limited("reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}")
-            text = F.normalize(self.encoder.encode_sentences(read_of(new), now), dim=-1)
+                limit = "reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}"
+                advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
+                raise ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
+            text = F.normalize(self.encoder.encode_sentences(text_names(new), now), dim=-1)
             weight, bias = (torch.cat(parts) for parts in zip((weight, bias), self.encoder.scaled(text), strict=True))
-        behind = iter(range(len(self.weight), len(weight)))
-        index = [next(behind) if row is None else row for row in rows]
+        known = len(self.weight)
+        index = [known + new.index(each) if row is None else row for each, row in zip(classes, rows, strict=True)]
         self.weight, self.bias = weight[index], bias[index]
         self._keep(classes, now)
 
-    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
-        """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
-        if isinstance(name, str) and name not in self.classnames and not self.texts:
-            raise self._limited(f"does not know {name}")
-        super().add_class(name, images, known)
-
-    def _limited(self, limit: str) -> ZooError:
-        """The error of a head that reads no names."""
-        advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
-        return ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
-
     def _trained_state(self) -> dict[str, Tensor]:
         state = self.encoder.clip.state_dict()
-        return {"weight": self.weight, "bias": self.bias} | {name: state[name] for name in self.changed}
+        return super()._trained_state() | {name: state[name] for name in self.changed}
 
     def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
         super()._load_trained(state, config)
-
-    def method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": "linear"}
 
 
 class CacheHead(LinearHead):
@@ -126,6 +139,8 @@ class CacheHead(LinearHead):
         tensors: W as "weight", and those of `CACHED`.
     """
 
+    kind = "cache"
+    trained = ("weight", *CACHED)
     keys: Tensor
     values: Tensor
     alpha: Tensor
@@ -172,8 +187,97 @@ class CacheHead(LinearHead):
         super()._classify_into(classes, None)
         self.values = self.values[:, rows_of(classes, before)]
 
-    def _trained_state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("weight", *CACHED)}
+
+class PromptHead(Head):
+    """See the module. Only the prompts, and what a method derives prompts from, ever require gradients.
+
+    Args:
+        clip, classnames: see `LinearHead`.
+        text_prompts: (M, Dt) for each of the first text blocks; none for zero-shot CLIP's text.
+        vision_prompts: (M, Dv) for each of the first vision blocks, see `FrozenCLIP.entering`.
+        texts: what zero-shot CLIP reads of each class: a template, or sentences of each class.
+        rest: of the phrase that initialised the text prompts, between them and the name.
+    """
+
+    kind = "prompts"
+    trained = ("text_prompts.", "vision_prompts.")
+    name_tokens: TextChunks | None
+
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        classnames: Sequence[str],
+        text_prompts: Iterable[Tensor] = (),
+        vision_prompts: Iterable[Tensor] = (),
+        *,
+        texts: Texts,
+        rest: str = "",
+    ) -> None:
+        super().__init__(clip)
+        self.text_prompts, self.vision_prompts = (
+            nn.ParameterList(nn.Parameter(p) for p in prompts).to(self.device)
+            for prompts in (text_prompts, vision_prompts)
+        )
+        self.name_tokens = None
+        self.texts, self.rest = texts, rest
+        self.template = f"{rest} {NAME}".strip() if self.text_prompts else TEMPLATE
+        self._cache = WeightCache()
+        self._classify_into(matched(check_classnames(classnames)), texts)
+
+    @classmethod
+    def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "PromptHead":
+        """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
+        in_order = sorted(shapes, key=lambda name: (len(name), name))  # 9 before 10
+        prompts: dict[str, list[Tensor]] = {
+            tower: [torch.zeros(shapes[name].shape) for name in in_order if name.startswith(tower)]
+            for tower in ("text_prompts.", "vision_prompts.")
+        }
+        block = config["dcp"]
+        head = cls(clip, own_names(config), *prompts.values(), texts=block["texts"], rest=block["rest"])
+        return head.requires_grad_(False)
+
+    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+        texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
+        names, now = text_names(classes), texts or self.texts
+        class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
+        if self.text_prompts:
+            behind = now if isinstance(now, Mapping) else self.template
+            self.name_tokens = self.encoder.tokenize_names(names, len(self.text_prompts[0]), behind)
+        self._keep(classes, now)
+
+    def encode_text(self) -> Tensor:
+        """Normalised features (C, E) of the class names."""
+        if self.name_tokens is None:
+            return self.encoder.zero_shot_classifier(text_names(self.named), self.texts)
+        tower = self.encoder.text_tower
+        return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
+
+    @torch.compiler.disable  # reads texts, and is kept
+    def _text_linear(self) -> Linear:
+        tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
+        depends_on = self.name_tokens, text_names(self.named), self.texts
+        return self.encoder.scaled(self._cache(self.encode_text, tensors, *depends_on))
+
+    def image_prompts(self) -> list[Tensor]:
+        """The prompts (M, Dv) that enter the first vision blocks."""
+        return self.encoder.entering(list(self.vision_prompts))
+
+    def _own_reading(self) -> Reading:
+        if not self._prompts_images:
+            return Reading(self.encoder, self.encoder.widths, self.encoder.read, self._text_linear)
+        return Reading(self.encoder, self.encoder.widths[:1], self._encode_own, self._text_linear, self.image_prompts)
+
+    @property
+    def _prompts_images(self) -> bool:
+        """Whether there are prompts in the image tower, without computing them."""
+        return len(self.vision_prompts) > 0
+
+    @property
+    def num_image_prompts(self) -> int:
+        return len([*self.vision_prompts, *self.text_prompts][0]) if self._prompts_images else 0
+
+    def _encode_own(self, images: Images) -> Tensor:
+        return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)
 
     def method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": "cache"}
+        return {}, {"head": self.kind, "rest": self.rest}
