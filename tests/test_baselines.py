@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.inputs import Features, Maps, Pixels
+from dcp_zoo.backbone.inputs import Features, Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import predict, top1
@@ -60,9 +60,7 @@ def task(method: str, clip: FrozenCLIP, photos: list[Item], **options) -> Task:
 def with_flips(given: Task) -> Task:
     """Two known views of each training image, as for the miniature: itself and its mirror image."""
     images = pixels(given.train)
-    with torch.no_grad():
-        maps = torch.stack([given.clip.visual.conv1(x) for x in (images, images.flip(-1))])
-    train = replace(given.train, views=maps, form=Maps)
+    train = replace(given.train, views=torch.stack([images, images.flip(-1)]))
     return replace(given, train=train, recipe=given.recipe.updated({"augment": "flip"}))
 
 
@@ -162,7 +160,7 @@ def plain_features(given: Task) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def views_of(given: Task) -> list[Tensor]:
     """The views of the training images, in pixels."""
     x = pixels(given.train)
-    return [x, x.flip(-1)] if given.train.form is Maps else [x]
+    return [x, x.flip(-1)] if given.train.views is not None else [x]
 
 
 # ---------------------------------------------------------------------------------------------- each method's equations

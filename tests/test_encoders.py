@@ -86,8 +86,8 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
         wanted = encoder.model.forward_head(encoder.model.forward_features(own[None]), pre_logits=True)
         assert encoder.size == (192, 192)
         assert close(encoder.read(x), F.normalize(wanted, dim=-1), 1e-4)
-        with pytest.raises(ZooError, match=r"reads images, and not what CLIP makes of them \(Maps\)"):
-            encoder.read(clip.vision_tower.maps(x))
+        with pytest.raises(ZooError, match=r"reads images, and not what CLIP makes of them \(Tokens\)"):
+            encoder.read(clip.enter(x))
 
 
 @torch.no_grad()

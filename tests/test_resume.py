@@ -53,7 +53,7 @@ def views(ten) -> ImageSource:
 @pytest.fixture
 def start(golden, ten, views):
     """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
-    others, "views" of a hybrid CLIP's patch maps, or "late", the tokens that enter the first block with prompts."""
+    others, "views" of a hybrid CLIP's tokens, or "late", the tokens that enter the first block with prompts."""
 
     def make(kind: str = "crop-flip") -> tuple[DCP, ImageSource]:
         torch.manual_seed(1)

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import FrozenCLIP, join
-from dcp_zoo.backbone.inputs import Maps
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
@@ -348,8 +347,8 @@ def score(z: Tensor, distances: Tensor) -> Tensor:
 def source(model: DCP, n: int, seed: int) -> ImageSource:
     """n images of alternating classes, each with its mirror image as the second view."""
     items = [Item(str(i), "", i % 3) for i in range(n)]
-    maps = model.encoder.visual.conv1(images(n, seed)).detach()
-    return ImageSource(model.encoder, items, str, views=torch.stack([maps, maps.flip(-1)]), form=Maps)  # type: ignore[arg-type]
+    x = images(n, seed)
+    return ImageSource(model.encoder, items, str, views=torch.stack([x, x.flip(-1)]))  # type: ignore[arg-type]
 
 
 def in_a_cone(counts: list[int], width: int = 12, views: int = 2) -> tuple[Tensor, Tensor, tuple]:

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone import _torch
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.inputs import Maps
 from dcp_zoo.backbone.towers.text import TextTower
 from dcp_zoo.data import Item
 from dcp_zoo.heads.config import COUPLINGS
@@ -150,9 +149,9 @@ def test_without_prompts_the_towers_are_those_of_open_clip(kind):
     plain = FrozenCLIP(clip, tokenizer)
     expected = F.normalize(clip.encode_image(IMAGES), dim=-1)
     assert close(plain.encode_image(IMAGES), expected)
-    maps = plain.vision_tower.patch_maps(IMAGES)
-    assert maps.shape[1:] == (64, *plain.vision_tower.grid)
-    assert close(plain.encode_image(Maps(maps)), expected)
+    tokens = plain.enter(IMAGES)
+    assert tokens.x.shape[1:] == (plain.vision_tower.num_tokens, 64)
+    assert close(plain.encode_image(tokens), expected)
 
 
 @torch.no_grad()
@@ -202,7 +201,7 @@ def test_other_methods_train_on_towers_that_are_not_clips(method):
     clip, tokenizer = build_clip("siglip")
     plain = FrozenCLIP(clip, tokenizer)
     source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)
-    source.views, source.form = plain.vision_tower.patch_maps(IMAGES)[None].detach(), Maps
+    source.views = IMAGES[None]
     published = METHODS[method].recipe("dcp_vitb16", "dtd", 2, "few-shot")
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.backbone.inputs import Maps, Pixels
+from dcp_zoo.backbone.inputs import Pixels, Tokens
 from dcp_zoo.backbone.towers.open_clip import VisionTower
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
@@ -112,20 +112,20 @@ def test_the_classifier_is_an_option_of_every_recipe():
 
 
 @torch.no_grad()
-def test_patch_maps_replace_the_images(sources):
+def test_tokens_replace_the_images(sources):
     model = mini().eval()
     source = sources()
     images = torch.stack([source.transform(load_image(item.path)) for item in source.items])
-    maps, _ = next(iter(source.batches(len(source.items))))
-    assert type(maps) is Maps
-    torch.testing.assert_close(source.clip.read(maps), source.clip.read(images))
-    torch.testing.assert_close(model(maps), model(images))
-    torch.testing.assert_close(model.encode_image(maps), model.encode_image(images))
+    tokens, _ = next(iter(source.batches(len(source.items))))
+    assert type(tokens) is Tokens
+    torch.testing.assert_close(source.clip.read(tokens), source.clip.read(images))
+    torch.testing.assert_close(model(tokens), model(images))
+    torch.testing.assert_close(model.encode_image(tokens), model.encode_image(images))
     model.store_stats(source.batches(3))
     stored = model.stored_stats.clone()
     model.store_stats(images)
     torch.testing.assert_close(model.stored_stats, stored)
-    torch.testing.assert_close(model(maps), model(images))
+    torch.testing.assert_close(model(tokens), model(images))
 
 
 # ------------------------------------------------------------------------------------------------------------- training

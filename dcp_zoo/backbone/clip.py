@@ -193,7 +193,7 @@ class FrozenCLIP(Frozen):
     def enter(self, images: Images, block: int = 0) -> Tokens:
         """Images -> the tokens (B, N, Dv) that enter a block, or a later one if they are tokens that do."""
         inputs, tower = as_inputs(images), self.vision_tower
-        entering = inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs)
+        entering = inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs.x)
         stop = max(entering.block, block)
         return replace(entering, x=tower.run(entering.x, (), entering.block, stop), block=stop)
 

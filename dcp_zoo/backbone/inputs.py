@@ -44,29 +44,21 @@ class Pixels(Inputs):
 
 
 @dataclass(frozen=True)
-class Maps(Inputs):
-    """What leaves a frozen patch embedding: maps (B, Dv, h, w), without positions."""
-
-    backbone: Tensor | None = None  # (B, V), see `VisionTower.backbone_width`, where the embedding computes it
-
-
-@dataclass(frozen=True)
 class Tokens(Inputs):
     """What enters a block of a frozen image tower: tokens (B, N, Dv)."""
 
     block: int = 0
-    backbone: Tensor | None = None  # as of `Maps`
+    backbone: Tensor | None = None  # (B, V), see `VisionTower.backbone_width`, where the patch embedding computes it
 
+    def packed(self) -> Tensor:
+        """One row per image (B, N Dv + V), as they are stored."""
+        return torch.cat([self.x.flatten(1), *([] if self.backbone is None else [self.backbone])], 1)
 
-def packed(inputs: Maps | Tokens) -> Tensor:
-    """What is read of each image as one row (B, X + V), as it is stored."""
-    return torch.cat([inputs.x.flatten(1), *([] if inputs.backbone is None else [inputs.backbone])], 1)
-
-
-def unpacked(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """x (B, *shape) and the backbone of `packed` rows."""
-    size = math.prod(shape)
-    return rows[:, :size].unflatten(1, tuple(shape)), rows[:, size:] if rows.shape[1] > size else None
+    @classmethod
+    def unpacked(cls, rows: Tensor, shape: tuple[int, int], block: int = 0) -> "Tokens":
+        """The tokens of `packed` rows, of the shape (N, Dv)."""
+        size = math.prod(shape)
+        return cls(rows[:, :size].unflatten(1, shape), block, rows[:, size:] if rows.shape[1] > size else None)
 
 
 class Features(Inputs):

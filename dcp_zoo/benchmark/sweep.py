@@ -94,7 +94,9 @@ class TrialImages:
         if key not in self._sources:
             source = self._sources[key] = make()
             if source.views is not None:
-                source.__dict__.pop("dataset", None)  # free the decoded images, up to a gigabyte: the maps replace them
+                source.__dict__.pop(
+                    "dataset", None
+                )  # free the decoded images, up to a gigabyte: the tokens replace them
         self._sources.move_to_end(key)
         while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
             self._sources.popitem(last=False)
@@ -102,7 +104,7 @@ class TrialImages:
 
 
 def _bytes(source: ImageSource) -> int:
-    """Approximate memory of a source: patch maps, or decoded images."""
+    """Approximate memory of a source: tokens, or decoded images."""
     return min(CACHE_BYTES, len(source.items) * IMAGE_BYTES) if source.views is None else source.views.nbytes
 
 

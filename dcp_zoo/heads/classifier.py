@@ -372,7 +372,7 @@ class Classifier(nn.Module, ABC):
     def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
         tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
-        x, prompts = tower.embed(images).x, prompted() if prompted else []
+        x, prompts = self.encoder.enter(images).x, prompted() if prompted else []
         n = x.shape[1]
         for i in range(len(tower.blocks)):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x

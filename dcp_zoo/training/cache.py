@@ -1,4 +1,4 @@
-"""Patch maps and features of a frozen image tower, kept from fit to fit: by image, weights and preprocessing."""
+"""Tokens and features of a frozen image tower, kept from fit to fit: by image, weights and preprocessing."""
 
 import os
 import sqlite3

@@ -1,7 +1,6 @@
 """The images that a model reads: decoded once, transformed, shuffled, and run through a frozen stem only once."""
 
 import copy
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, d
 from torchvision.transforms.functional import pil_to_tensor
 
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
-from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Maps, Pixels, packed, unpacked
+from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Pixels, Tokens
 from dcp_zoo.data import Item
 from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
@@ -33,7 +32,7 @@ CPU = torch.device("cpu")
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 AT_ONCE = 64  # images that are decoded in advance
 Copies = dict[str, np.ndarray]  # grey ones, see `grey_copy`, by the path of the image
-PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
+TOKEN_BYTES = 2**30  # tokens of a hybrid CLIP are cached up to this size
 
 
 class Decoded(dict[int, Image.Image | Tensor]):
@@ -145,8 +144,7 @@ class ImageSource:
         items: the items to read.
         views: read instead of images, if set: (views, n, ...) of the kind that `form` makes of a part of them. View 0
             is the test transform's, view 1 its mirror image.
-        form: what batches are: pixels; or stored `Maps` of a hybrid CLIP's frozen patch embedding, `Tokens` that enter
-            a block, or `Features`.
+        form: what batches are: pixels; or stored `Tokens` that enter a block, or `Features`.
         flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
         crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
@@ -289,21 +287,20 @@ def image_source(
     precision: str = "float32",
     copies: Copies | None = None,
 ) -> ImageSource:
-    """Images for a CLIP, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
-    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
+    """Images for a CLIP, with their tokens computed once where that saves work. A hybrid CLIP spends most of its time
+    in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
     crops = augment == "crop-flip"
     transform = create_transform(clip, crops)
     source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, copies=copies)
     stem, views = clip.stem, 2 if augment == "flip" else 1
-    map_bytes = 4 * (math.prod(stem.grid) * stem.width + stem.backbone_width) if stem else 0
-    if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
-        source.views = encode_views(
-            source, lambda inputs: packed(stem.maps(inputs.x)), views, progress, "images", "maps"
-        )
-        source.form = lambda rows: Maps(*unpacked(rows, (stem.width, *stem.grid)))
+    numbers = stem.num_tokens * stem.width + stem.backbone_width if stem else 0
+    if not once and not crops and stem and 4 * numbers * views * len(items) <= TOKEN_BYTES:
+        encode = lambda inputs: clip.enter(inputs).packed()  # noqa: E731
+        source.views = encode_views(source, encode, views, progress, "images", "tokens")
+        source.form = partial(Tokens.unpacked, shape=(stem.num_tokens, stem.width))
     else:
         source.flips = augment == "flip"
-    source.precision = precision  # not of patch maps, which other models may read
+    source.precision = precision  # not of tokens, which other models may read
     return source
 
 

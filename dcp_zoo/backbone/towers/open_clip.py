@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.backbone._torch import call_linear, linear
-from dcp_zoo.backbone.inputs import Images, Maps, Tokens, as_inputs
+from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.errors import ZooError
 
 KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
@@ -177,8 +177,7 @@ class VisionTower:
     has_stem: bool  # whether the patch embedding is more than one convolution, so that its maps are worth keeping
     backbone_width: int  # V, of what `read` gives besides CLIP's embedding; 0 if a tower has no more than that
     norm: nn.Module  # after the last block
-    patch_maps: Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions
-    place: Callable[[Tensor], Tensor]  # patch maps -> tokens x (B, N, Dv) that enter block 0, with positions
+    embed: Callable[[Tensor], Tokens]  # images (B, 3, H, W) -> tokens (B, N, Dv) that enter block 0, with positions
     # prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position
     embed_prompts: Callable[[Tensor], Tensor]
     # the `pooled` tokens after the last block (B, 1 or N, Dv) -> what enters CLIP's projection (B, V')
@@ -205,16 +204,6 @@ class VisionTower:
             f"them, not {tuple(images.shape)} of {images.dtype}. For files, PIL images and raw pixels of any size: "
             "dcp_zoo.predict(model, images)."
         )
-
-    def maps(self, images: Tensor) -> Maps:
-        """Images (B, 3, H, W) -> `patch_maps`, and what a stem says of the whole image."""
-        return Maps(self.patch_maps(images))
-
-    def embed(self, images: Images) -> Tokens:
-        """Pixels, or their patch maps -> the tokens x (B, N, Dv) that enter block 0."""
-        inputs = as_inputs(images)
-        maps = inputs if isinstance(inputs, Maps) else self.maps(inputs.x)
-        return Tokens(self.place(maps.x.to(self.dtype)), 0, maps.backbone)
 
     def features(self, x: Tensor) -> Tensor:
         """CLIP's embedding (B, E), normalised, of the tokens after the last block; further ones are ignored."""
@@ -286,21 +275,14 @@ class OpenClipViT(VisionTower):
         known = visual.pool_type in ("tok", "avg")
         return missing_parts(visual.transformer.resblocks) + ["pooling of kind tok or avg"] * (not known)
 
-    def patch_maps(self, images: Tensor) -> Tensor:
-        return self.visual.conv1(self.checked(images))
-
-    def maps(self, images: Tensor) -> Maps:
-        if self.stem is None:
-            return super().maps(images)
-        seen = self.stem(self.checked(images))
-        return Maps(self.visual.conv1.proj(seen), seen.mean((2, 3)))
-
-    def place(self, maps: Tensor) -> Tensor:
-        visual = self.visual
+    def embed(self, images: Tensor) -> Tokens:
+        visual, images = self.visual, self.checked(images)
+        seen = None if self.stem is None else self.stem(images)  # (B, V, h, w)
+        maps = visual.conv1(images) if seen is None else visual.conv1.proj(seen)  # (B, Dv, h, w)
         tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
         class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
-        return visual.ln_pre(visual.patch_dropout(x))
+        return Tokens(visual.ln_pre(visual.patch_dropout(x)), 0, None if seen is None else seen.mean((2, 3)))
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import call_linear, linear
+from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.towers.open_clip import Block, VisionTower, is_plain, merge_heads, missing_parts
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
@@ -115,15 +116,11 @@ class TimmViT(VisionTower):
         sizes = ["images of one size, the same for open_clip and timm"] * (not one_size)
         return missing_parts(trunk.blocks, ATTENTION_NEEDS) + sizes
 
-    def patch_maps(self, images: Tensor) -> Tensor:
-        return self.visual.trunk.patch_embed(self.checked(images)).transpose(1, 2).unflatten(2, self.grid)
-
-    def place(self, maps: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tokens:
         trunk = self.visual.trunk
-        tokens = maps.flatten(2).transpose(1, 2)
-        x = trunk._pos_embed(tokens)
+        x = trunk._pos_embed(trunk.patch_embed(self.checked(images)))
         x = x[0] if isinstance(x, tuple) else x  # Eva adds its rotary positions, which `TimmBlock` asks for itself
-        return trunk.norm_pre(x)
+        return Tokens(trunk.norm_pre(x))
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.trunk.norm_pre(prompts.to(self.dtype))

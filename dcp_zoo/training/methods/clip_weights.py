@@ -314,7 +314,7 @@ def projected(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     source, tower = task.train_images, task.clip.vision_tower
 
     def encode(inputs: Inputs) -> Tensor:
-        return tower.norm(tower.run(tower.embed(inputs).x, ())[:, 0])
+        return tower.norm(tower.run(task.clip.enter(inputs).x, ())[:, 0])
 
     def one_pass() -> Tensor:
         return encode_views(source, encode, source.num_views)

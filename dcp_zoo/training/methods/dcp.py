@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.backbone.classes import TEMPLATE
-from dcp_zoo.backbone.inputs import Inputs, Tokens, packed, unpacked
+from dcp_zoo.backbone.inputs import Inputs, Tokens
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.dcp import DCP
@@ -68,11 +68,10 @@ def frozen_tokens(
         return source, fixed
 
     def enter(inputs: Inputs) -> Tensor:
-        return packed(model.encoder.enter(inputs, first)).half()
+        return model.encoder.enter(inputs, first).packed().half()
 
     def form(rows: Tensor) -> Tokens:
-        x, backbone = unpacked(rows, (tower.num_tokens, tower.width))
-        return Tokens(x, first, backbone)
+        return Tokens.unpacked(rows, (tower.num_tokens, tower.width), first)
 
     views = encode_views(source, enter, source.num_views, progress)
     return replace(source, views=views, form=form, flips=False), replace(fixed, views=views, form=form)
