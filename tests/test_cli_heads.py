@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import photo
 from shared import BUNDLED
 
 import dcp_zoo
@@ -82,45 +81,3 @@ def test_info_on_a_head_saved_from_python(run, flowers):
     out = run.ok("info", "python_head/model.safetensors")
     for text in ("2: rose, tulip", "all else: dcp-zoo info python_head/model.safetensors --json"):
         assert text in out
-
-
-def test_a_command_makes_one_change(run, flowers):
-    for args, message in (
-        ((), "Pass one change: --add NAME IMAGES, --rename OLD NEW, or --remove NAME"),
-        (("--add", "daisy"), "--add needs images of the class"),
-        (("--remove", "rose", "MY_PHOTOS/rose"), "--rename and --remove take none"),
-    ):
-        assert message in run.refused("classes", BUNDLED, *args, "--output", "new")
-    assert not Path("new").exists()
-
-
-def test_classes_are_changed_on_the_command_line(run, flowers):
-    """Each command says what becomes of the accuracy and the threshold, and stores what it says."""
-
-    def config(head: str) -> dict:
-        return json.loads(run("info", head, "--json")[1])
-
-    paths, labels = dcp_zoo.list_labelled_images(flowers)
-    classifier = dcp_zoo.FewShotClassifier(method="zero-shot", classifier="text-probe").fit(paths, labels)
-    classifier.model_.info |= {"metrics": {"top1_stored": 50.0}, "test_images": 4}
-    classifier.save("head")
-    for i in range(3):
-        photo(flowers / "daisy" / f"{i}.jpg", 9)
-    command = ("classes", "head", "--rename", "rose", "wild rose", "--output", "renamed")
-    assert "accuracy and the rejection threshold stay" in run.ok(*command)
-    assert "already holds a checkpoint" in run(*command)[2]
-    assert config("renamed")["class_images"] == {"wild rose": 6, "tulip": 6}
-    assert config("renamed")["metrics"]
-    assert "6 of wild rose, 6 of tulip" in " ".join(run("info", "renamed")[1].split())
-    renamed = dcp_zoo.FewShotClassifier.load("renamed")
-    assert [name.replace("wild ", "") for name in renamed.predict(paths)] == classifier.predict(paths).tolist()
-    code, out, err = run("classes", "head", "--add", "daisy", flowers / "daisy", "--output", "bigger")
-    assert (code, "no longer applies" in out, "by 3 images: 3 classes" in out) == (0, True, True), err
-    assert "the class daisy was added" in config("bigger")["not_measured"]
-    out = run.ok("classes", "bigger", "--add", "daisy", flowers / "daisy/0.jpg", "--output", "more")
-    assert "1 images added to the 3 of daisy" in out
-    assert config("more")["class_images"] == {"rose": 6, "tulip": 6, "daisy": 4}
-    code, _, _ = run("classes", "more", "--remove", "rose", "--output", "more", "--overwrite")
-    assert (code, config("more")["classes"]) == (0, ["tulip", "daisy"])
-    assert config("more")["class_images"] == {"tulip": 6, "daisy": 4}
-    run.ok("classes", BUNDLED, "--add", "chair", flowers / "daisy", "--output", "other")

@@ -134,8 +134,8 @@ def test_images_that_are_added_to_a_head_count_as_trained_on(run, flowers):
     for name in ("daisy", "poppy", "lily"):
         photo(Path("NEW", name, "0.jpg"))
     classifier = FewShotClassifier().fit(flowers)
-    classifier.add_class("daisy", "NEW/daisy/0.jpg").add_class("poppy", [Image.open("NEW/poppy/0.jpg")]).save("head")
-    run.ok("classes", "head", "--add", "lily", "NEW/lily", "--output", "more")
+    classifier.add_class("daisy", "NEW/daisy/0.jpg").add_class("poppy", [Image.open("NEW/poppy/0.jpg")])
+    classifier.add_class("lily", "NEW/lily").save("more")
     assert "more was trained on these images" in run.refused("eval", "NEW", "--head", "more")
     photo(Path("NEW/lily/1.jpg"))
     assert "more on 1 test images of NEW" in run.ok("eval", "NEW", "--head", "more")

@@ -117,15 +117,6 @@ def test_a_new_class_is_fitted_against_the_means_of_the_others(model):
 
 
 @torch.no_grad()
-def test_more_images_of_a_class_count_like_its_first_ones(model):
-    once, x = copy.deepcopy(model), images(5, 1)
-    once.add_class("zebra", images(6, 3))
-    model.add_class("zebra", images(6, 3)[:2])
-    model.add_class("zebra", images(6, 3)[2:], known=2)
-    assert close(model(x), once(x), 1e-3)
-
-
-@torch.no_grad()
 def test_a_renamed_class_keeps_its_thresholds(picky, tiny_clip, tmp_path):
     """And an added one what does not depend on the classes."""
     threshold = picky.rejection_threshold()

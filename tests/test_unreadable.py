@@ -192,9 +192,7 @@ def test_train_leaves_out_what_cannot_be_read(run, flowers, bad):
     )
 
 
-def test_a_class_without_a_readable_image_is_refused(run, pictures, my_head, bad):
-    err = run.refused("classes", "my_head", "--add", "lily", "bad", "--output", "more")
-    assert "2 of 2 images cannot be read: bad/a.png, bad/b.png" in err
+def test_a_class_without_a_readable_image_is_refused(pictures, bad):
     with pytest.raises(ZooError, match=r"2 of 14 images cannot be read: .* lily has no other image"):
         dcp_zoo.train("dcp_mini", [*pictures[0], *bad], [*pictures[1], "lily", "lily"], errors="keep")
     with pytest.raises(UnreadableImages, match="2 of 14 images cannot be read"):

@@ -133,14 +133,13 @@ class Head(Classifier):
             self._outdate("the classifier was replaced")
 
     @out_of_inference_mode()
-    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor]) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
-        reject images stays as it is. ZooError without a text probe, or for `known` images of a class that has none.
+        reject images stays as it is. ZooError without a text probe.
 
         Args:
-            name: of the class; that of one that the model already has, or its position, gives it new images.
+            name: of the class; that of one that the model already has, or its position, replaces its images.
             images: (n, 3, H, W), normalised as `create_transform` does, or batches of such images.
-            known: how many images the model has seen of the class, which count as much as new ones; 0 replaces them.
         """
         if (probe := self.text_probe) is None or self.fc is not None:
             reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
@@ -152,12 +151,7 @@ class Head(Classifier):
             one = self.classes[position(name, self.classes)]
         else:
             one = matched(check_classnames([*self.classnames, name]), self.classes, probe.classes)[-1]
-        mean, count, seen = features.float().mean(0), len(features), probe.seen(one)
-        if known and seen is None:
-            raise ZooError(f"known={known}, but the model has seen no image of {one.name}: omit it, or pass known=0.")
-        if known and seen is not None:
-            count += known
-            mean += (seen.float() - mean) * (known / count)
+        mean, count = features.float().mean(0), len(features)
         classes, texts, info = self.classes, self.texts, {**self.info}
         rows = probe.classes, probe.weight, probe.bias, probe.means
         try:

@@ -120,7 +120,7 @@ class TextProbe(nn.Module):
             return ""
         return (
             f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
-            "it with its own class names (omit --classes), or add these by their images (dcp-zoo classes --add)."
+            "it with its own class names (omit --classes), or add these by their images (model.add_class)."
         )
 
     def is_like(self, other: "TextProbe") -> bool:
@@ -138,10 +138,6 @@ class TextProbe(nn.Module):
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}
-
-    def seen(self, one: Class) -> Tensor | None:
-        """The mean feature (F,) of a class; None if it is not known."""
-        return self.means[self.classes.index(one)] if one in self.classes else None
 
     def add(self, one: Class, mean: Tensor, images: int, classes: Sequence[Class], text: Linear) -> None:
         """Add a class, or fit it anew, from the mean feature (F,) of so many images of it, against `classes`, among
