@@ -156,6 +156,7 @@ def tiny_head(golden: dict) -> DCP:
     """A calibrated DCP of four classes on the golden CLIP that rejects images, its parameters perturbed so that answers
     differ."""
     clip = FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG)
+    torch.manual_seed(3)  # every worker's is the same: they share what is exported of it
     model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
     return rejecting(model.eval())
