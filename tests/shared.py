@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -156,10 +157,13 @@ def tiny_head(golden: dict) -> DCP:
     """A calibrated DCP of four classes on the golden CLIP that rejects images, its parameters perturbed so that answers
     differ."""
     clip = FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG)
-    torch.manual_seed(3)  # every worker's is the same: they share what is exported of it
+    torch.manual_seed(3)
     model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
-    return rejecting(model.eval())
+    with (
+        quick_fits()
+    ):  # every worker's head is the same, as they share an export: some tests fit quickly, others do not
+        return rejecting(model.eval())
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +217,14 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def quick_probe() -> Iterator[None]:
-    """Text probes of two thirds of the candidates and half of the folds, in tests that are not about their accuracy."""
+    """`quick_fits`, in tests that are not about their accuracy."""
+    with quick_fits():
+        yield
+
+
+@contextmanager
+def quick_fits() -> Iterator[None]:
+    """Text probes of two thirds of the candidates and half of the folds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0, 0.0))
         patch.setattr("dcp_zoo.probe.folds.FOLDS", 2)

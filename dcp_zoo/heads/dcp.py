@@ -328,12 +328,12 @@ class DCP(Head):
             first=self.first_block,
         )
 
-    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor], known: int = 0) -> None:
+    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor]) -> None:
         """See `Head.add_class`; with stored statistics."""
         stats, self._stats = self._stats, None  # stored
         try:
             with in_eval_mode(self):
-                super().add_class(name, images, known)
+                super().add_class(name, images)
         finally:
             self._stats = stats
 
