@@ -80,11 +80,19 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     opened = to_image(image, max_pixels)
     if isinstance(opened, str):
-        with _explained(opened):
-            data = _read(opened, _version(opened))
-        return decode_image(data, opened, max_pixels)
+        with _opened_image(opened, max_pixels) as file:
+            return _rgb(file)
     with _explained(_name(opened)):
         return _rgb(opened.copy() if opened is image else opened)
+
+
+def load_hashed(image: ImageLike) -> Image.Image:
+    """`load_image`; of a file, `file_sha256` is then known without another reading."""
+    if not isinstance(image, str):
+        return load_image(image)
+    with _explained(image):
+        data = _read(image, _version(image))
+    return decode_image(data, image, MAX_PIXELS)
 
 
 def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
@@ -143,8 +151,8 @@ _hashes: dict[tuple[str, int, int], str] = {}  # of files, until they change: ea
 
 
 def file_sha256(path: str) -> str:
-    """A hash of the bytes of an image, which are not read again after `load_image`; ZooError, naming it, if they cannot
-    be read."""
+    """A hash of the bytes of an image, which are not read again after `load_hashed`; ZooError, naming it, if they
+    cannot be read."""
     with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
         version = _version(path)
         return _hashes.get(version) or sha256(_read(path, version)).hexdigest()
