@@ -32,7 +32,7 @@ from dcp_zoo.api.inputs import (
 from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.data import check_images, load_image
 from dcp_zoo.data.images import bar
-from dcp_zoo.data.seen import note_images
+from dcp_zoo.data.splits import note_images
 from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.fields import Values

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone import tokens, towers
-from dcp_zoo.backbone._torch import WeightCache
+from dcp_zoo.backbone._torch import WeightCache, construction, fingerprint
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
-from dcp_zoo.backbone.fingerprint import construction, fingerprint
 from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import VisionTower, call

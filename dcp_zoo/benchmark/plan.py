@@ -11,7 +11,7 @@ from pathlib import Path
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
 from dcp_zoo.data.packaged import find_spec
-from dcp_zoo.data.seen import image_hashes
+from dcp_zoo.data.splits import image_hashes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of

@@ -13,8 +13,7 @@ from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, find_spec, is_own, load_labelled, training_split
-from dcp_zoo.data.seen import unseen
-from dcp_zoo.data.splits import shorten, split_images
+from dcp_zoo.data.splits import shorten, split_images, unseen
 from dcp_zoo.data.unreadable import MOVE, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values

@@ -101,7 +101,7 @@ class HeadInfo(_Identity, total=False):
     seed: int
     split_sha256: str
     subset_sha256: str
-    image_hashes: dict[str, str]  # of own training images, see `dcp_zoo.data.seen`
+    image_hashes: dict[str, str]  # of own training images, see `splits.image_hashes`
     test_share: Annotated[float, {"min": 0, "max": 1}]
     recipe: RecipeInfo
     class_images: dict[str, Annotated[int | None, COUNT]]

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.fingerprint import construction
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.images import Progress, bar, no_progress
-from dcp_zoo.data.seen import image_hashes
-from dcp_zoo.data.splits import all_for_training, subset_sha256, warn_of_numbers
+from dcp_zoo.data.splits import all_for_training, image_hashes, subset_sha256, warn_of_numbers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, format_duration
