@@ -6,7 +6,7 @@ import lazy_loader
 
 from dcp_zoo.fields import Values
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"clip": ["FrozenCLIP"]})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
 # The miniature's stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
