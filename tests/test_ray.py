@@ -82,6 +82,7 @@ def test_a_killed_worker_loses_and_repeats_no_result(cluster, settings, monkeypa
     assert re.fullmatch(r"Ray lost it \(\w+\), 2 times", message)
 
 
+@pytest.mark.scripts
 def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(cluster, settings, monkeypatch):
     first = TRIALS[0].key
 
