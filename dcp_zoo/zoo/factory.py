@@ -75,13 +75,13 @@ def create_model(
     Raises:
         ZooError: unknown names, a head that has not been trained yet, a checkpoint or options that do not fit.
     """
-    timms = TimmArguments.taken_from(options)
-    if (path := timms.checkpoint_path) and is_checkpoint(path):
-        name, pretrained, timms.checkpoint_path = f"local-dir:{path}", True, ""
+    arguments = TimmArguments.taken_from(options)
+    if (path := arguments.checkpoint_path) and is_checkpoint(path):
+        name, pretrained, arguments.checkpoint_path = f"local-dir:{path}", True, ""
     source = resolve(name, pretrained, cache_dir, clip_pretrained)
     model = build_head(source, classnames, descriptions, tokenizer, without_fixed(source.spec, options))
     model.stats = stats
-    return timms.applied(model, classnames, classifier)
+    return arguments.applied(model, classnames, classifier)
 
 
 @dataclass
