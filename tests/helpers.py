@@ -289,4 +289,5 @@ def process_unchanged(by: str) -> Iterator[None]:
     before = state_of_the_process()
     yield
     after = state_of_the_process()
-    assert [what for what in before if before[what] != after[what]] == [], by
+    changed = [what for what in before if before[what] != after[what]]
+    assert not changed, f"{by} changed {changed}"

@@ -1,6 +1,7 @@
 """Export a fused model for other programs; the file, or its variant, is verified before it is kept."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,12 @@ def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
     check_export()
     names: Values = {"input_names": [INPUT], "output_names": list(outputs)}
-    return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
+    before = dict(os.environ)
+    try:
+        return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
+    finally:  # torch 2.8 names a folder of its compiler there
+        for name in os.environ.keys() - before:
+            del os.environ[name]
 
 
 class ExportedHead(nn.Module):
