@@ -1,20 +1,22 @@
-"""Heads and CLIP weights from the Hugging Face Hub: requests, and a message for each error. The Hub's client
-tries again, caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN."""
+"""Heads and CLIP weights from the Hugging Face Hub: requests, further attempts, and a message for each error. The Hub's
+client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN."""
 
 import errno
 import json
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 from urllib.request import getproxies
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import read_plain, sha256_of
 
@@ -23,7 +25,9 @@ HTTP_ERRORS, XET = errors.HfHubHTTPError.__bases__, getattr(errors, "XetDownload
 Kinds = tuple[type[Exception], ...]
 CLIENT_ERRORS: Kinds = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
 RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
-
+WAITS = (2, 10, 30, 120)  # seconds before another attempt
+PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
+T = TypeVar("T")
 
 NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -64,6 +68,34 @@ def explained(
         fields["files"] = f"{files} --revision {revision}" if revision else files
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
+
+
+def retried(call: Callable[[], T]) -> T:
+    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is lost: the
+    client tries again what it downloads, and not what it commits."""
+    for attempt, wait in enumerate(WAITS, 2):
+        try:
+            return call()
+        except RAISED as raised:
+            error = _cause(raised)
+            if not _may_pass(error):
+                raise
+            after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+            wait = max(wait, int(after) if after.isdecimal() else 0)
+            problem = next(iter(str(error).splitlines()), type(error).__name__)
+            attempts = f"attempt {attempt} of {len(WAITS) + 1} follows in {wait} s"
+            warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.")
+            time.sleep(wait)
+    return call()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed: a passing status, or no answer; an OSError of this machine has a number."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in PASSING
+    lost = isinstance(error, (OSError, *HTTP_ERRORS)) and not _is_offline(error)
+    return lost and not isinstance(getattr(error, "errno", None), int)
 
 
 def _cause(error: Exception) -> Exception:

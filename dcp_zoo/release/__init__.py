@@ -19,7 +19,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
-from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
+from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
 from dcp_zoo.onnx.export import TOLERANCES, compare_probabilities, export, with_preprocessing
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
@@ -197,19 +197,19 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
-    api, files = (
-        HfApi(library_name=HUB_LIBRARY),
-        [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
-    )
-    with explained(repo_id):
+    api = HfApi(library_name=HUB_LIBRARY)
+
+    def send() -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
+        return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=files,
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
             commit_message="Upload a head with dcp_zoo",
-        )
-    return commit.oid
+        ).oid
+
+    with explained(repo_id):
+        return retried(send)
 
 
 def write_client_files(model: Head, folder: Path, precision: str = "float32") -> None:
