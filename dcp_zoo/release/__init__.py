@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from dcp_zoo.answers import log_softmax
-from dcp_zoo.backbone.classes import text_names
 from dcp_zoo.data.packaged import DATASETS, classnames, is_own
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
@@ -76,7 +75,7 @@ def not_of_dataset(model: Head) -> str:
         return ""
     spec, known = DATASETS[name], split_sha256(name)
     tested = spec.counts and info.get("test_images", spec.counts[2])
-    if spec.names and sorted(text_names(model.classes)) != sorted(classnames(name)):
+    if spec.names and sorted(model.classes) != sorted(classnames(name)):
         reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
     elif known and info.get("split_sha256") != known:
         reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
