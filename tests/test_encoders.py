@@ -23,7 +23,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.onnx import OnnxClassifier
 from dcp_zoo.onnx.export import export
-from dcp_zoo.zoo.build import list_encoders, load_encoders, plain_clip
+from dcp_zoo.zoo.build import load_encoders, plain_clip
 from dcp_zoo.zoo.factory import create_transform
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -60,11 +60,7 @@ def head(encoders, pictures):
 
 
 def test_methods_are_compared_with_and_without_an_encoder(encoders, pictures):
-    """Those without a text probe cannot read it. Each suggested encoder says its cost and licence."""
-    rows = {row.name: row for row in list_encoders()}
-    small = rows["vit_small_patch14_dinov2.lvd142m"]
-    assert (small.parameters, small.features, small.license) == (22.1, 384, "apache-2.0")
-    assert all(row.license for row in rows.values())
+    """Those without a text probe cannot read it."""
     both = f"dcp_mini+{encoders['transformer']}"
     found = compare(*pictures, methods=["text-probe", "gda"], models=["dcp_mini", both], cv=2)
     assert {row[:2] for row in found} == {("dcp_mini", "text-probe"), ("dcp_mini", "gda"), (both, "text-probe")}
@@ -154,7 +150,7 @@ def test_a_head_beside_an_encoder_is_fused_exported_and_served(golden, tmp_path,
 
 def test_errors_name_the_choices(head, pictures):
     for options, message in (
-        ({"encoder": "vit_smal"}, "timm has no pretrained image model 'vit_smal'.*Nearest: .*list --recommend"),
+        ({"encoder": "vit_smal"}, "timm has no pretrained image model 'vit_smal'.*Nearest: .*timm.list_models"),
         ({"encoder": "test_vit", "method": "zero-shot"}, "read by the text probe: choose --classifier text-probe, or"),
         ({"encoder": "local-dir:/nowhere"}, "cannot be loaded.*downloaded once, by timm: connect to the internet"),
     ):
