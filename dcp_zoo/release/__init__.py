@@ -21,7 +21,7 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
 from dcp_zoo.onnx.export import TOLERANCES, compare_probabilities, export, with_preprocessing
-from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
+from dcp_zoo.zoo.registry import MODELS, get_head
 from dcp_zoo.zoo.resolve import parse_name
 
 CARD_NAME = "README.md"
@@ -49,7 +49,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model.method_config()
+    (options, _), measured = model.method_config(), accuracies(info.get("metrics") or {})
     about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base, dataset),
@@ -61,7 +61,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        rows=_seed_rows(model, dataset),
+        top1={mode: measured.get(mode, "not measured") for mode in MODES} if measured else None,
         alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
         **about,
     )
@@ -106,19 +106,6 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None, dataset
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
     )
-
-
-def _seed_rows(model: Head, dataset: str | None) -> list[Values]:
-    """Accuracy per seed: this model's, and for DCP with a text probe the manifest's for the same head with other
-    seeds."""
-    info = model.info
-    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
-    same = model.encoder.architecture, dataset, info.get("shots")
-    for head in trained_heads().values() if model.method == "dcp" and model.text_probe else ():
-        if (head.model, head.dataset, head.shots) == same:
-            measured.setdefault(head.seed, head.metrics)
-    missing = dict.fromkeys(MODES, "not measured")
-    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
 
 
 def holds(claimed: float, measured: float) -> bool:
