@@ -29,7 +29,6 @@ def export(
     format: str = Option("onnx", help="onnx or hub (a repo)."),
     classes: opt.Classes = None,
     preprocessing: str | None = Option(None, help="outside (default; -> logits) or inside (RGB -> probabilities)."),
-    precision: str = Option("float32", help="float32 or float16; for hub: of a second file."),
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Export a head to a file or a repo that works without this package, and verify it against the model.
@@ -44,7 +43,7 @@ def export(
     name, names = opt.head_name(head), opt.class_list(classes)
     check_choice("format", format, ("onnx", "hub"))
     preprocessing = preprocessing or ("inside" if format == "hub" else "outside")
-    files.check_export(preprocessing, precision)
+    files.check_export(preprocessing)
     if format == "hub":
         if preprocessing == "outside":
             raise ZooError("The format hub always has the preprocessing inside: omit --preprocessing.")
@@ -52,7 +51,7 @@ def export(
         check_empty(file)
         check_writable(file.parent)
         model = create_model(name, True, classnames=names).eval()
-        path = export_hub(model, file, precision=precision)
+        path = export_hub(model, file)
         next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}", markup=False)
         return
@@ -61,7 +60,7 @@ def export(
     check_output(file, overwrite)
     check_choice("suffix", file.suffix, (".onnx",))
     model = create_model(name, True, classnames=names).eval()
-    path = files.export(model, file, preprocessing=preprocessing, precision=precision)
+    path = files.export(model, file, preprocessing=preprocessing)
     size = f"{path.stat().st_size / 1e6:.0f} MB, {model.num_classes} classes"
     output.print(f"Wrote {path} ({size}), verified against the model.", markup=False)
 
