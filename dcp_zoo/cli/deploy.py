@@ -77,7 +77,9 @@ def serve(
     host: opt.Host = "127.0.0.1",
     classes: opt.Classes = None,
     device: opt.Device = "auto",
-    max_mb: float = Option(DEFAULT_LIMITS.max_mb, min=0.001, help="Size of one request, in megabytes, at most."),
+    max_mb: float = Option(
+        DEFAULT_LIMITS.max_bytes / 1e6, min=0.001, help="Size of one request, in megabytes, at most."
+    ),
     allow_hosts: list[str] = Option((), help="Host names that clients may use besides localhost and --host."),
 ) -> None:
     """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
@@ -87,16 +89,19 @@ def serve(
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo serve --head my_head.onnx --host 0.0.0.0[/]
     """
-    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline".split():
+    for module in "onnxruntime fastapi uvicorn python_multipart fastapi_offline".split():
         import_extra(module, "serve")
     from dcp_zoo.serve.app import application
 
     names, hosts = opt.class_list(classes), allowed_hosts(host, allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-    file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names)
-    name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    limits = Limits(max_mb)
+    if head.endswith(".onnx"):
+        file, name = Path(head), ""  # the file has one
+    else:
+        file = onnx_file(opt.head_name(head), names)
+        name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
+    limits = Limits(1e6 * max_mb)
     app = application(file, limits, available_cores(), name, hosts, device)
     listening = listen(host, port)
     address = f"http://{host}:{listening.getsockname()[1]}"
