@@ -14,7 +14,7 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import LOCK, cache_folder, check_empty, check_output, check_writable, locked, sha256_of
 from dcp_zoo.heads.config import is_checkpoint, read_config
-from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
+from dcp_zoo.serve import Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
 from dcp_zoo.zoo.registry import DEFAULT_HEAD
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -77,9 +77,7 @@ def serve(
     host: opt.Host = "127.0.0.1",
     classes: opt.Classes = None,
     device: opt.Device = "auto",
-    max_mb: float = Option(
-        DEFAULT_LIMITS.max_bytes / 1e6, min=0.001, help="Size of one request, in megabytes, at most."
-    ),
+    max_mb: float = Option(20, min=0.001, help="Size of one request, in megabytes, at most."),
     allow_hosts: list[str] = Option((), help="Host names that clients may use besides localhost and --host."),
 ) -> None:
     """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
