@@ -209,7 +209,7 @@ def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
     assert "of 6 answers are the same" in capsys.readouterr().out
     assert Path("int8.onnx").stat().st_size < 0.6 * Path("my_head.onnx").stat().st_size
     rows = classify(find_images(["MY_PHOTOS"]), OnnxClassifier(Path("int8.onnx"), 1))
-    assert sum(len(batch.rows) for batch in rows) == 6
+    assert sum(len(batch) for batch, _ in rows) == 6
 
 
 # -------------------------------------------------------------------------------------------------- heads in the cache
