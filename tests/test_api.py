@@ -439,7 +439,6 @@ def calls(folder, pictures, fitted, uploads, tmp_path, tiny_head, exported_once)
         "head.predict": lambda: head.predict(images),
         "attention": lambda: attention_maps(head, images),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
-        "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
 
