@@ -25,12 +25,14 @@ PARTS = ("train", "val", "test")
 class Item(NamedTuple):
     """One labelled image. `path` is opened by `load_image`, and may be an image of PIL; `key` is the path as listed in
     the split, the same on every machine, or in training the hash of an image in memory, and is hashed itself; `label`
-    indexes the split's class names; `added`: by a further labels file, as corrections are, and thus no sample."""
+    indexes the split's class names; `added`: by a further labels file, as corrections are, and thus no sample;
+    `group`: the same for images that were taken together, see `dcp_zoo.data.groups`, or "" for one that stands alone."""
 
     path: Any
     key: str
     label: int
     added: bool = False
+    group: str = ""
 
     @property
     def name(self) -> str:
@@ -231,17 +233,26 @@ def with_labels(images: Split, listed: Split) -> Split:
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
     """Train, val and test images of each class, shuffled: half, a fifth and the rest; or, given the share for the test,
-    no val images and at least one for training. An image more in one class does not affect the others."""
-    train, val, tests = [], [], []
+    no val images and at least one for training. An image more in one class does not affect the others. A group is in
+    one part as a whole: parts may be smaller or larger, and one that spans classes is for training."""
+    parts: dict[str, list[Item]] = {part: [] for part in PARTS}
+    labels: dict[str, set[int]] = {}
+    for item in items:
+        labels.setdefault(item.group, set()).add(item.label)
     for _, images in sorted(_by_label(items).items()):
-        random.Random(0).shuffle(images)
-        size = len(images)
+        units = dict[object, list[Item]]()
+        for i, item in enumerate(images):
+            units.setdefault(item.group or i, []).append(item)
+        size, order = len(images), list(units.values())
+        random.Random(0).shuffle(order)
         first = math.ceil(size / 2) if test is None else max(1, size - round(test * size))
         second = first + size // 5 if test is None else first
-        train += images[:first]
-        val += images[first:second]
-        tests += images[second:]
-    return train, val, tests
+        done = 0
+        for unit in order:
+            group, part = unit[0].group, PARTS[(done >= first) + (done >= second)]
+            parts[PARTS[0] if group and len(labels[group]) > 1 else part] += unit
+            done += len(unit)
+    return parts["train"], parts["val"], parts["test"]
 
 
 DIGITS = 12  # of a hash: that one of 10,000 images is taken for one of 100,000 others happens in 1 of 280,000 cases
