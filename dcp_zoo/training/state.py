@@ -106,8 +106,12 @@ class TrainingState:
                 self._save()
         if isinstance(error, KeyboardInterrupt):
             self.log(f"Stopped. {self._advice()}".rstrip())
-        elif reason := _reason(error):
+        # the CPU allocator has no exception type of its own
+        elif isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            reason = "Out of memory: use --set batch_size=N or --precision bfloat16."
             raise ZooError(f"{reason} {self._advice()}".rstrip()) from error
+        elif isinstance(error, ZooError):
+            raise ZooError(f"{error} {self._advice()}".rstrip()) from error
 
     def _advice(self) -> str:
         if self._saved_steps is None or self.path is None:
@@ -155,13 +159,3 @@ def remove_state(folder: Path) -> None:
     (folder / STATE_NAME).unlink(missing_ok=True)
     for leftover in folder.glob(f".{STATE_NAME}.*"):
         leftover.unlink()
-
-
-def _reason(error: BaseException) -> str | None:
-    """The message of an error that users can act on; None for a bug."""
-    if isinstance(error, ZooError):
-        return str(error)
-    # the CPU allocator has no exception type of its own
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return "Out of memory: use --set batch_size=N or --precision bfloat16."
-    return None
