@@ -39,7 +39,7 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
     assert err.startswith("MY_PHOTOS has no test part"), "paths are as seen from here"
-    assert "dcp_mini, a miniature for trying things out. For real use pass --model small" in err
+    assert "dcp_mini is a miniature for trying things out. For real use: train --model small" in err
     photo(Path("MY_PHOTOS/rose/6.jpg"), 6)
     code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--output", "again")
     assert (code, "miniature" in err, "image features: 13 of 13" in err) == (0, False, True), "said once, cached"
@@ -100,7 +100,7 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers):
     rows += [{"image": "x.jpg", "error": "damaged"}]
     rows[0]["rejected"] = True
     rows[1]["predictions"] = [{"class": "leave out", "probability": None}]
-    TABLES[".csv"]("predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
+    TABLES[".csv"]("predictions.csv", rows)
     err = run("train", flowers, "--labels", "predictions.csv", "--test", 0, "--output", "head")[2]
     assert "csv: 1 'none of these', 1 'leave out', 1 that cannot be read." in err
     assert "predictions.csv has the answers of a head: unless you corrected" in err

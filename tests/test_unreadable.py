@@ -122,7 +122,7 @@ def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
     assert torch.equal(evaluation.logits, dcp_zoo.evaluate(head, paths, labels).logits)
     assert [item.path for item in evaluation.items] == paths
     with pytest.warns(UserWarning, match="2 of 14"):
-        assert dcp_zoo.train("dcp_mini", images, named, errors="keep").class_images == {"rose": 6, "tulip": 6}
+        assert dcp_zoo.train("dcp_mini", images, named, errors="keep").info["class_images"] == {"rose": 6, "tulip": 6}
 
 
 def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):

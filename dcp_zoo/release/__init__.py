@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from dcp_zoo.answers import log_softmax
-from dcp_zoo.backbone.classes import text_names
 from dcp_zoo.data.packaged import DATASETS, classnames, is_own
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
@@ -21,8 +20,8 @@ from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
-from dcp_zoo.onnx.export import TOLERANCES, compare_probabilities, export, with_preprocessing
-from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
+from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
+from dcp_zoo.zoo.registry import MODELS, get_head
 from dcp_zoo.zoo.resolve import parse_name
 
 CARD_NAME = "README.md"
@@ -42,7 +41,7 @@ def accuracies(metrics: Values) -> dict[str, float]:
 
 
 def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients.
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients.
     ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
     info, problem = model.info, not_of_dataset(model)
     if problem and info.get("metrics"):
@@ -50,7 +49,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model.method_config()
+    (options, _), measured = model.method_config(), accuracies(info.get("metrics") or {})
     about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base, dataset),
@@ -62,7 +61,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        rows=_seed_rows(model, dataset),
+        top1={mode: measured.get(mode, "not measured") for mode in MODES} if measured else None,
         alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
         **about,
     )
@@ -76,7 +75,7 @@ def not_of_dataset(model: Head) -> str:
         return ""
     spec, known = DATASETS[name], split_sha256(name)
     tested = spec.counts and info.get("test_images", spec.counts[2])
-    if spec.names and sorted(text_names(model.classes)) != sorted(classnames(name)):
+    if spec.names and sorted(model.classes) != sorted(classnames(name)):
         reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
     elif known and info.get("split_sha256") != known:
         reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
@@ -109,19 +108,6 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None, dataset
     )
 
 
-def _seed_rows(model: Head, dataset: str | None) -> list[Values]:
-    """Accuracy per seed: this model's, and for DCP with a text probe the manifest's for the same head with other
-    seeds."""
-    info = model.info
-    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
-    same = model.encoder.architecture, dataset, info.get("shots")
-    for head in trained_heads().values() if model.method == "dcp" and model.text_probe else ():
-        if (head.model, head.dataset, head.shots) == same:
-            measured.setdefault(head.seed, head.metrics)
-    missing = dict.fromkeys(MODES, "not measured")
-    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
-
-
 def holds(claimed: float, measured: float) -> bool:
     """Whether a top-1 accuracy in percent is the claimed one, within 0.05 points: they are stated to a hundredth."""
     return round(abs(claimed - measured), 6) <= 0.05
@@ -145,10 +131,10 @@ def claimed(name: str, model: Head) -> dict[str, float]:
 
 LICENSE = "apache-2.0"
 PREPROCESSOR = "preprocessor_config.json"
-ONNX_FILES = {"float32": "onnx/model.onnx", "float16": "onnx/model_fp16.onnx"}  # as transformers.js names them
+ONNX_FILE = "onnx/model.onnx"  # as transformers.js names it, of float32
 
 
-def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -> Path:
+def export_hub(model: Head, folder: str | Path) -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
     ZooError as of `export`, `with_preprocessing` and `make_card`, and for a folder that is not empty or not writable.
 
@@ -156,14 +142,13 @@ def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -
         model: with stored statistics; float32, on the CPU.
         folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
             and `onnx/model.onnx`, which contains CLIP's image tower.
-        precision: "float16" adds a second ONNX file.
     """
     folder = Path(folder)
     check_empty(folder)
     with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
-            _write_repo(model, Path(temporary, "new"), "ORG/NAME", LICENSE, True, precision)
+            _write_repo(model, Path(temporary, "new"), "ORG/NAME", LICENSE, True)
             Path(temporary, "new").replace(folder)
     return folder
 
@@ -188,10 +173,10 @@ def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: st
         return upload(folder, repo_id, private)
 
 
-def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, precision: str = "float32") -> None:
+def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool) -> None:
     model.save_pretrained(folder)
     if onnx:
-        write_client_files(model, folder, precision)
+        write_client_files(model, folder)
     make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size, onnx).save(folder / CARD_NAME)
 
 
@@ -204,7 +189,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, ONNX_FILE],
             commit_message="Upload a head with dcp_zoo",
         ).oid
 
@@ -212,13 +197,10 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return retried(send)
 
 
-def write_client_files(model: Head, folder: Path, precision: str = "float32") -> None:
-    """Add to a model's checkpoint what other clients read: ONNX files in float32 and in `precision`, a
-    `preprocessor_config.json`, and fields of `config.json`. ZooError as of `export` and `with_preprocessing`."""
-    for kind in dict.fromkeys(("float32", precision)):
-        path = folder / ONNX_FILES[kind]
-        export(model, path, precision=kind)
-        _take_any_size(path, kind)
+def write_client_files(model: Head, folder: Path) -> None:
+    """Add to a model's checkpoint what other clients read: an ONNX file, a `preprocessor_config.json`, and fields of
+    `config.json`. ZooError as of `export` and `with_preprocessing`."""
+    _take_any_size(export(model, folder / ONNX_FILE))
     cfg = model.pretrained_cfg
     _, height, width = cfg["input_size"]
     preprocessor = {
@@ -244,7 +226,7 @@ def write_client_files(model: Head, folder: Path, precision: str = "float32") ->
         write_file(folder / name, json.dumps(content, indent=1) + "\n")
 
 
-def _take_any_size(path: Path, precision: str) -> None:
+def _take_any_size(path: Path) -> None:
     """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C)."""
     import onnx
     import onnxruntime
@@ -263,4 +245,4 @@ def _take_any_size(path: Path, precision: str) -> None:
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
         return np.exp(log_softmax(session.run(["logits"], {INPUT: pixels})[0]))
 
-    compare_probabilities(probabilities, plain, TOLERANCES[precision])
+    compare_probabilities(probabilities, plain)
