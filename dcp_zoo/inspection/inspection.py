@@ -15,11 +15,12 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
+from dcp_zoo.data.groups import find_groups, group_ids, joined, near_copies
 from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.errors import ZooError, by_reason, shorten
 from dcp_zoo.files import templates, write_file
-from dcp_zoo.inspection.look import Seen, look, same_pictures
+from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
 from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import leave_out_each, without_evidence
@@ -70,7 +71,8 @@ class Inspection:
     answers: Evaluation  # each by a classifier fitted without the image, for those that can be read
     suspects: list[int]  # images whose label is probably wrong, the most suspicious first
     of_no_class: list[int]  # images that may show none of the classes, the least like them first
-    groups: list[list[int]]  # images that show the same picture
+    copies: list[list[int]]  # images that show the same picture
+    groups: Tensor  # (n,), the same for images that were taken together: no estimate is made across a group
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
 
     def __repr__(self) -> str:
@@ -82,7 +84,7 @@ class Inspection:
         counts = {
             "labels that may be wrong": len(self.suspects),
             "images that may show none of the classes": len(self.of_no_class),
-            "groups of duplicates": len(self.groups),
+            "groups of duplicates": len(self.copies),
             "images that cannot be read": len(self.seen.errors),
         }
         return "; ".join(f"{what}: {count}" for what, count in counts.items())
@@ -94,7 +96,7 @@ class Inspection:
         readable = [i for i in range(len(items)) if i not in self.seen.errors]
         answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
         suspects, of_no_class = set(self.suspects), set(self.of_no_class)
-        twins = {i: group for group in self.groups for i in group}
+        twins = {i: group for group in self.copies for i in group}
         rows = []
         for i, item in enumerate(items):
             looks = names[int(answers[i].argmax())] if i in answers else ""
@@ -132,7 +134,7 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
+        groups = [(_title(group, items, parts), group[:8]) for group in self.copies[: SHOWN // 2]]
         lists = self.suspects, self.of_no_class
         shown = {*(i for images in lists for i in images[:SHOWN]), *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
@@ -193,14 +195,16 @@ def inspect(
 
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     features = ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths))
-    judged = out_of_fold(features, target)
+    groups = _groups(data, seen)
+    judged = out_of_fold(features, target, groups[readable])
     return Inspection(
         data,
         seen,
         Evaluation(data.classnames, items, judged.log_probabilities),
         [readable[i] for i in suspected(judged.log_probabilities, target)],
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
-        same_pictures(seen.features, seen.grey),
+        joined(near_copies(seen.joined, seen.grey)),
+        groups,
         learning_curve(judged),
     )
 
@@ -213,6 +217,16 @@ def parts_of(data: Split) -> list[str]:
 def unreadable(data: Split, seen: Seen) -> str:
     """The images that cannot be read, and why, see `by_reason`."""
     return by_reason({data.items[i].key: reason for i, reason in seen.errors.items()})
+
+
+def _groups(data: Split, seen: Seen) -> Tensor:
+    """Of `data.items` (n,): as they were given, or else as they are found."""
+    names = [item.group for item in data.items]
+    if not any(names):
+        for number, group in enumerate(find_groups(seen.joined, seen.grey, seen.taken), 1):
+            for i in group:
+                names[i] = str(number)
+    return group_ids(names)
 
 
 def _read(images: Images, labels: Labels) -> Split:
@@ -231,6 +245,7 @@ class OutOfFold:
     log_probabilities: Tensor  # (n, C)
     distances: Tensor  # (n,), to the nearest class mean, 1 on average
     images: TrainingSet
+    groups: Tensor  # (n,)
     evidence: Evidence  # for the candidates that are worth fitting
 
     def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
@@ -242,15 +257,15 @@ class OutOfFold:
         return mean.logits(drawn.text_logits(x), x).argmax(1)
 
 
-def out_of_fold(given: ReadingFeatures, labels: Tensor) -> OutOfFold:
-    """What the other images say of each, in four folds, of features (1, n, ..) and labels (n,). The only image of a
-    class is judged by the text, at no distance."""
+def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOfFold:
+    """What the images of other groups say of each, in four folds, of features (1, n, ..), labels and groups (n,). The
+    only group of a class is judged by the text, at no distance."""
     assert given.start is not None
     images = TrainingSet(given.features, given.widths, labels, given.start)
     images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels))
     log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
     distances = torch.zeros(len(labels))
-    parts = folds(labels)
+    parts = folds(labels, groups)
     left_out, evidence = leave_out_each(images, parts)
     for out, fold in zip(parts, left_out, strict=True):
         log_probabilities[out] = fold.logits(evidence).log_softmax(-1)
@@ -258,7 +273,8 @@ def out_of_fold(given: ReadingFeatures, labels: Tensor) -> OutOfFold:
     distances /= distances.mean().clamp(min=1e-6)
     worth = {family: weights for family, weights in evidence.items() if weights.sum() > NOTHING}
     total = sum(weights.sum() for weights in worth.values())
-    return OutOfFold(log_probabilities, distances, images, {family: each / total for family, each in worth.items()})
+    worth = {family: each / total for family, each in worth.items()}
+    return OutOfFold(log_probabilities, distances, images, groups, worth)
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
@@ -283,9 +299,11 @@ def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) ->
 
 
 def learning_curve(judged: OutOfFold) -> list[Point]:
-    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn."""
-    labels = judged.images.labels
-    sizes, points = torch.bincount(labels), []
+    """Accuracy at 1 to 16 images per class, each of another group, as far as half of the classes have more groups, on
+    images of groups that were not drawn."""
+    labels, groups = judged.images.labels, judged.groups
+    sizes = torch.bincount(labels[_first_of(groups)], minlength=int(labels.max()) + 1)
+    points = []
     for shots in SHOTS:
         if 2 * (sizes > shots).sum() <= len(sizes):
             break
@@ -293,10 +311,19 @@ def learning_curve(judged: OutOfFold) -> list[Point]:
         most = torch.minimum(sizes - 1, torch.tensor(shots)).clamp(min=1)[labels]
         for draw in range(DRAWS):
             order = torch.randperm(len(labels), generator=generator)
-            drawn = torch.empty(len(labels), dtype=torch.bool)
-            drawn[order] = within_class(labels[order]) < most[order]
-            tested = order[~drawn[order]][:TESTED]
+            single = order[_first_of(groups[order])]  # an image of each group
+            drawn = torch.zeros(len(labels), dtype=torch.bool)
+            drawn[single] = within_class(labels[single]) < most[single]
+            tested = order[~torch.isin(groups[order], groups[drawn])][:TESTED]
             values[draw] = 100 * (judged.answers(drawn, tested, shots) == labels[tested]).float().mean().item()
         spread = 2.776 * values.std(ddof=1) / DRAWS**0.5  # Student's t of five draws
         points.append(Point(shots, values.mean(), max(0, values.mean() - spread), min(100, values.mean() + spread)))
     return points
+
+
+def _first_of(groups: Tensor) -> Tensor:
+    """The positions, in order, of the first image of each group."""
+    seen = dict[int, int]()
+    for i, group in enumerate(groups.tolist()):
+        seen.setdefault(group, i)
+    return torch.tensor([*seen.values()])

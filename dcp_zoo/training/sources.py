@@ -18,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Pixels, Tokens
 from dcp_zoo.data import Item
+from dcp_zoo.data.groups import group_ids
 from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -197,6 +198,11 @@ class ImageSource:
     @property
     def labels(self) -> Tensor:
         return torch.tensor([item.label for item in self.items])
+
+    @property
+    def groups(self) -> Tensor:
+        """Of images that were taken together (n,), see `group_ids`."""
+        return group_ids([item.group for item in self.items])
 
     @property
     def num_classes(self) -> int:

@@ -12,6 +12,7 @@ which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accura
 the smallest on a tie; without these on training images, in folds; with one per class see `gda_weight`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, in_float64
-from dcp_zoo.probe.folds import FOLDS, within_class
+from dcp_zoo.probe.folds import folds
 from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION, option
 
@@ -68,23 +69,23 @@ def gda_weight(
     if task.val is not None:
         val = task.features(task.val).cpu()
         return best(val, val @ weight.cpu().T + bias.cpu(), task.val.labels), {}
-    if torch.bincount(labels).min() > 1:
-        scores = out_of_fold(features.cpu(), labels, len(text))
-        return best(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
+    if parts := folds(labels, task.plain_train.groups):
+        scores = out_of_fold(features.cpu(), labels, len(text), parts)
+        out = torch.cat(parts)
+        return best(features[0, out].cpu(), scores, labels[out]), {"selection": CROSS_VALIDATION}
     plain = features[0].to(weight)
     spread = (plain @ weight.T + bias).std()
     return (task.clip.logits(plain, text).std() / 2 / spread.clamp(min=1e-6)).item(), {}
 
 
-def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Gaussian scores (n, C) of training images, two or more per class, from fits without them: views (V, n, E)."""
-    scores, position = torch.zeros(len(labels), classes), within_class(labels)
-    folds = min(FOLDS, int(torch.bincount(labels).min()))
-    for fold in range(folds):
-        kept = position % folds != fold
+def out_of_fold(views: Tensor, labels: Tensor, classes: int, parts: Sequence[Tensor]) -> Tensor:
+    """Gaussian scores (m, C) of the images in these folds, from fits without each fold: views (V, n, E)."""
+    scores = []
+    for out in parts:
+        kept = torch.isin(torch.arange(len(labels)), out, invert=True)
         weight, bias = gaussian_discriminant(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)), classes)
-        scores[~kept] = views[0, ~kept] @ weight.T + bias
-    return scores
+        scores.append(views[0, out] @ weight.T + bias)
+    return torch.cat(scores)
 
 
 def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Linear:

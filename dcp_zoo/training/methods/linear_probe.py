@@ -37,18 +37,18 @@ def fit_linear_probe(task: Task) -> LinearHead:
     """
     recipe: LinearProbeRecipe = task.recipe
     views, labels = task.plain_train.features(probe_views(task.plain_train), task.progress), task.train_labels
-    held_out = left_out(views, labels, recipe)
+    held_out = left_out(views, labels, task.plain_train.groups, recipe)
     scale = text_scale(*held_out) if held_out else ALONE
     head = task.linear_head(*(scale * part.to(task.clip.device) for part in regression(views, labels, recipe)))
     head.info = {"scale": round(scale, 4)}
     return head
 
 
-def left_out(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> tuple[Tensor, Tensor] | None:
+def left_out(views: Tensor, labels: Tensor, groups: Tensor, recipe: LinearProbeRecipe) -> tuple[Tensor, Tensor] | None:
     """Logits (n, C) and labels (n,) of images that were left out of training, in folds; None where no class has several
     images."""
     logits, truth = list[Tensor](), list[Tensor]()
-    for out in folds(labels):
+    for out in folds(labels, groups):
         kept = torch.isin(torch.arange(len(labels)), out, invert=True)
         logits.append(F.linear(views[0, out], *regression(views[:, kept], labels[kept], recipe)))
         truth.append(labels[out])

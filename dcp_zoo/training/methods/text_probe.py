@@ -72,7 +72,9 @@ def fit_probe(
     typical = torch.tensor([not item.added for item in train.items])
     frozen = head.readings[head.has_own_features :]
     examples = None if none is None else torch.cat([none.read_by(each, 1, progress)[0] for each in frozen], -1)
-    head.text_probe, info = fit_on_features(head.classes, train.labels, readings, unseen, weights, typical, examples)
+    head.text_probe, info = fit_on_features(
+        head.classes, train.labels, readings, unseen, weights, typical, examples, train.groups
+    )
     thresholds = info.get("thresholds")
     if none is not None and not thresholds:
         warn(EXAMPLES_UNUSED.format(len(none.items), TOO_FEW))
