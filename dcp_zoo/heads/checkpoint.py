@@ -145,10 +145,8 @@ def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None
     """ZooError if the weights of this CLIP are not those that a head was trained on; a warning where nobody knows."""
     before, now, weights = block.get("clip_fingerprint"), clip.fingerprint(), f"the {clip.source!r} weights of CLIP"
     if not before or not now:
-        unknown = "the head is older than fingerprints of CLIP" if now else "this CLIP was not loaded in float32"
-        advice = f"Save the head again to store it: head.save_pretrained({str(directory)!r})."
-        text = f"Whether {weights} are those that the head in {directory} was trained on is unknown: {unknown}."
-        warn(f"{text} {advice if now else ''}".rstrip())
+        problem = f"Whether {weights} are those that the head in {directory} was trained on is unknown"
+        warn(f"{problem}: CLIP was not loaded in float32, here or there.")
     elif before != now:
         raise ZooError(
             f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint {before}, "

@@ -73,28 +73,20 @@ class Head(Classifier):
             layer.weight, layer.bias = (nn.Parameter(t.detach()[rows]) for t in self.linear())
             self._replace_fc(names, layer)
 
-    def reset_classifier(
-        self, num_classes: int | Sequence[str], global_pool: str | None = None, classnames: Sequence[str] | None = None
-    ) -> None:
-        """Classify into other classes. ZooError for a number that is not that of `classnames`, and another pooling than
-        "token".
+    def reset_classifier(self, num_classes: int | Sequence[str], global_pool: str | None = None) -> None:
+        """Classify into other classes. ZooError for another pooling than "token".
 
         Args:
             num_classes: n for a fresh linear layer `fc` (n, F) on the image features, which is to be trained and reads
                 no text; its classes are "class 0", "class 1", .. until you set `classes`. 0 returns image features.
                 Names bring the head's own classifier back, see `set_classnames`.
             global_pool: None or "token".
-            classnames: the names, beside their number.
         """
         check_choice("global_pool", global_pool, (None, "token"))  # CLIP pools its class token
-        names = num_classes if classnames is None and not isinstance(num_classes, int) else classnames
-        if names is not None:
-            if isinstance(num_classes, int) and len(names) != num_classes:
-                raise ZooError(f"num_classes={num_classes}, but there are {len(names)} class names: pass one of both.")
+        if not isinstance(num_classes, int):
             self._replace_fc(self.named, None)
-            self.set_classnames(names)
+            self.set_classnames(num_classes)
             return
-        assert isinstance(num_classes, int)
         check_range("num_classes", num_classes, 0)
         classes = [f"class {i}" for i in range(num_classes)]
         dtype = self.encoder.clip.logit_scale.dtype
