@@ -91,11 +91,11 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
 
 
 def _valid(head: "Head", info: Values) -> Values:
-    """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
-    if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-        measured = ("thresholds", *ACCEPTED)
-        info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
-    return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
+    """`info` without thresholds that no longer hold."""
+    if not head.cannot_reject or "text_probe" not in info:
+        return info
+    measured = ("thresholds", *ACCEPTED)
+    return info | {"text_probe": {name: value for name, value in info["text_probe"].items() if name not in measured}}
 
 
 def head_config(head: "Head", info: Values) -> Values:

@@ -108,7 +108,6 @@ class HeadInfo(_Identity, total=False):
     text_probe: ProbeInfo
     metrics: dict[str, Annotated[float, PERCENT]]  # top-1 by its name
     test_images: Annotated[int, COUNT]
-    not_measured: str
 
 
 class HeadConfig(TypedDict):

@@ -98,7 +98,7 @@ class Head(Classifier):
         del self.fc  # torch would drop the weights of a state for a module that it knows as None
         self.classes, self.fc = classes, layer
         if layer is not None:
-            self._outdate("the classifier was replaced")
+            self._outdate()
 
     def drop_text_probe(self) -> None:
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured without it."""
@@ -115,17 +115,14 @@ class Head(Classifier):
         if probe is not None and not same_texts(probe.classes, texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
         if sorted(classes) != sorted(self.named) or not same_texts(classes, texts, self.texts):
-            self._outdate("the classes were changed")
+            self._outdate()
         self.classes, self.named, self.texts = classes, classes, texts
 
-    def _outdate(self, change: str) -> None:
-        """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
-        if (fitted := self.info.get("text_probe", {})).keys() & set(ACCEPTED):
-            self.info = self.info | {"text_probe": {k: v for k, v in fitted.items() if k not in ACCEPTED}}
-        if self.info.keys() & {"metrics", "not_measured"}:
-            reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
-            valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
-            self.info = valid | {"not_measured": reason}
+    def _outdate(self) -> None:
+        """Take out of `info` what was measured of other classes: the accuracy, and what the threshold accepts."""
+        self.info = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
+        if fitted := self.info.get("text_probe"):
+            self.info["text_probe"] = {name: value for name, value in fitted.items() if name not in ACCEPTED}
 
     # --- in a checkpoint ---
 

@@ -29,7 +29,6 @@ from dcp_zoo.zoo.build import build_head
 from dcp_zoo.zoo.registry import ModelSpec
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
 
-POOL = ("CLIP pools its class token", ("token",))  # for `check_only`, as the next
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
@@ -145,7 +144,8 @@ class TimmArguments:
 def without_fixed(spec: ModelSpec, options: Values) -> Values:
     """Options without those of timm that a CLIP fixes; ZooError for other values of these."""
     square = f"{spec.name} reads square images of one size", sizes(spec.image_size)
-    fixed = {"in_chans": ("CLIP reads RGB images", (3,)), "img_size": square, "global_pool": POOL}
+    fixed = {"in_chans": ("CLIP reads RGB images", (3,)), "img_size": square}
+    fixed["global_pool"] = "CLIP pools its class token", ("token",)
     fixed |= dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,)))
     for argument in options.keys() & fixed.keys():
         check_only(argument, options[argument], *fixed[argument])
