@@ -208,7 +208,6 @@ DOORS = {
     "suggest": lambda head, paths, place: dcp_zoo.suggest(str(Path(paths[0]).parent), head, count=2),
     "search": lambda head, paths, place: dcp_zoo.search(Path(paths[0]).parent, "red", count=2),
     "inspect": lambda head, paths, place: dcp_zoo.inspect(paths, list("ab") * 4),
-    "compare": lambda head, paths, place: dcp_zoo.compare(paths, list("ab") * 4, methods=["text-probe"], cv=2),
     "explain": lambda head, paths, place: attention_maps(head, torch.zeros(1, 3, 192, 192)),
     "save": lambda head, paths, place: head.save_pretrained(place),
     "train": lambda head, paths, place: dcp_zoo.train("dcp_mini", paths, list("ab") * 4),
