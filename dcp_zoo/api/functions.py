@@ -156,12 +156,12 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        found, rows, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
+        found, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
         if broken:
             warn_of(items, broken)
-        if not rows:
+        if not (rows := [i for i in range(len(items)) if i not in broken]):
             refuse(items, broken)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits[rows]))
 
 
 def predict(
@@ -194,14 +194,14 @@ def predict(
     items = unlabelled(images)
     with lent(model, device) as head:
         options = batch_size, precision, progress, reject, errors
-        found, read, broken = outputs_of(head, items, *options, features=together)
+        found, broken = outputs_of(head, items, *options, features=together)
         names = head.classnames
-    none = np.zeros(len(read), bool) if found.rejected is None else found.rejected
+    none = np.zeros(len(items), bool) if found.rejected is None else found.rejected
     ranked = best(refined(found, ~none & together), names, top_k)
-    answers: dict[int, Any] = {i: None if no else row for i, row, no in zip(read, ranked, none, strict=True)}
+    answers: list[Any] = [None if no else row for row, no in zip(ranked, none, strict=True)]
     for i, error in broken.items():
         answers[i] = UnreadableImages(str(error), {items[i].name: str(error)})
-    return [answers[i] for i in range(len(items))]
+    return answers
 
 
 @fair_threads()
@@ -215,9 +215,9 @@ def outputs_of(
     errors: str = "raise",
     features: bool = False,
     alone: bool = True,
-) -> tuple[Outputs, list[int], dict[int, ZooError]]:
-    """What a head computes of the items' images that can be read, and their positions; and why others cannot. `errors`:
-    see `evaluate`; other arguments as of `HeadPredictor`."""
+) -> tuple[Outputs, dict[int, ZooError]]:
+    """What a head computes of the items' images, NaN where they cannot be read; and why they cannot. `errors`: see
+    `evaluate`; other arguments as of `HeadPredictor`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
     if errors == "raise" and len(items) > 1:  # one image says it itself
@@ -228,7 +228,7 @@ def outputs_of(
         broken, found = predictor.outputs(images, batch_size, progress)
     if broken and errors == "raise":
         refuse(items, broken)
-    return found, [i for i in range(len(items)) if i not in broken], broken
+    return found, broken
 
 
 def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
