@@ -5,9 +5,7 @@ import os
 import pickle
 import random
 import shutil
-import sqlite3
 import warnings
-from contextlib import closing
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
@@ -214,29 +212,7 @@ def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
     assert dcp_zoo.create_model(f"local-dir:{tmp_path / 'head'}", True).classnames == NAMES
 
 
-def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted):
-    """Also where nothing may require gradients."""
-    classifier = pickle.loads(pickle.dumps(fitted))
-    green, before = [Image.new("RGB", (150, 140), (10, 9 * i, 30)) for i in range(3)], fitted.predict_proba(pictures[0])
-    info = {**classifier.model_.info}
-    with pytest.raises(ZooError):
-        classifier.add_class("azure", [*green, b"no image"])
-    assert classifier.predict_proba(pictures[0]) == pytest.approx(before, abs=1e-6)
-    assert (classifier.model_.info, classifier.model_.num_classes) == (info, 2)
-    with torch.inference_mode():
-        classifier.add_class("azure", green)
-        assert FewShotClassifier().fit(*pictures).score(*pictures) == 1
-    assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4, "azure": 3}
-    assert classifier.classes_.tolist() == ["azure", "blue", "red"], "in order, as scikit-learn expects"
-    assert classifier.predict([*pictures[0], green[0]]).tolist() == [*pictures[1], "azure"]
-    for args, message in ((("azure",), "azure exists"), (("teal", "blue"), "teal exists"), ((5,), "another type")):
-        with pytest.raises(ZooError, match=message):
-            classifier.add_class(args[0], green, *args[1:])
-    classifier.model_.remove_class("azure")
-    assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4}
-
-
-def test_rejected_images_and_removed_classes(pictures, tmp_path):
+def test_rejected_images_and_labels_of_other_classes(pictures, tmp_path):
     """None in place of an answer, by the functions and the class as by the model."""
     paths, _ = pictures
     classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=NAMES)
@@ -254,14 +230,12 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     labels = classifier.predict(paths, reject=True).tolist()
     assert labels == [name and {"blue": 0, "red": 10}[name] for name in expected]
     assert None not in classifier.predict(paths)
-    with pytest.raises(ZooError, match="Unknown class 'red': choose from 0, 10"):
-        classifier.remove_class("red")
-    classifier.add_class(5, paths[:2], name="green")
-    assert set(classifier.predict(paths, reject=True)) <= {0, 10, 5, None}  # the threshold stays
-    assert classifier.remove_class(10).classes_.tolist() == [0, 5]
-    assert (classifier.model_.classnames, classifier.classes_.tolist()) == (["blue", "green"], [0, 5])
     model = dcp_zoo.create_model(str(classifier.save(tmp_path)), True)
-    model.set_classnames(["green", "teal"])
+    model.set_classnames(["red", "blue"])
+    model.save_pretrained(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path)
+    assert (loaded.model_.classnames, loaded.classes_.tolist()) == (["blue", "red"], [0, 10])
+    model.set_classnames(["red", "teal"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match="No label is stored for teal"):
         FewShotClassifier.load(tmp_path)
@@ -308,44 +282,42 @@ def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypat
     again = clone(features).fit(paths[1:], labels[1:])
     assert np.array_equal(again.predict_proba(paths), expected)
     assert runs.calls == first  # not even for the image that was only predicted
-    file = tmp_path / "kept" / cache.FILE_NAME
     assert np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
     assert runs.calls == first
     Image.open(paths[-1]).save(paths[0])
     os.utime(paths[0], (1, 1))
-    file.write_bytes(b"damaged")
+    for file in (tmp_path / "kept").rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
     assert not np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
     assert runs.calls > first
 
 
-def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
-    """Wherever the file is damaged, it gives what was put there or nothing."""
-    values = {str(i): torch.full((1000,), float(i)) for i in range(5)}
-    cache.FeatureCache(tmp_path).put(values)
-    file = tmp_path / cache.FILE_NAME
-    whole = file.read_bytes()
-    damages = [whole[:at] + bytes(9) + whole[at + 9 :] for at in (*range(0, 200, 20), *range(200, len(whole), 4997))]
-    for damaged in (*damages, whole[:100], whole[:-4997]):
-        file.write_bytes(damaged)
-        for _ in range(2):  # the second one finds what the first one left
-            kept = cache.FeatureCache(tmp_path)
-            assert all(torch.equal(value, values[key]) for key, value in kept.get(values).items())
-            kept.put(values)
-    assert len(cache.FeatureCache(tmp_path).get(values)) == 5
+def test_the_cache_gives_what_was_put_there_or_nothing(tmp_path):
+    """Damaged files are passed over; the oldest go when a folder is opened, or memory is full."""
+    values = {str(i): torch.full((2, 1000), float(i)) for i in range(5)}
+    kept = cache.FeatureCache(tmp_path)
+    for key, value in values.items():
+        kept.put("tower", {key: value})
+    assert all(torch.equal(value, values[key]) for key, value in kept.get("tower", set(values)).items())
+    assert not kept.get("other tower", set(values))
+    for path, size in zip(sorted(tmp_path.rglob("*.safetensors")), (0, 100, -100), strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    assert len(kept.get("tower", set(values))) == 2
+    in_memory = cache.FeatureCache(limit=10_000)
+    in_memory.put("tower", values)
+    assert in_memory.get("tower", set(values)).keys() == {"4"}
+    assert not cache.FeatureCache(tmp_path, limit=1).get("tower", set(values))
 
 
-def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    cache.FeatureCache(tmp_path).put({})
-    with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        kept = cache.FeatureCache(tmp_path)
-        with pytest.warns(UserWarning, match="not cached for the next run. .*database is locked. Choose another"):
-            kept.put({"1": torch.ones(3)})
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            kept.put({"2": torch.ones(3)})
-            assert kept.get("123").keys() == {"1", "2"}
+def test_a_cache_that_cannot_be_written_is_gone_around(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    kept = cache.FeatureCache(tmp_path / "file")
+    with pytest.warns(UserWarning, match="not cached for the next run. Cannot write to .* Choose another DCP_ZOO"):
+        kept.put("tower", {"1": torch.ones(1, 3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept.put("tower", {"1": torch.ones(1, 3)})
+        assert kept.get("tower", {"1"}) == {}
 
 
 def test_features_are_kept_by_what_an_image_shows(tmp_path):
@@ -429,11 +401,10 @@ def calls(folder, pictures, fitted, uploads, tmp_path, tiny_head, exported_once)
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
-        "fit": lambda: own.fit(*pictures).add_class("green", pictures[0][:1]).transform(pictures[0]),
+        "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
         "attention": lambda: attention_maps(head, images),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
-        "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
 

@@ -127,15 +127,3 @@ def test_no_image_of_a_training_in_python_is_tested(run, flowers, form):
     _, out, err = run("eval", "OTHERS", "--head", "head")
     assert "head on 2 test images of OTHERS" in out
     assert "Left out: 6 of 8 images, as head was trained on them" in err
-
-
-def test_images_that_are_added_to_a_head_count_as_trained_on(run, flowers):
-    shutil.copytree("MY_PHOTOS/rose", "NEW/rose")
-    for name in ("daisy", "poppy", "lily"):
-        photo(Path("NEW", name, "0.jpg"))
-    classifier = FewShotClassifier().fit(flowers)
-    classifier.add_class("daisy", "NEW/daisy/0.jpg").add_class("poppy", [Image.open("NEW/poppy/0.jpg")])
-    classifier.add_class("lily", "NEW/lily").save("more")
-    assert "more was trained on these images" in run.refused("eval", "NEW", "--head", "more")
-    photo(Path("NEW/lily/1.jpg"))
-    assert "more on 1 test images of NEW" in run.ok("eval", "NEW", "--head", "more")

@@ -276,7 +276,7 @@ def _fit_and_measure(
         earlier = state.seconds[-1] if state.seconds else 0.0
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
-    info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
+    info = info or run.info(subset)
     _check_learnt(task, head)
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
