@@ -118,7 +118,7 @@ def _measured(
 
     conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
     modes = predict_modes(model, read) if claim else {model.stats: read()[0]}
-    metrics, evaluation = measured(modes, model.classnames, test)
+    metrics, evaluation = measured(modes, None, model.classnames, test)
     return evaluation, metrics, conditions
 
 

@@ -13,9 +13,10 @@ from dcp_zoo.cli.heads import show_evaluation
 from dcp_zoo.data import is_own, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
-from dcp_zoo.errors import ZooError, warn
+from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_output, check_outside, check_writable
-from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free
+from dcp_zoo.heads.config import STATE_NAME, check_free
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.zoo.registry import MINIATURE_NOTE, get_head, get_spec, is_model
@@ -23,9 +24,8 @@ from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
-    from dcp_zoo.training.run import Run
 
-REFIT = "After the accuracy is measured, the head is refitted on all images and saved."
+REFIT = "After the accuracy is measured, the head is trained on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
 METHOD = (
     f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus text "
@@ -88,8 +88,9 @@ class TrainOptions:
 def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it.
 
-    Of your own images, 30 % of each class are held out to measure the accuracy; then the head is refitted on all images
-    and saved. Methods that train prompts resume after a stop or kill: repeat the command.
+    The accuracy on your own images is measured by four folds, or with --test and for methods that train prompts, on a
+    share that is held out; then the head is trained on all images and saved. Photographs that were taken together are
+    never on both sides. Methods that train prompts resume after a stop or kill: repeat the command.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train MY_PHOTOS --method dcp --output dcp_head[/]
@@ -115,11 +116,12 @@ def train(options: TrainOptions) -> None:
     if options.skip_unreadable and dataset != "folder":
         raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
     split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
-    if options.report and not split.test:
+    whole = is_own(dataset) and not split.has_parts  # without a test part
+    if options.report and (options.test == 0 if whole else not split.test):
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
     from dcp_zoo.training.cache import features_folder, kept_features  # after the images are listed, as torch is slow
     from dcp_zoo.training.device import decoders, pick_device
-    from dcp_zoo.training.run import RunOptions, plan, train_and_refit, train_head
+    from dcp_zoo.training.run import RunOptions, hold_out, plan, train_head, train_on_all
 
     use_threads()
     run = plan(
@@ -137,17 +139,19 @@ def train(options: TrainOptions) -> None:
         descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
         test_share=options.test,
     )
-    refit = options.refit
-    if refit is None:
-        refit = is_own(dataset) and split.held_out and run.shots is None
-    if text := " ".join(filter(None, (split.note, REFIT if refit and split.test else ""))):
+    if options.refit and not whole:
+        raise ZooError(f"--refit trains on the test images, too, but {split.place or dataset} has its own: omit it.")
+    refit = whole and options.test != 0 and options.refit is not False and run.shots is None
+    if text := " ".join(filter(None, (split.note, REFIT * refit))):
         log(text)
-    show = partial(_show, options, run)
+    show = partial(_show, options, run.split.name)
     settings = RunOptions(overwrite=options.overwrite, progress=progress_bar, log=log, show=show)
     try:
         own = [*split.items, *split.none] if dataset == "folder" else []
         with kept_features(features_folder()), all_named(own, SKIP):
-            head, _ = (train_and_refit if refit else train_head)(run, output_dir, settings)
+            if whole and options.test != 0 and not refit:
+                run = hold_out(run, settings)
+            head, _ = (train_on_all if refit else train_head)(run, output_dir, settings)
     except KeyboardInterrupt:
         learnt = any(output_dir.rglob(STATE_NAME))
         kept = "What was learnt" if learnt else "No head was saved, but what was computed"
@@ -161,27 +165,11 @@ def train(options: TrainOptions) -> None:
         advise(MINIATURE_NOTE)
 
 
-def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:
+def _show(options: TrainOptions, title: str, evaluation: "Evaluation") -> None:
     if options.report:
-        write_mistakes(evaluation, options.report, f"{options.folder} on {run.split.name}")
+        write_mistakes(evaluation, options.report, f"{options.folder} on {title}")
         log(f"Wrote {options.report}")
     show_evaluation(evaluation)
-    if run.split.name == "folder":
-        _warn_of_copies(evaluation, run)
-
-
-def _warn_of_copies(evaluation: "Evaluation", run: "Run") -> None:
-    """Warn of test images that are also training images, and say what accuracy is without them."""
-    from dcp_zoo.inspection.look import copies
-
-    used = run.subset()
-    if not (found := copies(used.train + used.val, used.test, run.copies)):
-        return
-    hits, first = (evaluation.predicted == evaluation.labels).tolist(), next(iter(found))
-    without = "None is left without them."
-    if others := [hit for i, hit in enumerate(hits) if i not in found]:
-        rest = Accuracy("", sum(others), len(others))
-        without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} percentage points."
-    text = f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as"
-    such = f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high"
-    warn(f"{text} {such}. {without} dcp-zoo inspect shows them all.")
+    if evaluation.refused is not None:
+        refused, promised = 100 * evaluation.refused.float().mean().item(), 100 * REFUSED
+        output.print(f"--reject refuses {refused:.1f} % of these images, where {promised:g} % is promised")

@@ -8,7 +8,7 @@ where they overlap, from coarse to fine (Evangelidis and Psarakis, Parametric Im
 Coefficient Maximization, PAMI 2008). Near copies are alike then, and so are their details.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +17,8 @@ from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.data.images import GREY
+from dcp_zoo.data.images import GREY, Facts
+from dcp_zoo.data.splits import Item
 
 SECONDS = 3.0  # between two photographs of a burst
 NEAREST = 4  # pairs of each image that are looked at
@@ -27,6 +28,7 @@ SIDES, STEPS = (8, 16, 32), (8, 6, 5)  # pixels, and Gauss-Newton steps with so 
 FARTHEST, OVERLAP = 0.45, 0.5  # entries of an affine map, in halves of a side; share of the image that is compared
 STARTS = ((0, 0, 0), *((-0.2, x, y) for x in (-0.2, 0.2) for y in (-0.2, 0.2)))  # scale and shift of first maps
 FLAT, BLUR = 2.0, 5  # grey levels: a smaller spread is noise; pixels
+FACTS = GREY**2 + 3  # numbers of `numbers`
 
 
 def group_ids(groups: Sequence[Hashable]) -> Tensor:
@@ -41,15 +43,33 @@ def group_ids(groups: Sequence[Hashable]) -> Tensor:
     return torch.tensor([ids[(i,) if group in ("", None) else group] for i, group in enumerate(groups)])
 
 
-def find_groups(features: np.ndarray, grey: np.ndarray, taken: np.ndarray) -> list[list[int]]:
-    """Groups of positions, without images that are alone.
+def numbers(facts: Facts) -> np.ndarray:
+    """The grey copy of an image and when it was taken, float32 (1027,): exact, and kept as features are."""
+    return np.array([*facts.grey.flat, *facts.taken], np.float32)
 
-    Args:
-        features: (n, F), of any frozen image tower; rows of NaN, of images that cannot be read, are in no group.
-        grey: (n, 32, 32), see `grey_copy`.
-        taken: (n, 3), see `taken_by`.
-    """
-    return joined([*near_copies(features, grey), *_bursts(taken)])
+
+def find_groups(features: np.ndarray, facts: np.ndarray) -> list[list[int]]:
+    """Groups of positions, without images that are alone, of features (n, F) of any frozen image tower and `numbers`
+    (n, 1027). Rows of NaN, of images that cannot be read, are in no group."""
+    return joined([*near_copies(features, facts), *_bursts(facts[:, GREY**2 :])])
+
+
+def grouped(items: Sequence[Item], known: Callable[[], tuple[np.ndarray, np.ndarray]]) -> list[Item]:
+    """The items with the groups that they were given or, if none has one, with those that are found by what is `known`
+    of them: the arguments of `find_groups`."""
+    if any(item.group for item in items):
+        return list(items)
+    found = list(items)
+    for number, group in enumerate(find_groups(*known()), 1):
+        for i in group:
+            found[i] = items[i]._replace(group=str(number))
+    return found
+
+
+def in_groups(items: Sequence[Item]) -> str:
+    """Such as "80 images in 23 groups"; "" if each is alone."""
+    groups = len({item.group or i for i, item in enumerate(items)})
+    return "" if groups == len(items) else f"{len(items):,} images in {groups:,} groups that were taken together"
 
 
 def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -62,17 +82,17 @@ def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 def _bursts(taken: np.ndarray) -> Iterator[tuple[int, int]]:
     """Pairs of photographs that one camera took one after the other, within `SECONDS`."""
-    rows = taken.astype(float)
-    moments = [(camera, 86400 * day + second, i) for i, (camera, day, second) in enumerate(rows.tolist()) if camera > 0]
+    rows = enumerate(taken.astype(float).tolist())
+    moments = [(camera, 86400 * day + second, i) for i, (camera, day, second) in rows if camera > 0]
     for (camera, one, i), (same, other, j) in pairwise(sorted(moments)):
         if camera == same and other - one <= SECONDS:
             yield i, j
 
 
-def near_copies(features: np.ndarray, grey: np.ndarray) -> list[tuple[int, int]]:
+def near_copies(features: np.ndarray, facts: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of near copies; arguments as of `find_groups`."""
     readable = np.flatnonzero(~np.isnan(features[:, 0]))
-    small = torch.from_numpy(grey[readable])[:, None].float()
+    small = torch.from_numpy(facts[readable, : GREY**2]).float().view(-1, 1, GREY, GREY)
     pairs = _nearest(torch.from_numpy(features[readable]).float())
     copies = [part[are_copies(*small[part.T])] for part in pairs.split(ROWS)]
     return [(int(readable[i]), int(readable[j])) for part in copies for i, j in part.tolist()]
@@ -118,7 +138,7 @@ def are_copies(a: Tensor, b: Tensor) -> Tensor:
     same = best > COARSE
     a, b, p = a[same], b[same], p[same]
     for side, steps in zip(SIDES[1:], STEPS[1:], strict=True):
-        p = align(*(F.avg_pool2d(images, GREY // side) for images in (a, b)), p, steps)
+        p = align(F.avg_pool2d(a, GREY // side), F.avg_pool2d(b, GREY // side), p, steps)
     value, part, weights = correlation(a, b, p)
     fine = (weights * _standard(_details(part), weights)[0] * _standard(_details(b), weights)[0]).sum(1)
     same[same.clone()] = (value > ALIKE) & (fine > DETAILS)

@@ -6,13 +6,13 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.images import file_sha256, in_threads, load_image, pixels_sha256
+from dcp_zoo.data.images import Facts, file_sha256, in_threads, load_image, pixels_sha256
 from dcp_zoo.data.packaged import SplitRows, is_own
 from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.fields import Values
@@ -26,7 +26,7 @@ class Item(NamedTuple):
     """One labelled image. `path` is opened by `load_image`, and may be an image of PIL; `key` is the path as listed in
     the split, the same on every machine, or in training the hash of an image in memory, and is hashed itself; `label`
     indexes the split's class names; `added`: by a further labels file, as corrections are, and thus no sample;
-    `group`: the same for images that were taken together, see `dcp_zoo.data.groups`, or "" for one that stands alone."""
+    `group`: the same for images that were taken together, see `dcp_zoo.data.groups`, or "" for an image alone."""
 
     path: Any
     key: str
@@ -258,20 +258,16 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
 DIGITS = 12  # of a hash: that one of 10,000 images is taken for one of 100,000 others happens in 1 of 280,000 cases
 
 
-def image_hashes(items: Sequence[Item]) -> dict[str, str]:
+def image_hashes(items: Sequence[Item], known: Mapping[str, Facts] | None = None) -> dict[str, str]:
     """The hashes of images, by which a head's `info` names those that it was trained on, separated by spaces: "files"
-    of their bytes, and "pixels" of the images in memory, whose keys are their `pixels_sha256`."""
-    files = in_threads(file_sha256, [item.path for item in items if isinstance(item.path, str)])
+    of their bytes, and "pixels" of the images in memory, whose keys are their `pixels_sha256`. `known`: facts of items
+    by key; other files are read."""
+    facts = known or {}
+    of_files = [item for item in items if isinstance(item.path, str)]
+    files = in_threads(lambda item: facts[item.key].sha256 if item.key in facts else file_sha256(item.path), of_files)
     pixels = [item.key for item in items if not isinstance(item.path, str)]
     both = {"files": files, "pixels": pixels}
     return {kind: " ".join(name[:DIGITS] for name in names) for kind, names in both.items() if names}
-
-
-def note_images(info: Values, items: Sequence[Item]) -> None:
-    """Add images to those that `info` names. If it names none, others are unknown, and it goes on saying so."""
-    if known := info.get("image_hashes"):
-        new = image_hashes(items)
-        info["image_hashes"] = {kind: f"{known.get(kind, '')} {new.get(kind, '')}".strip() for kind in known | new}
 
 
 def unseen(items: Sequence[Item], info: Values) -> list[Item]:

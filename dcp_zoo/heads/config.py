@@ -176,12 +176,14 @@ def made(config: HeadConfig) -> Values:
 
 
 class Accuracy(NamedTuple):
-    """How many of the images of a class are classified correctly; `name` is "" for all classes together. It is here, as
-    `dcp-zoo info` shows it without torch."""
+    """How many of the images of a class are classified correctly; `name` is "" for all classes together. Images that
+    come in groups, see `dcp_zoo.data.groups`, say as much as so many `independent` ones: (sum m)^2 / sum m^2, of groups
+    of m images. Default: as many as the images. It is here, as `dcp-zoo info` shows it without torch."""
 
     name: str
     correct: int
     images: int
+    independent: float | None = None
 
     @property
     def percent(self) -> float:
@@ -190,14 +192,15 @@ class Accuracy(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
-        z, p = NormalDist().inv_cdf(0.975), self.correct / self.images
-        half = z * math.sqrt(p * (1 - p) / self.images + (z / self.images / 2) ** 2)
-        centre, scale = p + z**2 / self.images / 2, 100 / (1 + z**2 / self.images)
+        z, p, n = NormalDist().inv_cdf(0.975), self.correct / self.images, self.independent or self.images
+        half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
+        centre, scale = p + z**2 / n / 2, 100 / (1 + z**2 / n)
         return scale * (centre - half), scale * (centre + half)
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.percent:.1f} % ({self.correct} of {self.images}; 95 % interval {low:.0f} to {high:.0f})"
+        (low, high), n = self.interval, self.independent
+        grouped = "" if n is None or n > self.images - 0.5 else f", in groups, which count as {n:.0f}"
+        return f"{self.percent:.1f} % ({self.correct} of {self.images}{grouped}; 95 % interval {low:.0f} to {high:.0f})"
 
 
 def alone_and_probed(metrics: Mapping[str, float]) -> tuple[float | None, float | None]:

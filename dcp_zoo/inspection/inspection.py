@@ -15,7 +15,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.groups import find_groups, group_ids, joined, near_copies
+from dcp_zoo.data.groups import group_ids, grouped, joined, near_copies
 from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.errors import ZooError, by_reason, shorten
@@ -195,7 +195,7 @@ def inspect(
 
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     features = ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths))
-    groups = _groups(data, seen)
+    groups = group_ids([item.group for item in grouped(data.items, lambda: (seen.joined, seen.facts))])
     judged = out_of_fold(features, target, groups[readable])
     return Inspection(
         data,
@@ -203,7 +203,7 @@ def inspect(
         Evaluation(data.classnames, items, judged.log_probabilities),
         [readable[i] for i in suspected(judged.log_probabilities, target)],
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
-        joined(near_copies(seen.joined, seen.grey)),
+        joined(near_copies(seen.joined, seen.facts)),
         groups,
         learning_curve(judged),
     )
@@ -217,16 +217,6 @@ def parts_of(data: Split) -> list[str]:
 def unreadable(data: Split, seen: Seen) -> str:
     """The images that cannot be read, and why, see `by_reason`."""
     return by_reason({data.items[i].key: reason for i, reason in seen.errors.items()})
-
-
-def _groups(data: Split, seen: Seen) -> Tensor:
-    """Of `data.items` (n,): as they were given, or else as they are found."""
-    names = [item.group for item in data.items]
-    if not any(names):
-        for number, group in enumerate(find_groups(seen.joined, seen.grey, seen.taken), 1):
-            for i in group:
-                names[i] = str(number)
-    return group_ids(names)
 
 
 def _read(images: Images, labels: Labels) -> Split:

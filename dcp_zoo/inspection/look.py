@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.data.groups import FACTS, numbers
 from dcp_zoo.data.images import GREY, ImageLike, Progress, by_image, in_threads, load_with_facts, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.zoo.factory import create_transform
 
 BATCH = 64  # images
-FACTS = GREY**2 + 3  # numbers of a grey copy, and of when the image was taken
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,18 @@ class Seen:
 
     parts: np.ndarray  # what a text probe reads: CLIP's embedding and what its image tower has before it, each
     widths: Sequence[int]  # normalised, float32 (n, E + V), and their widths
-    grey: np.ndarray  # the images squeezed into a square, uint8 (n, 32, 32); 0 without an image
-    taken: np.ndarray  # which camera took each, and when (n, 3), see `taken_by`
+    facts: np.ndarray  # their `numbers` (n, 1027)
     errors: dict[int, str]  # why an image cannot be read, by its position
 
     @property
     def features(self) -> np.ndarray:
         """CLIP's embeddings (n, E), of the length 1."""
         return self.parts[:, : self.widths[0]]
+
+    @property
+    def grey(self) -> np.ndarray:
+        """Grey copies (n, 1024); 0 without an image."""
+        return np.nan_to_num(self.facts[:, : GREY**2])
 
     @property
     def joined(self) -> np.ndarray:
@@ -50,9 +54,7 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
 
     with kept_features(features_folder()) if keep else nullcontext():
         found = per_image(images, lambda: tower_setting(model, "facts and read"), 1, rows)[0].numpy()
-    facts = np.nan_to_num(found[:, :FACTS])
-    grey = facts[:, : GREY**2].reshape(-1, GREY, GREY).astype(np.uint8)
-    return Seen(found[:, FACTS:], model.widths, grey, facts[:, GREY**2 :], errors)
+    return Seen(found[:, FACTS:], model.widths, found[:, :FACTS], errors)
 
 
 @torch.inference_mode()
@@ -68,7 +70,7 @@ def _rows(
             pixels, facts = load_with_facts(image)
         except ZooError as error:
             return error.reason
-        return torch.tensor([*facts.grey.flatten(), *facts.taken]).float(), transform(pixels)
+        return torch.from_numpy(numbers(facts)), transform(pixels)
 
     for start in range(0, len(positions), BATCH):
         part = positions[start : start + BATCH]

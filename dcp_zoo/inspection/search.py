@@ -143,7 +143,7 @@ def suggest(
     with nullcontext() if head is None else lent(head, device) as known:
         clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
         seen = look(paths, clip, True, progress)
-        usable = np.percentile(seen.grey, 99, (1, 2)) >= 255 * BLACK  # the grey copy of a broken image is black, too
+        usable = np.percentile(seen.grey, 99, 1) >= 255 * BLACK  # the grey copy of a broken image is black, too
         usable &= [path not in listed for path in paths]
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
         done = [*listed, *([] if labelled is None else find_images([str(labelled)]))]

@@ -4,7 +4,7 @@ mistakes, and how far the probabilities can be trusted. Percentages are rounded 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import mean
 from typing import NamedTuple
 
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
+from dcp_zoo.data.groups import group_ids
 from dcp_zoo.data.images import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
+from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
 from dcp_zoo.heads.head import Head
+from dcp_zoo.probe.folds import folds
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -61,11 +65,13 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU."""
+    """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU; `refused`
+    (n,): which images the head's threshold rejects, if it has one."""
 
     classnames: Sequence[str]
     items: Sequence[Item]
     logits: Tensor
+    refused: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -85,7 +91,17 @@ class Evaluation:
     @property
     def accuracy(self) -> Accuracy:
         """Over all images."""
-        return Accuracy("", int((self.predicted == self.labels).sum()), len(self.items))
+        return self._accuracy("", torch.ones(len(self.items), dtype=torch.bool))
+
+    def _accuracy(self, name: str, own: Tensor) -> Accuracy:
+        sizes = torch.bincount(self.groups[own]).double()
+        independent = (sizes.sum() ** 2 / sizes.square().sum()).item() if sizes.amax() > 1 else None
+        return Accuracy(name, int((self.predicted == self.labels)[own].sum()), int(own.sum()), independent)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Of images that were taken together (n,), see `group_ids`."""
+        return group_ids([item.group for item in self.items])
 
     @property
     def balanced(self) -> float | None:
@@ -94,11 +110,22 @@ class Evaluation:
         return round(mean(row.percent for row in self.per_class), 2) if len(sizes) > 1 else None
 
     @property
+    def info(self) -> Values:
+        """What a head's `info` says of it besides the accuracies."""
+        said: Values = {"test_images": len(self.items)}
+        if self.accuracy.independent:
+            said["independent_images"] = round(self.accuracy.independent, 1)
+        if self.balanced is not None:
+            said["balanced_top1"] = self.balanced
+        if self.refused is not None:
+            said["refused"] = round(100 * self.refused.float().mean().item(), 1)
+        return said
+
+    @property
     def per_class(self) -> list[Accuracy]:
         """One entry for each class that has images, in the order of the classes, by its `distinct_names`."""
-        hits = self.predicted == self.labels
         classes = [(name, self.labels == label) for label, name in enumerate(distinct_names(self.classnames))]
-        return [Accuracy(name, int(hits[own].sum()), int(own.sum())) for name, own in classes if own.any()]
+        return [self._accuracy(name, own) for name, own in classes if own.any()]
 
     @property
     def confusion_matrix(self) -> Tensor:
@@ -174,15 +201,54 @@ def measure(
     head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
     """Top-1 accuracy in percent in each mode of `predict_modes`, and the predictions in the first."""
-    modes = predict_modes(head, partial(read, head, source, batch_size, progress))
-    return measured(modes, head.classnames, source.items)
+    return measured(*_answers(head, source, batch_size, progress), head.classnames, source.items)
+
+
+def measure_by_folds(
+    fit: Callable[[Sequence[int]], Head], source: ImageSource, progress: Progress = no_progress
+) -> tuple[dict[str, float], Evaluation] | None:
+    """`measure` of heads that `fit` makes of some positions, on the other images of a source, each group in one of four
+    folds; None if no group can be left out. A class of one group is always trained on."""
+    modes, refused, order = list[dict[str, Tensor]](), list[Tensor | None](), list[int]()
+    for out in folds(source.labels, source.groups):
+        kept = torch.isin(torch.arange(len(source.items)), out, invert=True).nonzero().flatten()
+        head = fit(kept.tolist())
+        answers, rejects = _answers(head, source.of(out.tolist()), EVAL_BATCH, progress)
+        modes.append(answers)
+        refused.append(rejects)
+        order += out.tolist()
+    if not modes:
+        return None
+    whole = {mode: torch.cat([each[mode] for each in modes]) for mode in modes[0]}
+    known = [each for each in refused if each is not None]
+    rejects = torch.cat(known) if len(known) == len(refused) else None
+    return measured(whole, rejects, head.classnames, [source.items[i] for i in order])
+
+
+def _answers(
+    head: Head, source: ImageSource, batch_size: int, progress: Progress
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """`predict_modes` of the images, and which of them the head's threshold rejects."""
+    found = list[tuple[Tensor, Tensor | None]]()
+
+    def answer() -> tuple[Tensor, Tensor | None]:
+        found.append(read(head, source, batch_size, progress))
+        return found[-1]
+
+    modes = predict_modes(head, answer)
+    logits, features = found[0]
+    if features is None or head.cannot_reject:
+        return modes, None
+    distances = head.distances(features.to(head.device)).cpu()
+    scores = in_distribution_score(logits.numpy(), distances.numpy())
+    return modes, torch.from_numpy(scores) < head.rejection_threshold()
 
 
 def measured(
-    modes: Mapping[str, Tensor], classnames: Sequence[str], items: Sequence[Item]
+    modes: Mapping[str, Tensor], refused: Tensor | None, classnames: Sequence[str], items: Sequence[Item]
 ) -> tuple[dict[str, float], Evaluation]:
-    """What `measure` returns, of the logits in each mode."""
-    evaluation = Evaluation(classnames, items, next(iter(modes.values())))
+    """What `measure` returns, of the logits in each mode, and which images are refused, if that is known."""
+    evaluation = Evaluation(classnames, items, next(iter(modes.values())), refused)
     return {f"top1_{mode}": top1(logits, evaluation.labels) for mode, logits in modes.items()}, evaluation
 
 

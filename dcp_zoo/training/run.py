@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -21,22 +22,31 @@ from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
+from dcp_zoo.data.groups import grouped, in_groups
 from dcp_zoo.data.images import Progress, bar, no_progress
-from dcp_zoo.data.splits import all_for_training, image_hashes, subset_sha256, warn_of_numbers
-from dcp_zoo.errors import ZooError
+from dcp_zoo.data.splits import image_hashes, subset_sha256, training_split, warn_of_numbers
+from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, format_duration
 from dcp_zoo.heads.checkpoint import MEASURED
 from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
+from dcp_zoo.training.cache import keeps_features, kept_features
 from dcp_zoo.training.device import pick_device, pick_precision
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, predict, warn_if_not_learnt
+from dcp_zoo.training.evaluation import (
+    EVAL_BATCH,
+    Evaluation,
+    measure,
+    measure_by_folds,
+    predict,
+    warn_if_not_learnt,
+)
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
-from dcp_zoo.training.sources import Copies, ImageSource, image_source
+from dcp_zoo.training.sources import ImageSource, KnownFacts, facts_of, image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
@@ -63,7 +73,7 @@ class Run:
     test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
     sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
     encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
-    copies: Copies = field(default_factory=dict)  # of own images, if there is a test: filled as they are read
+    facts: KnownFacts = field(default_factory=dict)  # of own images: filled as they are read
 
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
@@ -73,8 +83,21 @@ class Run:
         self, clip: FrozenCLIP, progress: Progress, items: Sequence[Item], augment: str, once: bool
     ) -> ImageSource:
         """Images for a CLIP on the run's device, see `image_source`."""
-        copies = self.copies if is_own(self.split.name) and self.split.test else None
-        return image_source(clip, items, augment, self.workers, progress, once, self.precision, copies=copies)
+        facts = self.facts if is_own(self.split.name) else None
+        return image_source(clip, items, augment, self.workers, progress, once, self.precision, facts=facts)
+
+    def grouped(self, source: ImageSource, options: "RunOptions") -> list[Item]:
+        """The items of a source with their groups; of own images these are found, unless they were given."""
+        if not is_own(self.split.name):
+            return list(source.items)
+
+        def known() -> tuple[np.ndarray, np.ndarray]:
+            return source.features(None, options.progress)[0].numpy(), facts_of(source.items, self.facts)
+
+        items = grouped(source.items, known)
+        if said := in_groups(items):
+            options.log(f"{said}: none is on both sides of a measurement.")
+        return items
 
     def task(
         self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress, read: Reader | None = None
@@ -117,7 +140,7 @@ class Run:
         if is_own(self.split.name):
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
-            stored["image_hashes"] = image_hashes(subset.train + subset.val)
+            stored["image_hashes"] = image_hashes(subset.train + subset.val, self.facts)
         if self.split.unreadable:
             stored["unreadable_images"] = self.split.unreadable
         if subset.none:
@@ -248,15 +271,19 @@ def _fit_and_measure(
     subset: Split | None = None,
     read: Reader | None = None,
     refit: bool = False,
+    folded: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images; a training's state stays in
-    `output`. With `refit` the test images are trained on next: all that this needs is read in the same pass."""
+    """What `train_head` saves, its accuracies, and its predictions on the test images, or if it is `folded` on its
+    training images, see `_by_folds`; a training's state stays in `output`. With `refit` the test images are trained on
+    next: all that this needs is read in the same pass."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
     task = run.task(subset, clip, options.progress, read)
-    title = METHODS[run.method].title
-    options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+    method = METHODS[run.method]
+    options.log(f"{method.title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+    if task.train:
+        task.train.items = task.plain_train.items = run.grouped(task.plain_train, options)
     if run.recipe.is_trained:
         if task.train and is_own(run.split.name):
             task.train.decode()
@@ -270,17 +297,38 @@ def _fit_and_measure(
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
     evaluation, found = None, dict(measured or {})
-    if measured is None and options.test and run.split.test:
+    if folded:
+        metrics, evaluation = _by_folds(run, task) or ({}, None)
+    elif measured is None and options.test and run.split.test:
         views = "flip" if refit and task.train and task.train.num_views > 1 else "none"
         test = run.source(clip, options.progress, run.split.test, views, head.stats_modes == ("stored",))
-        if METHODS[run.method].features:
+        if method.features:
             test.read(progress=options.progress)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
-        found = {"metrics": metrics, "test_images": len(evaluation.items)}
-        if evaluation.balanced is not None:
-            found["balanced_top1"] = evaluation.balanced
+        if is_own(run.split.name) and task.train and not run.split.held_out:
+            _warn_of_shared_groups(run, replace(task.plain_train, items=subset.train), test)
+    if evaluation:
+        found = {"metrics": metrics, **evaluation.info}
     head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **found}
     return head, metrics, evaluation
+
+
+def _warn_of_shared_groups(run: Run, train: ImageSource, test: ImageSource) -> None:
+    """Warn of test images that were taken together with training images. How accurate the head is without them is not
+    said: there may be others that are not found."""
+
+    def known() -> tuple[np.ndarray, np.ndarray]:
+        features = torch.cat([train.features(1)[0], test.features(1)[0]])
+        return features.numpy(), facts_of(items, run.facts)
+
+    items = grouped([*train.items, *test.items], known)
+    first = {item.group: item for item in reversed(items[: len(train.items)]) if item.group}
+    if shared := [item for item in items[len(train.items) :] if item.group in first]:
+        pair = f"{shared[0].name} and {first[shared[0].group].name}"
+        warn(
+            f"{len(shared)} of {len(test.items)} test images were taken together with training images or are copies of "
+            f"them, such as {pair}: the accuracy is too high. Keep such images in one part."
+        )
 
 
 def _check_learnt(task: Task, head: Head) -> None:
@@ -295,26 +343,56 @@ def _check_learnt(task: Task, head: Head) -> None:
     warn_if_not_learnt(F.cross_entropy(logits, train.labels).item(), train.num_classes, length, value)
 
 
-def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
-    """As `train_head`, and then once more with the same recipe on all images of the split, the test images included:
-    that head is saved, with the accuracies of the first, if there were test images."""
-    options = options or RunOptions()
-    first, final = output / BEFORE_REFIT, replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
-    if not run.split.test:
-        return train_head(final, output, options)
+def _by_folds(run: Run, task: Task) -> tuple[dict[str, float], Evaluation] | None:
+    """The accuracies of heads that are trained as this one is, but without a fold, on its images."""
+    assert task.train is not None
+    train, weights = task.train, task.probe_weights
+
+    def fit(kept: Sequence[int]) -> Head:
+        part = None if weights is None else weights[list(kept)]
+        return fit_head(run.method, replace(task, train=train.of(kept), probe_weights=part))
+
+    with nullcontext() if keeps_features() else kept_features():
+        return measure_by_folds(fit, task.plain_train, task.progress)
+
+
+def hold_out(run: Run, options: RunOptions) -> Run:
+    """A run of own images without a test part that holds out some of each class, whole groups, for the test."""
+    clip = plain_clip(run.model).to(run.device)
+    source = run.source(clip, options.progress, run.split.train, "none", True)
+    images = replace(run.split, train=run.grouped(source, options))
+    return replace(run, split=training_split(images, run.test_share))
+
+
+def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
+    """As `train_head`, on all of the user's own images. The accuracy is told by four folds of these, or with a
+    `test_share`, and of methods that train prompts, by a first training that holds some out; if there are too few
+    groups for this, a message says that it is not known."""
+    options, method = options or RunOptions(), METHODS[run.method]
+    by_folds = method.features and run.test_share is None
     with alone_in(output):
         check_supported(run, options.callbacks)
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
+        first = output / BEFORE_REFIT
         if options.overwrite:
+            remove_state(output)
             remove_state(first)
-        trained, metrics, evaluation = _fit_and_measure(run, first, options, refit=True)  # its state stays
+        part = run if by_folds else hold_out(run, options)
+        if by_folds or not part.split.test:
+            head, metrics, evaluation = _fit_and_measure(run, output, options, folded=by_folds)
+            head.save_pretrained(output)
+            remove_state(output)
+        else:
+            trained, metrics, evaluation = _fit_and_measure(part, first, options, refit=True)  # its state stays
+            took = format_duration(trained.info["train_seconds"])
+            options.log(f"Refitting on all {len(run.split.train):,} images; the first fit took {took}.")
+            measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
+            head, _ = train_head(replace(run, test_share=0.0), output, options, measured, clip=trained.frozen)
+            shutil.rmtree(first, ignore_errors=True)
+        if not evaluation:
+            options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
         if evaluation:
             options.show(evaluation)
-        took = format_duration(trained.info["train_seconds"])
-        options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-        measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
-        head, _ = train_head(final, output, options, measured, clip=trained.frozen)
-        shutil.rmtree(first, ignore_errors=True)
     return head, metrics
 
 

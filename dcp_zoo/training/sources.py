@@ -18,12 +18,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Pixels, Tokens
 from dcp_zoo.data import Item
-from dcp_zoo.data.groups import group_ids
-from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_image, no_progress
+from dcp_zoo.data.groups import group_ids, numbers
+from dcp_zoo.data.images import Facts, Progress, by_image, in_threads, load_image, load_with_facts, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, per_image, tower_setting
+from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, computed_by, per_image, tower_setting
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
@@ -32,7 +32,7 @@ Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if ther
 CPU = torch.device("cpu")
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 AT_ONCE = 64  # images that are decoded in advance
-Copies = dict[str, np.ndarray]  # grey ones, see `grey_copy`, by the path of the image
+KnownFacts = dict[str, Facts]  # by the key of the item
 TOKEN_BYTES = 2**30  # tokens of a hybrid CLIP are cached up to this size
 
 
@@ -52,8 +52,8 @@ class Decoded(dict[int, Image.Image | Tensor]):
 
 class ImageDataset(Dataset[Any]):
     """Items as (transform(image), label) pairs, for a torch DataLoader: decoded once, on all cores, and kept up to
-    `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). `copies` receives the `grey_copy`
-    of each file that this process decodes, by its path. ZooError as of `load_image`."""
+    `cache_bytes`; then transformed, for torchvision's v2 as a uint8 tensor (3, H, W). `facts` receives those of
+    each image that this process decodes. ZooError as of `load_image`."""
 
     _seeds: Sequence[int] | None = None
     _mirrored: Sequence[int] | None = None
@@ -63,11 +63,11 @@ class ImageDataset(Dataset[Any]):
         items: Sequence[Item],
         transform: Callable[..., Tensor],
         cache_bytes: int = CACHE_BYTES,
-        copies: Copies | None = None,
+        facts: KnownFacts | None = None,
     ) -> None:
         from torchvision.transforms import v2  # slow to import
 
-        self.items, self.transform, self.copies = items, transform, copies
+        self.items, self.transform, self.facts = items, transform, facts
         self._tensors = isinstance(transform, v2.Transform)
         self._decoded = Decoded(cache_bytes)
 
@@ -103,9 +103,11 @@ class ImageDataset(Dataset[Any]):
         return images
 
     def _load(self, index: int) -> Image.Image | Tensor:
-        image = load_image(path := self.items[index].path)
-        if self.copies is not None and isinstance(path, str):
-            self.copies[path] = grey_copy(image)
+        item = self.items[index]
+        if self.facts is None:
+            image = load_image(item.path)
+        else:
+            image, self.facts[item.key] = load_with_facts(item.path)
         return pil_to_tensor(image) if self._tensors else image
 
     def _transformed(self, image: Image.Image | Tensor, index: int) -> tuple[Tensor, int]:
@@ -150,7 +152,7 @@ class ImageSource:
         crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
         precision: in which features are computed; they are kept in float32.
-        copies: receives those of `ImageDataset`.
+        facts: receives those of `ImageDataset`.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
@@ -165,14 +167,14 @@ class ImageSource:
     crops: bool = False
     once: bool = False
     precision: str = "float32"
-    copies: Copies | None = None
+    facts: KnownFacts | None = None
     targets: Tensor | None = field(default=None, init=False)
     _read: Tensor | None = field(default=None, init=False)  # see `read`
 
     @cached_property
     def dataset(self) -> ImageDataset:
         """Shared by all epochs, so that each file is decoded once."""
-        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES, self.copies)
+        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES, self.facts)
 
     def decode(self) -> None:
         """Decode the images that are not read already, see `ImageDataset.decode`."""
@@ -184,7 +186,9 @@ class ImageSource:
         if len(rows) == len(self.items):
             return self
         views = None if self.views is None else self.views[:, list(rows)]
-        return replace(self, items=[self.items[i] for i in rows], views=views)
+        part = replace(self, items=[self.items[i] for i in rows], views=views)
+        part._read = None if self._read is None else self._read[:, list(rows)]
+        return part
 
     @property
     def has_features(self) -> bool:
@@ -291,13 +295,13 @@ def image_source(
     progress: Progress = no_progress,
     once: bool = False,
     precision: str = "float32",
-    copies: Copies | None = None,
+    facts: KnownFacts | None = None,
 ) -> ImageSource:
     """Images for a CLIP, with their tokens computed once where that saves work. A hybrid CLIP spends most of its time
     in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
     crops = augment == "crop-flip"
     transform = create_transform(clip, crops)
-    source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, copies=copies)
+    source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, facts=facts)
     stem, views = clip.stem, 2 if augment == "flip" else 1
     numbers = stem.num_tokens * stem.width + stem.backbone_width if stem else 0
     if not once and not crops and stem and 4 * numbers * views * len(items) <= TOKEN_BYTES:
@@ -308,6 +312,18 @@ def image_source(
         source.flips = augment == "flip"
     source.precision = precision  # not of tokens, which other models may read
     return source
+
+
+def facts_of(items: Sequence[Item], known: KnownFacts) -> np.ndarray:
+    """The `numbers` (n, 1027) of images, which are read if they are not known, and kept as features are."""
+
+    def rows(positions: Sequence[int]) -> Iterator[Tensor]:
+        for start in range(0, len(positions), AT_ONCE):
+            part = [items[i] for i in positions[start : start + AT_ONCE]]
+            read = in_threads(lambda item: known.get(item.key) or load_with_facts(item.path)[1], part)
+            yield torch.from_numpy(np.stack([numbers(facts) for facts in read]))[None]
+
+    return per_image([item.path for item in items], lambda: f"facts {computed_by()}", 1, rows)[0].numpy()
 
 
 def features_of(head: Head, source: ImageSource, views: int | None = None, progress: Progress = no_progress) -> Tensor:

@@ -96,7 +96,7 @@ class Task:
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
-        source, shared = self.train, (self.train.once, self.train.precision, self.train.copies)
+        source, shared = self.train, (self.train.once, self.train.precision, self.train.facts)
         return image_source(source.clip, source.items, "none", source.workers, self.progress, *shared)
 
     def features(self, source: ImageSource) -> Tensor:
