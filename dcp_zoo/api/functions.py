@@ -1,6 +1,5 @@
 """Train a head on your own images, measure it, and classify with it."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -13,7 +12,6 @@ import torch
 from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
     ClassNames,
-    ClassWeights,
     Images,
     Labelled,
     Labels,
@@ -27,7 +25,6 @@ from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.images import Progress, bar, check_in_memory, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
-from dcp_zoo.fields import Values
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import HeadPredictor
@@ -55,7 +52,6 @@ def train(
     recipe: RecipeLike = None,
     classnames: ClassNames = None,
     validation: Images = None,
-    class_weight: ClassWeights = None,
     output: str | Path | None = None,
     errors: str = "raise",
     **options: Any,
@@ -76,8 +72,6 @@ def train(
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         validation: (images, labels), or a folder, on which some methods choose hyperparameters (see
             `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
-        class_weight: weight of the losses of a text probe alone, by label; "balanced" is what it always is. Default:
-            all equal.
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
             is written.
         errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
@@ -93,9 +87,9 @@ def train(
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
-    chosen: Values = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
     settings = RunOptions(**own)
-    run = plan_own(data, validation, model, method, progress=settings.progress, errors=errors, **chosen, **options)
+    options |= {"recipe": recipe, "classifier": classifier, "errors": errors, "progress": settings.progress}
+    run = plan_own(data, validation, model, method, **options)
     with all_named([*run.split.items, *run.split.none]):
         return train_head(run, None if output is None else Path(output), settings)[0]
 
@@ -106,14 +100,13 @@ def plan_own(
     model: str,
     method: str,
     *,
-    class_weight: ClassWeights = None,
     sample_weight: Sequence[float] | None = None,
     progress: Progress = bar,
     errors: str = "raise",
     **options: Any,
 ) -> Run:
-    """A run on labelled images, with images for validation or None; `class_weight` and `errors` as of `train`,
-    `sample_weight` one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
+    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one
+    number for each image, and `options` as of `plan`. Files are read when the run needs them."""
     images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
@@ -125,28 +118,12 @@ def plan_own(
     left = {id(item) for item in split.train}
     split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
     run = plan(split, model, method, test_share=0.0, **options)
-    for name, weight in (("class_weight", class_weight), ("sample_weight", sample_weight)):
-        if weight is not None and not run.is_probe_alone:
-            raise ZooError(f"{method} does not support {name}: choose method={DEFAULT_METHOD!r}.")
-    if class_weight is not None:
-        run = replace(run, class_weight=_weights_of(data.classes.tolist(), class_weight))
     if sample_weight is not None:
+        if not run.is_probe_alone:
+            raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
         weights = (w for item, w in zip(data.items, sample_weight, strict=True) if id(item) in left)
         run = replace(run, sample_weight=tuple(weights))
     return run
-
-
-def _weights_of(labels: Sequence[object], class_weight: ClassWeights) -> tuple[float, ...] | None:
-    """The weights of the classes with these labels; None for "balanced", which a text probe always is."""
-    if not isinstance(class_weight, Mapping):
-        check_choice("class_weight", class_weight, ("balanced",))
-        return None
-    if unknown := sorted(map(str, class_weight.keys() - set(labels))):
-        raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
-    weights = tuple(float(class_weight.get(label, 1)) for label in labels)
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise ZooError("class_weight takes finite numbers of at least 0, not all 0.")
-    return weights
 
 
 def evaluate(
@@ -176,12 +153,12 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        found, rows, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
+        found, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
         if broken:
             warn_of(items, broken)
-        if not rows:
+        if not (rows := [i for i in range(len(items)) if i not in broken]):
             refuse(items, broken)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits[rows]))
 
 
 def predict(
@@ -214,14 +191,14 @@ def predict(
     items = unlabelled(images)
     with lent(model, device) as head:
         options = batch_size, precision, progress, reject, errors
-        found, read, broken = outputs_of(head, items, *options, features=together)
+        found, broken = outputs_of(head, items, *options, features=together)
         names = head.classnames
-    none = np.zeros(len(read), bool) if found.rejected is None else found.rejected
+    none = np.zeros(len(items), bool) if found.rejected is None else found.rejected
     ranked = best(refined(found, ~none & together), names, top_k)
-    answers: dict[int, Any] = {i: None if no else row for i, row, no in zip(read, ranked, none, strict=True)}
+    answers: list[Any] = [None if no else row for row, no in zip(ranked, none, strict=True)]
     for i, error in broken.items():
         answers[i] = UnreadableImages(str(error), {items[i].name: str(error)})
-    return [answers[i] for i in range(len(items))]
+    return answers
 
 
 @fair_threads()
@@ -235,9 +212,9 @@ def outputs_of(
     errors: str = "raise",
     features: bool = False,
     alone: bool = True,
-) -> tuple[Outputs, list[int], dict[int, ZooError]]:
-    """What a head computes of the items' images that can be read, and their positions; and why others cannot. `errors`:
-    see `evaluate`; other arguments as of `HeadPredictor`."""
+) -> tuple[Outputs, dict[int, ZooError]]:
+    """What a head computes of the items' images, NaN where they cannot be read; and why they cannot. `errors`: see
+    `evaluate`; other arguments as of `HeadPredictor`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
     if errors == "raise" and len(items) > 1:  # one image says it itself
@@ -248,7 +225,7 @@ def outputs_of(
         broken, found = predictor.outputs(images, batch_size, progress)
     if broken and errors == "raise":
         refuse(items, broken)
-    return found, [i for i in range(len(items)) if i not in broken], broken
+    return found, broken
 
 
 def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
