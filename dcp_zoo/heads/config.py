@@ -103,7 +103,7 @@ class HeadInfo(_Identity, total=False):
     image_hashes: dict[str, str]  # of own training images, see `splits.image_hashes`
     test_share: Annotated[float, {"min": 0, "max": 1}]
     recipe: RecipeInfo
-    class_images: dict[str, Annotated[int | None, COUNT]]
+    class_images: dict[str, Annotated[int, COUNT]]
     labels: list[tuple[str, str | int | float | bool]]  # of class names, those of a `FewShotClassifier`
     text_probe: ProbeInfo
     metrics: dict[str, Annotated[float, PERCENT]]  # top-1 by its name
