@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from dcp_zoo.answers import Outputs
 from dcp_zoo.api.functions import as_model, outputs_of, plan_own, warn_of
 from dcp_zoo.api.inputs import (
+    Groups,
     Images,
     Labelled,
     Labels,
@@ -111,7 +112,13 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     @fair_threads()
     @out_of_inference_mode()
     def fit(
-        self, images: Images, labels: Labels = None, sample_weight: Weights = None, *, validation: Images = None
+        self,
+        images: Images,
+        labels: Labels = None,
+        sample_weight: Weights = None,
+        groups: Groups = None,
+        *,
+        validation: Images = None,
     ) -> "FewShotClassifier":
         """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP. ZooError for bad
         input, an unknown model or method, or images that cannot be read.
@@ -120,10 +127,12 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             images, labels: see `dcp_zoo.train`.
             sample_weight: what the loss of each image is multiplied with (n,); of a text probe alone, as by
                 default. Images with weight 0 are left out.
+            groups: see `dcp_zoo.train`. With scikit-learn's metadata routing, `set_fit_request(groups=True)` passes
+                those of `cross_val_score` and `GridSearchCV` on.
             validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
                 images of a test.
         """
-        data, epochs = labelled(images, labels, self.classnames), list[Epoch]()
+        data, epochs = labelled(images, labels, self.classnames, groups), list[Epoch]()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
         named = ("recipe", "classifier", "device", "precision", "encoder", "errors")

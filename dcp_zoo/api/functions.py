@@ -12,6 +12,7 @@ import torch
 from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
     ClassNames,
+    Groups,
     Images,
     Labelled,
     Labels,
@@ -51,6 +52,7 @@ def train(
     classifier: str | None = None,
     recipe: RecipeLike = None,
     classnames: ClassNames = None,
+    groups: Groups = None,
     validation: Images = None,
     output: str | Path | None = None,
     errors: str = "raise",
@@ -70,6 +72,9 @@ def train(
         recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
             the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
+        groups: one per image, the same for photographs that were taken together, such as those of a burst: what is
+            measured to weigh images against texts is never measured across a group. Default: these are found, by near
+            copies and by camera and time.
         validation: (images, labels), or a folder, on which some methods choose hyperparameters (see
             `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
@@ -86,7 +91,7 @@ def train(
             `rich.progress.track` does (default: tqdm's).
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
-    data = labelled(images, labels, classnames)
+    data = labelled(images, labels, classnames, groups)
     settings = RunOptions(**own)
     options |= {"recipe": recipe, "classifier": classifier, "errors": errors, "progress": settings.progress}
     run = plan_own(data, validation, model, method, **options)

@@ -18,6 +18,7 @@ from dcp_zoo.tables import NONE, is_none
 
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
+Groups = Any  # one per image, of any type: the same for images that were taken together
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
 
 
@@ -50,7 +51,9 @@ def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
-def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None) -> Labelled:
+def labelled(
+    images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None
+) -> Labelled:
     """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
@@ -66,8 +69,19 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
     left = iter(values.tolist())
     items = _items(found, [next(left) if has else NONE for has in has_class], [*classes.tolist(), NONE], keys)
+    items = with_groups(items, groups)
     none = [item for item in items if item.label == len(classes)]
     return Labelled(classes, _names(classes, classnames), [x for x in items if x.label < len(classes)], none)
+
+
+def with_groups(items: Sequence[Item], groups: Groups) -> list[Item]:
+    """The items with the groups that a person gives, one for each; ZooError for another number of them."""
+    if groups is None:
+        return list(items)
+    names = np.asarray(one_column(groups)).tolist()
+    if len(names) != len(items):
+        raise ZooError(f"{len(items)} images need as many groups, not {len(names)}.")
+    return [item._replace(group=f"given {name}") for item, name in zip(items, names, strict=True)]
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:

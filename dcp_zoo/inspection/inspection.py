@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled
+from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.groups import group_ids, grouped, joined, near_copies
@@ -59,6 +59,7 @@ class Inspected(NamedTuple):
     looks_like: str  # the most probable class by the other images
     label_probability: float | None  # of its own class, from 0 to 1
     same_as: str  # another file with the same picture
+    group: str  # the same for images that were taken together, or ""
     suggestion: str  # what to do: "leave out", the name of another class, or ""
 
 
@@ -95,6 +96,7 @@ class Inspection:
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         readable = [i for i in range(len(items)) if i not in self.seen.errors]
         answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
+        sizes = torch.bincount(self.groups)
         suspects, of_no_class = set(self.suspects), set(self.of_no_class)
         twins = {i: group for group in self.copies for i in group}
         rows = []
@@ -116,7 +118,8 @@ class Inspection:
             drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
             advice = LEAVE_OUT if drop else looks if i in suspects else ""
             same_as = items[same[0]].key if same else ""
-            rows += [Inspected(item.key, names[item.label], parts[i], wrong, looks, chance, same_as, advice)]
+            group = str(int(self.groups[i]) + 1) if sizes[self.groups[i]] > 1 else ""
+            rows += [Inspected(item.key, names[item.label], parts[i], wrong, looks, chance, same_as, group, advice)]
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
@@ -125,7 +128,7 @@ class Inspection:
         page, table = Path(folder) / INSPECTION_PAGE, Path(folder) / INSPECTION_TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:], "change"]
-        none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "") for item in self.data.none]
+        none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "", "") for item in self.data.none]
         rows = [[*row, ""] for row in (*self.rows, *none)]
         write_file(table, lambda temporary: write_csv(temporary, columns, rows))
         return page, table
@@ -167,6 +170,7 @@ def inspect(
     images: Images,
     labels: Labels = None,
     *,
+    groups: Groups = None,
     model: str = "dcp_mini",
     device: str = "auto",
     progress: Progress = bar,
@@ -178,11 +182,12 @@ def inspect(
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
         labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
+        groups: one per image of a sequence, see `dcp_zoo.train`: no image is judged by others of its group.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
     """
-    data = _read(images, labels)
+    data = _read(images, labels, groups)
     check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
     seen = look([item.path for item in data.items], clip, isinstance(images, (str, Path)), progress)
@@ -219,12 +224,12 @@ def unreadable(data: Split, seen: Seen) -> str:
     return by_reason({data.items[i].key: reason for i, reason in seen.errors.items()})
 
 
-def _read(images: Images, labels: Labels) -> Split:
+def _read(images: Images, labels: Labels, groups: Groups) -> Split:
     if isinstance(images, Split):
         return images
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
-    given = labelled(images, labels)
+    given = labelled(images, labels, groups=groups)
     return Split("images", given.names, given.items, none=given.none, place=f"{len(given.items)} images")
 
 
