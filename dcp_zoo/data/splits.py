@@ -256,13 +256,6 @@ def image_hashes(items: Sequence[Item]) -> dict[str, str]:
     return {kind: " ".join(name[:DIGITS] for name in names) for kind, names in both.items() if names}
 
 
-def note_images(info: Values, items: Sequence[Item]) -> None:
-    """Add images to those that `info` names. If it names none, others are unknown, and it goes on saying so."""
-    if known := info.get("image_hashes"):
-        new = image_hashes(items)
-        info["image_hashes"] = {kind: f"{known.get(kind, '')} {new.get(kind, '')}".strip() for kind in known | new}
-
-
 def unseen(items: Sequence[Item], info: Values) -> list[Item]:
     """The images that are not among those that `info` names."""
     known = info.get("image_hashes") or {}
