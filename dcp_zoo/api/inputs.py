@@ -40,9 +40,7 @@ def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
-def labelled(
-    images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None
-) -> Labelled:
+def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None) -> Labelled:
     """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")

@@ -7,8 +7,9 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from dcp_zoo.cli.console import advise, log, output, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
+from dcp_zoo.cli.options import Device, GroupBy, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.data import load_labelled
+from dcp_zoo.data.splits import group_by
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_outside, printable
@@ -21,6 +22,7 @@ MINIATURE = "dcp_mini knows names of everyday things, but does not understand se
 def inspect(
     photos: Photos = None,
     labels: Labels = None,
+    groups: GroupBy = None,
     output_dir: Path | None = Option(None, "--output", help="Folder for page and table."),
     overwrite: Overwrite = False,
     model: Model = "dcp_mini",
@@ -41,13 +43,15 @@ def inspect(
     for name in (INSPECTION_TABLE, INSPECTION_PAGE):
         check_output(folder / name, overwrite)
     data = load_labelled("folder", root, labels)
+    if groups:
+        data = group_by(data, groups)
     if data.note:
         log(printable(data.note))
     from dcp_zoo.inspection.inspection import inspect as find
     from dcp_zoo.inspection.inspection import unreadable
 
     use_threads()
-    found = find(root, labels, model=model, device=device, progress=progress_bar)
+    found = find(data, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
     output.print(f"{found.summary[0].upper()}{found.summary[1:]}.")
     if found.seen.errors:

@@ -53,6 +53,15 @@ Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
+GroupBy = Annotated[
+    Text,
+    Option(
+        "--group-by",
+        metavar="folder|REGEX",
+        help="Which photographs were taken together: those of a folder below the class, or with the same match in their "
+        "path. Default: near copies, and one camera within seconds.",
+    ),
+]
 Images = Annotated[
     Text,
     Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name."),

@@ -48,6 +48,7 @@ class TrainOptions:
     model: opt.Model = "dcp_mini"
     method: str | None = opt.option(None, METHOD)
     labels: opt.Labels = None
+    group_by: opt.GroupBy = None
     data_root: opt.DataRoot = None
     descriptions: opt.DescriptionsFile = None
     shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
@@ -115,7 +116,9 @@ def train(options: TrainOptions) -> None:
         check_output(options.report, options.overwrite, "--report")
     if options.skip_unreadable and dataset != "folder":
         raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
-    split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
+    split = load_for_training(
+        dataset, data_root, options.labels, options.test, options.skip_unreadable, options.group_by
+    )
     whole = is_own(dataset) and not split.has_parts  # without a test part
     if options.report and (options.test == 0 if whole else not split.test):
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")

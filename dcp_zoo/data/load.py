@@ -9,7 +9,7 @@ from pathlib import Path
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.images import bar
 from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec, is_own
-from dcp_zoo.data.splits import Split, check_test_share, split_images, training_split, with_labels
+from dcp_zoo.data.splits import Split, check_test_share, group_by, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, shorten, warn
 
@@ -57,13 +57,16 @@ def load_for_training(
     labels: LabelFiles = None,
     test: float | None = None,
     skip_unreadable: bool = False,
+    groups: str | None = None,
 ) -> Split:
-    """The images to train on, of a dataset or a folder. Own images without a test part are not split yet, as this takes
+    """The images to train on, of a dataset or a folder; `groups`: see `group_by`. Own images without a test part are not split yet, as this takes
     their groups; `test`: the share that can be held out, see `training_split`. With `skip_unreadable`, see
     `without_unreadable`."""
     images = load_labelled(dataset, data_root, labels)
     if skip_unreadable:
         images = without_unreadable(images)
+    if groups:
+        images = group_by(images, groups)
     check_test_share(images, test)
     return images if is_own(images.name) and not images.has_parts else training_split(images, test)
 

@@ -24,7 +24,7 @@ from dcp_zoo.tables import NONE, active, is_none, is_reserved, read_csv, read_te
 FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
 CLASSES = ("class", "label", "classname", "class_name", "category", "species")
 # the last four are of the package's tables
-LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",), ("part",))
+LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",), ("part",), ("group",))
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # a train is a class, too
@@ -175,12 +175,13 @@ class LabelRow(NamedTuple):
     unreadable: bool  # of a table that says why the image cannot be read
     is_answer: bool  # of a head, with its probability, or `NONE` by its threshold
     part: str = "train"  # of inspection.csv
+    group: str = ""  # the same for images that were taken together
 
 
 def label_rows(file: Path) -> Iterator[LabelRow]:
     """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
-    without a header. A `change` of inspection.csv replaces the class, and its `part` counts. A class of an
-    image that a head rejected is a person's."""
+    without a header. A `change` of inspection.csv replaces the class, and its `part` counts. A
+    column `group` says which images were taken together. A class of an image that a head rejected is a person's."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = [[cell.strip() for cell in row] for row in _table(file)]
         header = [cell.lower() for cell in rows[0]]
@@ -191,9 +192,9 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
     if -1 in columns[:2]:
         if len(header) != 2 or not is_image(rows[0][0]):
             raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
-        columns, rows, first = [0, 1, -1, -1, -1, -1, -1], [[], *rows], 1
+        columns, rows, first = [0, 1, *[-1] * 6], [[], *rows], 1
     for number, row in enumerate(rows[1:], first):
-        image, name, change, error, rejected, probability, part = ("" if i < 0 else row[i] for i in columns)
+        image, name, change, error, rejected, probability, part, group = ("" if i < 0 else row[i] for i in columns)
         is_rejected = rejected.lower() == "true"
         name = NONE if is_none(change or name) else change or name
         wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
@@ -201,32 +202,34 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
         if wrong and not error:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
         is_answer = is_rejected if name == NONE else bool(probability) and not is_rejected  # but a person's class
-        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer, part or PARTS[0])
+        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer, part or PARTS[0], group)
 
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
     predict`, in the current folder. What has no class is left out: unreadable images, and those that a head rejected;
     what a person called "none of these" is an example of that."""
-    listed: dict[str, tuple[str, str, str]] = {}  # paths, classes and parts
+    listed: dict[str, tuple[str, str, str, str]] = {}  # paths, classes, parts and groups
     left_out, missing, answers = Counter[str](), [], 0
-    for where, image, name, unreadable, is_answer, part in label_rows(file):
+    for where, image, name, unreadable, is_answer, part, group in label_rows(file):
         answers += is_answer
         if unreadable or (is_reserved(name) and (is_answer or name != NONE)):
             left_out["that cannot be read" if unreadable else f"{name!r}"] += 1
         elif not (path := _listed(image, folder)):
             missing.append(image)
-        elif listed.setdefault(os.path.relpath(path, folder), (path, name, part))[1] != name:
+        elif listed.setdefault(os.path.relpath(path, folder), (path, name, part, group))[1] != name:
             raise ZooError(f"{where} has another class than the same file above.")
     if missing or not listed:
         known = f"{file} lists {len(listed) + len(missing)} images with a class, of which {len(missing)} are not in"
         where = f"{folder} or the current folder: {shorten(missing)}"
         raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
-    classes = sorted({name for _, name, _ in listed.values()} - {NONE})
+    classes = sorted({name for _, name, *_ in listed.values()} - {NONE})
     labels = {name: label for label, name in enumerate(classes)} | {NONE: NO_CLASS}
     parts: Values = {name: [] for name in (*PARTS, "none")}
-    for key, (path, name, part) in sorted(listed.items(), key=lambda row: (labels[row[1][1]], row[0])):
-        parts["none" if name == NONE else part].append(Item(path, key.replace(os.sep, "/"), labels[name]))
+    for key, (path, name, part, group) in sorted(listed.items(), key=lambda row: (labels[row[1][1]], row[0])):
+        parts["none" if name == NONE else part].append(
+            Item(path, key.replace(os.sep, "/"), labels[name], group=group and f"given {group}")
+        )
     without = ", ".join(f"{count} {what}" for what, count in left_out.items())
     notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
     return Split(spec.name, classes, **parts, note=" ".join(filter(None, notes)), place=str(file))

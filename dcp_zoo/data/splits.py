@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dcp_zoo.data import packaged
 from dcp_zoo.data.images import Facts, file_sha256, in_threads, load_image, pixels_sha256
 from dcp_zoo.data.packaged import SplitRows, is_own
-from dcp_zoo.errors import ZooError, shorten, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.fields import Values
 
 NO_CLASS = -1  # label of images of none of the classes
@@ -95,6 +95,29 @@ def split_sha256(name: str) -> str | None:
     """`Split.sha256` of CoOp's split of this dataset, or of a part's; None if the package does not have it."""
     rows = packaged.split_rows(name)
     return listed_split(name, rows).sha256 if rows else None
+
+
+def group_by(split: Split, how: str) -> Split:
+    """The split with groups of images that were taken together: "folder", by their folder below that of the class; else
+    by what a regular expression finds in their paths, or by its first (group). What it does not find is alone. ZooError
+    for no such expression, and for one that finds nothing."""
+    with as_zoo_error(f"--group-by {how} is neither folder nor a regular expression ({{}}).", re.error):
+        pattern = re.compile(how)
+
+    def name(item: Item) -> str:
+        folder, found = item.key.rpartition("/")[0], pattern.search(item.key)
+        if how == "folder":
+            return folder if folder.rpartition("/")[2] != split.classnames[item.label] else ""
+        return found[min(1, pattern.groups)] or "" if found else ""
+
+    parts: Values = {
+        part: [item._replace(group=name(item) and f"given {name(item)}") for item in getattr(split, part)]
+        for part in PARTS
+    }
+    if not any(item.group for part in parts.values() for item in part):
+        first = f", such as {split.items[0].key}" if split.items else ""
+        raise ZooError(f"--group-by {how} finds no group in the paths of {split.place}{first}.")
+    return replace(split, **parts)
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:

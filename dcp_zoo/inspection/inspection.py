@@ -86,9 +86,22 @@ class Inspection:
             "labels that may be wrong": len(self.suspects),
             "images that may show none of the classes": len(self.of_no_class),
             "groups of duplicates": len(self.copies),
+            "groups that were taken together": len(self.together),
+            "of these across classes": len(self.across_classes),
             "images that cannot be read": len(self.seen.errors),
         }
         return "; ".join(f"{what}: {count}" for what, count in counts.items())
+
+    @cached_property
+    def together(self) -> list[list[int]]:
+        """The groups of several images, by their positions."""
+        order, sizes = self.groups.argsort(stable=True), torch.bincount(self.groups).tolist()
+        return [group.tolist() for group in order.split(sizes) if len(group) > 1]
+
+    @property
+    def across_classes(self) -> list[list[int]]:
+        """The groups whose images have several labels: of one moment, or one picture, few show two classes."""
+        return [group for group in self.together if len({self.data.items[i].label for i in group}) > 1]
 
     @cached_property
     def rows(self) -> list[Inspected]:
@@ -96,7 +109,7 @@ class Inspection:
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         readable = [i for i in range(len(items)) if i not in self.seen.errors]
         answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
-        sizes = torch.bincount(self.groups)
+        group_of = {i: str(number) for number, group in enumerate(self.together, 1) for i in group}
         suspects, of_no_class = set(self.suspects), set(self.of_no_class)
         twins = {i: group for group in self.copies for i in group}
         rows = []
@@ -118,8 +131,8 @@ class Inspection:
             drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
             advice = LEAVE_OUT if drop else looks if i in suspects else ""
             same_as = items[same[0]].key if same else ""
-            group = str(int(self.groups[i]) + 1) if sizes[self.groups[i]] > 1 else ""
-            rows += [Inspected(item.key, names[item.label], parts[i], wrong, looks, chance, same_as, group, advice)]
+            of_image = item.key, names[item.label], parts[i], wrong, looks, chance, same_as, group_of.get(i, "")
+            rows += [Inspected(*of_image, advice)]
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
@@ -137,7 +150,8 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        groups = [(_title(group, items, parts), group[:8]) for group in self.copies[: SHOWN // 2]]
+        spanning = [group for group in self.across_classes if group not in self.copies]
+        groups = [(_title(group, items, parts), group[:8]) for group in (self.copies + spanning)[: SHOWN // 2]]
         lists = self.suspects, self.of_no_class
         shown = {*(i for images in lists for i in images[:SHOWN]), *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
@@ -190,7 +204,7 @@ def inspect(
     data = _read(images, labels, groups)
     check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
-    seen = look([item.path for item in data.items], clip, isinstance(images, (str, Path)), progress)
+    seen = look([item.path for item in data.items], clip, isinstance(images, (str, Path, Split)), progress)
     readable = [i for i in range(len(data.items)) if i not in seen.errors]
     items = [data.items[i] for i in readable]
     target = torch.tensor([item.label for item in items]).long()
