@@ -19,10 +19,10 @@ from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data import Item, load_image, load_split
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
-from dcp_zoo.errors import ZooError, as_zoo_error, shorten
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.serve import LOCAL_HOSTS
+from dcp_zoo.serve import LOCAL_HOSTS, listen
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 
 MAX_FILE = 20_000_000  # bytes of one photograph
@@ -40,23 +40,24 @@ Photos = Sequence[tuple[str, str | None]] | None  # of a gallery: paths and capt
 
 def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
     """Serve the demo until it is interrupted, or in a thread, unless it should `block`. Host "0.0.0.0" is open to other
-    machines. ZooError for an unknown head or a port that is taken."""
+    machines; port 0 picks a free one. ZooError for an unknown head or a port that is taken."""
     # Gradio answers a page elsewhere that calls this machine by a name of its own, or sends without reading
     hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
     own = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     page = build_page(as_model(head, "auto")).queue(max_size=100, api_open=False)
-    with as_zoo_error(f"Cannot listen on {host}, port {port} ({{}}): pass other --host or --port.", OSError):
-        page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=not block,
-            share=False,
-            show_error=True,
-            footer_links=[],
-            max_file_size=MAX_FILE,
-            theme=THEME,
-            app_kwargs={"middleware": [own, Middleware(BaseHTTPMiddleware, dispatch=from_own_page)]},
-        )
+    with listen(host, port) as free:  # Gradio takes no socket, and does not pick a free port for 0
+        port = free.getsockname()[1]
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not block,
+        share=False,
+        show_error=True,
+        footer_links=[],
+        max_file_size=MAX_FILE,
+        theme=THEME,
+        app_kwargs={"middleware": [own, Middleware(BaseHTTPMiddleware, dispatch=from_own_page)]},
+    )
     return page
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from dcp_zoo.demo import launch
-from dcp_zoo.serve import listen
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms
@@ -20,9 +19,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 def main() -> None:
     """Serve the demo, and save both screenshots."""
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    demo = launch(port=port, block=False)
+    demo = launch(port=0, block=False)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1120, "height": 900}, color_scheme="light")

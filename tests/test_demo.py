@@ -16,7 +16,6 @@ from dcp_zoo import demo as app  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.errors import ZooError  # noqa: E402
-from dcp_zoo.serve import listen  # noqa: E402
 from dcp_zoo.zoo.registry import DEFAULT_HEAD  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -83,12 +82,10 @@ def test_a_taken_port_is_explained():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Host and port of a running demo."""
-    with pytest.MonkeyPatch.context() as patch, listen("127.0.0.1", 0) as free:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        port = free.getsockname()[1]
-        free.close()
-        page = launch(OTHER_HEAD, port=port, block=False)
-        yield f"127.0.0.1:{port}"
+        page = launch(OTHER_HEAD, port=0, block=False)
+        yield page.local_url.split("/")[2]
         page.close(verbose=False)
 
 

@@ -25,7 +25,6 @@ from dcp_zoo import predict  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.release import export_hub  # noqa: E402
-from dcp_zoo.serve import listen  # noqa: E402
 
 pytestmark = pytest.mark.scripts
 TIMEOUT = 120_000  # ms
@@ -89,10 +88,8 @@ def page(chromium, tmp_path, monkeypatch):
     """The demo's page. No request may go anywhere else, and no script may fail."""
     asked, errors = [], []
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    demo = launch(port=port, block=False)
-    address = f"http://127.0.0.1:{port}/"
+    demo = launch(port=0, block=False)
+    address = demo.local_url
     with chromium.new_context(viewport={"width": 1280, "height": 1000}) as context:
         context.set_default_timeout(TIMEOUT)
         page = context.new_page()

@@ -32,18 +32,7 @@ def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The images of a folder with one folder per class: their paths, and the class of each, for
     functions such as scikit-learn's `cross_val_score`; without those in `none of these`. ZooError for no such folder,
     no class folders, a class without images, or folders `train` and `test`."""
-    return _of_folder(folder, examples=False)[:2]
-
-
-def _of_folder(folder: str | Path, examples: bool) -> tuple[list[str], list[str], list[str]]:
-    """`list_labelled_images`, and the keys: as of `dcp-zoo train`, in the same order; with those of no class behind."""
-    found = load_labelled("folder", folder)
-    if found.has_parts:
-        raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
-    items, none = all_for_training(found).train, found.none if examples else []
-    labels = [found.classnames[x.label] for x in items] + [NONE] * len(none)
-    items = [*items, *none]
-    return [x.path for x in items], labels, [x.key for x in items]
+    return _with_labels(folder, None)[:2]
 
 
 def is_folder(images: Images) -> bool:
@@ -73,7 +62,7 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:
     """Images with their labels among known classes; those of a folder are their `names`, or the labels as text."""
     of_folder = labels is None
-    images, labels, keys = _with_labels(images, labels, examples=False)
+    images, labels, keys = _with_labels(images, labels)
     if of_folder:
         called = dict(zip(names, classes, strict=False)) | {str(label): label for label in classes}
         labels = [called.get(name, name) for name in labels]
@@ -113,15 +102,20 @@ def hashed(items: Iterable[Item]) -> list[Item]:
     return [item if isinstance(item.path, str) else item._replace(key=pixels_sha256(item.path)) for item in items]
 
 
-def _with_labels(images: Images, labels: Labels, examples: bool) -> tuple[Any, Any, list[str] | None]:
-    """Images and labels as they are, or a folder's, with the images' keys; ZooError for images alone."""
-    if is_folder(images) and labels is None:
-        return _of_folder(images, examples)
-    if labels is None:
-        if isinstance(images, (str, Path)) and not Path(images).exists():
-            raise ZooError(f"There is no folder {images}: pass one with one folder per class.")
+def _with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple[Any, Any, list[str] | None]:
+    """Images and labels as they are; or without labels those of a folder and their keys, as of `dcp-zoo train`, in the
+    same order, with `examples` of no class behind. ZooError for images alone."""
+    if labels is not None:
+        return one_column(images), one_column(labels), None
+    if not isinstance(images, (str, Path)) or Path(images).is_file():
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
-    return one_column(images), one_column(labels), None
+    found = load_labelled("folder", images)
+    if found.has_parts:
+        raise ZooError(f"{images} has images for training and for a test: pass {images}/train or {images}/test.")
+    items, none = all_for_training(found).train, found.none if examples else []
+    labels = [found.classnames[item.label] for item in items] + [NONE] * len(none)
+    items = [*items, *none]
+    return [item.path for item in items], labels, [item.key for item in items]
 
 
 def unlabelled(images: Images) -> list[Item]:
