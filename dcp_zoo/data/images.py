@@ -131,10 +131,39 @@ def pixels_sha256(image: Image.Image) -> str:
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 
 
+_hashes: dict[tuple[str, int, int], str] = {}  # of files, until they change: each is read and hashed in one pass
+
+
 def file_sha256(path: str) -> str:
-    """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
-    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."), _stream(path) as file:
-        return sha256(file.read()).hexdigest()
+    """A hash of the bytes of an image, which are not read again after `load_hashed`; ZooError, naming it, if they
+    cannot be read."""
+    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
+        if (version := _version(path)) not in _hashes:
+            _read(path)
+        return _hashes[version]
+
+
+def load_hashed(image: ImageLike) -> Image.Image:
+    """`load_image`; of a file, `file_sha256` is then known without another reading."""
+    if not isinstance(image, str):
+        return load_image(image)
+    with _explained(image):
+        data = _read(image)
+    return decode_image(data, image, MAX_PIXELS)
+
+
+def _version(path: str) -> tuple[str, int, int]:
+    status = Path(path).stat()
+    return path, status.st_mtime_ns, status.st_size
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a file, whose hash is kept."""
+    version = _version(path)
+    with _stream(path) as file:
+        data = file.read()
+    _hashes[version] = sha256(data).hexdigest()
+    return data
 
 
 def grey_copy(image: Image.Image) -> "np.ndarray":

@@ -265,7 +265,7 @@ def _fit_and_measure(
         earlier = state.seconds
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
-    info = info or run.info(subset)
+    info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
     _check_learnt(task, head)
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
