@@ -1,11 +1,9 @@
 """`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
 
 import json
-import random
 import re
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import build
@@ -13,9 +11,9 @@ import publish
 import pytest
 import small_zoo
 from shared import CommandLine
-from small_zoo import finish_or_kill
 
 import dcp_zoo
+from dcp_zoo.benchmark import store
 from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.zoo import registry
 
@@ -77,20 +75,25 @@ def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
 
 
 @pytest.mark.scripts
-def test_a_build_survives_kills_and_a_busy_hub(small, uploads, run, monkeypatch):
+def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch):
     """From nothing to a full registry; a build that is finished asks for nothing."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
-    chance, folder = random.Random(), small / "BUILD"
-    prepare = partial(small_zoo.prepare_build, publish.MANIFEST, uploads.url)
+    write, few_only = store.write_json, arguments(small, *few)
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
     for kind in ("results", "published"):  # while it trains, and while it publishes
-        goal = chance.randint(1, 2)
-        until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
-        finish_or_kill(arguments(small, *few), until, prepare, chance.random() / 5, "build")
-    assert "2 published." in run.ok(*arguments(small, *few))
+
+        def stop(path: Path, content: object, kind: str = kind) -> None:
+            write(path, content)
+            if path.parent.name == kind:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_json", stop)
+            assert run(*few_only)[0] == 130
+    assert "2 published." in run.ok(*few_only)
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
     requests = len(uploads.requests)
-    assert "2 published." in run.ok(*arguments(small, *few))
+    assert "2 published." in run.ok(*few_only)
     assert len(uploads.requests) == requests
 
 
