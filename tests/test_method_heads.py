@@ -14,7 +14,6 @@ from test_baselines import NAMES, logits_of, pixels, task
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
-from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
@@ -121,30 +120,6 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, tmp_path, monkeypatch):
-    """The first step of an epoch counts the weights of the last one, then fails, and is done again."""
-
-    def fit(**options):
-        return fit_head("promptsrc", replace(task("promptsrc", clip, photos), training=options))._trained_state()
-
-    def state():
-        return TrainingState(tmp_path / STATE_NAME)
-
-    whole, encode, calls = fit(), PromptHead.encode_text, []
-
-    def failing(self):
-        calls.append(self)
-        if len(calls) == 3:
-            raise MemoryError
-        return encode(self)
-
-    monkeypatch.setattr(PromptHead, "encode_text", failing)
-    with pytest.raises(ZooError, match="Out of memory.* after step 2 is saved"):
-        fit(state=state())
-    resumed = fit(state=state())
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
 @pytest.mark.parametrize("method", ["zero-shot", "clip-lora"])
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
@@ -182,19 +157,12 @@ def test_the_command_line_trains_any_method(photos, tmp_path, run):
         shutil.copy(item.path, folder)
     gda = ("--method", "gda", "--no-refit", "--output", tmp_path / "gda")
     assert "test top-1" in run.ok("train", tmp_path / "photos", *gda)
-    code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
-    assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     code, out, err = run("eval", tmp_path / "photos", "--head", tmp_path / "gda", "--claim")  # on those held out
     assert (code, out.count("holds")) == (0, 1), err
     cached = ("--method", "tip-adapter", "--output", tmp_path / "cache")
     assert "test top-1" in run.ok("train", tmp_path / "photos", *cached)
     answers = json.loads(run.ok("predict", photos[0].path, "--head", tmp_path / "cache", "--json"))[0]["predictions"]
     assert {answer["class"] for answer in answers} == set(NAMES)
-    run.ok("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "all")
-    measured, final = (read_config(tmp_path / name)["dcp"] for name in ("gda", "all"))
-    assert final["metrics"] == measured["metrics"]
-    assert final["test_share"] == 0
-    assert final["subset_sha256"] != measured["subset_sha256"]
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")

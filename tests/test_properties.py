@@ -25,12 +25,11 @@ from dcp_zoo.data.packaged import Archive
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable
-from dcp_zoo.heads.config import read_config
 from dcp_zoo.prediction.outputs import TABLES, columns
 from dcp_zoo.tables import quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
@@ -102,28 +101,6 @@ def test_any_file_of_names_is_read_or_refused(place, content):
         (place / name).write_bytes(content)
         with suppress(ZooError), warnings.catch_warnings(action="ignore"):  # that it is not in UTF-8
             assert read(place / name)
-
-
-CONFIG = {
-    "architecture": "dcp_mini",
-    "label_names": ["a"],
-    "pretrained_cfg": {},
-    "model_args": {},
-    "weights_sha256": "",
-}
-BLOCK = {"format_version": 4, "clip": "x", "method": "gda", "head": "linear", "abilities": {}, "texts": "{}"}
-
-
-@given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "read"]), JSON)
-@example(b"", "read", [])
-def test_any_config_is_read_or_refused(place, content, name, value):
-    config = CONFIG | {"dcp": BLOCK}
-    changed = config | {name: value} if name in config else CONFIG | {"dcp": BLOCK | {name: value}}
-    for text in (content, json.dumps(changed).encode()):
-        (place / "config.json").write_bytes(text)
-        with suppress(ZooError):
-            found = read_config(place)
-            assert 0 < len(found["label_names"]) == len(found["dcp"].get("read", found["label_names"]))
 
 
 @given(st.lists(NASTY, max_size=6).map("/".join), st.sampled_from([zipped, tar]))

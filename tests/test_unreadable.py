@@ -91,38 +91,29 @@ def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
     (paths, labels), head = pictures, fitted.model_
     images, good = [*paths[:3], bad[0], *paths[3:], bad[1]], [i for i in range(14) if i not in (3, 13)]
     keep, named = clone(fitted).set_params(errors="keep"), [*labels[:3], "rose", *labels[3:], "rose"]
-    rows = dcp_zoo.predict(head, images, errors="keep")
+    weights, rows = np.arange(14.0), dcp_zoo.predict(head, images, errors="keep")
     assert [rows[i] for i in good] == dcp_zoo.predict(head, paths)
-    for i, path in ((3, bad[0]), (13, bad[1])):
-        assert isinstance(rows[i], UnreadableImages)
-        assert list(rows[i].reasons) == [path]
-        assert path in str(rows[i])
-    with pytest.warns(UserWarning, match=r"2 of 14 images cannot be read: .*a\.png"):
+    assert [[*rows[i].reasons] for i in (3, 13)] == [[path] for path in bad]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         keep.fit(images, named)
-    assert keep.model_.info["unreadable_images"] == 2
-    for door in (FewShotClassifier.predict_proba, FewShotClassifier.decision_function, FewShotClassifier.transform):
-        with pytest.warns(UserWarning, match="2 of 14 images cannot be read"):
+        for door in (FewShotClassifier.predict_proba, FewShotClassifier.decision_function, FewShotClassifier.transform):
             values = door(keep, images)
-        np.testing.assert_array_equal(values[good], door(fitted, paths))
-        assert np.isnan(values[[3, 13]]).all()
-    with pytest.warns(UserWarning, match="2 of 14"):
-        found = keep.predict(images)
+            np.testing.assert_array_equal(values[good], door(fitted, paths))
+            assert np.isnan(values[[3, 13]]).all()
+        found, score = keep.predict(images), keep.score(images, named, weights)
+        weighted = clone(keep).fit(images, named, weights)  # one has the weight 0
+        evaluation = dcp_zoo.evaluate(head, images, named, errors="keep")
+        info = dcp_zoo.train("dcp_mini", images, named, errors="keep").info
+    assert sum(bool(re.match(r"2 of 1\d images .*a\.png", str(warning.message))) for warning in warned) == 9
+    assert (keep.model_.info["unreadable_images"], info["class_images"]) == (2, {"rose": 6, "tulip": 6})
     assert found[good].tolist() == fitted.predict(paths).tolist()
     assert found[3] != found[3], "NaN"
-    weights = np.arange(14.0)
-    with pytest.warns(UserWarning, match="2 of 14"):
-        assert keep.score(images, named, weights) == pytest.approx(fitted.score(paths, labels, weights[good]))
-    with pytest.warns(UserWarning, match="2 of 13"):  # one has the weight 0
-        weighted = clone(keep).fit(images, named, weights)
-    np.testing.assert_array_equal(
-        weighted.predict_proba(paths), clone(fitted).fit(paths, labels, weights[good]).predict_proba(paths)
-    )
-    with pytest.warns(UserWarning, match="2 of 14"):
-        evaluation = dcp_zoo.evaluate(head, images, named, errors="keep")
+    assert score == pytest.approx(fitted.score(paths, labels, weights[good]))
+    alone = clone(fitted).fit(paths, labels, weights[good])
+    np.testing.assert_array_equal(weighted.predict_proba(paths), alone.predict_proba(paths))
     assert torch.equal(evaluation.logits, dcp_zoo.evaluate(head, paths, labels).logits)
     assert [item.path for item in evaluation.items] == paths
-    with pytest.warns(UserWarning, match="2 of 14"):
-        assert dcp_zoo.train("dcp_mini", images, named, errors="keep").class_images == {"rose": 6, "tulip": 6}
 
 
 def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
@@ -228,6 +219,9 @@ def test_load_image_takes_every_form(flowers):
         (Path("a.jpg"), r"Cannot read the image a\.jpg: there is no such file"),
         (None, r"no image \(None or NaN\)"),
         (object(), "object is not an image: an image is a path"),
+        (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
+        (np.full((4, 4), 200), "int64 from 200 to 200 is not an image"),
+        (torch.full((3, 4, 4), -1.5), "float32 from -1.5 to -1.5 is not an image"),
     ):
         with pytest.raises(ZooError, match=message):
             load_image(form)

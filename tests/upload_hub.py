@@ -59,7 +59,7 @@ class UploadHub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.gated: set[str] = set()  # nobody has access to these
-        # pattern and status; 0 cuts the connection after the work is done, 206 in the middle of a file
+        # pattern and status; 0 cuts the connection after the work is done, 206 within a file; 200 takes no range
         self.faults: list[tuple[str, int]] = []
         self.ranges: list[str] = []  # that were asked for
         self.requests: list[str] = []
@@ -110,7 +110,7 @@ class Answers(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{self.command} {path}")
             fault = self.hub.take_fault(self.command, path)
             try:
-                if fault not in (None, 0, 206):
+                if fault not in (None, 0, 200, 206):
                     raise Refusal(fault, "fault of the tests")
                 content, status = self.dispatch(path), 200
             except Refusal as refusal:
@@ -122,9 +122,10 @@ class Answers(BaseHTTPRequestHandler):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         if (wanted := self.headers.get("Range")) and status == 200:
             self.hub.ranges.append(wanted)
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
-            self.extra["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            data, status = data[start:], 206
+            if fault != 200:
+                start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                self.extra["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+                data, status = data[start:], 206
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | self.extra).items():
             self.send_header(name, value)
