@@ -50,9 +50,6 @@ def fitted(folder, quick_probe):
     return FewShotClassifier(method="dcp", recipe=QUICK).fit(folder)
 
 
-# --------------------------------------------------------------------------------------------------------------- inputs
-
-
 def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
     """And says how many images there are; `load_image` itself is in test_unreadable.py."""
     path = pictures[0][0]
@@ -86,9 +83,6 @@ def test_labels_are_checked(folder, pictures):
     assert (twice.model_.classnames, twice.classes_.tolist()) == (NAMES, [0, 1])
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
-
-
 def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
     """Callbacks see every epoch, and can end a training; nothing is learnt from validation images."""
     seen, recipe = [], QUICK | {"classifier": "none"}  # whose weights depend on the validation images
@@ -107,13 +101,8 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
     assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
     stopped = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: epoch.epoch == 2])
     assert len(stopped.fit(*pictures).history_) == 2
-    for wrong, message in (
-        (lambda: dcp_zoo.evaluate(model, pictures[0][:1], ["green"]), "No class green: the classes are blue, red"),
-        (lambda: dcp_zoo.predict(model, pictures[0], batch_size=0), "batch_size must be at least 1, not 0"),
-        (lambda: dcp_zoo.train("dcp_mini", *pictures, **options), "already holds a checkpoint"),
-    ):
-        with pytest.raises(ZooError, match=message):
-            wrong()
+    with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
+        dcp_zoo.predict(model, pictures[0], batch_size=0)
 
 
 def test_a_batch_is_what_one_forward_pass_reads(pictures):
@@ -136,8 +125,6 @@ def test_a_batch_is_what_one_forward_pass_reads(pictures):
     for hook in hooks:
         hook.remove()
 
-
-# --------------------------------------------------------------------------------------------------------- scikit-learn
 
 CHECKS = [
     "check_estimator_cloneable",
@@ -387,9 +374,6 @@ def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, tmp_path
         dcp_zoo.train("dcp_mini", others, labels, **options)
     head = dcp_zoo.train("dcp_mini", [image.copy() for image in images], labels, **options)
     assert head.info["subset_sha256"] != dcp_zoo.train("dcp_mini", others, labels).info["subset_sha256"]
-
-
-# ------------------------------------------------------------------------------------------------ the process around it
 
 
 @pytest.fixture

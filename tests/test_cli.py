@@ -114,6 +114,7 @@ def test_eval(head, folder, run):
 
 
 DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
+GDA = ["train", "MY_PHOTOS", "--method", "gda", "--output", "OUT"]
 
 
 @pytest.mark.parametrize(
@@ -122,24 +123,29 @@ DIGITS = ["train", "digits", "--method", "dcp", "--output", "OUT"]
         (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["train", "caltech101", "--output", "OUT"], "--data-root"),
+        (["train", "--output", "OUT"], "or train caltech101 --data-root DATA"),
+        ([*DIGITS, "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
+        (["train", "digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
+        (["train", "MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
+        (["train", "--head", "HEAD"], "not the checkpoint HEAD: dcp-zoo train MY_PHOTOS"),
+        ([*GDA, "--recipe", "release"], "The recipe release is for DCP: omit it, or use --method dcp"),
+        ([*GDA, "--set", "beta=2"], "--set: beta is none of augment"),
+        ([*GDA, "--set", "classifier=svm"], "classifier must be none or text-probe, not 'svm'"),
         ([*DIGITS, "--set", "coupling=both"], "bidirectional or text_to_vision"),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         (["predict", "a.jpg", "--output", "a" * 5000 + ".csv"], "This path is too long for the system: 'aaaa"),
     ],
 )
-def test_bad_input_gets_one_message(run, head, tmp_path, args, message):
+def test_bad_input_gets_one_message(run, head, flowers, tmp_path, args, message):
     places = {"HEAD": str(head), "OUT": str(tmp_path / "out")}
     for name, place in places.items():
-        args = [arg.replace(name, place) for arg in args]
+        args, message = [arg.replace(name, place) for arg in args], message.replace(name, place)
     err = run.refused(*args)
     assert message in err
     assert err.count("Error:") == 1
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-# -------------------------------------------------------------------------------------------------------------- recipe
 
 
 def test_a_text_may_have_commas():
@@ -154,8 +160,6 @@ def test_help_of_train_lists_every_field_of_the_recipe(run):
         assert ", ".join(part.metadata.get("choices", ())) in out
         assert part.metadata.get("min") is None or f"; at least {part.metadata['min']}" in out
 
-
-# --------------------------------------------------------------------------------------------------------------- speed
 
 CHECKPOINT = str(WEIGHTS / BUNDLED)  # a checkpoint folder like any other
 HEAVY = ("torch", "torchvision", "timm", "open_clip", "huggingface_hub", "numpy", "pandas", "sklearn")

@@ -21,18 +21,6 @@ from dcp_zoo.zoo import build
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
-def test_train_needs_its_data_named_once(run, flowers, my_head):
-    for args, message in (
-        ([], "or train caltech101 --data-root DATA"),
-        (["digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
-        (["digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
-        (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
-        (["--head", "my_head"], "not the checkpoint my_head: dcp-zoo train MY_PHOTOS"),
-    ):
-        err = run.refused("train", "--output", "out", *args)
-        assert (err.count("Error:"), message in err, Path("out").exists()) == (1, True, False), err
-
-
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypatch):
     monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)

@@ -15,8 +15,6 @@ from dcp_zoo.data.packaged import split_rows
 from dcp_zoo.data.splits import PARTS, check_test_share, split_sha256
 from dcp_zoo.errors import ZooError
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
 
 def test_list_datasets_are_the_eleven(tmp_path):
     names = (
@@ -55,9 +53,6 @@ def test_table_is_consistent():
         assert not spec.names or len(classnames(name)) == spec.num_classes, name
     with pytest.raises(ZooError, match="define its classes: use load_split"):
         classnames("folder")
-
-
-# --- listed splits ---------------------------------------------------------------------------------------------------
 
 
 FOURTH = {"dtd": "sub/1_train_1.jpg", "fgvc_aircraft": "0000003.jpg", "imagenet": f"train/{WNIDS[1]}/b.JPEG"}
@@ -110,9 +105,6 @@ def test_sha256_depends_only_on_contents(tmp_path):
     assert len(hashes) == 4
 
 
-# --- ImageNet --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["imagenetv2", "imagenet_a"])
 def test_imagenet_variants(tmp_path, name):
     write_tree(tmp_path, name)
@@ -140,9 +132,6 @@ def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
         assert style.classnames == split.classnames
         assert [item.key for item in style.test] == [f"{c}/{f}.jpg" for c in split.classnames for f in "abc"]
         assert (style.train, style.val, style.note) == ([], [], "")
-
-
-# --- folder per class, digits ----------------------------------------------------------------------------------------
 
 
 def test_folder_without_splits_is_split(tmp_path):
@@ -225,9 +214,6 @@ def test_digits_come_from_memory():
     assert item.label == digits.target[int(item.key)]
     pixels = np.asarray(load_image(item.path))
     np.testing.assert_allclose(pixels, np.repeat(digits.images[int(item.key)][..., None], 3, 2) * 255 / 16, atol=0.5)
-
-
-# --- check -----------------------------------------------------------------------------------------------------------
 
 
 def test_check_reports_every_dataset(tmp_path, monkeypatch):

@@ -45,8 +45,6 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# --- one file --------------------------------------------------------------------------------------------------------
-
 CONTENT = bytes(range(256)) * 4000
 
 
@@ -92,9 +90,6 @@ def test_a_dead_link_says_what_to_do(server, tmp_path):
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
 
 
-# --- unpacking -------------------------------------------------------------------------------------------------------
-
-
 def link(name: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -121,9 +116,6 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
-
-
-# --- every dataset ---------------------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -247,9 +239,6 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     assert split.classnames == classnames("imagenet")
     labels = {item.key.rpartition("_")[2]: item.label for item in split.test}
     assert [labels[f"{number:08d}.JPEG"] for number in range(1000)] == order
-
-
-# --- what ships with the package -------------------------------------------------------------------------------------
 
 
 def test_packaged_splits_need_no_file(tmp_path):

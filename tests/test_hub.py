@@ -122,9 +122,6 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
     return torch.equal(a.prompts["text"], b.prompts["text"])
 
 
-# ----------------------------------------------------------------------------------------------------------- end to end
-
-
 def test_a_published_head(narrow, client, tmp_path):
     """CLIP's weights and the head over HTTP; then, without a network, the cache suffices, and only the cache."""
     with pytest.warns(UserWarning, match="is not pinned in this version") as told:
@@ -161,9 +158,6 @@ def test_a_broken_download_is_no_checkpoint(client, tmp_path):
     assert [int(wanted[6:-1]) > 2**20 for wanted in client.ranges] == [True]
     (file,) = cache.rglob(hub.CLIP_WEIGHTS_NAME)
     assert sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash
-
-
-# ------------------------------------------------------------------------------------------------------ names and pins
 
 
 def test_revisions(client):
@@ -269,9 +263,6 @@ def test_a_planned_head_says_once_what_works(client, tmp_path, monkeypatch):
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.raises(ZooError, match=f"has no repo own/{head}, or it is private"):
         dcp_zoo.create_model(head, True)
-
-
-# ------------------------------------------------------------------------------------------------------------- failures
 
 
 def test_failures(client, tmp_path):

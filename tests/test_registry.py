@@ -76,18 +76,6 @@ def test_pretrained_means_can_be_loaded():
         dcp_zoo.list_heads(status="trained")
 
 
-@pytest.mark.parametrize("name", trained_heads())
-def test_every_trained_head_has_a_source_and_metrics(name):
-    head = get_head(name)
-    assert head.status in ("bundled", "published")
-    assert len(head.sha256) == 64
-    if head.status == "published":
-        assert head.revision
-    else:
-        assert sha256_of(head.bundled_dir / WEIGHTS_NAME) == head.sha256
-    assert replace(head, org="other").repo_id.startswith("other/")
-
-
 def test_a_part_does_not_stand_for_the_whole():
     """The head of the whole dataset is planned, though one of a part exists."""
     assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
@@ -150,6 +138,8 @@ def test_info_of_every_head():
             assert "not trained" in facts["licence"], name
             assert "not measured" in facts["metrics"], name
         else:
+            head = get_head(name)
+            assert head.revision or sha256_of(head.bundled_dir / WEIGHTS_NAME) == head.sha256
             assert facts["licence"] == "apache-2.0", name
             assert len(facts["classes"]) > 1, name
             assert all(50 < facts["metrics"][f"top1_{stats}"] < 100 for stats in ("stored", "batch")), name

@@ -66,9 +66,10 @@ def fitted(trained) -> FewShotClassifier:
 
 @pytest.mark.parametrize("bad", [(cut, broken_inside)], indirect=True)
 def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
-    """Whoever leaves these out is done."""
+    """Whoever leaves these out is done. Those in memory are named by their position."""
     (paths, labels), head = pictures, fitted.model_
-    images, named = [*paths[:3], bad[0], *paths[3:], bad[1]], [*labels[:3], "rose", *labels[3:], "rose"]
+    broken = [bad[1], b"no image", None, np.full((9, 9), 300), Image.open(bad[0]), float("nan")]
+    images, named = [*paths, *broken], [*labels, *["rose"] * 6]
     for call in (
         lambda: dcp_zoo.predict(head, images),
         lambda: dcp_zoo.evaluate(head, images, named),
@@ -80,11 +81,14 @@ def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
         lambda: fitted.transform(images),
         lambda: fitted.score(images, named),
     ):
-        with pytest.raises(UnreadableImages, match=r'2 of 14 images cannot be read: .*errors="keep"') as failure:
+        with pytest.raises(UnreadableImages, match=r'6 of 18 images cannot be read: .*errors="keep"') as failure:
             call()
         error = pickle.loads(pickle.dumps(failure.value))  # as it comes from another process
-        assert list(error.reasons) == bad
+        assert sorted(error.reasons) == [bad[1], *(f"image {i}" for i in range(13, 18))]
         assert all(error.reasons.values())
+    keep = fitted.set_params(errors="keep")
+    with pytest.warns(UserWarning, match=r"6 of 18 images .*no image \(None or NaN\)"):
+        assert [isinstance(label, str) for label in keep.predict(images)] == [*[True] * 12, *[False] * 6]
 
 
 def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
@@ -127,25 +131,6 @@ def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
         keep.score(bad, ["rose", "tulip"])
 
 
-def test_images_in_memory_are_among_those_that_are_named(pictures, bad, fitted):
-    images = [
-        {"bytes": Path(pictures[0][0]).read_bytes(), "path": None},
-        b"no image",
-        bad[0],
-        None,
-        np.full((9, 9), 300),
-        Image.open(bad[1]),
-        float("nan"),
-    ]
-    for call in (lambda: dcp_zoo.predict(fitted.model_, images), lambda: fitted.predict(images)):
-        with pytest.raises(UnreadableImages, match="6 of 7 images") as failure:
-            call()
-        assert sorted(failure.value.reasons) == sorted([bad[0], *(f"image {i}" for i in (1, 3, 4, 5, 6))])
-    keep = fitted.set_params(errors="keep")
-    with pytest.warns(UserWarning, match=r"6 of 7 images .*no image \(None or NaN\)"):
-        assert [isinstance(label, str) for label in keep.predict(images)] == [True, *[False] * 6]
-
-
 def test_scikit_learn_goes_on_too(pictures, bad):
     paths, labels = [bad[0], *pictures[0], bad[1]], [pictures[1][0], *pictures[1], pictures[1][-1]]
     classifier = FewShotClassifier(errors="keep")
@@ -155,9 +140,6 @@ def test_scikit_learn_goes_on_too(pictures, bad):
         found = cross_val_predict(classifier, paths, labels, cv=2, method="predict_proba")
     assert np.isfinite(search.best_score_)
     assert np.flatnonzero(np.isnan(found).any(1)).tolist() == [0, 13]
-
-
-# ------------------------------------------------------------------------------------------------------------- commands
 
 
 @pytest.mark.parametrize("bad", [(broken_inside, broken_inside)], indirect=True)
@@ -196,9 +178,6 @@ def test_eval_names_all_images_that_cannot_be_read(run, my_head, flowers, bad):
         Path(path).rename(flowers / "rose" / Path(path).name)
     err = run.refused("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert re.search(r"2 of 14 images cannot be read: .*a\.png, .*b\.png .*move them out of their class folders", err)
-
-
-# ---------------------------------------------------------------------------------------------------------- load_image
 
 
 def test_load_image_takes_every_form(flowers):
