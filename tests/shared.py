@@ -99,6 +99,17 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadH
         yield hub
 
 
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty manifest of a source checkout, which `hub/publish.py` writes."""
+    path = tmp_path / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "checkout" / "setup.cfg").touch()
+    path.write_text("{}")
+    monkeypatch.setattr("publish.MANIFEST", path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict:
     """`meta.json` of the golden vectors, with the backbone's tensors under "backbone"."""

@@ -291,37 +291,22 @@ def test_a_model_with_stats_exports_with_a_dynamic_batch(short):
         torch.testing.assert_close(program(images), short(images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def products(monkeypatch) -> Iterator[list[int]]:
-    """One entry per product computed by oneDNN. Its availability is checked again, before and after the test."""
-    calls, onednn = [], _torch._onednn
-    monkeypatch.setattr(_torch, "_onednn", lambda *args: calls.append(1) or onednn(*args))
-    _torch._has_onednn.cache_clear()
-    yield calls
-    _torch._has_onednn.cache_clear()
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-def test_without_onednn_torchs_product_is_used(with_stats, monkeypatch, products):
-    expected = with_stats(IMAGES), logits_and_gradients(with_stats)
-    with_stats.eval()
-    _torch._has_onednn.cache_clear()
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    products.clear()
-    found = with_stats(IMAGES), logits_and_gradients(with_stats)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert not products
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.filterwarnings("ignore:TF32")
-def test_onednn_is_used_if_available_and_can_be_disabled(products):
-    x, weight = torch.randn(3, 8), torch.randn(6, 8)
-    for enabled, count in ((True, 2), (True, 3), (False, 3), (True, 4)):  # the first is after the trial, once
-        with torch.backends.mkldnn.flags(enabled=enabled):
-            assert enabled or torch.equal(_torch.linear(x, weight), F.linear(x, weight))
-            _torch.linear(x, weight)
-        assert len(products) == count
+def test_onednn_computes_products_if_it_is_there_and_enabled(with_stats, monkeypatch):
+    """Its availability is checked anew, before and after the test."""
+    products, onednn, found = [], _torch._onednn, []
+    monkeypatch.setattr(_torch, "_onednn", lambda *args: products.append(1) or onednn(*args))
+    for there, enabled in ((True, True), (True, False), (False, True)):
+        _torch._has_onednn.cache_clear()
+        with monkeypatch.context() as patch, torch.backends.mkldnn.flags(enabled=enabled):
+            patch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
+            products.clear()
+            found.append((with_stats.eval()(IMAGES), logits_and_gradients(with_stats)))
+        assert bool(products) == (there and enabled)
+    _torch._has_onednn.cache_clear()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-4)
 
 
 def calibrated(model: DCP) -> DCP:
