@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from dcp_zoo.errors import ZooError, writing_to
 
-UNFINISHED, LOCK = ".unfinished", ".lock"
+LOCK = ".lock"
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 # The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.serve`.
 MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB

@@ -10,9 +10,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from dcp_zoo.demo import start
+from dcp_zoo.demo import launch
 from dcp_zoo.serve import listen
-from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms
@@ -23,7 +22,7 @@ def main() -> None:
     """Serve the demo, and save both screenshots."""
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    demo = start(DEFAULT_HEAD, "127.0.0.1", port)
+    demo = launch(port=port, block=False)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1120, "height": 900}, color_scheme="light")

@@ -18,7 +18,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.config import WEIGHTS_NAME
-from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILES, make_card, not_of_dataset, upload
+from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
 from dcp_zoo.zoo.resolve import Source, resolve
@@ -66,7 +66,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     if problem := not_of_dataset(model):
         raise ZooError(f"{folder} cannot be published. {problem}")
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
-    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILES["float32"]).exists())
+    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists())
     return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
 
 

@@ -38,7 +38,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.prediction import Predictor
-from dcp_zoo.prediction.job import Job, Rows
+from dcp_zoo.prediction.job import Batch, Job
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
@@ -223,7 +223,7 @@ def offline() -> Iterator[None]:
     forget()
 
 
-def classify(images: Sequence[str], predictor: Predictor, **options: Any) -> Iterator[Rows]:
+def classify(images: Sequence[str], predictor: Predictor, **options: Any) -> Iterator[Batch]:
     """The batches of a job with these options."""
     return Job(**options).classify(images, predictor)
 

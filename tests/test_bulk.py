@@ -24,16 +24,17 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.answers import Outputs, label, written
+from dcp_zoo.answers import Outputs, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import label_rows
+from dcp_zoo.files import locked
 from dcp_zoo.prediction import Predictor, decode
 from dcp_zoo.prediction.heads import HeadPredictor
-from dcp_zoo.prediction.job import Job, OutputFiles, Summary, UnfinishedRun, unfinished_run
+from dcp_zoo.prediction.job import Job, OutputFiles
 from dcp_zoo.prediction.job import run as run_job
 from dcp_zoo.prediction.outputs import write_sheet
 
@@ -81,8 +82,8 @@ class Fake(Predictor):
 FAKE = Fake(compute)
 
 
-def run_bulk(images, load, outputs, plan, part_seconds=20, **options) -> Summary:
-    return run_job(images, load, Job(**options), outputs, plan, part_seconds=part_seconds)
+def run_bulk(images, load, outputs, plan, **options):
+    return run_job(images, load, Job(**options), outputs, plan)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -136,9 +137,9 @@ def test_all_formats_hold_the_same(photos):
     images = find_images(["photos"])
     for suffix, features in ((".csv", Path("f.npz")), (".jsonl", None)):
         outputs = OutputFiles(Path(f"p{suffix}"), features)
-        summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
-        assert summary == Summary(24, 0, 1)
-    rows = [row for batch in classify(images, FAKE, top_k=2) for row in batch.rows]
+        (error,), changed = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5)
+        assert ("photos/a/04.jpg" in error, changed) == (True, 0)
+    rows = [row for batch, _ in classify(images, FAKE, top_k=2) for row in batch]
     assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == [*map(written, rows)]
     assert written(rows[1]) == {
         "image": "photos/a/01.jpg",
@@ -169,23 +170,30 @@ def stopping(after: int, error: BaseException) -> Predictor:
     return Fake(stop)
 
 
+def kept(name: str = "p.csv.partial.jsonl") -> int:
+    """The number of rows of a run that has not ended."""
+    return Path(name).read_bytes().count(b"\n") - 1
+
+
 def test_a_stopped_run_goes_on(photos):
+    """Also after a row of which half was written; with the same head and options alone."""
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
     run_bulk(images, lambda: FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
-    options = {"batch_size": 3}
-    for seconds, expected in ((0, 6), (1e6, 12)):  # what waits is written when Ctrl-C stops the run
+    for expected in (6, 12):
         with pytest.raises(KeyboardInterrupt):
-            run_bulk(images, lambda: stopping(2, KeyboardInterrupt()), outputs, {"head": "x"}, seconds, **options)
-        assert not outputs.table.exists()
-        assert UnfinishedRun(Path("p.csv.unfinished")).done == expected
+            run_bulk(images, lambda: stopping(2, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
+        assert (outputs.table.exists(), kept()) == (False, expected)
+        with Path("p.csv.partial.jsonl").open("a") as file:
+            file.write('{"image": "photos/')
+        with Path("p.csv.partial.float32").open("ab") as file:
+            file.write(b"12345")
     with pytest.raises(
-        ZooError, match=r"p.csv.unfinished holds the first rows of another run, which differs in head, top k"
+        ZooError, match=r"p.csv.partial.jsonl holds the first rows of another run, which differs in head, top k"
     ):
         run_bulk(images, lambda: FAKE, outputs, {"head": "y"}, top_k=1)
     with pytest.raises(ZooError, match="differs in images"):
         run_bulk(images[1:], lambda: FAKE, outputs, {"head": "x"})
-    summary = run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
-    assert summary == Summary(24, 12, 1)
+    run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
     np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
@@ -193,15 +201,14 @@ def test_a_stopped_run_goes_on(photos):
 
 def test_two_processes_do_not_write_the_same_output(photos):
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
-    with unfinished_run(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.unfinished"):
+    with locked(outputs.partial(".lock")), pytest.raises(ZooError, match=r"Another process .* p.csv.partial"):
         run_bulk(images, lambda: FAKE, outputs, {})
-    assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}).resumed == 0, "no row of another plan"
+    assert not Path("p.csv").exists()
 
 
-@pytest.mark.parametrize(("seconds", "syncs", "kept"), [(0, 6, 8), (1e6, 1, 0)], ids=["rows", "first features"])
-def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, seconds, syncs, kept):
+def test_a_full_disk_loses_nothing(photos, monkeypatch):
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
-    calls = iter(range(syncs))  # of the plan, and of features and rows of each part
+    calls = iter(range(6))  # of the plan, and of features and rows of each batch
 
     def full(handle: int) -> None:
         if next(calls, None) is None:
@@ -209,11 +216,10 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        classified = kept + 4 if seconds == 0 else 24
-        message = f"of {classified} images that were classified, the rows of {kept} are kept."
-        with pytest.raises(ZooError, match=re.escape(message)):
-            run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
-    assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept
+        with pytest.raises(ZooError, match=r"No space left on device. Run the same command again later: it continues"):
+            run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4)
+    assert kept() in (8, 12)
+    run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {}, batch_size=4)
     assert len(read_csv("p.csv")) == 24
 
 
@@ -227,7 +233,7 @@ def slow_run() -> None:
     os.setsid()
     predictor = Fake(slow)
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
-    run_bulk(images, lambda: predictor, outputs, {}, batch_size=1, part_seconds=0)
+    run_bulk(images, lambda: predictor, outputs, {}, batch_size=1)
 
 
 def test_a_run_survives_kills(photos):
@@ -235,8 +241,8 @@ def test_a_run_survives_kills(photos):
 
     def finished() -> int:
         with suppress(FileNotFoundError):  # the run has ended, and removed them
-            return sum(part.read_bytes().count(b"\n") for part in Path("p.csv.unfinished").glob("part-*.jsonl"))
-        return 99
+            return kept()
+        return 0 if not Path("p.csv").exists() else 99
 
     def has_ended(group: int) -> bool:
         try:
@@ -258,7 +264,7 @@ def test_a_run_survives_kills(photos):
         process.join()
         until(partial(has_ended, process.pid), 10)  # workers end by themselves
     assert kills >= 2
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
+    assert sorted(path.name for path in Path.cwd().glob("[!.]*")) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
     np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
 
@@ -270,7 +276,7 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     monkeypatch.setattr("dcp_zoo.prediction.outputs.PER_CLASS", 10)
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = find_images(["photos"])
-    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
+    rows = [row for batch, _ in classify(images, FAKE) for row in batch]
     write_sheet(Path("out/s.html"), images, rows, "s.html")
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d">(\w+)\s*<small>(.*?)</small>', page, re.DOTALL) == [
@@ -308,7 +314,11 @@ def test_images_of_a_folder_help_each_other(photos):
     done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
     rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
-    assert [(row["alone"], label(row)) for row in done.changed] == [("bright", "dark"), ("dark", "bright")]
+    assert [(rows[name]["alone"], rows[name]["class"]) for name in ("07", "19")] == [
+        ("bright", "dark"),
+        ("dark", "bright"),
+    ]
+    assert done[1] == 2
     assert (rows["04"]["alone"], rows["04"]["error"] != "") == ("", True)
     assert Path("s.html").read_text().count("<small>alone ") == 2
     assert np.load("f.npz")["features"].shape == (24, 3)

@@ -87,7 +87,7 @@ def test_what_predict_wrote_are_labels(run, flowers):
     rows += [{"image": "x.jpg", "error": "damaged"}]
     rows[0]["rejected"] = True
     rows[1]["predictions"] = [{"class": "leave out", "probability": None}]
-    TABLES[".csv"]("predictions.csv", rows, ["image", "rejected", "class", "probability", "error"])
+    TABLES[".csv"]("predictions.csv", rows)
     err = run("train", flowers, "--labels", "predictions.csv", "--test", 0, "--output", "head")[2]
     assert "csv: 1 'none of these', 1 'leave out', 1 that cannot be read." in err
     assert "predictions.csv has the answers of a head: unless you corrected" in err

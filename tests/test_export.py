@@ -1,4 +1,4 @@
-"""Exported files against the model, in every variant, and what reads them without torch."""
+"""Exported files against the model, and what reads them without torch."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def plain(onnx_file):
 @pytest.fixture(scope="module")
 def inside(exported_once, tiny_head, tmp_path_factory):
     file = tmp_path_factory.mktemp("inside") / "model.onnx"
-    return OnnxClassifier(export(tiny_head, file, preprocessing="inside", precision="float16"))
+    return OnnxClassifier(export(tiny_head, file, preprocessing="inside"))
 
 
 @torch.no_grad()
@@ -90,11 +90,8 @@ def test_other_files_and_options_are_refused(onnx_file, tmp_path, run):
     assert "bad.onnx is not an exported model" in run.refused("predict", "--sample", "--head", tmp_path / "bad.onnx")
     for command in (("predict", "--sample"), ("serve",)):
         run.refused(*command, "--head", onnx_file, "--classes", "a,b")
-    for args, message in {
-        ("--format", "hub", "--preprocessing", "outside"): "omit --preprocessing",
-        ("--precision", "int8"): "choose from float32, float16.",
-    }.items():
-        assert message in run.refused("export", "--head", BUNDLED, *args, "--output", tmp_path / "new")
+    args = "--head", BUNDLED, "--format", "hub", "--preprocessing", "outside", "--output", tmp_path / "new"
+    assert "omit --preprocessing" in run.refused("export", *args)
 
 
 def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
@@ -114,14 +111,13 @@ def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
     np.testing.assert_allclose(classifier(images), OnnxClassifier(onnx_file)(images), rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch, precision):
+@pytest.mark.parametrize(("where", "tolerance"), [("outside", "LOGIT_TOLERANCE"), ("inside", "TOLERANCE")])
+def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch, where, tolerance):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
-    monkeypatch.setattr(export_module, "LOGIT_TOLERANCE", 1e-9)
-    monkeypatch.setitem(export_module.TOLERANCES, "float16", 0.0)
+    monkeypatch.setattr(export_module, tolerance, 1e-9)
     with pytest.raises(ZooError, match="does not match the model|differ from the model's by"):
-        export(tiny_head, path, precision=precision)
+        export(tiny_head, path, preprocessing=where)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -141,7 +137,7 @@ def test_files_reject_the_images_that_the_model_rejects(tiny_head, onnx_file, in
         assert [image["rejected"] for image in served["images"]] == expected
 
 
-# ---------------------------------------------------------------------------------------- preprocessing inside, float16
+# ---------------------------------------------------------------------------------------- preprocessing inside
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])
@@ -169,8 +165,7 @@ def test_pixels_in_probabilities_out(plain, inside, run):
     batch = inside.probabilities(np.stack([inside.preprocess(image) for image in photographs]))
     np.testing.assert_allclose(batch, expected, atol=1e-3)
     assert expected.max(1).min() < 0.99  # not saturated
-    before, after = (model.path.stat().st_size for model in (plain, inside))
-    assert (after < 0.6 * before, inside.info["precision"]) == (True, "float16")
+    assert inside.info == plain.info
     command = ("predict", "--sample", "--head", inside.path, "--json")
     said = [row["predictions"][0]["class"] for row in json.loads(run.ok(*command))]
     assert said == [answers(plain, path, 1)[0]["class"] for path in sample_images()]
@@ -181,10 +176,9 @@ def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
     """They scale pixels to [0, 1], and the file does all else; transformers alone must not find weights."""
     monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: tiny_head)
     folder = tmp_path / "repo"
-    run.ok("export", "--head", BUNDLED, "--format", "hub", "--precision", "float16", "--output", folder)
+    run.ok("export", "--head", BUNDLED, "--format", "hub", "--output", folder)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    onnx_files = {"onnx/model.onnx", "onnx/model_fp16.onnx"}
-    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *onnx_files}
+    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "onnx/model.onnx"}
     config = json.loads((folder / "config.json").read_text())
     names = config["id2label"]
     assert [names[str(config["label2id"][name])] for name in tiny_head.classnames] == tiny_head.classnames
@@ -199,10 +193,9 @@ def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
     image = load_image(sample_images()[0]).resize(SIZES[0])
     pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] * np.float32(processor["rescale_factor"])
     expected = plain.probabilities(plain.preprocess(image)[None])
-    for file, tolerance in (("onnx/model.onnx", 1e-5), ("onnx/model_fp16.onnx", 5e-3)):
-        session = onnxruntime.InferenceSession(folder / file, providers=CPU)
-        (logits,) = session.run(None, {"pixel_values": pixels})
-        np.testing.assert_allclose(np.exp(log_softmax(logits)), expected, atol=tolerance)
+    session = onnxruntime.InferenceSession(folder / "onnx/model.onnx", providers=CPU)
+    (logits,) = session.run(None, {"pixel_values": pixels})
+    np.testing.assert_allclose(np.exp(log_softmax(logits)), expected, atol=1e-5)
 
 
 @pytest.mark.scripts
@@ -216,7 +209,7 @@ def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
     assert "of 6 answers are the same" in capsys.readouterr().out
     assert Path("int8.onnx").stat().st_size < 0.6 * Path("my_head.onnx").stat().st_size
     rows = classify(find_images(["MY_PHOTOS"]), OnnxClassifier(Path("int8.onnx"), 1))
-    assert sum(len(batch.rows) for batch in rows) == 6
+    assert sum(len(batch) for batch, _ in rows) == 6
 
 
 # -------------------------------------------------------------------------------------------------- heads in the cache

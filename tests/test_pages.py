@@ -19,12 +19,13 @@ from PIL import Image
 
 for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
-gr = pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
+pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
 from dcp_zoo import predict  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.release import export_hub  # noqa: E402
+from dcp_zoo.serve import listen  # noqa: E402
 
 pytestmark = pytest.mark.scripts
 TIMEOUT = 120_000  # ms
@@ -86,11 +87,12 @@ def test_the_page_answers_as_python_does(tiny_head, exported_once, tmp_path, chr
 @pytest.fixture
 def page(chromium, tmp_path, monkeypatch):
     """The demo's page. No request may go anywhere else, and no script may fail."""
-    pages, asked, errors = [], [], []
+    asked, errors = [], []
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
-    launch(port=0)
-    address = pages[0].local_url
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    demo = launch(port=port, block=False)
+    address = f"http://127.0.0.1:{port}/"
     with chromium.new_context(viewport={"width": 1280, "height": 1000}) as context:
         context.set_default_timeout(TIMEOUT)
         page = context.new_page()
@@ -98,7 +100,7 @@ def page(chromium, tmp_path, monkeypatch):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         yield page
-    pages[0].close(verbose=False)
+    demo.close(verbose=False)
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
     assert errors == []
 
@@ -131,7 +133,7 @@ def test_a_visitor_trains_downloads_and_classifies(page, tmp_path):
     page.get_by_text(re.compile("^very (red|blue) ")).nth(5).wait_for()  # the six photographs, again
     (tmp_path / "broken.jpg").write_bytes(b"hello")
     page.get_by_label("Clear").last.click()
-    choose(page, "Photographs, up to", tmp_path / "red0.png", tmp_path / "broken.jpg", sample_images()[1])
+    choose(page, "Photographs to classify", tmp_path / "red0.png", tmp_path / "broken.jpg", sample_images()[1])
     page.get_by_text(re.compile("^very red ")).first.wait_for()
     page.get_by_text(re.compile("broken.jpg: not in a supported format")).wait_for()
     page.get_by_label("none of these").check()

@@ -24,7 +24,7 @@ from dcp_zoo.data.packaged import Archive
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable
-from dcp_zoo.prediction.outputs import TABLES, columns
+from dcp_zoo.prediction.outputs import TABLES
 from dcp_zoo.tables import quoted, read_csv, split_list
 
 pytest.importorskip("hypothesis")
@@ -62,7 +62,7 @@ def test_any_name_can_be_shown(name):
 def test_any_names_survive_a_table(place, pairs):
     rows = [{"image": a, "predictions": [{"class": b, "probability": 0.5}]} for a, b in pairs]
     for suffix in (".csv", ".jsonl"):
-        TABLES[suffix](str(place / f"p{suffix}"), rows, columns(rows))
+        TABLES[suffix](str(place / f"p{suffix}"), rows)
     with (place / "p.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         assert not any(cell.startswith(tuple("=+-@\t\r")) for row in csv.reader(file) for cell in row)
     encoded = [[re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name) for name in pair] for pair in pairs]
@@ -80,7 +80,7 @@ def test_any_names_survive_a_list(names):
 @given(st.lists(TEXT, min_size=2, max_size=4))
 def test_any_class_names_are_labels_that_clip_reads_or_refused(place, names):
     rows = [{"image": f"{i}.jpg", "predictions": [{"class": name, "probability": 1.0}]} for i, name in enumerate(names)]
-    TABLES[".csv"](str(place / "labels.csv"), rows, ["image", "class"])
+    TABLES[".csv"](str(place / "labels.csv"), rows)
     for i in range(len(names)):
         (place / f"{i}.jpg").touch()
     with suppress(ZooError), warnings.catch_warnings(action="ignore"):  # that some are the same

@@ -14,7 +14,7 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import LOCK, cache_folder, check_empty, check_output, check_writable, locked, sha256_of
 from dcp_zoo.heads.config import is_checkpoint, read_config
-from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts, listen, server
+from dcp_zoo.serve import Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
 from dcp_zoo.zoo.registry import DEFAULT_HEAD
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
@@ -29,7 +29,6 @@ def export(
     format: str = Option("onnx", help="onnx or hub (a repo)."),
     classes: opt.Classes = None,
     preprocessing: str | None = Option(None, help="outside (default; -> logits) or inside (RGB -> probabilities)."),
-    precision: str = Option("float32", help="float32 or float16; for hub: of a second file."),
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Export a head to a file or a repo that works without this package, and verify it against the model.
@@ -44,7 +43,7 @@ def export(
     name, names = opt.head_name(head), opt.class_list(classes)
     check_choice("format", format, ("onnx", "hub"))
     preprocessing = preprocessing or ("inside" if format == "hub" else "outside")
-    files.check_export(preprocessing, precision)
+    files.check_export(preprocessing)
     if format == "hub":
         if preprocessing == "outside":
             raise ZooError("The format hub always has the preprocessing inside: omit --preprocessing.")
@@ -52,7 +51,7 @@ def export(
         check_empty(file)
         check_writable(file.parent)
         model = create_model(name, True, classnames=names).eval()
-        path = export_hub(model, file, precision=precision)
+        path = export_hub(model, file)
         next_step = f"{path / 'README.md'} shows how to use it."
         output.print(f"Wrote {path}, {model.num_classes} classes. {next_step}", markup=False)
         return
@@ -61,7 +60,7 @@ def export(
     check_output(file, overwrite)
     check_choice("suffix", file.suffix, (".onnx",))
     model = create_model(name, True, classnames=names).eval()
-    path = files.export(model, file, preprocessing=preprocessing, precision=precision)
+    path = files.export(model, file, preprocessing=preprocessing)
     size = f"{path.stat().st_size / 1e6:.0f} MB, {model.num_classes} classes"
     output.print(f"Wrote {path} ({size}), verified against the model.", markup=False)
 
@@ -78,7 +77,7 @@ def serve(
     host: opt.Host = "127.0.0.1",
     classes: opt.Classes = None,
     device: opt.Device = "auto",
-    max_mb: float = Option(DEFAULT_LIMITS.max_mb, min=0.001, help="Size of one request, in megabytes, at most."),
+    max_mb: float = Option(20, min=0.001, help="Size of one request, in megabytes, at most."),
     allow_hosts: list[str] = Option((), help="Host names that clients may use besides localhost and --host."),
 ) -> None:
     """Serve a head over HTTP with ONNX Runtime, with batching across requests. Stop with Ctrl-C.
@@ -88,16 +87,19 @@ def serve(
     [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo serve --head my_head.onnx --host 0.0.0.0[/]
     """
-    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline".split():
+    for module in "onnxruntime fastapi uvicorn python_multipart fastapi_offline".split():
         import_extra(module, "serve")
     from dcp_zoo.serve.app import application
 
     names, hosts = opt.class_list(classes), allowed_hosts(host, allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-    file = Path(head) if head.endswith(".onnx") else onnx_file(opt.head_name(head), names)
-    name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
-    limits = Limits(max_mb)
+    if head.endswith(".onnx"):
+        file, name = Path(head), ""  # the file has one
+    else:
+        file = onnx_file(opt.head_name(head), names)
+        name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
+    limits = Limits(1e6 * max_mb)
     app = application(file, limits, available_cores(), name, hosts, device)
     listening = listen(host, port)
     address = f"http://{host}:{listening.getsockname()[1]}"

@@ -4,11 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
@@ -19,6 +18,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.heads.config import read_config
+from dcp_zoo.tables import NONE
 from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
@@ -27,11 +27,10 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.prediction import Predictor
-    from dcp_zoo.prediction.job import Summary
+    from dcp_zoo.prediction.job import Told
 
-BATCH = 32  # images at a time
-FEW = 8  # images with a table each, and without a progress bar
-EXAMPLES = 3  # of answers that other images changed
+FEW = 8  # images with `top_k` classes each, and without a progress bar
+NAMED = 10  # of the images that cannot be read
 ON_SCREEN = 1000  # images whose results belong in a file
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
@@ -55,14 +54,10 @@ class PredictOptions:
     precision: opt.Precision = AUTO
 
     @property
-    def files(self) -> list[Path]:
-        """Those to write."""
-        return [file for file in (self.table, self.features, self.sheet) if file]
-
-    @property
-    def place(self) -> Path:
-        """The table's file: without --output named after the other file."""
-        return self.table or self.files[0].with_suffix(".csv")
+    def place(self) -> Path | None:
+        """The table's file, if files are written: without --output named after the other one."""
+        other = self.features or self.sheet
+        return self.table or (other.with_suffix(".csv") if other else None)
 
     @property
     def on_onnx(self) -> bool:
@@ -76,16 +71,12 @@ class PredictOptions:
 
     def check(self) -> None:
         """Raise ZooError for options that do not fit together."""
-        names = ("classes", "precision")  # what an export has decided
-        fixed = [f"--{name}" for name in names if getattr(self, name) not in (None, AUTO, "float32")]
-        problems = {
-            "Pass images, a folder of images, or --sample for six photographs.": not (self.images or self.sample),
-            "--json prints to the screen: for a file use --output predictions.jsonl.": self.files and self.as_json,
-            f"{self.head} is run as it was exported: omit {', '.join(fixed)}, or pass the head itself.": self.on_onnx
-            and fixed,
-        }
-        if found := [problem for problem, holds in problems.items() if holds]:
-            raise ZooError(found[0])
+        if not (self.images or self.sample):
+            raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
+        if self.place and self.as_json:
+            raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
+        if self.on_onnx and (self.classes or self.precision not in (AUTO, "float32")):
+            raise ZooError(f"{self.head} is run as it was exported: omit --classes and --precision.")
 
 
 @opt.takes_options
@@ -106,17 +97,17 @@ def predict(options: PredictOptions) -> None:
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
     images = find_images(sources)
-    done = write_files(images, options) if options.files else show_on_screen(images, options)
-    for error in done.errors:
+    errors, changed = write_files(images, options) if options.place else show_on_screen(images, options)
+    for error in errors[:NAMED]:
         print_error(printable(error))
-    if options.files:
-        bad = f", of which {done.failed:,} cannot be read" if done.failed else ""
-        log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {options.place}")
-    elif done.failed and done.images > 1:
-        log(f"{done.failed} of {done.images} images cannot be read.")
+    if options.place:
+        bad = f", of which {len(errors):,} cannot be read" if errors else ""
+        log(f"{len(images):,} image{'s' * (len(images) != 1)}{bad}: {options.place}")
+    elif errors and len(images) > 1:
+        log(f"{len(errors)} of {len(images)} images cannot be read.")
     if options.together:
-        say_together(done.changed, done.images)
-    if done.failed:
+        log(f"The other images changed {changed:,} of {len(images):,} predictions.")
+    if errors:
         raise Exit(1)
 
 
@@ -126,8 +117,8 @@ def load(options: PredictOptions, images: int) -> "Predictor":
     if options.on_onnx:
         from dcp_zoo.onnx.classifier import OnnxClassifier
 
-        wanted: Values = {"reject": options.reject, "features": features}
-        return OnnxClassifier(options.head, available_cores(), options.device, **wanted)
+        threads = available_cores()
+        return OnnxClassifier(options.head, threads, options.device, reject=options.reject, features=features)
     from dcp_zoo.prediction.heads import HeadPredictor
     from dcp_zoo.training.device import pick_device
     from dcp_zoo.zoo.factory import create_model
@@ -140,76 +131,55 @@ def load(options: PredictOptions, images: int) -> "Predictor":
 
 def depends_on(options: PredictOptions) -> Values:
     """What the predictions depend on besides the images: a run is continued only with the same."""
-    own: Values = {"reject": options.reject}
     if options.on_onnx:
         if not Path(options.head).is_file():
             raise ZooError(f"There is no file {options.head}: create one with dcp-zoo export.")
-        return own | {"runtime": "onnx", "file": sha256_of(Path(options.head))}
+        return {"reject": options.reject, "head": sha256_of(Path(options.head))}
     from dcp_zoo.training.device import pick_device, pick_precision
 
     folder = head_folder(opt.head_name(options.head))
     precision = pick_precision(options.precision, read_config(folder)["architecture"], pick_device(options.device))
-    own |= {"runtime": "torch", "head": head_sha256(folder), "classnames": options.classnames}
-    return own | {"precision": precision}
+    own = {"head": head_sha256(folder), "classnames": options.classnames, "precision": precision}
+    return own | {"reject": options.reject}
 
 
-def write_files(images: Sequence[str], options: PredictOptions) -> "Summary":
+def write_files(images: Sequence[str], options: PredictOptions) -> "Told":
     from dcp_zoo.prediction.job import Job, OutputFiles, run
 
+    assert options.place
     outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
     outputs.check()  # before PyTorch is imported
-    job, plan = Job(options.top_k, BATCH, options.together), depends_on(options)
-    return run(images, partial(load, options, len(images)), job, outputs, plan, progress=progress_bar)
+    job = Job(options.top_k, together=options.together)
+    return run(images, partial(load, options, len(images)), job, outputs, depends_on(options), progress=progress_bar)
 
 
-def show_on_screen(images: Sequence[str], options: PredictOptions) -> "Summary":
+def show_on_screen(images: Sequence[str], options: PredictOptions) -> "Told":
     """Print the predictions of all images."""
     if len(images) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(images):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.answers import is_changed, label, written
-    from dcp_zoo.prediction.job import Job, Summary
+    from dcp_zoo.answers import written
+    from dcp_zoo.prediction.job import Job, told
 
-    job, predictor = Job(options.top_k, BATCH, options.together), load(options, len(images))
+    job, predictor = Job(options.top_k, together=options.together), load(options, len(images))
     batches = job.classify(images, predictor)
     if len(images) > FEW:
-        batches = progress_bar(batches, "images", len(images), transient=True, size=lambda batch: len(batch.rows))
-    rows = job.collect(batches, predictor.classnames)
-    read = [row for row in rows if "predictions" in row]
+        batches = progress_bar(batches, "images", len(images), transient=True, size=lambda batch: len(batch[0]))
+    rows = job.collected(batches, predictor.classnames)
     if options.as_json:
         print(json.dumps([*map(written, rows)], indent=1))
-    elif len(read) > FEW:
-        sure = ("" if row.get("rejected") else percent(row["predictions"][0]) for row in read)
-        cells = [(row["image"], label(row), probability) for row, probability in zip(read, sure, strict=True)]
-        output.print(plain_table(("image", "class", "probability"), cells))
-        output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
-        output.print(*map(predictions_table, read), sep="")
+        top_k = options.top_k if len(images) <= FEW else 1
+        output.print(plain_table(("image", "class", "probability"), chain(*(cells(row, top_k) for row in rows))))
+        if len(images) > FEW:
+            output.print("All classes: --json, or --output predictions.csv", style="dim")
     if predictor.architecture == "dcp_mini" and not options.as_json:
         advise(MINIATURE_NOTE)
-    errors = [row["error"] for row in rows if "error" in row]
-    return Summary(len(rows), 0, len(errors), [row for row in rows if is_changed(row)], errors)
+    return told(rows)
 
 
-def say_together(changed: "Sequence[Row]", images: int) -> None:
-    """Say how many predictions the other images changed, with examples."""
-    from dcp_zoo.answers import label
-
-    examples = [f"{row['image']} is {label(row)}, alone {row['alone']}" for row in changed[:EXAMPLES]]
-    if examples:
-        such = f"such as {'; '.join(examples)}"
-        log(printable(f"The other images changed {len(changed):,} of {images:,} predictions, {such}."))
-    else:
-        log("The other images changed nothing: they can only where a folder holds few of the head's classes.")
-
-
-def predictions_table(row: "Row") -> Table:
-    title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
-    table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
-    for prediction in row["predictions"]:
-        bar = "█" * round(20 * prediction["probability"])
-        table.add_row(escape(printable(prediction["class"])), f"{percent(prediction)}  {bar}")
-    return table
-
-
-def percent(prediction: Values) -> str:
-    return f"{100 * prediction['probability']:5.1f} %"
+def cells(row: "Row", lines: int) -> list[tuple[str, str, str]]:
+    """So many lines of a table for an image, if it can be read: its most probable classes."""
+    names = chain([Path(row["image"]).name if lines > 1 else row["image"]], repeat(""))
+    shown = [(NONE, "")] if row.get("rejected") else []
+    shown += [(best["class"], f"{100 * best['probability']:5.1f} %") for best in row.get("predictions", [])]
+    return [(name, *pair) for name, pair in zip(names, shown[:lines], strict=False)]

@@ -208,12 +208,6 @@ def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
         return _rgb(image)
 
 
-def count_pixels(data: bytes, name: str, max_pixels: int) -> int:
-    """The pixels of `decode_image`'s image, from the file's header; raises as it does."""
-    with _opened_image(name, max_pixels, data) as image:
-        return image.width * image.height
-
-
 def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
     """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
     with ThreadPoolExecutor(available_cores()) as pool:

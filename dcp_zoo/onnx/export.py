@@ -1,4 +1,4 @@
-"""Export a fused model for other programs; the file, or its variant, is verified before it is kept."""
+"""Export a fused model for other programs; the file is verified before it is kept."""
 
 import json
 import os
@@ -28,27 +28,20 @@ LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 
 
-def export(
-    model: Head | FusedHead,
-    path: str | Path,
-    *,
-    preprocessing: str = "outside",
-    precision: str = "float32",
-) -> Path:
+def export(model: Head | FusedHead, path: str | Path, *, preprocessing: str = "outside") -> Path:
     """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values", its outputs are
     "logits" and "features", the normalised image features; class names and preprocessing are in its metadata. ZooError
     for no stored statistics, a model elsewhere than on the CPU, missing packages, a file that cannot be written, or one
-    that disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class; variants by more
-    than 1e-3 in a probability, 5e-3 for float16).
+    that disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class; with the
+    preprocessing inside by more than 1e-3 in a probability).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
         preprocessing: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
             (B, H, W, 3), uint8 RGB of any size -> probabilities).
-        precision: "float32", or "float16" (of stored weights; computed in float32).
     """
-    check_export(preprocessing, precision)
+    check_export(preprocessing)
     path, fused = Path(path), model.fuse()
     if (size := fused.info["preprocessing"].get("input_size")) is None:
         raise ZooError('The input size of this model is unknown: set model.encoder.pretrained_cfg["input_size"] first.')
@@ -65,7 +58,8 @@ def export(
             if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
                 problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
                 raise ZooError(f"The ONNX file does not match the model {problem}")
-        make_variant(temporary, preprocessing, precision)
+        if preprocessing == "inside":
+            take_pixels(temporary)
 
     with torch.no_grad(), warnings.catch_warnings(), writing_to(path, "choose another file"):
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
@@ -75,10 +69,9 @@ def export(
     return path
 
 
-def check_export(preprocessing: str = "outside", precision: str = "float32") -> None:
-    """Raise ZooError for an unknown variant, or one that the installed packages cannot write."""
-    check_choice("preprocessing", preprocessing, WHERE_PREPROCESSED)
-    check_choice("precision", precision, tuple(TOLERANCES))
+def check_export(preprocessing: str = "outside") -> None:
+    """Raise ZooError for an unknown place of the preprocessing, or if the installed packages cannot export."""
+    check_choice("preprocessing", preprocessing, ("outside", "inside"))
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ZooError(f"Exporting needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -118,48 +111,32 @@ def write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> None:
     program.save(path)
 
 
-WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height
-TOLERANCES = {"float32": 1e-3, "float16": 5e-3}  # in probabilities
-SMALL = 1024  # weights with at most this many numbers stay in float32
+TOLERANCE = 1e-3  # in probabilities
 
 
-def make_variant(path: str, preprocessing: str, precision: str) -> None:
-    """Replace a plain float32 file; its metadata name the precision."""
-    if (preprocessing, precision) == ("outside", "float32"):
-        return
+def take_pixels(path: str) -> None:
+    """Put the preprocessing into a file that was checked."""
     import onnx
 
     plain = OnnxClassifier(path)
-    info: Values = plain.info | {"precision": precision}
-    model = onnx.load(path)
-    if precision == "float16":
-        model = with_float16_weights(model)
-    if preprocessing == "inside":
-        model = with_preprocessing(model, info["preprocessing"])
-        model.graph.output[0].name = "probabilities"  # (B, C)
-        model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(info)})
+    model = with_preprocessing(onnx.load(path), plain.info["preprocessing"])
+    model.graph.output[0].name = "probabilities"  # (B, C)
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(plain.info)})
     onnx.save(model, path)
-    variant = OnnxClassifier(path)
-
-    def probabilities(image: Image.Image) -> np.ndarray:
-        given = np.asarray(image) if variant.takes_pixels else variant.preprocess(image)
-        return variant.probabilities(given[None])
-
-    compare_probabilities(probabilities, plain, TOLERANCES[precision])
+    whole = OnnxClassifier(path)
+    compare_probabilities(lambda image: whole(np.asarray(image)[None]), plain)
 
 
-def compare_probabilities(
-    variant: Callable[[Image.Image], np.ndarray], plain: OnnxClassifier, tolerance: float
-) -> None:
-    """Raise ZooError if the probabilities (1, C) that a variant gives for photographs of odd sizes differ."""
+def compare_probabilities(whole: Callable[[Image.Image], np.ndarray], plain: OnnxClassifier) -> None:
+    """Raise ZooError if the probabilities (1, C) of a file that preprocesses differ, for photographs of odd sizes."""
     for path, size in zip(sample_images(), SIZES, strict=False):
         image = load_image(path).resize(size, Image.Resampling.BICUBIC)
         expected = plain.probabilities(plain.preprocess(image)[None])
-        error = float(np.abs(variant(image) - expected).max())
-        if error > tolerance:
-            problem = f"by {error:.2g}, more than {tolerance:g}: it was not kept. {REPORT}"
+        error = float(np.abs(whole(image) - expected).max())
+        if error > TOLERANCE:
+            problem = f"by {error:.2g}, more than {TOLERANCE:g}: it was not kept. {REPORT}"
             raise ZooError(f"Probabilities of the file for a photograph differ from the model's {problem}")
 
 
@@ -189,20 +166,3 @@ def preprocessing_graph(cfg: Values, ir: int, opset: int, layout: str = "pixels"
     sizes = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"])}
     graph = templates(__package__).get_template("preprocessing.onnx.jinja")
     return graph.render(ir=ir, opset=opset, layout=layout, **sizes, scale=scale, offset=offset)
-
-
-def with_float16_weights(model: Any) -> Any:
-    """Store weights in float16 and cast them when the file is loaded: half the size, float32 arithmetic."""
-    import onnx
-
-    casts = []
-    for weight in model.graph.initializer:
-        if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) <= SMALL:
-            continue
-        name, half = weight.name, onnx.numpy_helper.to_array(weight).astype(np.float16)
-        weight.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}/float16"))
-        casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model

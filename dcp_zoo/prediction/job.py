@@ -1,17 +1,15 @@
-"""A run on many images: what it computes of each, and its way to files on this machine, by parts in the folder
-OUTPUT.unfinished, from which it resumes: FOLDER/_plan.json says what is computed, FOLDER/part-* have the rows. A part
-that exists is complete; what a kill leaves half-written is hidden."""
+"""A run on many images: what it computes of each, and its way to files. Until these are whole, OUTPUT.partial.jsonl has
+what the run depends on and then a row per image, and OUTPUT.partial.float32 their features: the same run continues."""
 
 import json
-import shutil
-import time
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,32 +17,25 @@ from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
 from dcp_zoo.data.images import Progress, no_progress
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import LOCK, UNFINISHED, Content, check_output, locked, write_file
+from dcp_zoo.files import check_output, locked, write_file
 from dcp_zoo.prediction import Predictor
 from dcp_zoo.prediction import outputs as writers
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.tables import NONE
 
-NAMED = 10  # of the images that cannot be read
-PLAN = "_plan.json"
+LATER = "run the same command again later: it continues"
+Told = tuple[list[str], int]  # see `told`
+Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) or, with `Job.together`, (n, E + C)
 
 
-class Rows(NamedTuple):
-    """The rows of one batch, and their features (n, E) if they are kept, with `Job.together` also logits (n, E + C)."""
-
-    rows: list[Row]
-    features: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What a run computes of each image."""
 
     top_k: int = 5  # classes per image
     batch_size: int = 32  # does not affect the predictions
     together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
 
-    def classify(self, images: Sequence[str], predictor: Predictor) -> Iterator[Rows]:
+    def classify(self, images: Sequence[str], predictor: Predictor) -> Iterator[Batch]:
         """Classify images in order, batch by batch."""
         left = iter(images)
         for errors, found in predictor.batches(images, self.batch_size):
@@ -58,17 +49,10 @@ class Job:
                 computed = np.concatenate([found.features, found.logits], 1) if self.together else found.features
                 kept = np.full((len(errors), computed.shape[1]), np.nan, np.float32)
                 kept[[error is None for error in errors]] = computed
-            yield Rows(rows, kept)
-
-    def collect(self, batches: Iterable[Rows], classnames: Sequence[str]) -> list[Row]:
-        """The rows of all batches of `classify`, refined if they are to be."""
-        found = list(batches)
-        rows = [row for batch in found for row in batch.rows]
-        kept = [batch.features for batch in found if batch.features is not None]
-        return self.refined(rows, np.concatenate(kept), classnames) if self.together else rows
+            yield rows, kept
 
     def refined(
-        self, rows: list[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
+        self, rows: Iterable[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
     ) -> list[Row]:
         """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
         each image had without the others. Those of no class, or that cannot be read, stay so and lend nothing."""
@@ -79,16 +63,16 @@ class Job:
         ranked = top_classes(probabilities, classnames, self.top_k)
         return [row | {"predictions": best} if mine else row for row, best, mine in zip(rows, ranked, own, strict=True)]
 
+    def collected(self, batches: Iterable[Batch], classnames: Sequence[str]) -> list[Row]:
+        """The rows of all batches of `classify`, refined if they are to be."""
+        rows, kept = zip(*batches, strict=True)
+        every = [*chain(*rows)]
+        return self.refined(every, np.concatenate(kept), classnames) if self.together else every
 
-@dataclass(frozen=True)
-class Summary:
-    """What became of the images of a run."""
 
-    images: int
-    resumed: int  # that an earlier run had done
-    failed: int  # that cannot be read
-    changed: Sequence[Row] = ()  # that other images changed, of answers together
-    errors: Sequence[str] = field(default=(), compare=False)  # of the first `NAMED` of those
+def told(rows: Iterable[Row]) -> Told:
+    """Why images cannot be read, and the number of answers that others changed."""
+    return [row["error"] for row in rows if "error" in row], sum(map(is_changed, rows))
 
 
 @dataclass(frozen=True)
@@ -98,22 +82,21 @@ class OutputFiles:
     sheet: Path | None = None  # an HTML contact sheet
     overwrite: bool = False  # replace files that exist
 
+    def partial(self, suffix: str) -> Path:
+        """A file of a run that has not ended."""
+        return self.table.with_name(f"{self.table.name}.partial{suffix}")
+
     def check(self) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
         formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
-        files = {option: file for option, file in given.items() if file}
+        files, rows = {option: file for option, file in given.items() if file}, self.partial(".jsonl")
         for option, file in files.items():
             if file.suffix not in (known := formats.get(option, [file.suffix])):
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(known)}.")
-            if [*files.values()].count(file) > 1:
-                raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
-            check_output(file, self.overwrite or self._has_begun(file), option)
-
-    def _has_begun(self, file: Path) -> bool:
-        """Whether an earlier run, which this one resumes, has written a file."""
-        plan = self.table.with_name(self.table.name + UNFINISHED) / PLAN
-        return file.exists() and plan.exists() and file.stat().st_mtime >= plan.stat().st_mtime
+            # a run that was stopped at its end has written some of them
+            own = file.exists() and rows.exists() and file.stat().st_mtime >= rows.stat().st_mtime
+            check_output(file, self.overwrite or own, option)
 
 
 def run(
@@ -124,10 +107,9 @@ def run(
     plan: Values,
     *,
     progress: Progress = no_progress,
-    part_seconds: float = 20,
-) -> Summary:
-    """Classify images and write the outputs, which are checked first. Stopped in any way, the same call resumes: rows
-    are kept every `part_seconds`. ZooError for an output that exists, is not writable or belongs to another run.
+) -> Told:
+    """Classify images and write the outputs, which are checked first. Stopped in any way, the same call continues.
+    Returns what `told` does of its rows. ZooError for an output that exists, is not writable or belongs to another run.
 
     Args:
         load: called only if an image is left to classify.
@@ -136,111 +118,78 @@ def run(
     outputs.check()
     digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
     plan |= {"top_k": job.top_k, "together": job.together, "images": digest, "features": outputs.features is not None}
-    with unfinished_run(outputs.table, plan) as rows:
-        resumed = rows.done
-        predictor = load() if resumed < len(images) or job.together else None
-        if predictor and resumed < len(images):
-            computed = job.classify(images[resumed:], predictor)
-            batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
-            rows.keep(batches, part_seconds)
-        answers = rows.rows
-        kept = rows.features() if job.together or outputs.features else None
-        if predictor and job.together and kept is not None:
-            refined = job.refined([*answers()], kept, predictor.classnames, progress)
-            answers, kept = lambda: iter(refined), kept[:, : -len(predictor.classnames)]
-        if outputs.features and kept is not None:
-            rows.write(outputs.features, lambda temporary: writers.write_features(temporary, images, kept))
-        if outputs.sheet:
-            rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, answers()))
-        write_table = writers.TABLES[outputs.table.suffix]  # the last: it says that the run is complete
-        rows.write(outputs.table, lambda temporary: write_table(temporary, answers(), writers.columns(answers())))
-        failed = [row["error"] for row in answers() if "error" in row]
-        changed = tuple(row for row in answers() if is_changed(row)) if job.together else ()
-    rows.remove()
-    return Summary(len(images), resumed, len(failed), changed, failed[:NAMED])
-
-
-@contextmanager
-def unfinished_run(output: Path, plan: Values) -> Iterator["UnfinishedRun"]:
-    """The finished rows of an output file, for this process alone; ZooError for rows of another plan."""
-    folder = output.with_name(output.name + UNFINISHED)
-    with locked(folder / LOCK) as free:  # the system releases it with the process
+    file, features = outputs.partial(".jsonl"), outputs.partial(".float32")
+    with locked(outputs.partial(".lock")) as free:  # the system releases it with the process
         if not free:
-            raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
-        run = UnfinishedRun(folder)
-        if run.done:
-            before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-            if differ := [name.replace("_", " ") for name in plan if before.get(name) != plan[name]]:
-                problem = f"{folder} holds the first rows of another run, which differs in {', '.join(differ)}."
-                raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this folder.")
-        else:
-            for old in folder.glob("[!.]*"):  # nothing to continue: any plan may begin
-                old.unlink()
-            write_file(folder / PLAN, json.dumps(plan, indent=1).encode())
-        yield run
+            raise ZooError(f"Another process is writing {file}: wait for it, or choose another --output.")
+        done, end = _begun(file, plan)
+        predictor = load() if done < len(images) or job.together else None
+        if predictor and done < len(images):
+            batches = job.classify(images[done:], predictor)
+            for rows, kept in progress(batches, "images", len(images), done=done, size=lambda batch: len(batch[0])):
+                if kept is not None:
+                    _put(kept.tobytes(), features, done * kept[0].nbytes)
+                lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                _put(lines, file, end)
+                done, end = done + len(rows), end + len(lines)
+        found = _finish(images, predictor, job, outputs, progress)
+        for old in (file, features):
+            old.unlink(missing_ok=True)
+    return found
 
 
-class UnfinishedRun:
-    """The finished rows in a folder on this machine; `done` is their number.
-
-    part-N.jsonl    rows, from row N on
-    part-N.float32  their image features, if they are kept, written before them
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = sorted(folder.glob("part-*.jsonl"))
-        self.done = self.classified = sum(1 for _ in self.rows())
-
-    @property
-    def later(self) -> str:
-        """Advice after an error."""
-        kept = f"of {self.classified:,} images that were classified, the rows of {self.done:,} are kept"
-        return f"run the same command again later: {kept}"
-
-    def keep(self, batches: Iterable[Rows], seconds: float) -> None:
-        """Write parts at an interval, and what is left at the end or when the run is stopped."""
-        rows, features, written = list[Row](), list[np.ndarray](), time.monotonic()
-        try:
-            for batch in batches:
-                rows += batch.rows
-                self.classified += len(batch.rows)
-                features += [] if batch.features is None else [*batch.features]
-                if time.monotonic() - written >= seconds:
-                    written, ready = time.monotonic(), (rows, features)
-                    rows, features = [], []  # they wait no more, even if they cannot be written
-                    self.add(*ready)
-        finally:
-            self.add(rows, features)
-
-    def add(self, rows: list[Row], features: list[np.ndarray]) -> None:
-        """Write the rows that follow the last ones."""
+def _begun(file: Path, plan: Values) -> tuple[int, int]:
+    """The number of rows that an earlier run left in a file, and where they end; ZooError for those of another plan."""
+    if file.exists():
+        with file.open("rb") as lines:
+            first, rows = lines.readline(), [len(line) for line in lines if line.endswith(b"\n")]
+        before = json.loads(first) if rows else plan
+        if differ := [name.replace("_", " ") for name in plan if before.get(name) != plan[name]]:
+            problem = f"{file} holds the first rows of another run, which differs in {', '.join(differ)}."
+            raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this file.")
         if rows:
-            file = self.folder / f"part-{self.done:010}.jsonl"
-            if features:
-                self.write(file.with_suffix(".float32"), np.stack(features, dtype=np.float32).tobytes())
-            self.write(file, "".join(json.dumps(row) + "\n" for row in rows))
-            self._files.append(file)
-            self.done += len(rows)
+            return len(rows), len(first) + sum(rows)
+    first = json.dumps(plan).encode() + b"\n"
+    _put(first, file, 0)
+    return 0, len(first)
 
-    def write(self, path: Path, content: Content) -> None:
-        """`write_file`; temporary files that a kill leaves in the folder are removed with it."""
-        write_file(path, content, self.later, self.folder if path.parent == self.folder.parent else None)
 
-    def rows(self) -> Iterator[Row]:
-        for file in self._files:
-            with file.open("rb") as lines:
-                yield from map(json.loads, lines)
+def _put(content: bytes, file: Path, position: int) -> None:
+    """Let a file end with this content, which begins at this position, also after a power cut."""
+    with writing_to(file, LATER), file.open("r+b" if file.exists() else "wb") as opened:
+        opened.seek(position)
+        opened.write(content)
+        opened.truncate()
+        opened.flush()
+        os.fsync(opened.fileno())
 
-    def features(self) -> np.ndarray:
-        """The features of all rows (N, E), joined in a file that is mapped into memory."""
-        file = self.folder / "features"
-        with writing_to(file, self.later), file.open("wb") as joined:
-            joined.writelines(part.with_suffix(".float32").read_bytes() for part in self._files)
-        return np.memmap(file, np.float32, "r").reshape(self.done, -1)
 
-    def remove(self) -> None:
-        """Delete the folder. It is renamed first: half of it would look like the start of a run."""
-        old = self.folder.with_name(f".{self.folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
-        shutil.rmtree(self.folder.replace(old))
+class _Rows(Iterable[Row]):
+    """The rows in a file, read anew each time: they need no memory."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.file.open("rb") as lines:
+            next(lines)
+            yield from map(json.loads, lines)
+
+
+def _finish(
+    images: Sequence[str], predictor: Predictor | None, job: Job, outputs: OutputFiles, progress: Progress
+) -> Told:
+    """Write the outputs of a run whose rows are complete."""
+    rows: Iterable[Row] = _Rows(outputs.partial(".jsonl"))
+    kept: Any = None
+    if job.together or outputs.features:
+        kept = np.memmap(outputs.partial(".float32"), np.float32, "r").reshape(len(images), -1)
+    if predictor and job.together:
+        rows = job.refined(rows, kept, predictor.classnames, progress)
+        kept = kept[:, : -len(predictor.classnames)]
+    if outputs.features:
+        write_file(outputs.features, partial(writers.write_features, names=images, features=kept), LATER)
+    if outputs.sheet:
+        write_file(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows), LATER)
+    write_file(outputs.table, partial(writers.TABLES[outputs.table.suffix], rows=rows), LATER)
+    return told(rows)

@@ -1,5 +1,5 @@
 """What a run on many images writes: tables of predictions (.csv, .jsonl), image features (.npz) and a contact sheet.
-Rows are written in a stream, to need no memory."""
+Rows are read several times and written in a stream, to need no memory."""
 
 import heapq
 import json
@@ -19,32 +19,26 @@ from dcp_zoo.files import templates
 from dcp_zoo.tables import NONE, write_csv
 
 
-def columns(rows: Iterable[Row]) -> list[str]:
-    """The columns of a table of these rows. `class` is what was decided; `best`, of a run that rejects, is the most
-    probable class, and `probability` its probability."""
-    names, ranks = set[str](), 1
-    for row in rows:
-        names |= row.keys()
-        ranks = max(ranks, len(row.get("predictions", ())))
-    others = (f"{name}_{rank}" for rank in range(2, ranks + 1) for name in ("class", "probability"))
-    rejected, best = (["rejected"], ["best"]) if "rejected" in names else ([], [])
-    return ["image", *rejected, "class", *best, "probability", *others, *["alone"] * ("alone" in names), "error"]
-
-
 def _cells(row: Row) -> Values:
-    """The values of a row by their columns, without those that it lacks."""
-    flat = written(row)
-    for rank, prediction in enumerate(flat.pop("predictions", []), 1):
-        names = (f"class_{rank}", f"probability_{rank}") if rank > 1 else ("best", "probability")
-        flat |= dict(zip(names, prediction.values(), strict=True))
-    return flat
+    """The values of a row by their columns. `class` is what was decided; `best`, of a run that rejects, is the most
+    probable class, and `probability` its probability."""
+    if "error" in row:
+        return row
+    first, *others = row["predictions"]
+    flat = {name: row[name] for name in ("image", "rejected") if name in row} | {"class": label(row)}
+    flat |= ({"best": first["class"]} if "rejected" in row else {}) | {"probability": first["probability"]}
+    for rank, prediction in enumerate(others, 2):
+        flat |= {f"class_{rank}": prediction["class"], f"probability_{rank}": prediction["probability"]}
+    return flat | ({"alone": row["alone"]} if "alone" in row else {})
 
 
-def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
-    write_csv(path, columns, ([cells.get(name) for name in columns] for cells in map(_cells, rows)))
+def _write_csv(path: str, rows: Iterable[Row]) -> None:
+    sound = ([*_cells(row)] for row in rows if "error" not in row)
+    names = [*next(sound, ["image", "class", "probability"]), "error"]  # all have the same
+    write_csv(path, names, ([cells.get(name) for name in names] for cells in map(_cells, rows)))
 
 
-def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
+def _write_jsonl(path: str, rows: Iterable[Row]) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         file.writelines(json.dumps(written(row)) + "\n" for row in rows)
 
@@ -63,12 +57,7 @@ PER_CLASS = 60  # images shown of a class: the sheet of a million images must op
 SIZE = 128  # pixels of a thumbnail's longer side
 
 
-def write_sheet(
-    path: Path,
-    images: Sequence[str],
-    rows: Iterable[Row],
-    temporary: str,
-) -> None:
+def write_sheet(path: Path, images: Sequence[str], rows: Iterable[Row], temporary: str) -> None:
     """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place."""
     counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
     for index, row in enumerate(rows):

@@ -21,7 +21,7 @@ from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
-from dcp_zoo.onnx.export import TOLERANCES, compare_probabilities, export, with_preprocessing
+from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
 from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 
@@ -42,7 +42,7 @@ def accuracies(metrics: Values) -> dict[str, float]:
 
 
 def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has ONNX files for other clients.
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients.
     ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
     info, problem = model.info, not_of_dataset(model)
     if problem and info.get("metrics"):
@@ -145,10 +145,10 @@ def claimed(name: str, model: Head) -> dict[str, float]:
 
 LICENSE = "apache-2.0"
 PREPROCESSOR = "preprocessor_config.json"
-ONNX_FILES = {"float32": "onnx/model.onnx", "float16": "onnx/model_fp16.onnx"}  # as transformers.js names them
+ONNX_FILE = "onnx/model.onnx"  # as transformers.js names it, of float32
 
 
-def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -> Path:
+def export_hub(model: Head, folder: str | Path) -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
     ZooError as of `export`, `with_preprocessing` and `make_card`, and for a folder that is not empty or not writable.
 
@@ -156,14 +156,13 @@ def export_hub(model: Head, folder: str | Path, *, precision: str = "float32") -
         model: with stored statistics; float32, on the CPU.
         folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
             and `onnx/model.onnx`, which contains CLIP's image tower.
-        precision: "float16" adds a second ONNX file.
     """
     folder = Path(folder)
     check_empty(folder)
     with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
-            _write_repo(model, Path(temporary, "new"), "ORG/NAME", LICENSE, True, precision)
+            _write_repo(model, Path(temporary, "new"), "ORG/NAME", LICENSE, True)
             Path(temporary, "new").replace(folder)
     return folder
 
@@ -188,10 +187,10 @@ def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: st
         return upload(folder, repo_id, private)
 
 
-def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool, precision: str = "float32") -> None:
+def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: bool) -> None:
     model.save_pretrained(folder)
     if onnx:
-        write_client_files(model, folder, precision)
+        write_client_files(model, folder)
     make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size, onnx).save(folder / CARD_NAME)
 
 
@@ -204,7 +203,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, *ONNX_FILES.values()],
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, ONNX_FILE],
             commit_message="Upload a head with dcp_zoo",
         ).oid
 
@@ -212,13 +211,10 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return retried(send)
 
 
-def write_client_files(model: Head, folder: Path, precision: str = "float32") -> None:
-    """Add to a model's checkpoint what other clients read: ONNX files in float32 and in `precision`, a
-    `preprocessor_config.json`, and fields of `config.json`. ZooError as of `export` and `with_preprocessing`."""
-    for kind in dict.fromkeys(("float32", precision)):
-        path = folder / ONNX_FILES[kind]
-        export(model, path, precision=kind)
-        _take_any_size(path, kind)
+def write_client_files(model: Head, folder: Path) -> None:
+    """Add to a model's checkpoint what other clients read: an ONNX file, a `preprocessor_config.json`, and fields of
+    `config.json`. ZooError as of `export` and `with_preprocessing`."""
+    _take_any_size(export(model, folder / ONNX_FILE))
     cfg = model.pretrained_cfg
     _, height, width = cfg["input_size"]
     preprocessor = {
@@ -244,7 +240,7 @@ def write_client_files(model: Head, folder: Path, precision: str = "float32") ->
         write_file(folder / name, json.dumps(content, indent=1) + "\n")
 
 
-def _take_any_size(path: Path, precision: str) -> None:
+def _take_any_size(path: Path) -> None:
     """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C)."""
     import onnx
     import onnxruntime
@@ -263,4 +259,4 @@ def _take_any_size(path: Path, precision: str) -> None:
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
         return np.exp(log_softmax(session.run(["logits"], {INPUT: pixels})[0]))
 
-    compare_probabilities(probabilities, plain, TOLERANCES[precision])
+    compare_probabilities(probabilities, plain)

@@ -4,25 +4,18 @@ the packages of the server, which is in `app`."""
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Checked, count, option
 
 
-@dataclass(frozen=True)
-class Limits(Checked):
-    """What one request may hold; ZooError for a limit that lets nothing through."""
+class Limits(NamedTuple):
+    """What one request may hold."""
 
-    max_mb: float = option(20, "Size of one request, in megabytes, at most.", min=0.001)
-    max_pixels: int = count(50_000_000, "Pixels per image, at most.")
-    max_images: int = count(16, "Images per request, at most.")
-    timeout: float = option(30, "Seconds for a request to arrive; also the grace period at shutdown.", min=0.001)
-
-    @property
-    def max_bytes(self) -> int:
-        return round(1e6 * self.max_mb)
+    max_bytes: float = 20e6
+    max_pixels: int = 50_000_000  # per image
+    max_images: int = 16
+    timeout: float = 30  # seconds for a request to arrive; also the grace period at shutdown
 
 
 DEFAULT_LIMITS = Limits()
