@@ -4,7 +4,6 @@ from .api.functions import evaluate as evaluate
 from .api.functions import predict as predict
 from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images
-from .benchmark.compare import compare as compare
 from .data.packaged import list_datasets as list_datasets
 from .errors import UnreadableImages as UnreadableImages
 from .errors import ZooError as ZooError

@@ -31,7 +31,7 @@ from dcp_zoo.data import download as downloads
 from dcp_zoo.data.download import AGENT
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_writable, format_duration
+from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 from dcp_zoo.zoo.registry import HUB_ORG, get_spec
 
@@ -151,8 +151,7 @@ class BuildOptions:
     agree: opt.Agree = False
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run.")
-    dry_run: bool = opt.option(False, "Show the heads, training steps, disk space and downloads; start nothing.")
+    dry_run: bool = opt.option(False, "Show the heads, disk space and downloads; start nothing.")
 
     def check(self) -> None:
         """ZooError for all options that are missing; --dry-run needs no folders."""
@@ -207,16 +206,9 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
     heads, results = states(folder, trials), store.results(folder)
     output.print(grid_table(trials, results))
     show_states(heads)
-    todo = [trial for trial in trials if trial.key not in results]
-    steps = sum(trial.steps for trial in todo)
-    work = f"{steps:,} training steps."
-    if (given := options.step_seconds) is not None:
-        seconds = given * steps
-        work += f" If a step takes {given:g} s: {format_duration(seconds)} of training in sequence."
     size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
     needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
     output.print(
-        f"Work: {work}\n"
         f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets.\n"
         f"Downloads: {needed if missing else 'none, all datasets are here'}.",
         soft_wrap=True,

@@ -6,9 +6,7 @@ import os
 import pickle
 import random
 import shutil
-import sqlite3
 import warnings
-from contextlib import closing
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
@@ -248,28 +246,21 @@ def test_features_feed_other_classifiers(pictures):
         classifier.predict(frame)
 
 
-def test_weights_of_images_and_classes_in_the_text_probe(pictures):
+def test_weights_of_images_in_the_text_probe(pictures):
     paths, labels = pictures
     wrong = ["red", *labels[1:]]
 
-    def red(labels, weights=None, **options):
-        return FewShotClassifier(**options).fit(paths[-len(labels) :], labels, weights).predict_proba(paths)[:, 1]
+    def red(labels, weights=None):
+        return FewShotClassifier().fit(paths[-len(labels) :], labels, weights).predict_proba(paths)[:, 1]
 
     expected, equal = red(labels[1:]), red(wrong)
     assert red(wrong, [0, *[1] * 7]) == pytest.approx(expected, abs=1e-5)  # as if it was not there
     assert red(wrong, [2] * 8) == pytest.approx(equal, abs=1e-5)
-    assert red(wrong, [3, *[1] * 3, *[3] * 4]) == pytest.approx(red(wrong, class_weight={"red": 3}), abs=1e-5)
-    for options, weights in (({}, [1] * 8), ({"class_weight": {"red": 2}}, None)):
-        with pytest.raises(ZooError, match="gda does not support .*_weight: choose method='text-probe'"):
-            FewShotClassifier(method="gda", **options).fit(paths, labels, weights)
-    for options, weights, message in (
-        ({}, [1] * 7, "sample_weight"),
-        ({}, [0] * 4 + [1] * 4, "fewer than two classes"),
-        ({"class_weight": {"green": 1}}, None, "class_weight"),
-        ({"class_weight": {"red": -1}}, None, "class_weight"),
-    ):
+    with pytest.raises(ZooError, match="gda does not support sample_weight: choose method='text-probe'"):
+        FewShotClassifier(method="gda").fit(paths, labels, [1] * 8)
+    for weights, message in (([1] * 7, "sample_weight"), ([0] * 4 + [1] * 4, "fewer than two classes")):
         with pytest.raises(ZooError, match=message):
-            FewShotClassifier(**options).fit(paths, labels, weights)
+            FewShotClassifier().fit(paths, labels, weights)
 
 
 def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypatch):
@@ -283,44 +274,42 @@ def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypat
     again = clone(features).fit(paths[1:], labels[1:])
     assert np.array_equal(again.predict_proba(paths), expected)
     assert runs.calls == first  # not even for the image that was only predicted
-    file = tmp_path / "kept" / cache.FILE_NAME
     assert np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
     assert runs.calls == first
     Image.open(paths[-1]).save(paths[0])
     os.utime(paths[0], (1, 1))
-    file.write_bytes(b"damaged")
+    for file in (tmp_path / "kept").rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
     assert not np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
     assert runs.calls > first
 
 
-def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
-    """Wherever the file is damaged, it gives what was put there or nothing."""
-    values = {str(i): torch.full((1000,), float(i)) for i in range(5)}
-    cache.FeatureCache(tmp_path).put(values)
-    file = tmp_path / cache.FILE_NAME
-    whole = file.read_bytes()
-    damages = [whole[:at] + bytes(9) + whole[at + 9 :] for at in (*range(0, 200, 20), *range(200, len(whole), 4997))]
-    for damaged in (*damages, whole[:100], whole[:-4997]):
-        file.write_bytes(damaged)
-        for _ in range(2):  # the second one finds what the first one left
-            kept = cache.FeatureCache(tmp_path)
-            assert all(torch.equal(value, values[key]) for key, value in kept.get(values).items())
-            kept.put(values)
-    assert len(cache.FeatureCache(tmp_path).get(values)) == 5
+def test_the_cache_gives_what_was_put_there_or_nothing(tmp_path):
+    """Damaged files are passed over; the oldest go when a folder is opened, or memory is full."""
+    values = {str(i): torch.full((2, 1000), float(i)) for i in range(5)}
+    kept = cache.FeatureCache(tmp_path)
+    for key, value in values.items():
+        kept.put("tower", {key: value})
+    assert all(torch.equal(value, values[key]) for key, value in kept.get("tower", set(values)).items())
+    assert not kept.get("other tower", set(values))
+    for path, size in zip(sorted(tmp_path.rglob("*.safetensors")), (0, 100, -100), strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    assert len(kept.get("tower", set(values))) == 2
+    in_memory = cache.FeatureCache(limit=10_000)
+    in_memory.put("tower", values)
+    assert in_memory.get("tower", set(values)).keys() == {"4"}
+    assert not cache.FeatureCache(tmp_path, limit=1).get("tower", set(values))
 
 
-def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    cache.FeatureCache(tmp_path).put({})
-    with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        kept = cache.FeatureCache(tmp_path)
-        with pytest.warns(UserWarning, match="not cached for the next run. .*database is locked. Choose another"):
-            kept.put({"1": torch.ones(3)})
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            kept.put({"2": torch.ones(3)})
-            assert kept.get("123").keys() == {"1", "2"}
+def test_a_cache_that_cannot_be_written_is_gone_around(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    kept = cache.FeatureCache(tmp_path / "file")
+    with pytest.warns(UserWarning, match="not cached for the next run. Cannot write to .* Choose another DCP_ZOO"):
+        kept.put("tower", {"1": torch.ones(1, 3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept.put("tower", {"1": torch.ones(1, 3)})
+        assert kept.get("tower", {"1"}) == {}
 
 
 def test_features_are_kept_by_what_an_image_shows(tmp_path):
@@ -413,7 +402,6 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "head.predict": lambda: head.predict(images),
         "attention": lambda: attention_maps(head, images),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
-        "compare": lambda: dcp_zoo.compare(*pictures, methods=["gda"], cv=2),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
 

@@ -1,10 +1,9 @@
-"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed, shared and resumed."""
+"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed and resumed."""
 
 import errno
 import json
 import math
 import multiprocessing
-import re
 import time
 from dataclasses import replace
 from functools import cache, partial
@@ -305,29 +304,28 @@ def work(output: Path) -> None:
         time.sleep(0.2)
         return made_up_result(trial)
 
-    sweep.run_trial, sweep.BUSY_SECONDS, plan.read_split = run_trial, 0.1, no_images
+    sweep.run_trial, plan.read_split = run_trial, no_images
     assert sweep.sweep(TRIALS, Settings(output)) == {}
 
 
-def test_a_killed_sweep_resumes_and_others_share_its_work(tmp_path):
-    """What it had locked is free, and no trial that was finished runs again."""
+def test_a_killed_sweep_resumes_and_another_in_its_folder_is_refused(tmp_path):
+    """No trial that was finished runs again."""
 
     def runs() -> list[str]:
         return (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
 
-    first, *others = (multiprocessing.get_context("fork").Process(target=work, args=[tmp_path]) for _ in range(3))
+    first, second = (multiprocessing.get_context("fork").Process(target=work, args=[tmp_path]) for _ in range(2))
     first.start()
     until(lambda: len(runs()) == 3)
-    with store.lock(tmp_path, lost := runs()[-1]) as acquired:
-        assert not acquired
+    with pytest.raises(ZooError, match="Another process .*: wait, or choose another --output"):
+        sweep.sweep(TRIALS, Settings(tmp_path))
     first.kill()
     first.join()
-    assert store.done(tmp_path) == set(runs()[:2])
-    for process in others:
-        process.start()
-    for process in others:
-        process.join(60)
-        assert process.exitcode == 0
+    lost = runs()[-1]
+    assert store.done(tmp_path) == set(runs()) - {lost}
+    second.start()
+    second.join(60)
+    assert second.exitcode == 0
     assert sorted(runs()) == sorted([lost, *(trial.key for trial in TRIALS)])
     assert store.done(tmp_path) == set(runs())
 
@@ -337,7 +335,7 @@ def test_a_killed_sweep_resumes_and_others_share_its_work(tmp_path):
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run):
     said = run.ok(*COMMAND, "--methods", "dcp,zero-shot", "--output", tmp_path / "sweep", "--dry-run")
-    assert re.search(r"176 trials, 176 to run: \d+,\d+ training steps\.", said)
+    assert "176 trials, 176 to run." in said
     assert not (tmp_path / "sweep").exists()
 
 

@@ -1,7 +1,6 @@
 """`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
 
 import json
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,11 +90,9 @@ def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
     assert "GB for 4 heads" in out
-    assert "Work: 16 training steps." in out  # 4 epochs of one step, 4 times
     monkeypatch.setattr("build.gigabytes", lambda specs: 1.0)
-    out = run.ok("--models", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "240")
+    out = run.ok("--models", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run")
     assert "Downloads: fgvc_aircraft, 1.0 GB" in out  # nothing else is needed
-    assert re.search(r"If a step takes 240 s: .* min of training in sequence\.", out)
     assert "Pass --models MODEL, --data-root DIR, --output DIR: python hub/build.py" in run()[2]
 
 

@@ -110,7 +110,7 @@ def test_a_source_without_images_is_explained(photos):
     for source, message in (
         ("videos", "No image in videos .*, but 2 .mp4, 1 .txt"),
         ("photos/*.png", r"No image matches photos/\*.png"),
-        ("s3://bucket/photos", "s3://bucket/photos is at a URL: download it, and pass the files"),
+        ("s3://bucket/photos", "There is no file or folder s3://bucket/photos: check the path"),
     ):
         with pytest.raises(ZooError, match=message):
             find_images([source])

@@ -14,7 +14,7 @@ from shared import CFG, build_tiny_clip
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
-from dcp_zoo import FewShotClassifier, compare, create_model, predict, train
+from dcp_zoo import FewShotClassifier, create_model, predict, train
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.data import load_image
 from dcp_zoo.data.images import crop
@@ -59,17 +59,11 @@ def head(encoders, pictures):
     return train("dcp_mini", *pictures, encoder=list(encoders.values()))
 
 
-def test_methods_are_compared_with_and_without_an_encoder(encoders, pictures):
-    """Those without a text probe cannot read it. Each suggested encoder says its cost and licence."""
+def test_each_suggested_encoder_says_its_cost_and_licence():
     rows = {row.name: row for row in list_encoders()}
     small = rows["vit_small_patch14_dinov2.lvd142m"]
     assert (small.parameters, small.features, small.license) == (22.1, 384, "apache-2.0")
     assert all(row.license for row in rows.values())
-    both = f"dcp_mini+{encoders['transformer']}"
-    found = compare(*pictures, methods=["text-probe", "gda"], models=["dcp_mini", both], cv=2)
-    assert {row[:2] for row in found} == {("dcp_mini", "text-probe"), ("dcp_mini", "gda"), (both, "text-probe")}
-    losses = [row.log_loss for row in found if row.method == "text-probe"]
-    assert losses[0] != losses[1]
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
     with pytest.raises(ZooError, match="No image of a, b can be read"):
         dcp_zoo.inspect(tmp_path / "all")
     (tmp_path / "all" / "b" / "2.jpg").symlink_to(tmp_path / "gone" / "b" / "2.jpg")
-    with pytest.raises(ZooError, match=rf"b/2.jpg \(a link to {tmp_path / 'gone'}\S*, which is gone\)"):
+    with pytest.raises(ZooError, match=r"b/2.jpg \(there is no such file\)"):
         dcp_zoo.inspect(tmp_path / "all")
     assert "Pass a folder" in run("inspect")[2]
 

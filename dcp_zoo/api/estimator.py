@@ -18,7 +18,6 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from dcp_zoo.answers import Outputs
 from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plan_own, warn_of
 from dcp_zoo.api.inputs import (
-    ClassWeights,
     Images,
     Labelled,
     Labels,
@@ -60,7 +59,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     be a DataFrame with one column. Methods that need only features take those in their place, see `transform`.
 
     Args:
-        model, classifier, recipe, classnames, class_weight, callbacks, device, precision, encoder: see `dcp_zoo.train`.
+        model, classifier, recipe, classnames, callbacks, device, precision, encoder: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
         batch_size: images per forward pass when it classifies: fewer need less memory; it does not affect the
             predictions.
@@ -87,7 +86,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         classifier: str | None = None,
         recipe: RecipeLike = None,
         classnames: Sequence[str] | None = None,
-        class_weight: ClassWeights = None,
         callbacks: Sequence[Callback] | None = None,
         encoder: str | Sequence[str] | None = None,
         batch_size: int = 64,
@@ -103,7 +101,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         self.classifier = classifier
         self.recipe = recipe
         self.classnames = classnames
-        self.class_weight = class_weight
         self.callbacks = callbacks
         self.encoder = encoder
         self.batch_size = batch_size
@@ -124,15 +121,15 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
         Args:
             images, labels: see `dcp_zoo.train`.
-            sample_weight: what the loss of each image is multiplied with (n,), beside its `class_weight`; of a text
-                probe alone, as by default. Images with weight 0 are left out.
+            sample_weight: what the loss of each image is multiplied with (n,); of a text probe alone, as by default.
+                Images with weight 0 are left out.
             validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
                 images of a test.
         """
         data, epochs = labelled(images, labels, self.classnames), list[Epoch]()
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
-        named = ("recipe", "classifier", "class_weight", "device", "precision", "encoder", "errors")
+        named = ("recipe", "classifier", "device", "precision", "encoder", "errors")
         options: Values = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
         options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         if self.memory is None and parent_process():

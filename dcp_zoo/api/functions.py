@@ -1,6 +1,5 @@
 """Train a head on your own images, measure it, and classify with it."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -14,7 +13,6 @@ from torch import Tensor
 from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
     ClassNames,
-    ClassWeights,
     Images,
     Labelled,
     Labels,
@@ -58,7 +56,6 @@ def train(
     recipe: RecipeLike = None,
     classnames: ClassNames = None,
     validation: Images = None,
-    class_weight: ClassWeights = None,
     output: str | Path | None = None,
     errors: str = "raise",
     **options: Any,
@@ -79,8 +76,6 @@ def train(
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         validation: (images, labels), or a folder, on which some methods choose hyperparameters (see
             `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
-        class_weight: weight of the losses of a text probe alone, by label; "balanced" is what it always is. Default:
-            all equal.
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
             is written.
         errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
@@ -96,7 +91,7 @@ def train(
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
-    chosen: Values = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
+    chosen: Values = {"recipe": recipe, "classifier": classifier}
     settings = RunOptions(**own)
     run = plan_own(data, validation, model, method, progress=settings.progress, errors=errors, **chosen, **options)
     with all_named([*run.split.items, *run.split.none]):
@@ -109,14 +104,13 @@ def plan_own(
     model: str,
     method: str,
     *,
-    class_weight: ClassWeights = None,
     sample_weight: Sequence[float] | None = None,
     progress: Progress = bar,
     errors: str = "raise",
     **options: Any,
 ) -> Run:
-    """A run on labelled images, with images for validation or None; `class_weight` and `errors` as of `train`,
-    `sample_weight` one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
+    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one number
+    for each image, and `options` as of `plan`. Files are read when the run needs them."""
     images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
@@ -128,28 +122,12 @@ def plan_own(
     left = {id(item) for item in split.train}
     split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
     run = plan(split, model, method, test_share=0.0, **options)
-    for name, weight in (("class_weight", class_weight), ("sample_weight", sample_weight)):
-        if weight is not None and not run.is_probe_alone:
-            raise ZooError(f"{method} does not support {name}: choose method={DEFAULT_METHOD!r}.")
-    if class_weight is not None:
-        run = replace(run, class_weight=_weights_of(data.classes.tolist(), class_weight))
     if sample_weight is not None:
+        if not run.is_probe_alone:
+            raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
         weights = (w for item, w in zip(data.items, sample_weight, strict=True) if id(item) in left)
         run = replace(run, sample_weight=tuple(weights))
     return run
-
-
-def _weights_of(labels: Sequence[object], class_weight: ClassWeights) -> tuple[float, ...] | None:
-    """The weights of the classes with these labels; None for "balanced", which a text probe always is."""
-    if not isinstance(class_weight, Mapping):
-        check_choice("class_weight", class_weight, ("balanced",))
-        return None
-    if unknown := sorted(map(str, class_weight.keys() - set(labels))):
-        raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
-    weights = tuple(float(class_weight.get(label, 1)) for label in labels)
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise ZooError("class_weight takes finite numbers of at least 0, not all 0.")
-    return weights
 
 
 def evaluate(

@@ -18,7 +18,6 @@ from dcp_zoo.tables import NONE, is_none
 
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
-ClassWeights = str | Mapping[Any, float] | None  # "balanced", or by label
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
 
 

@@ -1,7 +1,6 @@
 """The protocols, and the trials for a grid of choices: the cells of a sweep, and what they depend on. Without torch."""
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +15,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import BaseRecipe, TrainingRecipe, batch_sizes, check_seed
+from dcp_zoo.training.recipes import BaseRecipe, check_seed
 from dcp_zoo.zoo.registry import SHOTS, get_spec
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
@@ -62,19 +61,6 @@ class Trial:
     @property
     def recipe(self) -> BaseRecipe:
         return self.default_recipe.updated(dict(self.options), where="--set")
-
-    @property
-    def steps(self) -> int:
-        """Training steps, from the dataset's number of classes; 0 without training or if it is unknown. An epoch of a
-        method without batches is one."""
-        recipe, classes = self.recipe, find_spec(self.dataset).num_classes
-        if not self.shots or classes is None:
-            return 0
-        if not isinstance(recipe, TrainingRecipe):
-            return getattr(recipe, "steps", getattr(recipe, "epochs", 0))
-        classes = math.ceil(classes / len(PROTOCOLS[self.protocol].parts))
-        images = classes * self.shots
-        return len(batch_sizes(images, recipe.batch_size, recipe.drop_last)) * recipe.fitted(images, classes).num_epochs
 
     @classmethod
     def from_dict(cls, fields: Values) -> "Trial":

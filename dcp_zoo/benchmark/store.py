@@ -1,13 +1,8 @@
-"""The folder of a sweep: one file per finished trial, failure and lock; see also docs/benchmarks.md.
-
-OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system releases the lock with the process
-OUTPUT/unfinished/KEY*    what a trial that was stopped or failed has computed, see `Unfinished`
-"""
+"""The folder of a sweep: one file per finished trial and failure; see docs/benchmarks.md."""
 
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +10,7 @@ from typing import TYPE_CHECKING
 from dcp_zoo.benchmark.plan import FOLDER, Settings, Trial
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import locked, read_plain, write_file
+from dcp_zoo.files import read_plain, write_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,11 +117,6 @@ def _read_json(path: Path) -> Values:
         if content["format"] != FILE_FORMAT:
             raise ValueError(f"format {content['format']}, not {FILE_FORMAT}")
     return content
-
-
-def lock(output: Path, key: str) -> AbstractContextManager[bool]:
-    """Whether this process may run a trial; if so, no other may until the context or the process ends."""
-    return locked(output / "locks" / f"{key}.lock")
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":

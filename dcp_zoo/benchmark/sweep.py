@@ -5,9 +5,9 @@ import os
 import socket
 import time
 import traceback
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -22,7 +22,7 @@ from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import sha256_of
+from dcp_zoo.files import alone_in, sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.heads.config import is_finished
 from dcp_zoo.heads.head import Head
@@ -54,7 +54,7 @@ class Event:
     """What has become of a trial."""
 
     trial: Trial
-    state: str  # "done", "failed", "busy" in another process, or "waiting" for another attempt on a cluster
+    state: str  # "done" or "failed"
     message: str = ""  # accuracies, or why
     seconds: float = 0.0  # that it took
 
@@ -196,27 +196,19 @@ def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished
     return found
 
 
-BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
-
-
 def execute(
     trial: Trial, settings: Settings, progress: Progress = no_progress, images: TrialImages | None = None
 ) -> Event:
-    """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed (its error is in
-    a file), or busy in another process. ZooError for an output folder that is not writable, or of other settings."""
+    """Run one trial, in this process or on a worker, and write its file, or that of its error. ZooError for an output
+    folder that is not writable."""
     started = time.perf_counter()
-    with store.lock(settings.output, trial.key) as acquired:
-        if not acquired:
-            return Event(trial, "busy")
-        if store.finished(trial, settings):
-            return Event(trial, "done", "by another process")
-        try:
-            result = run_trial(trial, settings, progress=progress, images=images)
-        except Exception as error:  # whatever it is, the other trials can continue
-            message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
-            store.save_failure(settings.output, trial, message, traceback.format_exc())
-            return Event(trial, "failed", message, seconds=time.perf_counter() - started)
-        store.save_result(settings.output, result)
+    try:
+        result = run_trial(trial, settings, progress=progress, images=images)
+    except Exception as error:  # whatever it is, the other trials can continue
+        message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
+        store.save_failure(settings.output, trial, message, traceback.format_exc())
+        return Event(trial, "failed", message, seconds=time.perf_counter() - started)
+    store.save_result(settings.output, result)
     rows = ((e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"])
     accuracies = ", ".join(" ".join(filter(None, row)) for row in rows)
     return Event(trial, "done", accuracies, seconds=time.perf_counter() - started)
@@ -227,30 +219,19 @@ def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progre
         yield execute(trial, settings, progress)
 
 
-def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], settings: Settings) -> Iterator[Event]:
-    """The events of all trials. Those that another sweep is running are checked again at the end."""
-    while trials:
-        busy = []
-        for event in run(trials, settings):
-            yield event
-            if event.state == "busy":
-                busy.append(event.trial)
-        if len(busy) == len(trials):
-            time.sleep(BUSY_SECONDS)
-        trials = busy
-
-
 # -------------------------------------------------------------------------------------------------------------- on Ray
-# Trials are repeated when their worker dies.
+
 
 LOCAL = "local"
-CONNECT_SECONDS, LOCAL_STARTS = 10, 3
+CONNECT_SECONDS = 10
+RETRIES = 2  # after a worker died, a machine was lost, or memory was exhausted
 
 
 def import_ray() -> Any:
     """The ray module, with the settings that it reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # otherwise they have no end
     return import_extra("ray", "ray")
 
 
@@ -261,109 +242,60 @@ def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    options = {"include_dashboard": False} | local if address == LOCAL else {}
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if colon and port.isdecimal():  # Ray itself would retry for minutes and then exit the process
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises many types, including plain Exception
-        token = " If it wants a token, set RAY_AUTH_MODE=token." if "AuthToken" in str(error.__cause__) else ""
-        raise ZooError(f"No Ray cluster at {address!r}: {error}.{token} To start one: --ray local.") from error
+        raise ZooError(f"No Ray cluster at {address!r}: {error}. To start one: --ray local.") from error
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-def _init(ray: ModuleType, address: str, options: Values) -> None:
-    """Connect; a local start is retried, as Ray's timeout of 30 seconds is too short for a busy machine."""
-    for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
-        try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
-            return
-        except Exception:
-            ray.shutdown()
-            if attempt == LOCAL_STARTS - 1 or address != LOCAL:
-                raise
-
-
-@dataclass(frozen=True)
-class Resources:
-    """The resources of one trial."""
-
-    cpus: float = 1  # also the number of torch's threads
-    gpus: float | None = None  # 0.5 puts two trials on a GPU; None: 1 if the cluster has GPUs, else 0
-    retries: int = 2  # after a worker died, a machine was lost, or memory was exhausted
-
-    def fitted(self, ray: ModuleType) -> "Resources":
-        """The same with a definite number of GPUs; ZooError if no machine is large enough for a trial."""
-        fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
-        needs = {"CPU": fitted.cpus, "GPU": fitted.gpus or 0}
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(machine.get(name, 0) >= n for name, n in needs.items()) for machine in machines):
-            found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in machines)
-            needed = f"{fitted.cpus:g} cores and {fitted.gpus:g} GPUs for one trial (found: {found or 'none'})"
-            raise ZooError(f"No machine of the cluster has {needed}. Request less with --per-trial.")
-        return fitted
-
-
 def sweep_on_ray(
-    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = Resources()
+    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, cpus: float = 1, gpus: float | None = None
 ) -> Iterator[Event]:
-    """Run trials on a cluster and yield their events, in this process's folder where that exists. Each writes its
-    result to the sweep's folder, which all machines must share, so that if this process dies, only running trials are
-    lost. Closing the generator cancels what runs. Workers are reused, with the images they have prepared."""
-    folder, lost = os.getcwd(), Counter[Trial]()  # noqa: PTH109
+    """Run trials on a cluster and yield their events. Each writes its result to the sweep's folder, which all machines
+    must share, so that if this process dies, only running trials are lost. Closing the generator cancels what runs.
+    Workers are reused, with the images they have prepared.
 
-    def on_worker(trial: Trial) -> Event:
-        with suppress(OSError):  # so that relative paths start there; a machine without the folder needs no such paths
-            os.chdir(folder)
-        return execute(trial, settings)
-
+    Args:
+        cpus: of a trial; also the number of torch's threads.
+        gpus: of a trial: 0.5 puts two on a GPU. Default: 1 if the cluster has GPUs, else 0.
+    """
+    root = settings.data_root and settings.data_root.absolute()
+    settings = replace(settings, output=settings.output.absolute(), data_root=root)  # workers start elsewhere
     with connected(address) as ray:
-        resources = resources.fitted(ray)
-        remote = ray.remote(
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            max_calls=0,  # otherwise a worker with a GPU would exit after each task
-            max_retries=0,  # retries are counted here: Ray's have no end where memory is exhausted
-        )(on_worker)
-        running = {remote.remote(trial): trial for trial in longest_first(trials)}
+        gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(machine.get("CPU", 0) >= cpus and machine.get("GPU", 0) >= gpus for machine in machines):
+            needed = f"{cpus:g} cores and {gpus:g} GPUs for one trial"
+            raise ZooError(f"No machine of the cluster has {needed}. Request less with --per-trial.")
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES}
+        # with `max_calls` a worker with a GPU would exit after each task
+        remote = ray.remote(max_calls=0, **options)(execute)
+        running = {remote.remote(trial, settings): trial for trial in trials}
         try:
             while running:
-                for reference in ray.wait(list(running))[0]:
-                    trial = running.pop(reference)
-                    event = _ended(ray, reference, trial, settings, lost, resources.retries)
-                    if event.state == "waiting":
-                        running[remote.remote(trial)] = trial
-                    yield event
-        except ray.exceptions.RaySystemError as error:
-            raise ZooError(f"Ray stopped ({error}). Finished work is kept: repeat the command to resume.") from error
+                (reference,), _ = ray.wait(list(running))
+                yield _ended(ray, reference, running.pop(reference), settings)
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
 
 
-def longest_first(trials: Sequence[Trial]) -> list[Trial]:
-    """Sort trials by training steps: a long one that starts last would keep all other machines waiting. Trials without
-    training still come first; they reveal missing files early."""
-    return sorted(trials, key=lambda trial: (trial.shots > 0, -trial.steps))
-
-
-def _ended(
-    ray: ModuleType, reference: object, trial: Trial, settings: Settings, lost: Counter[Trial], retries: int
-) -> Event:
+def _ended(ray: ModuleType, reference: object, trial: Trial, settings: Settings) -> Event:
     """The event of a trial that has ended; it has failed if Ray lost it too often. Raises what the worker raised."""
     try:
         event: Event = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ZooError) else error) from None
     except ray.exceptions.RayError as error:
-        lost[trial] += 1
-        reason = f"Ray lost it ({type(error).__name__})"
-        if lost[trial] <= retries:
-            return Event(trial, "waiting", f"{reason}; attempt {lost[trial] + 1} of {retries + 1} follows")
-        reason = f"{reason}, {lost[trial]} times"
+        reason = f"Ray lost it ({type(error).__name__}), {RETRIES + 1} times"
         store.save_failure(settings.output, trial, reason, str(error))
         return Event(trial, "failed", reason)
     if event.state == "done" and trial.key not in store.done(settings.output):
@@ -380,9 +312,11 @@ def sweep(
     show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
 ) -> dict[Trial, str]:
     """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events
-    to display them, given their number. Returns the trials that failed, with their error messages."""
+    to display them, given their number. Returns the trials that failed, with their error messages. ZooError for a
+    folder in which another process sweeps, or of other settings."""
     plan.forget_images()
     shared_images.cache_clear()
-    todo = [trial for trial in trials if not store.finished(trial, settings)]
-    events = show(_until_done(run, todo, settings), len(todo))
-    return {event.trial: event.message for event in events if event.state == "failed"}
+    with alone_in(settings.output):
+        todo = [trial for trial in trials if not store.finished(trial, settings)]
+        events = show(run(todo, settings), len(todo))
+        return {event.trial: event.message for event in events if event.state == "failed"}

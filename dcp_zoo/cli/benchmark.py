@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GRID = "Grid (comma-separated lists or repeated options)"
 several = partial(opt.option, (), rich_help_panel=GRID)
-on_cluster = partial(opt.option, None, rich_help_panel="Cluster")  # None leaves the default of `Resources`
+on_cluster = partial(opt.option, None, rich_help_panel="Cluster")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BenchmarkOptions:
     data_root: opt.DataRoot = None
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    dry_run: bool = opt.option(False, "Show the plan and its training steps.")
+    dry_run: bool = opt.option(False, "Show the plan, and what is missing.")
 
     def trials(self) -> list[Trial]:
         lists = "methods", "datasets", "targets"
@@ -67,16 +67,17 @@ class ClusterOptions:
 
     def backend(self) -> Callable[..., Any]:
         """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.sweep import Resources, import_ray, run_in_process, sweep_on_ray
+        from dcp_zoo.benchmark.sweep import import_ray, run_in_process, sweep_on_ray
 
         if self.ray is not None:
             wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
-            with as_zoo_error(wrong, TypeError, ValueError):
-                parts = (part.partition("=") for part in split_list(self.per_trial or "") if part)
-                given: Values = {name: float(value) for name, _, value in parts}
-                resources = Resources(**given)
+            with as_zoo_error(wrong, ValueError):
+                pairs = (part.split("=") for part in split_list(self.per_trial or "") if part)
+                given: Values = {name: float(value) for name, value in pairs}
+                if not given.keys() <= {"cpus", "gpus"}:
+                    raise ValueError
             import_ray()  # a missing extra is noticed before anything is written
-            return partial(sweep_on_ray, address=self.ray, resources=resources)
+            return partial(sweep_on_ray, address=self.ray, **given)
         if self.per_trial:
             raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
         return partial(run_in_process, progress=partial(progress_bar, transient=True))
@@ -86,7 +87,7 @@ class ClusterOptions:
 def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     """Compare few-shot methods under one of four protocols, and gather the results.
 
-    Repeat the command to resume a stopped sweep; several processes may share a folder.
+    Repeat the command to resume a stopped sweep.
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
@@ -97,8 +98,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     todo = [trial for trial in trials if trial.key not in done]
     if options.dry_run:
         output.print(grid_table(trials, done))
-        steps = sum(trial.steps for trial in todo)
-        output.print(f"{len(trials)} trials, {len(todo)} to run: {steps:,} training steps.")
+        output.print(f"{len(trials)} trials, {len(todo)} to run.")
         if options.data_root:
             check_data(todo, options.data_root)
         return
@@ -124,15 +124,10 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
 
 def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
     """Print a line for every trial that finishes."""
-    finished = 0
-    for event in events:
-        if event.state in ("done", "failed"):
-            finished += 1
-            color = "green" if event.state == "done" else "red"
-            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
-            log(f"  {event.message}")
-        else:
-            log(f"{event.trial.key}: {event.message or 'running in another sweep; waiting for its result'}")
+    for finished, event in enumerate(events, 1):
+        color = "green" if event.state == "done" else "red"
+        errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
+        log(f"  {event.message}")
         yield event
 
 
@@ -152,14 +147,13 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
 
 def grid_table(trials: Sequence[Trial], done: Collection[str]) -> Table:
     """The trials of each model, dataset and method; `done` has the keys of finished ones."""
-    table = Table("model", "dataset", "method", "trials", "done", "steps left", title=trials[0].protocol)
-    rows: dict[tuple[str, str, str], list[Trial]] = {}  # those of a row differ in shots and seed
+    table = Table("model", "dataset", "method", "trials", "done", title=trials[0].protocol)
+    rows: dict[tuple[str, str, str], list[bool]] = {}  # those of a row differ in shots and seed
     for trial in trials:
-        rows.setdefault((trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()), []).append(trial)
-    for (model, dataset, method), group in rows.items():
-        todo = [trial for trial in group if trial.key not in done]
-        steps = f"{sum(trial.steps for trial in todo):,}" if find_spec(dataset).num_classes else "?"
-        table.add_row(model, dataset, method, str(len(group)), str(len(group) - len(todo)), steps)
+        row = trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()
+        rows.setdefault(row, []).append(trial.key in done)
+    for row, finished in rows.items():
+        table.add_row(*row, str(len(finished)), str(sum(finished)))
     return table
 
 

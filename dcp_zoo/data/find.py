@@ -10,8 +10,6 @@ from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.files import IMAGE_SUFFIXES
 
 KNOWN = ", ".join(IMAGE_SUFFIXES)
-VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LISTS = (".txt", ".lst")
 
 
@@ -26,14 +24,8 @@ def find_images(sources: Sequence[str]) -> list[str]:
 
 
 def _images_of(source: str) -> list[str]:
-    if "://" in source:
-        raise ZooError(f"{source} is at a URL: download it, and pass the files.")
     if os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         return _in_folder(source)
-    if source.lower().endswith(VIDEO_SUFFIXES):
-        raise ZooError(f"{source} is a video. Take pictures from it: ffmpeg -i {source} -vf fps=1 frames/%05d.jpg")
-    if source.lower().endswith(ARCHIVE_SUFFIXES):
-        raise ZooError(f"{source} is an archive: unpack it, and pass the folder.")
     if source.lower().endswith(LISTS) and Path(source).is_file():
         return _in_list(Path(source))
     if has_magic(source) and not Path(source).exists():

@@ -2,7 +2,6 @@
 progress where somebody watches, in a terminal or a notebook; they vanish at the end."""
 
 import math
-import os
 import struct
 import sys
 from base64 import b64encode
@@ -38,7 +37,6 @@ FORMS = (
     "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
 )
 GREY = 32  # pixels of both sides of a grey copy
-HASHES = 2**16  # of files that are kept, as folds and further fits are on the same files
 SIDE = 160  # pixels of a thumbnail's longer side
 # (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
 Progress = Callable[..., Iterable[Any]]
@@ -84,15 +82,6 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
             return _rgb(file)
     with _explained(_name(opened)):
         return _rgb(opened.copy() if opened is image else opened)
-
-
-def load_hashed(image: ImageLike) -> Image.Image:
-    """`load_image`; of a file, `file_sha256` is then known without another reading."""
-    if not isinstance(image, str):
-        return load_image(image)
-    with _explained(image):
-        data = _read(image, _version(image))
-    return decode_image(data, image, MAX_PIXELS)
 
 
 def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
@@ -147,30 +136,10 @@ def pixels_sha256(image: Image.Image) -> str:
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 
 
-_hashes: dict[tuple[str, int, int], str] = {}  # of files, until they change: each is read and hashed in one pass
-
-
 def file_sha256(path: str) -> str:
-    """A hash of the bytes of an image, which are not read again after `load_hashed`; ZooError, naming it, if they
-    cannot be read."""
-    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."):
-        version = _version(path)
-        return _hashes.get(version) or sha256(_read(path, version)).hexdigest()
-
-
-def _version(path: str) -> tuple[str, int, int]:
-    status = os.stat(path)  # noqa: PTH116
-    return path, status.st_mtime_ns, status.st_size
-
-
-def _read(path: str, version: tuple[str, int, int]) -> bytes:
-    """The bytes of a file, whose hash is kept."""
-    with _stream(path) as file:
-        data = file.read()
-    if len(_hashes) >= HASHES:
-        _hashes.clear()
-    _hashes[version] = sha256(data).hexdigest()
-    return data
+    """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
+    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."), _stream(path) as file:
+        return sha256(file.read()).hexdigest()
 
 
 def grey_copy(image: Image.Image) -> "np.ndarray":
@@ -299,9 +268,8 @@ def _explained(path: str) -> Iterator[None]:
     except Exception as error:  # decoders raise almost any exception for damaged files
         kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else UnreadableImages
         reason = str(error) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            is_link = os.path.islink(path)  # noqa: PTH114
-            reason = f"a link to {os.path.realpath(path)}, which is gone" if is_link else "there is no such file"
+        if isinstance(error, FileNotFoundError):  # or the file that a link leads to
+            reason = "there is no such file"
             error = OSError(reason)
         text = f"Cannot read the image {path}: {reason}. Replace the file, or leave it out."
         raise kind(text, {path: reason}) from error

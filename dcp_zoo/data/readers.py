@@ -178,7 +178,7 @@ def label_rows(file: Path) -> Iterator[LabelRow]:
     without a header. A `change` of inspection.csv replaces the class, and its `part` counts. A class of an
     image that a head rejected is a person's."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
-        rows = [[cell.strip() for cell in row] for row in read_table(file)]
+        rows = [[cell.strip() for cell in row] for row in _table(file)]
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
     if "suggestion" not in header:  # it is no inspection.csv
@@ -237,13 +237,10 @@ def _listed(image: str, folder: Path) -> str:
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
 
 
-def read_table(file: Path) -> list[list[str]]:
-    """The rows of a CSV file or a spreadsheet, see `read_csv`."""
-    return _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
-
-
-def _read_sheet(file: Path) -> list[list[str]]:
-    """The rows of a spreadsheet's active sheet, but for empty ones."""
+def _table(file: Path) -> list[list[str]]:
+    """The rows of a CSV file, see `read_csv`, or of a spreadsheet's active sheet, but for empty ones."""
+    if file.suffix.lower() != ".xlsx":
+        return read_csv(file)
     content = BytesIO(read_plain(file))
     sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
     if not hasattr(sheet, "values"):

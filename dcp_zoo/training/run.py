@@ -61,7 +61,6 @@ class Run:
     workers: int = 0  # processes that decode images
     descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
     test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
-    class_weight: tuple[float, ...] | None = None  # of each class in the text probe. Default: all 1
     sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
     encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
     copies: Copies = field(default_factory=dict)  # of own images, if there is a test: filled as they are read
@@ -95,18 +94,10 @@ class Run:
             self.seed,
             self.precision,
             progress,
-            probe_weights=self._probe_weights(subset),
+            probe_weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
             none=read(subset.none, "none", True) if subset.none else None,
             encoders=load_encoders(self.encoders, clip),
         )
-
-    def _probe_weights(self, subset: Split) -> torch.Tensor | None:
-        """Weights (n,) of the training images in the text probe: those of the images times those of their classes."""
-        if self.class_weight is None and self.sample_weight is None:
-            return None
-        labels = torch.tensor([item.label for item in subset.train])
-        images = torch.tensor(self.sample_weight or [1.0] * len(labels))
-        return images if self.class_weight is None else images * torch.tensor(self.class_weight)[labels]
 
     @property
     def is_probe_alone(self) -> bool:
@@ -134,8 +125,6 @@ class Run:
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}
-        if self.class_weight is not None:
-            stored["class_weight"] = list(self.class_weight)
         return stored
 
 
@@ -276,7 +265,7 @@ def _fit_and_measure(
         earlier = state.seconds[-1] if state.seconds else 0.0
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
-    info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
+    info = info or run.info(subset)
     _check_learnt(task, head)
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}

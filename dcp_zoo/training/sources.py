@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Pixels, Tokens
 from dcp_zoo.data import Item
-from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_hashed, no_progress
+from dcp_zoo.data.images import Progress, by_image, grey_copy, in_threads, load_image, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head
@@ -102,7 +102,7 @@ class ImageDataset(Dataset[Any]):
         return images
 
     def _load(self, index: int) -> Image.Image | Tensor:
-        image = load_hashed(path := self.items[index].path)
+        image = load_image(path := self.items[index].path)
         if self.copies is not None and isinstance(path, str):
             self.copies[path] = grey_copy(image)
         return pil_to_tensor(image) if self._tensors else image

@@ -4,7 +4,6 @@ The next steps depend on the trained weights, the optimizer, the scaler and the 
 images, their augmentation and all other randomness depend only on the seed and the step, see `loop.train`.
 """
 
-import hashlib
 import io
 import math
 import time
@@ -14,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.heads.config import STATE_NAME
 from dcp_zoo.training.recipes import AS_RELEASED
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT, LOG_NAME = 2, "log.csv"
+STATE_FORMAT, LOG_NAME = 3, "log.csv"
 
 
 Log = Callable[[str], object]
@@ -38,16 +37,16 @@ class TrainingState:
 
     def __init__(
         self,
-        path: Path | None = None,  # a sha256, a line end and the output of `torch.save`; None saves nothing
+        path: Path | None = None,  # of the output of `torch.save`; None saves nothing
         run: Mapping[str, object] | None = None,  # plain values that identify the run
         every: float = SAVE_EVERY,
         log: Log = no_log,
     ) -> None:
-        self.path, self.run, self.every, self.log = path, dict(run or {}), every, log
+        self.path, self.run, self.every, self.log = path, {**(run or {}), "state's format": STATE_FORMAT}, every, log
         self._found = self._read()
         # of every completed step the loss, and when it was completed, in seconds since the run began
-        self.losses: list[float] = self._found["losses"].tolist() if self._found else []
-        self.seconds: list[float] = self._found["seconds"].tolist() if self._found else []
+        self.losses: list[float] = self._found["losses"] if self._found else []
+        self.seconds: list[float] = self._found["seconds"] if self._found else []
         self._saved_steps = len(self.losses) if self._found else None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
@@ -123,19 +122,15 @@ class TrainingState:
             after = f"after step {len(self.losses)}"
             raise ZooError(f"Training diverged: the weights {after} are not finite. {self._lower_rate()}.")
         state = {
-            "format": STATE_FORMAT,
             "run": self.run,
             "trained": [p.detach() for p in (*self.trained, *self.others)],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            "losses": self.losses,
+            "seconds": self.seconds,
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getvalue()
-        checksum = hashlib.sha256(content).hexdigest().encode()
-        write_file(self.path, checksum + b"\n" + content, otherwise="")  # `_advice` follows
+        torch.save(state, buffer := io.BytesIO())
+        write_file(self.path, buffer.getvalue(), otherwise="")  # `_advice` follows
         rows = zip(self.losses, self.seconds, strict=True)
         lines = [f"{step},{loss:.6f},{seconds:.2f}\n" for step, (loss, seconds) in enumerate(rows, 1)]
         with writing_to(log := self.path.with_name(LOG_NAME), otherwise=""):
@@ -146,13 +141,9 @@ class TrainingState:
         """The file's content, checked, or None if there is no file."""
         if self.path is None or not self.path.exists():
             return None
-        checksum, _, content = self.path.read_bytes().partition(b"\n")
-        if hashlib.sha256(content).hexdigest().encode() != checksum:
-            raise ZooError(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start the run again.")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state["format"] != STATE_FORMAT:
-            raise ZooError(f"{self.path} is from another version of dcp_zoo: pass --overwrite to start the run again.")
-        before, now = state["run"], self.run
+        with as_zoo_error(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start again.", Exception):
+            state: Values = torch.load(self.path, map_location="cpu", weights_only=True)
+            before, now = state["run"], self.run
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if different := [f"{name} {before.get(name)} instead of {now.get(name)}" for name in names]:
             problem = f"{self.path} is the state of another run: {'; '.join(different)}."
@@ -162,11 +153,8 @@ class TrainingState:
         return state
 
     def _restore(self, state: Values) -> None:
-        tensors = [*self.trained, *self.others]
-        if [t.shape for t in state["trained"]] != [p.shape for p in tensors]:
-            raise ZooError(f"{self.path} is the state of another model. Pass --overwrite to start the run again.")
         with torch.no_grad():
-            for p, saved in zip(tensors, state["trained"], strict=True):
+            for p, saved in zip([*self.trained, *self.others], state["trained"], strict=True):
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
