@@ -81,11 +81,15 @@ def result_tables(name: str, part: str) -> str:
 
 
 def models_table() -> str:
+    with (RESULTS / "model_costs.csv").open() as file:  # of one model of each architecture
+        costs = {MODELS[row["model"]].clip: row for row in csv.DictReader(file)}
     rows = []
     for spec in MODELS.values():
         clip = f"open_clip {spec.clip}, {spec.clip_pretrained}" if spec.clip else "the bundled miniature"
         cost = [f"{spec.parameters} M", f"{spec.gflops:.0f}"]
-        cost += [f"{spec.core_ms:.0f}", f"{spec.memory_mb / 1000:.1f}"] if spec.core_ms else ["", ""]
+        measured = costs.get(spec.clip)
+        ms, mb = (float(measured[name]) for name in ("core_ms_per_image", "peak_mb")) if measured else (0.0, 0.0)
+        cost += [f"{ms:.0f}", f"{mb / 1000:.1f}"] if measured else ["", ""]
         licence = spec.license or f"[see Hub](https://huggingface.co/{spec.clip_repo})"
         rows.append([f"`{spec.name}`", *spec.accuracies, *cost, f"{spec.image_size} px", licence, clip])
     cost = ["parameters", "GFLOPs per image", "ms per image", "memory, GB"]

@@ -27,7 +27,6 @@ from sets import REPORTING, of_class, tiny_imagenet
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
@@ -116,7 +115,7 @@ class Images:
         """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
         mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
-        classes = [Class(name) for name in self.split.classnames]
+        classes = self.split.classnames
         probe, _ = fit_on_features(classes, labels[kept], [self.read(kept)])
         parts, truth = (self.test, self.test_labels) if tested is None else (self.train[tested], self.labels[tested])
         text = F.linear(parts[:, : self.widths[0]], *self.text)

@@ -18,8 +18,9 @@ import doc_tables
 import quote
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from published import OPEN_LICENSES, frontier
 
-from dcp_zoo.zoo.registry import MODELS, OPEN_LICENSES, WEIGHTS, frontier
+from dcp_zoo.zoo.registry import MODELS, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"

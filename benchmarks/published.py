@@ -10,11 +10,12 @@ or else of its reading. A model that is in no table is left out. `zoo/models.yam
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.registry import MODELS, ModelSpec
 
+OPEN_LICENSES = ("mit", "apache-2.0")  # which allow every use
 RESULTS = Path(__file__).parent / "results" / "published.csv"
 NAMES = {  # of the datasets, here and in both tables
     "imagenet": "ImageNet 1k",
@@ -44,6 +45,17 @@ READ = {  # by eye: in the order of NAMES, as far as there are figures
     ),
 }
 MOBILECLIP = {"dcp_mobileclip2_b": "mobileclip2_b", "dcp_mobileclip2_l14": "mobileclip2_l14"}
+
+
+def frontier(figure: str, licenses: Sequence[str] = ()) -> list[ModelSpec]:
+    """The models that are more accurate than every cheaper one by `figure`, "zero_shot" or "imagenet"; the cheapest
+    first. Of the weights with one of these licences, if some are passed."""
+    rated = [s for s in MODELS.values() if getattr(s, figure) and (s.license in licenses or not licenses)]
+    chosen: list[ModelSpec] = []
+    for spec in sorted(rated, key=lambda spec: (spec.gflops, -getattr(spec, figure))):
+        if not chosen or getattr(spec, figure) > getattr(chosen[-1], figure):
+            chosen.append(spec)
+    return chosen
 
 
 def rows(open_clip: Path, mobileclip: Path) -> Iterator[tuple[str | float, ...]]:

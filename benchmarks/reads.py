@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.classes import Class
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
@@ -47,7 +46,7 @@ class Known:
         """Logits and distances of all test images, by a probe for these classes on these training images."""
         text = self.text[classes], torch.zeros(len(classes))
         labels = torch.tensor([classes.index(label) for label in self.labels[rows].tolist()])
-        named = [Class(str(label)) for label in classes]
+        named = [str(label) for label in classes]
         probe, _ = fit_on_features(named, labels, [ReadingFeatures(self.train[:, rows], text, self.widths)])
         f, start = self.test[0] / len(self.widths) ** 0.5, F.linear(self.test[0, :, : self.widths[0]], *text)
         return probe(start, f, named), probe.distance(f, named)

@@ -36,7 +36,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
-from dcp_zoo.backbone.classes import Class
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
@@ -115,7 +114,7 @@ def fitted(
     labels = torch.tensor([classes.index(label) for label in own.labels[rows].tolist()])
     text = own.text[0][classes], own.text[1][classes]
     views = own.train[:, rows] * len(own.widths) ** 0.5
-    named = [Class(own.names[label]) for label in classes]
+    named = [own.names[label] for label in classes]
     none = own.train[0, examples] * len(own.widths) ** 0.5 if examples else None
     return fit_on_features(named, labels, [ReadingFeatures(views, text, own.widths)], examples=none)
 

@@ -43,7 +43,6 @@ from sets import SETS, of_class
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data.images import no_progress
@@ -298,7 +297,7 @@ def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple
     of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(classes)]
     rows = [row for own in of_each for row in rng.sample(own, min(images, len(own)))]
     x, y = data.train[rows], data.train_labels[rows]
-    probe, _ = fit_on_features([Class(str(i)) for i in range(classes)], y, [ReadingFeatures(x[None], data.text)])
+    probe, _ = fit_on_features(list(map(str, range(classes))), y, [ReadingFeatures(x[None], data.text)])
     weight, bias = probe.linear(data.text, probe.classes)
     means = F.normalize(torch.stack([x[y == label].mean(0) for label in range(classes)]), dim=1)
     for composition in COMPOSITIONS:

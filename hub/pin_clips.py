@@ -28,8 +28,7 @@ def pin_clips() -> None:
 
     [dim]python hub/pin_clips.py[/]
 
-    Then check each model that changed (`dcp-zoo info MODEL --check`): heads that were trained on other weights of it
-    are refused from then on.
+    Then try each model that changed: heads that were trained on other weights of it are refused from then on.
     """
     text = MODELS_FILE.read_text()
     repos = dict(match.groups() for match in REPO.finditer(text))

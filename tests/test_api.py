@@ -181,29 +181,7 @@ def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
     assert dcp_zoo.create_model(f"local-dir:{tmp_path / 'head'}", True).classnames == NAMES
 
 
-def test_a_class_is_added_or_all_is_as_it_was(pictures, fitted):
-    """Also where nothing may require gradients."""
-    classifier = pickle.loads(pickle.dumps(fitted))
-    green, before = [Image.new("RGB", (150, 140), (10, 9 * i, 30)) for i in range(3)], fitted.predict_proba(pictures[0])
-    info = {**classifier.model_.info}
-    with pytest.raises(ZooError):
-        classifier.add_class("azure", [*green, b"no image"])
-    assert classifier.predict_proba(pictures[0]) == pytest.approx(before, abs=1e-6)
-    assert (classifier.model_.info, classifier.model_.num_classes) == (info, 2)
-    with torch.inference_mode():
-        classifier.add_class("azure", green)
-        assert FewShotClassifier().fit(*pictures).score(*pictures) == 1
-    assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4, "azure": 3}
-    assert classifier.classes_.tolist() == ["azure", "blue", "red"], "in order, as scikit-learn expects"
-    assert classifier.predict([*pictures[0], green[0]]).tolist() == [*pictures[1], "azure"]
-    for args, message in ((("azure",), "azure exists"), (("teal", "blue"), "teal exists"), ((5,), "another type")):
-        with pytest.raises(ZooError, match=message):
-            classifier.add_class(args[0], green, *args[1:])
-    classifier.model_.remove_class("azure")
-    assert classifier.model_.info["class_images"] == {"blue": 4, "red": 4}
-
-
-def test_rejected_images_and_removed_classes(pictures, tmp_path):
+def test_rejected_images_and_labels_of_other_classes(pictures, tmp_path):
     """None in place of an answer, by the functions and the class as by the model."""
     paths, _ = pictures
     classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=NAMES)
@@ -221,14 +199,12 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     labels = classifier.predict(paths, reject=True).tolist()
     assert labels == [name and {"blue": 0, "red": 10}[name] for name in expected]
     assert None not in classifier.predict(paths)
-    with pytest.raises(ZooError, match="Unknown class 'red': choose from 0, 10"):
-        classifier.remove_class("red")
-    classifier.add_class(5, paths[:2], name="green")
-    assert set(classifier.predict(paths, reject=True)) <= {0, 10, 5, None}  # the threshold stays
-    assert classifier.remove_class(10).classes_.tolist() == [0, 5]
-    assert (classifier.model_.classnames, classifier.classes_.tolist()) == (["blue", "green"], [0, 5])
     model = dcp_zoo.create_model(str(classifier.save(tmp_path)), True)
-    model.set_classnames(["green", "teal"])
+    model.set_classnames(["red", "blue"])
+    model.save_pretrained(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path)
+    assert (loaded.model_.classnames, loaded.classes_.tolist()) == (["blue", "red"], [0, 10])
+    model.set_classnames(["red", "teal"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match="No label is stored for teal"):
         FewShotClassifier.load(tmp_path)
@@ -398,7 +374,7 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
-        "fit": lambda: own.fit(*pictures).add_class("green", pictures[0][:1]).transform(pictures[0]),
+        "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
         "attention": lambda: attention_maps(head, images),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),

@@ -26,7 +26,7 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
     assert err.startswith("MY_PHOTOS has no test part"), "paths are as seen from here"
-    assert "dcp_mini, a miniature for trying things out. For real use pass --model small" in err
+    assert "dcp_mini is a miniature for trying things out. For real use: train --model small" in err
     photo(Path("MY_PHOTOS/rose/6.jpg"), 6)
     code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--output", "again")
     assert (code, "miniature" in err, "image features: 13 of 13" in err) == (0, False, True), "said once, cached"

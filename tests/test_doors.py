@@ -1,5 +1,5 @@
 """Every door asks the same head about the same images, and gets the same answer: all kinds of heads, in all precisions,
-with classes that share a name, were renamed, added and removed. No door opens on another CLIP."""
+with classes that share a name, and others than it was trained on. No door opens on another CLIP."""
 
 import copy
 import json
@@ -95,14 +95,10 @@ def in_order(rows: list, names: list[str]) -> np.ndarray:
     return np.array([[p for _, p in row] for row in rows])
 
 
-def edit(head: Head, paths: list[str]) -> None:
-    """Add, remove and rename a class; two keep their name."""
-    transform = dcp_zoo.create_transform(head)
-    if head.text_probe is not None:
-        head.add_class("rose", torch.stack([transform(load_image(path)) for path in paths[:8:4]]))
-        head.remove_class("leaf")
-    head.rename_class("snow", "heron")
-    assert len(set(head.classnames)) == len(head.classnames) - 1
+def edit(head: Head) -> None:
+    """Other classes in another order, where the head reads names also a new one; two share a name."""
+    new = ["rose"] if head.abilities.transfers else []
+    head.set_classnames([*new, "snow", "crane", "crane"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +106,7 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
     """In float32, also those of a checkpoint."""
     monkeypatch.setattr("dcp_zoo.prediction.heads.FEW", 4)  # images, of more than which a head is fused
     head, (paths, _) = heads(kind), pictures
-    edit(head, paths)
+    edit(head)
     names, expected = head.classnames, plainly(head, paths)
     ranked = -np.sort(-expected)
     for number in (3, len(paths)):
@@ -127,9 +123,7 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
         assert in_order(told(run, tmp_path / "head", paths[:2]), names) == pytest.approx(ranked[:2], abs=loose)
     if kind in HALF:
         answers_in_half_precision(head, paths[:1], expected[:1], *HALF[kind])
-    head.rename_class(0, "egret")  # accuracy needs names that differ
-    labels = [head.classnames[i % len(names)] for i in range(3)]
-    evaluated = dcp_zoo.evaluate(head, paths[:3], labels, precision="float32")
+    evaluated = dcp_zoo.evaluate(head, paths[:3], ["snow"] * 3, precision="float32")
     assert evaluated.logits.softmax(-1).numpy() == pytest.approx(expected[:3], abs=CLOSE)
     assert repr(evaluated) == f"<Evaluation: {evaluated.accuracy.correct} of 3 images right, {len(names)} classes>"
 
@@ -149,7 +143,7 @@ def answers_in_half_precision(whole: Head, paths: list[str], expected: np.ndarra
 def test_a_state_dict_loads_as_a_whole_or_not_at_all(kind, pictures, heads):
     """Also into a head without a text probe, and for classes that the text probe was not fitted on."""
     whole, (paths, _) = heads(kind), pictures
-    edit(whole, paths)
+    edit(whole)
     for names in ([*reversed(whole.classnames)][:-1], ["rose", "daisy", "iris", "lily"]):
         if names[-1] != "lily" or whole.texts:
             whole.set_classnames(names)
@@ -169,20 +163,19 @@ def test_a_state_dict_loads_as_a_whole_or_not_at_all(kind, pictures, heads):
 
 
 EDITS = {  # and whether what was measured of the classes holds after it
-    "rename": (lambda head, x: head.rename_class("dog", "hound"), True),
-    "other order": (lambda head, x: head.set_classnames(head.classnames[::-1]), True),
-    "add": (lambda head, x: head.add_class("colour", x), False),
-    "fewer": (lambda head, x: head.set_classnames(["house", "horse", "guitar"]), False),
-    "other texts": (lambda head, x: head.set_classnames(head.classnames, {n: [n] for n in head.classnames}), False),
+    "other order": (lambda head: head.set_classnames(head.classnames[::-1]), True),
+    "more": (lambda head: head.set_classnames([*head.classnames, "colour"]), False),
+    "fewer": (lambda head: head.set_classnames(["house", "horse", "guitar"]), False),
+    "other texts": (lambda head: head.set_classnames(head.classnames, {n: [n] for n in head.classnames}), False),
 }
 
 
 @pytest.mark.parametrize("change", EDITS)
 def test_after_an_edit_of_the_classes_nothing_old_is_said(change, pictures, tmp_path, run):
     head, (edit, holds) = dcp_zoo.create_model("dcp_mini.pacs_photo-16shot", True).eval(), EDITS[change]
-    told_before, transform = rejection_note(head.info), dcp_zoo.create_transform(head)
+    told_before = rejection_note(head.info)
     assert "Of things much like its classes it accepts" in told_before
-    edit(head, torch.stack([transform(load_image(path)) for path in pictures[0][:2]]))
+    edit(head)
     head.save_pretrained(tmp_path)
     found = json.loads(run.ok("info", tmp_path, "--json"))
     assert rejection_note(found) == (told_before if holds else "")
@@ -209,7 +202,6 @@ def test_a_folder_of_some_classes_is_judged_among_all(heads, tmp_path, run, monk
     """By the command, also with a table of the images, and in Python: classes without images stay possible answers."""
     monkeypatch.chdir(tmp_path)
     head, rng, names = heads("text-probe"), np.random.default_rng(1), {"green": "leaf", "white": "snow"}
-    head.rename_class(0, "egret")  # now their names differ
     head.save_pretrained("head")
     head = dcp_zoo.create_model("head", True)
     for i in range(8):  # half of the images are of classes without a folder

@@ -3,7 +3,6 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +13,7 @@ from shared import CFG, build_tiny_clip
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
-from dcp_zoo import FewShotClassifier, create_model, predict, train
+from dcp_zoo import FewShotClassifier, create_model, list_labelled_images, predict, train
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.data import load_image
 from dcp_zoo.data.images import crop
@@ -23,7 +22,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.onnx import OnnxClassifier
 from dcp_zoo.onnx.export import export
-from dcp_zoo.zoo.build import list_encoders, load_encoders, plain_clip
+from dcp_zoo.zoo.build import load_encoders, plain_clip
 from dcp_zoo.zoo.factory import create_transform
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -44,26 +43,14 @@ def encoders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[list[Image.Image], list[str]]:
-    """Noise in three colours."""
-    rng, images = np.random.default_rng(0), []
-    for i in range(12):
-        noise = rng.normal(128, 50, (200, 200, 3)).clip(0, 255).astype(np.uint8)
-        noise[..., i % 3] //= 3
-        images.append(Image.fromarray(noise))
-    return images, ["red", "green", "blue"] * 4
+def pictures(folder) -> tuple[list[Image.Image], list[str]]:
+    paths, labels = list_labelled_images(folder)
+    return [load_image(path) for path in paths], labels
 
 
 @pytest.fixture(scope="module")
 def head(encoders, pictures):
     return train("dcp_mini", *pictures, encoder=list(encoders.values()))
-
-
-def test_each_suggested_encoder_says_its_cost_and_licence():
-    rows = {row.name: row for row in list_encoders()}
-    small = rows["vit_small_patch14_dinov2.lvd142m"]
-    assert (small.parameters, small.features, small.license) == (22.1, 384, "apache-2.0")
-    assert all(row.license for row in rows.values())
 
 
 @torch.no_grad()
@@ -109,10 +96,6 @@ def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path
     assert FewShotClassifier.load(folder).encoder == [*encoders.values()]
     names = [found[0].name for found in predict(head, images[:4])]
     assert names == [head.classnames[i] for i in wanted.argmax(-1)]
-    head.add_class("bright", torch.ones(3, 3, 192, 192))
-    assert head(torch.ones(1, 3, 192, 192)).argmax() == 3
-    head.remove_class("bright")
-    assert close(head(x), wanted, 1e-4)
 
 
 def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
@@ -152,7 +135,7 @@ def test_a_head_beside_an_encoder_is_fused_exported_and_served(golden, tmp_path,
 
 def test_errors_name_the_choices(head, pictures):
     for options, message in (
-        ({"encoder": "vit_smal"}, "timm has no pretrained image model 'vit_smal'.*Nearest: .*list --recommend"),
+        ({"encoder": "vit_smal"}, "timm has no pretrained image model 'vit_smal'.*Nearest: .*timm.list_models"),
         ({"encoder": "test_vit", "method": "zero-shot"}, "read by the text probe: choose --classifier text-probe, or"),
         ({"encoder": "local-dir:/nowhere"}, "cannot be loaded.*downloaded once, by timm: connect to the internet"),
     ):

@@ -81,9 +81,8 @@ def check_new_classes(method, head, test) -> None:
 
 def check_closed(method, head, test) -> None:
     before = logits_of(head, test)
-    for change in (lambda: head.set_classnames(["cat"]), lambda: head.add_class("cat", torch.ones(1, 3, 32, 32))):
-        with pytest.raises(ZooError, match=f"{method} is limited to its classes.*zero-shot|Train a head with one."):
-            change()
+    with pytest.raises(ZooError, match=f"{method} is limited to its classes.*zero-shot"):
+        head.set_classnames(["cat"])
     head.set_classnames(NAMES[:0:-1])
     torch.testing.assert_close(logits_of(head, test), before[:, [2, 1]])
 

@@ -99,7 +99,7 @@ def test_methods(method, clip, photos, device):
     assert logits_of(head, given.val).device == torch.device("cpu")
     assert {t.device for t in head.state_dict().values()} == {device}
     if method in ("dcp", "zero-shot"):  # which read names
-        head.add_class("purple", IMAGES)
+        head.set_classnames([*head.classnames, "purple"])
     head.predict(IMAGES)
 
 

@@ -96,9 +96,6 @@ def stop_training(given: tuple[DCP, ImageSource], folder, steps: int, run=None, 
     assert f"after step {steps} is saved" in messages[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- resuming
-
-
 @pytest.mark.parametrize(
     ("kind", "precision", "step"),
     [
@@ -134,9 +131,6 @@ def test_a_flat_loss_ends_the_run_also_after_a_stop(start, tmp_path, monkeypatch
     assert train(*start("late"), recipe, state=TrainingState(state)) == whole
 
 
-# ---------------------------------------------------------------------------------------------------- rejected states
-
-
 def test_the_state_of_another_run_and_a_damaged_one_are_rejected(start, tmp_path):
     path, run = tmp_path / STATE_NAME, {"model": "a", "seed": 1, "lr": 0.1}
     stop_training(start(), tmp_path, 3, run)
@@ -147,9 +141,6 @@ def test_the_state_of_another_run_and_a_damaged_one_are_rejected(start, tmp_path
         path.write_bytes(damaged)
         with pytest.raises(ZooError, match="damaged. Pass --overwrite"):
             TrainingState(path, run)
-
-
-# -------------------------------------------------------------------------------------------------------------- faults
 
 
 def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(start, ten, tmp_path):
@@ -203,9 +194,6 @@ def test_a_full_disk_leaves_the_last_good_state(start, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {STATE_NAME, "log.csv"}
     assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
-
-
-# ------------------------------------------------------------------------------------------------------- killed runs
 
 
 @pytest.fixture(scope="module")

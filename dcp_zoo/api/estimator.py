@@ -16,12 +16,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.api.functions import as_model, outputs_of, pixels_of, plan_own, warn_of
+from dcp_zoo.api.functions import as_model, outputs_of, plan_own, warn_of
 from dcp_zoo.api.inputs import (
     Images,
     Labelled,
     Labels,
-    hashed,
     is_nan,
     labelled,
     one_column,
@@ -29,11 +28,9 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.backbone._torch import out_of_inference_mode
-from dcp_zoo.data import check_images, load_image
 from dcp_zoo.data.images import bar
-from dcp_zoo.data.splits import note_images
-from dcp_zoo.data.unreadable import LEAVE_OUT, all_named
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
+from dcp_zoo.data.unreadable import all_named
+from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in
 from dcp_zoo.heads.checkpoint import SAVE_SECONDS
@@ -209,34 +206,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         answers = predicted[read].astype(self.classes_.dtype)
         return float(accuracy_score(np.asarray(one_column(labels))[read], answers, sample_weight=weights))
 
-    @fair_threads()
-    def add_class(self, label: Any, images: Images, name: str | None = None) -> "FewShotClassifier":
-        """Add a class from a few images, without training; CLIP reads `name`, by default the label. ZooError for a
-        label that is known already, or a head without a classifier."""
-        model = self._head()
-        name = str(label) if name is None else name
-        known = self.classes_.tolist()
-        if np.asarray(label).dtype.kind != np.asarray(known).dtype.kind:  # pandas' labels are objects
-            raise ZooError(f"The label {label!r} has another type than {known[0]!r}: give all the same type.")
-        if label in self.classes_ or name in model.classnames:
-            raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
-        check_images(items := unlabelled(images), self._progress(), LEAVE_OUT, load_image)
-        items = hashed(items)
-        model.add_class(name, pixels_of(model, items, self.batch_size))
-        note_images(model.info, items)
-        self.classes_ = np.append(self.classes_, label)
-        self._sort()
-        return self
-
-    def remove_class(self, label: object) -> "FewShotClassifier":
-        """Remove a class and its scores; ZooError for an unknown label, or the only one."""
-        model, labels = self._head(), self.classes_.tolist()
-        check_choice("class", label, labels)
-        index = labels.index(label)
-        model.remove_class(index)
-        self.classes_ = np.delete(self.classes_, index)
-        return self
-
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a folder
         that has a checkpoint, unless `overwrite`, or one that is not writable."""
@@ -260,15 +229,12 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         stored |= {"encoder": encoders} if encoders else {}
         self = cls(model.encoder.architecture, **(stored | params))
         self.model_, self.history_ = model, []
-        self.classes_ = np.asarray(_labels(model))
-        self._sort()
+        labels = np.asarray(_labels(model))
+        order = np.argsort(labels, kind="stable")  # as scikit-learn's scores expect them
+        self.classes_, names = labels[order], [model.classnames[i] for i in order]
+        if names != model.classnames:
+            model.set_classnames(names)
         return self
-
-    def _sort(self) -> None:
-        """Keep the labels sorted, as scikit-learn's scores expect them, and the model's classes in their order."""
-        order = np.argsort(self.classes_, kind="stable")
-        self.classes_ = self.classes_[order]
-        self.model_.classify_into([self.model_.classes[i] for i in order])
 
     def _head(self) -> Head:
         check_is_fitted(self)
@@ -335,5 +301,5 @@ def _labels(model: Head) -> list[Any]:
     if all(isinstance(label, str) for label in known.values()):
         return [known.get(name, name) for name in model.classnames]
     if added := [name for name in model.classnames if name not in known]:
-        raise ZooError(f"No label is stored for {', '.join(added[:5])}: add classes with FewShotClassifier.add_class.")
+        raise ZooError(f"No label is stored for {', '.join(added[:5])}: fit again.")
     return [known[name] for name in model.classnames]

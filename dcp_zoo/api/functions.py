@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
@@ -22,7 +21,6 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
-from dcp_zoo.backbone.inputs import VIEW_BATCH
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.images import Progress, bar, check_in_memory, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
@@ -38,7 +36,6 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
@@ -234,12 +231,6 @@ def outputs_of(
 
 def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
     warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
-
-
-def pixels_of(model: Head, items: Sequence[Item], batch_size: int = VIEW_BATCH) -> Iterator[Tensor]:
-    """The items' images for a model, in batches (b, 3, H, W), each read when it is asked for."""
-    source = image_source(model.frozen, items, once=True)
-    return (inputs.x for inputs, _ in source.batches(batch_size))
 
 
 def as_model(name: str, device: str | None) -> Head:

@@ -97,8 +97,9 @@ def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], 
         known = f"the classes are {shorten(list(map(str, classes)))}"
         raise ZooError(f"No class {shorten(unknown)}: {known}. Pass images of these only.")
     if repeated := [str(label) for label, count in Counter(classes).items() if count > 1 and label in values]:
-        advice = "give each a name of its own: model.rename_class(POSITION, NAME)"
-        raise ZooError(f"Several classes are named {', '.join(repeated)}, so that this label fits each: {advice}.")
+        raise ZooError(
+            f"Several classes are named {', '.join(repeated)}, so that this label fits each: train with other names."
+        )
     of_path = {image: label for image, label in zip(found, values, strict=True) if isinstance(image, str)}
     for image, label in zip(found, values, strict=True):
         if isinstance(image, str) and of_path[image] != label:

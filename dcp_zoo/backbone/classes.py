@@ -1,15 +1,14 @@
-"""Classes: an index with a name, and the name that CLIP reads in texts, which outlives a rename; names may repeat."""
+"""Classes: their names, which may repeat, in the order of the logits, and the texts that CLIP reads of them."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError, check_choice, shorten, warn
+from dcp_zoo.errors import ZooError, shorten, warn
 from dcp_zoo.tables import is_reserved
 
 NAME = "{}."  # the template after learned prompts
@@ -20,57 +19,12 @@ Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
 Texts = str | Sequence[str] | Descriptions
 
 
-@dataclass(eq=False)
-class Class:
-    """A class of a head. It is itself alone: another one may have the same name."""
-
-    name: str
-    text_name: str = ""  # the name that CLIP reads; by default the same
-
-    def __post_init__(self) -> None:
-        self.text_name = self.text_name or self.name
-
-
-def names_of(classes: Iterable[Class]) -> list[str]:
-    return [each.name for each in classes]
-
-
-def text_names(classes: Iterable[Class]) -> list[str]:
-    return [each.text_name for each in classes]
-
-
-def matched(names: Sequence[str], *known: Iterable[Class]) -> list[Class]:
-    """A class for each name: of the `known` ones those of this name, the first ones first; then new ones."""
-    left: dict[str, list[Class]] = defaultdict(list)
-    seen: set[int] = set()
-    for each in (each for classes in known for each in classes):
-        if id(each) not in seen:
-            left[each.name].append(each)
-        seen.add(id(each))
-    return [left[name].pop(0) if left[name] else Class(name) for name in names]
-
-
-def rows_of(classes: Iterable[Class], known: Iterable[Class]) -> list[int | None]:
-    """The position of each class among the `known` ones, None if it is not there."""
-    index = {id(each): i for i, each in enumerate(known)}
-    return [index.get(id(each)) for each in classes]
-
-
-def position(name: str | int, classes: Sequence[Class]) -> int:
-    """Of the class with this name, or at this position; ZooError unless there is exactly one."""
-    names = names_of(classes)
-    if isinstance(name, int):
-        if 0 <= name < len(names):
-            return name
-        raise ZooError(f"There is no class {name}: the positions are 0 to {len(names) - 1}.")
-    found = [i for i, known in enumerate(names) if known == name]
-    if len(found) > 1:
-        listed = ", ".join(map(str, found))
-        raise ZooError(
-            f"{len(found)} classes are named {name}: pass the position of one in place of its name: {listed}."
-        )
-    check_choice("class", name, names)
-    return found[0]
+def rows_of(names: Iterable[str], known: Iterable[str]) -> list[int | None]:
+    """The position of each name among the `known` ones, of repeated ones the first first; None if it is not there."""
+    left: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(known):
+        left[name].append(i)
+    return [left[name].pop(0) if left[name] else None for name in names]
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ from typer import Argument, Option
 
 from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Overwrite, Photos, data_source, head_name
-from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import load_labelled
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
@@ -47,7 +46,6 @@ def inspect(
     from dcp_zoo.inspection.inspection import inspect as find
     from dcp_zoo.inspection.inspection import unreadable
 
-    say_model(model)
     use_threads()
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)
@@ -55,7 +53,6 @@ def inspect(
     if found.seen.errors:
         log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
     output.print(f"Look at {page}; to change labels, fill in the column change of {table}", markup=False)
-    advise_larger(model)
 
 
 def search(
@@ -88,7 +85,6 @@ def search(
     use_threads()
     from dcp_zoo.inspection import search as find
 
-    say_model(model)
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
     found: Sequence[find.Match | find.Suggestion]
     if to_label:

@@ -27,7 +27,7 @@ from dcp_zoo.zoo.resolve import parse_name
 
 Text = str | None
 File = Path | None
-MODEL = "small, medium or large (what they stand for is printed), or a model's name; see `dcp-zoo list --recommend`."
+MODEL = "small, medium or large, or a model's name; see `dcp-zoo list`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (
     "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "

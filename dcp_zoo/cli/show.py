@@ -2,23 +2,20 @@
 
 import fnmatch
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
-from typer import Argument, Option
+from typer import Argument
 
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.cli.console import advise, log, output, plain_table, rejection_note
+from dcp_zoo.cli.console import output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text, head_name
-from dcp_zoo.data import DATASETS, find_spec, load_image
-from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
-from dcp_zoo.files import format_duration
 from dcp_zoo.heads.config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -29,17 +26,14 @@ from dcp_zoo.heads.config import (
     read_config,
 )
 from dcp_zoo.tables import quoted
-from dcp_zoo.threads import available_cores
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import (
     MODELS,
-    OPEN_LICENSES,
     SIZES,
     HeadEntry,
     ModelSpec,
     all_heads,
-    frontier,
     get_head,
     get_spec,
 )
@@ -50,7 +44,6 @@ PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what 
     "licence,size,input,parameters,image tower,zero-shot,default head,trained heads,Hub repo,train it"
 ).split(",")
 ACCURACIES = ("10 sets", "ImageNet")
-ENOUGH = 4  # of the six sample photographs: guesses among their twelve names are as many once in 1,600 times
 ACCURACY_NOTE = (
     "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
     "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
@@ -65,22 +58,13 @@ HEADS_NOTE = (
 
 def list_(
     filter: str = Argument("", metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'."),
-    recommend: bool = Option(
-        False, "--recommend", help="Compare models to choose one for your own images, and encoders to read beside it."
-    ),
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
     Heads are bundled, published on the Hub, or local: planned ones that were trained in this folder.
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
-    [dim]dcp-zoo list --recommend[/]
     """
-    if recommend:
-        if filter:
-            raise ZooError("--recommend compares models: omit FILTER.")
-        show_recommended()
-        return
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
     heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
@@ -90,8 +74,8 @@ def list_(
         hint = nearest_hint(filter.strip("*"), [*MODELS, *all_heads()])
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
     specs = [spec for spec in MODELS.values() if spec.name in found]
-    models = [(s.name, f"{s.clip}/{s.clip_pretrained}" if s.clip else "miniature", *s.accuracies) for s in specs]
-    output.print(plain_table(("model", "CLIP", *ACCURACIES), models))
+    models = [(s.name, s.license or "see Hub", s.download or "bundled", *s.accuracies) for s in specs]
+    output.print(plain_table(("model", "licence", "size", *ACCURACIES), models))
     output.print(ACCURACY_NOTE, "", style="dim")
     if heads:
         order, rows = list(MODELS), []
@@ -109,73 +93,16 @@ def list_(
         output.print(text, style="dim", markup=False)
 
 
-def show_recommended() -> None:
-    """The models that no cheaper one beats, of all licences or open ones, by either accuracy; the cheapest first; and
-    encoders to read beside them."""
-    from dcp_zoo.zoo.build import list_encoders
-
-    best = {s.name for f in ("zero_shot", "imagenet") for ls in ((), OPEN_LICENSES) for s in frontier(f, ls)}
-    specs = [spec for spec in MODELS.values() if spec.core_ms and (not spec.clip or spec.name in best)]
-    specs.sort(key=lambda spec: spec.gflops or 0)
-    rows = [(s.name, s.license or "see Hub", s.download or "bundled", *costs(s), *s.accuracies) for s in specs]
-    output.print(plain_table(("model", "licence", "size", "memory", "time", *ACCURACIES), rows))
-    output.print(ACCURACY_NOTE, style="dim")
-    cores, others = available_cores(), [s.name for s in MODELS.values() if s.language != "English"]
-    text = f"Size: to download once. Time: of 100 images, estimated from an AMD EPYC for {cores} of its cores;"
-    output.print(text, "a GPU is faster. dcp-zoo train measures the accuracy on your images.", style="dim")
-    output.print(f"Class names are English; in many languages: {', '.join(others)}.", "", style="dim", sep="\n")
-    encoders = [(row.name, f"{row.parameters:.0f} M", str(row.features), row.license) for row in list_encoders()]
-    output.print(plain_table(("encoder", "parameters", "features", "licence"), encoders))
-    text = "Any other pretrained image model of timm works, too: timm.list_models(pretrained=True)."
-    output.print(f"Encoders are read beside CLIP: dcp-zoo train --encoder. {text}", style="dim")
-
-
-def costs(spec: ModelSpec, images: int = 100) -> tuple[str, str]:
-    """Memory, and the time for these images on the cores of this process, of a model that was measured."""
-    assert spec.core_ms
-    assert spec.memory_mb
-    seconds = spec.core_ms / 1000 * images / available_cores()
-    return f"{spec.memory_mb / 1000:.1f} GB", format_duration(seconds)
-
-
-def say_model(model: str) -> None:
-    """Say which CLIP a command works with, unless it is the miniature."""
-    spec = get_spec(model)
-    if spec.clip:
-        licence = spec.license or f"see https://huggingface.co/{spec.clip_repo}"
-        weights = f"open_clip's {spec.clip} with the weights {spec.clip_pretrained}"
-        log(f"Model: {spec.name}, {weights}, licence: {licence}.")
-
-
-def advise_larger(model: str) -> None:
-    """Say what a real CLIP costs in place of the miniature."""
-    if not get_spec(model).clip:
-        real = get_spec("small")
-        memory, time = costs(real, 200)  # each image, and its mirror image
-        advise(
-            f"This was {model}, a miniature for trying things out. For real use pass --model small: {real.name}, "
-            f"{real.download} to download once, {memory} of memory and about {time} for 100 images without a GPU. "
-            "Others: dcp-zoo list --recommend."
-        )
-
-
 def info(
     name: str = Argument(metavar="NAME", help="A model, head, checkpoint, hf-hub:ORG/REPO or open_clip:ARCH/TAG."),
-    check: bool = Option(False, "--check", help="Download a model, test it on six photographs, time it here."),
     as_json: AsJson = False,
 ) -> None:
     """Show what a model or a head is, how good, of what and when. All details, such as the recipe: --json.
 
     [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
     [dim]dcp-zoo info my_head[/]
-    [dim]dcp-zoo info small --check[/]
     """
     details = describe(head_name(name))
-    if check:
-        kind, _, tag = parse_name(name)
-        if kind not in ("zoo", "open_clip") or tag:
-            raise ZooError(f"--check tests a model: for a head use dcp-zoo predict --sample --head {name}.")
-        details |= check_model(name)
     if as_json:
         print(json.dumps(details, indent=1))
         return
@@ -187,40 +114,6 @@ def info(
         table.add_row(key, escape(text))
     output.print(table)
     output.print(f"The recipe and all else: dcp-zoo info {name} --json", style="dim", markup=False, soft_wrap=True)
-
-
-def check_model(name: str) -> Values:
-    """What a model makes of the sample photographs without training, and costs here; it is downloaded if needed.
-    ZooError if it recognises so few that it cannot be the model it is called."""
-    import torch
-
-    from dcp_zoo.training.device import pick_device
-    from dcp_zoo.zoo.build import plain_clip
-    from dcp_zoo.zoo.factory import create_transform
-
-    clip = plain_clip(name).to(pick_device())
-    transform = create_transform(clip)
-    images = torch.stack([transform(load_image(path)) for path in sample_images()]).to(clip.device)
-    with torch.inference_mode():
-        classifier = clip.zero_shot_classifier(SAMPLE_CLASSES)
-        clip.encode_image(images)  # warms up
-        started = time.perf_counter()
-        answers = clip.logits(clip.encode_image(images), classifier).argmax(1).tolist()
-    seconds = (time.perf_counter() - started) / len(images)
-    right = sum(answer == label for label, answer in enumerate(answers))
-    if right < ENOUGH:
-        given = ", ".join(f"{SAMPLE_CLASSES[label]}: {SAMPLE_CLASSES[answer]}" for label, answer in enumerate(answers))
-        again = f"hf cache rm model/{get_spec(name).clip_repo or name}, and try again"
-        raise ZooError(
-            f"{name} recognises {right} of {len(images)} sample photographs ({given}). Unless it is a CLIP of another "
-            f"field, its weights, tokenizer or preprocessing are not what they should be: {again}."
-        )
-    return {
-        "sample photographs": f"{right} of {len(images)} recognised among {len(SAMPLE_CLASSES)} names, untrained",
-        "time here": f"{1000 * seconds:.0f} ms per image on {clip.device.type} with {available_cores()} cores",
-        "training here": f"about {format_duration(200 * seconds)} to read 100 photographs and their mirror images; a "
-        "text probe then fits in seconds",
-    }
 
 
 def describe(name: str) -> Values:

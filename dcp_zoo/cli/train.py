@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, progress_bar, rejection_note
+from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note
 from dcp_zoo.cli.heads import show_evaluation
-from dcp_zoo.cli.show import advise_larger, say_model
 from dcp_zoo.data import Split, is_own, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
@@ -19,7 +18,7 @@ from dcp_zoo.files import check_output, check_outside, check_writable
 from dcp_zoo.heads.config import STATE_NAME, Accuracy, check_free
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
-from dcp_zoo.zoo.registry import get_head, is_model
+from dcp_zoo.zoo.registry import MINIATURE_NOTE, get_head, get_spec, is_model
 from dcp_zoo.zoo.resolve import name_of
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class TrainOptions:
     test: float | None = opt.option(None, "Share held out for testing. Default: folder `test`, or 0.3.", min=0, max=0.9)
     refit: bool | None = opt.option(None, f"{REFIT} Default: for your own images.", "--refit/--no-refit")
     report: opt.Report = None
-    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated: list --recommend.")
+    encoder: list[str] = opt.option((), "Image model of timm to read beside CLIP; may be repeated.")
     device: opt.Device = "auto"
     precision: opt.Precision = "auto"
     skip_unreadable: bool = opt.option(False, "Leave out images that cannot be read.")
@@ -122,7 +121,6 @@ def train(options: TrainOptions) -> None:
     refit = options.refit
     if refit is None:
         refit = is_own(dataset) and split.held_out and run.shots is None
-    say_model(options.model)  # after errors
     if text := " ".join(filter(None, (split.note, REFIT if refit and split.test else ""))):
         log(text)
     show = partial(_show, options, run)
@@ -140,7 +138,8 @@ def train(options: TrainOptions) -> None:
         output.print(f"With predict --reject, {note}", soft_wrap=True)
     name = shlex.quote(str(name_of(output_dir)))
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name}", markup=False)
-    advise_larger(options.model)
+    if not get_spec(options.model).clip:
+        advise(MINIATURE_NOTE)
 
 
 def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split:

@@ -11,7 +11,7 @@ CLIP's are never included.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dcp_zoo.backbone.classes import NO_CLASSES, names_of, saved_texts, text_names
+from dcp_zoo.backbone.classes import NO_CLASSES, saved_texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
@@ -98,30 +98,17 @@ def _valid(head: "Head", info: Values) -> Values:
     return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
 
 
-def note_class(info: Values, names: Sequence[str], at: int, new: str = "") -> None:
-    """Change what `info` says of the class at this position: its name is `new`, or it is no class any more."""
-    for key in ("class_images", "labels"):  # the labels, of a `FewShotClassifier`, are pairs, whose names may repeat
-        stored = info.get(key) or {}
-        pairs = [*(stored.items() if isinstance(stored, dict) else stored)]
-        known = [name for name, _ in pairs]
-        if known == names or names.count(names[at]) == known.count(names[at]) == 1:  # else it is not known which one
-            i = at if known == names else known.index(names[at])
-            pairs[i : i + 1] = [[new, pairs[i][1]]] if new else []
-            info[key] = dict(pairs) if isinstance(stored, dict) else pairs
-
-
 def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head.method_config()
-    names, named, read = names_of(head.classes), names_of(head.named), text_names(head.named)
     read_beside = head.image_encoders if head.text_probe is not None else ()
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
     return {
         "architecture": head.encoder.architecture,
-        "num_classes": len(names),
+        "num_classes": head.num_classes,
         "pretrained_cfg": head.encoder.pretrained_cfg,
         "model_args": options,
-        "label_names": names,
+        "label_names": head.classes,
         "dcp": {
             "format_version": FORMAT_VERSION,
             "clip": head.encoder.source,
@@ -131,9 +118,8 @@ def head_config(head: "Head", info: Values) -> Values:
             **({"encoders": encoders} if encoders else {}),
             **info,
             **block,
-            "texts": saved_texts(read, head.texts),
-            **({} if read == named else {"read": read}),
-            **({} if head.fc is None else {"named": named}),
+            "texts": saved_texts(head.named, head.texts),
+            **({} if head.fc is None else {"named": head.named}),
             "versions": library_versions(),
         },
     }

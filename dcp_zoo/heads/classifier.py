@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import is_rejected
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode
-from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Class, Texts, names_of, text_names
+from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.towers.open_clip import Step, append_prompts, checkpointed
@@ -47,7 +47,7 @@ class Classifier(nn.Module, ABC):
     Attributes:
         encoder: the CLIP that the method's own features and the texts of classes come from.
         image_encoders: `ImageEncoder`s that a text probe reads besides.
-        classes: in the order of the logits.
+        classes: their names, in the order of the logits; you may set those of `fc`.
         named: the classes of the method's own classifier: these, unless `reset_classifier` replaced it.
         fc: the layer of `reset_classifier`, or None.
         texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads none.
@@ -65,8 +65,8 @@ class Classifier(nn.Module, ABC):
         self._original = original
         self.text_probe: TextProbe | None = None
         self.fc: nn.Linear | None = None
-        self.classes: list[Class] = []
-        self.named: list[Class] = []
+        self.classes: list[str] = []
+        self.named: list[str] = []
         self.texts: Texts = TEMPLATE
         self.template = TEMPLATE
         self.method, self.abilities = "", Abilities()
@@ -130,7 +130,7 @@ class Classifier(nn.Module, ABC):
         pairs = zip(self.readings, self.text_probe.widths, strict=False)
         return [reading if reading.widths == widths else reading.first_part() for reading, widths in pairs]
 
-    def _probe_of(self, classes: Sequence[Class], columns: int, examples: int = 0) -> TextProbe:
+    def _probe_of(self, classes: Sequence[str], columns: int, examples: int = 0) -> TextProbe:
         """An empty text probe that reads so many columns: all parts of all readings, or each one's first alone."""
         readings = self.readings
         if columns != sum(sum(reading.widths) for reading in readings):
@@ -141,7 +141,7 @@ class Classifier(nn.Module, ABC):
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:
         """Zero-shot CLIP's logits of these classes by its image features."""
-        clip, names, texts = self.frozen, text_names(self.named), self.texts or TEMPLATE
+        clip, names, texts = self.frozen, self.named, self.texts or TEMPLATE
         text = self._zero_shot(lambda: clip.zero_shot_classifier(names, texts), [clip.clip.logit_scale], names, texts)
         return clip.scaled(text)
 
@@ -243,7 +243,7 @@ class Classifier(nn.Module, ABC):
     @property
     def classnames(self) -> list[str]:
         """The name of each class, in the order of the logits. Names may repeat."""
-        return names_of(self.classes)
+        return list(self.classes)
 
     @property
     def num_classes(self) -> int:

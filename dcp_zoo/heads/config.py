@@ -94,7 +94,6 @@ class HeadInfo(_Identity, total=False):
     clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; older heads have none
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
-    read: list[str]  # the names that CLIP reads, where classes have been renamed
     named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
     dataset: str | None
     shots: Annotated[int | None, COUNT]
@@ -160,8 +159,6 @@ def read_config(directory: str | Path) -> HeadConfig:
     check(path, problems(config, HeadConfig), advice)
     names = own_names(config)
     check(path, [] if names and config["label_names"] else ["label_names is empty"], advice)
-    if len(read := config["dcp"].get("read", names)) != len(names):
-        check(path, [f"dcp.read has {len(read)} names for {len(names)} classes"], advice)
     if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)
@@ -175,7 +172,7 @@ def own_names(config: HeadConfig) -> list[str]:
 
 def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "rest", "read", "versions"}
+    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "rest", "versions"}
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
-from dcp_zoo.backbone.classes import NAME, TEMPLATE, Class, Texts, check_classnames, matched, text_names
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
@@ -112,7 +112,7 @@ class DCP(Head):
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
         self._cache, self._start_cache = WeightCache(), WeightCache()
-        self._classify_into(matched(check_classnames(classnames)), texts)
+        self._classify_into(check_classnames(classnames), texts)
         self.stats = None
 
     @classmethod
@@ -305,12 +305,12 @@ class DCP(Head):
             self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
         normalised features. A template changes nothing, as prompts are in its place; {} takes the sentences away."""
         now = texts or TEMPLATE if isinstance(texts, Mapping) else self.texts
-        self.name_tokens = self._tokens(text_names(classes), now)
-        self._keep(classes, now)
+        self.name_tokens = self._tokens(names, now)
+        self._keep(names, now)
 
     def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
         """What follows the text prompts of each class."""
@@ -327,15 +327,6 @@ class DCP(Head):
             prompts=self.image_prompts,
             first=self.first_block,
         )
-
-    def add_class(self, name: str | int, images: Tensor | Iterable[Tensor]) -> None:
-        """See `Head.add_class`; with stored statistics."""
-        stats, self._stats = self._stats, None  # stored
-        try:
-            with in_eval_mode(self):
-                super().add_class(name, images)
-        finally:
-            self._stats = stats
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""

@@ -31,14 +31,10 @@ from dcp_zoo.backbone._torch import WeightCache
 from dcp_zoo.backbone.classes import (
     NAME,
     TEMPLATE,
-    Class,
     Texts,
     check_classnames,
     class_texts,
-    matched,
-    names_of,
     rows_of,
-    text_names,
 )
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.backbone.inputs import Images
@@ -81,7 +77,7 @@ class LinearHead(Head):
         original: FrozenCLIP | None = None,
     ) -> None:
         super().__init__(clip, original)
-        self.classes = self.named = matched(check_classnames(classnames))
+        self.classes = self.named = check_classnames(classnames)
         self.texts, self.changed = texts, list(changed)
         shapes = (self.num_classes, self.encoder.num_features), (self.num_classes,)
         if (tuple(weight.shape), tuple(bias.shape)) != shapes:
@@ -104,23 +100,23 @@ class LinearHead(Head):
     def _own_reading(self) -> Reading:
         return Reading(self.encoder, self.encoder.widths, self.encoder.read, lambda: (self.weight, self.bias))
 
-    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         """New classes are read by their names; other texts are read for all classes, {} standing for the names."""
         texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
         now = texts if texts and (self.texts or not isinstance(texts, str)) else self.texts
-        rows = rows_of(classes, self.named) if now == self.texts else [None] * len(classes)
+        rows = rows_of(names, self.named) if now == self.texts else [None] * len(names)
         weight, bias = self.weight, self.bias
-        if new := [each for each, row in zip(classes, rows, strict=True) if row is None]:
+        if new := [name for name, row in zip(names, rows, strict=True) if row is None]:
             if not self.texts:
-                limit = "reads no descriptions" if now else f"does not know {', '.join(names_of(new)[:5])}"
+                limit = "reads no descriptions" if now else f"does not know {', '.join(new[:5])}"
                 advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
                 raise ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
-            text = F.normalize(self.encoder.encode_sentences(text_names(new), now), dim=-1)
+            text = F.normalize(self.encoder.encode_sentences(new, now), dim=-1)
             weight, bias = (torch.cat(parts) for parts in zip((weight, bias), self.encoder.scaled(text), strict=True))
-        known = len(self.weight)
-        index = [known + new.index(each) if row is None else row for each, row in zip(classes, rows, strict=True)]
+        left = iter(range(len(self.weight), len(weight)))
+        index = [next(left) if row is None else row for row in rows]
         self.weight, self.bias = weight[index], bias[index]
-        self._keep(classes, now)
+        self._keep(names, now)
 
     def _trained_state(self) -> dict[str, Tensor]:
         state = self.encoder.clip.state_dict()
@@ -181,11 +177,11 @@ class CacheHead(LinearHead):
             "cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."
         )
 
-    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         """Among its own classes."""
         before = self.named
-        super()._classify_into(classes, None)
-        self.values = self.values[:, rows_of(classes, before)]
+        super()._classify_into(names, None)
+        self.values = self.values[:, rows_of(names, before)]
 
 
 class PromptHead(Head):
@@ -222,7 +218,7 @@ class PromptHead(Head):
         self.texts, self.rest = texts, rest
         self.template = f"{rest} {NAME}".strip() if self.text_prompts else TEMPLATE
         self._cache = WeightCache()
-        self._classify_into(matched(check_classnames(classnames)), texts)
+        self._classify_into(check_classnames(classnames), texts)
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "PromptHead":
@@ -236,26 +232,26 @@ class PromptHead(Head):
         head = cls(clip, own_names(config), *prompts.values(), texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
-    def _classify_into(self, classes: list[Class], texts: Texts | None) -> None:
+    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         texts = TEMPLATE if isinstance(texts, Mapping) and not texts else texts
-        names, now = text_names(classes), texts or self.texts
+        now = texts or self.texts
         class_texts(names, now)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:
             behind = now if isinstance(now, Mapping) else self.template
             self.name_tokens = self.encoder.tokenize_names(names, len(self.text_prompts[0]), behind)
-        self._keep(classes, now)
+        self._keep(names, now)
 
     def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""
         if self.name_tokens is None:
-            return self.encoder.zero_shot_classifier(text_names(self.named), self.texts)
+            return self.encoder.zero_shot_classifier(self.named, self.texts)
         tower = self.encoder.text_tower
         return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:
         tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
-        depends_on = self.name_tokens, text_names(self.named), self.texts
+        depends_on = self.name_tokens, self.named, self.texts
         return self.encoder.scaled(self._cache(self.encode_text, tensors, *depends_on))
 
     def image_prompts(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ And for each of `STRENGTHS` t, Gaussian classes with means m (C, F), about the m
 
 with r such that for t = 1 both parts are equally spread over the training images. None is chosen: each is weighted by
 its evidence on images that were left out. A class without images is its text alone: the images of the others would only
-push it away. A new class is fitted alone, by softmax regression against the mean features of the others.
+push it away.
 
 A head whose method changed the image features reads both its own embedding and the frozen tower's: the probe is the
 mean of two, each on one of these and all other parts, and z the mean of both logits. Distances are measured in what no

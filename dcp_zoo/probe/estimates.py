@@ -17,7 +17,7 @@ ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # of a loss: its value and gradient at a place
 
 
-def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int) -> Tensor:
     """Where a convex loss is lowest, by torch's L-BFGS with a line search from `start`."""
 
     def slope(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int, tole
             value = loss(x.requires_grad_())
         return value.detach(), torch.autograd.grad(value, x)[0]
 
-    return lowest_point(slope, start, max_iter, tolerance_grad)
+    return lowest_point(slope, start, max_iter)
 
 
 def lowest_point(slope: Slope, start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:

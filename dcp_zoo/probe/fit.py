@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.classes import Class
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -46,7 +45,7 @@ class ReadingFeatures(NamedTuple):
 
 
 def fit_on_features(
-    classes: Sequence[Class],
+    classes: Sequence[str],
     labels: Tensor,
     readings: Sequence[ReadingFeatures],
     unseen: Linear | None = None,

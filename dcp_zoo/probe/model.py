@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import Class, names_of, rows_of
+from dcp_zoo.backbone.classes import rows_of
 from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.probe.estimates import minimum
 
 PREFIX = "text_probe."  # of its tensors in a head
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
@@ -43,13 +42,13 @@ class Distance(NamedTuple):
 
 class TextProbe(nn.Module):
     """See the module. `weight` (C, F) and `bias` (C,) are added to the scaled logits, in the order of `classes`, those
-    that it was fitted on; `text_scale` multiplies these. New classes need the mean features `means` (C, F), and
-    `evidence`, the weights of `PENALTIES`, which sum to 1.
+    that it was fitted on; `text_scale` multiplies these. `means` (C, F) are their mean features, and
+    `evidence` the weights of `PENALTIES` in the fit, which sum to 1.
 
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
     frozen features to the nearest of the class means, in units of `spread`, the mean of training images that were left
     out, and `BEYOND` where one of the `examples` (M, F'), images of no class, is nearer by more than the `margin`.
-    Classes can be added and removed; other texts unset the threshold.
+    Other texts unset the threshold.
 
     Args:
         classes: those of the head, or as many as its images have.
@@ -68,7 +67,7 @@ class TextProbe(nn.Module):
     margin: Tensor
 
     def __init__(
-        self, classes: Sequence[Class], widths: Sequence[Sequence[int]], changed: int = 0, examples: int = 0
+        self, classes: Sequence[str], widths: Sequence[Sequence[int]], changed: int = 0, examples: int = 0
     ) -> None:
         super().__init__()
         self.classes, self.widths, self.changed = list(classes), [tuple(parts) for parts in widths], changed
@@ -80,26 +79,26 @@ class TextProbe(nn.Module):
         for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
 
-    def _ordered(self, rows: Tensor, classes: Sequence[Class]) -> Tensor:
+    def _ordered(self, rows: Tensor, classes: Sequence[str]) -> Tensor:
         """Rows (C, ...) of its classes in the order of `classes`; 0 for those of which it saw no image."""
         if classes == self.classes:  # the usual case, asked in every forward
             return rows
         index = [len(rows) if row is None else row for row in rows_of(classes, self.classes)]
         return torch.cat([rows, torch.zeros_like(rows[:1])])[index]
 
-    def forward(self, logits: Tensor, features: Tensor, classes: Sequence[Class]) -> Tensor:
+    def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
         weight, bias = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
         with torch.autocast(features.device.type, enabled=False):
             return self.text_scale * logits + F.linear(features.to(weight.dtype), weight, bias).to(logits.dtype)
 
-    def linear(self, text: Linear, classes: Sequence[Class]) -> Linear:
+    def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
         """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
         weight, bias = text
         weight, bias = self.text_scale * weight, self.text_scale * bias
         return weight + self._ordered(self.weight, classes), bias + self._ordered(self.bias, classes)
 
-    def measure(self, classes: Sequence[Class]) -> Distance:
+    def measure(self, classes: Sequence[str]) -> Distance:
         """How far images are from what the head has seen of these classes, by the frozen ones of the features: about 1
         for images like these."""
         parts = sum(map(len, self.widths))
@@ -107,20 +106,20 @@ class TextProbe(nn.Module):
         means = self._ordered(self.means, classes).float()
         return Distance(unit, means[means.any(1)][:, self.changed :] * unit, self.examples.float() * unit, self.margin)
 
-    def distance(self, features: Tensor, classes: Sequence[Class]) -> Tensor:
+    def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Features (B, F) -> `measure` of them (B,)."""
         return self.measure(classes)(features)
 
-    def cannot_reject(self, classes: Sequence[Class]) -> str:
+    def cannot_reject(self, classes: Sequence[str]) -> str:
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
         if self.threshold.item() <= NEVER:
             return NO_THRESHOLD
         seen = self._ordered(self.means, classes).any(1).tolist()
-        if not (new := names_of(each for each, known in zip(classes, seen, strict=True) if not known)):
+        if not (new := [name for name, known in zip(classes, seen, strict=True) if not known]):
             return ""
         return (
             f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
-            "it with its own class names (omit --classes), or add these by their images (model.add_class)."
+            "it with its own class names (omit --classes), or train it again with images of these."
         )
 
     def is_like(self, other: "TextProbe") -> bool:
@@ -128,7 +127,7 @@ class TextProbe(nn.Module):
         shapes = [{name: t.shape for name, t in probe.named_buffers()} for probe in (self, other)]
         return self.classes == other.classes and shapes[0] == shapes[1]
 
-    def tensors(self, classes: Sequence[Class] | None = None) -> dict[str, Tensor]:
+    def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
         classes = self.classes if classes is None else classes
         state = self.state_dict()
@@ -138,44 +137,6 @@ class TextProbe(nn.Module):
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}
-
-    def add(self, one: Class, mean: Tensor, images: int, classes: Sequence[Class], text: Linear) -> None:
-        """Add a class, or fit it anew, from the mean feature (F,) of so many images of it, against `classes`, among
-        which it is, each by its mean. `text` is the linear function of their own logits. All in float32."""
-        self.remove(one)
-        self.classes = [*self.classes, one]
-        self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
-        self.bias = torch.cat([self.bias, torch.zeros_like(self.bias[:1])])
-        self.means = torch.cat([self.means, mean.to(self.means)[None]])
-        weight, bias = (t.float().cpu() for t in self.linear(text, classes))
-        x = self._ordered(self.means, classes).float().cpu()
-        start, labels = F.linear(x, weight, bias), torch.arange(len(x))
-        column = F.one_hot(torch.tensor(list(classes).index(one)), len(x)).to(x)
-        row = d = torch.zeros_like(x[0])
-        for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
-
-            def loss(d: Tensor, penalty: float = penalty) -> Tensor:
-                logits = start + torch.outer(x @ d, column)
-                return images * F.cross_entropy(logits, labels, reduction="sum") + penalty / 2 * d.square().sum()
-
-            if not math.isinf(penalty):
-                d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
-            row = row + evidence * d
-        self.weight[-1] = row.to(self.weight)
-        self.arrange(classes)
-
-    def arrange(self, classes: Sequence[Class]) -> None:
-        """Keep its rows in the order of these classes, if they are its own: then its state is that of a checkpoint."""
-        if set(classes) == set(self.classes):
-            rows = self.weight, self.bias, self.means
-            self.weight, self.bias, self.means = (self._ordered(each, classes) for each in rows)
-            self.classes = list(classes)
-
-    def remove(self, one: Class) -> None:
-        """Forget a class, if it is known."""
-        keep = [i for i, known in enumerate(self.classes) if known is not one]
-        self.classes = [self.classes[i] for i in keep]
-        self.weight, self.bias, self.means = self.weight[keep], self.bias[keep], self.means[keep]
 
 
 def nearest(x: Tensor, means: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from dcp_zoo.answers import log_softmax
-from dcp_zoo.backbone.classes import text_names
 from dcp_zoo.data.packaged import DATASETS, classnames, is_own
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
@@ -22,7 +21,7 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
 from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
-from dcp_zoo.zoo.registry import MODELS, get_head, trained_heads
+from dcp_zoo.zoo.registry import MODELS, get_head
 from dcp_zoo.zoo.resolve import parse_name
 
 CARD_NAME = "README.md"
@@ -50,7 +49,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model.method_config()
+    (options, _), measured = model.method_config(), accuracies(info.get("metrics") or {})
     about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
         _metadata(model, repo_id, license, base, dataset),
@@ -62,7 +61,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        rows=_seed_rows(model, dataset),
+        top1={mode: measured.get(mode, "not measured") for mode in MODES} if measured else None,
         alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
         **about,
     )
@@ -76,7 +75,7 @@ def not_of_dataset(model: Head) -> str:
         return ""
     spec, known = DATASETS[name], split_sha256(name)
     tested = spec.counts and info.get("test_images", spec.counts[2])
-    if spec.names and sorted(text_names(model.classes)) != sorted(classnames(name)):
+    if spec.names and sorted(model.classes) != sorted(classnames(name)):
         reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
     elif known and info.get("split_sha256") != known:
         reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
@@ -107,19 +106,6 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None, dataset
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
     )
-
-
-def _seed_rows(model: Head, dataset: str | None) -> list[Values]:
-    """Accuracy per seed: this model's, and for DCP with a text probe the manifest's for the same head with other
-    seeds."""
-    info = model.info
-    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
-    same = model.encoder.architecture, dataset, info.get("shots")
-    for head in trained_heads().values() if model.method == "dcp" and model.text_probe else ():
-        if (head.model, head.dataset, head.shots) == same:
-            measured.setdefault(head.seed, head.metrics)
-    missing = dict.fromkeys(MODES, "not measured")
-    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
 
 
 def holds(claimed: float, measured: float) -> bool:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import open_clip
 import timm
@@ -21,7 +21,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.checkpoint import load, read_tensors
 from dcp_zoo.heads.config import Abilities, DCPConfig
@@ -194,34 +194,7 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Tok
 
 # --- image encoders ---
 
-SUGGESTED = (  # by size
-    "vit_small_patch14_dinov2.lvd142m",
-    "vit_small_patch16_dinov3.lvd1689m",
-    "eva02_small_patch14_224.mim_in22k",
-    "convnext_tiny.dinov3_lvd1689m",
-    "vit_base_patch14_dinov2.lvd142m",
-)
 PLACES = ("hf-hub:", "local-dir:")  # timm's names for other places of a model
-
-
-class EncoderRow(NamedTuple):
-    """A suggested encoder: timm's name, parameters in millions, width of the features, licence."""
-
-    name: str
-    parameters: float
-    features: int
-    license: str
-
-
-def list_encoders() -> list[EncoderRow]:
-    """Image encoders that suit a head beside CLIP; any other of timm's models works, too."""
-    rows = []
-    for name in SUGGESTED:
-        with torch.device("meta"):
-            model: Any = timm.create_model(name, num_classes=0)
-        millions = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
-        rows.append(EncoderRow(name, millions, model.num_features, model.pretrained_cfg["license"]))
-    return rows
 
 
 def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Values] = ()) -> list[ImageEncoder]:
@@ -241,15 +214,15 @@ def check_encoders(names: Sequence[str]) -> None:
     """ZooError for a name that timm does not know."""
     for name in names:
         if not name.startswith(PLACES) and not timm.is_model_pretrained(name):
-            close = ", ".join(nearest(name, timm.list_models(pretrained=True)) or SUGGESTED)
-            advice = "dcp-zoo list --recommend, or timm.list_models(pretrained=True)"
-            raise ZooError(f"timm has no pretrained image model {name!r}. Nearest: {close}. All: {advice}.")
+            hint = nearest_hint(name, timm.list_models(pretrained=True))
+            advice = "All: timm.list_models(pretrained=True)"
+            raise ZooError(f"timm has no pretrained image model {name!r}.{hint} {advice}.")
 
 
 def _load_encoder(name: str, clip: FrozenCLIP) -> ImageEncoder:
     failed = (
         f"The image encoder {name} cannot be loaded: {{}}. Its weights are downloaded once, by timm: connect to the "
-        "internet, or choose another: dcp-zoo list --recommend."
+        "internet, or choose another: timm.list_models(pretrained=True)."
     )
     with as_zoo_error(failed, Exception):
         size, options = _size(name, clip.pretrained_cfg["input_size"][1:])

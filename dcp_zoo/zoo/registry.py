@@ -48,9 +48,6 @@ class ModelSpec:
     zero_shot: float | None = None  # the mean over ten of the 11 datasets, without UCF101
     imagenet: float | None = None
     accuracy_source: str = ""  # the table that has these two, and its date
-    core_ms: float | None = None  # milliseconds in which one core classifies an image, and
-    memory_mb: int | None = None  # what the process then needs, by `benchmarks/precision.py`; None: not measured
-    language: str = "English"  # of class names
     head_mb: float = 0  # megabytes of a head of DCP by the default recipe, without a text probe: float16
     default_tag: str = "imagenet-16shot"  # of the head that `pretrained=True` loads
     recipe: Values = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
@@ -89,25 +86,13 @@ class ModelSpec:
 TABLE: dict[str, Values] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 LICENSES = TABLE[".licenses"]
 SIZES: dict[str, str] = TABLE[".sizes"]
-OPEN_LICENSES = ("mit", "apache-2.0")  # which allow every use
 TABLE["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
 ROWS = {name: row for name, row in TABLE.items() if not name.startswith(".")}
 for row in ROWS.values():
     row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
 MODELS = {name: ModelSpec(name, **row) for name, row in ROWS.items()}
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
-MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that a full-size model would not."
-
-
-def frontier(figure: str, licenses: Sequence[str] = ()) -> list[ModelSpec]:
-    """The models that are more accurate than every cheaper one by `figure`, "zero_shot" or "imagenet"; the cheapest
-    first. Of the weights with one of these licences, if some are passed."""
-    rated = [s for s in MODELS.values() if getattr(s, figure) and (s.license in licenses or not licenses)]
-    chosen: list[ModelSpec] = []
-    for spec in sorted(rated, key=lambda spec: (spec.gflops, -getattr(spec, figure))):
-        if not chosen or getattr(spec, figure) > getattr(chosen[-1], figure):
-            chosen.append(spec)
-    return chosen
+MINIATURE_NOTE = "dcp_mini is a miniature for trying things out. For real use: train --model small; see dcp-zoo list."
 
 
 def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
