@@ -24,6 +24,7 @@ from growing import GrowingTable
 from speed_variants import cache_clip
 
 from dcp_zoo.data import load_split
+from dcp_zoo.training.recipes import batch_sizes
 
 RESULTS = Path(__file__).parent / "results" / "train_time.csv"
 DATASET, CLASSES, IMAGES = "pacs_photo", 5, 20
@@ -77,9 +78,10 @@ def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tup
         return *trained(), None
     first, memory = trained("--set", "stop_epoch=1")
     per_epoch = (trained("--set", "stop_epoch=3")[0] - first) / 2
-    epochs = json.loads((head / "config.json").read_text())["dcp"]["recipe"]["epochs"]
-    steps = (len((head / "log.csv").read_text().splitlines()) - 1) // 3
-    return first + (epochs - 1) * per_epoch, memory, per_epoch / steps
+    info = json.loads((head / "config.json").read_text())["dcp"]
+    recipe, images = info["recipe"], sum(info["class_images"].values())
+    steps = len(batch_sizes(images, recipe["batch_size"], recipe["drop_last"]))
+    return first + (recipe["epochs"] - 1) * per_epoch, memory, per_epoch / steps
 
 
 def write_folder(folder: Path, data_root: Path) -> None:

@@ -71,6 +71,17 @@ class Outputs(NamedTuple):
         parts: list[Any] = [None if part is None else part[rows] for part in self]
         return Outputs(*parts)
 
+    def among(self, sound: Sequence[bool]) -> "Outputs":
+        """The first rows, as those of the `sound` ones among all images: the others are NaN, and not rejected."""
+        if all(sound):
+            return self
+        parts = list[Any](self)
+        for i, part in enumerate(self):
+            if part is not None:
+                parts[i] = np.full((len(sound), *part.shape[1:]), np.nan if part.dtype.kind == "f" else 0, part.dtype)
+                parts[i][np.asarray(sound)] = part[: sum(sound)]
+        return Outputs(*parts)
+
     @classmethod
     def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":
         """Of the images of several outputs, of which each has the same parts."""

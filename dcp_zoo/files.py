@@ -162,10 +162,8 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def format_duration(seconds: float | None) -> str:
-    """90 -> "2 min"; None -> "?"."""
-    if seconds is None:
-        return "?"
+def format_duration(seconds: float) -> str:
+    """90 -> "2 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

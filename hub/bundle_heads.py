@@ -73,7 +73,7 @@ def bundle(run: Run, name: str, trained: Path | None) -> None:
             train_head(run, Path(folder), RunOptions(overwrite=True, progress=progress_bar, log=log))
         target = WEIGHTS / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(trained or folder, target, ignore=shutil.ignore_patterns("log.csv"))
+        shutil.copytree(trained or folder, target)
     metrics = read_config(target)["dcp"]["metrics"]
     sha256 = sha256_of(target / WEIGHTS_NAME)
     manifest = json.loads(MANIFEST.read_text())

@@ -232,6 +232,7 @@ def test_weights_of_images_in_the_text_probe(pictures):
     expected, equal = red(labels[1:]), red(wrong)
     assert red(wrong, [0, *[1] * 7]) == pytest.approx(expected, abs=1e-5)  # as if it was not there
     assert red(wrong, [2] * 8) == pytest.approx(equal, abs=1e-5)
+    assert red(wrong, [3, *[1] * 7]) != pytest.approx(equal, abs=1e-5)
     with pytest.raises(ZooError, match="gda does not support sample_weight: choose method='text-probe'"):
         FewShotClassifier(method="gda").fit(paths, labels, [1] * 8)
     for weights, message in (([1] * 7, "sample_weight"), ([0] * 4 + [1] * 4, "fewer than two classes")):

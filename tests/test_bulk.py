@@ -269,7 +269,7 @@ def doubtful(pixels: np.ndarray) -> Outputs:
     level = np.round(pixels.mean((1, 2, 3)) / 10)
     bright, doubt = level > 11, np.isin(level, (7, 19))
     logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
-    features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1)
+    features = np.stack([1.0 * bright, 1.0 * ~bright, level / 100], 1).astype(np.float32)
     logits = np.stack([0 * logit, logit, 0 * logit - 9, 0 * logit - 9], 1).astype(np.float32)
     return Outputs(logits, features=features / np.linalg.norm(features, axis=1)[:, None])
 

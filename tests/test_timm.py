@@ -130,7 +130,7 @@ def test_features_the_head_and_another_classifier():
     torch.testing.assert_close(head.forward_head(features), logits)
     torch.testing.assert_close(head.get_classifier()(features), logits)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
-        head.reset_classifier(3, classnames=["cat", "dog"])
+        dcp_zoo.create_model(DEFAULT, True, num_classes=3, classnames=["cat", "dog"])
     head.reset_classifier(0)
     assert torch.equal(head(IMAGES), features)
     assert isinstance(head.get_classifier(), torch.nn.Identity)

@@ -1,6 +1,6 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from multiprocessing import parent_process
 from numbers import Integral
@@ -118,8 +118,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
         Args:
             images, labels: see `dcp_zoo.train`.
-            sample_weight: what the loss of each image is multiplied with (n,); of a text probe alone, as by default.
-                Images with weight 0 are left out.
+            sample_weight: what the loss of each image is multiplied with (n,); of a text probe alone, as by
+                default. Images with weight 0 are left out.
             validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
                 images of a test.
         """
@@ -142,54 +142,47 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`; `together`: see `dcp_zoo.predict`."""
-        found, placed = self._outputs(images)
-        return placed(refined(found, np.full(len(found.logits), together)))
+        found = self._outputs(images)
+        return refined(found, np.full(len(found.logits), together))
 
     def decision_function(self, images: Images) -> np.ndarray:
         """Logits (n, C) in the order of `classes_`; of two classes, how far the second is ahead (n,)."""
-        found, placed = self._outputs(images)
-        logits = found.logits
-        return placed(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits)
+        logits = self._outputs(images).logits
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def transform(self, images: Images) -> np.ndarray:
         """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline."""
-        found, placed = self._outputs(images)
-        assert found.features is not None  # a fitted head has stored statistics
-        return placed(found.features)
+        features = self._outputs(images).features
+        assert features is not None  # a fitted head has stored statistics
+        return features
 
     @property
     def _n_features_out(self) -> int:
         """For `get_feature_names_out`, and `set_output`."""
         return self._head().num_features
 
-    def _outputs(self, images: Images, reject: float | None = None) -> tuple[Outputs, Callable[..., np.ndarray]]:
-        """The outputs for the images that can be read, and what places their rows among those of all, else NaN."""
+    def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
+        """The outputs for images, NaN for those that cannot be read."""
         head, items = self._head(), unlabelled(images)
         with kept_features(self.memory):
             options = self.batch_size, self.precision, self._progress(), reject, self.errors
-            found, rows, broken = outputs_of(head, items, *options, features=head.stats == "stored")
+            found, broken = outputs_of(head, items, *options, features=head.stats == "stored")
         if broken:
             warn_of(items, broken)
-
-        def placed(values: np.ndarray) -> np.ndarray:
-            if len(rows) == len(items):
-                return values
-            kind = values.dtype if values.dtype.kind == "f" else object
-            every = np.full((len(items), *values.shape[1:]), np.nan, kind)
-            every[rows] = values
-            return every
-
-        return found, placed
+        return found
 
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
-        found, placed = self._outputs(images, reject)
-        labels = self.classes_[found.logits.argmax(-1)]
-        if found.rejected is not None:
+        found = self._outputs(images, reject)
+        labels, broken = self.classes_[found.logits.argmax(-1)], np.isnan(found.logits[:, 0])
+        if found.rejected is not None or (broken.any() and labels.dtype.kind != "f"):
             labels = labels.astype(object)
+        if found.rejected is not None:
             labels[found.rejected] = None
-        return placed(labels)
+        if broken.any():
+            labels[broken] = np.nan
+        return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its name or its

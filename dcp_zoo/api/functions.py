@@ -25,7 +25,6 @@ from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.images import Progress, bar, check_in_memory, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
-from dcp_zoo.fields import Values
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import HeadPredictor
@@ -88,9 +87,9 @@ def train(
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
-    chosen: Values = {"recipe": recipe, "classifier": classifier}
     settings = RunOptions(**own)
-    run = plan_own(data, validation, model, method, progress=settings.progress, errors=errors, **chosen, **options)
+    options |= {"recipe": recipe, "classifier": classifier, "errors": errors, "progress": settings.progress}
+    run = plan_own(data, validation, model, method, **options)
     with all_named([*run.split.items, *run.split.none]):
         return train_head(run, None if output is None else Path(output), settings)[0]
 
@@ -106,8 +105,8 @@ def plan_own(
     errors: str = "raise",
     **options: Any,
 ) -> Run:
-    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one number
-    for each image, and `options` as of `plan`. Files are read when the run needs them."""
+    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one
+    number for each image, and `options` as of `plan`. Files are read when the run needs them."""
     images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
@@ -154,12 +153,12 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        found, rows, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
+        found, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
         if broken:
             warn_of(items, broken)
-        if not rows:
+        if not (rows := [i for i in range(len(items)) if i not in broken]):
             refuse(items, broken)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits))
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits[rows]))
 
 
 def predict(
@@ -192,14 +191,14 @@ def predict(
     items = unlabelled(images)
     with lent(model, device) as head:
         options = batch_size, precision, progress, reject, errors
-        found, read, broken = outputs_of(head, items, *options, features=together)
+        found, broken = outputs_of(head, items, *options, features=together)
         names = head.classnames
-    none = np.zeros(len(read), bool) if found.rejected is None else found.rejected
+    none = np.zeros(len(items), bool) if found.rejected is None else found.rejected
     ranked = best(refined(found, ~none & together), names, top_k)
-    answers: dict[int, Any] = {i: None if no else row for i, row, no in zip(read, ranked, none, strict=True)}
+    answers: list[Any] = [None if no else row for row, no in zip(ranked, none, strict=True)]
     for i, error in broken.items():
         answers[i] = UnreadableImages(str(error), {items[i].name: str(error)})
-    return [answers[i] for i in range(len(items))]
+    return answers
 
 
 @fair_threads()
@@ -213,9 +212,9 @@ def outputs_of(
     errors: str = "raise",
     features: bool = False,
     alone: bool = True,
-) -> tuple[Outputs, list[int], dict[int, ZooError]]:
-    """What a head computes of the items' images that can be read, and their positions; and why others cannot. `errors`:
-    see `evaluate`; other arguments as of `HeadPredictor`."""
+) -> tuple[Outputs, dict[int, ZooError]]:
+    """What a head computes of the items' images, NaN where they cannot be read; and why they cannot. `errors`: see
+    `evaluate`; other arguments as of `HeadPredictor`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
     if errors == "raise" and len(items) > 1:  # one image says it itself
@@ -226,7 +225,7 @@ def outputs_of(
         broken, found = predictor.outputs(images, batch_size, progress)
     if broken and errors == "raise":
         refuse(items, broken)
-    return found, [i for i in range(len(items)) if i not in broken], broken
+    return found, broken
 
 
 def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:

@@ -145,10 +145,3 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 def _shown(dataset: str, result: Values) -> str:
     """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is over several."""
     return result.get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})") if dataset == FOLDER else dataset
-
-
-def write_results_csv(output: Path) -> Path:
-    """Gather a folder into its `results.csv`."""
-    path, table = output / "results.csv", gather(output)
-    write_file(path, lambda temporary: table.to_csv(temporary, index=False), "run the same command again")
-    return path

@@ -13,11 +13,11 @@ from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import benchmark, deploy, heads, inspect, predict, show, train  # not the functions of these names
 from dcp_zoo.cli.console import errors, from_here, print_error
-from dcp_zoo.cli.options import Command, Group, recipe_help
+from dcp_zoo.cli.options import Command, recipe_help
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import wait_passively
 
-app = Typer(name="dcp-zoo", cls=Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = Typer(name="dcp-zoo", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def print_version(requested: bool) -> None:
@@ -28,7 +28,7 @@ def print_version(requested: bool) -> None:
 
 @app.callback()
 def dcp_zoo(
-    version: bool = Option(False, "--version", callback=print_version, is_eager=True, help="Show the version."),
+    version: bool = Option(False, "--version", callback=print_version, is_eager=True, metavar="", help="The version."),
 ) -> None:
     """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
 

@@ -20,7 +20,7 @@ from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_output, check_writable
+from dcp_zoo.files import check_output, check_writable, write_file
 from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
@@ -134,11 +134,12 @@ def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
     if store.done(output_dir):
-        for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
+        path, results = output_dir / "results.csv", store.gather(output_dir)
+        write_file(path, lambda temporary: results.to_csv(temporary, index=False), "run the same command again")
+        for (model, _), group in with_labels(results).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
                 output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
                 output.print(table.note, "", sep="\n", style="dim")
-        path = store.write_results_csv(output_dir)
         output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.readers import read_classnames
@@ -190,24 +190,16 @@ def recipe_help(method: str = "") -> str:
     return text
 
 
-class _Flags:
-    """Help shows flags without the <bool> of Typer, which reads as if they took a value."""
+class Command(TyperCommand):
+    """A command that, if it has --set, answers --epochs 50 with a hint to --set epochs=50, and whose help lists the
+    recipe of a --method, and flags without the <bool> of Typer, which reads as if they took a value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        found: list[Any] = super().get_params(ctx)
         for parameter in found:
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
         return found
-
-
-class Group(_Flags, TyperGroup):
-    """A group of commands."""
-
-
-class Command(_Flags, TyperCommand):
-    """A command that, if it has --set, answers --epochs 50 with a hint to --set epochs=50, and whose help lists the
-    recipe of a --method."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared, method = {opt for parameter in self.params for opt in parameter.opts}, ""

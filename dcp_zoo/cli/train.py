@@ -10,7 +10,7 @@ from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note
 from dcp_zoo.cli.heads import show_evaluation
-from dcp_zoo.data import Split, is_own, load_for_training
+from dcp_zoo.data import is_own, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, warn
@@ -112,12 +112,31 @@ def train(options: TrainOptions) -> None:
     check_free(output_dir, options.overwrite, resumes=True)
     if options.report:
         check_output(options.report, options.overwrite, "--report")
-    split = _split(options, dataset, data_root)
-    from dcp_zoo.training.cache import features_folder, kept_features
-    from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
+    if options.skip_unreadable and dataset != "folder":
+        raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
+    split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
+    if options.report and not split.test:
+        raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
+    from dcp_zoo.training.cache import features_folder, kept_features  # after the images are listed, as torch is slow
+    from dcp_zoo.training.device import decoders, pick_device
+    from dcp_zoo.training.run import RunOptions, plan, train_and_refit, train_head
 
     use_threads()
-    run = _planned(options, split)
+    run = plan(
+        split,
+        options.model,
+        str(options.method),
+        shots=options.shots or (None if is_own(dataset) else DATASET_SHOTS),
+        seed=options.seed,
+        recipe=options.recipe,
+        changes=opt.single_values(opt.parse_changes(options.changes)),
+        device=options.device,
+        precision=options.precision,
+        encoder=options.encoder,
+        workers=decoders(pick_device(options.device), len(split.items)),
+        descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
+        test_share=options.test,
+    )
     refit = options.refit
     if refit is None:
         refit = is_own(dataset) and split.held_out and run.shots is None
@@ -140,37 +159,6 @@ def train(options: TrainOptions) -> None:
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name}", markup=False)
     if not get_spec(options.model).clip:
         advise(MINIATURE_NOTE)
-
-
-def _split(options: TrainOptions, dataset: str, data_root: Path | None) -> Split:
-    """The images, listed before PyTorch is imported."""
-    if options.skip_unreadable and dataset != "folder":
-        raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
-    split = load_for_training(dataset, data_root, options.labels, options.test, options.skip_unreadable)
-    if options.report and not split.test:
-        raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
-    return split
-
-
-def _planned(options: TrainOptions, split: Split) -> "Run":
-    from dcp_zoo.training.device import decoders, pick_device
-    from dcp_zoo.training.run import plan
-
-    return plan(
-        split,
-        options.model,
-        str(options.method),
-        shots=options.shots or (None if is_own(split.name) else DATASET_SHOTS),
-        seed=options.seed,
-        recipe=options.recipe,
-        changes=opt.single_values(opt.parse_changes(options.changes)),
-        device=options.device,
-        precision=options.precision,
-        encoder=options.encoder,
-        workers=decoders(pick_device(options.device), len(split.items)),
-        descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
-        test_share=options.test,
-    )
 
 
 def _show(options: TrainOptions, run: "Run", evaluation: "Evaluation") -> None:

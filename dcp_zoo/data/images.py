@@ -61,11 +61,6 @@ def picture_formats() -> tuple[str, ...]:
     return tuple(name for name in names if name in Image.OPEN)
 
 
-def is_heif(start: bytes) -> bool:
-    """Whether a file starts like HEIC, whatever its suffix: phones and web sites also call such files .jpg."""
-    return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
-
-
 def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image, by its path or in memory, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
     `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
@@ -284,7 +279,7 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
             if (accepted := accept is None or accept(start)) and not isinstance(accepted, str):
                 stream.seek(0)
                 return make(stream, "")
-    if is_heif(start):
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:  # whatever its suffix: phones also call such files .jpg
         raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
 

@@ -145,7 +145,11 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
             raise ZooError(f"{folder} has train/, so only val/ and test/ may be next to it: move {shorten(stray)}.")
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        parts: Values = {part: _given_part(folder, part, classes, skipped) for part in given}
+        for part in given:
+            if difference := sorted(set(classes).symmetric_difference(_class_folders(folder / part))):
+                names = ", ".join(difference)
+                raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
+        parts: Values = {part: _listing(folder, classes, skipped, part) for part in given}
     else:
         classes, given = _class_folders(folder), [""]
         if PART_NAMES.issuperset(map(str.lower, classes)):
@@ -254,13 +258,6 @@ def read_style(spec: DatasetSpec, folder: Path) -> Split:
     if len(images.classnames) != spec.num_classes:
         raise ZooError(f"{images.place}: {len(images.classnames)} classes, not {spec.num_classes}. {spec.where}")
     return images if spec.shifts else replace(images, train=[], val=[], test=images.items)
-
-
-def _given_part(folder: Path, part: str, classes: list[str], skipped: Counter[str]) -> list[Item]:
-    if difference := sorted(set(classes).symmetric_difference(_class_folders(folder / part))):
-        names = ", ".join(difference)
-        raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
-    return _listing(folder, classes, skipped, part)
 
 
 def read_digits(spec: DatasetSpec, _: Path) -> Split:

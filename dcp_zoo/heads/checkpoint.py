@@ -91,11 +91,11 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
 
 
 def _valid(head: "Head", info: Values) -> Values:
-    """`info` without thresholds that no longer hold, and without why there was no accuracy before there was one."""
-    if head.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-        measured = ("thresholds", *ACCEPTED)
-        info = info | {"text_probe": {name: value for name, value in fitted.items() if name not in measured}}
-    return {name: value for name, value in info.items() if name != "not_measured" or not info.get("metrics")}
+    """`info` without thresholds that no longer hold."""
+    if not head.cannot_reject or "text_probe" not in info:
+        return info
+    measured = ("thresholds", *ACCEPTED)
+    return info | {"text_probe": {name: value for name, value in info["text_probe"].items() if name not in measured}}
 
 
 def head_config(head: "Head", info: Values) -> Values:
@@ -145,10 +145,8 @@ def check_clip(clip: FrozenCLIP, block: HeadInfo, directory: str | Path) -> None
     """ZooError if the weights of this CLIP are not those that a head was trained on; a warning where nobody knows."""
     before, now, weights = block.get("clip_fingerprint"), clip.fingerprint(), f"the {clip.source!r} weights of CLIP"
     if not before or not now:
-        unknown = "the head is older than fingerprints of CLIP" if now else "this CLIP was not loaded in float32"
-        advice = f"Save the head again to store it: head.save_pretrained({str(directory)!r})."
-        text = f"Whether {weights} are those that the head in {directory} was trained on is unknown: {unknown}."
-        warn(f"{text} {advice if now else ''}".rstrip())
+        problem = f"Whether {weights} are those that the head in {directory} was trained on is unknown"
+        warn(f"{problem}: CLIP was not loaded in float32, here or there.")
     elif before != now:
         raise ZooError(
             f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint {before}, "

@@ -91,7 +91,7 @@ class _Identity(TypedDict):
 class HeadInfo(_Identity, total=False):
     """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
 
-    clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; older heads have none
+    clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; none where they were not in float32
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
     named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
@@ -108,7 +108,6 @@ class HeadInfo(_Identity, total=False):
     text_probe: ProbeInfo
     metrics: dict[str, Annotated[float, PERCENT]]  # top-1 by its name
     test_images: Annotated[int, COUNT]
-    not_measured: str
 
 
 class HeadConfig(TypedDict):

@@ -73,28 +73,20 @@ class Head(Classifier):
             layer.weight, layer.bias = (nn.Parameter(t.detach()[rows]) for t in self.linear())
             self._replace_fc(names, layer)
 
-    def reset_classifier(
-        self, num_classes: int | Sequence[str], global_pool: str | None = None, classnames: Sequence[str] | None = None
-    ) -> None:
-        """Classify into other classes. ZooError for a number that is not that of `classnames`, and another pooling than
-        "token".
+    def reset_classifier(self, num_classes: int | Sequence[str], global_pool: str | None = None) -> None:
+        """Classify into other classes. ZooError for another pooling than "token".
 
         Args:
             num_classes: n for a fresh linear layer `fc` (n, F) on the image features, which is to be trained and reads
                 no text; its classes are "class 0", "class 1", .. until you set `classes`. 0 returns image features.
                 Names bring the head's own classifier back, see `set_classnames`.
             global_pool: None or "token".
-            classnames: the names, beside their number.
         """
         check_choice("global_pool", global_pool, (None, "token"))  # CLIP pools its class token
-        names = num_classes if classnames is None and not isinstance(num_classes, int) else classnames
-        if names is not None:
-            if isinstance(num_classes, int) and len(names) != num_classes:
-                raise ZooError(f"num_classes={num_classes}, but there are {len(names)} class names: pass one of both.")
+        if not isinstance(num_classes, int):
             self._replace_fc(self.named, None)
-            self.set_classnames(names)
+            self.set_classnames(num_classes)
             return
-        assert isinstance(num_classes, int)
         check_range("num_classes", num_classes, 0)
         classes = [f"class {i}" for i in range(num_classes)]
         dtype = self.encoder.clip.logit_scale.dtype
@@ -106,7 +98,7 @@ class Head(Classifier):
         del self.fc  # torch would drop the weights of a state for a module that it knows as None
         self.classes, self.fc = classes, layer
         if layer is not None:
-            self._outdate("the classifier was replaced")
+            self._outdate()
 
     def drop_text_probe(self) -> None:
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured without it."""
@@ -123,17 +115,14 @@ class Head(Classifier):
         if probe is not None and not same_texts(probe.classes, texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
         if sorted(classes) != sorted(self.named) or not same_texts(classes, texts, self.texts):
-            self._outdate("the classes were changed")
+            self._outdate()
         self.classes, self.named, self.texts = classes, classes, texts
 
-    def _outdate(self, change: str) -> None:
-        """Take out of `info` what was measured before this change: the accuracy, and what the threshold accepts."""
-        if (fitted := self.info.get("text_probe", {})).keys() & set(ACCEPTED):
-            self.info = self.info | {"text_probe": {k: v for k, v in fitted.items() if k not in ACCEPTED}}
-        if self.info.keys() & {"metrics", "not_measured"}:
-            reason = f"{change} after the accuracy was measured: dcp-zoo eval measures it again"
-            valid = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
-            self.info = valid | {"not_measured": reason}
+    def _outdate(self) -> None:
+        """Take out of `info` what was measured of other classes: the accuracy, and what the threshold accepts."""
+        self.info = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
+        if fitted := self.info.get("text_probe"):
+            self.info["text_probe"] = {name: value for name, value in fitted.items() if name not in ACCEPTED}
 
     # --- in a checkpoint ---
 

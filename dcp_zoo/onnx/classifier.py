@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, log_softmax
+from dcp_zoo.answers import Outputs, is_rejected, log_softmax
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.prediction import Predictor, decode
@@ -104,4 +104,5 @@ class OnnxClassifier(Predictor):
         """What `encode` returns -> the outputs; of a file that `takes_pixels` logits are logs of probabilities."""
         found = dict(zip(self._returned, self.session.run(self._returned, {self._taken: images}), strict=True))
         logits = np.log(found["probabilities"] + SMALLEST) if self.takes_pixels else found["logits"]
-        return Outputs(logits, self.reject(logits, found.get("distance")), found.get("features"))
+        rejected = None if self.threshold is None else is_rejected(logits, found["distance"], self.threshold)
+        return Outputs(logits, rejected, found.get("features"))

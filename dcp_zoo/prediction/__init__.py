@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, is_rejected
+from dcp_zoo.answers import Outputs
 from dcp_zoo.data.images import ImageLike, Progress, by_image, crop, load_image, no_progress
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
@@ -55,10 +55,6 @@ class Predictor(ABC):
     def classify(self, features: Any) -> Outputs:
         """What `encode` returns -> the outputs of n images."""
 
-    def reject(self, logits: np.ndarray, distances: np.ndarray | None) -> np.ndarray | None:
-        """Whether each of n images (n,) is of none of the classes, by its logits (n, C) and its distance (n,)."""
-        return None if self.threshold is None else is_rejected(logits, distances, self.threshold)
-
     def compute(self, pixels: np.ndarray) -> Outputs:
         """Pixels, uint8 (n, 3, H, W) -> the outputs of n images."""
         return self.classify(self.encode(pixels))
@@ -84,13 +80,13 @@ class Predictor(ABC):
     def batches(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
     ) -> Iterator[tuple[Errors, Outputs]]:
-        """Images in order, in batches: why each cannot be read, and the outputs of the others."""
+        """Images in order, in batches: why each cannot be read, and the outputs, NaN for those that cannot."""
         for errors, features in by_image(progress, self.encoded(images, batch_size), "images", len(images)):
-            yield errors, self.classify(features).of(slice(errors.count(None)))
+            yield errors, self.classify(features).among([error is None for error in errors])
 
     def outputs(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
     ) -> tuple[dict[int, ZooError], Outputs]:
-        """Why images cannot be read, by their positions, and the outputs of the others; of one image or more."""
+        """Why images cannot be read, by their positions, and the outputs of all; of one image or more."""
         errors, parts = zip(*self.batches(images, batch_size, progress), strict=True)
         return {i: error for i, error in enumerate(chain(*errors)) if error}, Outputs.joined(parts)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import Outputs
+from dcp_zoo.answers import Outputs, is_rejected
 from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
 from dcp_zoo.data.images import ImageLike, Progress, by_image, no_progress
@@ -75,9 +75,10 @@ class HeadPredictor(Predictor):
             with autocast(self.device, self.precision):
                 logits = torch.cat([self.head(batch) for batch in x.split(1 if self.alone else len(x))])
                 x = torch.cat([self.head.encode_image(image[None]) for image in x]) if self.threshold is not None else x
-        distances = None if self.threshold is None else self.fused.distances(x.float()).cpu().numpy()
-        found = logits.float().cpu().numpy()
-        return Outputs(found, self.reject(found, distances), features.float().cpu().numpy() if self.features else None)
+        found, rejected = logits.float().cpu().numpy(), None
+        if self.threshold is not None:
+            rejected = is_rejected(found, self.fused.distances(x.float()).cpu().numpy(), self.threshold)
+        return Outputs(found, rejected, features.float().cpu().numpy() if self.features else None)
 
     def batches(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
@@ -88,9 +89,8 @@ class HeadPredictor(Predictor):
         errors: Errors = [None] * len(images)
         features = self._kept(images, errors, batch_size, progress)
         for start in range(0, len(images), batch_size):
-            own = errors[start : start + batch_size]
-            read = [error is None for error in own]
-            yield own, self.classify(features[start : start + batch_size][read])
+            batch = slice(start, start + batch_size)
+            yield errors[batch], self.classify(features[batch])
 
     @torch.no_grad()
     def _kept(self, images: Sequence[ImageLike], errors: Errors, batch_size: int, progress: Progress) -> Tensor:

@@ -39,17 +39,10 @@ class Job(NamedTuple):
         """Classify images in order, batch by batch."""
         left = iter(images)
         for errors, found in predictor.batches(images, self.batch_size):
-            answers = iter(found.rows(predictor.classnames, self.top_k))
-            rows = [
-                {"image": image} | ({"error": str(error)} if error else next(answers))
-                for error, image in zip(errors, left, strict=False)
-            ]
-            kept = None
-            if found.features is not None:
-                computed = np.concatenate([found.features, found.logits], 1) if self.together else found.features
-                kept = np.full((len(errors), computed.shape[1]), np.nan, np.float32)
-                kept[[error is None for error in errors]] = computed
-            yield rows, kept
+            answers = zip(errors, left, found.rows(predictor.classnames, self.top_k), strict=False)
+            rows = [{"image": image} | ({"error": str(error)} if error else row) for error, image, row in answers]
+            kept = found.features
+            yield rows, np.concatenate([kept, found.logits], 1) if self.together and kept is not None else kept
 
     def refined(
         self, rows: Iterable[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress

@@ -51,8 +51,10 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
 
 
 def refined(found: Outputs, own: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
-    """The probabilities (n, C) of images: of those that are of the classes, `own` (n,), refined by each other."""
+    """The probabilities (n, C) of images: of those that are of the classes, `own` (n,), refined by each other. Those
+    that cannot be read, NaN, stay so."""
     probabilities, features = found.probabilities, found.features
+    own = own & ~np.isnan(probabilities[:, 0])
     if features is not None and own.any():
         lengths = np.linalg.norm(features[own], axis=1, keepdims=True)
         probabilities[own] = together(probabilities[own], features[own] / lengths, progress)

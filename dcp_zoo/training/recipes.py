@@ -69,7 +69,7 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
 @dataclass(frozen=True)
 class BaseRecipe(Checked):
     """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether
-    `loop.train` trains by it: with callbacks, class weights, and a state from which it resumes."""
+    `loop.train` trains by it: with callbacks, and a state from which it resumes."""
 
     is_trained = False
     augment: str = option(

@@ -217,8 +217,8 @@ def train_head(
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.
-        output: folder for `model.safetensors`, `config.json` and, of a training, `log.csv` and until the run has
-            finished its state. None writes nothing.
+        output: folder for `model.safetensors`, `config.json` and, of a training, until the run has finished its state.
+            None writes nothing.
         measured: accuracies to store instead of measuring.
         clip: of the run, where it is loaded already, on its device.
         subset, read: the images of the run, where they are read already, and what reads them.
@@ -249,8 +249,8 @@ def _fit_and_measure(
     read: Reader | None = None,
     refit: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images; a training's state and log stay
-    in `output`. With `refit` the test images are trained on next: all that this needs is read in the same pass."""
+    """What `train_head` saves, its accuracies, and its predictions on the test images; a training's state stays in
+    `output`. With `refit` the test images are trained on next: all that this needs is read in the same pass."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
@@ -262,7 +262,7 @@ def _fit_and_measure(
             task.train.decode()
         info = run.info(subset)
         state = _state(run, clip, subset, info, output, options)
-        earlier = state.seconds[-1] if state.seconds else 0.0
+        earlier = state.seconds
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
     info = info or run.info(subset)

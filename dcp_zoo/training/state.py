@@ -13,16 +13,14 @@ from pathlib import Path
 
 import torch
 
-from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.heads.config import STATE_NAME
 from dcp_zoo.training.recipes import AS_RELEASED
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT, LOG_NAME = 3, "log.csv"
-
-
+STATE_FORMAT = 3
 Log = Callable[[str], object]
 
 
@@ -33,7 +31,7 @@ def no_log(message: object) -> None:
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
-    reason; beside it log.csv, with the losses so far. ZooError if the file is damaged, or the state of another run."""
+    reason. ZooError if the file is damaged, or the state of another run."""
 
     def __init__(
         self,
@@ -44,9 +42,8 @@ class TrainingState:
     ) -> None:
         self.path, self.run, self.every, self.log = path, {**(run or {}), "state's format": STATE_FORMAT}, every, log
         self._found = self._read()
-        # of every completed step the loss, and when it was completed, in seconds since the run began
-        self.losses: list[float] = self._found["losses"] if self._found else []
-        self.seconds: list[float] = self._found["seconds"] if self._found else []
+        self.losses: list[float] = self._found["losses"] if self._found else []  # of every completed step
+        self.seconds: float = self._found["seconds"] if self._found else 0.0  # that these took
         self._saved_steps = len(self.losses) if self._found else None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
@@ -59,11 +56,16 @@ class TrainingState:
         self._round()
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
-        if self._found:
-            self._restore(self._found)
+        if state := self._found:
+            with torch.no_grad():
+                for p, saved in zip([*self.trained, *others], state["trained"], strict=True):
+                    p.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.log(f"Resuming after step {self._saved_steps}, from {self.path}")
             self._found = None
         self._saved = time.perf_counter()
-        self._started = self._saved - (self.seconds[-1] if self.seconds else 0)
+        self._started = self._saved - self.seconds
         return self
 
     def step(self, loss: float) -> None:
@@ -76,7 +78,7 @@ class TrainingState:
             problem = f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}."
             raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
         self.losses.append(loss)
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds = time.perf_counter() - self._started
         self._between_steps = True
         if self.path and time.perf_counter() - self._saved >= self.every:
             self._save()
@@ -104,8 +106,12 @@ class TrainingState:
                 self._save()
         if isinstance(error, KeyboardInterrupt):
             self.log(f"Stopped. {self._advice()}".rstrip())
-        elif reason := _reason(error):
+        # the CPU allocator has no exception type of its own
+        elif isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            reason = "Out of memory: use --set batch_size=N or --precision bfloat16."
             raise ZooError(f"{reason} {self._advice()}".rstrip()) from error
+        elif isinstance(error, ZooError):
+            raise ZooError(f"{error} {self._advice()}".rstrip()) from error
 
     def _advice(self) -> str:
         if self._saved_steps is None or self.path is None:
@@ -131,10 +137,6 @@ class TrainingState:
         }
         torch.save(state, buffer := io.BytesIO())
         write_file(self.path, buffer.getvalue(), otherwise="")  # `_advice` follows
-        rows = zip(self.losses, self.seconds, strict=True)
-        lines = [f"{step},{loss:.6f},{seconds:.2f}\n" for step, (loss, seconds) in enumerate(rows, 1)]
-        with writing_to(log := self.path.with_name(LOG_NAME), otherwise=""):
-            log.write_text("".join(["step,loss,seconds\n", *lines]))
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
     def _read(self) -> Values | None:
@@ -147,18 +149,9 @@ class TrainingState:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if different := [f"{name} {before.get(name)} instead of {now.get(name)}" for name in names]:
             problem = f"{self.path} is the state of another run: {'; '.join(different)}."
-            raise ZooError(
-                f"{problem} To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
-            )
+            advice = "To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
+            raise ZooError(f"{problem} {advice}")
         return state
-
-    def _restore(self, state: Values) -> None:
-        with torch.no_grad():
-            for p, saved in zip([*self.trained, *self.others], state["trained"], strict=True):
-                p.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.log(f"Resuming after step {self._saved_steps}, from {self.path}")
 
 
 def remove_state(folder: Path) -> None:
@@ -166,13 +159,3 @@ def remove_state(folder: Path) -> None:
     (folder / STATE_NAME).unlink(missing_ok=True)
     for leftover in folder.glob(f".{STATE_NAME}.*"):
         leftover.unlink()
-
-
-def _reason(error: BaseException) -> str | None:
-    """The message of an error that users can act on; None for a bug."""
-    if isinstance(error, ZooError):
-        return str(error)
-    # the CPU allocator has no exception type of its own
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return "Out of memory: use --set batch_size=N or --precision bfloat16."
-    return None

@@ -29,7 +29,6 @@ from dcp_zoo.zoo.build import build_head
 from dcp_zoo.zoo.registry import ModelSpec
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
 
-POOL = ("CLIP pools its class token", ("token",))  # for `check_only`, as the next
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
@@ -40,7 +39,6 @@ def create_model(
     *,
     classnames: Sequence[str] | None = None,
     descriptions: Descriptions | None = None,
-    clip_pretrained: str | None = None,
     stats: str | None = None,
     classifier: str | None = None,
     tokenizer: Tokenizer | None = None,
@@ -60,7 +58,6 @@ def create_model(
             random state, as those of any torch module.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
-        clip_pretrained: another open_clip tag for CLIP's weights. The model is then called "open_clip:ARCH/TAG".
         stats: see `DCP.stats`.
         classifier: "none" leaves out the text probe of a head, as in the papers. Default: with it, if it has one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
@@ -78,7 +75,7 @@ def create_model(
     arguments = TimmArguments.taken_from(options)
     if (path := arguments.checkpoint_path) and is_checkpoint(path):
         name, pretrained, arguments.checkpoint_path = f"local-dir:{path}", True, ""
-    source = resolve(name, pretrained, cache_dir, clip_pretrained)
+    source = resolve(name, pretrained, cache_dir)
     model = build_head(source, classnames, descriptions, tokenizer, without_fixed(source.spec, options))
     model.stats = stats
     return arguments.applied(model, classnames, classifier)
@@ -127,7 +124,10 @@ class TimmArguments:
         if classifier == "none":
             model.drop_text_probe()
         if self.num_classes not in (None, model.num_classes):
-            model.reset_classifier(self.num_classes, classnames=classnames if self.num_classes else None)
+            if classnames and self.num_classes:
+                problem = f"num_classes={self.num_classes}, but there are {len(classnames)} class names"
+                raise ZooError(f"{problem}: pass one of both.")
+            model.reset_classifier(self.num_classes)
         if self.checkpoint_path:
             load_state(model, Path(self.checkpoint_path))
             if classifier == "none":
@@ -144,7 +144,8 @@ class TimmArguments:
 def without_fixed(spec: ModelSpec, options: Values) -> Values:
     """Options without those of timm that a CLIP fixes; ZooError for other values of these."""
     square = f"{spec.name} reads square images of one size", sizes(spec.image_size)
-    fixed = {"in_chans": ("CLIP reads RGB images", (3,)), "img_size": square, "global_pool": POOL}
+    fixed = {"in_chans": ("CLIP reads RGB images", (3,)), "img_size": square}
+    fixed["global_pool"] = "CLIP pools its class token", ("token",)
     fixed |= dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,)))
     for argument in options.keys() & fixed.keys():
         check_only(argument, options[argument], *fixed[argument])

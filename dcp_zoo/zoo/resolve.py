@@ -95,16 +95,9 @@ class Source:
         return spec
 
 
-def resolve(
-    name: str,
-    pretrained: bool | str = True,
-    cache_dir: str | Path | None = None,
-    clip_pretrained: str | None = None,
-) -> Source:
+def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
     """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub. For
     the arguments see `create_model`; checkpoint folders and Hub repos are read in any case."""
-    if clip_pretrained:
-        name = _with_weights(resolve(name, pretrained, cache_dir), clip_pretrained)
     kind, place, tag = parse_name(name)
     if kind == "open_clip":
         if pretrained not in FRESH:
@@ -136,18 +129,6 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, cache_dir: str | P
     folder = trained_here(head) or stored or _download(head, cache_dir)
     config = read_config(folder)
     return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
-
-
-def _with_weights(source: Source, tag: str) -> str:
-    """The name of a model with other weights; ZooError if it has none of this tag, or is a head, which has its own."""
-    import open_clip  # slow to import
-
-    spec = source.spec
-    tags = [] if source.config else [known for arch, known in open_clip.list_pretrained() if arch == spec.clip]
-    tags = tags or [spec.clip_pretrained]
-    if tag not in tags:
-        raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(tags)}.")
-    return spec.name if tag == spec.clip_pretrained else f"{OPEN_CLIP}{spec.clip}/{tag}"
 
 
 def trained_here(head: HeadEntry) -> Path | None:

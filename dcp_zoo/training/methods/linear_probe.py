@@ -37,17 +37,11 @@ def fit_linear_probe(task: Task) -> LinearHead:
     """
     recipe: LinearProbeRecipe = task.recipe
     views, labels = task.plain_train.features(probe_views(task.plain_train), task.progress), task.train_labels
-    scale = scale_of(views, labels, recipe)
+    held_out = left_out(views, labels, recipe)
+    scale = text_scale(*held_out) if held_out else ALONE
     head = task.linear_head(*(scale * part.to(task.clip.device) for part in regression(views, labels, recipe)))
     head.info = {"scale": round(scale, 4)}
     return head
-
-
-def scale_of(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> float:
-    """The scale of the logits with the least loss on images that were left out, or `ALONE`: features (V, n, E), labels
-    (n,)."""
-    held_out = left_out(views, labels, recipe)
-    return text_scale(*held_out) if held_out else ALONE
 
 
 def left_out(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> tuple[Tensor, Tensor] | None:
