@@ -1,8 +1,11 @@
 """The stock Hub client against a Hub in memory: downloads, pins, and one message for each kind of failure."""
 
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import hub_server
 import open_clip
 import pin_clips
 import pytest
@@ -72,10 +76,10 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
         model.stored_stats = torch.randn(2, 16, 64).half().float()
         model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
         server.add(HEAD_REPO, checkpoint_files(folder))
-        save_file(
-            {name: t.half() for name, t in model.encoder.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME
-        )
-        server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
+        weights = folder / hub.CLIP_WEIGHTS_NAME
+        save_file({name: t.half() for name, t in model.encoder.clip.state_dict().items()}, weights)
+        server.add(CLIP_REPO, {weights.name: weights})
+        model.folder = folder
         yield model
 
 
@@ -138,6 +142,33 @@ def test_a_published_head(narrow, client, tmp_path):
     message = f"HF_HUB_OFFLINE forbids it.*run `hf download {file}` .* folder {folder} .* to {tmp_path}/cache"
     with offline(), pytest.raises(ZooError, match=message):
         dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
+
+
+DOWNLOAD = """
+import sys, json, open_clip, torch, dcp_zoo
+from dataclasses import replace
+from dcp_zoo.zoo.registry import MODELS
+MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.items()}
+open_clip.factory._MODEL_CONFIGS["ViT-B-16"] = json.loads(sys.argv[3])
+model = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot").eval()
+with torch.inference_mode():
+    torch.save(model(torch.load(sys.argv[1])), sys.argv[2])
+"""
+
+
+@pytest.mark.scripts  # olah takes an environment of its own
+def test_a_published_head_from_olah(narrow, tmp_path):
+    """CLIP's weights and the head over HTTP from a Hub that others wrote, by `hub/mirror`'s configuration, in a new
+    process that knows it only from HF_ENDPOINT."""
+    torch.save(images := torch.randn(2, 3, 224, 224), tmp_path / "images")
+    with hub_server.serve(tmp_path / "hub") as server:
+        server.add(HEAD_REPO, checkpoint_files(narrow.folder))
+        server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: narrow.folder / hub.CLIP_WEIGHTS_NAME})
+        command = [sys.executable, "-c", DOWNLOAD, tmp_path / "images", tmp_path / "logits", json.dumps(SMALL)]
+        env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+        subprocess.run(command, env=env, check=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.load(tmp_path / "logits"), narrow(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_broken_download_is_no_checkpoint(client, tmp_path):
