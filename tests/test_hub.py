@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import hub_server
+import huggingface_hub
 import open_clip
 import pin_clips
 import pytest
@@ -161,6 +161,7 @@ def test_a_published_head_from_olah(narrow, tmp_path):
     """CLIP's weights and the head over HTTP from a Hub that others wrote, by `hub/mirror`'s configuration, in a new
     process that knows it only from HF_ENDPOINT."""
     torch.save(images := torch.randn(2, 3, 224, 224), tmp_path / "images")
+    (tmp_path / "hub").mkdir()
     with hub_server.serve(tmp_path / "hub") as server:
         server.add(HEAD_REPO, checkpoint_files(narrow.folder))
         server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: narrow.folder / hub.CLIP_WEIGHTS_NAME})
