@@ -103,11 +103,6 @@ def rejecting(head: Any) -> Any:
     return head
 
 
-def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the trainable parameters by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def gradients(model: nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of a function of the logits, by the names of the trainable parameters."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -99,6 +99,17 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadH
         yield hub
 
 
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty manifest of a source checkout, which `hub/publish.py` writes."""
+    path = tmp_path / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "checkout" / "setup.cfg").touch()
+    path.write_text("{}")
+    monkeypatch.setattr("publish.MANIFEST", path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict:
     """`meta.json` of the golden vectors, with the backbone's tensors under "backbone"."""
@@ -153,10 +164,23 @@ def photos(tmp_path_factory) -> list[Item]:
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Four blue and four red pictures, one folder per class."""
+    place = tmp_path_factory.mktemp("colours")
+    for name, color in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
+        (place / name).mkdir()
+        for i in range(4):
+            image = Image.new("RGB", (150, 140), tuple(min(255, part + 9 * i) for part in color))
+            image.save(place / name / f"{i}.png")
+    return place
+
+
+@pytest.fixture(scope="session")
 def tiny_head(golden: dict) -> DCP:
-    """A calibrated DCP of four classes on the golden CLIP that rejects images, its parameters perturbed so that answers
-    differ."""
-    clip = FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG)
+    """A calibrated DCP of four classes on a CLIP of few blocks, as an export takes seconds. It rejects images, and its
+    parameters are perturbed so that answers differ."""
+    small = build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2})
+    clip = FrozenCLIP(small, pretrained_cfg=CFG)
     torch.manual_seed(3)
     model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
@@ -172,20 +196,12 @@ def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ("onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason="the export extra is not installed")
 
-    def write(path: Path) -> None:
-        with process_unchanged("export"):
-            export.export(tiny_head, path)
-
-    return shared_file(tmp_path_factory, "tiny.onnx", write)
-
-
-def shared_file(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], object]) -> Path:
-    """A file that the first worker who needs it writes for all."""
-    folder = factory.getbasetemp()
-    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny.onnx"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            write(path)
+            with process_unchanged("export"):
+                export.export(tiny_head, path)
     return path
 
 

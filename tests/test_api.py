@@ -1,5 +1,6 @@
 """`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in seconds."""
 
+import copy
 import inspect
 import os
 import pickle
@@ -38,18 +39,6 @@ NAMES = ["blue", "red"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Four blue and four red pictures, one folder per class."""
-    place = tmp_path_factory.mktemp("colours")
-    for name, color in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
-        (place / name).mkdir()
-        for i in range(4):
-            image = Image.new("RGB", (150, 140), tuple(min(255, part + 9 * i) for part in color))
-            image.save(place / name / f"{i}.png")
-    return place
-
-
-@pytest.fixture(scope="module")
 def pictures(folder):
     return dcp_zoo.list_labelled_images(folder)
 
@@ -57,9 +46,6 @@ def pictures(folder):
 @pytest.fixture(scope="module")
 def fitted(folder, quick_probe):
     return FewShotClassifier(method="dcp", recipe=QUICK).fit(folder)
-
-
-# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
@@ -73,13 +59,6 @@ def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
     assert len(fitted.predict(array[..., 0])) == len(fitted.predict(array[None, ..., 0])) == 1
     with pytest.raises(ZooError, match=r"pass images\[None\] for one, list\(images\) for three"):
         fitted.predict(tensor)  # one image, or three grey ones
-    for wrong, message in (
-        (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
-        (np.full((4, 4), 200), "int64 from 200 to 200 is not an image"),
-        (torch.full((3, 4, 4), -1.5), "float32 from -1.5 to -1.5 is not an image"),
-    ):
-        with pytest.raises(ZooError, match=message):
-            fitted.predict([wrong])
 
 
 def test_labels_are_checked(folder, pictures):
@@ -102,9 +81,6 @@ def test_labels_are_checked(folder, pictures):
     assert (twice.model_.classnames, twice.classes_.tolist()) == (NAMES, [0, 1])
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
-
-
 def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
     """Callbacks see every epoch, and can end a training; nothing is learnt from validation images."""
     seen, recipe = [], QUICK | {"classifier": "none"}  # whose weights depend on the validation images
@@ -123,13 +99,8 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
     assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
     stopped = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: epoch.epoch == 2])
     assert len(stopped.fit(*pictures).history_) == 2
-    for wrong, message in (
-        (lambda: dcp_zoo.evaluate(model, pictures[0][:1], ["green"]), "No class green: the classes are blue, red"),
-        (lambda: dcp_zoo.predict(model, pictures[0], batch_size=0), "batch_size must be at least 1, not 0"),
-        (lambda: dcp_zoo.train("dcp_mini", *pictures, **options), "already holds a checkpoint"),
-    ):
-        with pytest.raises(ZooError, match=message):
-            wrong()
+    with pytest.raises(ZooError, match="batch_size must be at least 1, not 0"):
+        dcp_zoo.predict(model, pictures[0], batch_size=0)
 
 
 def test_a_batch_is_what_one_forward_pass_reads(pictures):
@@ -152,8 +123,6 @@ def test_a_batch_is_what_one_forward_pass_reads(pictures):
     for hook in hooks:
         hook.remove()
 
-
-# --------------------------------------------------------------------------------------------------------- scikit-learn
 
 CHECKS = [
     "check_estimator_cloneable",
@@ -373,13 +342,18 @@ def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, tmp_path
     assert head.info["subset_sha256"] != dcp_zoo.train("dcp_mini", others, labels).info["subset_sha256"]
 
 
-# ------------------------------------------------------------------------------------------------ the process around it
+@pytest.fixture
+def head(fitted):
+    """In training, but for a part."""
+    head = copy.deepcopy(fitted.model_).train()
+    head.cmpa.eval()
+    return head
 
 
 @pytest.fixture
-def calls(folder, pictures, fitted, uploads, tmp_path, tiny_head, exported_once):
+def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported_once):
     """A call of every public function, and of the methods that work."""
-    head, images = fitted.model_, torch.rand(2, 3, 192, 192)
+    images = torch.rand(2, 3, 192, 192)
     own, trial = FewShotClassifier(random_state=7), Trial("few-shot", "dcp_mini", "zero-shot", "digits", 0, 0)
     vectors = {f"{part}_vector": np.eye(4, 8, dtype=np.float32) for part in ("train2", "test", "text")}
     names = {"train2_label": [0, 0, 1, 1], "test_label": [0, 0, 1, 1], "classnames": ["a", "b"]}
@@ -391,11 +365,11 @@ def calls(folder, pictures, fitted, uploads, tmp_path, tiny_head, exported_once)
         "predict": lambda: dcp_zoo.predict(head, folder),
         "inspect": lambda: dcp_zoo.inspect(folder),
         "search": lambda: dcp_zoo.search(folder, "something red"),
-        "suggest": lambda: dcp_zoo.suggest(folder),
+        "suggest": lambda: dcp_zoo.suggest(folder, head),
         "list_labelled_images": lambda: dcp_zoo.list_labelled_images(folder),
         "create_model": lambda: dcp_zoo.create_model("dcp_mini", True).eval().get_classifier(),
         "create_transform": lambda: dcp_zoo.create_transform(head)(Image.new("RGB", (9, 9))),
-        "load_head": lambda: dcp_zoo.load_head(head, head.save_pretrained(tmp_path / "head")),
+        "load_head": lambda: dcp_zoo.load_head(fitted.model_, head.save_pretrained(tmp_path / "head")),
         "export": lambda: dcp_zoo.export(tiny_head, tmp_path / "file.onnx"),  # torch's exporter: see `onnx_file`
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
@@ -409,14 +383,27 @@ def calls(folder, pictures, fitted, uploads, tmp_path, tiny_head, exported_once)
     }
 
 
-def test_no_public_function_changes_the_process(calls):
+@pytest.mark.filterwarnings("ignore")
+def test_no_public_function_changes_the_process_or_a_head(calls, head, tiny_head):
     """Only fresh weights of a model are drawn from torch's random state, as those of every torch module are."""
+
+    def state() -> list[object]:
+        found: list[object] = []
+        for each in (head, tiny_head):
+            tensors = (*each.named_parameters(), *each.named_buffers())
+            found += [(name, module.training) for name, module in each.named_modules()]
+            found += [(name, t.device, t.dtype, t.requires_grad, t._version) for name, t in tensors]
+            found += [each.stats, [*each.classes], dict(each.info), each.texts]
+        return found
+
+    before = state()
     functions = {name for name in dcp_zoo.__all__ if inspect.isfunction(getattr(dcp_zoo, name))}
     assert functions <= calls.keys()
     for name, call in calls.items():
         random.random(), np.random.rand(), torch.rand(1)  # so that no state is the one after a seed
         with process_unchanged(name):
             call()
+        assert state() == before, name
 
 
 def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):

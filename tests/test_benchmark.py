@@ -28,9 +28,6 @@ TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfe
 CLOSED = [name for name in METHODS if name not in TRANSFER]
 
 
-# ---------------------------------------------------------------------------------------------------------------- plan
-
-
 def test_the_papers_sweep_is_165_trials_planned_in_a_second():
     started = time.process_time()
     trials = plan_trials("few-shot", methods=["dcp"])
@@ -95,9 +92,6 @@ def test_keys_are_file_names_and_unique():
     assert all("/" not in key and " " not in key and len(key) < 230 for key in keys)
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
-
-
 def test_calibration_error_and_likelihood_by_hand():
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.35, 0.65]])
     labels = torch.tensor([0, 1, 1, 0])
@@ -110,9 +104,6 @@ def test_calibration_error_and_likelihood_by_hand():
     assert found == [(1, 0.65, 0.0), (1, 0.7, 1.0), (2, 0.9, 0.5)]
     loss = -sum(map(math.log, (0.9, 0.1, 0.7, 0.35))) / 4
     assert metrics.negative_log_likelihood(probabilities.log() + 3, labels) == round(loss, 4)
-
-
-# --------------------------------------------------------------------------------------------------------- real trials
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +218,6 @@ def test_a_trial_resumes_with_the_targets_that_are_left(few_digits, tmp_path, mo
     assert not [*(tmp_path / "resumed" / "unfinished").iterdir()]
 
 
-# --------------------------------------------------------------------------------------------------- sweeps and stores
-
-
 COMMAND = ("benchmark", "few-shot")
 TRIALS = plan_trials("few-shot", methods=["zero-shot", "dcp"], datasets=["dtd"], shots=[1, 2], seeds=[1, 2])
 
@@ -330,9 +318,6 @@ def test_a_killed_sweep_resumes_and_another_in_its_folder_is_refused(tmp_path):
     assert store.done(tmp_path) == set(runs())
 
 
-# -------------------------------------------------------------------------------------------------------- command line
-
-
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run):
     said = run.ok(*COMMAND, "--methods", "dcp,zero-shot", "--output", tmp_path / "sweep", "--dry-run")
     assert "176 trials, 176 to run." in said
@@ -375,9 +360,6 @@ def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch, run):
     code, _, err = run(*command)
     assert (code, "Finished trials are kept" in err) == (130, True)
     assert (len(store.done(tmp_path)), store.failures(tmp_path)) == (1, {})
-
-
-# -------------------------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,27 @@
 """`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
 
 import json
-import random
 import warnings
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import build
 import publish
 import pytest
-import small_zoo
+import trees
+from PIL import Image
 from shared import CommandLine
-from small_zoo import finish_or_kill
 
 import dcp_zoo
-from dcp_zoo.data import DATASETS, list_datasets
+from dcp_zoo.benchmark import store
+from dcp_zoo.data import DATASETS, list_datasets, packaged
+from dcp_zoo.data.packaged import Archive
 from dcp_zoo.zoo import registry
+
+NAMES = ["red", "green", "blue"]
+DEAD = Archive("http://127.0.0.1:9/images.tar")
+COUNTS = {"imagenet": (6, 0, 3), "fgvc_aircraft": (3, 3, 3)}
 
 
 @pytest.fixture
@@ -24,15 +29,33 @@ def run(monkeypatch, capsys) -> CommandLine:
     return CommandLine(monkeypatch, capsys, build.app)
 
 
+def draw(path: Path) -> None:
+    """A picture, with a colour of its own for every name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = sum(path.stem.encode()) * 37
+    Image.new("RGB", (32, 32), (number % 256, number * 7 % 256, number * 3 % 256)).save(path)
+
+
 @pytest.fixture
-def small(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The folder of the small data, with a manifest; the protocol has four datasets, of each layout."""
+def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
+    """The data of a protocol with four datasets, of each layout, with three classes and a few images each.
+    The miniature trains for four steps."""
     full = dict(DATASETS)
     for name in set(list_datasets()) - {"imagenet", "caltech101", "fgvc_aircraft", "oxford_pets"}:
         del DATASETS[name]
-    manifest = small_zoo.write_manifest(tmp_path)
-    small_zoo.shrink(manifest, monkeypatch)
-    small_zoo.write_data(tmp_path / "DATA")
+    put = monkeypatch.setattr
+    put(packaged, "_class_names", lambda: dict.fromkeys((spec.names for spec in full.values()), NAMES))
+    put(packaged, "split_rows", lambda name: None)
+    put(packaged, "drawn", lambda *args: None)
+    put(packaged, "wnid_names", lambda: dict(zip(trees.WNIDS, NAMES, strict=True)))
+    put(trees, "WNIDS", trees.WNIDS[:3])
+    for name in list_datasets():
+        counts = COUNTS.get(name, (6, 3, 3))
+        DATASETS[name] = replace(full[name], num_classes=3, counts=counts, archives=(DEAD,))
+        trees.write_tree(tmp_path / "DATA", name, draw)
+    mini = registry.MODELS["dcp_mini"]  # every step has all images, so that the loss falls
+    short = replace(mini, recipe=mini.recipe | {"epochs": 4, "batch_size": 4})
+    monkeypatch.setitem(registry.MODELS, "dcp_mini", short)
     yield tmp_path
     monkeypatch.undo()
     DATASETS.clear()
@@ -56,7 +79,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = dcp_zoo.create_model(name, True)
-    assert model.classnames == small_zoo.NAMES
+    assert model.classnames == NAMES
     assert model.info["metrics"] == heads[name].metrics
     assert "top1_no_classifier" in heads[name].metrics
 
@@ -74,20 +97,25 @@ def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
 
 
 @pytest.mark.scripts
-def test_a_build_survives_kills_and_a_busy_hub(small, uploads, run, monkeypatch):
+def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch):
     """From nothing to a full registry; a build that is finished asks for nothing."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
-    chance, folder = random.Random(), small / "BUILD"
-    prepare = partial(small_zoo.prepare_build, publish.MANIFEST, uploads.url)
+    write, few_only = store.write_json, arguments(small, *few)
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
     for kind in ("results", "published"):  # while it trains, and while it publishes
-        goal = chance.randint(1, 2)
-        until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
-        finish_or_kill(arguments(small, *few), until, prepare, chance.random() / 5, "build")
-    assert "2 published." in run.ok(*arguments(small, *few))
+
+        def stop(path: Path, content: object, kind: str = kind) -> None:
+            write(path, content)
+            if path.parent.name == kind:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_json", stop)
+            assert run(*few_only)[0] == 130
+    assert "2 published." in run.ok(*few_only)
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
     requests = len(uploads.requests)
-    assert "2 published." in run.ok(*arguments(small, *few))
+    assert "2 published." in run.ok(*few_only)
     assert len(uploads.requests) == requests
 
 

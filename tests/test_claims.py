@@ -85,14 +85,6 @@ def test_claims_are_measured_again(head, data, run, monkeypatch):
     assert "was trained on another split of pacs_photo: its sha256 is 0000" in run.refused(*command)
 
 
-def test_what_training_measures_is_claimed(data, tmp_path, run):
-    """A new head, read back from its checkpoint."""
-    options = ("--set", "epochs=2", "--shots", "2", "--output", tmp_path / "new")
-    run.ok("train", "--method", "dcp", "pacs_photo", "--data-root", data, *options)
-    out = run.ok("eval", "--head", tmp_path / "new", "--data-root", data, "--claim")
-    assert claims(out) == dict.fromkeys(("stored", "batch", "no_classifier"), "holds")
-
-
 def test_a_card_is_believed_before_the_checkpoint(head):
     name = f"local-dir:{head}"
     model = dcp_zoo.create_model(name, True)

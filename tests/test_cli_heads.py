@@ -1,4 +1,4 @@
-"""Heads on the command line: how they are named, what is said of them, and changes of their classes."""
+"""Heads on the command line: how they are named, and what is said of them."""
 
 import json
 import re

@@ -13,25 +13,12 @@ from helpers import Count, photo
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_labelled
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.prediction.outputs import TABLES
-from dcp_zoo.tables import read_csv, write_csv
+from dcp_zoo.tables import read_csv
 from dcp_zoo.zoo import build
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
-
-
-def test_train_needs_its_data_named_once(run, flowers, my_head):
-    for args, message in (
-        ([], "or train caltech101 --data-root DATA"),
-        (["digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
-        (["digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
-        (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
-        (["--head", "my_head"], "not the checkpoint my_head: dcp-zoo train MY_PHOTOS"),
-    ):
-        err = run.refused("train", "--output", "out", *args)
-        assert (err.count("Error:"), message in err, Path("out").exists()) == (1, True, False), err
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypatch):
@@ -90,7 +77,7 @@ def test_labels_are_used_and_checked(run, flowers):
     assert "--labels is for your own images" in run("train", "digits", "--labels", labels)[2]
 
 
-def test_what_predict_and_inspect_wrote_are_labels(run, flowers):
+def test_what_predict_wrote_are_labels(run, flowers):
     """Answers that are no class are left out, with a count, and corrections are read."""
     pairs = (("rose", "-20C"), ("tulip", "a, b"))
     named = [(f"MY_PHOTOS/{folder}/{i}.jpg", name) for folder, name in pairs for i in range(6)]
@@ -105,10 +92,6 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers):
     assert "csv: 1 'none of these', 1 'leave out', 1 that cannot be read." in err
     assert "predictions.csv has the answers of a head: unless you corrected" in err
     assert read_config("head")["dcp"]["class_images"] == {"-20C": 4, "a, b": 6}
-    changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
-    write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
-    found = load_labelled("folder", flowers, "inspection.csv")
-    assert [(item.key, item.label) for item in found.items] == [("rose/2.jpg", 0), ("rose/0.jpg", 1)]
 
 
 @pytest.fixture

@@ -7,35 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import (
-    WNIDS,
-    picture,
-    rows,
-    touch,
-    variant_folders,
-    write_aircraft,
-    write_folders,
-    write_imagenet,
-    write_listed,
-    write_tree,
-)
+from trees import WNIDS, picture, rows, touch, variant_folders, write_folders, write_listed, write_tree
 
 import dcp_zoo
-from dcp_zoo.data import (
-    DATASETS,
-    check,
-    classnames,
-    few_shot,
-    load_image,
-    load_labelled,
-    load_split,
-    training_split,
-)
+from dcp_zoo.data import DATASETS, check, classnames, few_shot, load_image, load_labelled, load_split, training_split
 from dcp_zoo.data.packaged import split_rows
 from dcp_zoo.data.splits import PARTS, check_test_share, split_sha256
 from dcp_zoo.errors import ZooError
-
-# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_list_datasets_are_the_eleven(tmp_path):
@@ -77,25 +55,19 @@ def test_table_is_consistent():
         classnames("folder")
 
 
-# --- listed splits ---------------------------------------------------------------------------------------------------
+FOURTH = {"dtd": "sub/1_train_1.jpg", "fgvc_aircraft": "0000003.jpg", "imagenet": f"train/{WNIDS[1]}/b.JPEG"}
 
 
-def test_listed_split(tmp_path):
-    name = "dtd"
-    file = write_listed(tmp_path, name)
+@pytest.mark.parametrize("name", FOURTH)
+def test_a_tree_in_the_real_layout(tmp_path, name):
+    write_tree(tmp_path, name)
     split = load_split(name, tmp_path)
     assert split.classnames == classnames(name)
-    assert [[item.key, item.label] for item in split.test] == [row[:2] for row in rows(name)["test"]]
+    assert split.train[3].key == FOURTH[name]
+    assert [item.label for item in split.test] == list(range(len(split.classnames)))
+    assert (split.val == []) == (name == "imagenet")
     assert all(Path(item.path).is_absolute() and Path(item.path).is_file() for item in split.items)
-    assert load_split(name, file.parent) == split  # the dataset's own folder as the root
-
-
-def test_aircraft(tmp_path):
-    folder = write_aircraft(tmp_path)
-    split = load_split("fgvc_aircraft", tmp_path)
-    assert split.classnames == classnames("fgvc_aircraft")
-    assert split.val[7][:3] == (str(folder / "images/1000007.jpg"), "1000007.jpg", 7)
-    assert load_split("fgvc_aircraft", folder) == split
+    assert load_split(name, tmp_path / DATASETS[name].folder) == split  # the dataset's own folder as the root
 
 
 def first(**change):
@@ -133,22 +105,6 @@ def test_sha256_depends_only_on_contents(tmp_path):
     assert len(hashes) == 4
 
 
-# --- ImageNet --------------------------------------------------------------------------------------------------------
-
-
-def test_imagenet(tmp_path):
-    folder = write_imagenet(tmp_path)
-    split = load_split("imagenet", tmp_path)
-    assert split.classnames == classnames("imagenet")
-    assert [item.key for item in split.train[:3]] == [
-        f"train/{wnid}" for wnid in (f"{WNIDS[0]}/a.JPEG", f"{WNIDS[0]}/b.JPEG", f"{WNIDS[1]}/a.JPEG")
-    ]
-    assert [item.label for item in split.test] == list(range(1000))
-    assert split.val == []
-    assert all(Path(item.path).is_file() for item in split.items)
-    assert load_split("imagenet", folder) == split
-
-
 @pytest.mark.parametrize("name", ["imagenetv2", "imagenet_a"])
 def test_imagenet_variants(tmp_path, name):
     write_tree(tmp_path, name)
@@ -176,9 +132,6 @@ def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
         assert style.classnames == split.classnames
         assert [item.key for item in style.test] == [f"{c}/{f}.jpg" for c in split.classnames for f in "abc"]
         assert (style.train, style.val, style.note) == ([], [], "")
-
-
-# --- folder per class, digits ----------------------------------------------------------------------------------------
 
 
 def test_folder_without_splits_is_split(tmp_path):
@@ -261,9 +214,6 @@ def test_digits_come_from_memory():
     assert item.label == digits.target[int(item.key)]
     pixels = np.asarray(load_image(item.path))
     np.testing.assert_allclose(pixels, np.repeat(digits.images[int(item.key)][..., None], 3, 2) * 255 / 16, atol=0.5)
-
-
-# --- check -----------------------------------------------------------------------------------------------------------
 
 
 def test_check_reports_every_dataset(tmp_path, monkeypatch):

@@ -34,9 +34,6 @@ def coloured(folder, colour, n=4):
     return photos(*paths)
 
 
-# ------------------------------------------------------------------------------------------------------------- handlers
-
-
 def test_captions_are_what_predict_says(tmp_path):
     model = create_model(DEFAULT_HEAD, pretrained=True).eval()
     best = predict(model, sample_images()[0])[0][0]
@@ -74,9 +71,6 @@ def test_a_head_is_trained_measured_and_saved(tmp_path):
 def test_a_taken_port_is_explained():
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ZooError, match="pass other --host or --port"):
         launch(port=other.getsockname()[1])
-
-
-# ----------------------------------------------------------------------------------------------------- other requests
 
 
 @pytest.fixture(scope="module")

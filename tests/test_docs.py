@@ -170,9 +170,6 @@ def test_examples_in_help(scratch):
             parse_command(example)
 
 
-# --------------------------------------------------------------------------------------------------- as GitHub shows it
-
-
 @cache
 def tokens(page: Path) -> list[Token]:
     """The page as blocks and, inside them, text, links and pictures, in order."""

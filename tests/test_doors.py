@@ -4,25 +4,22 @@ with classes that share a name, and others than it was trained on. No door opens
 import copy
 import json
 import re
-import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import process_unchanged, served, told
+from helpers import told
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
-from dcp_zoo.api import attention_maps
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli.console import rejection_note
 from dcp_zoo.data import load_image
 from dcp_zoo.heads.head import Head
-from dcp_zoo.onnx.export import export
 from dcp_zoo.zoo.build import plain_clip
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -201,51 +198,6 @@ def test_warnings_point_at_the_line_of_the_user(pictures, heads):
         assert {warning.filename for warning in caught if about in str(warning.message)} == {__file__}
 
 
-DOORS = {
-    "predict": lambda head, paths, place: dcp_zoo.predict(head, paths, device="cpu"),
-    "evaluate": lambda head, paths, place: dcp_zoo.evaluate(head, paths[:2], ["leaf", "snow"]),
-    "head.predict": lambda head, paths, place: head.predict(torch.zeros(1, 3, 192, 192)),
-    "suggest": lambda head, paths, place: dcp_zoo.suggest(str(Path(paths[0]).parent), head, count=2),
-    "search": lambda head, paths, place: dcp_zoo.search(Path(paths[0]).parent, "red", count=2),
-    "inspect": lambda head, paths, place: dcp_zoo.inspect(paths, list("ab") * 4),
-    "explain": lambda head, paths, place: attention_maps(head, torch.zeros(1, 3, 192, 192)),
-    "save": lambda head, paths, place: head.save_pretrained(place),
-    "train": lambda head, paths, place: dcp_zoo.train("dcp_mini", paths, list("ab") * 4),
-}
-
-
-@pytest.mark.parametrize("door", [*DOORS, pytest.param("export", marks=pytest.mark.scripts)])
-@pytest.mark.filterwarnings("ignore")
-def test_doors_leave_the_head_and_the_process_as_they_were(door, pictures, heads, tmp_path):
-    """A guest in the user's process; here with a head in training, of which one part is not."""
-    head = heads("dcp").train()
-    head.cmpa.eval()
-    tensors = {**dict(head.named_parameters()), **dict(head.named_buffers())}
-
-    def state() -> list[object]:
-        return [
-            *[(name, module.training) for name, module in head.named_modules()],
-            *[(name, t.device, t.dtype, t.requires_grad, t._version) for name, t in tensors.items()],
-            *(head.stats, [*head.classes], dict(head.info), head.texts),
-        ]
-
-    dcp_zoo.list_models()  # what is imported on first use may filter warnings for good, as torch does
-    before, doors = state(), DOORS | {"export": lambda head, paths, place: export(head, place / "head.onnx")}
-    with process_unchanged(door):
-        doors[door](head, pictures[0], tmp_path)
-    assert state() == before
-
-
-@pytest.mark.scripts  # exports take seconds; every run has that of a head with all readings, in test_encoders.py
-@pytest.mark.parametrize("kind", ["prolip", "dcp"])
-def test_a_file_and_a_server_answer_like_the_head(kind, pictures, heads, tmp_path, run):
-    head, paths = heads(kind), pictures[0][:2]
-    edit(head)
-    ranked, file = -np.sort(-plainly(head, paths)), export(head, tmp_path / "head.onnx")
-    for answers in (told(run, file, paths), served(file, paths)):
-        assert in_order(answers, head.classnames) == pytest.approx(ranked, abs=CLOSE)
-
-
 def test_a_folder_of_some_classes_is_judged_among_all(heads, tmp_path, run, monkeypatch):
     """By the command, also with a table of the images, and in Python: classes without images stay possible answers."""
     monkeypatch.chdir(tmp_path)
@@ -264,10 +216,6 @@ def test_a_folder_of_some_classes_is_judged_among_all(heads, tmp_path, run, monk
         assert told["top1"] == round(found.accuracy.percent, 2)
         assert told["per_class"] == {row.name: [row.correct, row.images] for row in found.per_class}
         assert told["confused_pairs"] == [list(pair) for pair in found.confused_pairs]
-
-    shutil.copytree("some/leaf", "some/rose")
-    with pytest.raises(ZooError, match=f"No class rose: the classes are {', '.join(head.classnames)}. Pass "):
-        dcp_zoo.evaluate(head, "some")
 
 
 @pytest.fixture

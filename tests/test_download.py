@@ -5,72 +5,36 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from helpers import encoded, http_server, tar
+from helpers import encoded, tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_tree
+from upload_hub import Repo, UploadHub
 
 from dcp_zoo.data import DATASETS, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.download import ARCHIVES, fetch_archive, unpack
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
 
-
-class Files(BaseHTTPRequestHandler):
-    """A server of files. Of `faults` each is for one request: "cut" sends half, a number that status; "whole" takes no
-    range."""
-
-    content: dict[str, bytes]
-    faults: list[object]
-    ranges: list[str | None]
-
-    def do_GET(self) -> None:
-        name = self.path[1:]
-        fault = self.faults.pop(0) if self.faults else None
-        start = self.headers.get("Range")
-        self.ranges.append(start)
-        if isinstance(fault, int) or name not in self.content:
-            self.send_error(fault if isinstance(fault, int) else 404)
-            return
-        whole = self.content[name]
-        offset = int(start.removeprefix("bytes=").rstrip("-")) if start and fault != "whole" else 0
-        data = whole[offset:]
-        self.send_response((206 if data else 416) if offset else 200)
-        self.send_header("Content-Length", str(len(data)))
-        if offset:
-            self.send_header("Content-Range", f"bytes {offset}-{len(whole) - 1}/{len(whole)}")
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-class Server:
-    def __init__(self) -> None:
-        self.url = ""
-        self.content: dict[str, bytes] = {}
-        self.faults: list[object] = []
-        self.ranges: list[str | None] = []
-
-    def offer(self, name: str, content: bytes, **fields: object) -> Archive:
-        self.content[name] = content
-        return Archive(f"{self.url}/{name}", hashlib.md5(content).hexdigest(), **fields)
+PLACE, CUT, BUSY = "data/sets", ("GET", 206), ("GET", 503)
 
 
 @pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+def server(uploads, monkeypatch) -> UploadHub:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    server = Server()
-    with http_server(type("Handler", (Files,), vars(server))) as server.url:
-        yield server
+    uploads.repos[PLACE] = Repo(private=False)
+    uploads.repos[PLACE].commit({})
+    return uploads
+
+
+def offer(server: UploadHub, name: str, content: bytes, **fields: object) -> Archive:
+    server.files(PLACE)[name] = content
+    return Archive(f"{server.url}/{PLACE}/resolve/main/{name}", hashlib.md5(content).hexdigest(), **fields)
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -81,47 +45,35 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# --- one file --------------------------------------------------------------------------------------------------------
-
 CONTENT = bytes(range(256)) * 4000
 
 
 @pytest.mark.parametrize(
     ("faults", "ranges"),
     [
-        (["cut", "cut", "cut"], [None, "bytes=512000-", "bytes=768000-", "bytes=896000-"]),
-        (["cut", "whole"], [None, "bytes=512000-"]),  # a server that starts again from the first byte
+        ([CUT, CUT, CUT], ["bytes=512000-", "bytes=768000-", "bytes=896000-"]),
+        ([CUT, ("GET", 200)], ["bytes=512000-"]),  # a server that starts again from the first byte
     ],
     ids=str,
 )
 def test_a_broken_download_is_continued(server, tmp_path, faults, ranges):
-    archive = server.offer("a.tar", CONTENT)
+    archive = offer(server, "a.tar", CONTENT)
     server.faults += faults
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
     assert server.ranges == ranges
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_the_next_call_continues(server, tmp_path):
-    archive = server.offer("a.tar", CONTENT)
-    server.faults += ["cut", *[503] * 9]
-    with pytest.raises(ZooError, match="a.tar cannot be downloaded: .*503"):
-        fetch_archive(archive, tmp_path)
-    assert (tmp_path / "a.tar.part").stat().st_size == 512_000
-    server.faults.clear()
-    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_two_versions_are_never_joined(server, tmp_path):
-    """The connection breaks, then the file has changed: by its checksum, or because it is loaded from its beginning."""
-    later = bytes(reversed(CONTENT))
-    for archive in (server.offer("a.tar", CONTENT), replace(server.offer("b.tar", CONTENT), md5="")):
-        server.faults[:] = ["cut", *[503] * 9]
-        with pytest.raises(ZooError, match="503"):
+@pytest.mark.parametrize("later", [CONTENT, CONTENT[::-1]], ids=["same", "other"])
+def test_the_next_call_continues_and_never_joins_two_versions(server, tmp_path, later):
+    """By its checksum; a file without one is loaded from its beginning."""
+    for archive in (offer(server, "a.tar", CONTENT), replace(offer(server, "b.tar", CONTENT), md5="")):
+        server.faults[:] = [CUT, *[BUSY] * 9]
+        with pytest.raises(ZooError, match="tar cannot be downloaded: .*503"):
             fetch_archive(archive, tmp_path)
         server.faults.clear()
-        server.content |= {"a.tar": later, "b.tar": later}
-        if archive.md5:
+        server.files(PLACE).update({"a.tar": later, "b.tar": later})
+        if archive.md5 and later != CONTENT:
             with pytest.raises(ZooError, match="has not the published md5 .*deleted"):
                 fetch_archive(archive, tmp_path)
             assert list(tmp_path.iterdir()) == []
@@ -130,15 +82,12 @@ def test_two_versions_are_never_joined(server, tmp_path):
 
 
 def test_a_dead_link_says_what_to_do(server, tmp_path):
-    archive = server.offer("a.tar", CONTENT)
-    server.faults.append(404)
+    archive = offer(server, "a.tar", CONTENT)
+    server.faults.append(("GET", 404))
     with pytest.raises(ZooError, match=f"cannot be downloaded: .*404.* put a.tar .md5 {archive.md5}. in {tmp_path}"):
         fetch_archive(archive, tmp_path)
     (tmp_path / "a.tar").write_bytes(CONTENT)  # done as told
     assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-
-
-# --- unpacking -------------------------------------------------------------------------------------------------------
 
 
 def link(name: str) -> bytes:
@@ -169,14 +118,11 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     assert list(folder.iterdir()) == []
 
 
-# --- every dataset ---------------------------------------------------------------------------------------------------
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def offered(server: Server, name: str, root: Path, make: Callable[[Path], object] = picture) -> tuple[Archive, ...]:
+def offered(server: UploadHub, name: str, root: Path, make: Callable[[Path], object] = picture) -> tuple[Archive, ...]:
     """The dataset's archives in their real structure, with a tiny tree; the table's own, but for url and checksum."""
     write_tree(root, name, make)
     spec = DATASETS[name]
@@ -194,7 +140,7 @@ def offered(server: Server, name: str, root: Path, make: Callable[[Path], object
             content = zipped({archive.inner: content})
         elif archive.filename.endswith(".zip"):
             content = zipped(inside)
-        new = server.offer(archive.filename, content)
+        new = offer(server, archive.filename, content)
         archives.append(replace(archive, url=new.url, md5=new.md5))
     return tuple(archives)
 
@@ -213,16 +159,16 @@ def test_download(server, tmp_path, monkeypatch, run, name):
     source, target = tmp_path / "source", tmp_path / "DATA"
     archives = offered(server, name, source)
     use_small(monkeypatch, name, archives, source)
-    server.faults += ["cut"]
+    server.faults += [CUT]
     out = run.ok("data", "download", name, "--data-root", target, "--agree")
     assert DATASETS[name].terms[:40] in out
     assert f"{name}: complete, split sha256 {load_split(name, source).sha256[:12]}" in out
     assert load_split(name, target).sha256 == load_split(name, source).sha256
     assert [*(target / ARCHIVES).iterdir()] == []
 
-    requests = len(server.ranges)
+    requests = len(server.requests)
     code, out, _ = run("data", "download", name, "--data-root", target)  # complete: no request, no question
-    assert (code, len(server.ranges)) == (0, requests)
+    assert (code, len(server.requests)) == (0, requests)
     assert DATASETS[name].terms not in out
 
 
@@ -231,7 +177,7 @@ def test_terms_are_asked_for(server, tmp_path, monkeypatch, run):
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
     monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: False)
     assert "Nothing was downloaded" in run.refused("data", "download", "dtd", "--data-root", tmp_path / "DATA")
-    assert server.ranges == []
+    assert server.requests == []
     monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: True)
     run.ok("data", "download", "dtd", "--data-root", tmp_path / "DATA")
 
@@ -239,7 +185,7 @@ def test_terms_are_asked_for(server, tmp_path, monkeypatch, run):
 def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run):
     archives = offered(server, "dtd", tmp_path / "source")
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
-    gone = (replace(DATASETS["eurosat"].archives[0], url=f"{server.url}/gone.zip"),)
+    gone = (replace(DATASETS["eurosat"].archives[0], url=f"{server.url}/{PLACE}/resolve/main/gone.zip"),)
     monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], archives=gone))
     code, out, err = run("data", "download", "eurosat", "dtd", "--data-root", tmp_path / "DATA", "--agree")
     assert (code, "dtd: complete" in out) == (2, True)
@@ -293,9 +239,6 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     assert split.classnames == classnames("imagenet")
     labels = {item.key.rpartition("_")[2]: item.label for item in split.test}
     assert [labels[f"{number:08d}.JPEG"] for number in range(1000)] == order
-
-
-# --- what ships with the package -------------------------------------------------------------------------------------
 
 
 def test_packaged_splits_need_no_file(tmp_path):

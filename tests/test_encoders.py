@@ -3,7 +3,6 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +13,7 @@ from shared import CFG, build_tiny_clip
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
-from dcp_zoo import FewShotClassifier, create_model, predict, train
+from dcp_zoo import FewShotClassifier, create_model, list_labelled_images, predict, train
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.data import load_image
 from dcp_zoo.data.images import crop
@@ -44,14 +43,9 @@ def encoders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[list[Image.Image], list[str]]:
-    """Noise in three colours."""
-    rng, images = np.random.default_rng(0), []
-    for i in range(12):
-        noise = rng.normal(128, 50, (200, 200, 3)).clip(0, 255).astype(np.uint8)
-        noise[..., i % 3] //= 3
-        images.append(Image.fromarray(noise))
-    return images, ["red", "green", "blue"] * 4
+def pictures(folder) -> tuple[list[Image.Image], list[str]]:
+    paths, labels = list_labelled_images(folder)
+    return [load_image(path) for path in paths], labels
 
 
 @pytest.fixture(scope="module")

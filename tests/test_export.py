@@ -137,9 +137,6 @@ def test_files_reject_the_images_that_the_model_rejects(tiny_head, onnx_file, in
         assert [image["rejected"] for image in served["images"]] == expected
 
 
-# ---------------------------------------------------------------------------------------- preprocessing inside
-
-
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])
 def test_resize_in_the_graph_is_pils(crop_pct):
     """On noise, the worst case: at most one grey level, in at most 2 of 1,000 values."""
@@ -210,9 +207,6 @@ def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
     assert Path("int8.onnx").stat().st_size < 0.6 * Path("my_head.onnx").stat().st_size
     rows = classify(find_images(["MY_PHOTOS"]), OnnxClassifier(Path("int8.onnx"), 1))
     assert sum(len(batch) for batch, _ in rows) == 6
-
-
-# -------------------------------------------------------------------------------------------------- heads in the cache
 
 
 @pytest.fixture

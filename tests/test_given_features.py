@@ -51,6 +51,7 @@ def test_every_method_that_needs_features_only(folder, run):
     assert float(rows["zero-shot"]["top1"]) == round(100 * expected.mean(), 2)
 
 
+@pytest.mark.scripts
 def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
     assert sweep(run, folder, "--methods", "zero-shot")[0] == 0
     arrays = dict(np.load(folder / "caltech101.npz"))
@@ -63,6 +64,7 @@ def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
     assert "0 to 2" in sweep(run, other, "--methods", "linear-probe")[2]
 
 
+@pytest.mark.scripts
 def test_image_features_alone_are_enough_for_gda(folder, run):
     arrays = dict(np.load(folder / "caltech101.npz"))
     del arrays["text_vector"]

@@ -101,28 +101,17 @@ def judged(features, labels):
     return out_of_fold(ReadingFeatures(features[None], (torch.zeros(5, 16), torch.zeros(5))), labels)
 
 
-def test_swapped_labels_are_suspected():
-    truth = torch.arange(5).repeat(8)
-    noise = 0.1 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    features = torch.nn.functional.normalize(torch.eye(5, 16)[truth] + noise, dim=1)
-    labels = truth.clone()
-    labels[[0, 11, 22]] = torch.tensor([3, 4, 0])
-    chances = judged(features, labels).log_probabilities
-    assert sorted(suspected(chances, labels)) == [0, 11, 22]
-    assert (chances.argmax(1) == truth).all()
-    curve = learning_curve(judged(features, truth))
-    assert ([point.images for point in curve], curve[-1].accuracy > 95) == ([1, 2, 4], True)
-
-
-def test_images_of_no_class_are_found():
-    generator = torch.Generator().manual_seed(0)
+def test_swapped_labels_and_images_of_no_class_are_found():
     shown = torch.arange(5).repeat(8)
     labels = shown.clone()
     shown[[5, 26]] = 5  # a sixth thing, which is no class
     labels[[0, 11]] = torch.tensor([3, 4])
-    features = torch.eye(6, 16)[shown] + 0.1 * torch.randn(40, 16, generator=generator)
+    features = torch.eye(6, 16)[shown] + 0.1 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     found = judged(torch.nn.functional.normalize(features, dim=1), labels)
+    assert {0, 11} <= {*suspected(found.log_probabilities, labels)} <= {0, 11, 5, 26}
     assert sorted(of_no_class(found.log_probabilities, found.distances, labels)[:2]) == [5, 26]
+    curve = learning_curve(found)
+    assert ([point.images for point in curve], curve[-1].accuracy > 85) == ([1, 2, 4], True)
 
 
 def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
@@ -160,9 +149,6 @@ def test_the_table_is_a_labels_file_with_the_changes_of_a_person(folder, cache, 
         assert {item.key: found.classnames[item.label] for item in getattr(found, part)} == keys
     assert [item.key for item in found.none] == [item.key for item in old.none]
     assert {path: path.read_bytes() for path in place.rglob("*.*")} == before
-
-
-# -------------------------------------------------------------------------------------------------------------- search
 
 
 def test_train_says_what_copies_in_the_test_add_to_the_accuracy(cache, tmp_path, run, monkeypatch):
@@ -218,9 +204,6 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
         (("--to-label", "--labels", folder), "left to label: all have a label, are black, or cannot be read"),
     ):
         assert message in run.refused("search", folder, *args)
-
-
-# ------------------------------------------------------------------------------------------------------------ to label
 
 
 def test_suggested_images_are_labelled_in_the_table_and_trained_on(folder, cache, tmp_path, run):

@@ -4,17 +4,17 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import StoppedState, close, photo
+from helpers import StoppedState, close
 from safetensors.torch import load_file
 from test_baselines import NAMES, logits_of, pixels, task
 
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
-from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.onnx.export import export
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
@@ -120,30 +120,6 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, tmp_path, monkeypatch):
-    """The first step of an epoch counts the weights of the last one, then fails, and is done again."""
-
-    def fit(**options):
-        return fit_head("promptsrc", replace(task("promptsrc", clip, photos), training=options))._trained_state()
-
-    def state():
-        return TrainingState(tmp_path / STATE_NAME)
-
-    whole, encode, calls = fit(), PromptHead.encode_text, []
-
-    def failing(self):
-        calls.append(self)
-        if len(calls) == 3:
-            raise MemoryError
-        return encode(self)
-
-    monkeypatch.setattr(PromptHead, "encode_text", failing)
-    with pytest.raises(ZooError, match="Out of memory.* after step 2 is saved"):
-        fit(state=state())
-    resumed = fit(state=state())
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
 @pytest.mark.parametrize("method", ["zero-shot", "clip-lora"])
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
@@ -181,19 +157,12 @@ def test_the_command_line_trains_any_method(photos, tmp_path, run):
         shutil.copy(item.path, folder)
     gda = ("--method", "gda", "--no-refit", "--output", tmp_path / "gda")
     assert "test top-1" in run.ok("train", tmp_path / "photos", *gda)
-    code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
-    assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     code, out, err = run("eval", tmp_path / "photos", "--head", tmp_path / "gda", "--claim")  # on those held out
     assert (code, out.count("holds")) == (0, 1), err
     cached = ("--method", "tip-adapter", "--output", tmp_path / "cache")
     assert "test top-1" in run.ok("train", tmp_path / "photos", *cached)
     answers = json.loads(run.ok("predict", photos[0].path, "--head", tmp_path / "cache", "--json"))[0]["predictions"]
     assert {answer["class"] for answer in answers} == set(NAMES)
-    run.ok("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "all")
-    measured, final = (read_config(tmp_path / name)["dcp"] for name in ("gda", "all"))
-    assert final["metrics"] == measured["metrics"]
-    assert final["test_share"] == 0
-    assert final["subset_sha256"] != measured["subset_sha256"]
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")
@@ -201,18 +170,9 @@ def test_the_command_line_trains_any_method(photos, tmp_path, run):
     assert "trained on these images" in err
 
 
-def test_the_command_line_refuses_before_it_trains(tmp_path, run):
-    for name in NAMES:
-        for i in range(2):
-            photo(tmp_path / "photos" / name / f"{i}.jpg", i)
-    given = ("train", tmp_path / "photos", "--method", "gda", "--output")
-    for options, wrong in (
-        (("--recipe", "release"), "The recipe release is for DCP: omit it, or use --method dcp"),
-        (("--set", "beta=2"), "--set: beta is none of augment"),
-        (("--set", "classifier=svm"), "classifier must be none or text-probe, not 'svm'"),
-    ):
-        assert wrong in run.refused(*given, tmp_path / "x", *options)
-    (tmp_path / "stopped").mkdir()
-    (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
-    assert "holds a stopped training, which can resume" in run.refused(*given, tmp_path / "stopped")
-    assert "'--report'" in run.refused(*given, tmp_path / "x", "--report", tmp_path / "stopped")
+def test_a_folder_that_holds_a_stopped_training_is_refused(flowers, run):
+    Path("stopped").mkdir()
+    Path("stopped", STATE_NAME).write_bytes(b"")
+    given = ("train", flowers, "--method", "gda", "--output")
+    assert "holds a stopped training, which can resume" in run.refused(*given, "stopped")
+    assert "'--report'" in run.refused(*given, "x", "--report", "stopped")

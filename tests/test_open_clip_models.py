@@ -8,13 +8,11 @@ from unittest import mock
 import open_clip
 import pytest
 import torch
-from helpers import close
 from PIL import Image
-from safetensors.torch import save_file
-from test_tower_kinds import KINDS, build_clip, word_tokenizer
+from test_tower_kinds import build_clip, word_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcp_zoo import ZooError, create_model, create_transform, hub
+from dcp_zoo import ZooError, create_model, create_transform
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.backbone.tokens import last_tokens, start_tokens
@@ -22,7 +20,7 @@ from dcp_zoo.heads.config import DCPConfig
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import build as zoo_build
-from dcp_zoo.zoo.registry import MODELS, SIZES, get_spec, open_clip_spec
+from dcp_zoo.zoo.registry import MODELS, SIZES, open_clip_spec
 
 
 @pytest.mark.parametrize("spec", [spec for spec in MODELS.values() if spec.clip], ids=lambda spec: spec.name)
@@ -82,30 +80,6 @@ def test_fresh_prompts_leave_room_for_names():
         assert create_model("dcp_siglip_so400m", n_ctx=2, **options).config.n_ctx == 2
 
 
-def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
-    """Built from open_clip's config, here cut down; saved and loaded by the same name."""
-    built = []
-
-    def build(config, quick_gelu):
-        built.append((config["vision_cfg"]["timm_model_name"], quick_gelu))
-        return build_clip("siglip")[0]
-
-    monkeypatch.setattr(zoo_build, "build_open_clip", build)
-    name, tokenizer = "open_clip:ViT-B-16-SigLIP2/webli", word_tokenizer(False)
-    model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
-    assert built == [("vit_base_patch16_siglip_224", False)]
-    assert (model.encoder.architecture, model.encoder.source) == (name, "webli")
-    model.eval().store_stats(images := torch.randn(2, 3, 32, 32))
-    model.save_pretrained(tmp_path / "head", torch.float32)
-    weights = model.encoder.clip.state_dict()  # they stand for those on the Hub
-    monkeypatch.setattr(zoo_build, "fetch_clip", lambda *_: None)
-    monkeypatch.setattr(zoo_build, "load_weights", lambda clip, _: clip.load_state_dict(weights))
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: "")
-    again = create_model(str(tmp_path / "head"), True, tokenizer=tokenizer).eval()
-    assert close(again(images), model(images))
-    assert get_spec(name).crop_mode == "squash"
-
-
 def test_what_cannot_be_built_is_explained(monkeypatch):
     """Before anything is downloaded."""
     for name, message in (
@@ -160,25 +134,3 @@ def test_the_tokenizer_of_a_model_for_many_languages(monkeypatch, tmp_path):
         assert row == ids + [0] * (64 - len(ids))
     assert start_tokens(tokenizer) == 0
     assert last_tokens(rows).tolist() == [len(made.encode(text).ids) - 1 for text in ("a cat", "猫")]
-
-
-def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
-    vision, text, _ = KINDS["clipa"]
-    sizes = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
-    described = {"model_cfg": sizes, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
-    clip = open_clip.CustomTextCLIP(64, vision, text)
-    save_file(clip.state_dict(), tmp_path / hub.CLIP_WEIGHTS_NAME)
-    monkeypatch.setattr(hub, "download_file", lambda repo, name, *_: tmp_path / name)
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / hub.CLIP_WEIGHTS_NAME))
-    model = create_model(
-        "open_clip:hf-hub:me/clip", "clip", classnames=["ant"], n_ctx=3, tokenizer=word_tokenizer(True)
-    )
-    assert torch.equal(model.encoder.clip.visual.proj, clip.visual.proj)
-    assert model.pretrained_cfg["crop_mode"] == "squash"
-    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
-    audio = described | {"model_cfg": sizes | {"audio_cfg": {}}}  # as open_clip 4 has
-    for wrong, message in ((audio, "not a CLIP of images and texts.*audio_cfg"), ({}, "not open_clip's")):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(wrong))
-        with pytest.raises(ZooError, match=message):
-            create_model("open_clip:hf-hub:me/clip", tokenizer=word_tokenizer(True))

@@ -88,14 +88,8 @@ def test_what_a_model_offers(golden, device, tmp_path):
     model.predict(IMAGES)
 
 
-LIKE_ANOTHER = {
-    "zero-shot-ensemble",
-    "tip-adapter",
-    "vpt-deep",
-    "coop",
-    "clip-svd",
-    "prolip",
-}  # in what it does to tensors
+# methods that do to tensors what others do
+LIKE_ANOTHER = {"zero-shot-ensemble", "tip-adapter", "vpt-deep", "coop", "clip-svd", "prolip"}
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in LIKE_ANOTHER])

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from shared import CommandLine
-from small_zoo import write_manifest
 
 import dcp_zoo
 from dcp_zoo import ZooError
@@ -36,13 +35,6 @@ def folder(tmp_path) -> Path:
     folder = Path(shutil.copytree(registry.WEIGHTS / MINI, tmp_path / "head"))
     (folder / "log.csv").write_text("step\n")
     return folder
-
-
-@pytest.fixture
-def manifest(tmp_path, monkeypatch) -> Path:
-    path = write_manifest(tmp_path)
-    monkeypatch.setattr(publish, "MANIFEST", path)
-    return path
 
 
 def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkeypatch, run):

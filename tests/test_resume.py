@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,10 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import close, three_digits, until
+from helpers import close, three_digits
 from PIL import Image
 from shared import build_tiny_clip
-from small_zoo import SERVER
 from timm.data import create_transform
 
 from dcp_zoo import DCP, ZooError, create_model
@@ -96,9 +96,6 @@ def stop_training(given: tuple[DCP, ImageSource], folder, steps: int, run=None, 
     assert f"after step {steps} is saved" in messages[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- resuming
-
-
 @pytest.mark.parametrize(
     ("kind", "precision", "step"),
     [
@@ -134,9 +131,6 @@ def test_a_flat_loss_ends_the_run_also_after_a_stop(start, tmp_path, monkeypatch
     assert train(*start("late"), recipe, state=TrainingState(state)) == whole
 
 
-# ---------------------------------------------------------------------------------------------------- rejected states
-
-
 def test_the_state_of_another_run_and_a_damaged_one_are_rejected(start, tmp_path):
     path, run = tmp_path / STATE_NAME, {"model": "a", "seed": 1, "lr": 0.1}
     stop_training(start(), tmp_path, 3, run)
@@ -147,9 +141,6 @@ def test_the_state_of_another_run_and_a_damaged_one_are_rejected(start, tmp_path
         path.write_bytes(damaged)
         with pytest.raises(ZooError, match="damaged. Pass --overwrite"):
             TrainingState(path, run)
-
-
-# -------------------------------------------------------------------------------------------------------------- faults
 
 
 def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(start, ten, tmp_path):
@@ -205,9 +196,6 @@ def test_a_full_disk_leaves_the_last_good_state(start, tmp_path, monkeypatch):
     assert train(*start(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(*start(), RECIPE)
 
 
-# ------------------------------------------------------------------------------------------------------- killed runs
-
-
 @pytest.fixture(scope="module")
 def digits_run():
     changes = {"epochs": 4, "batch_size": 3, "n_ctx": 2, "depth": 2}  # 8 steps
@@ -218,10 +206,17 @@ def digits_run():
 
 @pytest.mark.usefixtures("quick_probe")
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path, monkeypatch):
-    """Also one that is stopped while it is tested, which does not train again."""
-    reference, killed, messages = tmp_path / "reference", tmp_path / "killed", []
-    train_head(digits_run, reference)
-    _kill_when(digits_run, killed, 4)
+    """From what is on the disk after four steps; also one that is stopped while it is tested, which does not train
+    again."""
+    reference, killed, messages, step = tmp_path / "reference", tmp_path / "killed", [], TrainingState.step
+
+    def copied(self, loss: float) -> None:
+        step(self, loss)
+        if len(self.losses) == 4:
+            shutil.copytree(reference, killed)
+
+    monkeypatch.setattr(TrainingState, "step", copied)
+    train_head(digits_run, reference, RunOptions(save_every=0))
     assert (killed / STATE_NAME).exists()
     monkeypatch.setattr("dcp_zoo.training.run.measure", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -233,23 +228,6 @@ def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path, mo
     assert {path.name for path in killed.iterdir()} == {"model.safetensors", "config.json"}
     assert (killed / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     assert create_model(f"local-dir:{reference}", True).info["metrics"] == metrics
-
-
-def _train_by_threads(number: int, run, folder) -> None:
-    """Train by so many threads, as the last bits depend on them."""
-    torch.set_num_threads(number)
-    train_head(run, folder, RunOptions(save_every=0))
-
-
-def _kill_when(run, folder, steps: int) -> None:
-    """Start a run in a new process, and kill it when this many steps are saved."""
-    process = SERVER.Process(target=_train_by_threads, args=(torch.get_num_threads(), run, folder))
-    process.start()
-    state = folder / STATE_NAME
-    until(lambda: not process.is_alive() or (state.exists() and len(torch.load(state)["losses"]) >= steps), 120)
-    assert process.is_alive()
-    process.kill()
-    process.join()
 
 
 def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path):

@@ -16,8 +16,6 @@ from starlette.testclient import TestClient
 from dcp_zoo import DCP
 from dcp_zoo.data.packaged import sample_images
 
-# ----------------------------------------------------------------------------------------------------- speed benchmark
-
 
 @pytest.mark.scripts
 @pytest.mark.filterwarnings("ignore")
@@ -66,8 +64,6 @@ def test_the_grid_covers_every_statement():
     for statement in speed_report.STATEMENTS:
         assert statement.value(figures) == statement.value(figures), statement.text
 
-
-# -------------------------------------------------------------------------------------------------------- Label Studio
 
 backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hub/label_studio/backend.py")))
 CONFIG = (

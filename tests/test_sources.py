@@ -5,22 +5,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from helpers import state_of_the_process
 from torch.nn import functional as F
 
 from dcp_zoo import threads
-from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.prediction import decode
 from dcp_zoo.prediction.heads import HeadPredictor
 from dcp_zoo.training.cache import kept_features
-from dcp_zoo.training.device import decoders, pick_precision
-from dcp_zoo.training.sources import image_source, seeded
+from dcp_zoo.training.device import pick_precision
+from dcp_zoo.training.sources import image_source
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "flip"])
@@ -47,26 +44,6 @@ def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos)
         found.append([torch.cat([inputs.x for inputs, _ in source.batches(8)]) for _ in range(2)])
     assert not torch.equal(*found[0])
     assert all(map(torch.equal, *found))
-
-
-def test_the_chosen_gpu_is_seeded_not_the_current_one(monkeypatch):
-    """And all random states are as before afterwards."""
-    cuda, device, before, drawn = MagicMock(), torch.device("cuda", 1), state_of_the_process(), []
-    monkeypatch.setattr(torch, "cuda", cuda)
-    for _ in range(2):
-        with seeded(5, device):
-            drawn.append((float(torch.rand(1)), np.random.rand()))
-    assert drawn[0] == drawn[1]
-    names = ["get_rng_state", "device", "device().__enter__", "manual_seed", "device().__exit__", "set_rng_state"]
-    assert [name for name, *_ in cuda.mock_calls if name != "__bool__"] == 2 * names
-    assert [args[-1] for name, args, _ in cuda.mock_calls if name in (names[0], names[1], names[-1])] == [device] * 6
-    monkeypatch.undo()
-    assert state_of_the_process() == before
-
-
-def test_workers_of_a_gpu_read_into_pinned_memory(clip, photos, monkeypatch):
-    monkeypatch.setattr(FrozenCLIP, "device", torch.device("cuda"))
-    assert [image_source(clip, photos, "crop-flip", workers).batches(2).pin_memory for workers in (0, 1)] == [0, 1]
 
 
 CPU = torch.device("cpu")
@@ -129,12 +106,6 @@ def test_commands_compute_with_the_cores_they_may_use(run, flowers, monkeypatch)
     assert chosen == [3]
 
 
-def test_processes_decode_where_a_gpu_would_wait(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    places = ("cuda", 2001), ("cuda", 2000), ("cpu", 50_000)
-    assert [decoders(torch.device(name), images) for name, images in places] == [3, 0, 0]
-
-
 def printed(program: str, own: dict[str, str]) -> list[str]:
     """What a program prints of the environment variables, and whether it has imported torch before."""
     env = {name: value for name, value in os.environ.items() if name not in threads.PASSIVE} | own
@@ -149,6 +120,7 @@ def test_waiting_threads_of_a_command_sleep_unless_the_user_says_otherwise(own):
     assert found == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
 
 
+@pytest.mark.scripts  # it imports torch once more
 def test_an_import_changes_nothing_in_the_environment():
     """So that it does not matter whether torch or this package comes first."""
     assert printed("import dcp_zoo\ndcp_zoo.FewShotClassifier\n{show}", {}) == ["True", "None", "None"]

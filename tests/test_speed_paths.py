@@ -36,9 +36,6 @@ def build(clip: nn.Module, **options) -> DCP:
     return loud(DCP(clip, NAMES, n_ctx=3, **options)).eval()
 
 
-# ------------------------------------------------------------------------------------------------------ matrix products
-
-
 @pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (2, 0, 8)], ids=str)
 def test_linear_and_its_gradients(shape):
     """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
@@ -85,9 +82,6 @@ def test_attention_in_bfloat16_is_nearly_as_exact_as_torchs():
         assert (one - exact).norm() < 3 * (other - exact).norm() + 1e-3 * exact.norm()
     for exact, one in zip(plain, found(attend, torch.float32), strict=True):
         torch.testing.assert_close(one, exact, atol=1e-5, rtol=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 def fresh(model: DCP) -> torch.Tensor:
@@ -171,9 +165,6 @@ def test_what_is_cached_stays_inside(tiny_clip):
         assert torch.equal(model(IMAGES), logits)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 SIMILAR_NAMES = ["red fox", "red car", "red", "red car 2012 model", "red car 2012 coupe", "emu", "crane", "crane_bird"]
 
 
@@ -245,9 +236,6 @@ def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupli
         assert close(model.eval()(IMAGES), logits, 0.1)
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
-
-
 @torch.no_grad()
 def test_every_parameter_of_a_head_is_loaded(monkeypatch):
     """Tensors that `skip_init` leaves uninitialised and no file fills would be NaN here; nothing is drawn for them."""
@@ -261,9 +249,6 @@ def test_every_parameter_of_a_head_is_loaded(monkeypatch):
     model = create_model("dcp_mini.caltech101-16shot", True)
     assert all(p.isfinite().all() for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
 
 
 @pytest.fixture

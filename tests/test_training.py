@@ -57,9 +57,6 @@ def a_task(sources, augment: str, **changes) -> Task:
     return Task(source.clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", source, None, recipe)
 
 
-# ------------------------------------------------------------------------------------------------------------- recipes
-
-
 def test_the_default_recipe_has_the_numbers_of_the_release():
     recipe = Recipe()
     assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.weight_decay) == ("sgd", 0.0035, 0.9, 5e-4)
@@ -108,9 +105,6 @@ def test_the_classifier_is_an_option_of_every_recipe():
         chosen_recipe("gda", "dcp_mini", "folder", 4, Recipe())
 
 
-# -------------------------------------------------------------------------------------------------------- image sources
-
-
 @torch.no_grad()
 def test_tokens_replace_the_images(sources):
     model = mini().eval()
@@ -126,9 +120,6 @@ def test_tokens_replace_the_images(sources):
     model.store_stats(images)
     torch.testing.assert_close(model.stored_stats, stored)
     torch.testing.assert_close(model(tokens), model(images))
-
-
-# ------------------------------------------------------------------------------------------------------------- training
 
 
 def test_training_learns(sources, tmp_path):
@@ -206,9 +197,6 @@ def test_training_images_that_are_not_learnt_are_warned_about(sources):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_not_learnt(0.27, 2, "epochs", 2)
-
-
-# ------------------------------------------------------------------------------------------------------- complete runs
 
 
 @pytest.fixture(scope="module")

@@ -66,9 +66,10 @@ def fitted(trained) -> FewShotClassifier:
 
 @pytest.mark.parametrize("bad", [(cut, broken_inside)], indirect=True)
 def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
-    """Whoever leaves these out is done."""
+    """Whoever leaves these out is done. Those in memory are named by their position."""
     (paths, labels), head = pictures, fitted.model_
-    images, named = [*paths[:3], bad[0], *paths[3:], bad[1]], [*labels[:3], "rose", *labels[3:], "rose"]
+    broken = [bad[1], b"no image", None, np.full((9, 9), 300), Image.open(bad[0]), float("nan")]
+    images, named = [*paths, *broken], [*labels, *["rose"] * 6]
     for call in (
         lambda: dcp_zoo.predict(head, images),
         lambda: dcp_zoo.evaluate(head, images, named),
@@ -80,49 +81,43 @@ def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
         lambda: fitted.transform(images),
         lambda: fitted.score(images, named),
     ):
-        with pytest.raises(UnreadableImages, match=r'2 of 14 images cannot be read: .*errors="keep"') as failure:
+        with pytest.raises(UnreadableImages, match=r'6 of 18 images cannot be read: .*errors="keep"') as failure:
             call()
         error = pickle.loads(pickle.dumps(failure.value))  # as it comes from another process
-        assert list(error.reasons) == bad
+        assert sorted(error.reasons) == [bad[1], *(f"image {i}" for i in range(13, 18))]
         assert all(error.reasons.values())
+    keep = fitted.set_params(errors="keep")
+    with pytest.warns(UserWarning, match=r"6 of 18 images .*no image \(None or NaN\)"):
+        assert [isinstance(label, str) for label in keep.predict(images)] == [*[True] * 12, *[False] * 6]
 
 
 def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
     (paths, labels), head = pictures, fitted.model_
     images, good = [*paths[:3], bad[0], *paths[3:], bad[1]], [i for i in range(14) if i not in (3, 13)]
     keep, named = clone(fitted).set_params(errors="keep"), [*labels[:3], "rose", *labels[3:], "rose"]
-    rows = dcp_zoo.predict(head, images, errors="keep")
+    weights, rows = np.arange(14.0), dcp_zoo.predict(head, images, errors="keep")
     assert [rows[i] for i in good] == dcp_zoo.predict(head, paths)
-    for i, path in ((3, bad[0]), (13, bad[1])):
-        assert isinstance(rows[i], UnreadableImages)
-        assert list(rows[i].reasons) == [path]
-        assert path in str(rows[i])
-    with pytest.warns(UserWarning, match=r"2 of 14 images cannot be read: .*a\.png"):
+    assert [[*rows[i].reasons] for i in (3, 13)] == [[path] for path in bad]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         keep.fit(images, named)
-    assert keep.model_.info["unreadable_images"] == 2
-    for door in (FewShotClassifier.predict_proba, FewShotClassifier.decision_function, FewShotClassifier.transform):
-        with pytest.warns(UserWarning, match="2 of 14 images cannot be read"):
+        for door in (FewShotClassifier.predict_proba, FewShotClassifier.decision_function, FewShotClassifier.transform):
             values = door(keep, images)
-        np.testing.assert_array_equal(values[good], door(fitted, paths))
-        assert np.isnan(values[[3, 13]]).all()
-    with pytest.warns(UserWarning, match="2 of 14"):
-        found = keep.predict(images)
+            np.testing.assert_array_equal(values[good], door(fitted, paths))
+            assert np.isnan(values[[3, 13]]).all()
+        found, score = keep.predict(images), keep.score(images, named, weights)
+        weighted = clone(keep).fit(images, named, weights)  # one has the weight 0
+        evaluation = dcp_zoo.evaluate(head, images, named, errors="keep")
+        info = dcp_zoo.train("dcp_mini", images, named, errors="keep").info
+    assert sum(bool(re.match(r"2 of 1\d images .*a\.png", str(warning.message))) for warning in warned) == 9
+    assert (keep.model_.info["unreadable_images"], info["class_images"]) == (2, {"rose": 6, "tulip": 6})
     assert found[good].tolist() == fitted.predict(paths).tolist()
     assert found[3] != found[3], "NaN"
-    weights = np.arange(14.0)
-    with pytest.warns(UserWarning, match="2 of 14"):
-        assert keep.score(images, named, weights) == pytest.approx(fitted.score(paths, labels, weights[good]))
-    with pytest.warns(UserWarning, match="2 of 13"):  # one has the weight 0
-        weighted = clone(keep).fit(images, named, weights)
-    np.testing.assert_array_equal(
-        weighted.predict_proba(paths), clone(fitted).fit(paths, labels, weights[good]).predict_proba(paths)
-    )
-    with pytest.warns(UserWarning, match="2 of 14"):
-        evaluation = dcp_zoo.evaluate(head, images, named, errors="keep")
+    assert score == pytest.approx(fitted.score(paths, labels, weights[good]))
+    alone = clone(fitted).fit(paths, labels, weights[good])
+    np.testing.assert_array_equal(weighted.predict_proba(paths), alone.predict_proba(paths))
     assert torch.equal(evaluation.logits, dcp_zoo.evaluate(head, paths, labels).logits)
     assert [item.path for item in evaluation.items] == paths
-    with pytest.warns(UserWarning, match="2 of 14"):
-        assert dcp_zoo.train("dcp_mini", images, named, errors="keep").info["class_images"] == {"rose": 6, "tulip": 6}
 
 
 def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
@@ -136,25 +131,6 @@ def test_a_batch_without_a_readable_image_has_an_answer(bad, fitted):
         keep.score(bad, ["rose", "tulip"])
 
 
-def test_images_in_memory_are_among_those_that_are_named(pictures, bad, fitted):
-    images = [
-        {"bytes": Path(pictures[0][0]).read_bytes(), "path": None},
-        b"no image",
-        bad[0],
-        None,
-        np.full((9, 9), 300),
-        Image.open(bad[1]),
-        float("nan"),
-    ]
-    for call in (lambda: dcp_zoo.predict(fitted.model_, images), lambda: fitted.predict(images)):
-        with pytest.raises(UnreadableImages, match="6 of 7 images") as failure:
-            call()
-        assert sorted(failure.value.reasons) == sorted([bad[0], *(f"image {i}" for i in (1, 3, 4, 5, 6))])
-    keep = fitted.set_params(errors="keep")
-    with pytest.warns(UserWarning, match=r"6 of 7 images .*no image \(None or NaN\)"):
-        assert [isinstance(label, str) for label in keep.predict(images)] == [True, *[False] * 6]
-
-
 def test_scikit_learn_goes_on_too(pictures, bad):
     paths, labels = [bad[0], *pictures[0], bad[1]], [pictures[1][0], *pictures[1], pictures[1][-1]]
     classifier = FewShotClassifier(errors="keep")
@@ -164,9 +140,6 @@ def test_scikit_learn_goes_on_too(pictures, bad):
         found = cross_val_predict(classifier, paths, labels, cv=2, method="predict_proba")
     assert np.isfinite(search.best_score_)
     assert np.flatnonzero(np.isnan(found).any(1)).tolist() == [0, 13]
-
-
-# ------------------------------------------------------------------------------------------------------------- commands
 
 
 @pytest.mark.parametrize("bad", [(broken_inside, broken_inside)], indirect=True)
@@ -205,9 +178,6 @@ def test_eval_names_all_images_that_cannot_be_read(run, my_head, flowers, bad):
     assert re.search(r"2 of 14 images cannot be read: .*a\.png, .*b\.png .*move them out of their class folders", err)
 
 
-# ---------------------------------------------------------------------------------------------------------- load_image
-
-
 def test_load_image_takes_every_form(flowers):
     path = flowers / "rose" / "0.jpg"
     expected, content = np.asarray(load_image(str(path))), path.read_bytes()
@@ -226,6 +196,9 @@ def test_load_image_takes_every_form(flowers):
         (Path("a.jpg"), r"Cannot read the image a\.jpg: there is no such file"),
         (None, r"no image \(None or NaN\)"),
         (object(), "object is not an image: an image is a path"),
+        (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
+        (np.full((4, 4), 200), "int64 from 200 to 200 is not an image"),
+        (torch.full((3, 4, 4), -1.5), "float32 from -1.5 to -1.5 is not an image"),
     ):
         with pytest.raises(ZooError, match=message):
             load_image(form)

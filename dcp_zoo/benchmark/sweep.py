@@ -85,18 +85,13 @@ class TrialImages:
         content = tuple((i.label, i.path if isinstance(i.path, str) else id(i.path)) for i in items)
         flipped = self._sources.get((content, "flip"))
         if augment == "none" and flipped is not None and flipped.views is not None:
-            return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
-        workers = decoders(self.device, len(items))
-        make = partial(image_source, self.clip, items, augment, workers, self.progress, precision=self.precision)
-        return self._cache((content, augment), make)
-
-    def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
-        if key not in self._sources:
-            source = self._sources[key] = make()
-            if source.views is not None:
-                source.__dict__.pop(
-                    "dataset", None
-                )  # free the decoded images, up to a gigabyte: the tokens replace them
+            augment = "flip"  # its first view is the plain one
+        if (key := (content, augment)) not in self._sources:
+            workers = decoders(self.device, len(items))
+            source = image_source(self.clip, items, augment, workers, self.progress, precision=self.precision)
+            if source.views is not None:  # free the decoded images, up to a gigabyte: the tokens replace them
+                source.__dict__.pop("dataset", None)
+            self._sources[key] = source
         self._sources.move_to_end(key)
         while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
             self._sources.popitem(last=False)

@@ -58,8 +58,8 @@ GroupBy = Annotated[
     Option(
         "--group-by",
         metavar="folder|REGEX",
-        help="Which photographs were taken together: those of a folder below the class, or with the same match in their "
-        "path. Default: near copies, and one camera within seconds.",
+        help="Which photographs were taken together: those in a folder below that of the class, or with the same match "
+        "in their path. Default: near copies, and those of one camera within seconds.",
     ),
 ]
 Images = Annotated[

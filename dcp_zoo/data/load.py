@@ -59,9 +59,9 @@ def load_for_training(
     skip_unreadable: bool = False,
     groups: str | None = None,
 ) -> Split:
-    """The images to train on, of a dataset or a folder; `groups`: see `group_by`. Own images without a test part are not split yet, as this takes
-    their groups; `test`: the share that can be held out, see `training_split`. With `skip_unreadable`, see
-    `without_unreadable`."""
+    """The images to train on, of a dataset or a folder. Own images without a test part are not split yet, as their
+    groups decide that; `test` is the share to hold out, see `training_split`, `groups` says which images were taken
+    together, see `group_by`, and `skip_unreadable` leaves some out, see `without_unreadable`."""
     images = load_labelled(dataset, data_root, labels)
     if skip_unreadable:
         images = without_unreadable(images)

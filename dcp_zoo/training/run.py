@@ -292,7 +292,7 @@ def _fit_and_measure(
         earlier = state.seconds
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
-    info = info or run.info(subset)
+    info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
     _check_learnt(task, head)
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
@@ -359,7 +359,7 @@ def _by_folds(run: Run, task: Task) -> tuple[dict[str, float], Evaluation] | Non
 def hold_out(run: Run, options: RunOptions) -> Run:
     """A run of own images without a test part that holds out some of each class, whole groups, for the test."""
     clip = plain_clip(run.model).to(run.device)
-    source = run.source(clip, options.progress, run.split.train, "none", True)
+    source = run.source(clip, options.progress, run.split.train, run.recipe.image_augment, METHODS[run.method].features)
     images = replace(run.split, train=run.grouped(source, options))
     return replace(run, split=training_split(images, run.test_share))
 
