@@ -16,7 +16,7 @@ import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.backbone.inputs import Pixels, Tokens
 from dcp_zoo.backbone.towers.open_clip import VisionTower
-from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.data import Item, few_shot, load_image, subset_sha256
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -24,7 +24,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.dcp import round_and_store_stats
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe
-from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
+from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_head, train_on_all
 from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import plain_clip
@@ -220,26 +220,26 @@ def test_a_run_leaves_a_checkpoint_and_its_metrics(digits_run, tmp_path):
 def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run, tmp_path, monkeypatch):
     """Nor another one: that would be the training of another run. A refit trains on all images, and keeps the measured
     accuracy."""
-    few, seen = few_shot(digits_run.split, 2, 1), []
-    split = replace(few, val=[], test=few.test[:3])
-    run = replace(digits_run, split=split, recipe=replace(digits_run.recipe, epochs=1, classifier="none"), shots=1)
-    whole = train_and_refit(run, tmp_path / "whole", RunOptions(show=seen.append))
+    split, seen = replace(few_shot(digits_run.split, 3, 1), val=[], test=[]), []
+    recipe = replace(digits_run.recipe, epochs=1, classifier="none")
+    run = replace(digits_run, split=split, recipe=recipe, shots=None, test_share=1 / 3)
+    whole = train_on_all(run, tmp_path / "whole", RunOptions(show=seen.append))
     info = create_model(f"local-dir:{tmp_path / 'whole'}", True).info
     assert (len(seen), info["metrics"], info["test_images"], info["test_share"]) == (1, whole[1], 3, 0)
-    assert info["subset_sha256"] == subset_sha256(all_for_training(split).train)
+    assert info["subset_sha256"] == subset_sha256(split.train)
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"model.safetensors", "config.json"}
     refit, step, steps = training_run.train_head, TrainingState.step, []
     monkeypatch.setattr(training_run, "train_head", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train_and_refit(run, tmp_path / "out")
+        train_on_all(run, tmp_path / "out")
     monkeypatch.setattr(training_run, "train_head", refit)
     texts = {name: ["a digit"] for name in run.split.classnames}
     others = {"seed": 2}, {"recipe": replace(run.recipe, lr=1e-3)}, {"descriptions": texts}
     for other in others:
         with pytest.raises(ZooError, match="is the state of another run"):
-            train_and_refit(replace(run, **other), tmp_path / "out")
+            train_on_all(replace(run, **other), tmp_path / "out")
     monkeypatch.setattr(TrainingState, "step", lambda self, loss: steps.append(step(self, loss)))
-    head, metrics = train_and_refit(run, tmp_path / "out")
+    head, metrics = train_on_all(run, tmp_path / "out")
     assert len(steps) == 3  # of the refit: nine images, three at a time
     assert metrics == whole[1]
     ours, theirs = head._trained_state(), whole[0]._trained_state()
