@@ -82,7 +82,7 @@ def test_photographs_of_one_group_are_on_one_side(run, flowers):
     assert "too few images, or groups, of a class to leave any out: the accuracy is not known" in " ".join(err.split())
     assert "metrics" not in read_config("MY_PHOTOS_head")["dcp"]
     for how, why in (("(", "is neither folder nor a regular expression"), ("night", "finds no group in the paths")):
-        assert why in run.refused("train", "MY_PHOTOS", "--group-by", how)
+        assert why in run.refused("train", "MY_PHOTOS", "--group-by", how, "--overwrite")
 
 
 def test_labels_are_used_and_checked(run, flowers):

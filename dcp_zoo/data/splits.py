@@ -213,7 +213,7 @@ def check_test_share(images: Split, test: float | None) -> None:
     counts = Counter(item.label for item in images.items)
     if single := [images.classnames[label] for label, count in counts.items() if count == 1]:
         raise ZooError(f"The class {single[0]!r} has one image: to train and test it needs 2; --test 0 tests on none.")
-    if not training_split(images, test).test:
+    if test is not None and not training_split(images, test).test:
         raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
 
 

@@ -321,9 +321,10 @@ def _warn_of_shared_groups(run: Run, train: ImageSource, test: ImageSource) -> N
         features = torch.cat([train.features(1)[0], test.features(1)[0]])
         return features.numpy(), facts_of(items, run.facts)
 
-    items = grouped([*train.items, *test.items], known)
-    first = {item.group: item for item in reversed(items[: len(train.items)]) if item.group}
-    if shared := [item for item in items[len(train.items) :] if item.group in first]:
+    items = [*train.items, *test.items]
+    both = grouped(items, known)
+    first = {item.group: item for item in reversed(both[: len(train.items)]) if item.group}
+    if shared := [item for item in both[len(train.items) :] if item.group in first]:
         pair = f"{shared[0].name} and {first[shared[0].group].name}"
         warn(
             f"{len(shared)} of {len(test.items)} test images were taken together with training images or are copies of "
@@ -356,9 +357,9 @@ def _by_folds(run: Run, task: Task) -> tuple[dict[str, float], Evaluation] | Non
         return measure_by_folds(fit, task.plain_train, task.progress)
 
 
-def hold_out(run: Run, options: RunOptions) -> Run:
+def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> Run:
     """A run of own images without a test part that holds out some of each class, whole groups, for the test."""
-    clip = plain_clip(run.model).to(run.device)
+    clip = clip or plain_clip(run.model).to(run.device)
     source = run.source(clip, options.progress, run.split.train, run.recipe.image_augment, METHODS[run.method].features)
     images = replace(run.split, train=run.grouped(source, options))
     return replace(run, split=training_split(images, run.test_share))
@@ -377,17 +378,18 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         if options.overwrite:
             remove_state(output)
             remove_state(first)
-        part = run if by_folds else hold_out(run, options)
+        clip = plain_clip(run.model).to(run.device)
+        part = run if by_folds else hold_out(run, options, clip)
         if by_folds or not part.split.test:
-            head, metrics, evaluation = _fit_and_measure(run, output, options, folded=by_folds)
+            head, metrics, evaluation = _fit_and_measure(run, output, options, clip=clip, folded=by_folds)
             head.save_pretrained(output)
             remove_state(output)
         else:
-            trained, metrics, evaluation = _fit_and_measure(part, first, options, refit=True)  # its state stays
+            trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip, refit=True)
             took = format_duration(trained.info["train_seconds"])
             options.log(f"Refitting on all {len(run.split.train):,} images; the first fit took {took}.")
             measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
-            head, _ = train_head(replace(run, test_share=0.0), output, options, measured, clip=trained.frozen)
+            head, _ = train_head(replace(run, test_share=0.0), output, options, measured, clip=clip)
             shutil.rmtree(first, ignore_errors=True)
         if not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
