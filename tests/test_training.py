@@ -226,7 +226,7 @@ def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run
     whole = train_on_all(run, tmp_path / "whole", RunOptions(show=seen.append))
     info = create_model(f"local-dir:{tmp_path / 'whole'}", True).info
     assert (len(seen), info["metrics"], info["test_images"], info["test_share"]) == (1, whole[1], 3, 0)
-    assert info["subset_sha256"] == subset_sha256(split.train)
+    assert info["subset_sha256"] == subset_sha256(all_for_training(split).train)
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"model.safetensors", "config.json"}
     refit, step, steps = training_run.train_head, TrainingState.step, []
     monkeypatch.setattr(training_run, "train_head", Mock(side_effect=KeyboardInterrupt))

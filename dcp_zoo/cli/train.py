@@ -142,9 +142,7 @@ def train(options: TrainOptions) -> None:
         descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
         test_share=options.test,
     )
-    if options.refit and not whole:
-        raise ZooError(f"--refit trains on the test images, too, but {split.place or dataset} has its own: omit it.")
-    refit = whole and options.test != 0 and options.refit is not False and run.shots is None
+    refit = whole and options.test != 0 and run.shots is None if options.refit is None else options.refit
     if text := " ".join(filter(None, (split.note, REFIT * refit))):
         log(text)
     show = partial(_show, options, run.split.name)

@@ -24,7 +24,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.groups import grouped, in_groups
 from dcp_zoo.data.images import Progress, bar, no_progress
-from dcp_zoo.data.splits import image_hashes, subset_sha256, training_split, warn_of_numbers
+from dcp_zoo.data.splits import all_for_training, image_hashes, subset_sha256, training_split, warn_of_numbers
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, format_duration
@@ -366,11 +366,11 @@ def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> R
 
 
 def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
-    """As `train_head`, on all of the user's own images. The accuracy is told by four folds of these, or with a
-    `test_share`, and of methods that train prompts, by a first training that holds some out; if there are too few
+    """As `train_head`, on all images. The accuracy is told by four folds of these; if there is a test part or a
+    `test_share`, and of methods that train prompts, by a first training without the test images. If there are too few
     groups for this, a message says that it is not known."""
-    options, method = options or RunOptions(), METHODS[run.method]
-    by_folds = method.features and run.test_share is None
+    options, parted = options or RunOptions(), run.split.has_parts
+    by_folds = METHODS[run.method].features and run.test_share is None and not parted
     with alone_in(output):
         check_supported(run, options.callbacks)
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
@@ -379,7 +379,7 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
             remove_state(output)
             remove_state(first)
         clip = plain_clip(run.model).to(run.device)
-        part = run if by_folds else hold_out(run, options, clip)
+        part = run if by_folds or parted else hold_out(run, options, clip)
         if by_folds or not part.split.test:
             head, metrics, evaluation = _fit_and_measure(run, output, options, clip=clip, folded=by_folds)
             head.save_pretrained(output)
@@ -387,9 +387,10 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         else:
             trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip, refit=True)
             took = format_duration(trained.info["train_seconds"])
-            options.log(f"Refitting on all {len(run.split.train):,} images; the first fit took {took}.")
+            final = replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
+            options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
             measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
-            head, _ = train_head(replace(run, test_share=0.0), output, options, measured, clip=clip)
+            head, _ = train_head(final, output, options, measured, clip=clip)
             shutil.rmtree(first, ignore_errors=True)
         if not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
