@@ -11,6 +11,7 @@ from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from given_features import GivenSettings, run_given
 from helpers import Count, in_distribution, process_unchanged
@@ -19,6 +20,7 @@ from publish import prepare
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
@@ -31,6 +33,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.training import cache
+from dcp_zoo.training.methods import text_probe
 from dcp_zoo.zoo.registry import get_head
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -414,3 +417,20 @@ def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):
     assert (seeds[:2], len(set(seeds[1:]))) == ([3, 3], 4)
     with pytest.raises(ZooError, match="Pass an integer from 0, a RandomState, a Generator or None"):
         FewShotClassifier(method="zero-shot", random_state=1.5).fit(*pictures)
+
+
+def test_groups_pass_through_scikit_learn(pictures, monkeypatch):
+    """To the splits and to `fit`, by its metadata routing; there, no evidence is gained across a group."""
+    (paths, labels), seen = pictures, []
+    fold = text_probe.fit_on_features
+    monkeypatch.setattr(text_probe, "fit_on_features", lambda *args: seen.append(args[-1].tolist()) or fold(*args))
+    groups = [i // 2 for i in range(len(paths))]
+    with sklearn.config_context(enable_metadata_routing=True):
+        classifier = FewShotClassifier().set_fit_request(groups=True)
+        options = {"params": {"groups": groups}, "cv": GroupKFold(2), "error_score": "raise"}
+        assert len(cross_val_score(classifier, paths, labels, **options)) == 2
+        GridSearchCV(classifier, {"batch_size": [4]}, cv=GroupKFold(2), refit=False).fit(paths, labels, groups=groups)
+    assert len(seen) == 4
+    assert all(len(set(each)) == len(each) // 2 for each in seen)
+    with pytest.raises(ZooError, match="need as many groups"):
+        FewShotClassifier().fit(paths, labels, groups=groups[:-1])

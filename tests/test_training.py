@@ -16,7 +16,7 @@ import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.backbone.inputs import Pixels, Tokens
 from dcp_zoo.backbone.towers.open_clip import VisionTower
-from dcp_zoo.data import Item, few_shot, load_image, subset_sha256
+from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
