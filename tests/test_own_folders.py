@@ -9,11 +9,16 @@ from zipfile import ZipFile
 
 import numpy as np
 import pytest
+import torch
 from helpers import photo
 from PIL import Image
 
+import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import load_labelled, load_split
+from dcp_zoo.data import Item, load_labelled, load_split
+from dcp_zoo.probe.threshold import thresholds_of
+from dcp_zoo.training.methods.text_probe import scores_of
+from dcp_zoo.training.sources import image_source
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -159,3 +164,27 @@ def test_labels_are_read_as_spreadsheets_save_them(flowers, encoding):
     Path("labels.csv").write_bytes(text.encode(encoding))
     with pytest.warns(UserWarning, match="Windows-1252") if encoding == "cp1252" else nullcontext():
         assert load_labelled("folder", flowers, "labels.csv").classnames == ["Märchen", 'TV 32"', "a; b, c\nd"]
+
+
+def test_a_folder_val_sets_the_threshold(tmp_path, run):
+    """By its own scores; of fewer than 20 images it does not."""
+    rng = np.random.default_rng(0)
+    for part, images in (("train", 12), ("val", 10), ("test", 2)):
+        for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            (folder := tmp_path / "photos" / part / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = np.clip(np.array(colour) + rng.integers(-40, 40, (8, 8, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).resize((64, 64)).save(folder / f"{i}.png")
+    heads = []
+    for number in (0, 1):
+        out = run.ok("train", tmp_path / "photos", "--output", tmp_path / f"head{number}")
+        assert re.search(r"--reject refuses [\d.]+ % of these images, where 5 % is promised", " ".join(out.split()))
+        heads.append(dcp_zoo.create_model(f"local-dir:{tmp_path / f'head{number}'}", True))
+        (tmp_path / "photos" / "val" / "red" / "0.png").unlink()
+    paths = sorted(map(str, (tmp_path / "photos" / "val").glob("*/*")))
+    source = image_source(heads[0].encoder, [Item(path, path, 0) for path in paths])
+    expected = thresholds_of(torch.from_numpy(scores_of(heads[0], source)))["0.05"]
+    thresholds = [head.rejection_threshold() for head in heads]
+    assert thresholds[0] == pytest.approx(expected, abs=0.15)  # one of 20 images is gone
+    assert thresholds[1] != pytest.approx(thresholds[0], abs=0.01)
+    assert ["like_accepted" in head.info["text_probe"] for head in heads] == [False, True]

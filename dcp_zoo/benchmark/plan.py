@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.data import DATASETS, Split, list_datasets, load_split
+from dcp_zoo.data import DATASETS, Split, list_datasets, load_labelled
 from dcp_zoo.data.packaged import find_spec
-from dcp_zoo.data.splits import image_hashes
+from dcp_zoo.data.splits import image_hashes, split_images
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
@@ -93,17 +93,20 @@ class Settings:
         }
 
 
-_split = cache(load_split)
-
-
+@cache
 def read_split(dataset: str, data_root: Path | None) -> Split:
-    """`load_split`, once for all trials of a sweep in this process."""
-    return _split(dataset, data_root)
+    """`load_split`, once for all trials of a sweep in this process. Of one's own images no group is in two parts."""
+    images = load_labelled(dataset, data_root)
+    if dataset == FOLDER and not images.has_parts:
+        from dcp_zoo.training.sources import with_own_groups  # with torch: groups are found by features
+
+        images = replace(images, train=with_own_groups(images.train))
+    return split_images(images)
 
 
 def forget_images() -> None:
     """Read all images again, as a sweep does first: folders may have changed since the one before."""
-    _split.cache_clear()
+    read_split.cache_clear()
     folder_label.cache_clear()
 
 

@@ -206,7 +206,8 @@ def for_people(details: Values) -> Values:
     shown = details | {"accuracy": metrics, "rejection": rejection_note(details)}
     if isinstance(metrics, dict):
         top1 = metrics.get("top1_stored", next(iter(metrics.values())))
-        accuracy = str(Accuracy("", round(top1 * images / 100), images)) if images else f"{top1:.1f} %"
+        independent = details.get("independent_images")
+        accuracy = str(Accuracy("", round(top1 * images / 100), images, independent)) if images else f"{top1:.1f} %"
         alone, probed = alone_and_probed(metrics)
         shown["accuracy"] = accuracy + (f" with the text probe; {alone:.1f} % without" if probed else "")
     spec = DATASETS.get(str(details.get("dataset")))
@@ -214,7 +215,8 @@ def for_people(details: Values) -> Values:
         shown["dataset"] = spec.part_note
     if per_class:
         counts = shorten([f"{count} of {quoted(name)}" for name, count in per_class.items()])
-        shown |= {"images": counts, "dataset": "your own images"}
+        groups = f", in {details['groups']:,} groups that were taken together" if "groups" in details else ""
+        shown |= {"images": counts + groups, "dataset": "your own images"}
     elif "shots" in details:
         shown["images"] = f"{details['shots']} per class"
     return {name: shown[name] for name in PEOPLE if shown.get(name)}

@@ -106,13 +106,14 @@ class Run:
         method, read = METHODS[self.method], read or partial(self.source, clip, progress)
         augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
         needed = method.needs_images(self.recipe)
+        val = read(subset.val, "none", True) if needed and subset.val else None
         return Task(
             clip,
             self.model,
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
             read(subset.train, augment, method.features) if needed else None,
-            read(subset.val, "none", True) if needed and subset.val else None,
+            val,
             self.recipe,
             self.seed,
             self.precision,
@@ -120,6 +121,7 @@ class Run:
             probe_weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
             none=read(subset.none, "none", True) if subset.none else None,
             encoders=load_encoders(self.encoders, clip),
+            checks=val if is_own(self.split.name) else None,
         )
 
     @property
@@ -309,6 +311,8 @@ def _fit_and_measure(
             _warn_of_shared_groups(run, replace(task.plain_train, items=subset.train), test)
     if evaluation:
         found = {"metrics": metrics, **evaluation.info}
+    if task.train and (groups := task.plain_train.groups.unique().numel()) < len(task.train.items):
+        found["groups"] = groups
     head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **found}
     return head, metrics, evaluation
 

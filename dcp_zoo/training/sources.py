@@ -18,14 +18,23 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Pixels, Tokens
 from dcp_zoo.data import Item
-from dcp_zoo.data.groups import group_ids, numbers
+from dcp_zoo.data.groups import group_ids, grouped, numbers
 from dcp_zoo.data.images import Facts, Progress, by_image, in_threads, load_image, load_with_facts, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, computed_by, per_image, tower_setting
+from dcp_zoo.training.cache import (
+    ALL_PARTS,
+    ONE_READING,
+    computed_by,
+    features_folder,
+    kept_features,
+    per_image,
+    tower_setting,
+)
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import batch_sizes
+from dcp_zoo.zoo.build import plain_clip
 from dcp_zoo.zoo.factory import create_transform
 
 Batch = tuple[Any, ...]  # inputs and labels of a batch, and its targets if there are any
@@ -324,6 +333,14 @@ def facts_of(items: Sequence[Item], known: KnownFacts) -> np.ndarray:
             yield torch.from_numpy(np.stack([numbers(facts) for facts in read]))[None]
 
     return per_image([item.path for item in items], lambda: f"facts {computed_by()}", 1, rows)[0].numpy()
+
+
+def with_own_groups(items: Sequence[Item]) -> list[Item]:
+    """The user's own images with their groups, by the miniature's features, which are kept in the user's cache."""
+    source = image_source(plain_clip("dcp_mini"), items, once=True, facts={})
+    with kept_features(features_folder()):
+        features = source.features(1)[0].numpy()
+        return grouped(items, lambda: (features, facts_of(items, source.facts or {})))
 
 
 def features_of(head: Head, source: ImageSource, views: int | None = None, progress: Progress = no_progress) -> Tensor:

@@ -60,6 +60,7 @@ class Task:
         probe_weights: of the training images (n,) in the text probe, see `Candidates`. Default: all the same.
         none: images of none of the classes, from which the text probe learns what to reject; None if there are none.
         encoders: that the text probe reads beside CLIP.
+        checks: the user's own images for validation, by which the text probe sets its threshold, or None.
     """
 
     clip: FrozenCLIP
@@ -76,6 +77,7 @@ class Task:
     probe_weights: Tensor | None = None
     none: ImageSource | None = None
     encoders: Sequence[ImageEncoder] = ()
+    checks: ImageSource | None = None
 
     @property
     def text(self) -> Tensor:

@@ -7,6 +7,7 @@ to features of the training images themselves, and then starts at the logits of 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.probe.threshold import share_above
+from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, share_above, thresholds_of
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods.base import Method, Task
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
@@ -44,7 +46,7 @@ def add_probe(head: Head, task: Task, images: ImageSource | None = None) -> None
     """Fit a text probe to the task's training images and add it to a head, with the encoders that it reads beside CLIP.
     `images`: they without augmentation, if the method has them in a form that its head reads faster."""
     head.image_encoders.extend(task.encoders)
-    found = fit_probe(head, images or task.plain_train, task.progress, task.probe_weights, task.none)
+    found = fit_probe(head, images or task.plain_train, task.progress, task.probe_weights, task.none, task.checks)
     head.info = head.info | {"text_probe": found}
 
 
@@ -55,10 +57,12 @@ def fit_probe(
     progress: Progress = no_progress,
     weights: Tensor | None = None,
     none: ImageSource | None = None,
+    checks: ImageSource | None = None,
 ) -> dict[str, object]:
     """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. `weights` (n,) are
-    those of the training images' losses, `none` examples of images of no class. ZooError for a head whose logits are no
-    linear function of its features, or were fitted to features of the training images."""
+    those of the training images' losses, `none` examples of images of no class; `checks`, images of the classes, set
+    the threshold if they are enough. ZooError for a head whose logits are no linear function of its features, or were
+    fitted to features of the training images."""
     if head.abilities.fitted:
         raise ZooError(PROBE_REFUSED.format(head.method))
     if head.stats != "stored":
@@ -79,14 +83,23 @@ def fit_probe(
     if none is not None and not thresholds:
         warn(EXAMPLES_UNUSED.format(len(none.items), TOO_FEW))
     head.to(head.device)
+    if thresholds and checks and len(checks.items) >= THRESHOLD_IMAGES:
+        thresholds = thresholds_of(torch.from_numpy(scores_of(head, checks, progress)))
+        head.text_probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
+        info["thresholds"] = {rate: round(value, 6) for rate, value in thresholds.items()}
+        info.pop("like_accepted", None)  # by the other thresholds
     if thresholds and not train.has_features:
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
         shown = image_source(head.frozen, pictures, once=True, precision=train.precision)
-        features = features_of(head, shown, 1)[0].to(head.device)
-        logits, distances = head.classify(features), head.distances(features)
-        scores = in_distribution_score(logits.float().cpu().numpy(), distances.float().cpu().numpy())
-        info["others_accepted"] = share_above(thresholds, scores)
+        info["others_accepted"] = share_above(thresholds, scores_of(head, shown))
     return info
+
+
+def scores_of(head: Head, images: ImageSource, progress: Progress = no_progress) -> np.ndarray:
+    """The `in_distribution_score`s (n,) of images."""
+    features = features_of(head, images, 1, progress)[0].to(head.device)
+    logits, distances = (each.float().cpu().numpy() for each in (head.classify(features), head.distances(features)))
+    return in_distribution_score(logits, distances)
 
 
 def probe_views(train: ImageSource) -> int:
