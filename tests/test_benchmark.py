@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, sweep
-from dcp_zoo.benchmark.plan import read_split
 from dcp_zoo.data import few_shot, list_datasets, load_image, load_split, subset_sha256
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
@@ -404,7 +403,6 @@ def test_no_group_of_a_folder_is_in_two_parts(tmp_path, monkeypatch):
         (folder := tmp_path / "photos" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
         for j, size in enumerate((200, 150, 100)):
             photo.resize((size, size)).save(folder / f"{i} {j}.png")
-    read_split.cache_clear()
-    split = read_split("folder", tmp_path / "photos")
+    split = plan.read_split("folder", tmp_path / "photos")
     parts = [{Path(item.path).name[0] for item in part} for part in (split.train, split.val, split.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6

@@ -93,9 +93,13 @@ class Settings:
         }
 
 
-@cache
 def read_split(dataset: str, data_root: Path | None) -> Split:
     """`load_split`, once for all trials of a sweep in this process. Of one's own images no group is in two parts."""
+    return _split(dataset, data_root)
+
+
+@cache
+def _split(dataset: str, data_root: Path | None) -> Split:
     images = load_labelled(dataset, data_root)
     if dataset == FOLDER and not images.has_parts:
         from dcp_zoo.training.sources import with_own_groups  # with torch: groups are found by features
@@ -106,7 +110,7 @@ def read_split(dataset: str, data_root: Path | None) -> Split:
 
 def forget_images() -> None:
     """Read all images again, as a sweep does first: folders may have changed since the one before."""
-    read_split.cache_clear()
+    _split.cache_clear()
     folder_label.cache_clear()
 
 

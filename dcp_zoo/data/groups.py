@@ -45,7 +45,7 @@ def group_ids(groups: Sequence[Hashable]) -> Tensor:
 
 def numbers(facts: Facts) -> np.ndarray:
     """The grey copy of an image and when it was taken, float32 (1027,): exact, and kept as features are."""
-    return np.array([*facts.grey.flat, *facts.taken], np.float32)
+    return np.concatenate([facts.grey.ravel(), facts.taken], dtype=np.float32)
 
 
 def find_groups(features: np.ndarray, facts: np.ndarray) -> list[list[int]]:
@@ -129,13 +129,12 @@ def are_copies(a: Tensor, b: Tensor) -> Tensor:
     is_mirrored = correlation(small, other, whole)[0] < correlation(mirrored, other, whole)[0]
     a = torch.where(is_mirrored[:, None, None, None], a.flip(-1), a)
     small = torch.where(is_mirrored[:, None, None, None], mirrored, small)
-    best, p = torch.full((len(a),), -1.0), whole
-    for scale, x, y in STARTS:
-        start = torch.tensor([scale, 0, x, 0, scale, y]).expand(len(a), 6)
-        found = align(small, other, start, STEPS[0])
-        value, _, _ = correlation(small, other, found)
-        p, best = torch.where((value > best)[:, None], found, p), torch.maximum(best, value)
+    starts = torch.tensor([[scale, 0, x, 0, scale, y] for scale, x, y in STARTS]).repeat(len(a), 1)
+    small, other = (images.repeat_interleave(len(STARTS), 0) for images in (small, other))
+    maps = align(small, other, starts, STEPS[0])
+    best, start = correlation(small, other, maps)[0].view(len(a), -1).max(1)
     same = best > COARSE
+    p = maps.view(len(a), -1, 6)[torch.arange(len(a)), start]
     a, b, p = a[same], b[same], p[same]
     for side, steps in zip(SIDES[1:], STEPS[1:], strict=True):
         p = align(F.avg_pool2d(a, GREY // side), F.avg_pool2d(b, GREY // side), p, steps)
