@@ -23,7 +23,7 @@ from dcp_zoo.data.splits import Item
 SECONDS = 3.0  # between two photographs of a burst
 NEAREST = 4  # pairs of each image that are looked at
 CELL, ROWS = 2000, 1024  # images that are compared with each other, see `_cells`; rows at a time
-COARSE, ALIKE, DETAILS = 0.75, 0.85, 0.7  # correlations of 8 x 8 pixels, of grey copies, and of what blurring takes
+COARSE, ALIKE, DETAILS = 0.75, 0.85, 0.85  # correlations of 8 x 8 pixels, of grey copies, and of what blurring takes
 SIDES, STEPS = (8, 16, 32), (8, 6, 5)  # pixels, and Gauss-Newton steps with so many
 FARTHEST, OVERLAP = 0.45, 0.5  # entries of an affine map, in halves of a side; share of the image that is compared
 STARTS = ((0, 0, 0), *((-0.2, x, y) for x in (-0.2, 0.2) for y in (-0.2, 0.2)))  # scale and shift of first maps
