@@ -202,8 +202,7 @@ def test_the_nearest_of_many_are_found_among_few(monkeypatch):
     monkeypatch.setattr(groups, "CELL", 50)
     pairs = groups._nearest(features)
     twins = [{(i, j) for i, j in each.tolist() if j - i == 300} for each in (whole, pairs)]
-    assert len(twins[0]) == 300
-    assert len(twins[1]) > 285
+    assert len(twins[0]) == 300 >= len(twins[1]) > 285
 
 
 def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeypatch):

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
@@ -47,7 +45,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
 from dcp_zoo.training.sources import ImageSource, KnownFacts, facts_of, image_source
-from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, identity_of, no_log, remove_state
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
 
@@ -275,9 +273,8 @@ def _fit_and_measure(
     refit: bool = False,
     folded: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images, or if it is `folded` on its
-    training images, see `_by_folds`; a training's state stays in `output`. With `refit` the test images are trained on
-    next: all that this needs is read in the same pass."""
+    """What `train_head` saves, its accuracies, and its predictions on the test images or, if `folded`, by `_by_folds`. The
+    state of a training stays in `output`. With `refit`, test images are read as the next training needs them."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
@@ -290,7 +287,8 @@ def _fit_and_measure(
         if task.train and is_own(run.split.name):
             task.train.decode()
         info = run.info(subset)
-        state = _state(run, clip, subset, info, output, options)
+        place, identity = output and output / STATE_NAME, identity_of(run, subset, clip, info)
+        state = TrainingState(place, identity, options.save_every, options.log)
         earlier = state.seconds
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
@@ -370,9 +368,8 @@ def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> R
 
 
 def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
-    """As `train_head`, on all images. The accuracy is told by four folds of these; if there is a test part or a
-    `test_share`, and of methods that train prompts, by a first training without the test images. If there are too few
-    groups for this, a message says that it is not known."""
+    """As `train_head`, on all images. The accuracy is told by four folds of these; with a test part or a `test_share`, and
+    of methods that train prompts, by a first training without test images. Too few groups for this have a message."""
     options, parted = options or RunOptions(), run.split.has_parts
     by_folds = METHODS[run.method].features and run.test_share is None and not parted
     with alone_in(output):
@@ -401,25 +398,3 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         if evaluation:
             options.show(evaluation)
     return head, metrics
-
-
-def _state(
-    run: Run, clip: FrozenCLIP, subset: Split, info: Values, output: Path | None, options: RunOptions
-) -> TrainingState:
-    """The state of a training, in its output folder. It belongs to the checkpoint's info, with one hash of its images
-    in place of several, and more: the state of another run is rejected."""
-    of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
-    identity: Values = {
-        **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
-        **run.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
-        "precision": run.precision,
-        "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
-        "model": run.model,
-        "method": run.method,
-        "clip": clip.source,
-        "CLIP weights": clip.fingerprint(),
-        "CLIP architecture": construction(clip.clip),
-        "preprocessing": clip.preprocessing,
-        **({"descriptions": run.descriptions} if run.descriptions else {}),
-    }
-    return TrainingState(output and output / STATE_NAME, identity, options.save_every, options.log)
