@@ -273,7 +273,7 @@ def _fit_and_measure(
     refit: bool = False,
     folded: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images or, if `folded`, by `_by_folds`. The
+    """What `train_head` saves, its accuracies, and its predictions on the test images or, `folded`, by `_by_folds`. The
     state of a training stays in `output`. With `refit`, test images are read as the next training needs them."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
@@ -368,7 +368,7 @@ def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> R
 
 
 def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
-    """As `train_head`, on all images. The accuracy is told by four folds of these; with a test part or a `test_share`, and
+    """As `train_head`, on all images. The accuracy is told by four folds of these; with a test part or `test_share`, and
     of methods that train prompts, by a first training without test images. Too few groups for this have a message."""
     options, parted = options or RunOptions(), run.split.has_parts
     by_folds = METHODS[run.method].features and run.test_share is None and not parted
