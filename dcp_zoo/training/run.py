@@ -368,8 +368,8 @@ def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> R
 
 
 def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
-    """As `train_head`, on all images. The accuracy is told by four folds of these; with a test part or `test_share`, and
-    of methods that train prompts, by a first training without test images. Too few groups for this have a message."""
+    """As `train_head`, on all images. The accuracy is told by four folds of these; with a test part or `test_share`, or
+    by methods that train prompts, in a first training without test images. Too few groups for this have a message."""
     options, parted = options or RunOptions(), run.split.has_parts
     by_folds = METHODS[run.method].features and run.test_share is None and not parted
     with alone_in(output):
