@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.probe import candidates as fitting
 from dcp_zoo.probe.candidates import Candidate, Evidence, Family, TrainingSet
+from dcp_zoo.probe.folds import without
 from dcp_zoo.probe.model import PENALTIES, nearest
 
 HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
@@ -48,7 +49,7 @@ class LeftOut(NamedTuple):
 
 def leave_out(images: TrainingSet, positions: Tensor, families: Iterable[Family]) -> LeftOut:
     """Fit these families without the images at these positions."""
-    kept = images.of(torch.isin(torch.arange(len(images.labels)), positions, invert=True))
+    kept = images.of(without(positions, len(images.labels)))
     return LeftOut(images.of(positions), kept, fitting.fit_candidates(kept, families))
 
 

@@ -34,6 +34,11 @@ def folds(labels: Tensor, groups: Tensor | None = None) -> list[Tensor]:
     return [part for part in parts if len(part)]
 
 
+def without(out: Tensor, n: int) -> Tensor:
+    """Which of n images (n,) are not at these positions: those that are kept while a fold is left out."""
+    return torch.isin(torch.arange(n), out, invert=True)
+
+
 def within_class(labels: Tensor) -> Tensor:
     """The position (n,) of each image among the images of its class."""
     position = torch.empty_like(labels)

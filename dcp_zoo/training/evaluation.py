@@ -22,7 +22,7 @@ from dcp_zoo.errors import warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.probe.folds import folds
+from dcp_zoo.probe.folds import folds, without
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -211,8 +211,7 @@ def measure_by_folds(
     folds; None if no group can be left out. A class of one group is always trained on."""
     modes, refused, order = list[dict[str, Tensor]](), list[Tensor | None](), list[int]()
     for out in folds(source.labels, source.groups):
-        kept = torch.isin(torch.arange(len(source.items)), out, invert=True).nonzero().flatten()
-        head = fit(kept.tolist())
+        head = fit(without(out, len(source.items)).nonzero().flatten().tolist())
         answers, rejects = _answers(head, source.of(out.tolist()), EVAL_BATCH, progress)
         modes.append(answers)
         refused.append(rejects)

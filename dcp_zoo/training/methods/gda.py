@@ -21,7 +21,7 @@ from torch import Tensor
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, in_float64
-from dcp_zoo.probe.folds import folds
+from dcp_zoo.probe.folds import folds, without
 from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION, option
 
@@ -82,7 +82,7 @@ def out_of_fold(views: Tensor, labels: Tensor, classes: int, parts: Sequence[Ten
     """Gaussian scores (m, C) of the images in these folds, from fits without each fold: views (V, n, E)."""
     scores = []
     for out in parts:
-        kept = torch.isin(torch.arange(len(labels)), out, invert=True)
+        kept = without(out, len(labels))
         weight, bias = gaussian_discriminant(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)), classes)
         scores.append(views[0, out] @ weight.T + bias)
     return torch.cat(scores)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, text_scale
-from dcp_zoo.probe.folds import folds
+from dcp_zoo.probe.folds import folds, without
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 from dcp_zoo.training.methods.text_probe import probe_views
 from dcp_zoo.training.recipes import BaseRecipe, count, option
@@ -49,7 +49,7 @@ def left_out(views: Tensor, labels: Tensor, groups: Tensor, recipe: LinearProbeR
     images."""
     logits, truth = list[Tensor](), list[Tensor]()
     for out in folds(labels, groups):
-        kept = torch.isin(torch.arange(len(labels)), out, invert=True)
+        kept = without(out, len(labels))
         logits.append(F.linear(views[0, out], *regression(views[:, kept], labels[kept], recipe)))
         truth.append(labels[out])
     return (torch.cat(logits), torch.cat(truth)) if logits else None
