@@ -45,7 +45,8 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, monkeypa
 def test_a_head_of_own_images_is_trained_on_all_of_them_in_the_end(run, flowers, monkeypatch):
     """Unless the user says otherwise, or has chosen the training images. CLIP is loaded once for all fits."""
     loads = Count(monkeypatch, build, "build_clip")
-    for args, tested, fits in (((), 12, 1), (("--test", 0.3), 4, 2), (("--method", "coop", "--set", "epochs=1"), 4, 2)):
+    prompts, none = ("--method", "coop", "--set", "epochs=1"), ("--method", "zero-shot")  # which learns from no image
+    for args, tested, fits in (((), 12, 1), (("--test", 0.3), 4, 2), (prompts, 4, 2), (none, 4, 2)):
         loads.calls = 0
         code, out, err = run("train", "MY_PHOTOS", *args, "--overwrite")
         assert (code, out.count("test top-1"), len(re.findall(" on dcp_mini: ", err)), loads.calls) == (0, 1, fits, 1)

@@ -371,7 +371,8 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
     """As `train_head`, on all images. The accuracy is told by four folds of these; with a test part or `test_share`, or
     by methods that train prompts, in a first training without test images. Too few groups for this have a message."""
     options, parted = options or RunOptions(), run.split.has_parts
-    by_folds = METHODS[run.method].features and run.test_share is None and not parted
+    learns = METHODS[run.method].features and METHODS[run.method].needs_images(run.recipe)
+    by_folds = learns and run.test_share is None and not parted
     with alone_in(output):
         check_supported(run, options.callbacks)
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
