@@ -37,10 +37,9 @@ def group_ids(groups: Sequence[Hashable]) -> Tensor:
     >>> group_ids(["a", "", "b", "a", ""])
     tensor([0, 1, 2, 0, 3])
     """
-    ids: dict[Hashable, int] = {}
-    for i, group in enumerate(groups):
-        ids.setdefault((i,) if group in ("", None) else group, len(ids))
-    return torch.tensor([ids[(i,) if group in ("", None) else group] for i, group in enumerate(groups)])
+    names = [group or (i,) for i, group in enumerate(groups)]
+    ids = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([ids[name] for name in names])
 
 
 def numbers(facts: Facts) -> np.ndarray:
@@ -51,16 +50,15 @@ def numbers(facts: Facts) -> np.ndarray:
 def find_groups(features: np.ndarray, facts: np.ndarray) -> list[list[int]]:
     """Groups of positions, without images that are alone, of features (n, F) of any frozen image tower and `numbers`
     (n, 1027). Rows of NaN, of images that cannot be read, are in no group."""
-    return joined([*near_copies(features, facts), *_bursts(facts[:, GREY**2 :])])
+    return joined([*near_copies(features, facts), *bursts(facts)])
 
 
-def grouped(items: Sequence[Item], known: Callable[[], tuple[np.ndarray, np.ndarray]]) -> list[Item]:
-    """The items with the groups that they were given or, if none has one, with those that are found by what is `known`
-    of them: the arguments of `find_groups`."""
+def grouped(items: Sequence[Item], find: Callable[[], list[list[int]]]) -> list[Item]:
+    """The items with the groups that they were given or, if none has one, with those that `find` finds."""
     if any(item.group for item in items):
         return list(items)
     found = list(items)
-    for number, group in enumerate(find_groups(*known()), 1):
+    for number, group in enumerate(find(), 1):
         for i in group:
             found[i] = items[i]._replace(group=str(number))
     return found
@@ -80,9 +78,9 @@ def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     return sorted(sorted(group) for group in groups.subsets())
 
 
-def _bursts(taken: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of photographs that one camera took one after the other, within `SECONDS`."""
-    rows = enumerate(taken.astype(float).tolist())
+def bursts(facts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Pairs of photographs that one camera took one after the other, within `SECONDS`, by their `numbers` (n, 1027)."""
+    rows = enumerate(facts[:, GREY**2 :].astype(float).tolist())
     moments = [(camera, 86400 * day + second, i) for i, (camera, day, second) in rows if camera > 0]
     for (camera, one, i), (same, other, j) in pairwise(sorted(moments)):
         if camera == same and other - one <= SECONDS:

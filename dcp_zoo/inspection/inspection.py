@@ -15,7 +15,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.groups import group_ids, grouped, joined, near_copies
+from dcp_zoo.data.groups import bursts, group_ids, grouped, joined, near_copies
 from dcp_zoo.data.images import Progress, bar, thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.errors import ZooError, by_reason, shorten
@@ -214,7 +214,9 @@ def inspect(
 
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     features = ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths))
-    groups = group_ids([item.group for item in grouped(data.items, lambda: (seen.joined, seen.facts))])
+    copies = near_copies(seen.joined, seen.facts)
+    found = grouped(data.items, lambda: joined([*copies, *bursts(seen.facts)]))
+    groups = group_ids([item.group for item in found])
     judged = out_of_fold(features, target, groups[readable])
     return Inspection(
         data,
@@ -222,7 +224,7 @@ def inspect(
         Evaluation(data.classnames, items, judged.log_probabilities),
         [readable[i] for i in suspected(judged.log_probabilities, target)],
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
-        joined(near_copies(seen.joined, seen.facts)),
+        joined(copies),
         groups,
         learning_curve(judged),
     )

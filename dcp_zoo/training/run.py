@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -44,7 +43,7 @@ from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
-from dcp_zoo.training.sources import ImageSource, KnownFacts, facts_of, image_source
+from dcp_zoo.training.sources import ImageSource, KnownFacts, groups_in, image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, identity_of, no_log, remove_state
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
@@ -88,11 +87,7 @@ class Run:
         """The items of a source with their groups; of own images these are found, unless they were given."""
         if not is_own(self.split.name):
             return list(source.items)
-
-        def known() -> tuple[np.ndarray, np.ndarray]:
-            return source.features(None, options.progress)[0].numpy(), facts_of(source.items, self.facts)
-
-        items = grouped(source.items, known)
+        items = grouped(source.items, lambda: groups_in(source, progress=options.progress))
         if said := in_groups(items):
             options.log(f"{said}: none is on both sides of a measurement.")
         return items
@@ -306,7 +301,7 @@ def _fit_and_measure(
             test.read(progress=options.progress)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         if is_own(run.split.name) and task.train and not run.split.held_out:
-            _warn_of_shared_groups(run, replace(task.plain_train, items=subset.train), test)
+            _warn_of_shared_groups(subset.train, task.plain_train, test)
     if evaluation:
         found = {"metrics": metrics, **evaluation.info}
     if task.train and (groups := task.plain_train.groups.unique().numel()) < len(task.train.items):
@@ -315,16 +310,10 @@ def _fit_and_measure(
     return head, metrics, evaluation
 
 
-def _warn_of_shared_groups(run: Run, train: ImageSource, test: ImageSource) -> None:
-    """Warn of test images that were taken together with training images. How accurate the head is without them is not
-    said: there may be others that are not found."""
-
-    def known() -> tuple[np.ndarray, np.ndarray]:
-        features = torch.cat([train.features(1)[0], test.features(1)[0]])
-        return features.numpy(), facts_of(items, run.facts)
-
-    items = [*train.items, *test.items]
-    both = grouped(items, known)
+def _warn_of_shared_groups(given: Sequence[Item], train: ImageSource, test: ImageSource) -> None:
+    """Warn of test images that were taken together with training images, which are `given` without the groups that were
+    found. How accurate the head is without them is not said: there may be others that are not found."""
+    both = grouped([*given, *test.items], lambda: groups_in(train, test))
     first = {item.group: item for item in reversed(both[: len(train.items)]) if item.group}
     if shared := [item for item in both[len(train.items) :] if item.group in first]:
         pair = f"{shared[0].name} and {first[shared[0].group].name}"
@@ -389,13 +378,13 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         else:
             trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip, refit=True)
             took = format_duration(trained.info["train_seconds"])
-            final = replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
+            final = replace(run, split=all_for_training(part.split), shots=None, test_share=0.0)  # with its groups
             options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
             measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
             head, _ = train_head(final, output, options, measured, clip=clip)
             shutil.rmtree(first, ignore_errors=True)
-        if not evaluation:
-            options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
         if evaluation:
             options.show(evaluation)
+        else:
+            options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
     return head, metrics

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Features, Inputs, Pixels, Tokens
 from dcp_zoo.data import Item
-from dcp_zoo.data.groups import group_ids, grouped, numbers
+from dcp_zoo.data.groups import find_groups, group_ids, grouped, numbers
 from dcp_zoo.data.images import Facts, Progress, by_image, in_threads, load_image, load_with_facts, no_progress
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -335,12 +335,18 @@ def facts_of(items: Sequence[Item], known: KnownFacts) -> np.ndarray:
     return per_image([item.path for item in items], lambda: f"facts {computed_by()}", 1, rows)[0].numpy()
 
 
+def groups_in(*sources: ImageSource, progress: Progress = no_progress) -> list[list[int]]:
+    """The groups of all images of some sources, one after the other, see `find_groups`."""
+    features = torch.cat([source.features(None, progress)[0] for source in sources]).numpy()
+    items, known = [item for source in sources for item in source.items], sources[0].facts or {}
+    return find_groups(features, facts_of(items, known))
+
+
 def with_own_groups(items: Sequence[Item]) -> list[Item]:
     """The user's own images with their groups, by the miniature's features, which are kept in the user's cache."""
     source = image_source(plain_clip("dcp_mini"), items, once=True, facts={})
     with kept_features(features_folder()):
-        features = source.features(1)[0].numpy()
-        return grouped(items, lambda: (features, facts_of(items, source.facts or {})))
+        return grouped(items, lambda: groups_in(source))
 
 
 def features_of(head: Head, source: ImageSource, views: int | None = None, progress: Progress = no_progress) -> Tensor:
