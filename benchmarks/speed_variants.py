@@ -70,6 +70,9 @@ def prepare(case: Case, folder: Path) -> None:
         export(fused, folder / FILES["onnxruntime"])
 
 
+ANY = "0" * 40  # the revision of a repo that is not pinned
+
+
 def cache_clip(cache: Path, name: str) -> None:
     """Write random weights of this CLIP model to a cache like that of the Hub's client."""
     from safetensors.torch import save_file
@@ -78,13 +81,14 @@ def cache_clip(cache: Path, name: str) -> None:
     from dcp_zoo.zoo.registry import get_spec
 
     weights = create_model(name).encoder.clip.state_dict()
-    file = snapshot(cache, get_spec(name).clip_repo) / "open_clip_model.safetensors"
+    spec = get_spec(name)
+    file = snapshot(cache, spec.clip_repo, spec.clip_revision or ANY) / "open_clip_model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
 
 
-def snapshot(cache: Path, repo_id: str) -> Path:
+def snapshot(cache: Path, repo_id: str, revision: str = ANY) -> Path:
     """Create the folder of a repo's only revision in a cache of the Hub's client."""
-    repo, revision = cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
     folder = repo / "snapshots" / revision
     folder.mkdir(parents=True)
     (repo / "refs").mkdir()
