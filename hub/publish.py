@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,7 @@ class Release:
     card: ModelCard
     info: dict[str, Any]  # what the checkpoint stores about its training
     license: str
+    others: dict[str, float] = field(default_factory=dict)  # top-1 in other protocols
 
     def entry(self, revision: str) -> dict[str, Any]:
         """The entry in the manifest, pinned to a revision; a bundled head stays bundled."""
@@ -49,13 +50,14 @@ class Release:
             "revision": revision,
             "sha256": self.sha256,
             "license": self.license,
-            "metrics": self.info.get("metrics", {}),
+            "metrics": self.info.get("metrics", {}) | self.others,
         }
 
 
-def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
+def prepare(folder: str | Path, org: str, license: str = LICENSE, others: dict[str, float] | None = None) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
-    build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
+    build its card in memory. `org` is an organisation or user on the Hub, `license` that of the trained weights, and
+    `others` top-1 accuracies that the card and the manifest have besides, by protocol."""
     folder, name = Path(folder), f"local-dir:{folder}"
     source = resolve(name)
     assert source.config is not None
@@ -68,8 +70,8 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     if problem := not_of_dataset(model):
         raise ZooError(f"{folder} cannot be published. {problem}")
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
-    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists())
-    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
+    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
+    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license, others or {})
 
 
 def entry_of(source: Source) -> HeadEntry:

@@ -1,6 +1,7 @@
 """`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,18 +11,20 @@ import build
 import publish
 import pytest
 import trees
+from helpers import process_unchanged
 from PIL import Image
 from shared import CommandLine
 
 import dcp_zoo
-from dcp_zoo.benchmark import store
+from dcp_zoo import ZooError
+from dcp_zoo.benchmark import Trial, store, sweep
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.zoo import registry
 
-NAMES = ["red", "green", "blue"]
+NAMES = ["red", "green", "blue", "grey"]
 DEAD = Archive("http://127.0.0.1:9/images.tar")
-COUNTS = {"imagenet": (6, 0, 3), "fgvc_aircraft": (3, 3, 3)}
+COUNTS = {"imagenet": (8, 0, 4), "fgvc_aircraft": (4, 4, 4)}
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def draw(path: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
-    """The data of a protocol with four datasets, of each layout, with three classes and a few images each.
+    """The data of a protocol with four datasets, of each layout, with four classes and a few images each.
     The miniature trains for four steps."""
     full = dict(DATASETS)
     for name in set(list_datasets()) - {"imagenet", "caltech101", "fgvc_aircraft", "oxford_pets"}:
@@ -48,10 +51,10 @@ def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
     put(packaged, "split_rows", lambda name: None)
     put(packaged, "drawn", lambda *args: None)
     put(packaged, "wnid_names", lambda: dict(zip(trees.WNIDS, NAMES, strict=True)))
-    put(trees, "WNIDS", trees.WNIDS[:3])
+    put(trees, "WNIDS", trees.WNIDS[: len(NAMES)])
     for name in list_datasets():
-        counts = COUNTS.get(name, (6, 3, 3))
-        DATASETS[name] = replace(full[name], num_classes=3, counts=counts, archives=(DEAD,))
+        counts = COUNTS.get(name, (8, 4, 4))
+        DATASETS[name] = replace(full[name], num_classes=len(NAMES), counts=counts, archives=(DEAD,))
         trees.write_tree(tmp_path / "DATA", name, draw)
     mini = registry.MODELS["dcp_mini"]  # every step has all images, so that the loss falls
     short = replace(mini, recipe=mini.recipe | {"epochs": 4, "batch_size": 4})
@@ -84,16 +87,63 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     assert "top1_no_classifier" in heads[name].metrics
 
 
+PACE = sweep.Pace(image=0.01, step=0.1, per_class=0.02)
+
+
 def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
+    monkeypatch.setattr(build, "pace", lambda *args: PACE)
     out = run.ok(*arguments(small, "--dry-run"))
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
     assert "GB for 4 heads" in out
-    monkeypatch.setattr("build.gigabytes", lambda specs: 1.0)
+    assert "Time of dcp_mini: 0.0 hours for 8 trials" in out
+    assert "a training step with 100 classes takes 2.1 s here, and an image 0.01 s" in out
+    monkeypatch.setattr(build, "gigabytes", lambda specs: 1.0)
     out = run.ok("--models", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run")
     assert "Downloads: fgvc_aircraft, 1.0 GB" in out  # nothing else is needed
     assert "Pass --models MODEL, --data-root DIR, --output DIR: python hub/build.py" in run()[2]
+
+
+def test_the_smoke_preset_is_small(run, monkeypatch):
+    """Also with other choices; a model that cannot be measured does not stop the others."""
+
+    def measured(model: str, *args: object) -> sweep.Pace:
+        if model == "dcp_mini":
+            raise ZooError("no tokenizer")
+        return PACE
+
+    monkeypatch.setattr(build, "pace", measured)
+    monkeypatch.setattr(build, "gigabytes", lambda specs: 0.2)
+    out = run.ok("--preset", "smoke", "--dry-run")
+    assert "GB for 2 heads" in out
+    assert "Downloads: caltech101, eurosat, 0.2 GB; weights of CLIP: dcp_vitb32 0.6 GB" in out
+    out = run.ok("--preset", "smoke", "--models", "dcp_vitb32,dcp_mini", "--protocols", "base-to-new", "--dry-run")
+    assert "Time of dcp_mini: not measured. no tokenizer" in out
+    assert re.search(r"Time of dcp_vitb32: \d+\.\d hours for 8 trials", out)
+    assert "smok" in run.refused("--preset", "smok", "--dry-run")
+
+
+def test_the_time_of_a_trial_follows_from_a_step():
+    """By hand: ten classes, 20 epochs of batches of four, of ten images each; and half of the classes."""
+    spec = DATASETS["eurosat"]
+    recipe = Trial("few-shot", "dcp_vitb32", "dcp", "eurosat", 4, 1).recipe
+    assert (spec.num_classes, spec.counts[2], recipe.epochs, recipe.batch_size) == (10, 8100, 20, 4)
+    for protocol, classes in (("few-shot", 10), ("base-to-new", 5)):
+        trial = Trial(protocol, "dcp_vitb32", "dcp", "eurosat", 4, 1)
+        images = 4 * classes
+        expected = 20 * images / 4 * (0.1 + 0.02 * classes) + 0.01 * (3 * images + 2 * 8100)
+        assert sweep.estimated_seconds(trial, PACE) == pytest.approx(expected)
+    plain = Trial("few-shot", "dcp_vitb32", "zero-shot", "eurosat", 0, 0)
+    assert sweep.estimated_seconds(plain, PACE) == pytest.approx(81)
+
+
+def test_a_pace_is_measured(clip, monkeypatch):
+    monkeypatch.setattr(sweep, "plain_clip", lambda model, with_weights: clip)
+    with process_unchanged("pace"):
+        measured = sweep.pace("dcp_mini", "cpu")
+    assert all(0 <= seconds < 10 for seconds in measured)
+    assert measured.image > 0 < measured.step + measured.per_class
 
 
 @pytest.mark.scripts
@@ -117,6 +167,22 @@ def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch)
     requests = len(uploads.requests)
     assert "2 published." in run.ok(*few_only)
     assert len(uploads.requests) == requests
+
+
+@pytest.mark.scripts
+def test_a_head_has_the_figures_of_other_protocols(small, uploads, run):
+    """In its card, the manifest and the index; the heads of these protocols do not take its place."""
+    others = ("--protocols", "base-to-new,domain-shift")
+    out = run.ok(*arguments(small, "--org", "our-org", "--datasets", "caltech101", *others))
+    assert "1 published." in out
+    name = "dcp_mini.caltech101-1shot"
+    card = uploads.files(f"our-org/{name}")["README.md"].decode()
+    assert all(re.search(rf"\| base-to-new, {part} \| \d+\.\d\d \|", card) for part in ("base", "new")), card
+    assert json.loads(uploads.files(f"our-org/{name}")["config.json"])["label_names"] == NAMES
+    manifest = json.loads((small / "checkout/dcp_zoo/zoo/heads.json").read_text())
+    index = json.loads(uploads.files("our-org/dcp-zoo-index")["heads.json"])
+    for entry in (manifest[name], index[name]):
+        assert {"base-to-new, base", "base-to-new, new", "top1_stored"} <= entry["metrics"].keys()
 
 
 def result(stored: float = 70.0, batch: float = 70.5, **changes: object) -> dict:

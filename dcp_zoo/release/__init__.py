@@ -40,8 +40,11 @@ def accuracies(metrics: Values) -> dict[str, float]:
     return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
 
 
-def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients.
+def make_card(
+    model: Head, repo_id: str, license: str, size: int, onnx: bool = False, others: Values | None = None
+) -> ModelCard:
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients;
+    `others`: top-1 accuracies of other protocols, by name.
     ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
     info, problem = model.info, not_of_dataset(model)
     if problem and info.get("metrics"):
@@ -57,6 +60,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
+        others=others or {},
         dataset=dataset,
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
