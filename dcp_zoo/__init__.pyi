@@ -13,6 +13,7 @@ from .inspection.inspection import inspect as inspect
 from .inspection.search import search as search
 from .inspection.search import suggest as suggest
 from .onnx.export import export as export
+from .prediction import Predictor as Predictor
 from .release import push_to_hub as push_to_hub
 from .zoo.dcp import model_entrypoint as model_entrypoint
 from .zoo.factory import create_model as create_model

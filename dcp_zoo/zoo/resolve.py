@@ -198,10 +198,19 @@ def head_folder(name: str) -> Path:
     return folder
 
 
-def head_sha256(folder: Path) -> str:
-    """A hash of a checkpoint's two files; ZooError if one is missing."""
-    files = [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+def head_files(place: Path) -> list[Path]:
+    """A checkpoint's two files, or an exported one; ZooError if one is missing."""
+    if place.suffix == ".onnx":
+        if not place.is_file():
+            raise ZooError(f"There is no file {place}: create one with dcp-zoo export.")
+        return [place]
+    files = [place / CONFIG_NAME, place / WEIGHTS_NAME]
     for file in files:
         if not file.is_file():
-            raise ZooError(f"{folder} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
-    return sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+            raise ZooError(f"{place} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
+    return files
+
+
+def head_sha256(place: Path) -> str:
+    """A hash of these files."""
+    return sha256("".join(map(sha256_of, head_files(place))).encode()).hexdigest()
