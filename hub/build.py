@@ -8,10 +8,8 @@ Figures of other protocols in the same build, with heads of their own that are n
 manifest beside the accuracy of the head of the same model, dataset, shots and seed.
 """
 
-import http.client
 import math
 import os
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,21 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import publish
+from pace import gigabytes, hours_text
 from publish import Release
 from rich.markup import escape
 from typer import Typer
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
-from dcp_zoo.benchmark.sweep import estimated_seconds, pace, sweep
+from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_table, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DATASETS, DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.download import AGENT
-from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
@@ -262,19 +259,7 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
     )
     for spec in specs:
         left = [trial for trial in trials if trial.model == spec.name and trial.key not in results]
-        output.print(hours_text(spec.name, left, options), soft_wrap=True)
-
-
-def hours_text(model: str, trials: Sequence[Trial], options: BuildOptions) -> str:
-    """How long the trials of a model take here, one after the other, by a step that is measured now."""
-    try:
-        measured = pace(model, options.device, options.precision)
-    except ZooError as error:
-        return f"Time of {model}: not measured. {error}"
-    hours = sum(estimated_seconds(trial, measured) for trial in trials) / 3600
-    step = measured.step + 100 * measured.per_class
-    each = f"a training step with 100 classes takes {step:.2g} s here, and an image {measured.image:.2g} s"
-    return f"Time of {model}: {hours:.1f} hours for {len(trials)} trials, one after the other; {each}."
+        output.print(hours_text(spec.name, left, options.device, options.precision), soft_wrap=True)
 
 
 def show_states(heads: Sequence[HeadState]) -> None:
@@ -284,22 +269,6 @@ def show_states(heads: Sequence[HeadState]) -> None:
     for head in heads:
         if head.state in ("failed", "refused"):
             output.print(f"[red]{head.state}[/] {head.name}: {escape(head.note)}", soft_wrap=True)
-
-
-def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
-    """What the sources say they would send; None if one of them does not answer."""
-    sizes = [size_of(archive) for spec in specs for archive in spec.archives]
-    return None if None in sizes else sum(size for size in sizes if size) / 1e9
-
-
-def size_of(archive: Archive) -> int | None:
-    """The archive's size in bytes as its source states it; None if it does not answer."""
-    try:
-        request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return int(answer.headers["Content-Length"])
-    except (OSError, http.client.HTTPException, TypeError, ValueError):
-        return None
 
 
 if __name__ == "__main__":

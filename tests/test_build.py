@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import build
+import pace
 import publish
 import pytest
 import trees
@@ -17,7 +18,7 @@ from shared import CommandLine
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.benchmark import Trial, store, sweep
+from dcp_zoo.benchmark import Trial, store
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.zoo import registry
@@ -87,11 +88,11 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     assert "top1_no_classifier" in heads[name].metrics
 
 
-PACE = sweep.Pace(image=0.01, step=0.1, per_class=0.02)
+PACE = pace.Pace(image=0.01, step=0.1, per_class=0.02)
 
 
 def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
-    monkeypatch.setattr(build, "pace", lambda *args: PACE)
+    monkeypatch.setattr(pace, "pace", lambda *args: PACE)
     out = run.ok(*arguments(small, "--dry-run"))
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
@@ -108,12 +109,12 @@ def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
 def test_the_smoke_preset_is_small(run, monkeypatch):
     """Also with other choices; a model that cannot be measured does not stop the others."""
 
-    def measured(model: str, *args: object) -> sweep.Pace:
+    def measured(model: str, *args: object) -> pace.Pace:
         if model == "dcp_mini":
             raise ZooError("no tokenizer")
         return PACE
 
-    monkeypatch.setattr(build, "pace", measured)
+    monkeypatch.setattr(pace, "pace", measured)
     monkeypatch.setattr(build, "gigabytes", lambda specs: 0.2)
     out = run.ok("--preset", "smoke", "--dry-run")
     assert "GB for 2 heads" in out
@@ -133,15 +134,15 @@ def test_the_time_of_a_trial_follows_from_a_step():
         trial = Trial(protocol, "dcp_vitb32", "dcp", "eurosat", 4, 1)
         images = 4 * classes
         expected = 20 * images / 4 * (0.1 + 0.02 * classes) + 0.01 * (3 * images + 2 * 8100)
-        assert sweep.estimated_seconds(trial, PACE) == pytest.approx(expected)
+        assert pace.estimated_seconds(trial, PACE) == pytest.approx(expected)
     plain = Trial("few-shot", "dcp_vitb32", "zero-shot", "eurosat", 0, 0)
-    assert sweep.estimated_seconds(plain, PACE) == pytest.approx(81)
+    assert pace.estimated_seconds(plain, PACE) == pytest.approx(81)
 
 
 def test_a_pace_is_measured(clip, monkeypatch):
-    monkeypatch.setattr(sweep, "plain_clip", lambda model, with_weights: clip)
+    monkeypatch.setattr(pace, "plain_clip", lambda model, with_weights: clip)
     with process_unchanged("pace"):
-        measured = sweep.pace("dcp_mini", "cpu")
+        measured = pace.pace("dcp_mini", "cpu")
     assert all(0 <= seconds < 10 for seconds in measured)
     assert measured.image > 0 < measured.step + measured.per_class
 

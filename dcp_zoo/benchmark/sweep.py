@@ -13,10 +13,9 @@ from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from dcp_zoo.benchmark import plan, store
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
@@ -26,9 +25,8 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.heads.config import is_finished
-from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.device import autocast, decoders, pick_device, pick_precision, total_memory
+from dcp_zoo.training.device import decoders, pick_device, pick_precision, total_memory
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
     Evaluation,
@@ -38,12 +36,11 @@ from dcp_zoo.training.evaluation import (
     read,
     top1,
 )
-from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import VALIDATION, batch_sizes, default_recipe
+from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.run import plan as plan_run
-from dcp_zoo.training.sources import CACHE_BYTES, ImageSource, Progress, image_source, no_progress, seeded
+from dcp_zoo.training.sources import CACHE_BYTES, ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 
@@ -215,73 +212,6 @@ def execute(
 def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progress = no_progress) -> Iterator[Event]:
     for trial in trials:
         yield execute(trial, settings, progress)
-
-
-# ------------------------------------------------------------------------------------------------------- what it costs
-
-
-class Pace(NamedTuple):
-    """Seconds that a model takes on this machine."""
-
-    image: float  # to encode an image
-    step: float  # of DCP's training, apart from its classes
-    per_class: float  # of a step, for each class
-
-
-def pace(model: str, device: str = "auto", precision: str = "float32") -> Pace:
-    """The pace of a model with random weights, measured in seconds: nothing but some tokenizers is downloaded."""
-    place = pick_device(device)
-    precision, recipe = pick_precision(precision, model, place), default_recipe(model)
-    few, many = 4, 44  # class names
-
-    def seconds(call: Callable[[], object]) -> float:
-        call()  # the first takes longer
-        started = time.perf_counter()
-        for _ in range(2):
-            call()
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
-        return (time.perf_counter() - started) / 2
-
-    with seeded(0, place):
-        clip = plain_clip(model, with_weights=False).to(place)
-        images = torch.randn(recipe.batch_size, *clip.pretrained_cfg["input_size"], device=place)
-        labels = torch.arange(len(images), device=place) % few
-
-        def step_time(classes: int) -> float:
-            head = DCP(clip, [f"class {i}" for i in range(classes)], recipe.config).train()
-            parameters = [p for p in head.parameters() if p.requires_grad]
-            optimizer = build_optimizer(recipe, parameters)
-
-            def step() -> None:
-                with autocast(place, precision):
-                    loss = F.cross_entropy(head(images), labels)
-                torch.autograd.backward(loss, inputs=parameters)
-                optimizer.step()
-
-            return seconds(step)
-
-        with torch.no_grad(), autocast(place, precision):
-            image = seconds(lambda: clip.read(images)) / len(images)
-        fewest, most = step_time(few), step_time(many)
-    per_class = max(0.0, (most - fewest) / (many - few))
-    return Pace(image, max(0.0, fewest - few * per_class), per_class)
-
-
-def estimated_seconds(trial: Trial, pace: Pace) -> float:
-    """What a trial on a dataset of the table takes at this pace; other methods that train by steps count as DCP."""
-    spec, parts = find_spec(trial.dataset), len(PROTOCOLS[trial.protocol].parts)
-    classes = -(-(spec.num_classes or 0) // parts)
-    images, tests = (
-        trial.shots * classes,
-        sum(counts[2] for name in trial.targets or (trial.dataset,) if (counts := find_spec(name).counts)),
-    )
-    total = pace.image * (2 * images + tests)  # images and mirror images for a text probe
-    recipe: Any = trial.recipe.fitted(images, classes)
-    if recipe.is_trained:
-        steps = recipe.num_epochs * len(batch_sizes(images, recipe.batch_size, recipe.drop_last))
-        total += steps * (pace.step + classes * pace.per_class) + pace.image * (images + tests)  # by its own prompts
-    return total
 
 
 # -------------------------------------------------------------------------------------------------------------- on Ray
