@@ -11,6 +11,8 @@ import build
 import pace
 import publish
 import pytest
+import real_table
+import submit
 import trees
 from helpers import process_unchanged
 from PIL import Image
@@ -19,8 +21,12 @@ from shared import CommandLine
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.benchmark import Trial, store
+from dcp_zoo.benchmark.sweep import TrialImages
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
+from dcp_zoo.training.methods import METHODS, fit_head
+from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.run import plan
 from dcp_zoo.zoo import registry
 
 NAMES = ["red", "green", "blue", "grey"]
@@ -184,6 +190,55 @@ def test_a_head_has_the_figures_of_other_protocols(small, uploads, run):
     index = json.loads(uploads.files("our-org/dcp-zoo-index")["heads.json"])
     for entry in (manifest[name], index[name]):
         assert {"base-to-new, base", "base-to-new, new", "top1_stored"} <= entry["metrics"].keys()
+
+
+@pytest.mark.scripts
+def test_the_table_of_a_real_clip_is_submitted(small, quick_probe, monkeypatch, capsys):
+    """On stand-ins: says what it takes, stops, resumes, and `submit.py` takes all rows."""
+    monkeypatch.setattr(pace, "pace", lambda *args: PACE)
+    monkeypatch.setattr(submit, "split_sha256", lambda name: None)
+    monkeypatch.setattr(METHODS, "places", dict(METHODS.places))  # to which it adds one
+    table = CommandLine(monkeypatch, capsys, real_table.app)
+    command = ["--model", "dcp_mini", "--datasets", "caltech101,fgvc_aircraft", "--shots", "1", "--seeds", "1,2"]
+    command += ["--data-root", small / "DATA", "--output", small / "TABLE"]
+    assert "for 18 trials" in table.ok(*command, "--dry-run")
+    assert not (small / "TABLE").exists()
+    table.ok(*command[:-4], *command[-4:], "--seeds", "1")
+    out = table.ok(*command)
+    assert "for 8 trials" in out
+    assert [out.index(title) for title in real_table.TITLES.values()] == sorted(
+        map(out.index, real_table.TITLES.values())
+    )
+    rows = json.loads(
+        CommandLine(monkeypatch, capsys, submit.app).ok(small / "TABLE/submission.csv").split("\nAdmitted")[0]
+    )
+    assert len(rows) == 2 * (len(real_table.TITLES) - 1)
+    for row in rows:
+        assert (row["shots"], row["seeds"], row["measured"]) == (1, [1, 2], None)
+    (alone,) = (row for row in rows if (row["method"], row["dataset"]) == ("DCP alone", "caltech101"))
+    results = [json.loads(path.read_text()) for path in (small / "TABLE/results").glob("*caltech101-1shot*.dcp.json")]
+    tops = [entry["top1"] for result in results for entry in result["results"] if entry["stats"] == "no_classifier"]
+    assert alone["reported"] == round(sum(tops) / 2, 2)
+    assert alone["recipe"] == results[0]["recipe"]
+    head = fit_head(real_table.EMBEDDING, planned_task(small / "DATA"))
+    assert head.num_features == 512  # and not what the stem has before it
+
+
+def planned_task(data_root: Path) -> Task:
+    images = TrialImages("dcp_mini", "cpu", data_root, "float32")
+    trial = Trial("few-shot", "dcp_mini", real_table.EMBEDDING, "caltech101", 1, 1)
+    subset = images.subset("caltech101", "all", 1, 1)
+    run = plan(images.split("caltech101"), "dcp_mini", trial.method, shots=1, recipe=trial.recipe, device="cpu")
+    return run.task(subset, images.clip, read=images.read)
+
+
+def test_rows_of_a_table_are_submissions(tmp_path):
+    (path := tmp_path / "rows.csv").write_text("by,seeds\n1,[]\n")
+    with pytest.raises(ZooError, match="rows.csv: by must be a string, not 1; .*seeds must be a list"):
+        submit.read_submissions(path)
+    path.write_text("by\nA. Author\n")
+    with pytest.raises(ZooError, match="rows.csv cannot be read"):  # no JSON
+        submit.read_submissions(path)
 
 
 def result(stored: float = 70.0, batch: float = 70.5, **changes: object) -> dict:
