@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
-from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
+from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
 from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
 from dcp_zoo.prediction.onnx import INPUT, OnnxClassifier
 from dcp_zoo.zoo.registry import MODELS, get_head, newest
@@ -187,8 +187,7 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
     api = HfApi(library_name=HUB_LIBRARY)
-
-    def send() -> str:
+    with explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
@@ -196,9 +195,6 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
             allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, ONNX_FILE],
             commit_message="Upload a head with dcp_zoo",
         ).oid
-
-    with explained(repo_id):
-        return retried(send)
 
 
 def write_client_files(model: Head, folder: Path) -> None:
