@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.probe import candidates as fitting
 from dcp_zoo.probe.candidates import Candidate, Evidence, Family, TrainingSet
+from dcp_zoo.probe.estimates import loss_of
 from dcp_zoo.probe.folds import without
 from dcp_zoo.probe.model import PENALTIES, nearest
 
@@ -28,11 +29,11 @@ class LeftOut(NamedTuple):
     candidates: Mapping[Family, Sequence[Candidate]]
 
     def losses(self) -> dict[Family, Tensor]:
-        """The cross-entropy (sum) of each candidate."""
+        """The cross-entropy (weighted sum) of each candidate."""
         x, labels = self.images.views[0], self.images.labels
         z = self.images.text_logits(x)
         return {
-            family: torch.stack([F.cross_entropy(each.logits(z, x), labels, reduction="sum") for each in candidates])
+            family: torch.stack([loss_of(each.logits(z, x), labels, self.images.weights) for each in candidates])
             for family, candidates in self.candidates.items()
         }
 
