@@ -444,8 +444,10 @@ FIVE = ("dcp_mini", "dcp_vitb32", "dcp_vitb16", "dcp_eva02_b16", "dcp_mobileclip
 @pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="TIMM_CHECKOUT: a checkout of timm's repository")
 @pytest.mark.parametrize("test", TIMM_TESTS)
 @pytest.mark.parametrize("name", FIVE)
-def test_timms_own_tests(test, name, monkeypatch):
+def test_timms_own_tests(test, name, monkeypatch, request):
     monkeypatch.syspath_prepend(Path(os.environ["TIMM_CHECKOUT"], "tests"))
+    for marker in ("base", "cfg", "features", "fxbackward", "fxforward", "timeout", "torchscript"):
+        request.config.addinivalue_line("markers", f"{marker}: of timm's tests")
     getattr(importlib.import_module("test_models"), f"test_model_{test}")(name, 1)
 
 
