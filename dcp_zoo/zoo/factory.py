@@ -233,14 +233,16 @@ def create_transform(
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
     random numbers. It also takes uint8 tensors (3, h, w): faster than PIL, and within 2 of 255 levels.
     """
-    if model_or_name is None:
-        cfg: Values = {"input_size": input_size}
-    else:
+    for name in changes:
+        check_choice("change", name, PREPROCESSING)
+    cfg: Values = {"input_size": input_size}
+    if model_or_name is not None:
         cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
-    wrong, cfg = sorted(changes.keys() - set(PREPROCESSING)), cfg | changes
-    if wrong or (missing := [name for name in ("input_size", *PREPROCESSING) if cfg.get(name) is None]):
-        problem = f"{', '.join(wrong)}: unknown" if wrong else f"{', '.join(missing)}: missing without a model"
-        raise ZooError(f"create_transform: {problem}. Pass a model, and of {', '.join(PREPROCESSING)} what differs.")
+    cfg = cfg | changes
+    if missing := [name for name in ("input_size", *PREPROCESSING) if cfg.get(name) is None]:
+        raise ZooError(
+            f"create_transform needs {', '.join(missing)}: pass a model, or all values of timm's data config."
+        )
     size = cfg["input_size"][-1]
     check_only("input_size", input_size, "the model reads square images of one size", sizes(size))
     if not is_training:
