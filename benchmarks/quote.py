@@ -410,6 +410,20 @@ def rejection_examples() -> str:
     return as_table(header, lines)
 
 
+def bursts(part: Any = REPORTING) -> str:
+    """What heads refuse and tell of images in bursts: means over the draws of each set, then over sets."""
+    rows = results("bursts").query("set in @part").pivot_table("value", ["images", "set", "draw"], "name", sort=False)
+    rows["in interval"] *= 100
+    rows["width"] = (rows["interval high"] - rows["interval low"]) / rows["interval of three tenths"]
+    columns = ["refused without groups", "refused", "top1", "top1 told", "in interval"]
+    means = rows.groupby(["images", "set"], sort=False).mean().groupby("images", sort=False).mean()
+    lines = [
+        [pattern, *(f"{row[name]:.1f}" for name in columns), f"{row['width']:.2f}"] for pattern, row in means.iterrows()
+    ]
+    header = ["images of a class", "rejected without groups", "rejected", "top-1", "top-1 told", "in its interval, %"]
+    return as_table([*header, "width of the interval, of a third of the images'"], lines)
+
+
 def folder(keys: str = "", last: bool = False) -> str:
     """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns; on
     the sets for reporting, or on the last ones."""

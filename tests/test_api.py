@@ -376,7 +376,9 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "export": lambda: dcp_zoo.export(tiny_head, tmp_path / "file.onnx"),  # torch's exporter: see `onnx_file`
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
+        "get_pretrained_cfg_value": lambda: dcp_zoo.get_pretrained_cfg_value("dcp_mini", "mean"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
+        "model_entrypoint": lambda: dcp_zoo.model_entrypoint("dcp_mini"),
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),

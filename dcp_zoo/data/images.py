@@ -162,12 +162,12 @@ def load_with_facts(image: ImageLike) -> tuple[Image.Image, Facts]:
 
 
 def grey_copy(image: Image.Image) -> "np.ndarray":
-    """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture. Black for a
-    smaller image: with so few pixels, different ones of a class are as alike as copies."""
+    """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture. Of a smaller
+    image it is flat, like no other: with so few pixels, different images of a class are as alike as copies."""
     import numpy as np
 
     if min(image.size) < GREY:
-        return np.zeros((GREY, GREY), np.uint8)
+        return np.full((GREY, GREY), 128, np.uint8)
     return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
 
