@@ -52,9 +52,7 @@ LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "refused")  # what `info` says of the test
 # of the text probe, which stay in float32, as logits depend on them
-EXACT = {
-    f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread", "margin", "gate")
-}
+EXACT = {f"{PREFIX}{name}" for name in "weight bias evidence text_scale threshold spread margin gate".split()}
 
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
