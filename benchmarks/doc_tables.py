@@ -206,6 +206,36 @@ def _submitted(path: Path) -> pd.DataFrame:
     return pd.DataFrame([row | {"source": f"{'this project' if measured else 'its authors'}: {entry['where']}"}])
 
 
+def predictor_costs(model: str) -> pd.DataFrame:
+    """Processor seconds per image and to start, of the ways to call a Predictor: medians over turns, the bare loop
+    first."""
+    rows = pd.read_csv(RESULTS / "predictor.csv")
+    rows = rows[(rows.model == model) & (rows.way != "road")]
+    return rows.groupby("way", sort=False)[["seconds_per_image", "start_seconds"]].median()
+
+
+def predictor_table() -> str:
+    """Images per second of processor time, beside the bare loop, and processor seconds to start."""
+    lines = []
+    for model in ("dcp_mini", "dcp_vitb16"):
+        found = predictor_costs(model)
+        bare = found.seconds_per_image["bare loop"]
+        for way, row in found.iterrows():
+            start = "" if pd.isna(row.start_seconds) else f"{row.start_seconds:.0f}"
+            cells = f"{1 / row.seconds_per_image:.1f}", f"{bare / row.seconds_per_image:.2f}", start
+            lines.append([model, way, *cells])
+    return as_table(["model", "way", "images per CPU second", "of the bare loop", "CPU seconds to start"], lines)
+
+
+def predictor_plan(core_hour: float) -> str:
+    """A billion images by these figures: with Ray Data's cost for the miniature, and the command's for the ViT."""
+    lines = []
+    for model, way in (("dcp_mini", "ray"), ("dcp_vitb16", "command")):
+        hours = predictor_costs(model).seconds_per_image[way] * 1e9 / 3600
+        lines.append([model, way, f"{hours:,.0f}", f"{hours / 1000:.0f}", f"{hours * core_hour:,.0f}"])
+    return as_table(["model", "way", "core-hours", "hours on 1,000 cores", "price, dollars"], lines)
+
+
 def commands() -> str:
     """The help of every command; its examples, which are dim on the terminal, become code blocks."""
     command: Any = typer.main.get_command(app)

@@ -2,12 +2,13 @@
 
     python benchmarks/predictor.py                        the miniature
     python benchmarks/predictor.py --model dcp_vitb16     with random weights
-    python benchmarks/predictor.py --memory 20000         the command on so many small images
+    python benchmarks/predictor.py --memory 20000         memory of the command's road, on so many small images
 
 Each writes its rows into results/predictor.csv. JPEGs of 500 x 375 pixels are read from files; one thread computes in
 each process. The bare loop decodes a batch of 64, normalises it, and calls the fused head; in one process it takes
 turns with Predictor, batch by batch. An engine runs in processes of its own, with few images and with many: an image
 costs the difference, so that what it takes to start is left out, and stands beside it. All its processes count.
+For the memory, the tower gives every image the same features: what grows is not the model.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from itertools import cycle, islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 from serving import photographs
@@ -26,10 +28,11 @@ from speed_variants import cache_clip
 
 import dcp_zoo
 from dcp_zoo.data import load_image
+from dcp_zoo.prediction.job import OutputFiles, run
 
 RESULTS = Path(__file__).parent / "results" / "predictor.csv"
 BATCH = 64
-SIZES = {"dcp_mini": (64, 832), "dcp_vitb16": (8, 72)}  # images, few and many
+SIZES = {"dcp_mini": (32, 416), "dcp_vitb16": (8, 40)}  # images, few and many
 ENGINES = {"command": (1,), "datasets": (1, 2), "ray": (1, 2)}  # processes that compute
 
 
@@ -46,8 +49,9 @@ def inside(head: str, paths: list[str]) -> dict[str, float]:
     def bare(batch: list[str]) -> None:
         fused(torch.stack([transform(load_image(path)) for path in batch])).softmax(-1)
 
-    for start in range(0, len(paths), BATCH):
-        batch = paths[start : start + BATCH]
+    size = min(BATCH, len(paths) // 5)
+    for start in range(0, len(paths), size):
+        batch = paths[start : start + size]
         for way, work in (("bare loop", bare), ("Predictor", lambda batch: predictor({"image": batch}))):
             began = time.process_time()
             work(batch)
@@ -58,7 +62,12 @@ def inside(head: str, paths: list[str]) -> dict[str, float]:
 def engine(name: str, processes: int, head: str, paths: list[str]) -> None:
     """What a process does with these images that an engine reads."""
     predictor = dcp_zoo.Predictor(head, image="bytes")
-    if name == "datasets":
+    if name == "road":
+        backend = predictor.backend
+        features = backend.encode(np.zeros((predictor.batch_size, *backend.preprocessing["input_size"]), np.uint8))
+        backend.encode = lambda pixels: features[: len(pixels)]
+        run(paths, predictor, OutputFiles(Path("p.parquet"), overwrite=True))
+    elif name == "datasets":
         import datasets
         import multiprocess
 
@@ -69,7 +78,7 @@ def engine(name: str, processes: int, head: str, paths: list[str]) -> None:
         import ray
 
         ray.init(num_cpus=processes + 1, log_to_driver=False)
-        rows = ray.data.read_binary_files(paths, include_paths=True, override_num_blocks=max(2, len(paths) // BATCH))
+        rows = ray.data.read_binary_files(paths, include_paths=True, override_num_blocks=4)
         rows = rows.map_batches(predictor.decode, batch_size=BATCH)
         pool = ray.data.ActorPoolStrategy(size=processes)
         options = {"fn_constructor_args": [predictor], "batch_size": BATCH, "compute": pool}
@@ -127,7 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dcp_mini", choices=SIZES)
     parser.add_argument("--memory", type=int)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, nargs="*", default=[0, 1, 2], help="which, to go on with another")
+    parser.add_argument("--ways", nargs="*", default=["inside", *ENGINES], choices=["inside", *ENGINES])
     parser.add_argument("--engine", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
@@ -136,14 +146,15 @@ def main() -> None:
         return
     os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "HF_DATASETS_DISABLE_CACHING": "1"}
     few, many = (args.memory // 20, args.memory) if args.memory else SIZES[args.model]
-    turns, engines = (1, {"command": (1,)}) if args.memory else (args.turns, ENGINES)
+    engines = {"road": (1,)} if args.memory else {way: ENGINES[way] for way in args.ways if way != "inside"}
     with tempfile.TemporaryDirectory() as folder:
         head = head_of(args.model, folder)
         write_photos(folder, many, 64 if args.memory else None)
         paths = sorted(map(str, Path(folder, "photos").iterdir()))
-        for turn in range(turns):
+        for turn in args.turns[:1] if args.memory else args.turns:
             common = {"model": args.model, "images": many, "turn": turn}
-            for way, seconds in {} if args.memory else inside(head, paths).items():
+            takes_turns = "inside" in args.ways and not args.memory
+            for way, seconds in inside(head, paths).items() if takes_turns else ():
                 add(common | {"way": way, "processes": 1, "seconds_per_image": seconds})
             for name, processes in [(name, n) for name, numbers in engines.items() for n in numbers]:
                 commands = (commanded(head, folder, name, processes, paths[:images]) for images in (few, many))
@@ -152,7 +163,11 @@ def main() -> None:
                 row = {"way": name, "processes": processes, "seconds_per_image": each, "wall_seconds": wall}
                 row |= {"start_seconds": start - few * each, "peak_mb_few": least, "peak_mb": most}
                 table = Path(folder, "p.parquet")  # of the command
-                add(common | row | {"bytes_per_row": table.stat().st_size / many if name == "command" else None})
+                add(
+                    common
+                    | row
+                    | {"bytes_per_row": table.stat().st_size / many if name in ("command", "road") else None}
+                )
 
 
 def add(row: dict) -> None:

@@ -34,6 +34,8 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     methods_table,
     models_table,
     names,
+    predictor_plan,
+    predictor_table,
     real_clip_summary,
     real_clip_table,
     result_tables,
