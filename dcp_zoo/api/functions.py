@@ -61,9 +61,10 @@ def train(
 
     Args:
         model: "small", "medium" or "large", the best for their cost, or a model's name such as "dcp_vitb16".
-        images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
-        labels: one per image, names or numbers; omitted for a folder. Images of `none of these` are examples of what to
-            reject.
+        images: a folder with one folder per class; a `datasets.Dataset`, or a Parquet file's path, with the columns
+            `image` and `label`; or a sequence of paths, PIL images, bytes, arrays or tensors.
+        labels: one per image, names or numbers; omitted for a folder or a dataset. Images of `none of these` are
+            examples of what to reject.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
@@ -111,7 +112,7 @@ def plan_own(
 ) -> Run:
     """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one
     number for each image, and `options` as of `plan`. Files are read when the run needs them."""
-    images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
+    images = validation if isinstance(validation, (tuple, list)) else (validation, None)
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
     check_choice("errors", errors, ERRORS)

@@ -28,7 +28,7 @@ from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, f
 from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
 from dcp_zoo.probe.folds import folds, shares
-from dcp_zoo.probe.model import PENALTIES, TextProbe
+from dcp_zoo.probe.model import GATE, PENALTIES, TextProbe, gated
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 
@@ -129,7 +129,8 @@ def _fill(probe: TextProbe, sets: Sequence[TrainingSet], means: Sequence[Candida
     beside = torch.stack([mean.weight for mean in means]).mean(0)[:, width:]
     probe.weight.copy_(torch.cat([embeddings, beside], 1) * root)
     probe.bias.copy_(torch.stack([mean.bias for mean in means]).mean(0))
-    probe.means.copy_(torch.cat([*(each.means[:, :width] for each in sets[:-1]), sets[-1].means], 1) / root)
+    seen = torch.cat([*(each.means[:, :width] for each in sets[:-1]), sets[-1].means], 1) / root
+    probe.means.copy_(seen.half())  # as they are stored
 
 
 def _set_threshold(
@@ -139,14 +140,15 @@ def _set_threshold(
     typical: Tensor | None,
     examples: Tensor | None,
 ) -> Values:
-    """Set the unit of distances, the threshold, and the examples (M, F') of images of no class, by the images that were
-    left out; the threshold by the `typical` (m,) of them. Returns the head's info; sets nothing if they are too few."""
+    """Set the gate, the unit of distances, the threshold, and the examples (M, F') of images of no class, by the images
+    that were left out; the threshold by the `typical` (m,) of them. Returns the head's info; sets nothing if they are
+    too few."""
     distances = torch.cat([each.distances() for each in left_out])
     if len(distances) < THRESHOLD_IMAGES or not distances.mean() > 0:
         return {}
     probe.spread.copy_(distances.mean())
-    logits = torch.cat([each.logits(evidence) for each in left_out])
-    scores = torch.from_numpy(in_distribution_score(logits.numpy(), (distances / probe.spread).numpy()))
+    probe.gate = torch.tensor(GATE)
+    scores = torch.from_numpy(np.concatenate([_scores(each, evidence, probe) for each in left_out]))
     if typical is not None and typical.sum() >= THRESHOLD_IMAGES:
         scores = scores[typical]
     thresholds = thresholds_of(scores)
@@ -169,6 +171,12 @@ def _scores_of_unknown(probe: TextProbe, images: TrainingSet, evidence: Evidence
         if not out.any() or len(images.labels[~out].unique()) < 2:
             continue
         left_out = leave_out(images, out.nonzero().flatten(), evidence)
-        logits = left_out.logits(evidence)[:, left_out.kept.counts > 0]
-        scores.append(in_distribution_score(logits.numpy(), (left_out.distances() / probe.spread).numpy()))
+        scores.append(_scores(left_out, evidence, probe, left_out.kept.counts > 0))
     return scores
+
+
+def _scores(left_out: LeftOut, evidence: Evidence, probe: TextProbe, known: Tensor | slice = slice(None)) -> np.ndarray:
+    """The `in_distribution_score`s (m,) of images that were left out, by a head that has these classes."""
+    own, text = (logits[:, known] for logits in left_out.logits(evidence))
+    distances = left_out.distances() / probe.spread
+    return in_distribution_score(gated(own, text, distances, probe.gate).numpy(), distances.numpy())
