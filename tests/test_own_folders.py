@@ -187,3 +187,8 @@ def test_a_folder_val_sets_the_threshold(tmp_path, run):
     thresholds = [head.rejection_threshold() for head in heads]
     assert thresholds[0] == pytest.approx(expected, abs=0.15)
     assert thresholds[1] != pytest.approx(thresholds[0], abs=0.01)
+    refused = dcp_zoo.evaluate(heads[0], str(tmp_path / "photos" / "test")).info["refused"]
+    answers = dcp_zoo.predict(heads[0], sorted(map(str, (tmp_path / "photos" / "test").glob("*/*"))), reject=True)
+    assert refused == 100 * answers.count(None) / len(answers)
+    out = run.ok("eval", tmp_path / "photos", "--head", tmp_path / "head0")
+    assert f"--reject refuses {refused:.1f} % of these" in out

@@ -386,12 +386,14 @@ def test_a_group_counts_as_one_image():
     views, labels, text = in_a_cone([8, 8, 8])
     copies = torch.cat([torch.arange(24), torch.tensor([0] * 15 + [9] * 3)])
     both = [
-        fit_on_features(NAMES, labels[of], [ReadingFeatures(views[:, of], text)], groups=of)[0]
+        fit_on_features(NAMES, labels[of], [ReadingFeatures(views[:, of], text)], groups=of)
         for of in (torch.arange(24), copies)
     ]
-    found, wanted = (probe(F.linear(views[0], *text), views[0], probe.classes) for probe in both)
+    found, wanted = (probe(F.linear(views[0], *text), views[0], probe.classes) for probe, _ in both)
     assert close(found, wanted, 0.05)
-    assert close(both[0].means, both[1].means, 1e-5)
+    assert close(both[0][0].means, both[1][0].means, 1e-3)
+    assert both[0][0].spread == pytest.approx(both[1][0].spread.item(), rel=1e-5)
+    assert both[0][1]["thresholds"] == pytest.approx(both[1][1]["thresholds"], abs=0.1)
     without = fit_on_features(NAMES, labels[copies], [ReadingFeatures(views[:, copies], text)])[0]
     assert not close(without(F.linear(views[0], *text), views[0], without.classes), wanted, 0.05)
 

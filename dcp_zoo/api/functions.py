@@ -30,6 +30,7 @@ from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import HeadBackend, loaded
 from dcp_zoo.prediction.together import refined
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
@@ -158,12 +159,15 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        found, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
+        reject = None if head.cannot_reject or head.stats != "stored" else REFUSED
+        found, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, alone=False)
         if broken:
             warn_of(items, broken)
         if not (rows := [i for i in range(len(items)) if i not in broken]):
             refuse(items, broken)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits[rows]))
+        found = found.of(rows)
+        rejected = None if found.rejected is None else torch.from_numpy(found.rejected)
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits), rejected)
 
 
 def predict(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import in_eval_mode
-from dcp_zoo.backbone.clip import join, joined, parts_of
+from dcp_zoo.backbone.clip import PREPROCESSING, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.towers import vision_tower
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
@@ -170,11 +170,10 @@ def _constants(model: Any) -> dict[str, Tensor]:
 def _info(model: Any) -> Values:
     """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
     cfg = model.pretrained_cfg
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {
         "model": model.encoder.architecture,
         "tag": cfg.get("tag"),
         **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
         "classnames": list(model.classnames),
-        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in keys if k in cfg},
+        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in PREPROCESSING if k in cfg},
     }

@@ -29,7 +29,7 @@ from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
 from dcp_zoo.probe.folds import folds, shares
 from dcp_zoo.probe.model import GATE, PENALTIES, TextProbe, gated
-from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
+from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, average, margin_of, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 
 SHARPER = 0.3  # by which the calibration of four sets at 1 to 8 images per class is best, see `benchmarks/notes.md`
@@ -97,8 +97,8 @@ def fit_on_features(
     info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text / sharper, 3)}
 
     if left_out:
-        left_out_typical = None if typical is None else typical[torch.cat(out)]
-        info |= _set_threshold(probe, left_out, evidence, left_out_typical, examples)
+        shares_out, typical_out = (None if each is None else each[torch.cat(out)] for each in (plain.weights, typical))
+        info |= _set_threshold(probe, left_out, evidence, shares_out, typical_out, examples)
     if "thresholds" in info and (scores := _scores_of_unknown(probe, plain, evidence)):
         info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
@@ -137,21 +137,22 @@ def _set_threshold(
     probe: TextProbe,
     left_out: Sequence[LeftOut],
     evidence: Evidence,
+    weights: Tensor | None,
     typical: Tensor | None,
     examples: Tensor | None,
 ) -> Values:
     """Set the gate, the unit of distances, the threshold, and the examples (M, F') of images of no class, by the images
-    that were left out; the threshold by the `typical` (m,) of them. Returns the head's info; sets nothing if they are
-    too few."""
+    that were left out; the threshold by the `typical` (m,) of them, with their weights (m,). Returns the head's info;
+    sets nothing if they are too few."""
     distances = torch.cat([each.distances() for each in left_out])
     if len(distances) < THRESHOLD_IMAGES or not distances.mean() > 0:
         return {}
-    probe.spread.copy_(distances.mean())
+    probe.spread.copy_(average(distances, weights))
     probe.gate = torch.tensor(GATE)
     scores = torch.from_numpy(np.concatenate([_scores(each, evidence, probe) for each in left_out]))
     if typical is not None and typical.sum() >= THRESHOLD_IMAGES:
-        scores = scores[typical]
-    thresholds = thresholds_of(scores)
+        scores, weights = scores[typical], None if weights is None else weights[typical]
+    thresholds = thresholds_of(scores, weights)
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
     info: Values = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
     if examples is None:

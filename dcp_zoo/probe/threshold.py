@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from statistics import NormalDist
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dcp_zoo.tables import REFUSED
@@ -18,16 +19,23 @@ THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
 LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
 
 
-def thresholds_of(scores: Tensor) -> dict[str, float]:
-    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some.
+def thresholds_of(scores: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some
+    and how much these count (n,).
 
     With a mean of 0 and a standard deviation of 1, one score in twenty is below -1.64:
 
     >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
     -1.6448536269514726
     """
-    middle, deviation = scores.mean().item(), scores.std().item()
+    middle = average(scores, weights).item()
+    deviation = (scores.std() if weights is None else torch.cov(scores, aweights=weights).sqrt()).item()
     return {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
+
+
+def average(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean () of values (n,), with weights (n,)."""
+    return values.mean() if weights is None else weights @ values / weights.sum()
 
 
 def margin_of(closer: Tensor) -> Tensor:
