@@ -21,11 +21,11 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-from serving import photographs
 from speed_variants import cache_clip
 
 import dcp_zoo
 from dcp_zoo.data import load_image
+from dcp_zoo.data.packaged import sample_images
 
 RESULTS = Path(__file__).parent / "results" / "predictor.csv"
 BATCH = 64
@@ -104,11 +104,9 @@ def commanded(head: str, folder: str, name: str, processes: int, paths: list[str
 
 def write_photos(folder: str, images: int, side: int | None = None) -> None:
     Path(folder, "photos").mkdir()
-    for i, data in enumerate(islice(cycle(photographs()), images)):
-        path = Path(folder, "photos", f"{i:06}.jpg")
-        path.write_bytes(data)
-        if side:
-            load_image(str(path)).resize((side, side)).save(path)
+    photos = [load_image(path).resize((side, side) if side else (500, 375)) for path in sample_images()]
+    for i, photo in enumerate(islice(cycle(photos), images)):
+        photo.save(Path(folder, "photos", f"{i:06}.jpg"), quality=90)
 
 
 def head_of(model: str, folder: str) -> str:
