@@ -23,7 +23,6 @@ import speed_report
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     FORMATS,
     PRECISIONS,
-    SERVING,
     as_table,
     columns_table,
     commands,
