@@ -148,7 +148,9 @@ def main() -> None:
                 (start, _, least), (whole, wall, most) = (measured(command, folder) for command in commands)
                 each = (whole - start) / (many - few)
                 row = {"way": name, "processes": processes, "seconds_per_image": each, "wall_seconds": wall}
-                add(common | row | {"start_seconds": start - few * each, "peak_mb_few": least, "peak_mb": most})
+                row |= {"start_seconds": start - few * each, "peak_mb_few": least, "peak_mb": most}
+                table = Path(folder, "p.parquet")  # of the command
+                add(common | row | {"bytes_per_row": table.stat().st_size / many if name == "command" else None})
 
 
 def add(row: dict) -> None:
