@@ -28,27 +28,6 @@ ACCURACIES = {
     "few-shot": report.few_shot_tables,
     "base-to-new": report.base_to_new_tables,
 }
-FORMATS = {
-    "format": "file",
-    "mb": "size",
-    "speed": "speed",
-    "difference": "difference",
-    "same_answer": "same prediction",
-}
-SERVING = {
-    "part": "part",
-    "per_second": "images per second",
-    "per_cpu_second": "images per CPU second",
-    "p50_ms": "median, ms",
-    "p99_ms": "99th percentile, ms",
-    "failures": "wrong predictions",
-}
-PRECISIONS = {
-    "runtime": "runtime",
-    "precision": "precision",
-    "core_ms_per_image": "ms per image",
-    "peak_mb": "memory, MB",
-}
 
 
 def as_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
@@ -128,15 +107,6 @@ def _percent(metrics: Mapping[str, float], stats: str) -> str:
 def methods_table() -> str:
     rows = [[f"`{m.name}`", m.title, "yes" if m.abilities.transfers else "no", m.reference] for m in METHODS.values()]
     return table(["name", "method", "new classes", "paper"], rows)
-
-
-def columns_table(name: str, columns: Mapping[str, str]) -> str:
-    """Some columns of a results file under other names, medians over the turns of each part if it has turns."""
-    rows = pd.read_csv(RESULTS / f"{name}.csv")
-    if "turn" in rows:
-        rows = rows.groupby("part", sort=False).median(numeric_only=True).round(1).reset_index()
-    shown = rows[list(columns)].astype(object).where(rows[list(columns)].notna(), "")
-    return table(list(columns.values()), shown.values.tolist())
 
 
 def train_times() -> str:

@@ -17,17 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
-from serving import photographs
+from huggingface_hub import constants
 from speed_variants import cache_clip
 
 import dcp_zoo
 from dcp_zoo.data import load_image
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.prediction.job import OutputFiles, run
 
 RESULTS = Path(__file__).parent / "results" / "predictor.csv"
@@ -112,12 +112,12 @@ def commanded(head: str, folder: str, name: str, processes: int, paths: list[str
 
 
 def write_photos(folder: str, images: int, side: int | None = None) -> None:
+    """JPEGs, parts of the sample photographs by turns, in the folder `photos`."""
     Path(folder, "photos").mkdir()
-    for i, data in enumerate(islice(cycle(photographs()), images)):
-        path = Path(folder, "photos", f"{i:06}.jpg")
-        path.write_bytes(data)
-        if side:
-            load_image(str(path)).resize((side, side)).save(path)
+    whole = [load_image(path) for path in sample_images()]
+    for i in range(images):
+        part = whole[i % len(whole)].crop((20 * (i % 4), 0, 20 * (i % 4) + 560, 420))
+        part.resize((side, side) if side else (500, 375)).save(f"{folder}/photos/{i:06}.jpg", quality=90)
 
 
 def head_of(model: str, folder: str) -> str:
@@ -125,6 +125,7 @@ def head_of(model: str, folder: str) -> str:
     if model == "dcp_mini":
         return "dcp_mini.caltech101-16shot"
     cache_clip(Path(folder, "hub"), model)
+    constants.HF_HUB_CACHE = f"{folder}/hub"  # of this process, and of those that it starts:
     os.environ |= {"HF_HUB_CACHE": f"{folder}/hub", "HF_HUB_OFFLINE": "1"}
     code = "import torch, dcp_zoo; m = dcp_zoo.create_model({!r}, 'clip', classnames=['cat', 'dog', 'owl']); "
     code += "m.store_stats(torch.randn(4, 3, 224, 224)); m.save_pretrained('head')"

@@ -24,6 +24,7 @@ import convert
 import pictures
 import publish
 import pytest
+import real_table
 import submit
 import typer.main
 from markdown_it import MarkdownIt
@@ -43,6 +44,7 @@ SCRIPTS = {
     "hub/build.py": build.app,
     "hub/convert.py": convert.app,
     "hub/publish.py": publish.app,
+    "benchmarks/real_table.py": real_table.app,
     "benchmarks/submit.py": submit.app,
 }
 GROUPS = {"dcp_zoo.methods", "dcp_zoo.__file__"}  # entry points, and what every module has
