@@ -174,6 +174,12 @@ def test_a_predictor_says_at_once_what_it_cannot_do(my_head, onnx_file):
     assert (exported["class"], exported["rejected"]) == (Predictor(onnx_file)(paths)["class"], [False])
 
 
+def test_a_rank_picks_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ZooError, match="Device 'cuda:1' is not available"):
+        Predictor(BUNDLED)({"image": []}, 3)
+
+
 def test_the_recipe_for_datasets_keeps_each_image_and_computes_once(photos, monkeypatch):
     """As it stands on the page, with an image that cannot be read."""
     datasets = pytest.importorskip("datasets")
