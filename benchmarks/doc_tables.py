@@ -177,11 +177,11 @@ def _submitted(path: Path) -> pd.DataFrame:
 
 
 def predictor_costs(model: str) -> pd.DataFrame:
-    """Processor seconds per image and to start, of the ways to call a Predictor: medians over turns, the bare loop
-    first."""
+    """Processor seconds per image and to start, of the ways to call a Predictor and their number of processes: medians
+    over turns, the bare loop first."""
     rows = pd.read_csv(RESULTS / "predictor.csv")
     rows = rows[(rows.model == model) & (rows.way != "road")]
-    return rows.groupby("way", sort=False)[["seconds_per_image", "start_seconds"]].median()
+    return rows.groupby(["way", "processes"], sort=False)[["seconds_per_image", "start_seconds"]].median()
 
 
 def predictor_table() -> str:
@@ -189,19 +189,21 @@ def predictor_table() -> str:
     lines = []
     for model in ("dcp_mini", "dcp_vitb16"):
         found = predictor_costs(model)
-        bare = found.seconds_per_image["bare loop"]
-        for way, row in found.iterrows():
+        bare = found.seconds_per_image["bare loop", 1]
+        for (way, processes), row in found.iterrows():
             start = "" if pd.isna(row.start_seconds) else f"{row.start_seconds:.0f}"
             cells = f"{1 / row.seconds_per_image:.1f}", f"{bare / row.seconds_per_image:.2f}", start
-            lines.append([model, way, *cells])
-    return as_table(["model", "way", "images per CPU second", "of the bare loop", "CPU seconds to start"], lines)
+            lines.append([model, way, processes, *cells])
+    return as_table(
+        ["model", "way", "processes", "images per CPU second", "of the bare loop", "CPU seconds to start"], lines
+    )
 
 
 def predictor_plan(core_hour: float) -> str:
     """A billion images by these figures: with Ray Data's cost for the miniature, and the command's for the ViT."""
     lines = []
     for model, way in (("dcp_mini", "ray"), ("dcp_vitb16", "command")):
-        hours = predictor_costs(model).seconds_per_image[way] * 1e9 / 3600
+        hours = predictor_costs(model).seconds_per_image[way, 1] * 1e9 / 3600
         lines.append([model, way, f"{hours:,.0f}", f"{hours / 1000:.0f}", f"{hours * core_hour:,.0f}"])
     return as_table(["model", "way", "core-hours", "hours on 1,000 cores", "price, dollars"], lines)
 

@@ -32,7 +32,7 @@ from dcp_zoo.prediction.job import OutputFiles, run
 
 RESULTS = Path(__file__).parent / "results" / "predictor.csv"
 BATCH = 64
-SIZES = {"dcp_mini": (32, 416), "dcp_vitb16": (8, 40)}  # images, few and many
+SIZES = {"dcp_mini": (160, 544), "dcp_vitb16": (8, 40)}  # images, few and many
 ENGINES = {"command": (1,), "datasets": (1, 2), "ray": (1, 2)}  # processes that compute
 
 
@@ -78,7 +78,7 @@ def engine(name: str, processes: int, head: str, paths: list[str]) -> None:
         import ray
 
         ray.init(num_cpus=processes + 1, log_to_driver=False)
-        rows = ray.data.read_binary_files(paths, include_paths=True, override_num_blocks=4)
+        rows = ray.data.read_binary_files(paths, include_paths=True, override_num_blocks=8)
         rows = rows.map_batches(predictor.decode, batch_size=BATCH)
         pool = ray.data.ActorPoolStrategy(size=processes)
         options = {"fn_constructor_args": [predictor], "batch_size": BATCH, "compute": pool}
