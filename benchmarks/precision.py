@@ -78,7 +78,7 @@ def pixels(model: str) -> Any:
 
 
 def export_file(name: str, folder: Path) -> None:
-    from dcp_zoo.onnx.export import export
+    from dcp_zoo.release.onnx import export
 
     export(random_model(name), folder / "model.onnx")
 

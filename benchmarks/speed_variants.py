@@ -59,7 +59,7 @@ def prepare(case: Case, folder: Path) -> None:
     """Write the files of the deployed variants. The model is calibrated on the images, so that all contexts agree."""
     import torch
 
-    from dcp_zoo.onnx.export import export
+    from dcp_zoo.release.onnx import export
 
     model = build_model(case)
     model.store_stats(make_images(case, 1))

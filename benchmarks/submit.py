@@ -63,7 +63,7 @@ def read_submissions(path: Path) -> list[Submission]:
     with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}.", Exception):
         if path.suffix == ".csv":
             rows = csv.DictReader(read_plain(path, 1_000_000).decode().splitlines())
-            found = [{name: json.loads(value) for name, value in row.items()} for row in rows]
+            found = [{name: json.loads(value) for name, value in row.items()} for row in rows] or [{}]
         else:
             found = [yaml.safe_load(read_plain(path, 100_000))]
     return [_checked(f"{path}, row {i}" if len(found) > 1 else str(path), values) for i, values in enumerate(found, 1)]

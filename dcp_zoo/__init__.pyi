@@ -12,9 +12,10 @@ from .heads.dcp import DCP as DCP
 from .inspection.inspection import inspect as inspect
 from .inspection.search import search as search
 from .inspection.search import suggest as suggest
-from .onnx.export import export as export
 from .prediction import Predictor as Predictor
+from .prediction.onnx import OnnxClassifier as OnnxClassifier
 from .release import push_to_hub as push_to_hub
+from .release.onnx import export as export
 from .zoo.dcp import model_entrypoint as model_entrypoint
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform

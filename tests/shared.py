@@ -26,7 +26,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.cli import app, main
 from dcp_zoo.data import Item
-from dcp_zoo.onnx import export
+from dcp_zoo.release import onnx
 from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -201,7 +201,7 @@ def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{path}.lock"):
         if not path.exists():
             with process_unchanged("export"):
-                export.export(tiny_head, path)
+                onnx.export(tiny_head, path)
     return path
 
 
@@ -210,7 +210,7 @@ def exported_once(onnx_file: Path) -> Iterator[None]:
     """Other exports of `tiny_head` begin with a copy of `onnx_file`, as torch's exporter takes seconds."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
+        patch.setattr(onnx, "write_onnx", lambda fused, path, images: shutil.copy(onnx_file, path))
         yield
 
 

@@ -237,6 +237,9 @@ def test_rows_of_a_table_are_submissions(tmp_path):
     (path := tmp_path / "rows.csv").write_text("by,seeds\n1,[]\n")
     with pytest.raises(ZooError, match="rows.csv: by must be a string, not 1; .*seeds must be a list"):
         submit.read_submissions(path)
+    path.write_text("\n")
+    with pytest.raises(ZooError, match="rows.csv: by must be a string, not None"):
+        submit.read_submissions(path)
     path.write_text("by\nA. Author\n")
     with pytest.raises(ZooError, match="rows.csv cannot be read"):  # no JSON
         submit.read_submissions(path)

@@ -30,10 +30,10 @@ from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.images import crop  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
-from dcp_zoo.onnx import export as export_module  # noqa: E402
-from dcp_zoo.onnx.export import export  # noqa: E402
 from dcp_zoo.prediction.heads import HeadBackend  # noqa: E402
 from dcp_zoo.prediction.onnx import CUDA, OnnxClassifier, providers  # noqa: E402
+from dcp_zoo.release import onnx as export_module  # noqa: E402
+from dcp_zoo.release.onnx import export  # noqa: E402
 from dcp_zoo.serve.app import application  # noqa: E402
 from dcp_zoo.zoo.registry import WEIGHTS  # noqa: E402
 

@@ -15,7 +15,7 @@ from test_baselines import NAMES, logits_of, pixels, task
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
-from dcp_zoo.onnx.export import export
+from dcp_zoo.release.onnx import export
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.run import plan

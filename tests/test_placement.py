@@ -16,10 +16,10 @@ from test_tower_kinds import build_clip
 import dcp_zoo
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.api import attention_maps
-from dcp_zoo.onnx.export import export
 from dcp_zoo.prediction.heads import HeadBackend
 from dcp_zoo.probe import candidates
 from dcp_zoo.probe import model as probe
+from dcp_zoo.release.onnx import export
 from dcp_zoo.training.methods import METHODS, fit_head
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]

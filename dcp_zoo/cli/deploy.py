@@ -36,8 +36,8 @@ def export(
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     """
-    from dcp_zoo.onnx import export as files
     from dcp_zoo.release import export_hub
+    from dcp_zoo.release import onnx as files
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(head), opt.class_list(classes)
@@ -118,7 +118,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None) -> Path:
     path = cache_folder(FOLDER) / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
         check_writable(path.parent, "set DCP_ZOO_CACHE to another folder, or pass an exported file with --head")
-        from dcp_zoo.onnx.export import check_export, export
+        from dcp_zoo.release.onnx import check_export, export
         from dcp_zoo.zoo.factory import create_model
 
         check_export()

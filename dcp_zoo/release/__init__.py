@@ -19,8 +19,8 @@ from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
-from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
 from dcp_zoo.prediction.onnx import INPUT, OnnxClassifier
+from dcp_zoo.release.onnx import compare_probabilities, export, with_preprocessing
 from dcp_zoo.zoo.registry import MODELS, get_head, newest
 from dcp_zoo.zoo.resolve import parse_name
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.mini import Stem
-from dcp_zoo.onnx.export import onnx_program
+from dcp_zoo.release.onnx import onnx_program
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # Zooming out makes some views sharper than 64 pixels enlarged to the input size, like real photographs.
