@@ -26,7 +26,6 @@ from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
-from dcp_zoo.api import attention_maps
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.backbone import mini
 from dcp_zoo.backbone.clip import FrozenCLIP
@@ -380,7 +379,7 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
-        "attention": lambda: attention_maps(head, images),
+        "explain": lambda: dcp_zoo.explain(head, pictures[0][0]),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }

@@ -1,7 +1,9 @@
 """Evidence: how much each candidate counts, by its losses on images that were left out.
 
 In proportion to exp(-sum of cross-entropies), which is pseudo Bayesian model averaging (Yao et al., Bayesian Analysis
-2018). With one image per class nothing can be left out: see `without_evidence`.
+2018), but of more than `COUNTED` images as if there were so many: where thousands of images would choose one candidate,
+several together are better. Candidates that read the inside of an image tower must be better by `LEAN`. With one image
+per class nothing can be left out: see `without_evidence`.
 """
 
 import math
@@ -17,7 +19,10 @@ from dcp_zoo.probe.candidates import Candidate, Evidence, Family, TrainingSet
 from dcp_zoo.probe.folds import without
 from dcp_zoo.probe.model import PENALTIES, nearest
 
-HOPELESS = 20.0  # nats behind the best: by e^-20 less likely
+COUNTED = 16  # images
+LEAN = 1.5  # nats
+HOPELESS = 5.0  # nats behind the best after the first fold
+NOTHING = 0.01  # of the evidence: such families are not fitted again
 
 
 class LeftOut(NamedTuple):
@@ -58,25 +63,29 @@ def leave_out_each(images: TrainingSet, folds: Sequence[Tensor]) -> tuple[list[L
     first fold are not fitted again. Without folds there is no evidence."""
     if not folds:
         return [], {}
-    first = leave_out(images, folds[0], fitting.families_of(images))
-    lowest = {family: losses.min() for family, losses in first.losses().items()}
+    first, counted = leave_out(images, folds[0], fitting.families_of(images)), min(1.0, COUNTED / len(folds[0]))
+    lowest = {family: counted * losses.min() for family, losses in first.losses().items()}
     families = [family for family, loss in lowest.items() if loss < min(lowest.values()) + HOPELESS]
     left_out = [first, *(leave_out(images, positions, families) for positions in folds[1:])]
-    losses = [each.losses() for each in left_out]
-    none = torch.zeros(())
-    return left_out, evidence_of({family: sum((each[family] for each in losses), none) for family in families})
+    losses, none = [each.losses() for each in left_out], torch.zeros(())
+    sums = {family: sum((each[family] for each in losses), none) for family in families}
+    return left_out, evidence_of(sums, sum(map(len, folds)), images.inside)
 
 
-def evidence_of(losses: Mapping[Family, Tensor]) -> Evidence:
-    """The evidence for candidates by their losses on all images that were left out.
+def evidence_of(losses: Mapping[Family, Tensor], images: int = 1, inside: Sequence[int] = ()) -> Evidence:
+    """The evidence for candidates by their losses (sum) on so many images that were left out.
 
     A candidate that is worse by log 2 counts half as much, also one of another family:
 
     >>> evidence_of({Family(0, 1.0): torch.tensor([4.0, 4.0 + math.log(2)]), Family(0, 0.5): torch.tensor([4.0, 9.0])})
     {Family(block=0, text=1.0): tensor([0.3989, 0.1995]), Family(block=0, text=0.5): tensor([0.3989, 0.0027])}
     """
-    each = torch.stack([*losses.values()])
-    return dict(zip(losses, (-each).flatten().softmax(0).view_as(each), strict=True))
+    counted = min(1.0, COUNTED / images)
+    each = torch.stack([counted * loss + LEAN * (family.block in inside) for family, loss in losses.items()])
+    found = dict(zip(losses, (-each).flatten().softmax(0).view_as(each), strict=True))
+    worth = {family: weights for family, weights in found.items() if weights.sum() > NOTHING}
+    total = sum(weights.sum() for weights in worth.values())
+    return {family: weights / total for family, weights in worth.items()}
 
 
 def without_evidence(images: TrainingSet, blocks: int) -> Evidence:

@@ -11,8 +11,9 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -27,9 +28,12 @@ from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, f
 from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
 from dcp_zoo.probe.folds import folds
-from dcp_zoo.probe.model import PENALTIES, TextProbe
-from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, margin_of, share_above, thresholds_of
+from dcp_zoo.probe.model import TextProbe
 from dcp_zoo.tables import REFUSED
+
+REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
+THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
+LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
 
 
 class ReadingFeatures(NamedTuple):
@@ -38,6 +42,7 @@ class ReadingFeatures(NamedTuple):
     features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's parts
     start: Linear | None  # the logits by the first part that the probe starts at, if the encoder reads text
     parts: tuple[int, ...] = ()  # their widths; empty for one part
+    inside: int = 0  # how many of them, the last ones, are from inside an image tower
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -80,14 +85,12 @@ def fit_on_features(
         out = out[:1]  # says as much as four
     left_out, evidence = leave_out_each(plain, out)
     if not left_out:
-        evidence = without_evidence(plain, len(clip.widths))
+        evidence = without_evidence(plain, len(clip.widths) - clip.inside)
 
     means = [mean_of(fit_candidates(each, evidence), evidence, each.views.shape[-1]) for each in sets]
     probe = TextProbe(classes, [reading.widths for reading in readings], clip.widths[0] if len(sets) > 1 else 0)
     _fill(probe, sets, means)
     probe.text_scale.fill_(scale * means[0].text)
-    regressions = torch.stack([*evidence.values()])[:, : len(PENALTIES)].sum(0).clamp(min=1e-6)
-    probe.evidence.copy_(regressions / regressions.sum())
     info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text, 3)}
 
     if left_out:
@@ -100,7 +103,7 @@ def fit_on_features(
 
 def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor | None) -> list[TrainingSet]:
     """For each reading with text, its embedding beside all parts that know no text."""
-    embeddings, beside = list[tuple[Tensor, Linear]](), list[Tensor]()
+    embeddings, beside, inside = list[tuple[Tensor, Linear]](), list[Tensor](), list[int]()
     for reading in readings:
         first, *further = reading.features.split(reading.widths, -1)
         if reading.start is None:
@@ -108,9 +111,10 @@ def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights:
         else:
             embeddings.append((first, reading.start))
         beside += further
+        inside += range(1 + len(beside) - reading.inside, 1 + len(beside))
     widths = [part.shape[-1] for part in (embeddings[0][0], *beside)]
     return [
-        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights=weights)
+        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights=weights, inside=inside)
         for first, text in embeddings
     ]
 
@@ -166,3 +170,26 @@ def _scores_of_unknown(probe: TextProbe, images: TrainingSet, evidence: Evidence
         logits = left_out.logits(evidence)[:, left_out.kept.counts > 0]
         scores.append(in_distribution_score(logits.numpy(), (left_out.distances() / probe.spread).numpy()))
     return scores
+
+
+def thresholds_of(scores: Tensor) -> dict[str, float]:
+    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some.
+
+    With a mean of 0 and a standard deviation of 1, one score in twenty is below -1.64:
+
+    >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
+    -1.6448536269514726
+    """
+    middle, deviation = scores.mean().item(), scores.std().item()
+    return {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
+
+
+def margin_of(closer: Tensor) -> Tensor:
+    """How much closer () to an example of no class than to the class means an image must be to be rejected: as much as
+    `LIKE_EXAMPLES` of the images of the classes are, by how much closer some are (n,)."""
+    return closer.mean() - closer.std() * NormalDist().inv_cdf(LIKE_EXAMPLES)
+
+
+def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
+    """The percentage of scores (n,) that are not below each threshold."""
+    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}

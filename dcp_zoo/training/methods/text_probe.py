@@ -18,8 +18,7 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
-from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, share_above, thresholds_of
+from dcp_zoo.probe.fit import THRESHOLD_IMAGES, ReadingFeatures, fit_on_features, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods.base import Method, Task
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot
@@ -70,8 +69,9 @@ def fit_probe(
     head.text_probe, count, readings = None, probe_views(train), list[ReadingFeatures]()
     for reading in head.readings:
         features = train.read_by(reading, count, progress)
-        widths = reading.widths if features.shape[-1] == sum(reading.widths) else reading.widths[:1]  # no more is given
-        readings.append(ReadingFeatures(features, on_cpu(reading.start()) if reading.start else None, widths))
+        given = reading if features.shape[-1] == sum(reading.widths) else reading.only()  # no more is given
+        start = on_cpu(reading.start()) if reading.start else None
+        readings.append(ReadingFeatures(features, start, given.widths, given.inside))
     unseen = on_cpu(head.zero_shot_linear())
     typical = torch.tensor([not item.added for item in train.items])
     frozen = head.readings[head.has_own_features :]
