@@ -41,7 +41,7 @@ from dcp_zoo.zoo.build import plain_clip
 RESULTS = Path(__file__).parent / "results" / "bursts.csv"
 COLUMNS = ("weights", "set", "images", "draw", "name", "value")
 MODEL = "dcp_mini"
-CLASSES, TESTED, DRAWS = 10, 40, range(1, 11)
+CLASSES, TESTED, DRAWS = 10, 40, range(1, 6)
 SIDE, TURN, LIGHT = 0.9, 3.0, 0.15
 PATTERNS = {  # bursts of each class, and images of each burst
     "16 photographs": [1] * 16,
@@ -163,7 +163,7 @@ class Drawn:
         yield "pairs found", int((same & upper).sum())
         yield "pairs right", int((same & true & upper).sum())
         yield "groups", int(groups.max()) + 1
-        if draw <= 3:
+        if draw <= 2:
             yield "refused without groups", self.percent(self.answers(self.fit(all_images, None), self.test)[1])
         logits, refused = self.answers(self.fit(all_images, groups), self.test)
         yield "refused", self.percent(refused)

@@ -20,8 +20,8 @@ import torch
 
 from dcp_zoo import create_model, create_transform
 from dcp_zoo.data import few_shot, load_image, load_split
-from dcp_zoo.onnx.classifier import OnnxClassifier
 from dcp_zoo.onnx.export import export
+from dcp_zoo.prediction.onnx import OnnxClassifier
 
 HEAD = "dcp_mini.caltech101-16shot"
 IMAGES, BATCH, REPEATS = 40, 8, 7

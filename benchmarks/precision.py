@@ -86,14 +86,14 @@ def export_file(name: str, folder: Path) -> None:
 def cost(name: str, runtime: str, precision: str, folder: str) -> dict[str, Any]:
     import torch
 
-    from dcp_zoo.onnx.classifier import OnnxClassifier
-    from dcp_zoo.prediction.heads import HeadPredictor
+    from dcp_zoo.prediction.heads import HeadBackend
+    from dcp_zoo.prediction.onnx import OnnxClassifier
 
     torch.set_num_threads(1)
     if runtime == "onnx":
         predictor = OnnxClassifier(Path(folder) / "model.onnx", 1)
     else:
-        predictor = HeadPredictor(random_model(name), precision=precision)
+        predictor = HeadBackend(random_model(name), precision=precision)
     images, seconds = pixels(name), []
     while len(seconds) < 3 or (len(seconds) <= REPEATS and sum(seconds) < ENOUGH):  # the first warms up
         started = time.process_time()

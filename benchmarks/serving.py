@@ -27,7 +27,7 @@ from PIL import Image
 from dcp_zoo.cli.deploy import onnx_file
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.onnx.classifier import OnnxClassifier
+from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.threads import available_cores
 
 HERE = Path(__file__).parent

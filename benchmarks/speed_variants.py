@@ -103,7 +103,7 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
     import reference
     import torch
 
-    from dcp_zoo.onnx.classifier import OnnxClassifier
+    from dcp_zoo.prediction.onnx import OnnxClassifier
 
     if variant in ("fused", "encode_image"):
         return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import yaml
 from typer import Argument, Typer
 
-from dcp_zoo.api.functions import as_model
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output, progress_bar
@@ -21,6 +20,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_plain
 from dcp_zoo.heads.config import PERCENT, is_checkpoint
+from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.release import holds
 from dcp_zoo.training.device import decoders
 from dcp_zoo.training.evaluation import predict, top1
@@ -73,7 +73,7 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto")
         raise ZooError(f"{path}: split_sha256 does not match CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
         return submission
-    model, name = as_model(f"local-dir:{folder}", device), str(folder)
+    model, name = loaded(f"local-dir:{folder}", device), str(folder)
     check_same(submission, model.info, folder)
     images = load_labelled(trained_on(name, model, data_root), data_root)
     items, _ = test_images(images, model, name, True)

@@ -4,5 +4,6 @@ names are in `__init__.pyi` and imported on first use; the models register with 
 import lazy_loader
 import wrapt
 
+__version__ = "0.1.0"  # which setup.cfg reads
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 wrapt.register_post_import_hook("dcp_zoo.zoo.dcp:register", "timm")

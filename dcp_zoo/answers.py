@@ -93,6 +93,19 @@ class Outputs(NamedTuple):
         """(n, C)."""
         return np.exp(log_softmax(self.logits))
 
+    def columns(self, classnames: Sequence[str], top_k: int) -> Values:
+        """The answers as columns of a table, of the same types in each: see `dcp_zoo.Predictor`."""
+        probabilities, n = self.probabilities, len(self.logits)
+        order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+        values = np.take_along_axis(probabilities, order, 1).astype(np.float32)
+        rejected = np.zeros(n, bool) if self.rejected is None else self.rejected
+        order[np.isnan(values)], order[rejected, 0] = len(classnames) + 1, len(classnames)
+        names, found = np.array([*classnames, NONE, ""])[order], Values()
+        for rank in range(order.shape[1]):
+            suffix = f"_{rank + 1}" if rank else ""
+            found |= {f"class{suffix}": names[:, rank], f"probability{suffix}": values[:, rank]}
+        return found | {"rejected": rejected} | ({} if self.features is None else {"features": self.features})
+
     def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
         """The answers for n images, with the `top_k` classes of each."""
         rows: list[Row] = [{"predictions": row} for row in top_classes(self.probabilities, classnames, top_k)]

@@ -15,13 +15,14 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.api.estimator import FewShotClassifier
-from dcp_zoo.api.functions import as_model, predict
+from dcp_zoo.api.functions import predict
 from dcp_zoo.data import Item, load_image, load_split
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.heads.head import Head
+from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.serve import LOCAL_HOSTS, listen
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 
@@ -44,7 +45,7 @@ def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, 
     # Gradio answers a page elsewhere that calls this machine by a name of its own, or sends without reading
     hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
     own = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    page = build_page(as_model(head, "auto")).queue(max_size=100, api_open=False)
+    page = build_page(loaded(head, "auto")).queue(max_size=100, api_open=False)
     with listen(host, port) as free:  # Gradio takes no socket, and does not pick a free port for 0
         port = free.getsockname()[1]
     page.launch(

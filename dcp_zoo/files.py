@@ -4,12 +4,12 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from mimetypes import guess_type
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 from uuid import uuid4
 
@@ -191,6 +191,20 @@ def templates(package: str) -> Any:
         undefined=jinja2.StrictUndefined,
         finalize=shown,
     )
+
+
+def packed(files: Iterable[Path]) -> dict[str, bytes]:
+    """What is in files, by their names."""
+    return {file.name: file.read_bytes() for file in files}
+
+
+@contextmanager
+def unpacked(files: dict[str, bytes]) -> Iterator[str]:
+    """A folder with such files, which is removed at the end of the context."""
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        yield folder
 
 
 def sha256_of(path: Path) -> str:

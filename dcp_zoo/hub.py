@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -129,6 +129,8 @@ def is_absent(error: ZooError) -> bool:
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 CLIP_WEIGHTS_NAMES = (CLIP_WEIGHTS_NAME, "open_clip_pytorch_model.bin")
+INDEX_REPO, INDEX_NAME = "dcp-zoo-index", "heads.json"  # of an organisation's heads
+INDEX_SECONDS = 3
 HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in requests, which it counts
 
 
@@ -157,11 +159,31 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
     return Path(path)
 
 
+def read_index(org: str) -> bytes:
+    """The JSON of an organisation's index of heads: the newest, asked for once in a process, or the cached one
+    where the Hub does not answer soon; "{}" without either."""
+    repo, cache_dir, offline = f"{org}/{INDEX_REPO}", constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
+    path = None if offline else _fetch_index(repo, constants.ENDPOINT, cache_dir)
+    path = path or try_to_load_from_cache(repo, INDEX_NAME, cache_dir)
+    return Path(path).read_bytes() if isinstance(path, str) else b"{}"
+
+
 @cache
-def check_connection(endpoint: str) -> None:
+def _fetch_index(repo: str, endpoint: str, cache_dir: str) -> str | None:
+    with suppress(*CLIENT_ERRORS):
+        check_connection(endpoint, INDEX_SECONDS)
+        return hf_hub_download(repo, INDEX_NAME, cache_dir=cache_dir, etag_timeout=INDEX_SECONDS)
+    return None
+
+
+forget_index = _fetch_index.cache_clear  # after it was changed
+
+
+@cache
+def check_connection(endpoint: str, seconds: float = constants.HF_HUB_ETAG_TIMEOUT) -> None:
     """Raise the client's LocalEntryNotFoundError if the Hub does not answer. The client itself would retry for 24 s."""
     try:
-        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        get_session().head(endpoint, timeout=seconds)
     except CLIENT_ERRORS as error:
         raise errors.LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
 

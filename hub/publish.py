@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from typer import Argument, Option, Typer
 
 from dcp_zoo.backbone._torch import skip_init
@@ -18,9 +19,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.config import WEIGHTS_NAME
+from dcp_zoo.hub import HUB_LIBRARY, INDEX_NAME, INDEX_REPO, explained, forget_index, retried
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, IndexRow, all_heads, get_head, trained_heads
 from dcp_zoo.zoo.resolve import Source, resolve
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -84,9 +86,42 @@ def entry_of(source: Source) -> HeadEntry:
 
 
 def publish(release: Release) -> str:
-    """Write the card into the folder, upload it with the checkpoint, and return the commit."""
+    """Write the card into the folder, upload it with the checkpoint, list it in the organisation's index, and return
+    the commit."""
     release.card.save(release.folder / CARD_NAME)
-    return upload(release.folder, release.repo_id)
+    revision = upload(release.folder, release.repo_id)
+    add_to_index(release.repo_id.split("/")[0], {release.head.name: release.entry(revision)})
+    return revision
+
+
+def add_to_index(org: str, entries: dict[str, dict[str, Any]]) -> None:
+    """Add heads' entries, by name, to the index that `dcp_zoo.list_pretrained` reads; others' rows stay."""
+    repo, api = f"{org}/{INDEX_REPO}", HfApi(library_name=HUB_LIBRARY)
+    rows = {name: {key: entry[key] for key in IndexRow.__annotations__} for name, entry in entries.items()}
+
+    def send() -> None:
+        api.create_repo(repo, exist_ok=True)
+        for attempt in range(5):
+            parent = api.repo_info(repo).sha
+            try:
+                old = json.loads(Path(api.hf_hub_download(repo, INDEX_NAME, revision=parent)).read_text())
+            except EntryNotFoundError:  # the first head
+                old = {}
+            if (new := old | rows) == old:
+                return
+            try:
+                text = json.dumps(new, indent=1, sort_keys=True) + "\n"
+                add = CommitOperationAdd(INDEX_NAME, text.encode())
+                api.create_commit(repo, [add], commit_message=f"List {', '.join(rows)}", parent_commit=parent)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412 or attempt == 4:  # another commit came first
+                    raise
+            else:
+                return
+
+    with explained(repo, INDEX_NAME):
+        retried(send)
+    forget_index()
 
 
 def pin(entries: dict[str, dict[str, Any]]) -> bool:

@@ -12,6 +12,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.pop("COLUMNS", None)  # which xdist gives its processes: rich would take it for the width of all tables
 # tests run on all cores already: threads and processes that they start would each compute with as many threads again
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # no test asks the Hub: those that need one start one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -37,8 +37,8 @@ from dcp_zoo.data import Split, load_for_training, load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.prediction import Predictor
-from dcp_zoo.prediction.job import Batch, Job
+from dcp_zoo.prediction import Backend, Predictor, job
+from dcp_zoo.prediction.job import Batch
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
@@ -223,12 +223,23 @@ def offline() -> Iterator[None]:
     forget()
 
 
-def classify(images: Sequence[str], predictor: Predictor, **options: Any) -> Iterator[Batch]:
-    """The batches of a job with these options."""
-    return Job(**options).classify(images, predictor)
+class Around(Predictor):
+    """Of a backend that is there already, on which its answers depend as `plan` says."""
+
+    def __init__(self, backend: Backend, plan: dict[str, Any] | None = None, **options: Any) -> None:
+        super().__init__("dcp_mini", **{"top_k": 5} | options)
+        self.backend, self.plan = backend, plan or {}
+
+    def depends_on(self) -> dict[str, Any]:
+        return self.plan
 
 
-def answers(predictor: Predictor, image: Any, top_k: int = 5) -> list[dict[str, Any]]:
+def classify(images: Sequence[str], backend: Backend, **options: Any) -> Iterator[Batch]:
+    """The batches of a run with these options."""
+    return job.classify(images, Around(backend, **options))
+
+
+def answers(predictor: Backend, image: Any, top_k: int = 5) -> list[dict[str, Any]]:
     """The predictions for one image."""
     return predictor.outputs([image], 1)[1].rows(predictor.classnames, top_k)[0]["predictions"]
 

@@ -246,7 +246,7 @@ def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypat
     """By image: a changed file is read again. In a folder for other processes, as far as it is not damaged."""
     place = shutil.copytree(folder, tmp_path / "photos")
     paths, labels = dcp_zoo.list_labelled_images(place)
-    runs = Count(monkeypatch, mini.Stem, "forward")
+    runs = Count(monkeypatch, mini.Stem, "read")
     features = FewShotClassifier(method="gda", memory=tmp_path / "kept")
     expected = features.fit(paths[1:], labels[1:]).predict_proba(paths)
     first = runs.calls
@@ -375,7 +375,9 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "export": lambda: dcp_zoo.export(tiny_head, tmp_path / "file.onnx"),  # torch's exporter: see `onnx_file`
         "push_to_hub": lambda: dcp_zoo.push_to_hub(head, "me/colours"),
         "get_pretrained_cfg": lambda: dcp_zoo.get_pretrained_cfg("dcp_mini"),
+        "get_pretrained_cfg_value": lambda: dcp_zoo.get_pretrained_cfg_value("dcp_mini", "mean"),
         "is_model": lambda: dcp_zoo.is_model("dcp_mini"),
+        "model_entrypoint": lambda: dcp_zoo.model_entrypoint("dcp_mini"),
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),

@@ -70,7 +70,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     """Every head is published once, pinned, and loads from the Hub by its pin."""
     names = [f"dcp_mini.{dataset}-1shot" for dataset in datasets]
-    assert hub.published() == {f"our-org/{name}": 1 for name in names}
+    assert hub.published() == {f"our-org/{name}": 1 for name in names} | {"our-org/dcp-zoo-index": len(names)}
     manifest = json.loads((folder / "checkout/dcp_zoo/zoo/heads.json").read_text())
     assert sorted(manifest) == sorted(names)
     heads = {name: registry.HeadEntry(name, **entry) for name, entry in manifest.items()}

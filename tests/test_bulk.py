@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import classify, encoded, photo, read_csv, until
+from helpers import Around, classify, encoded, photo, read_csv, until
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -30,9 +30,9 @@ from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import label_rows
 from dcp_zoo.files import locked
-from dcp_zoo.prediction import Predictor, decode
-from dcp_zoo.prediction.heads import HeadPredictor
-from dcp_zoo.prediction.job import Job, OutputFiles
+from dcp_zoo.prediction import Backend, decode
+from dcp_zoo.prediction.heads import HeadBackend
+from dcp_zoo.prediction.job import OutputFiles
 from dcp_zoo.prediction.job import run as run_job
 from dcp_zoo.prediction.outputs import write_sheet
 
@@ -63,7 +63,7 @@ def compute(pixels: np.ndarray) -> Outputs:
     return Outputs(np.log(np.stack([1 - bright, bright], 1) + 1e-9), features=means)
 
 
-class Fake(Predictor):
+class Fake(Backend):
     """Its outputs are a function of the pixels."""
 
     def __init__(self, compute, *more: str) -> None:
@@ -80,8 +80,8 @@ class Fake(Predictor):
 FAKE = Fake(compute)
 
 
-def run_bulk(images, load, outputs, plan, **options):
-    return run_job(images, load, Job(**options), outputs, plan)
+def run_bulk(images, backend, outputs, plan, together=False, **options):
+    return run_job(images, Around(backend, plan, features=True, **options), outputs, together)
 
 
 def test_folders_patterns_and_lists(photos):
@@ -126,7 +126,7 @@ def test_all_formats_hold_the_same(photos):
     images = find_images(["photos"])
     for suffix, features in ((".csv", Path("f.npz")), (".jsonl", None)):
         outputs = OutputFiles(Path(f"p{suffix}"), features)
-        (error,), changed = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5)
+        (error,), changed = run_bulk(images, FAKE, outputs, {}, top_k=9, batch_size=5)
         assert ("photos/a/04.jpg" in error, changed) == (True, 0)
     rows = [row for batch, _ in classify(images, FAKE, top_k=2) for row in batch]
     assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == [*map(written, rows)]
@@ -144,7 +144,7 @@ def test_all_formats_hold_the_same(photos):
     np.testing.assert_allclose(arrays["features"][5:], expected)
 
 
-def stopping(after: int, error: BaseException) -> Predictor:
+def stopping(after: int, error: BaseException) -> Backend:
     """Raises an error when it has computed so many batches."""
     calls = iter(range(after))
 
@@ -164,10 +164,10 @@ def kept(name: str = "p.csv.partial.jsonl") -> int:
 def test_a_stopped_run_goes_on(photos):
     """Also after a row of which half was written; with the same head and options alone."""
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
-    run_bulk(images, lambda: FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
+    run_bulk(images, FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
     for expected in (6, 12):
         with pytest.raises(KeyboardInterrupt):
-            run_bulk(images, lambda: stopping(2, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
+            run_bulk(images, stopping(2, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
         assert (outputs.table.exists(), kept()) == (False, expected)
         with Path("p.csv.partial.jsonl").open("a") as file:
             file.write('{"image": "photos/')
@@ -176,10 +176,10 @@ def test_a_stopped_run_goes_on(photos):
     with pytest.raises(
         ZooError, match=r"p.csv.partial.jsonl holds the first rows of another run, which differs in head, top k"
     ):
-        run_bulk(images, lambda: FAKE, outputs, {"head": "y"}, top_k=1)
+        run_bulk(images, FAKE, outputs, {"head": "y"}, top_k=1)
     with pytest.raises(ZooError, match="differs in images"):
-        run_bulk(images[1:], lambda: FAKE, outputs, {"head": "x"})
-    run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
+        run_bulk(images[1:], FAKE, outputs, {"head": "x"})
+    run_bulk(images, stopping(4, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
     np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
@@ -188,7 +188,7 @@ def test_a_stopped_run_goes_on(photos):
 def test_two_processes_do_not_write_the_same_output(photos):
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
     with locked(outputs.partial(".lock")), pytest.raises(ZooError, match=r"Another process .* p.csv.partial"):
-        run_bulk(images, lambda: FAKE, outputs, {})
+        run_bulk(images, FAKE, outputs, {})
     assert not Path("p.csv").exists()
 
 
@@ -203,9 +203,9 @@ def test_a_full_disk_loses_nothing(photos, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(ZooError, match=r"No space left on device. Run the same command again later: it continues"):
-            run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4)
+            run_bulk(images, FAKE, outputs, {}, batch_size=4)
     assert kept() in (8, 12)
-    run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {}, batch_size=4)
+    run_bulk(images, stopping(4, AssertionError("repeated")), outputs, {}, batch_size=4)
     assert len(read_csv("p.csv")) == 24
 
 
@@ -217,9 +217,9 @@ def slow_run() -> None:
         return compute(pixels)
 
     os.setsid()
-    predictor = Fake(slow)
+    backend = Fake(slow)
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
-    run_bulk(images, lambda: predictor, outputs, {}, batch_size=1)
+    run_bulk(images, backend, outputs, {}, batch_size=1)
 
 
 def test_a_killed_run_leaves_rows_and_no_process(photos):
@@ -240,7 +240,7 @@ def test_a_killed_run_leaves_rows_and_no_process(photos):
     until(partial(has_ended, process.pid), 10)
     assert not Path("p.csv").exists()
     outputs, left = OutputFiles(Path("p.csv"), Path("f.npz")), 24 - kept()
-    run_bulk(find_images(["photos"]), lambda: stopping(left, AssertionError("repeated")), outputs, {}, batch_size=1)
+    run_bulk(find_images(["photos"]), stopping(left, AssertionError("repeated")), outputs, {}, batch_size=1)
     assert len(read_csv("p.csv")) == 24
 
 
@@ -280,7 +280,7 @@ DOUBTFUL = Fake(doubtful, "red", "green")
 def test_images_of_a_folder_help_each_other(photos):
     images = find_images(["photos"])
     outputs = OutputFiles(Path("p.csv"), Path("f.npz"), Path("s.html"))
-    done = run_bulk(images, lambda: DOUBTFUL, outputs, {}, together=True)
+    done = run_bulk(images, DOUBTFUL, outputs, {}, together=True)
     rows = {Path(row["image"]).stem: row for row in read_csv("p.csv")}
     assert [name for name, row in rows.items() if row["alone"] != row["class"]] == ["07", "19"]
     assert [(rows[name]["alone"], rows[name]["class"]) for name in ("07", "19")] == [
@@ -305,7 +305,7 @@ def test_predict_a_folder(run, photos, bundled):
     assert code == 1, err
     assert "Cannot read the image photos/a/04.jpg" in err
     assert "24 images, of which 1 cannot be read: p.csv" in err
-    ((rows, features),) = classify(images, HeadPredictor(bundled, features=True), top_k=2)
+    ((rows, features),) = classify(images, HeadBackend(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
     ]

@@ -20,8 +20,8 @@ from dcp_zoo.data.images import crop
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.onnx import OnnxClassifier
 from dcp_zoo.onnx.export import export
+from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.zoo.build import load_encoders, plain_clip
 from dcp_zoo.zoo.factory import create_transform
 

@@ -31,9 +31,9 @@ from dcp_zoo.data.images import crop  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.onnx import export as export_module  # noqa: E402
-from dcp_zoo.onnx.classifier import CUDA, OnnxClassifier, providers  # noqa: E402
 from dcp_zoo.onnx.export import export  # noqa: E402
-from dcp_zoo.prediction.heads import HeadPredictor  # noqa: E402
+from dcp_zoo.prediction.heads import HeadBackend  # noqa: E402
+from dcp_zoo.prediction.onnx import CUDA, OnnxClassifier, providers  # noqa: E402
 from dcp_zoo.serve.app import application  # noqa: E402
 from dcp_zoo.zoo.registry import WEIGHTS  # noqa: E402
 
@@ -62,7 +62,7 @@ def test_answers_and_features_are_the_models(tiny_head, onnx_file, run, tmp_path
     found = OnnxClassifier(onnx_file, features=True).classify(images.numpy())
     np.testing.assert_allclose(found.features, tiny_head.encode_image(images), atol=1e-4)
     np.testing.assert_allclose(found.logits, tiny_head(images), atol=1e-3)
-    ((expected, others),) = classify(find_images(sample_images()), HeadPredictor(tiny_head, features=True))
+    ((expected, others),) = classify(find_images(sample_images()), HeadBackend(tiny_head, features=True))
     files = {name: tmp_path / name for name in ("a.jsonl", "f.npz", "s.html")}
     outputs = zip(("--output", "--features", "--sheet"), files.values(), strict=True)
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import huggingface_hub
 import open_clip
 import pin_clips
 import pytest
+import timm
 import torch
 from helpers import offline, use_endpoint
 from safetensors.torch import save_file
@@ -282,6 +283,80 @@ def test_another_organisation(client, monkeypatch):
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.warns(UserWarning, match=f"this is the newest revision of own/{MINI}"):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
+
+
+@pytest.fixture
+def index(client, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Publishes the miniature's head for a name of no release, and lists it with these changes."""
+
+    def write(org: str = "dcp-zoo", **changes: Any) -> str:
+        name = "dcp_mini.eurosat-1shot"
+        row = {"license": "mit", "metrics": {"top1_stored": 60.0}, "sha256": sha256_of(BUNDLED / WEIGHTS_NAME)}
+        row["revision"] = client.add(f"{org}/{name}", checkpoint_files(BUNDLED))
+        client.add(f"{org}/{name}", checkpoint_files(registry.WEIGHTS / OTHER))  # later: not the listed commit
+        (tmp_path / "heads.json").write_text(json.dumps({name: row | changes, "dcp_none.dtd-1shot": row}))
+        client.add(f"{org}/{hub.INDEX_REPO}", {"heads.json": tmp_path / "heads.json"})
+        hub.forget_index()
+        return name
+
+    yield write
+    for repo in [repo for repo in client.repos if repo.endswith((hub.INDEX_REPO, "eurosat-1shot"))]:
+        del client.repos[repo]
+    hub.forget_index()
+
+
+@pytest.mark.parametrize("org", ["dcp-zoo", "own"])
+def test_a_head_appears_without_a_release(index, client, monkeypatch, run, org):
+    """By its row in the index of the organisation: pinned, checked, and known offline."""
+    if org != "dcp-zoo":
+        monkeypatch.setenv("DCP_ZOO_HUB_ORG", org)
+    name = index(org)
+    requests = len(client.requests)
+    assert dcp_zoo.get_pretrained_cfg(name)["architecture"] == "dcp_mini"
+    assert dcp_zoo.create_model("dcp_mini").num_classes
+    assert len(client.requests) == requests  # these do not ask
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert name in dcp_zoo.list_pretrained() == dcp_zoo.list_models("dcp*", pretrained=True)
+        assert sum("heads.json" in request for request in client.requests[requests:]) <= 2  # the client's HEAD and GET
+        assert name in dcp_zoo.list_heads(status="published")
+        assert same(timm.create_model(name, pretrained=True), trained(BUNDLED))
+        assert "60.0" in run.ok("info", name)
+        assert re.search(rf"{name} +published +60\.0", run.ok("list", "dcp_mini.eurosat*"))
+        with offline():
+            hub.forget_index()
+            assert name in dcp_zoo.list_pretrained()
+            assert same(dcp_zoo.create_model("dcp_mini", "eurosat-1shot"), trained(BUNDLED))
+
+
+def test_an_index_is_not_trusted(index, client, monkeypatch):
+    name = index(sha256="0" * 64)
+    with pytest.raises(ZooError, match="is rejected: its sha256 is"):
+        dcp_zoo.create_model(name, True)
+    for changes in ({"revision": "main"}, {"sha256": None}, {"metrics": 3}, {"license": 3}):
+        index(**changes)
+        assert name not in dcp_zoo.list_pretrained(), changes
+    client.add(f"dcp-zoo/{hub.INDEX_REPO}", {"heads.json": BUNDLED / WEIGHTS_NAME})
+    hub.forget_index()
+    with pytest.warns(UserWarning, match="The index of dcp-zoo's heads on the Hub is damaged"):
+        assert set(dcp_zoo.list_pretrained()) == registry.trained_heads().keys()
+
+
+def test_without_a_network_the_index_is_the_cached_one(index, tmp_path, monkeypatch):
+    """One try, in no time, and no complaint."""
+    name = index()
+    assert name in dcp_zoo.list_pretrained()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client waits for another try"))
+    for cache, known in ((tmp_path / "cache", True), (tmp_path / "empty", False)):
+        use_endpoint(monkeypatch, "http://127.0.0.1:9", cache)
+        hub.forget_index()
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert (name in dcp_zoo.list_pretrained()) == known
+            assert not dcp_zoo.list_pretrained("dcp_vitb16*")
+        assert time.perf_counter() - started < 1
 
 
 def test_a_planned_head_says_once_what_works(client, tmp_path, monkeypatch):

@@ -190,6 +190,8 @@ def test_groups_are_near_copies_and_bursts_of_one_camera(tmp_path, cache):
     assert "groups that were taken together: 1; of these across classes: 1" in found.summary
     given = dcp_zoo.inspect(paths, labels, groups=["x", "y", "x", "z"])
     assert given.together == [[0, 2]]
+    tiny = [photo.resize((24, 24)), photo.resize((24, 24)), other]
+    assert dcp_zoo.inspect(tiny, ["a", "a", "b"]).together == []
     with pytest.raises(ZooError, match="4 images need as many groups, not 3"):
         dcp_zoo.inspect(paths, labels, groups=[1, 2, 3])
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import dcp_zoo
+
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {"torch": "pytorch", "open_clip_torch": "open-clip-torch"}
 
@@ -15,6 +17,8 @@ CONDA_NAMES = {"torch": "pytorch", "open_clip_torch": "open-clip-torch"}
 def setup() -> configparser.ConfigParser:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["version"] == "attr: dcp_zoo.__version__"
+    config["metadata"]["version"] = dcp_zoo.__version__
     return config
 
 

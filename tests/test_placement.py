@@ -16,7 +16,7 @@ from test_tower_kinds import build_clip
 import dcp_zoo
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.onnx.export import export
-from dcp_zoo.prediction.heads import HeadPredictor
+from dcp_zoo.prediction.heads import HeadBackend
 from dcp_zoo.probe import candidates
 from dcp_zoo.probe import model as probe
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -76,7 +76,7 @@ def test_what_a_model_offers(golden, device, tmp_path):
     model.forward_intermediates(images, norm=True)
     model.forward_head(model.forward_features(images))
     assert model.get_classifier().weight.device == device
-    HeadPredictor(model, features=True).compute(torch.randint(256, IMAGES.shape).to(torch.uint8).numpy())
+    HeadBackend(model, features=True).compute(torch.randint(256, IMAGES.shape).to(torch.uint8).numpy())
     for stats in ("batch", "stored"):
         model.stats = stats
         model.predict(IMAGES)

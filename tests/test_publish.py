@@ -22,6 +22,7 @@ from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
+INDEX = "our-org/dcp-zoo-index"
 
 
 @pytest.fixture
@@ -65,9 +66,22 @@ def test_a_busy_hub_is_asked_again(folder, uploads):
     with pytest.warns(UserWarning, match=f"{uploads.url} .*429.*: attempt 2 of 5 follows in 2 s"):
         revision = publish.publish(publish.prepare(folder, "our-org"))
     assert uploads.faults == []
-    assert uploads.published() == {f"our-org/{MINI}": 1}
+    assert uploads.published() == {f"our-org/{MINI}": 1, INDEX: 1}
     assert revision == next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
     assert publish.publish(publish.prepare(folder, "our-org")) == revision  # nothing has changed: no new commit
+
+
+def test_the_index_keeps_what_others_list(uploads, monkeypatch):
+    row = {"revision": "0" * 40, "sha256": "0" * 64, "license": "mit", "metrics": {"top1_stored": 50.0}}
+    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "our-org")
+    for number, fault in enumerate(([], [("/commit/main", 412)], [("/commit/main", 429)], [("/commit/main", 412)] * 4)):
+        uploads.faults = fault
+        publish.add_to_index("our-org", {f"dcp_vitb16.dtd-{number + 1}shot": {**row, "status": "published"}})
+        listed = json.loads(uploads.files(INDEX)["heads.json"])
+        assert listed == {f"dcp_vitb16.dtd-{n}shot": row for n in range(1, number + 2)}
+        assert dcp_zoo.list_pretrained("dcp_vitb16*") == list(listed)  # in the same process
+    publish.add_to_index("our-org", {"dcp_vitb16.dtd-1shot": row})  # which is there
+    assert uploads.published() == {INDEX: 4}
 
 
 def test_the_card_is_valid_metadata(folder):

@@ -28,8 +28,19 @@ from dcp_zoo.zoo.registry import MODELS, SIZES, all_heads, get_head, trained_hea
 
 
 def test_lists():
-    assert dcp_zoo.list_models()[:4] == ["dcp_vitb32", "dcp_vitb16", "dcp_vitl14", "dcp_vitl14_336"]
-    assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_vitb16", "dcp_mini"]
+    assert dcp_zoo.list_models("*vit*") == ["dcp_vitb16", "dcp_vitb32", "dcp_vitl14", "dcp_vitl14_336"]
+    assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_mini", "dcp_vitb16"]
+    assert "dcp_vitb16.dtd-4shot" in dcp_zoo.list_models(include_tags=True)
+    assert dcp_zoo.list_models(pretrained=True, include_tags=False) == ["dcp_mini"]
+    assert dcp_zoo.list_models(module="vision_transformer") == []
+
+
+def test_a_size_is_a_model():
+    for size, name in SIZES.items():
+        assert dcp_zoo.is_model(size)
+        assert dcp_zoo.model_entrypoint(size).__name__ == name
+        assert dcp_zoo.get_pretrained_cfg(f"{size}.dtd-4shot")["architecture"] == name
+    assert not dcp_zoo.is_model("tiny")
 
 
 @pytest.mark.scripts

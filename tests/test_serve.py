@@ -28,7 +28,7 @@ for module in ("onnxruntime", "onnxscript", "fastapi_offline", "python_multipart
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.onnx.classifier import OnnxClassifier  # noqa: E402
+from dcp_zoo.prediction.onnx import OnnxClassifier  # noqa: E402
 from dcp_zoo.serve import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
 from dcp_zoo.serve import app as deploy_server  # noqa: E402
 from dcp_zoo.serve import server as web_server  # noqa: E402

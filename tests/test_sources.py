@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dcp_zoo import threads
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.prediction import decode
-from dcp_zoo.prediction.heads import HeadPredictor
+from dcp_zoo.prediction.heads import HeadBackend
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.device import pick_precision
 from dcp_zoo.training.sources import image_source
@@ -77,10 +77,10 @@ def test_features_are_kept_by_their_precision(clip, photos):
 def test_logits_are_those_of_rounded_features_exactly(tiny_head):
     """A classifier in bfloat16 would round logits, too."""
     pixels = np.stack([decode(path, tiny_head.pretrained_cfg) for path in sample_images()[:3]])
-    found = HeadPredictor(tiny_head, features=True, precision="bfloat16").compute(pixels)
+    found = HeadBackend(tiny_head, features=True, precision="bfloat16").compute(pixels)
     features, (weight, bias) = torch.from_numpy(found.features), tiny_head.linear()
     torch.testing.assert_close(torch.from_numpy(found.logits), F.linear(features, weight, bias), rtol=1e-5, atol=1e-4)
-    exact = HeadPredictor(tiny_head, features=True, precision="float32").compute(pixels)
+    exact = HeadBackend(tiny_head, features=True, precision="float32").compute(pixels)
     assert 0 < abs(exact.features - found.features).max() < 0.02
 
 

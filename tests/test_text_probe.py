@@ -276,7 +276,8 @@ class Evidence(NamedTuple):
 
 
 def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text: tuple, inside: int = 0) -> Evidence:
-    """As if of at most 16 images; what reads the inside must be better by 1.5, and families below 1 % do not count."""
+    """As if of at most 16 images, of 64 between families; what reads the inside must be better by 1.5, and families
+    below 1 % do not count."""
     outs = plain_folds(labels)
     fitted = [plain_candidates(views[:, ~out], widths, labels[~out], text, inside) for out in outs]
     losses, logits, distances = torch.zeros(len(fitted[0].texts)), [], []
@@ -284,13 +285,20 @@ def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text:
         logits.append(each.logits(F.linear(views[0, out, : widths[0]], *text), views[0, out]))
         losses += torch.stack([F.cross_entropy(z, labels[out], reduction="sum") for z in logits[-1]])
         distances.append(to(views[0, out], each.means))
-    counted = min(1, 16 / sum(int(out.sum()) for out in outs)) * losses.unflatten(0, (-1, EACH))
-    counted[len(counted) - 2 * inside :] += 1.5
-    families = (-counted).flatten().softmax(0).view_as(counted)
-    weights = (families * (families.sum(1, keepdim=True) > 0.01)).flatten()
-    weights /= weights.sum()
+    n, losses = sum(int(out.sum()) for out in outs), losses.unflatten(0, (-1, EACH))
+    shares = (-min(1, 16 / n) * losses).softmax(1)
+    level = min(1, 64 / n) * (shares * losses).sum(1)
+    level[len(level) - 2 * inside :] += 1.5
+    families = (-level).softmax(0)
+    families *= families > 0.01
+    weights = sharper(labels) * (families / families.sum())[:, None].mul(shares).flatten()
     mean = torch.cat([torch.einsum("k,kmc->mc", weights, z) for z in logits])
     return Evidence(weights, mean, torch.cat(distances) / math.sqrt(len(widths)))
+
+
+def sharper(labels: Tensor) -> float:
+    """What the logits are multiplied by: more for few images per class."""
+    return 1 + 0.3 * len(labels.unique()) / len(labels)
 
 
 def times(scale: float, text: tuple) -> tuple:
@@ -350,6 +358,21 @@ def test_no_group_of_images_is_in_two_folds():
     assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
 
 
+def test_a_group_counts_as_one_image():
+    """A probe that is fitted to images and copies of some, in groups, is that of the images alone."""
+    views, labels, text = in_a_cone([8, 8, 8])
+    copies = torch.cat([torch.arange(24), torch.tensor([0] * 60 + [9] * 3)])
+    both = [
+        fit_on_features(NAMES, labels[of], [ReadingFeatures(views[:, of], text)], groups=of)[0]
+        for of in (torch.arange(24), copies)
+    ]
+    found, wanted = (probe(F.linear(views[0], *text), views[0], probe.classes) for probe in both)
+    assert close(found, wanted, 0.05)
+    assert close(both[0].means, both[1].means, 1e-5)
+    without = fit_on_features(NAMES, labels[copies], [ReadingFeatures(views[:, copies], text)])[0]
+    assert not close(without(F.linear(views[0], *text), views[0], without.classes), wanted, 0.05)
+
+
 def test_copies_of_an_image_in_one_group_are_no_evidence():
     """Without groups a copy in another fold tells the class: here of labels that mean nothing."""
     views, labels, (weight, bias) = in_a_cone([6, 6, 6])
@@ -375,10 +398,10 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
     z, f = F.linear(views[0, :, :12], *text), views[0] / math.sqrt(2)
     found = probe(z, f, probe.classes)
     assert close(found, expected, 0.02 if sum(counts) < 100 else 0.1)
-    strength = (evidence.weights * fitted.texts).sum().item()
+    strength = (evidence.weights * fitted.texts).sum().item() / sharper(labels)
     assert info["text_strength"] == pytest.approx(strength, abs=0.02)
     if 0 in counts:
-        assert close(found[:, 1], scale * info["text_strength"] * z[:, 1], 1e-3)
+        assert close(found[:, 1], sharper(labels) * scale * info["text_strength"] * z[:, 1], 1e-3)
     assert close(probe.means, fitted.means / math.sqrt(2), 1e-4)
     if len(evidence.distances) < 20:
         assert probe.threshold == NEVER

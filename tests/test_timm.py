@@ -4,10 +4,13 @@ Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, 
 """
 
 import copy
+import importlib
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
-from dcp_zoo import DCP, ZooError
+from dcp_zoo import DCP, ZooError, models
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.zoo.factory import DROP_RATES
@@ -45,7 +48,15 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
 
 
 def test_names_and_configs():
-    assert set(timm.list_models("dcp*")) == set(timm.list_models("dcp*", module="dcp")) == set(MODELS)
+    for options in (
+        {},
+        {"module": "dcp"},
+        {"exclude_filters": "*b16"},
+        {"name_matches_cfg": True},
+        {"include_tags": True},
+    ):
+        assert timm.list_models("dcp*", **options) == dcp_zoo.list_models("dcp*", **options), options
+    assert set(dcp_zoo.list_models()) == set(MODELS)
     for name, head in all_heads().items():
         cfg = timm.models.get_pretrained_cfg(name)
         assert bool(cfg.has_weights) == (head.status != "planned")
@@ -55,9 +66,14 @@ def test_names_and_configs():
         cfg, ours = timm.get_pretrained_cfg(name).to_dict(), dcp_zoo.get_pretrained_cfg(name)
         assert {key: cfg[key] for key in keys} == {key: ours[key] for key in keys}, name
         assert (ours["tag"], ours["input_size"]) == (spec.default_tag, (3, spec.image_size, spec.image_size)), name
-    loadable = set(dcp_zoo.list_models(pretrained=True))
-    assert set(timm.list_pretrained("dcp*")) == set(timm.list_models("dcp*", pretrained=True)) == loadable
-    assert set(dcp_zoo.list_pretrained()) == loadable
+    loadable = dcp_zoo.list_models(pretrained=True)
+    assert dcp_zoo.list_pretrained() == loadable
+    assert timm.list_pretrained("dcp*") == timm.list_models("dcp*", pretrained=True) == loadable
+    assert dcp_zoo.list_models(pretrained=True, include_tags=False) == timm.list_models(
+        "dcp*", "", True, "", False, False
+    )
+    assert dcp_zoo.get_pretrained_cfg_value(DEFAULT, "crop_pct") == timm.get_pretrained_cfg_value(DEFAULT, "crop_pct")
+    assert dcp_zoo.get_pretrained_cfg_value(DEFAULT, "none") is None
     cfg = timm.models.get_pretrained_cfg(planned := "dcp_vitl14_336.food101-2shot")
     assert (cfg.num_classes, cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (101, None, None, None, None)
     assert dcp_zoo.get_pretrained_cfg(planned)["hf_hub_id"] == f"dcp-zoo/{planned}"
@@ -73,9 +89,25 @@ def test_every_way_to_name_a_head_loads_that_head(model):
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=cfg), expected)
     assert same(timm.create_model("dcp_mini", pretrained=True), model)
     assert not same(model, expected)
+    assert same(dcp_zoo.create_model(model_name="dcp_mini", pretrained=True, pretrained_cfg=tag), expected)
+    assert same(dcp_zoo.create_model(DEFAULT, True, pretrained_cfg=cfg), expected)  # it precedes the name's, as in timm
+    assert same(models.dcp_mini(pretrained=tag), expected)
+    with pytest.raises(ZooError, match="names no head of dcp_mini. Pass a tag"):
+        dcp_zoo.create_model("dcp_mini", True, pretrained_cfg={"crop_pct": 0.9})
     for wrong in ({"pretrained": "cars-3shot"}, {"pretrained_cfg": "cars-3shot", "pretrained": True}):
         with pytest.raises(ZooError, match="has no head 'cars-3shot'"):
             timm.create_model("dcp_mini", **wrong)
+
+
+def test_models_are_functions_to_import():
+    """In `dcp_zoo.models`, which names them one by one, for type checkers; timm has the same."""
+    assert models.__all__ == list(MODELS)
+    for name in models.__all__:
+        function = getattr(models, name)
+        assert function.__name__ == name
+        assert function is timm.model_entrypoint(name) is dcp_zoo.model_entrypoint(f"{name}.any-tag")
+    with pytest.raises(ZooError, match="Nearest: dcp_vitb16"):
+        dcp_zoo.model_entrypoint("dcp_vitb61")
 
 
 def test_local_dir(tmp_path, model):
@@ -111,8 +143,15 @@ def test_data_config_and_transform(model):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (250, 290, 3), dtype=np.uint8))
     ours = dcp_zoo.create_transform(model)(image)
     assert torch.equal(create_transform(**cfg, is_training=False)(image), ours)
+    assert torch.equal(dcp_zoo.create_transform(**cfg)(image), ours)
+    wider = dcp_zoo.create_transform(model, crop_pct=0.8)(image)
+    assert torch.equal(create_transform(**cfg | {"crop_pct": 0.8}, is_training=False)(image), wider)
+    for changes, message in (({}, "input_size, interpolation.* missing"), (cfg | {"scale": 1}, "scale: unknown")):
+        with pytest.raises(ZooError, match=message):
+            dcp_zoo.create_transform(**changes)
     assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
     assert getattr(model, model.default_cfg["classifier"]) is model.text_probe
+    assert dcp_zoo.create_model(DEFAULT, True, classifier="none").default_cfg["classifier"] == ()  # names are read
     changed = timm.create_model("dcp_mini", "clip", pretrained_cfg_overlay={"crop_pct": 0.875})
     assert resolve_model_data_config(changed)["crop_pct"] == 0.875
     found = dcp_zoo.evaluate(changed, [image], [changed.classnames[0]]).logits
@@ -129,6 +168,8 @@ def test_features_the_head_and_another_classifier():
     assert torch.equal(head.forward_head(features, pre_logits=True), features)
     torch.testing.assert_close(head.forward_head(features), logits)
     torch.testing.assert_close(head.get_classifier()(features), logits)
+    assert head.get_classifier() is not head.get_classifier()  # computed from the names and the text probe
+    assert (head.embed_dim, head.num_prefix_tokens) == (256, 1)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
         dcp_zoo.create_model(DEFAULT, True, num_classes=3, classnames=["cat", "dog"])
     head.reset_classifier(0)
@@ -139,8 +180,9 @@ def test_features_the_head_and_another_classifier():
     torch.testing.assert_close(head(IMAGES), logits)
     head.reset_classifier(["cat", "dog"])
     assert (head.classnames, head(IMAGES).shape) == (["cat", "dog"], (2, 2))
-    head.reset_classifier(7)
-    assert head(IMAGES).shape == (2, 7)
+    for count in (7, 0, 7):
+        head.reset_classifier(count)
+        assert head(IMAGES).shape == (2, count or head.num_features)
     assert "metrics" not in head.info
     head.reset_classifier(names)
     torch.testing.assert_close(head(IMAGES), logits)
@@ -201,6 +243,8 @@ def test_unsupported_arguments_are_rejected():
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
         ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
+        ({"output_fmt": "NLC"}, "output_fmt='NLC' is of feature maps: pass features_only=True"),
+        ({"features_only": True, "feature_cls": "hook"}, "feature_cls 'hook'.* getter"),
     ):
         for create in (timm.create_model, dcp_zoo.create_model):
             with pytest.raises(ZooError, match=message):
@@ -268,8 +312,14 @@ def test_forward_intermediates(model):
     torch.testing.assert_close(pairs[2][0], model.encoder.visual.ln_post(tokens[2]))
     projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.encoder.visual.proj, dim=-1)
     torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 3**0.5)  # the first of three parts
-    with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
-        model.forward_intermediates(IMAGES, output_fmt="NHWC")
+    named = model.forward_intermediates(IMAGES, [-1], return_prefix_tokens=True, output_dict=True, output_fmt="NLC")
+    assert list(named) == ["image_features", "image_intermediates", "image_intermediates_prefix"]
+    assert torch.equal(named["image_intermediates"][0], tokens[-1])
+    assert list(model.forward_intermediates(IMAGES, [0], intermediates_only=True, output_dict=True)) == list(named)[1:2]
+    for options, message in (({"output_fmt": "NHWC"}, "choose from NCHW, NLC"), ({"attn_mask": IMAGES}, "attn_mask")):
+        with pytest.raises(ZooError, match=f"Unknown .*{message}"):
+            model.forward_intermediates(IMAGES, **options)
+    assert model.prune_intermediate_layers([-1, 0]) == [0, 5]
 
 
 @torch.inference_mode()
@@ -282,6 +332,10 @@ def test_features_only(model):
     assert all(map(torch.equal, net(IMAGES), expected))
     assert resolve_model_data_config(net) == resolve_model_data_config(model)
     assert torch.equal(copy.deepcopy(net)(IMAGES)[0], net(IMAGES)[0])
+    tokens = timm.create_model(
+        DEFAULT, True, features_only=True, out_indices=(1,), feature_cls="getter", output_fmt="NLC"
+    )
+    assert torch.equal(tokens.eval()(IMAGES)[0], expected[0].flatten(2).mT)
 
 
 def test_optimizer_gets_exactly_the_trainable_parameters():
@@ -379,6 +433,20 @@ def test_distributed_data_parallel(with_stats):
         assert matches_alone(parallel.eval(), expected)
     finally:
         dist.destroy_process_group()
+
+
+TIMM_TESTS = ("forward", "default_cfgs_non_std", "forward_features", "forward_intermediates_features")
+TIMM_TESTS += ("forward_intermediates",)  # docs/models.md says why the others cannot pass
+FIVE = ("dcp_mini", "dcp_vitb32", "dcp_vitb16", "dcp_eva02_b16", "dcp_mobileclip2_b")
+
+
+@pytest.mark.scripts  # with real sizes and ImageNet's 1,000 classes
+@pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="TIMM_CHECKOUT: a checkout of timm's repository")
+@pytest.mark.parametrize("test", TIMM_TESTS)
+@pytest.mark.parametrize("name", FIVE)
+def test_timms_own_tests(test, name, monkeypatch):
+    monkeypatch.syspath_prepend(Path(os.environ["TIMM_CHECKOUT"], "tests"))
+    getattr(importlib.import_module("test_models"), f"test_model_{test}")(name, 1)
 
 
 IMPORTS = {

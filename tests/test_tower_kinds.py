@@ -208,7 +208,7 @@ def centred(head: Head, image: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_where_a_logit_comes_from(kind):
-    """Shares in what is a mean over patches add up to its logit, whatever else is read; those in tokens are in place."""
+    """Shares in what is a mean over patches add up to its logit; those in tokens differ by place."""
     clip, tokenizer = build_clip(kind)
     plain, image = FrozenCLIP(clip, tokenizer), IMAGES[:1]
     head, tower = (

@@ -16,7 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.api.functions import as_model, outputs_of, plan_own, warn_of
+from dcp_zoo.api.functions import outputs_of, plan_own, warn_of
 from dcp_zoo.api.inputs import (
     Groups,
     Images,
@@ -33,10 +33,11 @@ from dcp_zoo.data.images import bar
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.files import alone_in
+from dcp_zoo.files import alone_in, packed, unpacked
 from dcp_zoo.heads.checkpoint import SAVE_SECONDS
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.heads.head import Head
+from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
@@ -225,7 +226,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":
         """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda". ZooError
         for no checkpoint, a damaged one, or one with a class whose label is not known."""
-        model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
+        model = loaded(f"local-dir:{folder}", params.get("device", "auto"))
         encoders = [encoder.source for encoder in model.image_encoders]
         stored: Values = {"method": model.method, "classifier": "text-probe" if model.text_probe else "none"}
         stored |= {"encoder": encoders} if encoders else {}
@@ -257,15 +258,13 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         if "model_" in state:
             with TemporaryDirectory() as folder:
                 self.save(folder)
-                state = state | {"model_": {path.name: path.read_bytes() for path in Path(folder).iterdir()}}
+                state = state | {"model_": packed(Path(folder).iterdir())}
         return state
 
     def __setstate__(self, state: Values) -> None:
         if isinstance(files := state.get("model_"), dict):
-            with TemporaryDirectory() as folder:
-                for name, content in files.items():
-                    (Path(folder) / name).write_bytes(content)
-                state = state | {"model_": as_model(f"local-dir:{folder}", state["device"])}
+            with unpacked(files) as folder:
+                state = state | {"model_": loaded(f"local-dir:{folder}", state["device"])}
         super().__setstate__(state)
 
 

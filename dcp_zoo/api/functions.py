@@ -29,7 +29,7 @@ from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, witho
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.explain import Explanation, logit_shares
-from dcp_zoo.prediction.heads import HeadPredictor
+from dcp_zoo.prediction.heads import HeadBackend, loaded
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
@@ -37,7 +37,7 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
-from dcp_zoo.zoo.factory import create_model, create_transform
+from dcp_zoo.zoo.factory import create_transform
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 
@@ -207,7 +207,6 @@ def predict(
     return answers
 
 
-@fair_threads()
 def outputs_of(
     head: Head,
     items: Sequence[Item],
@@ -220,15 +219,15 @@ def outputs_of(
     alone: bool = True,
 ) -> tuple[Outputs, dict[int, ZooError]]:
     """What a head computes of the items' images, NaN where they cannot be read; and why they cannot. `errors`: see
-    `evaluate`; other arguments as of `HeadPredictor`."""
+    `evaluate`; other arguments as of `HeadBackend`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
     if errors == "raise" and len(items) > 1:  # one image says it itself
         check_images(items, no_progress, KEEP)
     images = [item.path for item in items]
     with in_eval_mode(head):
-        predictor = HeadPredictor(head, features, precision, reject, len(images), alone)
-        broken, found = predictor.outputs(images, batch_size, progress)
+        backend = HeadBackend(head, features, precision, reject, alone)
+        broken, found = backend.outputs(images, batch_size, progress)
     if broken and errors == "raise":
         refuse(items, broken)
     return found, broken
@@ -238,16 +237,11 @@ def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
     warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
 
 
-def as_model(name: str, device: str | None) -> Head:
-    """The head with this name or in this folder, to classify with, on the device; None: "auto"."""
-    return create_model(name, True).eval().to(pick_device(device or "auto"))
-
-
 @contextmanager
 def lent(model: Head | str, device: str | None) -> Iterator[Head]:
-    """`as_model`; or the user's own head in evaluation mode, on the device if one is given, then again as it was."""
+    """`loaded`; or the user's own head in evaluation mode, on the device if one is given, then again as it was."""
     if not isinstance(model, Head):
-        yield as_model(str(model), device)
+        yield loaded(str(model), device or AUTO)
         return
     place = model.device
     with in_eval_mode(model):

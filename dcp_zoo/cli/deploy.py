@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 from typer import Option
 
-from dcp_zoo._version import __version__
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
@@ -19,7 +19,7 @@ from dcp_zoo.threads import available_cores
 from dcp_zoo.zoo.registry import DEFAULT_HEAD
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
-FOLDER = f"onnx-{__version__}"  # in the user's cache, of heads that are served
+FOLDER = f"onnx-{version('dcp_zoo')}"  # in the user's cache, of heads that are served
 WAIT = 300  # seconds, for another process that exports the same
 
 

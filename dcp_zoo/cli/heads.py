@@ -59,12 +59,12 @@ def evaluate(
     dataset, data_root = opt.data_source(photos, data_root, labels)
     if report:
         check_output(report, overwrite, "--report")
-    from dcp_zoo.api.functions import as_model
     from dcp_zoo.api.inputs import among
+    from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
     use_threads()
-    model = as_model(name, device)
+    model = loaded(name, device)
     claims = claimed(name, model) if claim else None
     crosses = dataset is not None and not is_own(dataset)
     dataset = dataset or trained_on(head, model, data_root)
@@ -100,7 +100,7 @@ def _measured(
     """What the head says of the images; for a claim the accuracies with all statistics; and the conditions."""
     import torch
 
-    from dcp_zoo.prediction.heads import HeadPredictor
+    from dcp_zoo.prediction.heads import HeadBackend
     from dcp_zoo.training.device import pick_precision
     from dcp_zoo.training.evaluation import measured, predict_modes
 
@@ -111,8 +111,8 @@ def _measured(
     precision = pick_precision(precision, model.encoder.architecture, model.device)
 
     def read() -> tuple[torch.Tensor, torch.Tensor | None]:
-        predictor = HeadPredictor(model, claim and model.stats == "stored", precision, images=len(test), alone=False)
-        broken, found = predictor.outputs([item.path for item in test], batch_size, progress_bar)
+        backend = HeadBackend(model, claim and model.stats == "stored", precision, alone=False)
+        broken, found = backend.outputs([item.path for item in test], batch_size, progress_bar)
         refuse(test, broken, MOVE)
         return torch.from_numpy(found.logits), None if found.features is None else torch.from_numpy(found.features)
 

@@ -22,7 +22,7 @@ from dcp_zoo.fields import option as option
 from dcp_zoo.tables import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.zoo.registry import SIZES, list_models
+from dcp_zoo.zoo.registry import SIZES, list_models, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 
 Text = str | None
@@ -42,7 +42,7 @@ PRECISION = (
 
 
 def heads_like(incomplete: str) -> list[str]:
-    return list_models(f"{incomplete}*", pretrained=True)
+    return fnmatch.filter(trained_heads(), f"{incomplete}*")
 
 
 def models_like(incomplete: str) -> list[str]:

@@ -13,16 +13,16 @@ from typer import Argument, Exit
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar, rejection_note
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.images import load_image, no_progress
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
-from dcp_zoo.files import printable, sha256_of
+from dcp_zoo.files import printable
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.tables import NONE
-from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
-from dcp_zoo.zoo.resolve import head_folder, head_sha256
+from dcp_zoo.zoo.resolve import head_folder
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FEW = 8  # images with `top_k` classes each, and without a progress bar
 NAMED = 10  # of the images that cannot be read
 ON_SCREEN = 1000  # images whose results belong in a file
+EXPLAINED = 50  # images, of each of which a person looks at a picture
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
 
@@ -46,9 +47,10 @@ class PredictOptions:
     reject: bool = opt.option(False, "Label images of other things `none of these`.")
     together: bool = opt.option(False, "Refine predictions with the other images, if these are of few classes.")
     as_json: opt.AsJson = False
-    table: Path | None = to_file("Write a .csv or .jsonl file.", "--output")
+    table: Path | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz file.")
     sheet: Path | None = to_file("Write a page to look at: the images of each class, the least certain first.")
+    explain: Path | None = to_file("Write pictures into a folder: what in an image speaks for its class. Up to 50.")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
@@ -58,10 +60,6 @@ class PredictOptions:
         """The table's file, if files are written: without --output named after the other one."""
         other = self.features or self.sheet
         return self.table or (other.with_suffix(".csv") if other else None)
-
-    @property
-    def on_onnx(self) -> bool:
-        return self.head.endswith(".onnx")
 
     @property
     def classnames(self) -> list[str] | None:
@@ -75,8 +73,6 @@ class PredictOptions:
             raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
         if self.place and self.as_json:
             raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
-        if self.on_onnx and (self.classes or self.precision not in (AUTO, "float32")):
-            raise ZooError(f"{self.head} is run as it was exported: omit --classes and --precision.")
 
 
 @opt.takes_options
@@ -91,13 +87,22 @@ def predict(options: PredictOptions) -> None:
     [dim]dcp-zoo predict PHOTOS --head my_head --reject --output predictions.csv --sheet sheet.html[/]
     """
     options.check()
+    from dcp_zoo.prediction import Predictor
+
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.reject and not (options.on_onnx or options.as_json or options.classnames):
-        config = read_config(head_folder(opt.head_name(options.head)))
+    given: Values = {"device": options.device, "precision": options.precision, "classnames": options.classnames}
+    features = options.together or options.features is not None
+    predictor = Predictor(options.head, "image", options.top_k, features, options.reject or None, **given)
+    if options.reject and not (predictor.on_onnx or options.as_json or predictor.classnames):
+        config = read_config(head_folder(predictor.head))
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
     images = find_images(sources)
-    errors, changed = write_files(images, options) if options.place else show_on_screen(images, options)
+    if options.explain and (predictor.on_onnx or len(images) > EXPLAINED):
+        problem = "an exported file has no gradients" if predictor.on_onnx else f"of at most {EXPLAINED}"
+        raise ZooError(f"--explain shows images by a head, {problem}: pass its folder, and fewer images.")
+    classify = write_files if options.place else show_on_screen
+    errors, changed = classify(images, predictor, options)
     for error in errors[:NAMED]:
         print_error(printable(error))
     if options.place:
@@ -105,66 +110,44 @@ def predict(options: PredictOptions) -> None:
         log(f"{len(images):,} image{'s' * (len(images) != 1)}{bad}: {options.place}")
     elif errors and len(images) > 1:
         log(f"{len(errors)} of {len(images)} images cannot be read.")
+    if options.explain:
+        explain(images, predictor, options.explain)
+        log(f"What speaks for each class, in red: {options.explain}")
     if options.together:
         log(f"The other images changed {changed:,} of {len(images):,} predictions.")
     if errors:
         raise Exit(1)
 
 
-def load(options: PredictOptions, images: int) -> "Predictor":
-    """The head for so many images, run by PyTorch or ONNX Runtime."""
-    features = options.together or options.features is not None
-    if options.on_onnx:
-        from dcp_zoo.onnx.classifier import OnnxClassifier
-
-        threads = available_cores()
-        return OnnxClassifier(options.head, threads, options.device, reject=options.reject, features=features)
-    from dcp_zoo.prediction.heads import HeadPredictor
-    from dcp_zoo.training.device import pick_device
-    from dcp_zoo.zoo.factory import create_model
-
-    use_threads()
-    model = create_model(opt.head_name(options.head), True, classnames=options.classnames)
-    model = model.eval().to(pick_device(options.device))
-    return HeadPredictor(model, features, options.precision, options.reject, images)
-
-
-def depends_on(options: PredictOptions) -> Values:
-    """What the predictions depend on besides the images: a run is continued only with the same."""
-    if options.on_onnx:
-        if not Path(options.head).is_file():
-            raise ZooError(f"There is no file {options.head}: create one with dcp-zoo export.")
-        return {"reject": options.reject, "head": sha256_of(Path(options.head))}
-    from dcp_zoo.training.device import pick_device, pick_precision
-
-    folder = head_folder(opt.head_name(options.head))
-    precision = pick_precision(options.precision, read_config(folder)["architecture"], pick_device(options.device))
-    own = {"head": head_sha256(folder), "classnames": options.classnames, "precision": precision}
-    return own | {"reject": options.reject}
-
-
-def write_files(images: Sequence[str], options: PredictOptions) -> "Told":
-    from dcp_zoo.prediction.job import Job, OutputFiles, run
+def write_files(images: Sequence[str], predictor: "Predictor", options: PredictOptions) -> "Told":
+    from dcp_zoo.prediction.job import OutputFiles, run
 
     assert options.place
     outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
-    outputs.check()  # before PyTorch is imported
-    job = Job(options.top_k, together=options.together)
-    return run(images, partial(load, options, len(images)), job, outputs, depends_on(options), progress=progress_bar)
+    return run(images, predictor, outputs, options.together, progress_bar)
 
 
-def show_on_screen(images: Sequence[str], options: PredictOptions) -> "Told":
+def explain(images: Sequence[str], predictor: "Predictor", folder: Path) -> None:
+    """Write a picture of each image that can be read."""
+    from dcp_zoo.api import functions
+    from dcp_zoo.prediction.heads import HeadBackend
+
+    assert isinstance(predictor.backend, HeadBackend)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, path in enumerate(images, 1):
+        if not isinstance(image := attempted(load_image, path), ZooError):  # of others, the error has been told
+            functions.explain(predictor.backend.head, image).picture().save(folder / f"{i}_{Path(path).stem}.png")
+
+
+def show_on_screen(images: Sequence[str], predictor: "Predictor", options: PredictOptions) -> "Told":
     """Print the predictions of all images."""
     if len(images) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(images):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import written
-    from dcp_zoo.prediction.job import Job, told
+    from dcp_zoo.prediction.job import classified, told
 
-    job, predictor = Job(options.top_k, together=options.together), load(options, len(images))
-    batches = job.classify(images, predictor)
-    if len(images) > FEW:
-        batches = progress_bar(batches, "images", len(images), transient=True, size=lambda batch: len(batch[0]))
-    rows = job.collected(batches, predictor.classnames)
+    shows = partial(progress_bar, transient=True) if len(images) > FEW else no_progress
+    rows = classified(images, predictor, options.together, shows)
     if options.as_json:
         print(json.dumps([*map(written, rows)], indent=1))
     else:
@@ -172,7 +155,7 @@ def show_on_screen(images: Sequence[str], options: PredictOptions) -> "Told":
         output.print(plain_table(("image", "class", "probability"), chain(*(cells(row, top_k) for row in rows))))
         if len(images) > FEW:
             output.print("All classes: --json, or --output predictions.csv", style="dim")
-    if predictor.architecture == "dcp_mini" and not options.as_json:
+    if predictor.backend.architecture == "dcp_mini" and not options.as_json:
         advise(MINIATURE_NOTE)
     return told(rows)
 

@@ -12,7 +12,7 @@ from typer import Argument
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli.console import output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text, head_name
-from dcp_zoo.data import DATASETS, find_spec
+from dcp_zoo.data import DATASETS
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
@@ -66,7 +66,7 @@ def list_(
     [dim]dcp-zoo list 'dcp_mini*'[/]
     """
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
-    heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
+    heads = [registry.loadable_heads()[name] for name in registry.list_pretrained(filter)]
     heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
     found = {*registry.list_models(filter), *(head.model for head in heads)}
     found |= {name.split(".")[0] for name in not_trained}
@@ -80,11 +80,14 @@ def list_(
     if heads:
         order, rows = list(MODELS), []
         for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
-            metrics = head.metrics or made(read_config(Path(head.name))).get("metrics") or {}
+            metrics = head.metrics
+            if head.status == "local":
+                metrics = made(read_config(Path(head.name))).get("metrics") or {}
             top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(metrics))
             rows.append((head.name, head.status, *top1))
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
-        parts = [note for note in dict.fromkeys(find_spec(head.dataset).part_note for head in heads) if note]
+        specs_of = [DATASETS[head.dataset] for head in heads if head.dataset in DATASETS]  # the index may have others
+        parts = [note for note in dict.fromkeys(spec.part_note for spec in specs_of) if note]
         output.print(HEADS_NOTE, *parts, "", sep="\n", style="dim")
     if not_trained:
         shots = sorted({all_heads()[name].shots for name in not_trained})
@@ -125,8 +128,9 @@ def describe(name: str) -> Values:
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
     if kind == "zoo" and tag:
-        folder = trained_here(get_head(name))
-        return describe_checkpoint(name, folder) if folder else describe_head(get_head(name))
+        head = get_head(f"{place}.{tag}")
+        folder = trained_here(head)
+        return describe_checkpoint(name, folder) if folder else describe_head(registry.newest(head))
     return describe_model(get_spec(name))
 
 
@@ -171,7 +175,7 @@ def describe_model(spec: ModelSpec) -> Values:
         "zero-shot": f"{published}, published: {spec.accuracy_source}" if published else "no published figure",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
-        "trained heads": ", ".join(registry.list_models(f"{spec.name}.*", pretrained=True)) or "none yet",
+        "trained heads": ", ".join(registry.list_pretrained(f"{spec.name}.*")) or "none yet",
     }
     return {name: value for name, value in details.items() if value != ""}
 
@@ -184,7 +188,7 @@ def describe_head(head: HeadEntry) -> Values:
     }
     if head.status == "bundled":
         return describe_checkpoint(head.name, head.bundled_dir) | details
-    counts = find_spec(head.dataset).counts
+    spec = DATASETS.get(head.dataset)  # a later release may have more
     return {
         "head": head.name,
         "dataset": head.dataset,
@@ -194,8 +198,8 @@ def describe_head(head: HeadEntry) -> Values:
         "Hub repo": head.repo_id,
         "revision": head.pin[0] or "not pinned: not published yet",
         "metrics": head.metrics or "none: not measured",
-        **({"test_images": counts[2]} if head.metrics and counts else {}),
-        "recipe": default_recipe(head.model, head.dataset).as_dict(),
+        **({"test_images": spec.counts[2]} if head.metrics and spec and spec.counts else {}),
+        **({"recipe": default_recipe(head.model, head.dataset).as_dict()} if spec else {}),
         **details,
     }
 

@@ -33,6 +33,7 @@ from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.probe.model import TextProbe
 from dcp_zoo.tables import REFUSED
 
+FORMATS = ("NCHW", "NLC")  # of intermediates: maps (B, Dv, h, w), tokens (B, h * w, Dv)
 Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 
 
@@ -267,6 +268,16 @@ class Classifier(nn.Module, ABC):
     head_hidden_size = num_features
 
     @property
+    def embed_dim(self) -> int:
+        """Dv, the width of the image tower's tokens."""
+        return self.encoder.vision_tower.width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The image tower's tokens before its patches: a class token, and registers."""
+        return self.encoder.vision_tower.num_prefix
+
+    @property
     def pretrained_cfg(self) -> Values:
         """What timm reads of a model: its preprocessing, its classes, the modules at its ends, and its origin."""
         modules = self.encoder.visual.named_modules(prefix="encoder.clip.visual")
@@ -277,7 +288,7 @@ class Classifier(nn.Module, ABC):
             "num_classes": self.num_classes,
             "label_names": self.classnames,
             "first_conv": next((name for name, module in modules if isinstance(module, nn.Conv2d)), None),
-            "classifier": "text_probe" if self.fc is None else "fc",
+            "classifier": "fc" if self.fc is not None else "text_probe" if self.text_probe is not None else (),
         }
 
     @pretrained_cfg.setter
@@ -307,44 +318,57 @@ class Classifier(nn.Module, ABC):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate]:
+        output_dict: bool = False,
+        attn_mask: None = None,
+    ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate] | Values:
         """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in `forward_features`,
         and a list with one entry per block, in order. ZooError for a block that does not exist, or an unknown format.
 
         Args:
-            images: (B, 3, H, W), normalised as `create_transform` does.
+            images: (B, 3, H, W), normalised.
             indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
-            return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token (B,
-                1, Dv).
+            return_prefix_tokens: return pairs of the patches and the tokens before them, such as a class token.
             norm: apply CLIP's final layer norm to the outputs.
             stop_early: compute no block after the last of `indices`; the image features are then taken from that block,
                 CLIP's embedding of a head that reads more.
-            output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
+            output_fmt: see `FORMATS`.
             intermediates_only: omit the image features.
+            output_dict: return them by timm's names: image_features, image_intermediates, image_intermediates_prefix.
+            attn_mask: timm's; images have none.
         """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        check_choice("output_fmt", output_fmt, FORMATS)
+        check_choice("attn_mask", attn_mask, (None,))
         tower = self.encoder.vision_tower
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         after: dict[int, Tensor] = {}  # class token, if any, and patches (B, N, Dv)
-        for step, _, x in self._walk(images):
-            if step.block in (*blocks, stop):
+        for step, entering, x in self._walk(images):
+            if step.block in blocks:
                 after[step.block] = x[:, : tower.num_tokens]
             if step.block == stop:
+                pooled = x if intermediates_only else tower.block(stop, entering, None, True)  # as in a forward pass
                 break
         intermediates = [tower.norm(after[i]) if norm else after[i] for i in blocks]
         patches = [x[:, tower.num_prefix :] for x in intermediates]
         if output_fmt == "NCHW":
             patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
-        outputs: list[Intermediate] = [*patches]
-        if return_prefix_tokens:
-            outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
+        prefixes = [x[:, : tower.num_prefix] for x in intermediates] if return_prefix_tokens else []
+        outputs: list[Intermediate] = [*zip(patches, prefixes, strict=True)] if prefixes else [*patches]
+        named: Values = {"image_intermediates": patches, "image_intermediates_prefix": prefixes}
+        named = {name: value for name, value in named.items() if value}
         if intermediates_only:
-            return outputs
-        features = tower.features(after[stop])
+            return named if output_dict else outputs
+        features = tower.features(pooled)
         if not stop_early and features.shape[1] < self.num_features:  # the head reads more
             features = self.forward_features(images)
-        return features, outputs
+        return {"image_features": features, **named} if output_dict else (features, outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """The numbers of these blocks, for timm's `FeatureGetterNet`. Nothing is taken out: later blocks are not
+        computed there anyway, and a DCP rewrites its prompts from both towers, block by block."""
+        return take_blocks(indices, len(self.encoder.vision_tower.blocks))
 
     @property
     def feature_info(self) -> list[Values]:
@@ -359,21 +383,6 @@ class Classifier(nn.Module, ABC):
             return features
         return self.classify(features)
 
-    @torch.no_grad()
-    def get_classifier(self) -> nn.Module:
-        """The layer of `reset_classifier`, which can be trained; else a copy of the current classifier as a linear
-        layer, or an identity without classes. ZooError as of `encode_text`."""
-        if self.num_classes == 0:
-            return nn.Identity()
-        if self.fc is not None:
-            return self.fc
-        weight, bias = (t.detach().clone() for t in self.linear())
-        layer = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device="meta")  # draws nothing
-        layer.weight = nn.Parameter(weight)
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(bias)
-        return layer
-
     def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
         tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
@@ -384,14 +393,6 @@ class Classifier(nn.Module, ABC):
             entering = x
             x = tower.block(i, x)
             yield Step(i), entering, x
-
-    def group_matcher(self, coarse: bool = False) -> Values:
-        """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
-        return {"stem": r"^(?:prompts|encoder)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
-        return {"prompts.text", "prompts.vision"}
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:

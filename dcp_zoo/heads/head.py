@@ -100,6 +100,21 @@ class Head(Classifier):
         if layer is not None:
             self._outdate()
 
+    @torch.no_grad()
+    def get_classifier(self) -> nn.Module:
+        """The layer of `reset_classifier`, which can be trained; else a copy of the current classifier as a linear
+        layer, or an identity without classes. ZooError as of `encode_text`."""
+        if self.num_classes == 0:
+            return nn.Identity()
+        if self.fc is not None:
+            return self.fc
+        weight, bias = (t.detach().clone() for t in self.linear())
+        layer = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device="meta")  # draws nothing
+        layer.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(bias)
+        return layer
+
     def drop_text_probe(self) -> None:
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured without it."""
         if self.text_probe is None:
@@ -123,6 +138,14 @@ class Head(Classifier):
         self.info = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
         if fitted := self.info.get("text_probe"):
             self.info["text_probe"] = {name: value for name, value in fitted.items() if name not in ACCEPTED}
+
+    def group_matcher(self, coarse: bool = False) -> Values:
+        """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
+        return {"stem": r"^(?:prompts|encoder)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
+        return {"prompts.text", "prompts.vision"}
 
     # --- in a checkpoint ---
 

@@ -25,7 +25,7 @@ from dcp_zoo.probe.candidates import Evidence, TrainingSet, fit_candidates, mean
 from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import leave_out_each, without_evidence
 from dcp_zoo.probe.fit import ReadingFeatures
-from dcp_zoo.probe.folds import folds, within_class
+from dcp_zoo.probe.folds import folds, shares, within_class
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, NONE, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
@@ -271,8 +271,8 @@ def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOf
     """What the images of other groups say of each, in four folds, of features (1, n, ..), labels and groups (n,). The
     only group of a class is judged by the text, at no distance."""
     assert given.start is not None
-    images = TrainingSet(given.features, given.widths, labels, given.start)
-    images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels))
+    images = TrainingSet(given.features, given.widths, labels, given.start, weights=shares(groups))
+    images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels, images.weights))
     log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
     distances = torch.zeros(len(labels))
     parts = folds(labels, groups)

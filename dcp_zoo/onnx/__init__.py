@@ -1,5 +1,5 @@
-"""ONNX: exported files, and a classifier that reads them without torch and CLIP."""
+"""Exports heads to ONNX files, which `OnnxClassifier` reads without torch and CLIP."""
 
-import lazy_loader
+from dcp_zoo.prediction.onnx import OnnxClassifier
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = ["OnnxClassifier"]

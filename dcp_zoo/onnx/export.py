@@ -20,7 +20,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
-from dcp_zoo.onnx.classifier import INPUT, METADATA_KEY, OnnxClassifier
+from dcp_zoo.prediction.onnx import INPUT, METADATA_KEY, OnnxClassifier
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."

@@ -1,38 +1,44 @@
 """The one road from images to answers: decode an image, encode its pixels, classify its features, reject images of
-other things. Two backends: PyTorch (`heads`) and ONNX Runtime (`dcp_zoo.onnx`). Without torch."""
+other things. `Predictor` takes it on any engine, a `Backend` computes: PyTorch (`heads`) or ONNX Runtime (`onnx`). Here
+without torch."""
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import chain
-from typing import Any
+from functools import cached_property, partial
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.data.images import ImageLike, Progress, by_image, crop, load_image, no_progress
-from dcp_zoo.errors import ZooError, attempted
+from dcp_zoo.data.images import ImageLike, Progress, by_image, crop, in_threads, load_image, no_progress
+from dcp_zoo.errors import ZooError, attempted, check_range, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import MAX_PIXELS
+from dcp_zoo.files import MAX_PIXELS, packed, unpacked
 from dcp_zoo.threads import available_cores
 
 Errors = list[ZooError | None]  # of each image None, or why it cannot be read
 AHEAD = 2  # batches that are decoded while one is computed
+ERROR = "error"  # the column that says why an image cannot be read
 
 
 def decode(image: ImageLike, preprocessing: Values, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image, see `load_image` -> its pixels, uint8 (3, H, W), by timm's `preprocessing`: exactly the transform's
-    before they are normalised. It needs no model, so it can run in another process. ZooError as of `load_image`."""
+    before they are normalised; such pixels stay as they are. It needs no model, so it can run in another process.
+    ZooError as of `load_image`."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == tuple(preprocessing["input_size"]):
+        return image
     try:
         return crop(load_image(image, max_pixels), preprocessing)
     except MemoryError:
         raise ZooError(f"{image} is too large for the memory that is left.") from None
 
 
-class Predictor(ABC):
-    """A classifier that is ready to answer.
+class Backend(ABC):
+    """What computes: a classifier that is ready to answer.
 
     Attributes:
         architecture: name of its model.
@@ -90,3 +96,155 @@ class Predictor(ABC):
         """Why images cannot be read, by their positions, and the outputs of all; of one image or more."""
         errors, parts = zip(*self.batches(images, batch_size, progress), strict=True)
         return {i: error for i, error in enumerate(chain(*errors)) if error}, Outputs.joined(parts)
+
+
+class Decode(NamedTuple):
+    """See `Predictor.decode`."""
+
+    preprocessing: Values
+    image: str
+
+    def __call__(self, batch: Mapping[str, Any]) -> Values:
+        images, left, size = *images_of(batch, self.image), self.preprocessing["input_size"]
+        decoded = in_threads(partial(attempted, partial(decode, preprocessing=self.preprocessing)), images)
+        errors = [str(each) if isinstance(each, ZooError) else "" for each in decoded]
+        pixels = [np.zeros(size, np.uint8) if isinstance(each, ZooError) else each for each in decoded]
+        return left | {self.image: np.stack(pixels) if pixels else np.zeros((0, *size), np.uint8), ERROR: texts(errors)}
+
+
+class Predictor:
+    """A head for batches of images, as engines call it: Ray Data, `datasets`, Spark, a loop. It is made and pickled
+    without loading the head, which its first call loads, in whatever process. ZooError for an unknown head, or one that
+    cannot do what is asked for; never for an image.
+
+    Called with a batch, a dict of columns, it returns one with the same rows: all columns but the images (paths stay,
+    too), and
+
+    - `class`: the most probable class, "none of these" if the image is rejected, or "" if it cannot be read
+    - `probability`: of the most probable class, from 0 to 1, float32; NaN if the image cannot be read
+    - `class_2`, `probability_2`, ..: of further classes, with `top_k`
+    - `rejected`: whether the image is of none of the classes; False unless `reject`
+    - `error`: why the image cannot be read, or "". A row that comes with an error keeps it
+    - `features`: (F,), float32, with `features`
+
+    Args:
+        head: a head's name, a checkpoint's folder, or an .onnx file from `dcp-zoo export`.
+        image: the column of images: bytes, paths, images of PIL, `datasets`' dicts of bytes and path, arrays, or what
+            `decode` made of them.
+        top_k, reject, precision, classnames: see `dcp_zoo.predict`, `dcp_zoo.create_model`.
+        features: whether to return them, of length 1.
+        device: see `dcp_zoo.train`; "auto" takes the GPU of the `rank` that a call names, as `datasets` does.
+        batch_size: images per forward pass, of batches that hold more.
+        carry: pickle the head's files as well, for machines that do not share its folder. CLIP's weights stay behind.
+    """
+
+    rank = 0  # of this process, among those that share the GPUs of a machine
+
+    def __init__(
+        self,
+        head: str | Path,
+        image: str = "image",
+        top_k: int = 1,
+        features: bool = False,
+        reject: float | None = None,
+        device: str = "auto",
+        *,
+        precision: str = "auto",
+        classnames: Sequence[str] | None = None,
+        batch_size: int = 32,
+        carry: bool = False,
+    ) -> None:
+        from dcp_zoo.zoo.resolve import head_files, head_sha256, parse_name  # here, as servers do without
+
+        check_range("top_k", top_k, 1)
+        check_range("batch_size", batch_size, 1)
+        self.image, self.top_k, self.features, self.reject = image, top_k, features, reject
+        self.device, self.precision, self.classnames, self.batch_size = device, precision, classnames, batch_size
+        self.on_onnx = str(head).endswith(".onnx")
+        if self.on_onnx and (classnames or precision not in ("auto", "float32") or reject not in (None, False, True)):
+            exported = f"{head} is run as it was exported"
+            raise ZooError(f"{exported}: omit other classes and precision, and let reject be True or None.")
+        self.head = str(Path(head).absolute()) if self.on_onnx else str(parse_name(str(head)))
+        self.sha256 = head_sha256(self._place)
+        self.files = packed(head_files(self._place)) if carry else None
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.head!r})"
+
+    def __getstate__(self) -> Values:
+        return {name: value for name, value in vars(self).items() if name not in ("backend", "rank")}
+
+    @property
+    def _place(self) -> Path:
+        """The exported file, or the folder of the head's checkpoint."""
+        from dcp_zoo.zoo.resolve import head_folder
+
+        return Path(self.head) if self.on_onnx else head_folder(self.head)
+
+    def depends_on(self) -> Values:
+        """What the answers depend on besides the images, as plain JSON."""
+        own = {"head": self.sha256, "classnames": self.classnames, "reject": self.reject}
+        if self.on_onnx:
+            return own
+        from dcp_zoo.heads.config import read_config
+        from dcp_zoo.training.device import pick_device, pick_precision
+
+        architecture = read_config(self._place)["architecture"]
+        return own | {"precision": pick_precision(self.precision, architecture, pick_device(self.device))}
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The head, loaded. ZooError if it is another one than when this was made."""
+        if self.files:
+            with unpacked(self.files) as folder:
+                return self._loaded(str(Path(folder, *self.files)) if self.on_onnx else f"local-dir:{folder}")
+        from dcp_zoo.zoo.resolve import head_sha256
+
+        if head_sha256(self._place) != self.sha256:
+            raise ZooError(f"{self.head} is another head than when this Predictor was made: make it again.")
+        return self._loaded(self.head)
+
+    def _loaded(self, head: str) -> Backend:
+        device = f"auto:{self.rank}" if self.device == "auto" else self.device
+        if self.on_onnx:
+            from dcp_zoo.prediction.onnx import OnnxClassifier
+
+            reject = bool(self.reject)
+            return OnnxClassifier(head, available_cores(), device, reject=reject, features=self.features)
+        from dcp_zoo.prediction.heads import HeadBackend, loaded
+
+        return HeadBackend(loaded(head, device, self.classnames), self.features, self.precision, self.reject)
+
+    @property
+    def decode(self) -> Decode:
+        """A step of its own for workers without the head: a batch -> the same with uint8 pixels (3, H, W) in place of
+        the images, upright and at the model's size, exactly its transform's; and with the column `error`. It
+        pickles."""
+        from dcp_zoo.zoo.resolve import get_pretrained_cfg
+
+        cfg = self.backend.preprocessing if self.on_onnx else get_pretrained_cfg(self.head)
+        return Decode(cfg, self.image)
+
+    def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> Values:
+        self.rank = rank or self.rank
+        images, left = images_of(batch, self.image)
+        errors, found = self.backend.outputs(images or [None], self.batch_size)  # of no image, the types alone
+        columns = left | found.of(slice(len(images))).columns(self.backend.classnames, self.top_k)
+        return columns | {ERROR: texts([str(errors.get(i, "")) for i in range(len(images))])}
+
+
+def images_of(batch: Mapping[str, Any], column: str) -> tuple[list[Any], Values]:
+    """The images of a batch, an error in place of each row that has one, and the other columns, and that of paths.
+    ZooError for a batch without them."""
+    if not isinstance(batch, Mapping) or column not in batch:
+        given = f"the columns {shorten([*map(str, batch)])}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ZooError(f"A batch is a dict of columns, of which {column!r} has the images, not {given}: pass image=...")
+    errors = batch.get(ERROR, ())
+    images = [ZooError(error) if error else image for image, error in zip_longest(batch[column], errors)]
+    are_paths = all(image is None or isinstance(image, str) for image in batch[column])
+    return images, {name: batch[name] for name in batch if name != ERROR and (are_paths or name != column)}
+
+
+def texts(values: Sequence[str]) -> np.ndarray:
+    """A column of texts, also where there is none."""
+    return np.array(values, str)

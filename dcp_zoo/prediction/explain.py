@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, parts_of
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, EVERY, HIDDEN, LAST, MIDDLE, STAGE, STEM, VisionTower
+from dcp_zoo.backbone.towers.open_clip import (
+    EMBEDDING,
+    EVERY,
+    HIDDEN,
+    LAST,
+    MIDDLE,
+    STAGE,
+    STEM,
+    VisionTower,
+    append_prompts,
+    attend,
+)
 from dcp_zoo.heads.head import Head
 
 
@@ -66,22 +77,35 @@ def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor],
         x = tower.run(tower.embed(image).x, (), 0, min(block, reading.first))
         return tower.run(x, prompts, reading.first, block)
 
-    def through(block: int, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shares of the patches that enter a block in a value of the tokens that leave it."""
-        x = entering(block)
+    def through(i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches in a value of the class token that leaves a block: by what it takes of each."""
+        x, block = entering(i), tower.blocks[i]
+        if i - reading.first < len(prompts):
+            x = append_prompts(x, prompts[i - reading.first])
+        normed = block.norm(x)
+        key, taken = block.key_value(normed)
+        with torch.enable_grad():
+            taken = taken.detach().requires_grad_()
+            attended = attend(block.query(normed[:, :1]), key, taken, None, False)
+            (gradient,) = torch.autograd.grad(value(block.finish(x[:, :1], attended)), taken)
+        each = taken.detach()[0, :, patches]
+        return (gradient[0, :, patches] * (each - each.mean(1, keepdim=True))).sum((0, 2)).view(tower.grid)
+
+    def leaving(value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches that leave the last block in a value of all of them."""
+        x = tower.run(entering(last), prompts[last - reading.first :], last)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            leaving = tower.run(x, prompts[block - reading.first :], block, block + 1)
-            (gradient,) = torch.autograd.grad(value(leaving), x)
-        x = x[0, patches].detach()
-        return (gradient[0, patches] * (x - x.mean(0))).sum(-1).view(tower.grid)
+            (gradient,) = torch.autograd.grad(value(x), x)
+        each = x.detach()[0, patches]
+        return (gradient[0, patches] * (each - each.mean(0))).sum(-1).view(tower.grid)
 
     def embedded(x: Tensor) -> Tensor:
         hidden = tower.hidden(x[:, : tower.pooled])
         both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
         return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
 
-    yield through(last, embedded)
+    yield through(last, embedded) if tower.pooled == 1 else leaving(embedded)
     if MIDDLE in weights:
         norm = tower.blocks[middle].norm
         x = norm(entering(middle))

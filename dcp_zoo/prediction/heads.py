@@ -1,4 +1,4 @@
-"""The predictor of a head, by PyTorch. Features are computed in the precision asked for; what follows is in the head's
+"""Heads, computed by PyTorch. Features are computed in the precision asked for; what follows is in the head's
 own, as small differences of features are large ones of logits."""
 
 import math
@@ -14,23 +14,32 @@ from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
 from dcp_zoo.data.images import ImageLike, Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError
+from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
-from dcp_zoo.prediction import Errors, Predictor
+from dcp_zoo.prediction import Backend, Errors
+from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, keeps_features, per_image, tower_setting
-from dcp_zoo.training.device import autocast, pick_precision
+from dcp_zoo.training.device import autocast, pick_device, pick_precision
 from dcp_zoo.training.recipes import AUTO
+from dcp_zoo.zoo.factory import create_model
 
 FEW = 16  # images, for which fusing a head takes longer than it saves
 
 
-class HeadPredictor(Predictor):
+@fair_threads()
+def loaded(name: str, device: str = AUTO, classnames: Sequence[str] | None = None) -> Head:
+    """The head of this name, or in this folder, to classify with, on the device."""
+    head: Head = create_model(name, True, classnames=classnames)
+    return head.eval().to(pick_device(device))
+
+
+class HeadBackend(Backend):
     """A head on its device; inside `kept_features` it computes no features that are kept. ZooError without classes, for
     an unknown precision, for features without stored statistics, or to reject without a threshold.
 
     Args:
         features: whether the outputs keep them.
         reject: see `Head.rejection_threshold`; None measures no distances.
-        images: how many there are, if known.
         alone: whether statistics of a batch, where the head has no stored ones, are of each image alone.
     """
 
@@ -40,7 +49,6 @@ class HeadPredictor(Predictor):
         features: bool = False,
         precision: str = AUTO,
         reject: float | None = None,
-        images: int | None = None,
         alone: bool = True,
     ) -> None:
         if not head.classes:
@@ -53,14 +61,18 @@ class HeadPredictor(Predictor):
         if features and not self.stored:
             problem = "Only stored statistics give an image the same features in any batch"
             raise ZooError(f"{problem}: omit features, or set model.stats.")
-        fast = head.abilities.linear and self.stored and not keeps_features() and (images is None or images > FEW)
-        self.fused = head.fuse() if fast else head
+        self.fused: Head | FusedHead = head
+        self.left = FEW if head.abilities.linear and self.stored and not keeps_features() else math.inf
         self.mean, self.std = (torch.tensor(cfg[name], device=self.device)[:, None, None] for name in ("mean", "std"))
 
+    @fair_threads()
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Pixels, uint8 (n, 3, H, W) -> features (n, F), or those of another function of normalised images; where
         features depend on the batch, these images themselves."""
+        self.left -= len(pixels)
+        if self.left < 0 and self.fused is self.head:
+            self.fused = self.head.fuse()
         images = (torch.from_numpy(pixels).to(self.device) / 255 - self.mean) / self.std
         with autocast(self.device, self.precision):
             return (read or self.fused.encode_image)(images).float() if self.stored else images

@@ -3,19 +3,19 @@ what the run depends on and then a row per image, and OUTPUT.partial.float32 the
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
 from dcp_zoo.data.images import Progress, no_progress
-from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, locked, write_file
 from dcp_zoo.prediction import Predictor
@@ -25,42 +25,39 @@ from dcp_zoo.tables import NONE
 
 LATER = "run the same command again later: it continues"
 Told = tuple[list[str], int]  # see `told`
-Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) or, with `Job.together`, (n, E + C)
+Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) or, with `together`, (n, E + C)
 
 
-class Job(NamedTuple):
-    """What a run computes of each image."""
+def classify(images: Sequence[str], predictor: Predictor, together: bool = False) -> Iterator[Batch]:
+    """Classify images in order, batch by batch; with `together` by a predictor that keeps features."""
+    left, backend = iter(images), predictor.backend
+    for errors, found in backend.batches(images, predictor.batch_size):
+        answers = zip(errors, left, found.rows(backend.classnames, predictor.top_k), strict=False)
+        rows = [{"image": image} | ({"error": str(error)} if error else row) for error, image, row in answers]
+        kept = found.features
+        yield rows, np.concatenate([kept, found.logits], 1) if together and kept is not None else kept
 
-    top_k: int = 5  # classes per image
-    batch_size: int = 32  # does not affect the predictions
-    together: bool = False  # refine the answers by each other, see `refined`, with a predictor that keeps features
 
-    def classify(self, images: Sequence[str], predictor: Predictor) -> Iterator[Batch]:
-        """Classify images in order, batch by batch."""
-        left = iter(images)
-        for errors, found in predictor.batches(images, self.batch_size):
-            answers = zip(errors, left, found.rows(predictor.classnames, self.top_k), strict=False)
-            rows = [{"image": image} | ({"error": str(error)} if error else row) for error, image, row in answers]
-            kept = found.features
-            yield rows, np.concatenate([kept, found.logits], 1) if self.together and kept is not None else kept
+def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress: Progress = no_progress) -> list[Row]:
+    """The rows with the answers that `refined` gives, from what `classify` kept of them; "alone" is the class that each
+    image had without the others. Those of no class, or that cannot be read, stay so and lend nothing."""
+    classnames = predictor.backend.classnames
+    rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
+    own = np.array(["error" not in row and label(row) != NONE for row in rows], bool)
+    features, logits = np.split(kept, [-len(classnames)], axis=1)
+    probabilities = refined(Outputs(logits, features=features), own, progress)
+    ranked = top_classes(probabilities, classnames, predictor.top_k)
+    return [row | {"predictions": best} if mine else row for row, best, mine in zip(rows, ranked, own, strict=True)]
 
-    def refined(
-        self, rows: Iterable[Row], kept: np.ndarray, classnames: Sequence[str], progress: Progress = no_progress
-    ) -> list[Row]:
-        """The rows with the answers that `together` gives, from what `classify` kept of them; "alone" is the class that
-        each image had without the others. Those of no class, or that cannot be read, stay so and lend nothing."""
-        rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
-        own = np.array(["error" not in row and label(row) != NONE for row in rows], bool)
-        features, logits = np.split(kept, [-len(classnames)], axis=1)
-        probabilities = refined(Outputs(logits, features=features), own, progress)
-        ranked = top_classes(probabilities, classnames, self.top_k)
-        return [row | {"predictions": best} if mine else row for row, best, mine in zip(rows, ranked, own, strict=True)]
 
-    def collected(self, batches: Iterable[Batch], classnames: Sequence[str]) -> list[Row]:
-        """The rows of all batches of `classify`, refined if they are to be."""
-        rows, kept = zip(*batches, strict=True)
-        every = [*chain(*rows)]
-        return self.refined(every, np.concatenate(kept), classnames) if self.together else every
+def classified(
+    images: Sequence[str], predictor: Predictor, together: bool = False, progress: Progress = no_progress
+) -> list[Row]:
+    """The rows of all images, refined if they are to be."""
+    batches = classify(images, predictor, together)
+    rows, kept = zip(*progress(batches, "images", len(images), size=lambda batch: len(batch[0])), strict=True)
+    every = [*chain(*rows)]
+    return refine(every, np.concatenate(kept), predictor) if together else every
 
 
 def told(rows: Iterable[Row]) -> Told:
@@ -70,7 +67,7 @@ def told(rows: Iterable[Row]) -> Told:
 
 @dataclass(frozen=True)
 class OutputFiles:
-    table: Path  # predictions: .csv or .jsonl
+    table: Path  # predictions: .csv, .jsonl or .parquet
     features: Path | None = None  # image features, in the order of the table: .npz
     sheet: Path | None = None  # an HTML contact sheet
     overwrite: bool = False  # replace files that exist
@@ -81,6 +78,8 @@ class OutputFiles:
 
     def check(self) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
+        if self.table.suffix == ".parquet":
+            import_extra("pyarrow", "data")
         formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
         given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         files, rows = {option: file for option, file in given.items() if file}, self.partial(".jsonl")
@@ -94,38 +93,32 @@ class OutputFiles:
 
 def run(
     images: Sequence[str],
-    load: Callable[[], Predictor],
-    job: Job,
+    predictor: Predictor,
     outputs: OutputFiles,
-    plan: Values,
-    *,
+    together: bool = False,
     progress: Progress = no_progress,
 ) -> Told:
-    """Classify images and write the outputs, which are checked first. Stopped in any way, the same call continues.
-    Returns what `told` does of its rows. ZooError for an output that exists, is not writable or belongs to another run.
-
-    Args:
-        load: called only if an image is left to classify.
-        plan: plain JSON, such as the head's hash: only a run with the same plan continues this one.
-    """
+    """Classify images and write the outputs, which are checked first. Stopped in any way, the same call continues; the
+    head is loaded only if an image is left. Returns what `told` does of its rows. ZooError for an output that exists,
+    is not writable or belongs to another run."""
     outputs.check()
     digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
-    plan |= {"top_k": job.top_k, "together": job.together, "images": digest, "features": outputs.features is not None}
+    plan = predictor.depends_on() | {"top_k": predictor.top_k, "together": together, "images": digest}
+    plan |= {"features": outputs.features is not None}
     file, features = outputs.partial(".jsonl"), outputs.partial(".float32")
     with locked(outputs.partial(".lock")) as free:  # the system releases it with the process
         if not free:
             raise ZooError(f"Another process is writing {file}: wait for it, or choose another --output.")
         done, end = _begun(file, plan)
-        predictor = load() if done < len(images) or job.together else None
-        if predictor and done < len(images):
-            batches = job.classify(images[done:], predictor)
+        if done < len(images):
+            batches = classify(images[done:], predictor, together)
             for rows, kept in progress(batches, "images", len(images), done=done, size=lambda batch: len(batch[0])):
                 if kept is not None:
                     _put(kept.tobytes(), features, done * kept[0].nbytes)
                 lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
                 _put(lines, file, end)
                 done, end = done + len(rows), end + len(lines)
-        found = _finish(images, predictor, job, outputs, progress)
+        found = _finish(images, predictor, outputs, together, progress)
         for old in (file, features):
             old.unlink(missing_ok=True)
     return found
@@ -170,16 +163,16 @@ class _Rows(Iterable[Row]):
 
 
 def _finish(
-    images: Sequence[str], predictor: Predictor | None, job: Job, outputs: OutputFiles, progress: Progress
+    images: Sequence[str], predictor: Predictor, outputs: OutputFiles, together: bool, progress: Progress
 ) -> Told:
     """Write the outputs of a run whose rows are complete."""
     rows: Iterable[Row] = _Rows(outputs.partial(".jsonl"))
     kept: Any = None
-    if job.together or outputs.features:
+    if together or outputs.features:
         kept = np.memmap(outputs.partial(".float32"), np.float32, "r").reshape(len(images), -1)
-    if predictor and job.together:
-        rows = job.refined(rows, kept, predictor.classnames, progress)
-        kept = kept[:, : -len(predictor.classnames)]
+    if together:
+        rows = refine(rows, kept, predictor, progress)
+        kept = kept[:, : -len(predictor.backend.classnames)]
     if outputs.features:
         write_file(outputs.features, partial(writers.write_features, names=images, features=kept), LATER)
     if outputs.sheet:

@@ -1,5 +1,5 @@
-"""What a run on many images writes: tables of predictions (.csv, .jsonl), image features (.npz) and a contact sheet.
-Rows are read several times and written in a stream, to need no memory."""
+"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz) and a contact
+sheet. Rows are read several times and written in a stream, to need no memory."""
 
 import heapq
 import json
@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,10 +33,31 @@ def _cells(row: Row) -> Values:
     return flat | ({"alone": row["alone"]} if "alone" in row else {})
 
 
-def _write_csv(path: str, rows: Iterable[Row]) -> None:
+def _columns(rows: Iterable[Row]) -> list[str]:
     sound = ([*_cells(row)] for row in rows if "error" not in row)
-    names = [*next(sound, ["image", "class", "probability"]), "error"]  # all have the same
+    return [*next(sound, ["image", "class", "probability"]), "error"]  # all have the same
+
+
+def _write_csv(path: str, rows: Iterable[Row]) -> None:
+    names = _columns(rows)
     write_csv(path, names, ([cells.get(name) for name in names] for cells in map(_cells, rows)))
+
+
+def _write_parquet(path: str, rows: Iterable[Row]) -> None:
+    """As `Predictor` has them: an image that cannot be read is of class "", with the probability NaN."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    kinds = {"probability": (pa.float32(), float("nan")), "rejected": (pa.bool_(), False)}
+    columns = {name: kinds.get(re.sub(r"_\d+$", "", name), (pa.string(), "")) for name in _columns(rows)}
+    columns |= {"rejected": kinds["rejected"]}
+    schema, left = pa.schema([(name, kind) for name, (kind, _) in columns.items()]), iter(rows)
+    blank: Values = {name: value for name, (_, value) in columns.items()}
+    with ParquetWriter(path, schema) as file:
+        while part := [blank | _cells(row) for row in islice(left, ROWS)]:
+            for row in part:
+                row |= {name: _plain(row[name]) for name in ("image", "error")}
+            file.write_table(pa.Table.from_pylist(part, schema))
 
 
 def _write_jsonl(path: str, rows: Iterable[Row]) -> None:
@@ -43,14 +65,19 @@ def _write_jsonl(path: str, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(written(row)) + "\n" for row in rows)
 
 
-TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl}
+TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+ROWS = 10_000  # of a Parquet file that are written at a time
+
+
+def _plain(name: str) -> str:
+    """A file's name with replacement characters for what is not valid in the system's encoding."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def write_features(path: str, names: Sequence[str], features: np.ndarray) -> None:
-    """Arrays `image` (N,) and `features` (N, E), as np.load reads them; names with replacement characters for what is
-    not valid in the system's encoding."""
+    """Arrays `image` (N,), see `_plain`, and `features` (N, E), as np.load reads them."""
     with open(path, "wb") as file:  # noqa: PTH123  np.savez would add a suffix to the path
-        np.savez(file, image=np.array([re.sub("[\ud800-\udfff]", "\ufffd", name) for name in names]), features=features)
+        np.savez(file, image=np.array([*map(_plain, names)]), features=features)
 
 
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser

@@ -32,7 +32,7 @@ class TrainingSet:
     labels: Tensor  # (n,)
     text: Linear  # the text logits z as a linear function of the first part
     scale: float = 1.0  # a
-    weights: Tensor | None = None  # (n,), multiply the losses of the images, whose sum stays as it is
+    weights: Tensor | None = None  # (n,), how much the images count; default 1
     inside: Sequence[int] = ()  # positions of the parts from inside an image tower, see `blocks`
 
     def of(self, images: Tensor) -> "TrainingSet":
@@ -45,11 +45,17 @@ class TrainingSet:
         """Images per class (C,)."""
         return torch.bincount(self.labels, minlength=len(self.text[0]))
 
+    @property
+    def count(self) -> float:
+        """How many images they count as."""
+        return len(self.labels) if self.weights is None else self.weights.sum().item()
+
     @cached_property
     def means(self) -> Tensor:
         """Class means (C, W) of all views, 0 for a class without images."""
         rows, labels = self.views.flatten(0, 1), self.labels.repeat(len(self.views))
-        return means_of_some(rows, labels, len(self.text[0])).float()
+        weights = None if self.weights is None else self.weights.repeat(len(self.views))
+        return means_of_some(rows, labels, len(self.text[0]), weights).float()
 
     def text_logits(self, features: Tensor) -> Tensor:
         """Features (m, W) -> scaled text logits a z (m, C)."""
@@ -57,13 +63,11 @@ class TrainingSet:
         return F.linear(features[:, : self.widths[0]], self.scale * weight, self.scale * bias)
 
     def row_weights(self) -> Tensor:
-        """The weights (V n,) of the losses of all views: each class has the same, apart from `weights`."""
-        views = len(self.views)
-        weights = (len(self.labels) / ((self.counts > 0).sum() * views * self.counts))[self.labels].repeat(views)
-        if self.weights is None:
-            return weights
-        weighted = weights * self.weights.repeat(views)
-        return weighted * (weights.sum() / weighted.sum())
+        """The weights (V n,) of the losses of all views: each class has the same in all."""
+        views, counts = len(self.views), self.counts
+        totals = counts if self.weights is None else torch.bincount(self.labels, self.weights).clamp(min=1e-6)
+        weights = (totals.sum() / ((counts > 0).sum() * views * totals))[self.labels]
+        return (weights if self.weights is None else weights * self.weights).float().repeat(views)
 
 
 class Family(NamedTuple):

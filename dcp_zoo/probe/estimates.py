@@ -43,14 +43,21 @@ def lowest_point(slope: Slope, start: Tensor, max_iter: int, tolerance_grad: flo
     return point.detach()
 
 
-def text_scale(logits: Tensor, labels: Tensor) -> float:
-    """a: minimises the cross-entropy (sum) of a times logits (n, C) + (log a)^2 / 2."""
+def text_scale(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
+    """a: minimises the cross-entropy (sum, with weights (n,) of the rows) of a times logits (n, C) + (log a)^2 / 2."""
     logits = logits.double()
 
     def loss(log: Tensor) -> Tensor:
-        return F.cross_entropy(log.exp() * logits, labels, reduction="sum") + log.square() / 2
+        return loss_of(log.exp() * logits, labels, weights) + log.square() / 2
 
     return minimum(loss, logits.new_zeros(()), max_iter=100).exp().item()
+
+
+def loss_of(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """The cross-entropy (sum) of logits (n, C), with weights (n,) of the rows."""
+    if weights is None:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    return weights.to(logits) @ F.cross_entropy(logits, labels, reduction="none")
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -61,12 +68,13 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     return means_of_some(features, labels, classes)
 
 
-def means_of_some(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """`class_means`, which are 0 for a class without features."""
+def means_of_some(features: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:
+    """`class_means`, with weights (n,) of the features, which are 0 for a class without features."""
     sums = torch.zeros(classes, features.shape[1], dtype=torch.float64)
-    for rows, of in in_float64(features, labels):
+    for rows, of in in_float64(features if weights is None else weights[:, None] * features, labels):
         sums.index_add_(0, of, rows)
-    return sums / torch.bincount(labels, minlength=classes).clamp(min=1)[:, None]
+    counts = torch.bincount(labels, weights, classes).double()
+    return sums / counts.masked_fill(counts == 0, 1)[:, None]
 
 
 def in_float64(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,7 +4,8 @@
 2. Images are left out in four `folds`, of many images in one, and `candidates` fitted to the others. Where the method
    was trained on these images, zero-shot CLIP takes its place there.
 3. Each candidate counts by its `evidence`, its losses on the images that were left out.
-4. The probe is the mean of the candidates, fitted to all images.
+4. The probe is the mean of the candidates, fitted to all images, and more sure of itself the fewer they are: its logits
+   are multiplied by 1 + `SHARPER` / images per class.
 5. The scores of the images that were left out set a `threshold`, if these are 20. Images that were added as corrections
    do not count where 20 others are left out: they are the hard ones, and would lower it. `like_accepted` says how many
    images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday pictures.
@@ -27,13 +28,14 @@ from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
 from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
-from dcp_zoo.probe.folds import folds
+from dcp_zoo.probe.folds import folds, shares
 from dcp_zoo.probe.model import TextProbe
 from dcp_zoo.tables import REFUSED
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
 LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
+SHARPER = 0.3  # by which the calibration of four sets at 1 to 8 images per class is best, see `benchmarks/notes.md`
 
 
 class ReadingFeatures(NamedTuple):
@@ -66,18 +68,18 @@ def fit_on_features(
         readings: of the head; of two with text, the first is the method's own, and the probe the mean of both.
         unseen: zero-shot CLIP's logits by the first part of the last reading with text, with which training images are
             left out. Default: those that the probe starts at.
-        weights: (n,) of the images' losses, see `TrainingSet`.
+        weights: (n,), how much each image counts. Default: the same.
         typical: (n,), which images set the threshold, if enough of them are left out. Default: all.
         examples: (M, F'), of images of no class, the parts of the readings that no method changed one after the other.
             They are of use where there is a threshold. Default: none.
-        groups: (n,), integers: images with the same one are left out together. Default: each image alone.
+        groups: (n,), integers: images with the same one are left out together, and count as one. Default: each alone.
     """
     clip = [reading for reading in readings if reading.start][-1]
     if len(classes) > 1 and (clip.features[0] - clip.features[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
-    sets = _training_sets(labels, readings, weights)
+    sets = _training_sets(labels, readings, shares(groups, weights))
     plain = sets[-1] if unseen is None else replace(sets[-1], text=unseen)
-    scale = text_scale(plain.text_logits(plain.views[0]), labels)
+    scale = text_scale(plain.text_logits(plain.views[0]), labels, plain.weights)
     plain, sets = replace(plain, scale=scale), [replace(each, scale=scale) for each in sets]
 
     out = folds(labels, groups)
@@ -86,12 +88,14 @@ def fit_on_features(
     left_out, evidence = leave_out_each(plain, out)
     if not left_out:
         evidence = without_evidence(plain, len(clip.widths) - clip.inside)
+    sharper = 1 + SHARPER * (plain.counts > 0).sum().item() / plain.count
+    evidence = {family: sharper * weights for family, weights in evidence.items()}
 
     means = [mean_of(fit_candidates(each, evidence), evidence, each.views.shape[-1]) for each in sets]
     probe = TextProbe(classes, [reading.widths for reading in readings], clip.widths[0] if len(sets) > 1 else 0)
     _fill(probe, sets, means)
     probe.text_scale.fill_(scale * means[0].text)
-    info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text, 3)}
+    info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text / sharper, 3)}
 
     if left_out:
         left_out_typical = None if typical is None else typical[torch.cat(out)]

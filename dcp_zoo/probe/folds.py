@@ -34,6 +34,18 @@ def folds(labels: Tensor, groups: Tensor | None = None) -> list[Tensor]:
     return [part for part in parts if len(part)]
 
 
+def shares(groups: Tensor | None, weights: Tensor | None = None) -> Tensor | None:
+    """How much each image counts (n,), so that a group counts as much as one image: by the groups (n,), and weights of
+    images (n,), whose mean is 1 then. None if all images count the same.
+
+    >>> shares(torch.tensor([7, 7, 8]))
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+    weights = None if weights is None else weights / weights.mean()
+    sizes = torch.ones(()) if groups is None else torch.bincount(groups)[groups]
+    return weights if sizes.max() == 1 else (1 if weights is None else weights) / sizes
+
+
 def without(out: Tensor, n: int) -> Tensor:
     """Which of n images (n,) are not at these positions: those that are kept while a fold is left out."""
     return torch.isin(torch.arange(n), out, invert=True)

@@ -19,9 +19,9 @@ from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
-from dcp_zoo.onnx.classifier import INPUT, OnnxClassifier
 from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
-from dcp_zoo.zoo.registry import MODELS, get_head
+from dcp_zoo.prediction.onnx import INPUT, OnnxClassifier
+from dcp_zoo.zoo.registry import MODELS, get_head, newest
 from dcp_zoo.zoo.resolve import parse_name
 
 CARD_NAME = "README.md"
@@ -120,7 +120,7 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
     data = ModelCard.load(card).data if card.is_file() else ModelCardData()
     stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
-    metrics = (get_head(name).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
+    metrics = (newest(get_head(name)).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
     found = accuracies(metrics)
     for names in (MODES, PROBED):
         found |= {mode: stated[card_name] for mode, card_name in names.items() if card_name in stated}

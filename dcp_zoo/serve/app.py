@@ -24,8 +24,8 @@ from dcp_zoo.answers import Outputs
 from dcp_zoo.data.images import UnsupportedImage
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.onnx.classifier import OnnxClassifier
 from dcp_zoo.prediction import decode
+from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.serve import DEFAULT_LIMITS, Limits
 
 BYTES = 64_000_000  # of the bodies of all requests in progress

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dcp_zoo._version import __version__
 from dcp_zoo.backbone.clip import Encoder
 from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import UNREADABLE, ZooError, attempted, warn
@@ -151,10 +150,10 @@ def image_key(image: str | Path | Image.Image) -> str:
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:
     """What features of a frozen encoder depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
-    return f"{what} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
+    return f"{what} {[*model.parts]} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
 
 
 @cache
 def computed_by() -> str:
     """The versions of what reads images and computes features."""
-    return f"{__version__} {[version(name) for name in ('torch', 'torchvision', 'timm', 'Pillow')]}"
+    return f"{version('dcp_zoo')} {[version(name) for name in ('torch', 'torchvision', 'timm', 'Pillow')]}"

@@ -16,9 +16,13 @@ DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report it
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """A torch device; "auto" is CUDA, else MPS, else the CPU. ZooError if it is not available."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """A torch device; "auto" is CUDA, "auto:3" the GPU of the fourth process on a machine, else MPS, else the CPU.
+    ZooError if it is not available."""
+    kind, _, rank = name.partition(":")
+    if kind == "auto" and (gpus := torch.cuda.device_count()):
+        name = f"cuda:{int(rank) % gpus}" if rank else "cuda"
+    elif kind == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     unavailable = f"Device {name!r} is not available ({{}}). Use --device auto or cpu."
     with as_zoo_error(unavailable, RuntimeError, AssertionError):
         torch.empty(0, device=name)

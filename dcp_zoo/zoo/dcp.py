@@ -8,13 +8,14 @@ imports timm, as open_clip does: that would be a circular import.
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.zoo.registry import MODELS, all_heads
+from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__: list[str] = []  # timm adds the models' names
 default_cfgs: Values = {}  # filled by `register`, read by timm
@@ -37,7 +38,7 @@ def _saving(save: Callable[..., None]) -> Callable[..., None]:
     would write all tensors, CLIP's included, and a config.json that says too little to read them again."""
 
     @functools.wraps(save)
-    def save_for_hf(model: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_for_hf(model: "nn.Module", save_directory: str, *args: Any, **kwargs: Any) -> None:
         from dcp_zoo.heads.head import Head
 
         if not isinstance(model, Head):
@@ -63,37 +64,22 @@ def _head_cfgs() -> Values:
     return cfgs
 
 
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
+@functools.cache
+def _entrypoint(name: str) -> Callable[..., Any]:
     def entrypoint(
         pretrained: bool | str = False,
-        pretrained_cfg: Any = None,  # a tag, a dictionary or timm's own class
-        pretrained_cfg_overlay: Values | None = None,
         pretrained_model_args: Values | None = None,  # since timm 1.0.31; repeated in kwargs
         **kwargs: Any,
-    ) -> nn.Module:
+    ) -> Any:
         from dcp_zoo.zoo.factory import create_model
 
-        overlay = dict(pretrained_cfg_overlay or {})
-        full_name = _full_name(name, pretrained_cfg, overlay)
-        return create_model(full_name, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+        return create_model(name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"`dcp_zoo.create_model({name!r}, ...)` for timm."
+    entrypoint.__doc__ = f"`dcp_zoo.create_model({name!r}, ...)`."
     return entrypoint
 
 
-def _full_name(name: str, cfg: Any, overlay: Values) -> str:
-    """The name by which `create_model` finds the weights timm requests; removes their location from `overlay`. timm
-    passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config it read there."""
-    overlay.pop("num_classes", None)  # always the source's, which is in its config
-    if file := overlay.pop("file", None):
-        return f"local-dir:{file}"
-    if repo := overlay.pop("hf_hub_id", None):
-        return f"hf-hub:{repo}"
-    given = {"tag": cfg} if isinstance(cfg, str) else cfg or {}
-    values = given if isinstance(given, dict) else given.to_dict()
-    if values.get("source") == "local-dir":
-        return f"local-dir:{values['file']}"
-    if values.get("source") == "hf-hub":
-        return f"hf-hub:{values['hf_hub_id']}"
-    return f"{name}.{values['tag']}" if values.get("tag") else name
+def model_entrypoint(model_name: str) -> Callable[..., Any]:
+    """The function that makes a model, whatever its tag, as `timm.model_entrypoint`; ZooError for an unknown one."""
+    return _entrypoint(get_spec(model_name.partition(".")[0]).name)

@@ -21,20 +21,21 @@ from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.classifier import take_blocks
+from dcp_zoo.heads.classifier import FORMATS, take_blocks
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.zoo.build import build_head
-from dcp_zoo.zoo.registry import ModelSpec
+from dcp_zoo.zoo.registry import ModelSpec, is_model
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
 
+PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
 
 def create_model(
-    name: str,
+    model_name: str,
     pretrained: bool | str = False,
     *,
     classnames: Sequence[str] | None = None,
@@ -48,13 +49,13 @@ def create_model(
     """Create a model of the zoo.
 
     Args:
-        name: a model ("dcp_vitb16", or "small", "medium", "large": the best for their cost), a head
+        model_name: a model ("dcp_vitb16", or "small", "medium", "large": the best for their cost), a head
             ("dcp_vitb16.imagenet-16shot"), a checkpoint folder, or "local-dir:path" if it has the name of a model,
             "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
             `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" of a model of the zoo for CLIP's weights and that head, True for
-            the head in `name` or the model's default one. Random weights and fresh prompts are drawn from torch's
+            the head in `model_name` or the model's default one. Random weights and fresh prompts are drawn from torch's
             random state, as those of any torch module.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
@@ -74,8 +75,8 @@ def create_model(
     """
     arguments = TimmArguments.taken_from(options)
     if (path := arguments.checkpoint_path) and is_checkpoint(path):
-        name, pretrained, arguments.checkpoint_path = f"local-dir:{path}", True, ""
-    source = resolve(name, pretrained, cache_dir)
+        model_name, pretrained, arguments.checkpoint_path = f"local-dir:{path}", True, ""
+    source = resolve(arguments.head_name(model_name), pretrained, cache_dir)
     model = build_head(source, classnames, descriptions, tokenizer, without_fixed(source.spec, options))
     model.stats = stats
     return arguments.applied(model, classnames, classifier)
@@ -90,22 +91,31 @@ class TimmArguments:
         num_classes: another number than the head's gives a fresh layer, see `Head.reset_classifier`; 0 gives features.
         checkpoint_path: a file of timm's or torch's with a state of the whole model, or a checkpoint folder of the zoo.
         features_only: wrap the model in timm's feature extractor.
+        feature_cls: "getter", the only extractor that a head has.
         out_indices: which blocks that gives, see `Classifier.forward_intermediates`. Default: the last three.
+        output_fmt: of what it gives, see there.
         device, dtype: where the model goes, and the floating-point type of its weights.
-        pretrained_cfg_overlay: changes of the preprocessing, in timm's terms.
+        pretrained_cfg: a tag, or one of timm's configs of a head, in place of the tag in the name.
+        pretrained_cfg_overlay: changes of the preprocessing, in timm's terms, or where the head is: file, hf_hub_id.
     """
 
     num_classes: int | None = None
     checkpoint_path: str | Path = ""
     features_only: bool = False
+    feature_cls: str | None = None
     out_indices: int | Sequence[int] | None = None
+    output_fmt: str | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+    pretrained_cfg: Any = None
     pretrained_cfg_overlay: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.out_indices is not None and not self.features_only:
-            raise ZooError(f"out_indices={self.out_indices!r} selects feature maps: pass features_only=True as well.")
+        for name in ("out_indices", "output_fmt", "feature_cls"):
+            if (value := getattr(self, name)) is not None and not self.features_only:
+                raise ZooError(f"{name}={value!r} is of feature maps: pass features_only=True as well.")
+        check_choice("feature_cls", self.feature_cls, (None, "getter"))
+        check_choice("output_fmt", self.output_fmt, (None, *FORMATS))
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             problem = f"dtype={self.dtype!r}: weights need a floating-point torch.dtype"
             raise ZooError(f"{problem}, such as torch.float16.")
@@ -114,6 +124,26 @@ class TimmArguments:
     def taken_from(cls, options: Values) -> "TimmArguments":
         """Those among the options, which are taken out there."""
         return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
+
+    def head_name(self, name: str) -> str:
+        """The name by which the head is found that timm's configs ask for; takes its place out of the overlay. timm
+        passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config that it read there."""
+        overlay = dict(self.pretrained_cfg_overlay or {})
+        overlay.pop("num_classes", None)  # always the head's, which is in its config
+        file, repo = overlay.pop("file", None), overlay.pop("hf_hub_id", None)
+        self.pretrained_cfg_overlay = overlay
+        if file or repo:
+            return f"local-dir:{file}" if file else f"hf-hub:{repo}"
+        given = self.pretrained_cfg
+        if not given:
+            return name
+        cfg = {"tag": given} if isinstance(given, str) else given if isinstance(given, dict) else given.to_dict()
+        if (kind := cfg.get("source")) in ("local-dir", "hf-hub"):
+            return f"{kind}:{cfg['file' if kind == 'local-dir' else 'hf_hub_id']}"
+        if not (tag := cfg.get("tag")) or not is_model(name):
+            problem = f"pretrained_cfg={given!r} names no head of {name}"
+            raise ZooError(f"{problem}. Pass a tag; changes of the preprocessing are pretrained_cfg_overlay.")
+        return f"{name.partition('.')[0]}.{tag}"
 
     def applied(self, model: Head, classnames: Sequence[str] | None, classifier: str | None) -> nn.Module:
         """The model with these arguments, and without its text probe if `classifier` is "none"."""
@@ -136,7 +166,7 @@ class TimmArguments:
         if not self.features_only:
             return model
         blocks = take_blocks(3 if self.out_indices is None else self.out_indices, len(model.feature_info))
-        net: Any = FeatureGetterNet(model, tuple(blocks))
+        net: Any = FeatureGetterNet(model, tuple(blocks), output_fmt=self.output_fmt or FORMATS[0])
         net.pretrained_cfg = net.default_cfg = dict(model.encoder.pretrained_cfg)
         return net
 
@@ -189,17 +219,28 @@ class TestTransform:
 
 
 def create_transform(
-    model_or_name: FrozenCLIP | Head | FusedHead | str,
+    model_or_name: FrozenCLIP | Head | FusedHead | str | None = None,
     is_training: bool = False,
     input_size: int | Sequence[int] | None = None,
+    **changes: Any,
 ) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W). ZooError for another `input_size` than the model's.
+
+    `changes` are of its interpolation, crop_pct, crop_mode, mean and std. With all of these, and the size, it needs no
+    model: `create_transform(**timm.data.resolve_model_data_config(model))`.
 
     Testing: the CLIP's own, timm's bit for bit: resize of the short side and centre crop or, for some, of both sides.
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
     random numbers. It also takes uint8 tensors (3, h, w): faster than PIL, and within 2 of 255 levels.
     """
-    cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
+    if model_or_name is None:
+        cfg: Values = {"input_size": input_size}
+    else:
+        cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
+    wrong, cfg = sorted(changes.keys() - set(PREPROCESSING)), cfg | changes
+    if wrong or (missing := [name for name in ("input_size", *PREPROCESSING) if cfg.get(name) is None]):
+        problem = f"{', '.join(wrong)}: unknown" if wrong else f"{', '.join(missing)}: missing without a model"
+        raise ZooError(f"create_transform: {problem}. Pass a model, and of {', '.join(PREPROCESSING)} what differs.")
     size = cfg["input_size"][-1]
     check_only("input_size", input_size, "the model reads square images of one size", sizes(size))
     if not is_training:

@@ -2,7 +2,8 @@
 manifest of heads, and the functions that list them.
 
 A head is what a method trained for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
-`heads.json` holds those that exist; other combinations of a CLIP model, the 11 datasets and shots are `planned`.
+`heads.json` holds those that existed at the release, and the index on the Hub those published since; other combinations
+of a CLIP model, the 11 datasets and shots are `planned`. The index is read only where a function says so.
 """
 
 import fnmatch
@@ -15,13 +16,14 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import TypedDict
 
 import yaml
 
 from dcp_zoo.backbone import MINI_CFG
 from dcp_zoo.data.packaged import DATASETS, list_datasets
-from dcp_zoo.errors import ZooError, check_choice, nearest
-from dcp_zoo.fields import Values
+from dcp_zoo.errors import ZooError, check_choice, nearest, warn
+from dcp_zoo.fields import Values, problems
 from dcp_zoo.heads.config import WEIGHTS_NAME, DCPConfig
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -163,6 +165,15 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 MANIFEST = Path(__file__).parent / "heads.json"
 
 
+class IndexRow(TypedDict):
+    """A head in an index; see `HeadEntry`."""
+
+    revision: str
+    sha256: str
+    license: str | None
+    metrics: dict[str, float]
+
+
 @dataclass(frozen=True)
 class HeadEntry:
     """One set of trained prompts; ZooError for a name that is no `model.dataset-Kshot[-seedS]`."""
@@ -239,8 +250,46 @@ def all_heads() -> dict[str, HeadEntry]:
     return {name: HeadEntry(name) for name in names} | trained_heads()
 
 
-def get_head(name: str) -> HeadEntry:
-    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
+@cache
+def parsed_index(org: str, index: bytes) -> dict[str, HeadEntry]:
+    """The heads of an organisation by its index on the Hub, without rows that do not pin a head of a known model."""
+    heads: dict[str, HeadEntry] = {}
+    try:
+        rows = dict(json.loads(index))
+    except (ValueError, TypeError) as error:
+        warn(f"The index of {org}'s heads on the Hub is damaged ({error}): only heads of this release are known.")
+        return heads
+    for name, values in rows.items():
+        if not any(problems(values, IndexRow)) and name.partition(".")[0] in MODELS:
+            row = {key: values[key] for key in IndexRow.__annotations__}
+            if re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}"):
+                with suppress(ZooError):
+                    heads[name] = HeadEntry(name, "published", org, **row)
+    return heads
+
+
+def indexed_heads() -> dict[str, HeadEntry]:
+    """The heads that the organisation has published up to now, by its index on the Hub; without a network those of the
+    cached index, if there is one."""
+    from dcp_zoo.hub import read_index  # slow to import
+
+    org = os.environ.get("DCP_ZOO_HUB_ORG") or HUB_ORG
+    return parsed_index(org, read_index(org))
+
+
+def newest(head: HeadEntry) -> HeadEntry:
+    """A head as the index has it, if this release neither bundles nor pins it."""
+    return head if head.status == "bundled" or head.pin[0] else indexed_heads().get(head.name, head)
+
+
+def loadable_heads() -> dict[str, HeadEntry]:
+    """All heads of the manifest, and of the index on the Hub."""
+    return indexed_heads() | {name: newest(head) for name, head in trained_heads().items()}
+
+
+def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
+    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown here and, with
+    `ask_hub`, to the index on the Hub."""
     if head := all_heads().get(name):
         return head
     get_spec(name.partition(".")[0])  # raises for an unknown one
@@ -250,6 +299,8 @@ def get_head(name: str) -> HeadEntry:
     in_zoo = first_seed in (f"{dataset}-{shots}shot" for dataset in list_datasets() for shots in SHOTS)
     if in_zoo or f"{head.model}.{first_seed}" in all_heads():
         return head
+    if ask_hub and (found := newest(head)) is not head:
+        return found
     tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
     close = nearest(head.tag, tags) or tags[:5]
     problem = f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'."
@@ -257,30 +308,49 @@ def get_head(name: str) -> HeadEntry:
 
 
 def has_head(name: str) -> bool:
-    """Whether `get_head` accepts a name."""
+    """Whether `get_head` accepts a name without asking the Hub."""
     with suppress(ZooError):
-        return bool(get_head(name))
+        return bool(get_head(name, ask_hub=False))
     return False
 
 
 def list_models(
     filter: str | Sequence[str] = "",
+    module: str | Sequence[str] = "",
     pretrained: bool = False,
     exclude_filters: str | Sequence[str] = "",
+    name_matches_cfg: bool = False,
+    include_tags: bool | None = None,
 ) -> list[str]:
-    """Names of the zoo's models or, with `pretrained`, those of `list_pretrained`.
+    """Names of the zoo's models, with the parameters and in the order of `timm.list_models`.
 
     Args:
-        filter, exclude_filters: wildcards such as "dcp_vitb16*" or "*-16shot", or lists of them, as of
-            `timm.list_models`.
-        pretrained: whether to list heads.
+        filter, exclude_filters: wildcards such as "dcp_vitb16*" or "*-16shot", or lists of them.
+        module: timm's families of models; the zoo has "dcp".
+        pretrained: list heads that can be loaded, as `list_pretrained` does.
+        name_matches_cfg: changes nothing, as every model has a configuration.
+        include_tags: whether to list heads `model.tag`, without `pretrained` planned ones, too. Default: `pretrained`.
     """
-    return _matching(trained_heads() if pretrained else MODELS, filter, exclude_filters)
+    heads: Iterable[HeadEntry] = loadable_heads().values() if pretrained else all_heads().values()
+    if include_tags is None or include_tags == pretrained:
+        names = [head.name for head in heads] if pretrained else [*MODELS]
+    elif include_tags:
+        names = [head.name for head in heads]
+    else:
+        names = [head.model for head in heads if head.tag == MODELS[head.model].default_tag]
+    is_ours = not module or "dcp" in ([module] if isinstance(module, str) else module)
+    return sorted(_matching(names if is_ours else [], filter, exclude_filters), key=_natural)
+
+
+def _natural(name: str) -> list[int | str]:
+    """timm's order: numbers within names by their value."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:
-    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub; see `list_models`."""
-    return list_models(filter, True, exclude_filters)
+    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub, whose index is read; see
+    `list_models`."""
+    return list_models(filter, pretrained=True, exclude_filters=exclude_filters)
 
 
 def _matching(names: Iterable[str], filter: str | Sequence[str], exclude: str | Sequence[str] = "") -> list[str]:
@@ -294,7 +364,7 @@ def _matching(names: Iterable[str], filter: str | Sequence[str], exclude: str | 
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:
-    """Names `model.tag` of all heads, including planned ones.
+    """Names `model.tag` of all heads, including planned ones; the Hub's index is read.
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
@@ -302,9 +372,10 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
     """
     if status is not None:
         check_choice("status", status, STATUSES)
-    return _matching((h.name for h in all_heads().values() if status in (None, h.status)), filter)
+    heads = all_heads() | loadable_heads()
+    return _matching((h.name for h in heads.values() if status in (None, h.status)), filter)
 
 
 def is_model(name: str) -> bool:
-    """Whether `name` is a model of the zoo, with or without a `.tag`."""
-    return name.split(".", 1)[0] in MODELS
+    """Whether `name` is a model of the zoo, by name or size, with or without a `.tag`."""
+    return SIZES.get(model := name.partition(".")[0], model) in MODELS

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
@@ -50,17 +50,16 @@ def parse_name(name: str) -> Name:
     path = place if is_local else name
     if registry.is_model(name) and not is_local:
         model, _, tag = name.partition(".")
-        if not (tag and is_checkpoint(path) and not registry.has_head(name)):
-            return Name("zoo", model, tag)
-    if name in registry.SIZES and not is_checkpoint(name):
-        return Name("zoo", registry.SIZES[name])
+        known = registry.has_head(name) if tag else model in registry.MODELS  # a folder may be called small
+        if known or not is_checkpoint(path):
+            return Name("zoo", registry.SIZES.get(model, model), tag)
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
         return Name("local-dir", str(checkpoint_folder(path)))
     beside = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
     if is_local:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = nearest_hint(name, [*beside, *registry.list_models(pretrained=True), *registry.list_models()])
+    hint = nearest_hint(name, [*beside, *registry.trained_heads(), *registry.MODELS])
     problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{registry.open_clip_hint(name) or hint}"
     raise ZooError(f"{problem} All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}.")
 
@@ -125,8 +124,10 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, cache_dir: str | P
     if pretrained in FRESH:
         return Source(model, head, cache_dir=cache_dir, pretrained=pretrained)
     head = head if pretrained is True else get_head(f"{model}.{pretrained}")
-    stored = head.bundled_dir if head.status == "bundled" else None
-    folder = trained_here(head) or stored or _download(head, cache_dir)
+    folder = trained_here(head)
+    if folder is None:
+        head = registry.newest(head)
+        folder = head.bundled_dir if head.status == "bundled" else _download(head, cache_dir)
     config = read_config(folder)
     return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
 
@@ -185,6 +186,11 @@ def get_pretrained_cfg(name: str) -> Values:
     return source.spec.data_cfg | {"architecture": source.architecture}
 
 
+def get_pretrained_cfg_value(name: str, key: str) -> Any:
+    """A value of `get_pretrained_cfg`; None if it has none of that name."""
+    return get_pretrained_cfg(name).get(key)
+
+
 def head_folder(name: str) -> Path:
     """The folder of a head's checkpoint, downloaded if needed; see `resolve`."""
     folder = resolve(name).folder
@@ -192,10 +198,19 @@ def head_folder(name: str) -> Path:
     return folder
 
 
-def head_sha256(folder: Path) -> str:
-    """A hash of a checkpoint's two files; ZooError if one is missing."""
-    files = [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+def head_files(place: Path) -> list[Path]:
+    """A checkpoint's two files, or an exported one; ZooError if one is missing."""
+    if place.suffix == ".onnx":
+        if not place.is_file():
+            raise ZooError(f"There is no file {place}: create one with dcp-zoo export.")
+        return [place]
+    files = [place / CONFIG_NAME, place / WEIGHTS_NAME]
     for file in files:
         if not file.is_file():
-            raise ZooError(f"{folder} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
-    return sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+            raise ZooError(f"{place} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
+    return files
+
+
+def head_sha256(place: Path) -> str:
+    """A hash of these files."""
+    return sha256("".join(map(sha256_of, head_files(place))).encode()).hexdigest()

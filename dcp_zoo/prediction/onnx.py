@@ -9,7 +9,7 @@ import numpy as np
 from dcp_zoo.answers import Outputs, is_rejected, log_softmax
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
-from dcp_zoo.prediction import Predictor, decode
+from dcp_zoo.prediction import Backend, decode
 
 SMALLEST = np.finfo(np.float32).tiny
 INPUT = "pixel_values"  # of normalised images, as other programs call it
@@ -30,7 +30,7 @@ def providers(device: str) -> list[Any]:
     return cpu
 
 
-class OnnxClassifier(Predictor):
+class OnnxClassifier(Backend):
     """An exported model. ZooError for a file that is missing, or no export of this package; or that cannot reject, or
     has no features, where these are asked for.
 

@@ -1,1 +1,0 @@
-from .classifier import OnnxClassifier as OnnxClassifier
