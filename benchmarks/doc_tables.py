@@ -27,7 +27,6 @@ UNBROKEN = re.compile(r"(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=\d) (?=to [+-])|(?<=to
 ACCURACIES = {
     "few-shot": report.few_shot_tables,
     "base-to-new": report.base_to_new_tables,
-    "domain-shift": lambda rows: report.target_tables(rows, "domain-shift"),
 }
 FORMATS = {
     "format": "file",

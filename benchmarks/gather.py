@@ -27,7 +27,7 @@ def main() -> None:
     few_shot_dcp = (rows.protocol == "few-shot") & (rows.method == "dcp")
     rows = rows[~few_shot_dcp | (rows.stats == NO_CLASSIFIER)]
     rows.loc[few_shot_dcp, "selection"] = "none"
-    protocols = ("few-shot", "base-to-new", "domain-shift")
+    protocols = ("few-shot", "base-to-new")
     parts = {name: rows[(rows.protocol == name) & (rows.options == "")] for name in protocols}
     complete = parts["few-shot"].groupby(["method", "options"], sort=False)
     parts["few-shot"] = complete.filter(is_complete)

@@ -46,11 +46,13 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
 MODEL, TEST_IMAGES, VAL_IMAGES = "dcp_mini", 800, 4  # at most so many test images, and validation images per class
 ON_FEATURES = ("zero-shot-ensemble", *(name for name, each in METHODS.items() if each.features))
-RECIPES = {"dcp, fast": "fast"}  # where not the method's default
+RECIPES = {"dcp, fast": "fast", "dcp, paper": "paper", "dcp, release": "release"}  # where not the method's default
 QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "dcp, fast", "coop", "prolip")
 SLOW = ("2sfs", "vpt-deep", "maple", "promptsrc", "clip-lora", "clip-svd")
 # images per class, and draws
+AUTHORS = ("dcp, paper", "dcp, release")
 GRID = dict.fromkeys(QUICK, ((4, 1, 16, 2, 8), range(1, 6))) | dict.fromkeys(SLOW, ((4, 16), range(1, 3)))
+GRID |= dict.fromkeys(AUTHORS, ((4,), range(1, 3)))
 
 
 def draw(pool: Pool, images: int, seed: int) -> Split:

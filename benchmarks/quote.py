@@ -85,7 +85,7 @@ ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
 def results(file: str) -> pd.DataFrame:
     """A file of benchmarks/results; one of accuracies has the report's labels, such as "DCP" and "DCP, batch"."""
     rows = pd.read_csv(RESULTS / f"{file}.csv")
-    return report.with_labels(rows) if "protocol" in rows and "target" in rows else rows
+    return report.with_labels(rows) if {"protocol", "stats"} <= {*rows} else rows
 
 
 def select(file: str, **where: Any) -> pd.DataFrame:
@@ -148,6 +148,11 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     return "\n".join([*lines, *(f"- **{which}** {found}" for which, found in listed.items() if found)])
 
 
+def titled(method: str) -> str:
+    """The title of a method, with its recipe if it has one."""
+    return ",".join([report.title(method.split(",")[0]), *method.split(",")[1:]])
+
+
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
 ALL_READ, READ_BY = "embedding, backbone, inside", {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}
 READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}  # of `baselines.py`
@@ -160,8 +165,7 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
     out."""
     rows = results(file).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
-    titles = rows.method.map(lambda method: ",".join([report.title(method.split(",")[0]), *method.split(",")[1:]]))
-    rows["label"] = titles + rows.reading.map(PROBES | READINGS)
+    rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | READINGS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
     table = rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
@@ -325,16 +329,63 @@ def parity() -> str:
     return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
 
-def couplings() -> str:
-    """The paper's coupling against the released code's, by set, with batch statistics and with stored ones."""
-    rows, lines = results("couplings"), []
-    for (name, shots), group in rows.groupby(["set", "shots"], sort=False):
-        for stats, same in group.groupby("stats"):
-            by_seed = same.pivot_table("top1", "seed", "coupling").dropna()
-            gain = by_seed.bidirectional - by_seed.text_to_vision
-            means = [f"{by_seed[coupling].mean():.1f}" for coupling in ("bidirectional", "text_to_vision")]
-            lines.append([f"{name}, {shots} per class", stats, len(gain), *means, report.difference_cell(gain)])
-    return as_table(["dataset", "statistics", "seeds", "`paper`", "`release`", "`paper` minus `release`"], lines)
+def labels_of(rows: pd.DataFrame) -> pd.Series:
+    """What tables call a method, with its recipe, if it has another than the default, and how its head is read."""
+    titles = rows.method.map(titled)
+    probe = titles == report.title("text-probe")
+    reading = rows.reading.where(~probe, rows.reading.str.removeprefix("text probes")).replace("", pd.NA)
+    return titles + (reading.where(probe, " + " + reading)).fillna("")
+
+
+def transfer(protocol: str, images: int = 16, *labels: str) -> str:
+    """Top-1 of other styles, new classes or other sets: means over draws, and the difference from zero-shot CLIP with
+    its interval over what was trained on, or for one set over the tests. What is tested "at home" counts in no
+    difference."""
+    rows = results("transfer").fillna({"reading": ""}).query("protocol == @protocol and images_per_class == @images")
+    rows = rows.assign(label=labels_of(rows), home=(rows.target == rows.trained_on) | (rows.target == "base"))
+    shift = protocol == "domain-shift"
+    column = (
+        rows.trained_on
+        if shift
+        else rows.target
+        if protocol == "cross-dataset"
+        else rows.trained_on + ", " + rows.target
+    )
+    rows = rows.assign(column=column.where(~rows.home | (not shift), "at home"))
+    found = rows.pivot_table("top1", ["label", "column"], "seed", sort=False)
+    lines, columns = [], list(dict.fromkeys(rows.column))
+    for label in labels or rows.label.unique():
+        own = found.loc[label].dropna(axis=1)
+        zero = found.loc["Zero-shot"][own.columns]
+        away = [c for c in own.index if c not in rows[rows.home].column.unique()]
+        gaps = (own - zero).loc[away].mean(axis=1)
+        cells = [f"{own.loc[c].mean():.1f}" if c in own.index else "-" for c in columns]
+        lines.append(
+            [label, *cells, f"{own.loc[away].mean(axis=1).mean():.1f}", report.difference_cell(gaps), own.shape[1]]
+        )
+    return as_table(["method", *columns, "mean, not at home", "minus zero-shot", "draws"], lines)
+
+
+def gate_gain(images: int, home: bool = False) -> float:
+    """What the gate adds to the text probe on other styles, or at home, in points: the mean over styles and draws."""
+    rows = select("transfer", protocol="domain-shift", method="text-probe", images_per_class=images)
+    means = rows[(rows.target == rows.trained_on) == home].groupby("reading").top1.mean()
+    return float(means["text probes"] - means["text probes, without gate"])
+
+
+def parts() -> str:
+    """The paper's recipe with one change at a time: top-1 on each set, over the draws that all have, and the difference
+    of the change, with its interval over sets."""
+    rows = results("parts").fillna({"changes": ""})
+    found = rows[rows.stats == "stored"].pivot_table("top1", ["set", "seed"], "changes", sort=False)
+    lines = []
+    for change in found:
+        pairs = found[["", change]].dropna() if change else found[[""]]
+        means = pairs.groupby("set", sort=False).mean()
+        gaps = "" if not change else report.difference_cell(means[change] - means[""])
+        draws = pairs.groupby("set").size().min()
+        lines.append([f"`{change}`" if change else "recipe `paper`", *(f"{x:.1f}" for x in means[change]), gaps, draws])
+    return as_table(["change", *found.index.unique("set"), "difference", "draws"], lines)
 
 
 def rejection(file: str = "rejection") -> str:
@@ -377,6 +428,20 @@ def rejection_examples() -> str:
         "other datasets accepted",
     ]
     return as_table(header, lines)
+
+
+def bursts(part: Any = REPORTING) -> str:
+    """What heads refuse and tell of images in bursts: means over the draws of each set, then over sets."""
+    rows = results("bursts").query("set in @part").pivot_table("value", ["images", "set", "draw"], "name", sort=False)
+    rows["in interval"] *= 100
+    rows["width"] = (rows["interval high"] - rows["interval low"]) / rows["interval of three tenths"]
+    columns = ["refused without groups", "refused", "top1", "top1 told", "in interval"]
+    means = rows.groupby(["images", "set"], sort=False).mean().groupby("images", sort=False).mean()
+    lines = [
+        [pattern, *(f"{row[name]:.1f}" for name in columns), f"{row['width']:.2f}"] for pattern, row in means.iterrows()
+    ]
+    header = ["images of a class", "rejected without groups", "rejected", "top-1", "top-1 told", "in its interval, %"]
+    return as_table([*header, "width of the interval, of a third of the images'"], lines)
 
 
 def folder(keys: str = "", last: bool = False) -> str:

@@ -93,7 +93,7 @@ class ImageSet:
 TOGETHER = "constants of `--together`, which {} when this set is left out"
 SEEN = "that richer features help was seen here first, no constant"
 COPIES = "that near copies must agree in more of their details (0.85, not 0.7)"
-SHIFT = "the recipe for domain shift (test images)"
+SHIFT = "the recipe for domain shift, the limits of the gate (test images)"
 PROBE = "the text probe, how two of them are joined, the score of rejection"
 CLIP = "with features of ViT-B/32: the score of rejection, the rule for examples of none"
 LINEAR = "the linear probe's C and scale, the threshold after corrections"

@@ -1,6 +1,7 @@
 """Results of others for the leaderboard: what they must say, and what of it can be measured here. See
 `python benchmarks/submit.py --help`."""
 
+import csv
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +25,7 @@ from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.release import holds
 from dcp_zoo.training.device import decoders
 from dcp_zoo.training.evaluation import predict, top1
+from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import image_source
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -45,7 +47,7 @@ class Submission(Checked):
     seeds: list[int]  # of the few-shot draws
     split_sha256: str  # as dcp-zoo data check shows
     recipe: dict[str, Any]
-    selection: Annotated[str, {"choices": ("none", "few-shot validation", "cross-validation")}]
+    selection: Annotated[str, {"choices": ("none", VALIDATION, CROSS_VALIDATION)}]
     test_images_used: Annotated[bool, {"choices": (False,)}]  # or their statistics, in training or selection
     test_time_optimisation: Annotated[bool, {"choices": (False,)}]  # any change of weights while testing
     deterministic: Annotated[bool, {"choices": (True,)}]  # the same images give the same answers
@@ -54,23 +56,38 @@ class Submission(Checked):
     measured: Annotated[float | None, PERCENT] = None  # top-1, as this script measured it
 
 
-def check_submission(folder: Path, data_root: Path | None, device: str = "auto") -> Submission:
-    """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint. ZooError for
-    fields that are missing, unknown or wrong, and for an accuracy that is not what is reported."""
-    path = folder / SUBMISSION
+def read_submissions(path: Path) -> list[Submission]:
+    """Those of a `submission.yaml`, or of a .csv with a row for each and values as JSON, as `real_table.py` writes it.
+    ZooError for fields that are missing, unknown or wrong."""
     names = [part.name for part in fields(Submission)]
     with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}.", Exception):
-        found = yaml.safe_load(read_plain(path, 100_000))
-    if isinstance(found, dict):  # empty ones are missing
-        found = dict.fromkeys(names) | {name: value for name, value in found.items() if value not in ("", [])}
-    check(path, problems(found, Submission))
-    if not re.fullmatch("[0-9a-f]{64}", found["split_sha256"]):
-        raise ZooError(f"{path}: split_sha256 must be 64 hexadecimal digits, as dcp-zoo data check shows them.")
-    submission = Submission(**found)
+        if path.suffix == ".csv":
+            rows = csv.DictReader(read_plain(path, 1_000_000).decode().splitlines())
+            found = [{name: json.loads(value) for name, value in row.items()} for row in rows]
+        else:
+            found = [yaml.safe_load(read_plain(path, 100_000))]
+    return [_checked(f"{path}, row {i}" if len(found) > 1 else str(path), values) for i, values in enumerate(found, 1)]
+
+
+def _checked(where: str, values: Any) -> Submission:
+    if isinstance(values, dict):  # empty ones are missing
+        names = [part.name for part in fields(Submission)]
+        values = dict.fromkeys(names) | {name: value for name, value in values.items() if value not in ("", [])}
+    check(where, problems(values, Submission))
+    submission = Submission(**values)
+    if not re.fullmatch("[0-9a-f]{64}", submission.split_sha256):
+        raise ZooError(f"{where}: split_sha256 must be 64 hexadecimal digits, as dcp-zoo data check shows them.")
     if submission.measured is not None:
-        raise ZooError(f"{path} must not state `measured`: this command measures it.")
+        raise ZooError(f"{where} must not state `measured`: this command measures it.")
     if submission.split_sha256 != (split_sha256(submission.dataset) or submission.split_sha256):
-        raise ZooError(f"{path}: split_sha256 does not match CoOp's split of {submission.dataset}.")
+        raise ZooError(f"{where}: split_sha256 does not match CoOp's split of {submission.dataset}.")
+    return submission
+
+
+def check_submission(folder: Path, data_root: Path | None, device: str = "auto") -> Submission:
+    """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint. ZooError as of
+    `read_submissions`, and for an accuracy that is not what is reported."""
+    (submission,) = read_submissions(folder / SUBMISSION)
     if not is_checkpoint(folder):
         return submission
     model, name = loaded(f"local-dir:{folder}", device), str(folder)
@@ -96,7 +113,7 @@ def check_same(submission: Submission, info: Values, folder: Path) -> None:
 @app.command(cls=opt.Command)
 def submit(
     folder: Annotated[
-        Path, Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one.")
+        Path, Argument(metavar="FOLDER", help="With submission.yaml, and the head if there is one; or a .csv file.")
     ],
     data_root: opt.DataRoot = None,
     device: opt.Device = "auto",
@@ -105,10 +122,12 @@ def submit(
 
     [dim]python benchmarks/submit.py MY_RESULT --data-root DATA[/]
     """
-    row = check_submission(folder, data_root, device)
-    print(json.dumps(asdict(row), indent=1))
-    state = "was measured here" if row.measured is not None else "was not measured here: the folder has no checkpoint"
-    output.print(f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.")
+    from_table = folder.suffix == ".csv"
+    rows = read_submissions(folder) if from_table else [check_submission(folder, data_root, device)]
+    print(json.dumps([asdict(row) for row in rows] if from_table else asdict(rows[0]), indent=1))
+    here = any(row.measured is not None for row in rows)
+    state = "was measured here" if here else f"was not measured here: {folder} has no checkpoint"
+    output.print(f"Admitted, {len(rows)}; accuracy {state}. Add to benchmarks/leaderboard in a pull request.")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""Heads and CLIP weights from the Hugging Face Hub: requests, further attempts, and a message for each error. The Hub's
+"""Heads and CLIP weights from the Hugging Face Hub: requests, and a message for each error. The Hub's
 client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN."""
 
 import errno
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 from urllib.request import getproxies
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import ZooError, as_zoo_error, warn
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import read_plain, sha256_of
 
@@ -25,9 +23,6 @@ HTTP_ERRORS, XET = errors.HfHubHTTPError.__bases__, getattr(errors, "XetDownload
 Kinds = tuple[type[Exception], ...]
 CLIENT_ERRORS: Kinds = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
 RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
-WAITS = (2, 10, 30, 120)  # seconds before another attempt
-PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
-T = TypeVar("T")
 
 NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -70,41 +65,13 @@ def explained(
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
 
 
-def retried(call: Callable[[], T]) -> T:
-    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is lost: the
-    client tries again what it downloads, and not what it commits."""
-    for attempt, wait in enumerate(WAITS, 2):
-        try:
-            return call()
-        except RAISED as raised:
-            error = _cause(raised)
-            if not _may_pass(error):
-                raise
-            after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-            wait = max(wait, int(after) if after.isdecimal() else 0)
-            problem = next(iter(str(error).splitlines()), type(error).__name__)
-            attempts = f"attempt {attempt} of {len(WAITS) + 1} follows in {wait} s"
-            warn(f"{constants.ENDPOINT} does not respond as expected ({problem}): {attempts}.")
-            time.sleep(wait)
-    return call()
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: a passing status, or no answer; an OSError of this machine has a number."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code in PASSING
-    lost = isinstance(error, (OSError, *HTTP_ERRORS)) and not _is_offline(error)
-    return lost and not isinstance(getattr(error, "errno", None), int)
-
-
 def _cause(error: Exception) -> Exception:
     """The client wraps what fails while it uploads a large file in a RuntimeError."""
     cause = error.__cause__
     return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
 
 
-def _is_offline(error: BaseException | None) -> bool:
+def is_offline(error: BaseException | None) -> bool:
     """Whether this machine has no network, or must not use it: an unknown host is an error below the client's own."""
     while error is not None and not isinstance(error, (socket.gaierror, errors.OfflineModeIsEnabled)):
         error = error.__cause__ or error.__context__
@@ -116,7 +83,7 @@ def _kind(error: Exception) -> object:
         return NOT_WRITABLE
     if type(error) is errors.HfHubHTTPError and error.response.status_code in (401, 403):
         return FORBIDDEN
-    if not isinstance(error, errors.LocalEntryNotFoundError) and _is_offline(error):
+    if not isinstance(error, errors.LocalEntryNotFoundError) and is_offline(error):
         return NO_NETWORK
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
 

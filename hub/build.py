@@ -2,19 +2,23 @@
 store of `dcp-zoo benchmark`, the checkpoints in OUTPUT/heads, and HEAD.json in OUTPUT/refused and OUTPUT/published.
 
     python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run
+    python hub/build.py --preset smoke --data-root DATA --output BUILD
+
+Figures of other protocols in the same build, with heads of their own that are not published, go into the card and the
+manifest beside the accuracy of the head of the same model, dataset, shots and seed.
 """
 
-import http.client
 import math
 import os
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import publish
+from pace import gigabytes, hours_text
 from publish import Release
 from rich.markup import escape
 from typer import Typer
@@ -26,11 +30,9 @@ from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_table, numbers, several, show_events, split_commas
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.data import DatasetSpec, list_datasets
+from dcp_zoo.data import DATASETS, DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.data.download import AGENT
-from dcp_zoo.data.packaged import Archive
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 from dcp_zoo.zoo.registry import HUB_ORG, get_spec
@@ -38,6 +40,9 @@ from dcp_zoo.zoo.registry import HUB_ORG, get_spec
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256")  # what no card may lack
 METHOD, BASELINE = "dcp", "zero-shot"
+HEADS, OTHERS = "few-shot", ("base-to-new", "domain-shift")  # protocols: whose heads are published, and what is added
+# two small datasets and the smallest of the paper's models, to see that everything works
+PRESETS = {"smoke": {"models": ["dcp_vitb32"], "datasets": ["caltech101", "eurosat"], "shots": ["1"], "seeds": ["1"]}}
 BELOW_ZERO_SHOT = 2.0  # points that a head may lose against zero-shot CLIP, besides chance
 STATS_APART = 1.0  # points between stored and batch statistics, besides chance
 
@@ -68,7 +73,21 @@ def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
         state = "failed" if trial.key in failures else "planned"
         return HeadState(trial.head, trial, state, failures.get(trial.key, ""))
 
-    return [head_of(trial) for trial in trials if trial.method == METHOD]
+    return [head_of(trial) for trial in trials if trial.method == METHOD and trial.protocol == HEADS]
+
+
+def other_figures(head: HeadState, trials: Sequence[Trial], results: Mapping[str, Any]) -> dict[str, float]:
+    """Top-1 by protocol, and target or part of the classes, of the other trials with this head's training images; by
+    stored statistics, if there are two."""
+    found = {}
+    for trial in trials:
+        same = replace(trial, protocol=HEADS, targets=()) == head.trial
+        if trial.protocol in OTHERS and same and trial.key in results:
+            for entry in results[trial.key]["results"]:
+                if entry["stats"] != "batch":
+                    tested = entry["classes"] if trial.protocol == "base-to-new" else entry["target"]
+                    found[f"{trial.protocol}, {tested}"] = entry["top1"]
+    return found
 
 
 def build_heads(
@@ -78,7 +97,8 @@ def build_heads(
     receives a line for every head; `backend` is `run` and `show` of `sweep`."""
     sweep(trials, replace(settings, save_heads=METHOD), **backend)
     output, results = settings.output, store.results(settings.output)
-    zero_shot = {(trial.model, trial.dataset): trial.key for trial in trials if trial.method == BASELINE}
+    plain_trials = [trial for trial in trials if (trial.method, trial.protocol) == (BASELINE, HEADS)]
+    zero_shot = {(trial.model, trial.dataset): trial.key for trial in plain_trials}
     for head in states(output, trials):
         trial, plain = head.trial, zero_shot[head.trial.model, head.trial.dataset]
         if head.state not in ("trained", "refused"):  # a refused head is checked again: its reason may be gone
@@ -88,7 +108,8 @@ def build_heads(
             continue
         note = read_split(trial.dataset, settings.data_root).note
         try:
-            release = publish.prepare(output / SAVED_HEADS / head.name, org or HUB_ORG)
+            others = other_figures(head, trials, results)
+            release = publish.prepare(output / SAVED_HEADS / head.name, org or HUB_ORG, others=others)
             reasons = refusals(results[trial.key], results[plain], release, note)
         except ZooError as error:  # the checkpoint does not load
             reasons = [str(error)]
@@ -142,6 +163,8 @@ def chance(percent: float, images: int) -> float:
 @dataclass
 class BuildOptions:
     models: list[str] = several("Models of the zoo.")
+    preset: str | None = opt.option(None, "What is not given: `smoke` is a small build to see that all works.")
+    protocols: list[str] = several(f"{HEADS}, {', '.join(OTHERS)}. Default: {HEADS}.")
     data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
     output: Path | None = opt.option(None, "Folder for the state of the build, from which it resumes.")
     org: str | None = opt.option(None, "Organisation or user on the Hub. Default: train and check, publish nothing.")
@@ -151,15 +174,31 @@ class BuildOptions:
     agree: opt.Agree = False
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
-    dry_run: bool = opt.option(False, "Show the heads, disk space and downloads; start nothing.")
+    dry_run: bool = opt.option(False, "Measure a step, and show hours, downloads and disk space; start nothing.")
 
     def check(self) -> None:
-        """ZooError for all options that are missing; --dry-run needs no folders."""
+        """Fill in the preset. ZooError for all options that are missing; --dry-run needs no folders."""
+        if self.preset is not None:
+            check_choice("preset", self.preset, tuple(PRESETS))
+            vars(self).update({name: value for name, value in PRESETS[self.preset].items() if not getattr(self, name)})
         needed: dict[str, object] = {"--models MODEL": self.models}
         if not self.dry_run:
             needed |= {"--data-root DIR": self.data_root, "--output DIR": self.output}
         if missing := [option for option, value in needed.items() if not value]:
             raise ZooError(f"Pass {', '.join(missing)}: python hub/build.py {' '.join(needed)}")
+
+    def trials(self) -> list[Trial]:
+        """Those of all protocols; of the others with the most shots, and on datasets that have other styles."""
+        names = split_commas(self.datasets) or list_datasets()
+        shots, seeds = numbers(self.shots, "--shots"), numbers(self.seeds, "--seeds")
+        planned = []
+        for protocol in (HEADS, *(other for other in OTHERS if other in split_commas(self.protocols))):
+            asked = shots if protocol == HEADS or not shots else [max(shots)]
+            able = [name for name in names if protocol != "domain-shift" or DATASETS[name].shifts]
+            if able:
+                models = split_commas(self.models)
+                planned += plan_trials(protocol, models, [METHOD, BASELINE], able, asked, seeds)
+        return planned
 
 
 @app.command(cls=opt.Command)
@@ -173,11 +212,9 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --ray auto --per-trial gpus=0.5[/]
     """
     options.check()
-    names = split_commas(options.datasets) or list_datasets()
-    numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
-    methods = [METHOD, BASELINE]
-    trials = plan_trials("few-shot", split_commas(options.models), methods, names, *numbered)
-    missing = downloads.missing(names, options.data_root or Path(os.devnull))
+    trials = options.trials()
+    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
+    missing = downloads.missing([*names], options.data_root or Path(os.devnull))
     if options.dry_run:
         show_build_plan(trials, missing, options)
         return
@@ -196,23 +233,33 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
         output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.")
     show_states(heads)
     bad = sum(head.state in ("failed", "refused") for head in heads)
-    if bad or absent:
-        others = f", and {', '.join(absent)} could not be downloaded" if absent else ""
+    lost = {trial.key for trial in trials if trial.protocol in OTHERS} & store.failures(options.output).keys()
+    if bad or lost or absent:
+        others = f", {len(lost)} trials of other protocols failed" if lost else ""
+        others += f", and {', '.join(absent)} could not be downloaded" if absent else ""
         raise ZooError(f"{bad} heads failed or were refused{others}. Repeat the command to try them again.")
 
 
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     folder = options.output or Path(os.devnull)
     heads, results = states(folder, trials), store.results(folder)
-    output.print(grid_table(trials, results))
+    for _, of_protocol in groupby(trials, lambda trial: trial.protocol):
+        output.print(grid_table([*of_protocol], results))
     show_states(heads)
     size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
     needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
+    specs = [get_spec(name) for name in dict.fromkeys(trial.model for trial in trials)]
+    clips = ", ".join(f"{spec.name} {spec.download}" for spec in specs if spec.clip)
     output.print(
-        f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets.\n"
-        f"Downloads: {needed if missing else 'none, all datasets are here'}.",
+        f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets, "
+        "which need twice their archives while they are unpacked.\n"
+        f"Downloads: {needed if missing else 'none, all datasets are here'}"
+        f"{f'; weights of CLIP: {clips}, if not in the cache' if clips else ''}.",
         soft_wrap=True,
     )
+    for spec in specs:
+        left = [trial for trial in trials if trial.model == spec.name and trial.key not in results]
+        output.print(hours_text(spec.name, left, options.device, options.precision), soft_wrap=True)
 
 
 def show_states(heads: Sequence[HeadState]) -> None:
@@ -222,22 +269,6 @@ def show_states(heads: Sequence[HeadState]) -> None:
     for head in heads:
         if head.state in ("failed", "refused"):
             output.print(f"[red]{head.state}[/] {head.name}: {escape(head.note)}", soft_wrap=True)
-
-
-def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
-    """What the sources say they would send; None if one of them does not answer."""
-    sizes = [size_of(archive) for spec in specs for archive in spec.archives]
-    return None if None in sizes else sum(size for size in sizes if size) / 1e9
-
-
-def size_of(archive: Archive) -> int | None:
-    """The archive's size in bytes as its source states it; None if it does not answer."""
-    try:
-        request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return int(answer.headers["Content-Length"])
-    except (OSError, http.client.HTTPException, TypeError, ValueError):
-        return None
 
 
 if __name__ == "__main__":

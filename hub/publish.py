@@ -2,30 +2,35 @@
 
 import json
 import os
+import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError
 from typer import Argument, Option, Typer
 
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli import main
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import Command
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.heads.checkpoint import load_head
 from dcp_zoo.heads.config import WEIGHTS_NAME
-from dcp_zoo.hub import HUB_LIBRARY, INDEX_NAME, INDEX_REPO, explained, forget_index, retried
+from dcp_zoo.hub import HTTP_ERRORS, HUB_LIBRARY, INDEX_NAME, INDEX_REPO, explained, forget_index, is_offline
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, IndexRow, all_heads, get_head, trained_heads
 from dcp_zoo.zoo.resolve import Source, resolve
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+WAITS = (2, 10, 30, 120)  # seconds before another attempt
+PASSING = (408, 412, 429, 500, 502, 503, 504)  # a rate limit, a server in trouble, or another commit
+T = TypeVar("T")
 ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 
 
@@ -40,6 +45,7 @@ class Release:
     card: ModelCard
     info: dict[str, Any]  # what the checkpoint stores about its training
     license: str
+    others: dict[str, float] = field(default_factory=dict)  # top-1 in other protocols
 
     def entry(self, revision: str) -> dict[str, Any]:
         """The entry in the manifest, pinned to a revision; a bundled head stays bundled."""
@@ -49,13 +55,14 @@ class Release:
             "revision": revision,
             "sha256": self.sha256,
             "license": self.license,
-            "metrics": self.info.get("metrics", {}),
+            "metrics": self.info.get("metrics", {}) | self.others,
         }
 
 
-def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
+def prepare(folder: str | Path, org: str, license: str = LICENSE, others: dict[str, float] | None = None) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
-    build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
+    build its card in memory. `org` is an organisation or user on the Hub, `license` that of the trained weights, and
+    `others` top-1 accuracies that the card and the manifest have besides, by protocol."""
     folder, name = Path(folder), f"local-dir:{folder}"
     source = resolve(name)
     assert source.config is not None
@@ -68,8 +75,8 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     if problem := not_of_dataset(model):
         raise ZooError(f"{folder} cannot be published. {problem}")
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
-    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists())
-    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
+    card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
+    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license, others or {})
 
 
 def entry_of(source: Source) -> HeadEntry:
@@ -89,38 +96,46 @@ def publish(release: Release) -> str:
     """Write the card into the folder, upload it with the checkpoint, list it in the organisation's index, and return
     the commit."""
     release.card.save(release.folder / CARD_NAME)
-    revision = upload(release.folder, release.repo_id)
-    add_to_index(release.repo_id.split("/")[0], {release.head.name: release.entry(revision)})
+    revision = retried(lambda: upload(release.folder, release.repo_id))
+    entries = {release.head.name: release.entry(revision)}
+    retried(lambda: add_to_index(release.repo_id.split("/")[0], entries))
     return revision
 
 
+def retried(call: Callable[[], T]) -> T:
+    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is lost, or
+    another commit came first: the client tries again what it downloads, and not what it commits."""
+    for attempt, wait in enumerate(WAITS, 2):
+        try:
+            return call()
+        except ZooError as told:
+            error = told.__cause__
+            response = getattr(error, "response", None)
+            lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
+            if response.status_code not in PASSING if response is not None else not lost or is_offline(error):
+                raise
+            after = getattr(response, "headers", {}).get("Retry-After", "")
+            wait = max(wait, int(after) if after.isdecimal() else 0)
+            warn(f"{told} Attempt {attempt} of {len(WAITS) + 1} follows in {wait} s.")
+            time.sleep(wait)
+    return call()
+
+
 def add_to_index(org: str, entries: dict[str, dict[str, Any]]) -> None:
-    """Add heads' entries, by name, to the index that `dcp_zoo.list_pretrained` reads; others' rows stay."""
+    """Add heads' entries, by name, to the index that `dcp_zoo.list_pretrained` reads; others' rows stay. ZooError for
+    what the Hub refuses, such as a commit after another one."""
     repo, api = f"{org}/{INDEX_REPO}", HfApi(library_name=HUB_LIBRARY)
     rows = {name: {key: entry[key] for key in IndexRow.__annotations__} for name, entry in entries.items()}
-
-    def send() -> None:
-        api.create_repo(repo, exist_ok=True)
-        for attempt in range(5):
-            parent = api.repo_info(repo).sha
-            try:
-                old = json.loads(Path(api.hf_hub_download(repo, INDEX_NAME, revision=parent)).read_text())
-            except EntryNotFoundError:  # the first head
-                old = {}
-            if (new := old | rows) == old:
-                return
-            try:
-                text = json.dumps(new, indent=1, sort_keys=True) + "\n"
-                add = CommitOperationAdd(INDEX_NAME, text.encode())
-                api.create_commit(repo, [add], commit_message=f"List {', '.join(rows)}", parent_commit=parent)
-            except HfHubHTTPError as error:
-                if error.response.status_code != 412 or attempt == 4:  # another commit came first
-                    raise
-            else:
-                return
-
     with explained(repo, INDEX_NAME):
-        retried(send)
+        api.create_repo(repo, exist_ok=True)
+        parent = api.repo_info(repo).sha
+        try:
+            old = json.loads(Path(api.hf_hub_download(repo, INDEX_NAME, revision=parent)).read_text())
+        except EntryNotFoundError:  # the first head
+            old = {}
+        if (new := old | rows) != old:
+            add = CommitOperationAdd(INDEX_NAME, f"{json.dumps(new, indent=1, sort_keys=True)}\n".encode())
+            api.create_commit(repo, [add], commit_message=f"List {', '.join(rows)}", parent_commit=parent)
     forget_index()
 
 

@@ -435,3 +435,31 @@ def test_groups_pass_through_scikit_learn(pictures, monkeypatch):
     assert all(len(set(each)) == len(each) // 2 for each in seen)
     with pytest.raises(ZooError, match="need as many groups"):
         FewShotClassifier().fit(paths, labels, groups=groups[:-1])
+
+
+def test_a_dataset_trains_as_its_images_do(tmp_path, monkeypatch):
+    """Of `datasets`, and a Parquet file through it, with names of classes or without; another says what it is."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pictures = [Image.effect_noise((40, 30), 20 + 40 * (i % 2)).convert("RGB") for i in range(8)]
+    names, rows = ["flat", "rough"], {"image": pictures, "label": [i % 2 for i in range(8)]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    table = datasets.Dataset.from_dict(rows, features)
+    expected = dcp_zoo.FewShotClassifier().fit(pictures, [names[i] for i in rows["label"]]).predict_proba(pictures)
+    table.to_parquet(file := str(tmp_path / "images.parquet"))
+    for source in (table.with_format("numpy"), file):
+        fitted = dcp_zoo.FewShotClassifier().fit(source)
+        assert fitted.classes_.tolist() == names
+        np.testing.assert_allclose(fitted.predict_proba(pictures), expected, atol=1e-6)
+    plain = table.cast_column("label", datasets.Value("int64"))
+    assert dcp_zoo.train("dcp_mini", plain, classnames=names, validation=table).classnames == names
+    for wrong, message in (
+        (datasets.DatasetDict(train=table), r"Pass one part of a dataset, and no stream, such as dataset\['train'\]"),
+        (table.to_iterable_dataset(), "no stream"),
+        (table.rename_column("label", "kind"), "has the columns image, kind, not label: pass dataset.rename_column"),
+        (f"{file}x.parquet", "Cannot read .*images.parquetx.parquet: "),
+    ):
+        with pytest.raises(ZooError, match=message):
+            dcp_zoo.train("dcp_mini", wrong)
+    with pytest.raises(ZooError, match="The labels of a dataset are its column `label`"):
+        dcp_zoo.train("dcp_mini", table, rows["label"])

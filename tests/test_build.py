@@ -1,27 +1,37 @@
 """`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import build
+import pace
 import publish
 import pytest
+import real_table
+import submit
 import trees
+from helpers import process_unchanged
 from PIL import Image
 from shared import CommandLine
 
 import dcp_zoo
-from dcp_zoo.benchmark import store
+from dcp_zoo import ZooError
+from dcp_zoo.benchmark import Trial, store
+from dcp_zoo.benchmark.sweep import TrialImages
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
+from dcp_zoo.training.methods import METHODS, fit_head
+from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.run import plan
 from dcp_zoo.zoo import registry
 
-NAMES = ["red", "green", "blue"]
+NAMES = ["red", "green", "blue", "grey"]
 DEAD = Archive("http://127.0.0.1:9/images.tar")
-COUNTS = {"imagenet": (6, 0, 3), "fgvc_aircraft": (3, 3, 3)}
+COUNTS = {"imagenet": (8, 0, 4), "fgvc_aircraft": (4, 4, 4)}
 
 
 @pytest.fixture
@@ -38,7 +48,7 @@ def draw(path: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
-    """The data of a protocol with four datasets, of each layout, with three classes and a few images each.
+    """The data of a protocol with four datasets, of each layout, with four classes and a few images each.
     The miniature trains for four steps."""
     full = dict(DATASETS)
     for name in set(list_datasets()) - {"imagenet", "caltech101", "fgvc_aircraft", "oxford_pets"}:
@@ -48,10 +58,10 @@ def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
     put(packaged, "split_rows", lambda name: None)
     put(packaged, "drawn", lambda *args: None)
     put(packaged, "wnid_names", lambda: dict(zip(trees.WNIDS, NAMES, strict=True)))
-    put(trees, "WNIDS", trees.WNIDS[:3])
+    put(trees, "WNIDS", trees.WNIDS[: len(NAMES)])
     for name in list_datasets():
-        counts = COUNTS.get(name, (6, 3, 3))
-        DATASETS[name] = replace(full[name], num_classes=3, counts=counts, archives=(DEAD,))
+        counts = COUNTS.get(name, (8, 4, 4))
+        DATASETS[name] = replace(full[name], num_classes=len(NAMES), counts=counts, archives=(DEAD,))
         trees.write_tree(tmp_path / "DATA", name, draw)
     mini = registry.MODELS["dcp_mini"]  # every step has all images, so that the loss falls
     short = replace(mini, recipe=mini.recipe | {"epochs": 4, "batch_size": 4})
@@ -84,16 +94,63 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     assert "top1_no_classifier" in heads[name].metrics
 
 
+PACE = pace.Pace(image=0.01, step=0.1, per_class=0.02)
+
+
 def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
+    monkeypatch.setattr(pace, "pace", lambda *args: PACE)
     out = run.ok(*arguments(small, "--dry-run"))
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
     assert "GB for 4 heads" in out
-    monkeypatch.setattr("build.gigabytes", lambda specs: 1.0)
+    assert "Time of dcp_mini: 0.0 hours for 8 trials" in out
+    assert "a training step with 100 classes takes 2.1 s here, and an image 0.01 s" in out
+    monkeypatch.setattr(build, "gigabytes", lambda specs: 1.0)
     out = run.ok("--models", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run")
     assert "Downloads: fgvc_aircraft, 1.0 GB" in out  # nothing else is needed
     assert "Pass --models MODEL, --data-root DIR, --output DIR: python hub/build.py" in run()[2]
+
+
+def test_the_smoke_preset_is_small(run, monkeypatch):
+    """Also with other choices; a model that cannot be measured does not stop the others."""
+
+    def measured(model: str, *args: object) -> pace.Pace:
+        if model == "dcp_mini":
+            raise ZooError("no tokenizer")
+        return PACE
+
+    monkeypatch.setattr(pace, "pace", measured)
+    monkeypatch.setattr(build, "gigabytes", lambda specs: 0.2)
+    out = run.ok("--preset", "smoke", "--dry-run")
+    assert "GB for 2 heads" in out
+    assert "Downloads: caltech101, eurosat, 0.2 GB; weights of CLIP: dcp_vitb32 0.6 GB" in out
+    out = run.ok("--preset", "smoke", "--models", "dcp_vitb32,dcp_mini", "--protocols", "base-to-new", "--dry-run")
+    assert "Time of dcp_mini: not measured. no tokenizer" in out
+    assert re.search(r"Time of dcp_vitb32: \d+\.\d hours for 8 trials", out)
+    assert "smok" in run.refused("--preset", "smok", "--dry-run")
+
+
+def test_the_time_of_a_trial_follows_from_a_step():
+    """By hand: ten classes, 20 epochs of batches of four, of ten images each; and half of the classes."""
+    spec = DATASETS["eurosat"]
+    recipe = Trial("few-shot", "dcp_vitb32", "dcp", "eurosat", 4, 1).recipe
+    assert (spec.num_classes, spec.counts[2], recipe.epochs, recipe.batch_size) == (10, 8100, 20, 4)
+    for protocol, classes in (("few-shot", 10), ("base-to-new", 5)):
+        trial = Trial(protocol, "dcp_vitb32", "dcp", "eurosat", 4, 1)
+        images = 4 * classes
+        expected = 20 * images / 4 * (0.1 + 0.02 * classes) + 0.01 * (3 * images + 2 * 8100)
+        assert pace.estimated_seconds(trial, PACE) == pytest.approx(expected)
+    plain = Trial("few-shot", "dcp_vitb32", "zero-shot", "eurosat", 0, 0)
+    assert pace.estimated_seconds(plain, PACE) == pytest.approx(81)
+
+
+def test_a_pace_is_measured(clip, monkeypatch):
+    monkeypatch.setattr(pace, "plain_clip", lambda model, with_weights: clip)
+    with process_unchanged("pace"):
+        measured = pace.pace("dcp_mini", "cpu")
+    assert all(0 <= seconds < 10 for seconds in measured)
+    assert measured.image > 0 < measured.step + measured.per_class
 
 
 @pytest.mark.scripts
@@ -117,6 +174,71 @@ def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch)
     requests = len(uploads.requests)
     assert "2 published." in run.ok(*few_only)
     assert len(uploads.requests) == requests
+
+
+@pytest.mark.scripts
+def test_a_head_has_the_figures_of_other_protocols(small, uploads, run):
+    """In its card, the manifest and the index; the heads of these protocols do not take its place."""
+    others = ("--protocols", "base-to-new,domain-shift")
+    out = run.ok(*arguments(small, "--org", "our-org", "--datasets", "caltech101", *others))
+    assert "1 published." in out
+    name = "dcp_mini.caltech101-1shot"
+    card = uploads.files(f"our-org/{name}")["README.md"].decode()
+    assert all(re.search(rf"\| base-to-new, {part} \| \d+\.\d\d \|", card) for part in ("base", "new")), card
+    assert json.loads(uploads.files(f"our-org/{name}")["config.json"])["label_names"] == NAMES
+    manifest = json.loads((small / "checkout/dcp_zoo/zoo/heads.json").read_text())
+    index = json.loads(uploads.files("our-org/dcp-zoo-index")["heads.json"])
+    for entry in (manifest[name], index[name]):
+        assert {"base-to-new, base", "base-to-new, new", "top1_stored"} <= entry["metrics"].keys()
+
+
+@pytest.mark.scripts
+def test_the_table_of_a_real_clip_is_submitted(small, quick_probe, monkeypatch, capsys):
+    """On stand-ins: says what it takes, stops, resumes, and `submit.py` takes all rows."""
+    monkeypatch.setattr(pace, "pace", lambda *args: PACE)
+    monkeypatch.setattr(submit, "split_sha256", lambda name: None)
+    monkeypatch.setattr(METHODS, "places", dict(METHODS.places))  # to which it adds one
+    table = CommandLine(monkeypatch, capsys, real_table.app)
+    command = ["--model", "dcp_mini", "--datasets", "caltech101,fgvc_aircraft", "--shots", "1", "--seeds", "1,2"]
+    command += ["--data-root", small / "DATA", "--output", small / "TABLE"]
+    assert "for 18 trials" in table.ok(*command, "--dry-run")
+    assert not (small / "TABLE").exists()
+    table.ok(*command[:-4], *command[-4:], "--seeds", "1")
+    out = table.ok(*command)
+    assert "for 8 trials" in out
+    assert [out.index(title) for title in real_table.TITLES.values()] == sorted(
+        map(out.index, real_table.TITLES.values())
+    )
+    rows = json.loads(
+        CommandLine(monkeypatch, capsys, submit.app).ok(small / "TABLE/submission.csv").split("\nAdmitted")[0]
+    )
+    assert len(rows) == 2 * (len(real_table.TITLES) - 1)
+    for row in rows:
+        assert (row["shots"], row["seeds"], row["measured"]) == (1, [1, 2], None)
+    (alone,) = (row for row in rows if (row["method"], row["dataset"]) == ("DCP alone", "caltech101"))
+    results = [json.loads(path.read_text()) for path in (small / "TABLE/results").glob("*caltech101-1shot*.dcp.json")]
+    tops = [entry["top1"] for result in results for entry in result["results"] if entry["stats"] == "no_classifier"]
+    assert alone["reported"] == round(sum(tops) / 2, 2)
+    assert alone["recipe"] == results[0]["recipe"]
+    head = fit_head(real_table.EMBEDDING, planned_task(small / "DATA"))
+    assert head.num_features == 512  # and not what the stem has before it
+
+
+def planned_task(data_root: Path) -> Task:
+    images = TrialImages("dcp_mini", "cpu", data_root, "float32")
+    trial = Trial("few-shot", "dcp_mini", real_table.EMBEDDING, "caltech101", 1, 1)
+    subset = images.subset("caltech101", "all", 1, 1)
+    run = plan(images.split("caltech101"), "dcp_mini", trial.method, shots=1, recipe=trial.recipe, device="cpu")
+    return run.task(subset, images.clip, read=images.read)
+
+
+def test_rows_of_a_table_are_submissions(tmp_path):
+    (path := tmp_path / "rows.csv").write_text("by,seeds\n1,[]\n")
+    with pytest.raises(ZooError, match="rows.csv: by must be a string, not 1; .*seeds must be a list"):
+        submit.read_submissions(path)
+    path.write_text("by\nA. Author\n")
+    with pytest.raises(ZooError, match="rows.csv cannot be read"):  # no JSON
+        submit.read_submissions(path)
 
 
 def result(stored: float = 70.0, batch: float = 70.5, **changes: object) -> dict:

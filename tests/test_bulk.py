@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Around, classify, encoded, photo, read_csv, until
+from helpers import Around, classify, encoded, photo, read_csv, recipe, until
 from PIL import Image
+from pyarrow.parquet import read_table
 from rich.table import Table
 from rich.text import Text
 
 import dcp_zoo
-from dcp_zoo import ZooError
+from dcp_zoo import FewShotClassifier, Predictor, ZooError
 from dcp_zoo.answers import Outputs, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
@@ -35,8 +36,9 @@ from dcp_zoo.prediction.heads import HeadBackend
 from dcp_zoo.prediction.job import OutputFiles
 from dcp_zoo.prediction.job import run as run_job
 from dcp_zoo.prediction.outputs import write_sheet
+from dcp_zoo.zoo.registry import WEIGHTS
 
-BUNDLED = "dcp_mini.caltech101-1shot"
+BUNDLED, HEAD = "dcp_mini.caltech101-1shot", "dcp_mini.caltech101-16shot"  # the second is that of the page
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
@@ -122,9 +124,76 @@ def test_decoding_is_a_step_for_other_processes_and_gives_the_pixels_of_the_tran
         np.testing.assert_allclose(normalise(pixels, cfg), expected, atol=1e-6)
 
 
+def test_a_predictor_takes_what_an_engine_has_and_never_raises_for_an_image():
+    """In any form, with the same columns of the same types in every batch; also of what another process decoded."""
+    predictor, paths = Predictor(BUNDLED, top_k=2, features=True), sample_images()[:3]
+    assert len(pickle.dumps(predictor)) < 1000
+    expected = dcp_zoo.predict(BUNDLED, paths, top_k=2)
+    files = [paths[0], Path(paths[1]).read_bytes(), {"bytes": None, "path": paths[2]}, np.asarray(load_image(paths[0]))]
+    batch = {"id": np.arange(9), "image": [*files, None, float("nan"), b"x", object(), "missing.jpg"]}
+    found = pickle.loads(pickle.dumps(predictor))(batch)
+    assert [*found] == ["id", *"class probability class_2 probability_2 rejected features error".split()]
+    assert (found["id"] == batch["id"]).all()
+    for i, row in enumerate([*expected, expected[0]]):
+        assert [found["class"][i], found["class_2"][i]] == [name for name, _ in row]
+        assert [found["probability"][i], found["probability_2"][i]] == pytest.approx([p for _, p in row], abs=1e-5)
+    assert (found["error"] != "").tolist() == [False] * 4 + [True] * 5
+    assert {*found["class"][4:], *found["class_2"][4:]} == {""}
+    assert np.isnan(found["probability"][4:]).all()
+    assert np.isnan(found["features"][4:]).all()
+    decoded = pickle.loads(pickle.dumps(predictor.decode))(batch)
+    assert (decoded["image"].shape, decoded["image"].dtype) == ((9, 3, 192, 192), np.uint8)
+    again, none = predictor(decoded), predictor({"id": [], "image": []})
+    for name in [*found][1:]:
+        np.testing.assert_array_equal(again[name], found[name])
+        assert (none[name].shape[1:], none[name].dtype.kind) == (found[name].shape[1:], found[name].dtype.kind)
+    assert [*predictor({"image": paths[:1]})][:2] == ["image", "class"]  # a path is an ID
+    assert not found["rejected"].any()
+
+
+def test_a_predictor_says_at_once_what_it_cannot_do(my_head, onnx_file):
+    """Not image by image. A head that changed between two processes is refused, unless its files were carried."""
+    with pytest.raises(ZooError, match="'dcp_mimi' is neither a checkpoint folder nor a head of the zoo. Nearest"):
+        Predictor("dcp_mimi")
+    with pytest.raises(ZooError, match="top_k must be at least 1"):
+        Predictor("my_head", top_k=0)
+    with pytest.raises(ZooError, match="is run as it was exported"):
+        Predictor(onnx_file, reject=0.1)
+    with pytest.raises(ZooError, match=r"'image' has the images, not the columns bytes, id: pass image="):
+        Predictor("my_head")({"bytes": [b""], "id": [1]})
+    paths = {"image": sample_images()[:1]}
+    named, carried = Predictor("my_head"), Predictor("my_head", carry=True)
+    expected, sent = named(paths), [pickle.dumps(each) for each in (named, carried, Predictor(onnx_file, carry=True))]
+    config = Path("my_head/config.json")
+    config.write_text(config.read_text().replace("rose", "lily"))
+    with pytest.raises(ZooError, match="my_head is another head than when this Predictor was made: make it again"):
+        pickle.loads(sent[0])(paths)
+    for name, values in Predictor(pickle.loads(sent[1]))(paths).items():
+        assert (name == "image") or (values == expected[name]).all()
+    exported = pickle.loads(sent[2])(paths)
+    assert (exported["class"], exported["rejected"]) == (Predictor(onnx_file)(paths)["class"], [False])
+
+
+def test_the_recipe_for_datasets_keeps_each_image_and_computes_once(photos, monkeypatch):
+    """As it stands on the page, with an image that cannot be read."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache").absolute())
+    photos.rename("MY_PHOTOS")
+    exec(recipe("datasets_answers"), {})
+    table = read_table("datasets_answers.parquet").to_pylist()
+    assert [Path(row["path"]).stem for row in table] == [f"{i:02}" for i in range(24)]
+    assert [i for i, row in enumerate(table) if row["error"]] == [4]
+    probabilities = FewShotClassifier.load(WEIGHTS / HEAD).predict_proba([row["path"] for row in table if row["class"]])
+    assert [row["probability"] for row in table if row["class"]] == pytest.approx(probabilities.max(1), abs=1e-5)
+    before = Path("datasets_answers.parquet").read_bytes()
+    monkeypatch.setattr(Predictor, "backend", None)
+    exec(recipe("datasets_answers"), {})
+    assert Path("datasets_answers.parquet").read_bytes() == before
+
+
 def test_all_formats_hold_the_same(photos):
     images = find_images(["photos"])
-    for suffix, features in ((".csv", Path("f.npz")), (".jsonl", None)):
+    for suffix, features in ((".csv", Path("f.npz")), (".jsonl", None), (".parquet", None)):
         outputs = OutputFiles(Path(f"p{suffix}"), features)
         (error,), changed = run_bulk(images, FAKE, outputs, {}, top_k=9, batch_size=5)
         assert ("photos/a/04.jpg" in error, changed) == (True, 0)
@@ -135,7 +204,13 @@ def test_all_formats_hold_the_same(photos):
         "class": "dark",
         "predictions": [{"class": "dark", "probability": 0.960784}, {"class": "bright", "probability": 0.039216}],
     }
-    table, arrays = read_csv("p.csv"), np.load("f.npz")
+    table, arrays, parquet = read_csv("p.csv"), np.load("f.npz"), read_table("p.parquet")
+    assert parquet.column_names == [*[*table[0]][:-1], "error", "rejected"]
+    assert [*map(str, parquet.schema.types)] == ["string", "string", "float", "string", "float", "string", "bool"]
+    blank = dict.fromkeys(parquet.column_names, "") | {"rejected": False}
+    for cells, row in zip(parquet.to_pylist(), table, strict=True):
+        numbers = {name: float(row[name] or "nan") for name in ("probability", "probability_2")}
+        assert cells == pytest.approx(blank | row | numbers, nan_ok=True)
     assert [*table[0]] == ["image", "class", "probability", "class_2", "probability_2", "error"]
     assert [row["image"] for row in table] == [*arrays["image"]] == images
     assert [i for i, row in enumerate(table) if row["error"] and not row["class"]] == [4]

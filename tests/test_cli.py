@@ -242,6 +242,7 @@ def test_classes_are_names_or_a_file(run, tmp_path, monkeypatch):
     ("command", "module", "extra"),
     [
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
+        (["predict", "--sample", "--output", "x.parquet"], "pyarrow", "data"),
         (["report", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
     ],

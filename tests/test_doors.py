@@ -119,6 +119,11 @@ def test_all_doors_agree(kind, pictures, heads, tmp_path, run, monkeypatch):
     assert plainly(loaded, paths[:3]) == pytest.approx(expected[:3], abs=loose)
     estimator, by_label = FewShotClassifier.load(tmp_path / "head"), np.argsort(names, kind="stable")
     assert estimator.predict_proba(paths[:3]) == pytest.approx(expected[:3][:, by_label], abs=loose)
+    rows = dcp_zoo.Predictor(tmp_path / "head", top_k=len(names))({"image": paths})
+    best = estimator.predict_proba(paths)
+    assert np.stack([rows[f"probability{i}"] for i in ("", *(f"_{i}" for i in range(2, 1 + len(names))))], 1) == (
+        pytest.approx(-np.sort(-best), abs=1e-5)
+    )
     if kind in ("tip-adapter", "dcp"):  # with and without a linear classifier
         assert in_order(told(run, tmp_path / "head", paths[:2]), names) == pytest.approx(ranked[:2], abs=loose)
     if kind in HALF:

@@ -285,6 +285,9 @@ def test_another_organisation(client, monkeypatch):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
 
 
+LATER = "dcp_mini.cubes-4shot"  # a dataset of a later release
+
+
 @pytest.fixture
 def index(client, tmp_path, monkeypatch) -> Callable[..., str]:
     """Publishes the miniature's head for a name of no release, and lists it with these changes."""
@@ -294,7 +297,7 @@ def index(client, tmp_path, monkeypatch) -> Callable[..., str]:
         row = {"license": "mit", "metrics": {"top1_stored": 60.0}, "sha256": sha256_of(BUNDLED / WEIGHTS_NAME)}
         row["revision"] = client.add(f"{org}/{name}", checkpoint_files(BUNDLED))
         client.add(f"{org}/{name}", checkpoint_files(registry.WEIGHTS / OTHER))  # later: not the listed commit
-        (tmp_path / "heads.json").write_text(json.dumps({name: row | changes, "dcp_none.dtd-1shot": row}))
+        (tmp_path / "heads.json").write_text(json.dumps({name: row | changes, "dcp_none.dtd-1shot": row, LATER: row}))
         client.add(f"{org}/{hub.INDEX_REPO}", {"heads.json": tmp_path / "heads.json"})
         hub.forget_index()
         return name
@@ -322,7 +325,10 @@ def test_a_head_appears_without_a_release(index, client, monkeypatch, run, org):
         assert sum("heads.json" in request for request in client.requests[requests:]) <= 2  # the client's HEAD and GET
         assert name in dcp_zoo.list_heads(status="published")
         assert same(timm.create_model(name, pretrained=True), trained(BUNDLED))
-        assert "60.0" in run.ok("info", name)
+        assert dcp_zoo.list_pretrained("*cubes*") == [LATER]
+        assert "cubes" in run.ok("list", LATER)
+        for each in (name, LATER):
+            assert "60.0" in run.ok("info", each)
         assert re.search(rf"{name} +published +60\.0", run.ok("list", "dcp_mini.eurosat*"))
         with offline():
             hub.forget_index()

@@ -16,7 +16,7 @@ from PIL import Image
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import Item, load_labelled, load_split
-from dcp_zoo.probe.fit import thresholds_of
+from dcp_zoo.probe.estimates import thresholds_of
 from dcp_zoo.training.methods.text_probe import scores_of
 from dcp_zoo.training.sources import image_source
 
@@ -187,3 +187,8 @@ def test_a_folder_val_sets_the_threshold(tmp_path, run):
     thresholds = [head.rejection_threshold() for head in heads]
     assert thresholds[0] == pytest.approx(expected, abs=0.15)
     assert thresholds[1] != pytest.approx(thresholds[0], abs=0.01)
+    refused = dcp_zoo.evaluate(heads[0], str(tmp_path / "photos" / "test")).info["refused"]
+    answers = dcp_zoo.predict(heads[0], sorted(map(str, (tmp_path / "photos" / "test").glob("*/*"))), reject=True)
+    assert refused == 100 * answers.count(None) / len(answers)
+    out = run.ok("eval", tmp_path / "photos", "--head", tmp_path / "head0")
+    assert f"--reject refuses {refused:.1f} % of these" in out

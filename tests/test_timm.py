@@ -146,7 +146,7 @@ def test_data_config_and_transform(model):
     assert torch.equal(dcp_zoo.create_transform(**cfg)(image), ours)
     wider = dcp_zoo.create_transform(model, crop_pct=0.8)(image)
     assert torch.equal(create_transform(**cfg | {"crop_pct": 0.8}, is_training=False)(image), wider)
-    for changes, message in (({}, "input_size, interpolation.* missing"), (cfg | {"scale": 1}, "scale: unknown")):
+    for changes, message in (({}, "needs input_size, interp"), (cfg | {"scale": 1}, "Unknown change 'scale'")):
         with pytest.raises(ZooError, match=message):
             dcp_zoo.create_transform(**changes)
     assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
@@ -444,8 +444,10 @@ FIVE = ("dcp_mini", "dcp_vitb32", "dcp_vitb16", "dcp_eva02_b16", "dcp_mobileclip
 @pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="TIMM_CHECKOUT: a checkout of timm's repository")
 @pytest.mark.parametrize("test", TIMM_TESTS)
 @pytest.mark.parametrize("name", FIVE)
-def test_timms_own_tests(test, name, monkeypatch):
+def test_timms_own_tests(test, name, monkeypatch, request):
     monkeypatch.syspath_prepend(Path(os.environ["TIMM_CHECKOUT"], "tests"))
+    for marker in ("base", "cfg", "features", "fxbackward", "fxforward", "timeout", "torchscript"):
+        request.config.addinivalue_line("markers", f"{marker}: of timm's tests")
     getattr(importlib.import_module("test_models"), f"test_model_{test}")(name, 1)
 
 

@@ -31,6 +31,7 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.explain import Explanation, logit_shares
 from dcp_zoo.prediction.heads import HeadBackend, loaded
 from dcp_zoo.prediction.together import refined
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
@@ -63,9 +64,10 @@ def train(
 
     Args:
         model: "small", "medium" or "large", the best for their cost, or a model's name such as "dcp_vitb16".
-        images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
-        labels: one per image, names or numbers; omitted for a folder. Images of `none of these` are examples of what to
-            reject.
+        images: a folder with one folder per class; a `datasets.Dataset`, or a Parquet file's path, with the columns
+            `image` and `label`; or a sequence of paths, PIL images, bytes, arrays or tensors.
+        labels: one per image, names or numbers; omitted for a folder or a dataset. Images of `none of these` are
+            examples of what to reject.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
@@ -113,7 +115,7 @@ def plan_own(
 ) -> Run:
     """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one
     number for each image, and `options` as of `plan`. Files are read when the run needs them."""
-    images = (validation, None) if isinstance(validation, (str, Path)) else validation or (None, None)
+    images = validation if isinstance(validation, (tuple, list)) else (validation, None)
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
     check_choice("errors", errors, ERRORS)
@@ -159,12 +161,15 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        found, broken = outputs_of(head, items, batch_size, precision, progress, errors=errors, alone=False)
+        reject = None if head.cannot_reject or head.stats != "stored" else REFUSED
+        found, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, alone=False)
         if broken:
             warn_of(items, broken)
         if not (rows := [i for i in range(len(items)) if i not in broken]):
             refuse(items, broken)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits[rows]))
+        found = found.of(rows)
+        rejected = None if found.rejected is None else torch.from_numpy(found.rejected)
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits), rejected)
 
 
 def predict(

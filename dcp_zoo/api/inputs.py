@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.data import Item, all_for_training, load_labelled
+from dcp_zoo.data import Item, all_for_training, load_labelled, table_columns
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten
@@ -117,6 +117,10 @@ def hashed(items: Iterable[Item]) -> list[Item]:
 def _with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple[Any, Any, list[str] | None]:
     """Images and labels as they are; or without labels those of a folder and their keys, as of `dcp-zoo train`, in the
     same order, with `examples` of no class behind. ZooError for images alone."""
+    if columns := table_columns(images):
+        if labels is not None:
+            raise ZooError("The labels of a dataset are its column `label`: omit labels.")
+        images, labels = columns
     if labels is not None:
         return one_column(images), one_column(labels), None
     if not isinstance(images, (str, Path)) or Path(images).is_file():
@@ -147,19 +151,25 @@ def one_column(values: Any) -> Any:
 
 
 def as_images(images: Images) -> list[Any]:
-    """Paths, and images of PIL, of one image or a sequence or batch. An error takes the place of what is no image: all
-    that cannot be read are found together, by `check_images`."""
+    """Paths, bytes, and images of PIL, of one image or a sequence or batch. An error takes the place of what is no
+    image: all that cannot be read are found together, by `check_images`."""
     one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
     if hasattr(images, "ndim"):  # a table, an array or a tensor
         images = one_column(images)
         one = _is_array_of_one(images)
     if one:
-        return [attempted(to_image, images)]
+        return [_held(images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)
     if not found:
         raise ZooError("No images: pass at least one.")
-    return [attempted(to_image, image) for image in found]
+    return [_held(image) for image in found]
+
+
+def _held(image: Any) -> Any:
+    """`to_image`, but bytes as they are: many fit into memory."""
+    is_file = isinstance(image, bytes) or (isinstance(image, Mapping) and image.get("bytes"))
+    return image if is_file else attempted(to_image, image)
 
 
 def is_nan(value: object) -> bool:

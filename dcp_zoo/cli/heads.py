@@ -18,6 +18,7 @@ from dcp_zoo.data.unreadable import MOVE, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, printable
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.recipes import AUTO
 
@@ -110,15 +111,20 @@ def _measured(
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
 
+    refused = list[torch.Tensor | None]()
+
     def read() -> tuple[torch.Tensor, torch.Tensor | None]:
-        backend = HeadBackend(model, claim and model.stats == "stored", precision, alone=False)
+        reject = None if model.cannot_reject or model.stats != "stored" else REFUSED
+        backend = HeadBackend(model, claim and model.stats == "stored", precision, reject, alone=False)
         broken, found = backend.outputs([item.path for item in test], batch_size, progress_bar)
         refuse(test, broken, MOVE)
-        return torch.from_numpy(found.logits), None if found.features is None else torch.from_numpy(found.features)
+        rejected, features = (None if part is None else torch.from_numpy(part) for part in found[1:])
+        refused.append(rejected)
+        return torch.from_numpy(found.logits), features
 
     conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
     modes = predict_modes(model, read) if claim else {model.stats: read()[0]}
-    metrics, evaluation = measured(modes, None, model.classnames, test)
+    metrics, evaluation = measured(modes, refused[0], model.classnames, test)
     return evaluation, metrics, conditions
 
 
@@ -132,6 +138,7 @@ def as_values(evaluation: "Evaluation") -> Values:
         "interval": [round(bound, 2) for bound in evaluation.accuracy.interval],
         "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
         "confused_pairs": evaluation.confused_pairs,
+        "refused": evaluation.info.get("refused"),
     }
 
 
@@ -179,6 +186,8 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
     output.print(f"[bold]{title}: {evaluation.accuracy}[/]")
     if evaluation.balanced is not None:
         output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies")
+    if (refused := evaluation.info.get("refused")) is not None:
+        output.print(f"--reject refuses {refused:.1f} % of these images, where {100 * REFUSED:g} % is promised")
     if not evaluation.mistakes:
         return
     classes = sorted(evaluation.per_class, key=lambda row: row.percent)

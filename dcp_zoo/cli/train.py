@@ -16,7 +16,6 @@ from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_output, check_outside, check_writable
 from dcp_zoo.heads.config import STATE_NAME, check_free
-from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.zoo.registry import MINIATURE_NOTE, get_head, get_spec, is_model
@@ -171,6 +170,3 @@ def _show(options: TrainOptions, title: str, evaluation: "Evaluation") -> None:
         write_mistakes(evaluation, options.report, f"{options.folder} on {title}")
         log(f"Wrote {options.report}")
     show_evaluation(evaluation)
-    if evaluation.refused is not None:
-        refused, promised = 100 * evaluation.refused.float().mean().item(), 100 * REFUSED
-        output.print(f"--reject refuses {refused:.1f} % of these images, where {promised:g} % is promised")

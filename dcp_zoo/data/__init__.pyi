@@ -5,6 +5,7 @@ from .load import check as check
 from .load import load_for_training as load_for_training
 from .load import load_labelled as load_labelled
 from .load import load_split as load_split
+from .load import table_columns as table_columns
 from .packaged import DATASETS as DATASETS
 from .packaged import VARIANTS as VARIANTS
 from .packaged import DatasetSpec as DatasetSpec

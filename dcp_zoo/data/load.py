@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.images import bar
 from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec, is_own
 from dcp_zoo.data.splits import Split, check_test_share, group_by, split_images, training_split, with_labels
 from dcp_zoo.data.unreadable import damaged, without_unreadable
-from dcp_zoo.errors import ZooError, shorten, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten, warn
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -49,6 +50,34 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
         first = next(f"{label} is {here!r} here but {zoos!r}" for label, (here, zoos) in pairs if here != zoos)
         warn(f"{name}: label {first} in the zoo's class names, which its heads use.")
     return images
+
+
+def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
+    """The images, not decoded, and the labels of a Dataset of `datasets`, or of a Parquet file by its path; None for
+    anything else. ZooError unless it is one part, not a stream, with the columns `image` and `label`."""
+    if isinstance(table, (str, os.PathLike)) and str(table).endswith(".parquet"):
+        dataset = import_extra("datasets", "data").Dataset
+        with as_zoo_error(f"Cannot read {table}: {{}}. Pass a Parquet file.", Exception):  # it raises almost any
+            table = dataset.from_parquet(str(table))
+    if type(table).__module__.partition(".")[0] != "datasets":
+        return None
+    found: Any = table
+    if isinstance(table, dict) or not hasattr(table, "__len__"):
+        part = (
+            f"dataset[{next(iter(table))!r}]" if isinstance(table, dict) else "Dataset.from_list([*stream.take(500)])"
+        )
+        raise ZooError(f"Pass one part of a dataset, and no stream, such as {part}.")
+    if missing := {"image", "label"}.difference(found.column_names):
+        problem = f"This dataset has the columns {shorten(found.column_names)}, not {' and '.join(sorted(missing))}"
+        raise ZooError(f"{problem}: pass dataset.rename_column(...).")
+    image, names = found.features["image"], getattr(found.features["label"], "names", None)
+    found = found.with_format(None)
+    if hasattr(image, "decode"):
+        found = found.cast_column("image", replace(image, decode=False))
+    labels = [*found["label"]]
+    return [*found["image"]], [
+        names[i] if (i or 0) >= 0 and i is not None else None for i in labels
+    ] if names else labels
 
 
 def load_for_training(

@@ -3,10 +3,10 @@ these tensors by their hash: one head replaces another at the moment when its `c
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,), the
-scalars `.text_scale`, `.threshold` and `.spread`, and, if it was given images of no class,
-`.examples` (M, F') of them with the scalar `.margin`. A head with a layer of `reset_classifier` also has `fc.weight`
-(C, F) and `fc.bias` (C,) for its classes; the other tensors are then for the classes that `config.json` calls `named`.
-CLIP's are never included.
+scalars `.text_scale`, `.threshold` and `.spread`, the `.gate` (3,), if it has one, and, if it was given images of no
+class, `.examples` (M, F') of them with the scalar `.margin`. A head with a layer of `reset_classifier` also has
+`fc.weight` (C, F) and `fc.bias` (C,) for its classes; the other tensors are then for the classes that `config.json`
+calls `named`. CLIP's are never included.
 """
 
 import json
@@ -52,7 +52,7 @@ LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "refused")  # what `info` says of the test
 # of the text probe, which stay in float32, as logits depend on them
-EXACT = {f"{PREFIX}{name}" for name in ("weight", "bias", "text_scale", "threshold", "spread", "margin")}
+EXACT = {f"{PREFIX}{name}" for name in "weight bias text_scale threshold spread margin gate".split()}
 
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:

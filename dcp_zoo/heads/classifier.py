@@ -166,14 +166,23 @@ class Classifier(nn.Module, ABC):
 
     def classify(self, features: Tensor) -> Tensor:
         """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. ZooError as of `linear`."""
-        weight, bias = self.linear()
+        probe = self.gated_probe
+        weight, bias = self.linear() if probe is None else join(self.reads)
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(weight.dtype), weight, bias)
+            features = features.to(weight.dtype)
+            logits = F.linear(features, weight, bias)
+            return logits if probe is None else probe(logits, features, self.classes)
+
+    @property
+    def gated_probe(self) -> TextProbe | None:
+        """Its text probe, if the text answers for images that are far from what the probe has seen: see `gated`."""
+        probe = self.text_probe
+        return probe if probe is not None and self.fc is None and probe.gated_by(self.classes) else None
 
     def linear(self) -> Linear:
-        """W (C, F) and b (C,), the text probe included. ZooError without classes, or if the logits are no linear
-        function of the features: of a head that keeps its training images, or if text features depend on images, see
-        `DCP.encode_text`."""
+        """W (C, F) and b (C,), the text probe included, but not the gate that may follow it. ZooError without classes,
+        or if the logits are no linear function of the features: of a head that keeps its training images, or if text
+        features depend on images, see `DCP.encode_text`."""
         if not self.classes:
             raise ZooError(NO_CLASSES)
         if self.fc is not None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import in_eval_mode
-from dcp_zoo.backbone.clip import joined, parts_of
+from dcp_zoo.backbone.clip import PREPROCESSING, join, joined, parts_of
 from dcp_zoo.backbone.towers import vision_tower
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.fields import Values
-from dcp_zoo.probe.model import Distance
+from dcp_zoo.probe.model import Distance, gated
 
 
 class ImageTower(nn.Module):
@@ -39,9 +39,10 @@ class FusedHead(ImageTower):
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from `first` on
-    classifier: Tensor  # (C, F)
-    bias: Tensor  # (C,)
-    unit: Tensor  # see `Distance`; of a head that can reject
+    classifier: Tensor  # (C, F), with a gate (2C, F): the text's logits come last
+    bias: Tensor  # (C,), (2C,)
+    gate: Tensor  # (3,), of a head that has one
+    unit: Tensor  # see `Distance`; of a head that can reject, or has a gate
     means: Tensor
     examples: Tensor
     margin: Tensor
@@ -59,8 +60,14 @@ class FusedHead(ImageTower):
         self.encoders = nn.ModuleList(_shared(encoder) for encoder in encoders)
         with in_eval_mode(model):  # do not pool over a batch
             tensors = _constants(model)
-            tensors["classifier"], tensors["bias"] = model.linear()
-            if not model.cannot_reject:
+            linear, probe = model.linear(), model.gated_probe
+            if probe is not None:
+                linear = [
+                    torch.cat([own, probe.text_scale * text]) for own, text in zip(linear, join(reads), strict=True)
+                ]
+                tensors["gate"] = probe.gate
+            tensors["classifier"], tensors["bias"] = linear
+            if probe is not None or not model.cannot_reject:
                 tensors |= model.text_probe.measure(model.classes)._asdict()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
@@ -88,7 +95,11 @@ class FusedHead(ImageTower):
 
     def classify(self, features: Tensor) -> Tensor:
         """Normalised features (B, F) -> logits (B, C), in the precision of the classifier."""
-        return features.to(self.classifier.dtype) @ self.classifier.T + self.bias
+        logits = features.to(self.classifier.dtype) @ self.classifier.T + self.bias
+        if not hasattr(self, "gate"):
+            return logits
+        own, text = logits.chunk(2, 1)
+        return gated(own, text, self._distance(features, examples=False), self.gate)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +116,11 @@ class FusedHead(ImageTower):
 
     def distances(self, features: Tensor) -> Tensor:
         """Normalised features (B, F) -> `TextProbe.distance` (B,), of a head that can reject."""
-        return Distance(self.unit, self.means, self.examples, self.margin)(features)
+        return self._distance(features)
+
+    @property
+    def _distance(self) -> Distance:
+        return Distance(self.unit, self.means, self.examples, self.margin)
 
 
 @torch.no_grad()
@@ -154,11 +169,10 @@ def _constants(model: Any) -> dict[str, Tensor]:
 def _info(model: Any) -> Values:
     """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
     cfg = model.pretrained_cfg
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {
         "model": model.encoder.architecture,
         "tag": cfg.get("tag"),
         **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
         "classnames": list(model.classnames),
-        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in keys if k in cfg},
+        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in PREPROCESSING if k in cfg},
     }

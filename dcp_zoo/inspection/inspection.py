@@ -278,7 +278,7 @@ def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOf
     parts = folds(labels, groups)
     left_out, evidence = leave_out_each(images, parts)
     for out, fold in zip(parts, left_out, strict=True):
-        log_probabilities[out] = fold.logits(evidence).log_softmax(-1)
+        log_probabilities[out] = fold.logits(evidence)[0].log_softmax(-1)
         distances[out] = fold.distances()
     distances /= distances.mean().clamp(min=1e-6)
     return OutOfFold(log_probabilities, distances, images, groups, evidence)

@@ -128,7 +128,8 @@ class Predictor:
     - `features`: (F,), float32, with `features`
 
     Args:
-        head: a head's name, a checkpoint's folder, or an .onnx file from `dcp-zoo export`.
+        head: a head's name, a checkpoint's folder, or an .onnx file from `dcp-zoo export`; or a Predictor, of which
+            this becomes a copy, for engines that call the class.
         image: the column of images: bytes, paths, images of PIL, `datasets`' dicts of bytes and path, arrays, or what
             `decode` made of them.
         top_k, reject, precision, classnames: see `dcp_zoo.predict`, `dcp_zoo.create_model`.
@@ -142,7 +143,7 @@ class Predictor:
 
     def __init__(
         self,
-        head: str | Path,
+        head: "str | Path | Predictor",
         image: str = "image",
         top_k: int = 1,
         features: bool = False,
@@ -154,6 +155,9 @@ class Predictor:
         batch_size: int = 32,
         carry: bool = False,
     ) -> None:
+        if isinstance(head, Predictor):
+            vars(self).update(head.__getstate__())
+            return
         from dcp_zoo.zoo.resolve import head_files, head_sha256, parse_name  # here, as servers do without
 
         check_range("top_k", top_k, 1)

@@ -1,18 +1,27 @@
 """What classifiers on features share: class means, where a convex loss is lowest, the
 scale of logits.
 
-Features (n, E) and labels (n,), computed on the CPU.
+Features (n, E) and labels (n,), computed on the CPU. And thresholds, below which score an image belongs to none of the
+classes, by the `in_distribution_score`s of images that were left out, taken to be normally distributed; one in twenty
+images is refused unless asked otherwise. Examples of images of no class reject what is nearer to one of them than to
+the class means, by a margin. Other rules, and validation images: see `benchmarks/notes.md`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
+from dcp_zoo.tables import REFUSED
 
+REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
+THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
+LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # of a loss: its value and gradient at a place
 
@@ -81,3 +90,33 @@ def in_float64(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tenso
     """Some of many rows at a time, with their labels."""
     for rows, of in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
         yield rows.double(), of
+
+
+def thresholds_of(scores: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some
+    and how much these count (n,).
+
+    With a mean of 0 and a standard deviation of 1, one score in twenty is below -1.64:
+
+    >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
+    -1.6448536269514726
+    """
+    middle = average(scores, weights).item()
+    deviation = (scores.std() if weights is None else torch.cov(scores, aweights=weights).sqrt()).item()
+    return {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
+
+
+def average(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean () of values (n,), with weights (n,)."""
+    return values.mean() if weights is None else weights @ values / weights.sum()
+
+
+def margin_of(closer: Tensor) -> Tensor:
+    """How much closer () to an example of no class than to the class means an image must be to be rejected: as much as
+    `LIKE_EXAMPLES` of the images of the classes are, by how much closer some are (n,)."""
+    return closer.mean() - closer.std() * NormalDist().inv_cdf(LIKE_EXAMPLES)
+
+
+def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
+    """The percentage of scores (n,) that are not below each threshold."""
+    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}

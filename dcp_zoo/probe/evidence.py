@@ -42,10 +42,11 @@ class LeftOut(NamedTuple):
             for family, candidates in self.candidates.items()
         }
 
-    def logits(self, evidence: Evidence) -> Tensor:
-        """Logits (m, C) by the mean of the candidates."""
+    def logits(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        """Logits (m, C) by the mean of the candidates, and those that it starts at."""
         x = self.images.views[0]
-        return fitting.mean_of(self.candidates, evidence, x.shape[1]).logits(self.images.text_logits(x), x)
+        mean, text = fitting.mean_of(self.candidates, evidence, x.shape[1]), self.images.text_logits(x)
+        return mean.logits(text, x), mean.text * text
 
     def distances(self, rows: Tensor | None = None) -> Tensor:
         """Distances (m,) to the nearest of these rows (k, W), of joined parts; default: to the means of kept images."""

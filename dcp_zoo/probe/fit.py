@@ -12,9 +12,8 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -26,15 +25,12 @@ from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
-from dcp_zoo.probe.estimates import text_scale
+from dcp_zoo.probe.estimates import THRESHOLD_IMAGES, average, margin_of, share_above, text_scale, thresholds_of
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
 from dcp_zoo.probe.folds import folds, shares
-from dcp_zoo.probe.model import TextProbe
+from dcp_zoo.probe.model import GATE, TextProbe, gated
 from dcp_zoo.tables import REFUSED
 
-REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
-THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
-LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
 SHARPER = 0.3  # by which the calibration of four sets at 1 to 8 images per class is best, see `benchmarks/notes.md`
 
 
@@ -98,8 +94,8 @@ def fit_on_features(
     info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text / sharper, 3)}
 
     if left_out:
-        left_out_typical = None if typical is None else typical[torch.cat(out)]
-        info |= _set_threshold(probe, left_out, evidence, left_out_typical, examples)
+        shares_out, typical_out = (None if each is None else each[torch.cat(out)] for each in (plain.weights, typical))
+        info |= _set_threshold(probe, left_out, evidence, shares_out, typical_out, examples)
     if "thresholds" in info and (scores := _scores_of_unknown(probe, plain, evidence)):
         info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
@@ -131,27 +127,30 @@ def _fill(probe: TextProbe, sets: Sequence[TrainingSet], means: Sequence[Candida
     beside = torch.stack([mean.weight for mean in means]).mean(0)[:, width:]
     probe.weight.copy_(torch.cat([embeddings, beside], 1) * root)
     probe.bias.copy_(torch.stack([mean.bias for mean in means]).mean(0))
-    probe.means.copy_(torch.cat([*(each.means[:, :width] for each in sets[:-1]), sets[-1].means], 1) / root)
+    seen = torch.cat([*(each.means[:, :width] for each in sets[:-1]), sets[-1].means], 1) / root
+    probe.means.copy_(seen.half())  # as they are stored
 
 
 def _set_threshold(
     probe: TextProbe,
     left_out: Sequence[LeftOut],
     evidence: Evidence,
+    weights: Tensor | None,
     typical: Tensor | None,
     examples: Tensor | None,
 ) -> Values:
-    """Set the unit of distances, the threshold, and the examples (M, F') of images of no class, by the images that were
-    left out; the threshold by the `typical` (m,) of them. Returns the head's info; sets nothing if they are too few."""
+    """Set the gate, the unit of distances, the threshold, and the examples (M, F') of images of no class, by the images
+    that were left out; the threshold by the `typical` (m,) of them, with their weights (m,). Returns the head's info;
+    sets nothing if they are too few."""
     distances = torch.cat([each.distances() for each in left_out])
     if len(distances) < THRESHOLD_IMAGES or not distances.mean() > 0:
         return {}
-    probe.spread.copy_(distances.mean())
-    logits = torch.cat([each.logits(evidence) for each in left_out])
-    scores = torch.from_numpy(in_distribution_score(logits.numpy(), (distances / probe.spread).numpy()))
+    probe.spread.copy_(average(distances, weights))
+    probe.gate = torch.tensor(GATE)
+    scores = torch.from_numpy(np.concatenate([_scores(each, evidence, probe) for each in left_out]))
     if typical is not None and typical.sum() >= THRESHOLD_IMAGES:
-        scores = scores[typical]
-    thresholds = thresholds_of(scores)
+        scores, weights = scores[typical], None if weights is None else weights[typical]
+    thresholds = thresholds_of(scores, weights)
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
     info: Values = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
     if examples is None:
@@ -171,29 +170,12 @@ def _scores_of_unknown(probe: TextProbe, images: TrainingSet, evidence: Evidence
         if not out.any() or len(images.labels[~out].unique()) < 2:
             continue
         left_out = leave_out(images, out.nonzero().flatten(), evidence)
-        logits = left_out.logits(evidence)[:, left_out.kept.counts > 0]
-        scores.append(in_distribution_score(logits.numpy(), (left_out.distances() / probe.spread).numpy()))
+        scores.append(_scores(left_out, evidence, probe, left_out.kept.counts > 0))
     return scores
 
 
-def thresholds_of(scores: Tensor) -> dict[str, float]:
-    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some.
-
-    With a mean of 0 and a standard deviation of 1, one score in twenty is below -1.64:
-
-    >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
-    -1.6448536269514726
-    """
-    middle, deviation = scores.mean().item(), scores.std().item()
-    return {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
-
-
-def margin_of(closer: Tensor) -> Tensor:
-    """How much closer () to an example of no class than to the class means an image must be to be rejected: as much as
-    `LIKE_EXAMPLES` of the images of the classes are, by how much closer some are (n,)."""
-    return closer.mean() - closer.std() * NormalDist().inv_cdf(LIKE_EXAMPLES)
-
-
-def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
-    """The percentage of scores (n,) that are not below each threshold."""
-    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}
+def _scores(left_out: LeftOut, evidence: Evidence, probe: TextProbe, known: Tensor | slice = slice(None)) -> np.ndarray:
+    """The `in_distribution_score`s (m,) of images that were left out, by a head that has these classes."""
+    own, text = (logits[:, known] for logits in left_out.logits(evidence))
+    distances = left_out.distances() / probe.spread
+    return in_distribution_score(gated(own, text, distances, probe.gate).numpy(), distances.numpy())

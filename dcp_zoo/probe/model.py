@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.backbone._torch import WeightCache
 from dcp_zoo.backbone.classes import rows_of
 from dcp_zoo.backbone.clip import Linear
 
@@ -16,6 +17,12 @@ PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one le
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects
+GATE = (
+    1.1,
+    1.4,
+    0.1,
+)  # distances from which the text has a say, and most of it; the least share, see `benchmarks/notes.md`
+TINY = 1e-12  # a share whose logarithm has a gradient
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
     "dcp-zoo train sets one, from at least two images of a class and 20 in all."
@@ -31,13 +38,29 @@ class Distance(NamedTuple):
     examples: Tensor  # (M, F')
     margin: Tensor  # ()
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Features (B, F), of which the last F' columns are read -> distances (B,)."""
+    def __call__(self, features: Tensor, examples: bool = True) -> Tensor:
+        """Features (B, F), of which the last F' columns are read -> distances (B,), with a regard for examples."""
         x = features[:, -self.means.shape[1] :].float() * self.unit
-        distances = nearest(x, self.means)
-        if not len(self.examples):
+        distances = nearest(x, self.means.float())
+        if not (examples and len(self.examples)):
             return distances
         return distances.masked_fill(distances - nearest(x, self.examples) > self.margin, BEYOND)
+
+
+def gated(own: Tensor, text: Tensor, distances: Tensor, gate: Tensor) -> Tensor:
+    """Logits (B, C) of the probabilities q softmax(own) + (1 - q) softmax(text), of logits (B, C): q falls from 1
+    between two distances, to the least share, the numbers of the `gate` (3,). Of images unlike those that it has seen a
+    probe knows less than the text, unless the text is near to a guess.
+
+    >>> own, text = torch.tensor([[2.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
+    >>> gated(own, text, torch.tensor([1.0, 1.25, 9.0]), torch.tensor(GATE)).softmax(-1)[:, 0]
+    tensor([0.8808, 0.5749, 0.3301])
+    """
+    near, far, least = gate.unbind()
+    share = torch.maximum(((far - distances.float()) / (far - near)).clamp(max=1), least)[:, None]
+    own, text = own.float(), text.float()
+    text = text + own.logsumexp(-1, keepdim=True) - text.logsumexp(-1, keepdim=True)
+    return torch.logaddexp(share.log() + own, (1 - share).clamp(min=TINY).log() + text)
 
 
 class TextProbe(nn.Module):
@@ -47,7 +70,7 @@ class TextProbe(nn.Module):
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
     frozen features to the nearest of the class means, in units of `spread`, the mean of training images that were left
     out, and `BEYOND` where one of the `examples` (M, F'), images of no class, is nearer by more than the `margin`.
-    Other texts unset the threshold.
+    Other texts unset the threshold. With a `gate` (3,) the text answers for what is far, see `gated`; without, (0,).
 
     Args:
         classes: those of the head, or as many as its images have.
@@ -63,6 +86,7 @@ class TextProbe(nn.Module):
     spread: Tensor
     examples: Tensor
     margin: Tensor
+    gate: Tensor
 
     def __init__(
         self, classes: Sequence[str], widths: Sequence[Sequence[int]], changed: int = 0, examples: int = 0
@@ -72,6 +96,8 @@ class TextProbe(nn.Module):
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
+        self.register_buffer("gate", torch.empty(0))
+        self._measured = WeightCache()
         self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - changed))
         for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
@@ -84,13 +110,21 @@ class TextProbe(nn.Module):
         return torch.cat([rows, torch.zeros_like(rows[:1])])[index]
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
-        """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
+        """Text logits (B, C) and features (B, F) of the same images -> logits (B, C) for these C classes."""
         weight, bias = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
         with torch.autocast(features.device.type, enabled=False):
-            return self.text_scale * logits + F.linear(features.to(weight.dtype), weight, bias).to(logits.dtype)
+            text = self.text_scale * logits
+            own = text + F.linear(features.to(weight.dtype), weight, bias).to(logits.dtype)
+            far = self.gated_by(classes)
+            return own if far is None else gated(own, text, far(features, examples=False), self.gate)
+
+    def gated_by(self, classes: Sequence[str]) -> Distance | None:
+        """What tells how far images are, for the gate; None without a gate, or an image of these classes."""
+        return found if len(self.gate) and len((found := self.measure(classes)).means) else None
 
     def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
-        """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
+        """The logits for these C classes as a linear function of the features, which a gate leaves out; `text` is that
+        of the text logits."""
         weight, bias = text
         weight, bias = self.text_scale * weight, self.text_scale * bias
         return weight + self._ordered(self.weight, classes), bias + self._ordered(self.bias, classes)
@@ -98,10 +132,15 @@ class TextProbe(nn.Module):
     def measure(self, classes: Sequence[str]) -> Distance:
         """How far images are from what the head has seen of these classes, by the frozen ones of the features: about 1
         for images like these."""
-        parts = sum(map(len, self.widths))
-        unit = math.sqrt(parts / (parts - 1 if self.changed else parts)) / self.spread.float()
-        means = self._ordered(self.means, classes).float()
-        return Distance(unit, means[means.any(1)][:, self.changed :] * unit, self.examples.float() * unit, self.margin)
+
+        def measure() -> Distance:
+            parts = sum(map(len, self.widths))
+            unit = math.sqrt(parts / (parts - 1 if self.changed else parts)) / self.spread.float()
+            means = self._ordered(self.means, classes).float()
+            means = means[means.any(1)][:, self.changed :] * unit
+            return Distance(unit, means, self.examples.float() * unit, self.margin)
+
+        return self._measured(measure, self.buffers(), tuple(classes))
 
     def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Features (B, F) -> `measure` of them (B,)."""
@@ -129,8 +168,8 @@ class TextProbe(nn.Module):
         classes = self.classes if classes is None else classes
         state = self.state_dict()
         state |= {name: self._ordered(state[name], classes) for name in ("weight", "bias", "means")}
-        if not len(self.examples):
-            state = {name: tensor for name, tensor in state.items() if name not in ("examples", "margin")}
+        absent = (() if len(self.examples) else ("examples", "margin")) + (() if len(self.gate) else ("gate",))
+        state = {name: tensor for name, tensor in state.items() if name not in absent}
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}

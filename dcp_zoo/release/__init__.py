@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
-from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
+from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
 from dcp_zoo.onnx.export import compare_probabilities, export, with_preprocessing
 from dcp_zoo.prediction.onnx import INPUT, OnnxClassifier
 from dcp_zoo.zoo.registry import MODELS, get_head, newest
@@ -40,8 +40,11 @@ def accuracies(metrics: Values) -> dict[str, float]:
     return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
 
 
-def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = False) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients.
+def make_card(
+    model: Head, repo_id: str, license: str, size: int, onnx: bool = False, others: Values | None = None
+) -> ModelCard:
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients;
+    `others`: top-1 accuracies of other protocols, by name.
     ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
     info, problem = model.info, not_of_dataset(model)
     if problem and info.get("metrics"):
@@ -57,6 +60,7 @@ def make_card(model: Head, repo_id: str, license: str, size: int, onnx: bool = F
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
+        others=others or {},
         dataset=dataset,
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
@@ -183,8 +187,7 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
     api = HfApi(library_name=HUB_LIBRARY)
-
-    def send() -> str:
+    with explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
@@ -192,9 +195,6 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
             allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PREPROCESSOR, ONNX_FILE],
             commit_message="Upload a head with dcp_zoo",
         ).oid
-
-    with explained(repo_id):
-        return retried(send)
 
 
 def write_client_files(model: Head, folder: Path) -> None:

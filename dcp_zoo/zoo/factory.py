@@ -6,6 +6,7 @@ does to it what `timm.create_model` would.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,7 +17,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from dcp_zoo.backbone.classes import Descriptions
-from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.clip import PREPROCESSING, FrozenCLIP
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, shorten
@@ -29,7 +30,6 @@ from dcp_zoo.zoo.build import build_head
 from dcp_zoo.zoo.registry import ModelSpec, is_model
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
 
-PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
 DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
@@ -207,17 +207,6 @@ def load_state(model: Head, path: Path) -> None:
             raise RuntimeError(shorten(lines, 4)) from error
 
 
-@dataclass(frozen=True)
-class TestTransform:
-    """PIL image, in RGB -> normalised tensor (3, H, W), by timm's config."""
-
-    __test__ = False  # not one of pytest's
-    cfg: Values
-
-    def __call__(self, image: Any) -> torch.Tensor:
-        return torch.from_numpy(normalise(crop(image, self.cfg), self.cfg))
-
-
 def create_transform(
     model_or_name: FrozenCLIP | Head | FusedHead | str | None = None,
     is_training: bool = False,
@@ -233,18 +222,20 @@ def create_transform(
     Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
     random numbers. It also takes uint8 tensors (3, h, w): faster than PIL, and within 2 of 255 levels.
     """
-    if model_or_name is None:
-        cfg: Values = {"input_size": input_size}
-    else:
+    for name in changes:
+        check_choice("change", name, PREPROCESSING)
+    cfg: Values = {"input_size": input_size}
+    if model_or_name is not None:
         cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
-    wrong, cfg = sorted(changes.keys() - set(PREPROCESSING)), cfg | changes
-    if wrong or (missing := [name for name in ("input_size", *PREPROCESSING) if cfg.get(name) is None]):
-        problem = f"{', '.join(wrong)}: unknown" if wrong else f"{', '.join(missing)}: missing without a model"
-        raise ZooError(f"create_transform: {problem}. Pass a model, and of {', '.join(PREPROCESSING)} what differs.")
+    cfg = cfg | changes
+    if missing := [name for name in PREPROCESSING if cfg.get(name) is None]:
+        raise ZooError(
+            f"create_transform needs {', '.join(missing)}: pass a model, or all values of timm's data config."
+        )
     size = cfg["input_size"][-1]
     check_only("input_size", input_size, "the model reads square images of one size", sizes(size))
     if not is_training:
-        return TestTransform(cfg)
+        return partial(_for_test, cfg)
     from torchvision.transforms import v2
 
     resample = v2.InterpolationMode(cfg["interpolation"])
@@ -257,3 +248,7 @@ def create_transform(
             v2.Normalize(cfg["mean"], cfg["std"], inplace=True),  # on the new float tensor
         ]
     )
+
+
+def _for_test(cfg: Values, image: Any) -> torch.Tensor:
+    return torch.from_numpy(normalise(crop(image, cfg), cfg))

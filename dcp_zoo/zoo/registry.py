@@ -331,13 +331,10 @@ def list_models(
         name_matches_cfg: changes nothing, as every model has a configuration.
         include_tags: whether to list heads `model.tag`, without `pretrained` planned ones, too. Default: `pretrained`.
     """
-    heads: Iterable[HeadEntry] = loadable_heads().values() if pretrained else all_heads().values()
-    if include_tags is None or include_tags == pretrained:
-        names = [head.name for head in heads] if pretrained else [*MODELS]
-    elif include_tags:
-        names = [head.name for head in heads]
-    else:
-        names = [head.model for head in heads if head.tag == MODELS[head.model].default_tag]
+    tags, heads = pretrained if include_tags is None else include_tags, loadable_heads() if pretrained else all_heads()
+    names = [*heads] if tags else [*MODELS]
+    if pretrained and not tags:  # as in timm, those whose default head is there
+        names = [name for name in names if f"{name}.{MODELS[name].default_tag}" in heads]
     is_ours = not module or "dcp" in ([module] if isinstance(module, str) else module)
     return sorted(_matching(names if is_ours else [], filter, exclude_filters), key=_natural)
 

@@ -18,7 +18,8 @@ from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
-from dcp_zoo.probe.fit import THRESHOLD_IMAGES, ReadingFeatures, fit_on_features, share_above, thresholds_of
+from dcp_zoo.probe.estimates import THRESHOLD_IMAGES, share_above, thresholds_of
+from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods.base import Method, Task
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot

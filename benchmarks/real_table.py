@@ -1,0 +1,149 @@
+"""The table that the miniature cannot give: a real CLIP on public datasets, by several methods, three draws each.
+
+    python benchmarks/real_table.py --model small --data-root DATA --output TABLE --dry-run     what it takes
+    python benchmarks/real_table.py --model small --data-root DATA --output TABLE
+
+It downloads the datasets that are missing, resumes when repeated, and writes TABLE/submission.csv, which `submit.py`
+checks; `dcp-zoo report TABLE` has more of each trial. All methods have the recipes of this package.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+from typer import Option, Typer
+
+from dcp_zoo.benchmark import Settings, plan_trials, store
+from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.cli import main
+from dcp_zoo.cli import options as opt
+from dcp_zoo.cli.benchmark import download_all, numbers, show_events, split_commas
+from dcp_zoo.cli.console import log, output
+from dcp_zoo.data import download as downloads
+from dcp_zoo.data import list_datasets
+from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import Values
+from dcp_zoo.files import check_writable
+from dcp_zoo.heads.kinds import LinearHead
+from dcp_zoo.threads import use_threads
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Method, Task
+from dcp_zoo.training.methods.table import GROUP
+from dcp_zoo.training.methods.text_probe import TextProbeRecipe, add_probe
+from dcp_zoo.training.methods.zero_shot import fit as zero_shot
+from dcp_zoo.zoo.registry import get_spec
+
+sys.path.append(str(Path(__file__).parents[1] / "hub"))
+from pace import gigabytes, hours_text
+
+app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+DATASETS = "caltech101,eurosat,dtd"  # a gigabyte together; oxford_flowers, oxford_pets and ucf101 are the next larger
+EMBEDDING = "text-probe-embedding"
+TITLES = {
+    "zero-shot": "zero-shot",
+    "linear-probe": "logistic regression",
+    EMBEDDING: "text probe, CLIP's embedding alone",
+    "text-probe": "text probe, all that it reads",
+    "dcp, no_classifier": "DCP alone",
+    "dcp": "DCP with text probes",
+}
+
+
+class EmbeddingHead(LinearHead):
+    """A head that reads CLIP's embedding, and not what the image tower has before it."""
+
+    def _own_reading(self) -> Any:
+        return super()._own_reading().first_part()
+
+
+def fit_embedding(task: Task) -> LinearHead:
+    head = zero_shot(task)
+    head.__class__ = EmbeddingHead
+    add_probe(head, task)
+    return head
+
+
+PROBE = METHODS["text-probe"]
+EMBEDDING_PROBE = Method(
+    EMBEDDING, "Text probe, embedding", PROBE.reference, fit_embedding, TextProbeRecipe, PROBE.abilities
+)
+
+
+@app.command(cls=opt.Command)
+def real_table(
+    output_dir: Annotated[Path, Option("--output", help="Folder for results, from which it resumes.")],
+    data_root: Annotated[Path, Option(help="Folder with the datasets; what is missing is downloaded.")],
+    model: Annotated[str, Option(help="A model of the zoo, or small, medium, large.")] = "small",
+    datasets: Annotated[str, Option(help="Of the zoo.")] = DATASETS,
+    shots: Annotated[str, Option(help="Training images per class.")] = "4,16",
+    seeds: Annotated[str, Option(help="Of the draws.")] = "1,2,3",
+    agree: opt.Agree = False,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "float32",
+    dry_run: Annotated[bool, Option("--dry-run", help="Measure a step, and show hours and downloads.")] = False,
+) -> None:
+    """Measure a real CLIP with the methods of this package, and write a table to submit.
+
+    [dim]python benchmarks/real_table.py --data-root DATA --output TABLE --dry-run[/]
+    """
+    METHODS.places[EMBEDDING] = EntryPoint(EMBEDDING, "real_table:EMBEDDING_PROBE", GROUP)
+    spec, names, methods = get_spec(model), split_commas([datasets]), [name for name in TITLES if "," not in name]
+    numbered = numbers([shots], "--shots"), numbers([seeds], "--seeds")
+    trials = plan_trials("few-shot", [spec.name], methods, names, *numbered)
+    left = [trial for trial in trials if trial.key not in store.done(output_dir)]
+    missing = downloads.missing(names, data_root)
+    images = "of unknown size" if (size := gigabytes(missing)) is None else f"{size:.1f} GB"
+    output.print(f"Downloads: datasets {images}; {spec.name} {spec.download or '0 GB'}, if it is not in the cache.")
+    output.print(hours_text(spec.name, left, device, precision), soft_wrap=True)
+    if dry_run:
+        return
+    check_writable(output_dir)
+    use_threads()
+    if absent := download_all(missing, data_root, agree):
+        raise ZooError(f"Not complete: {', '.join(absent)}. Repeat the command to resume.")
+    failed = sweep(trials, Settings(output_dir, data_root, device, precision), show=show_events)
+    results = store.results(output_dir)
+    table = measured(results[trial.key] for trial in trials if trial.key in results)
+    shown = table.pivot_table("top1", ["shots", "method"], "dataset", sort=False).round(1)
+    output.print(shown.to_string(na_rep=""), markup=False)
+    write_csv(output_dir / "submission.csv", table)
+    if failed:
+        raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+
+
+def measured(results: Iterable[Values]) -> pd.DataFrame:
+    """Top-1 of each draw, without batch statistics, in the order of `TITLES`, and what a `Submission` says of it."""
+    rows = []
+    for result in results:
+        trial = result["trial"]
+        for entry in result["results"]:
+            name = f"{trial['method']}, {entry['stats']}".removesuffix(", ").removesuffix(", stored")
+            if name in TITLES:
+                said = {name: result[name] for name in ("split_sha256", "recipe", "selection")} | trial
+                said |= {"reference": METHODS[trial["method"]].reference, "order": [*TITLES].index(name)}
+                rows.append(said | {"method": TITLES[name], "top1": entry["top1"]})
+    return pd.DataFrame(rows).sort_values(["shots", "order"], kind="stable")
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """The fields of a `Submission` as columns, each value as JSON: the mean over the draws of a method, dataset and
+    number of images. Not of zero-shot CLIP, which trains on none, and of datasets of no leaderboard."""
+    fixed = {"test_images_used": False, "test_time_optimisation": False, "deterministic": True, "license": "apache-2.0"}
+    rows, fixed["by"], fixed["where"] = [], "not stated", "https://github.com/dcp-zoo/dcp_zoo"
+    table = table[table.dataset.isin(list_datasets()) & (table.shots > 0)]
+    for _, draws in table.groupby(["method", "dataset", "shots"], sort=False):
+        row, spec = draws.iloc[0], get_spec(draws.model.iloc[0])
+        weights = {"model": f"{spec.clip} {spec.clip_pretrained}", "pretraining_data": "that of the model"}
+        same = {name: row[name] for name in ("method", "reference", "dataset", "split_sha256", "recipe", "selection")}
+        drawn = {"shots": int(row.shots), "seeds": draws.seed.tolist(), "reported": round(draws.top1.mean(), 2)}
+        rows.append({name: json.dumps(value) for name, value in (fixed | weights | same | drawn).items()})
+    pd.DataFrame(rows).to_csv(path, index=False)
+    log(f"Wrote {path}, {len(rows)} rows: check it with python benchmarks/submit.py.")
+
+
+if __name__ == "__main__":
+    main(app)
