@@ -31,9 +31,7 @@ class Explanation:
     """Why a head takes an image for one of its classes, or does not."""
 
     name: str  # of the class
-    shares: (
-        np.ndarray
-    )  # (H, W), of each pixel in the class's logit, less the mean logit; negative ones speak against it
+    shares: np.ndarray  # (H, W), of each pixel in the logit, less the mean logit; negative ones speak against the class
     crop: Image.Image  # what the head reads of the image
 
     def picture(self) -> Image.Image:
@@ -64,62 +62,72 @@ def logit_shares(head: Head, image: Tensor, label: int) -> Tensor:
 
 def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor], image: Tensor) -> Iterator[Tensor]:
     """What the parts of a reading say for a class, in grids of positions (h, w)."""
-    prompts, last = reading.prompts() if reading.prompts else [], len(tower.blocks) - 1
-    middle, patches = (last + 1) // 2, slice(tower.num_prefix, tower.num_tokens)
+    walk, patches = _Walk(tower, reading, image), slice(tower.num_prefix, tower.num_tokens)
+    last = len(tower.blocks) - 1
+    middle = (last + 1) // 2
     if STEM in weights:
         *earlier, maps = tower.stem.stages(tower.checked(image))
         yield from _of_means([tower.stem.widen(maps)], weights[STEM])
         if STAGE in weights:
             yield from _of_means(earlier, weights[STAGE])
 
-    def entering(block: int) -> Tensor:
-        """The tokens (1, N, Dv)."""
-        x = tower.run(tower.embed(image).x, (), 0, min(block, reading.first))
-        return tower.run(x, prompts, reading.first, block)
+    def embedded(x: Tensor) -> Tensor:
+        hidden = tower.hidden(x[:, : tower.pooled])
+        both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
+        return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
 
-    def through(i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
+    yield walk.through(last, embedded) if tower.pooled == 1 else walk.leaving(last, embedded)
+    if MIDDLE in weights:
+        norm = tower.blocks[middle].norm
+        x = norm(walk.entering(middle))
+        token, mean = x[0, : tower.num_prefix > 0].flatten(), x[0, patches].mean(0)
+        w = weights[MIDDLE] / torch.cat([token, mean]).norm()
+        yield (x[0, patches] @ w[len(token) :] / (patches.stop - patches.start)).view(tower.grid)
+        if len(token):
+            yield walk.through(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
+    if LAST in weights:
+        x = tower.norm(tower.blocks[last](walk.entering(last), rows=slice(0, None, EVERY)))[0]
+        shown = torch.arange(0, tower.num_tokens, EVERY) >= tower.num_prefix
+        each = x.new_zeros(tower.num_tokens)
+        each[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
+        yield each[patches].view(tower.grid)
+
+
+class _Walk:
+    """An image (1, 3, H, W) on its way through the blocks of a reading's tower, with its prompts."""
+
+    def __init__(self, tower: VisionTower, reading: Reading, image: Tensor) -> None:
+        self.tower, self.first, self.image = tower, reading.first, image
+        self.prompts = reading.prompts() if reading.prompts else []
+        self.patches = slice(tower.num_prefix, tower.num_tokens)
+
+    def entering(self, block: int) -> Tensor:
+        """The tokens (1, N, Dv)."""
+        x = self.tower.run(self.tower.embed(self.image).x, (), 0, min(block, self.first))
+        return self.tower.run(x, self.prompts, self.first, block)
+
+    def through(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
         """Shares of the patches in a value of the class token that leaves a block: by what it takes of each."""
-        x, block = entering(i), tower.blocks[i]
-        if i - reading.first < len(prompts):
-            x = append_prompts(x, prompts[i - reading.first])
+        x, block = self.entering(i), self.tower.blocks[i]
+        if i - self.first < len(self.prompts):
+            x = append_prompts(x, self.prompts[i - self.first])
         normed = block.norm(x)
         key, taken = block.key_value(normed)
         with torch.enable_grad():
             taken = taken.detach().requires_grad_()
             attended = attend(block.query(normed[:, :1]), key, taken, None, False)
             (gradient,) = torch.autograd.grad(value(block.finish(x[:, :1], attended)), taken)
-        each = taken.detach()[0, :, patches]
-        return (gradient[0, :, patches] * (each - each.mean(1, keepdim=True))).sum((0, 2)).view(tower.grid)
+        each = taken.detach()[0, :, self.patches]
+        return (gradient[0, :, self.patches] * (each - each.mean(1, keepdim=True))).sum((0, 2)).view(self.tower.grid)
 
-    def leaving(value: Callable[[Tensor], Tensor]) -> Tensor:
+    def leaving(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
         """Shares of the patches that leave the last block in a value of all of them."""
-        x = tower.run(entering(last), prompts[last - reading.first :], last)
+        x = self.tower.run(self.entering(i), self.prompts[i - self.first :], i)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(value(x), x)
-        each = x.detach()[0, patches]
-        return (gradient[0, patches] * (each - each.mean(0))).sum(-1).view(tower.grid)
-
-    def embedded(x: Tensor) -> Tensor:
-        hidden = tower.hidden(x[:, : tower.pooled])
-        both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
-        return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
-
-    yield through(last, embedded) if tower.pooled == 1 else leaving(embedded)
-    if MIDDLE in weights:
-        norm = tower.blocks[middle].norm
-        x = norm(entering(middle))
-        token, mean = x[0, : tower.num_prefix > 0].flatten(), x[0, patches].mean(0)
-        w = weights[MIDDLE] / torch.cat([token, mean]).norm()
-        yield (x[0, patches] @ w[len(token) :] / (patches.stop - patches.start)).view(tower.grid)
-        if len(token):
-            yield through(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
-    if LAST in weights:
-        x = tower.norm(tower.blocks[last](entering(last), rows=slice(0, None, EVERY)))[0]
-        shown = torch.arange(0, tower.num_tokens, EVERY) >= tower.num_prefix
-        each = x.new_zeros(tower.num_tokens)
-        each[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
-        yield each[patches].view(tower.grid)
+        each = x.detach()[0, self.patches]
+        return (gradient[0, self.patches] * (each - each.mean(0))).sum(-1).view(self.tower.grid)
 
 
 def _along(part: Tensor, weight: Tensor) -> Tensor:
