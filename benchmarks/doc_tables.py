@@ -35,14 +35,6 @@ FORMATS = {
     "difference": "difference",
     "same_answer": "same prediction",
 }
-SERVING = {
-    "part": "part",
-    "per_second": "images per second",
-    "per_cpu_second": "images per CPU second",
-    "p50_ms": "median, ms",
-    "p99_ms": "99th percentile, ms",
-    "failures": "wrong predictions",
-}
 PRECISIONS = {
     "runtime": "runtime",
     "precision": "precision",

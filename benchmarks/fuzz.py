@@ -1,20 +1,19 @@
 """Damage what the package reads at random and read it: each input is read, or refused with a ZooError.
 
     python benchmarks/fuzz.py --minutes 10             all kinds, each as long
-    python benchmarks/fuzz.py --only pictures --keep FOLDER     keeps the inputs that failed
+    python benchmarks/fuzz.py --only pictures --keep FOLDER     where inputs that failed are; default: failed
     python benchmarks/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
 
 The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head of the
 miniature with a text probe, another with a template, and files of labels, class names and sentences.
 Bytes are flipped, set, cut, repeated and taken from another input; values and types in `config.json`, and numbers of
-tensors, are replaced too. A separate process reads. Failures are its deaths, inputs that twice take longer than `HANG`
-seconds, other exceptions, files elsewhere, and more memory than `MAX_MB`; with any of them the exit code is 1.
+tensors, are replaced too. Failures are exceptions, folders elsewhere and more memory than `MAX_MB`: the exit code is 1.
+A crash, or an input that takes longer than `HANG` seconds, ends the run at once, with a traceback.
 """
 
 import argparse
+import faulthandler
 import json
-import multiprocessing
-import os
 import random
 import resource
 import shutil
@@ -35,7 +34,7 @@ from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
 
-HANG, MAX_MB = 5.0, 1500
+HANG, MAX_MB = 30.0, 1500
 FORMATS = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "JPEG": ("L", "RGB", "CMYK"),
@@ -248,28 +247,6 @@ KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Rand
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def work(kind: str, folder: Path, kept: Path | None, number: Any, started: Any, failures: Any) -> None:
-    """Read one input after the other; the numbers are shared with the process that watches."""
-    warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes there
-    make, fuzz = KINDS[kind]
-    corpus = make()
-    if kind == "checkpoints":
-        build_clips_once()
-    while True:
-        started.value = time.monotonic()
-        read = fuzz(corpus, random.Random(f"{kind} {number.value}"), folder)
-        try:
-            with suppress(ZooError):
-                read()
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KB on Linux
-            assert used < MAX_MB, f"the process has used {used} MB"
-        except Exception:
-            failures.value += 1
-            fail(f"{kind}-{number.value}", traceback.format_exc(limit=-3), folder, kept)
-        number.value += 1
-
-
 def build_clips_once() -> None:
     """The CLIP that a checkpoint names is the same for most, and takes most of the time."""
     from dcp_zoo.zoo import build as zoo_build
@@ -285,48 +262,30 @@ def build_clips_once() -> None:
     zoo_build.build_clip = built
 
 
-def fail(name: str, reason: str, folder: Path, kept: Path | None) -> None:
-    """Say so, and copy the input to the folder of --keep."""
-    print(f"{name}: {reason}", flush=True)
-    if kept:
-        shutil.copytree(folder, kept / name, dirs_exist_ok=True)
-
-
-def fuzz(kind: str, seconds: float, first: int, kept: Path | None) -> int:
-    """Read inputs for some time, in a process that is started again whenever it dies or hangs; the failures."""
-    context = multiprocessing.get_context("spawn")
-    number, failures = (context.Value("q", n, lock=False) for n in (first, 0))
-    started, until, slow, process = context.Value("d", 0.0, lock=False), 0.0, -1, None
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "input")
-        folder.mkdir()
-        while not until or time.monotonic() < until:
-            if process is None:
-                started.value = 0.0  # until it has imported everything
-                shared = (kind, folder, kept, number, started, failures)
-                process = context.Process(target=work, args=shared, daemon=True)
-                process.start()
-            time.sleep(0.05)
-            if started.value and not until:
-                until = time.monotonic() + seconds
-            hangs = started.value and time.monotonic() > started.value + HANG
-            if not hangs and process.is_alive():
-                continue
-            process.kill()
-            process.join()
-            process = None
-            if hangs and slow != number.value:  # perhaps the machine was busy: once more
-                slow = number.value
-                continue
-            failures.value += 1
-            fail(f"{kind}-{number.value}", "hangs" if hangs else "crashes", folder, kept)
-            number.value += 1
-        if process:
-            process.kill()
-            process.join()
-        elsewhere = [path for path in Path(temporary).rglob("*") if path != folder and path.parent != folder]
-    print(f"{kind}: {number.value - first} inputs, {failures.value} failures", *elsewhere, flush=True)
-    return failures.value + len(elsewhere)
+def fuzz(kind: str, seconds: float, first: int, kept: Path) -> int:
+    """Read inputs for some time; the failures. A crash or a hang ends this process: the input stays in `kept/last`."""
+    make, damage = KINDS[kind]
+    corpus, number, failures, until = make(), first, 0, time.monotonic() + seconds
+    folder = kept / "last"
+    folder.mkdir(parents=True, exist_ok=True)
+    around = {path for path in kept.iterdir() if path.is_dir()}
+    while time.monotonic() < until:
+        read = damage(corpus, random.Random(f"{kind} {number}"), folder)
+        faulthandler.dump_traceback_later(HANG, exit=True)
+        try:
+            with suppress(ZooError):
+                read()
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KB on Linux
+            assert used < MAX_MB, f"the process has used {used} MB"
+            assert {path for path in kept.iterdir() if path.is_dir()} == around, "it wrote elsewhere"
+        except Exception:
+            failures += 1
+            print(f"{kind}-{number}: {traceback.format_exc(limit=-3)}", flush=True)
+            around.add(shutil.copytree(folder, kept / f"{kind}-{number}", dirs_exist_ok=True))
+        faulthandler.cancel_dump_traceback_later()
+        number += 1
+    print(f"{kind}: {number - first} inputs, {failures} failures", flush=True)
+    return failures
 
 
 def main() -> None:
@@ -334,8 +293,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--keep", type=Path, default=Path("failed"))
     args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    faulthandler.enable()
+    build_clips_once()
     kinds = [args.only] if args.only else list(KINDS)
     raise SystemExit(sum(fuzz(kind, 60 * args.minutes / len(kinds), args.first, args.keep) for kind in kinds) > 0)
 

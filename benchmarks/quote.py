@@ -24,7 +24,6 @@ import speed_report
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     FORMATS,
     PRECISIONS,
-    SERVING,
     as_table,
     columns_table,
     commands,
@@ -342,34 +341,27 @@ def transfer(protocol: str, images: int = 16, *labels: str) -> str:
     difference."""
     rows = results("transfer").fillna({"reading": ""}).query("protocol == @protocol and images_per_class == @images")
     rows = rows.assign(label=labels_of(rows), home=(rows.target == rows.trained_on) | (rows.target == "base"))
-    shift = protocol == "domain-shift"
-    column = (
-        rows.trained_on
-        if shift
-        else rows.target
-        if protocol == "cross-dataset"
-        else rows.trained_on + ", " + rows.target
-    )
-    rows = rows.assign(column=column.where(~rows.home | (not shift), "at home"))
+    if protocol == "domain-shift":
+        rows["column"] = rows.trained_on.where(~rows.home, "at home")
+    else:
+        rows["column"] = rows.target if protocol == "cross-dataset" else rows.trained_on + ", " + rows.target
     found = rows.pivot_table("top1", ["label", "column"], "seed", sort=False)
-    lines, columns = [], list(dict.fromkeys(rows.column))
+    lines, columns, away = [], list(dict.fromkeys(rows.column)), list(dict.fromkeys(rows[~rows.home].column))
     for label in labels or rows.label.unique():
         own = found.loc[label].dropna(axis=1)
-        zero = found.loc["Zero-shot"][own.columns]
-        away = [c for c in own.index if c not in rows[rows.home].column.unique()]
-        gaps = (own - zero).loc[away].mean(axis=1)
-        cells = [f"{own.loc[c].mean():.1f}" if c in own.index else "-" for c in columns]
-        lines.append(
-            [label, *cells, f"{own.loc[away].mean(axis=1).mean():.1f}", report.difference_cell(gaps), own.shape[1]]
-        )
+        if len(own) < len(columns):  # it is not measured everywhere yet
+            continue
+        means, gaps = own.mean(axis=1), (own - found.loc["Zero-shot"][own.columns]).loc[away].mean(axis=1)
+        cells = [f"{means[c]:.1f}" for c in columns] + [f"{means[away].mean():.1f}"]
+        lines.append([label, *cells, report.difference_cell(gaps) if gaps.any() else "", own.shape[1]])
     return as_table(["method", *columns, "mean, not at home", "minus zero-shot", "draws"], lines)
 
 
-def gate_gain(images: int, home: bool = False) -> float:
-    """What the gate adds to the text probe on other styles, or at home, in points: the mean over styles and draws."""
+def gate_gains(images: int, home: bool = False) -> "pd.Series[float]":
+    """What the gate adds to the text probe on other styles, or at home, in points: means for each style of training."""
     rows = select("transfer", protocol="domain-shift", method="text-probe", images_per_class=images)
-    means = rows[(rows.target == rows.trained_on) == home].groupby("reading").top1.mean()
-    return float(means["text probes"] - means["text probes, without gate"])
+    means = rows[(rows.target == rows.trained_on) == home].pivot_table("top1", "trained_on", "reading")
+    return means["text probes"] - means["text probes, without gate"]
 
 
 def parts() -> str:

@@ -98,7 +98,8 @@ def real_table(
     missing = downloads.missing(names, data_root)
     images = "of unknown size" if (size := gigabytes(missing)) is None else f"{size:.1f} GB"
     output.print(f"Downloads: datasets {images}; {spec.name} {spec.download or '0 GB'}, if it is not in the cache.")
-    output.print(hours_text(spec.name, left, device, precision), soft_wrap=True)
+    if left:
+        output.print(hours_text(spec.name, left, device, precision), soft_wrap=True)
     if dry_run:
         return
     check_writable(output_dir)

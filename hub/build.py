@@ -258,8 +258,8 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
         soft_wrap=True,
     )
     for spec in specs:
-        left = [trial for trial in trials if trial.model == spec.name and trial.key not in results]
-        output.print(hours_text(spec.name, left, options.device, options.precision), soft_wrap=True)
+        if left := [trial for trial in trials if trial.model == spec.name and trial.key not in results]:
+            output.print(hours_text(spec.name, left, options.device, options.precision), soft_wrap=True)
 
 
 def show_states(heads: Sequence[HeadState]) -> None:

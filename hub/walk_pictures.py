@@ -1,19 +1,17 @@
-"""Create the pictures of `docs/walk_photographer.md` in Chromium: its commands run, and what they made is shown.
-`inspection.webp` is of another folder, with two wrong labels and two copies.
+"""Create `docs/images/walk_sheet.webp` and `inspection.webp` in Chromium. The first is what the commands of "From an
+unsorted folder" in `docs/train.md` make of parts of the package's photographs, of which otters are not labelled; the
+second is of another folder, with two wrong labels and two copies.
 
 pip install '.[dev]' && python hub/walk_pictures.py
 """
 
-import html
 import io
-import os
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -22,25 +20,19 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.tables import NONE
 
-DOCS = Path(__file__).parents[1] / "docs"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
 SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these headings to the second
 WIDTH, SHEET, SCALE = 620, 580, 1.5  # in CSS pixels; the second is the height of the contact sheet
 QUALITY = 70  # of WebP
-WIDE = {"COLUMNS": "84"}  # of the terminal
-STYLE = """body { font: 15px system-ui; margin: 8px } h2 { font-size: 15px; margin: 10px 0 4px }
-img { width: 71px; height: 54px; object-fit: cover } pre { white-space: pre-wrap }"""
-TRAIN = "dcp-zoo train UNSORTED --labels labels.csv --output my_head\n"
 
 
 def main() -> None:
     """Walk, and save the screenshots."""
     with TemporaryDirectory() as temporary, sync_playwright() as driver:
         folder = Path(temporary)
-        said = walk(folder)
+        walk(folder)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        save(opened(browser, folder / "to_label" / "found.html"), "walk_suggest.webp", 0, 500)
-        save_whole(browser, f"<style>{STYLE}</style><pre>{html.escape(said)}</pre>", folder, "walk_train.png")
         view = opened(browser, folder / "sheet.html")
         view.evaluate("[...document.images].forEach(image => image.loading = 'eager')")
         view.wait_for_function("[...document.images].every(image => image.complete)")
@@ -51,14 +43,27 @@ def main() -> None:
         browser.close()
 
 
-def walk(folder: Path) -> str:
-    """Run the code blocks of the page in a folder; what the first training says."""
-    page, said = (DOCS / "walk_photographer.md").read_text(), ""
-    for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
-        run = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | WIDE)
-        said = run.stdout if code == TRAIN else said
-    return f"$ {TRAIN}{said}"
+def walk(folder: Path) -> None:
+    """From parts of the photographs to `sheet.html`."""
+    (folder / "UNSORTED").mkdir()
+    for path in sample_images():
+        photo = load_image(path)
+        width, height = photo.size
+        for number in range(8):
+            left, top = width * (number % 4) // 10, height * (number // 4) // 5
+            part = photo.crop((left, top, left + width * 7 // 10, top + height * 4 // 5))
+            part.save(folder / "UNSORTED" / f"{Path(path).stem}-{number}.jpg")
+    zoo(folder, "search UNSORTED --to-label --count 28 --output to_label")
+    table = folder / "to_label" / "found.csv"
+    found = pd.read_csv(table)
+    found["class"] = found["file"].map(lambda file: Path(file).stem.partition("-")[0])
+    found[found["class"] != "otter"].to_csv(table, index=False)
+    zoo(folder, "train UNSORTED --labels to_label/found.csv --output my_head")
+    zoo(folder, "predict UNSORTED --head my_head --reject --output predictions.csv --sheet sheet.html")
+
+
+def zoo(folder: Path, command: str) -> None:
+    subprocess.run(["dcp-zoo", *command.split()], cwd=folder, check=True)
 
 
 def opened(browser: Browser, page: Path) -> Page:
@@ -68,24 +73,9 @@ def opened(browser: Browser, page: Path) -> Page:
 
 
 def save(view: Page, name: str, top: int, height: int) -> None:
-    """Save a part of the page, from `top` on; text without photographs as PNG."""
+    """Save a part of the page, from `top` on."""
     shown = view.screenshot(full_page=True, clip={"x": 0, "y": top, "width": WIDTH, "height": height})
-    save_picture(Image.open(io.BytesIO(shown)), DOCS / "images" / name)
-
-
-def save_picture(picture: Image.Image, file: Path) -> None:
-    """WebP for photographs, PNG with few colours for text."""
-    if file.suffix == ".webp":
-        picture.convert("RGB").save(file, quality=QUALITY, method=6)
-    else:
-        picture.convert("RGB").quantize(16).save(file, optimize=True)
-
-
-def save_whole(browser: Browser, content: str, folder: Path, name: str) -> None:
-    """Save a page of this content, from its beginning to its end."""
-    (folder / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{content}")
-    view = opened(browser, folder / "page.html")
-    save(view, name, 0, view.evaluate("document.body.offsetHeight") + 16)
+    Image.open(io.BytesIO(shown)).convert("RGB").save(IMAGES / name, quality=QUALITY, method=6)
 
 
 def inspected(folder: Path) -> Path:

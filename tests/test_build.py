@@ -145,6 +145,7 @@ def test_the_time_of_a_trial_follows_from_a_step():
     assert pace.estimated_seconds(plain, PACE) == pytest.approx(81)
 
 
+@pytest.mark.scripts
 def test_a_pace_is_measured(clip, monkeypatch):
     monkeypatch.setattr(pace, "plain_clip", lambda model, with_weights: clip)
     with process_unchanged("pace"):

@@ -152,8 +152,9 @@ def test_a_killed_worker_costs_ray_data_no_image(cluster, tmp_path, monkeypatch)
         seen: list[psutil.Process] = []
 
         def computing() -> bool:
-            seen[:] = [p for p in psutil.process_iter() if "MapBatches(Predictor)" in " ".join(p.cmdline())]
-            return bool(seen) and sum(p.cpu_times().user for p in seen) > 15
+            every = psutil.process_iter(["cmdline", "cpu_times"])
+            seen[:] = [p for p in every if "MapBatches(Predictor)" in " ".join(p.info["cmdline"] or ())]
+            return any(p.info["cpu_times"].user > 15 for p in seen)
 
         until(lambda: run.done() or computing(), 300)
         assert not run.done()

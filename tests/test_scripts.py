@@ -5,7 +5,9 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
+import paper
 import pytest
 import speed
 import speed_report
@@ -133,3 +135,32 @@ def test_the_latest_annotation_counts():
     given = [annotation("Minka", 3), annotation("lake", 2), annotation("lake", 4, cancelled=True)]
     assert question.answer({"annotations": given}) == "Minka"
     assert question.answer({"annotations": [annotation("removed class", 1)]}) is None
+
+
+def test_the_papers_experiments_on_image_features(tmp_path, monkeypatch):
+    """Of four classes: at home, in another style, and two of them known by their names alone. It resumes."""
+    styles, rng = ("PACS, photos", "PACS, sketches"), np.random.default_rng(0)
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+    monkeypatch.setattr(paper, "STYLES", styles)
+    monkeypatch.setattr(paper, "IMAGES", 8)
+    monkeypatch.setattr(paper, "TRAINED", [("domain-shift", styles[0]), ("base-to-new", styles[0])])
+    labels, classes = np.repeat(np.arange(4), 10), np.eye(4, 8, dtype=np.float32)
+    for shift, name in enumerate(styles):
+        arrays = {"names": [*"abcd"], "text_weight": 10 * classes, "train_seconds": 0.0}
+        for part, views in (("train", 2), ("test", 1)):
+            x = classes[labels] + 0.1 * rng.normal(size=(views, 40, 8)) + shift * np.eye(8)[7]
+            x = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+            arrays |= {f"{part}_x": x, f"{part}_stem": x[..., ::-1].copy(), f"{part}_labels": labels}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    for _ in range(2):
+        paper.features(tmp_path, draws=1)
+        rows = pd.read_csv(tmp_path / "transfer.csv", keep_default_na=False)
+        found = rows[rows.images_per_class == 8].set_index(["protocol", "method", "reading", "target"]).top1
+        assert found["domain-shift", "text-probe", "text probes", styles[0]] > 95
+        assert found["domain-shift", "text-probe", "text probes", styles[1]] > 90
+        assert (
+            found["base-to-new", "text-probe", "text probes", "new"]
+            == found["base-to-new", "zero-shot", "", "new"]
+            > 90
+        )
+        assert len(found) == 5 * 2 + 2 * 2 + 2 + 2 * 2

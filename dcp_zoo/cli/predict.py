@@ -94,7 +94,7 @@ def predict(options: PredictOptions) -> None:
     features = options.together or options.features is not None
     predictor = Predictor(options.head, "image", options.top_k, features, options.reject or None, **given)
     if options.reject and not (predictor.on_onnx or options.as_json or predictor.classnames):
-        config = read_config(head_folder(predictor.head))
+        config = read_config(head_folder(str(predictor.head)))
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
     images = find_images(sources)

@@ -99,7 +99,8 @@ def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Imag
     if hasattr(image, "read"):
         name, image = getattr(image, "name", "file"), image.read()
     if isinstance(image, bytes):
-        return decode_image(image, str(name), max_pixels)
+        with _opened_image(str(name), max_pixels, image) as file:
+            return _rgb(file)
     return _of_array(image)
 
 
@@ -209,12 +210,6 @@ def _grey(image: Image.Image) -> Image.Image:
         raise ZooError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
     scaled = levels * np.float32(255 / white)
     return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
-
-
-def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """`load_image` for the bytes of a file; errors call it `name`."""
-    with _opened_image(name, max_pixels, data) as image:
-        return _rgb(image)
 
 
 def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:

@@ -175,9 +175,9 @@ class Classifier(nn.Module, ABC):
 
     @property
     def gated_probe(self) -> TextProbe | None:
-        """Its text probe, if the text answers for images that are far from what the probe has seen: see `gated`."""
+        """Its text probe, if that has a gate."""
         probe = self.text_probe
-        return probe if probe is not None and self.fc is None and probe.gated_by(self.classes) else None
+        return probe if probe is not None and self.fc is None and self.classes and len(probe.gate) else None
 
     def linear(self) -> Linear:
         """W (C, F) and b (C,), the text probe included, but not the gate that may follow it. ZooError without classes,

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -109,9 +110,11 @@ class Decode(NamedTuple):
         decoded = in_threads(partial(attempted, partial(decode, preprocessing=self.preprocessing)), images)
         errors = [str(each) if isinstance(each, ZooError) else "" for each in decoded]
         pixels = [np.zeros(size, np.uint8) if isinstance(each, ZooError) else each for each in decoded]
-        return left | {self.image: np.stack(pixels) if pixels else np.zeros((0, *size), np.uint8), ERROR: texts(errors)}
+        every = np.stack(pixels) if pixels else np.zeros((0, *size), np.uint8)
+        return left | {self.image: every, ERROR: np.array(errors, str)}
 
 
+@dataclass(eq=False)
 class Predictor:
     """A head for batches of images, as engines call it: Ray Data, `datasets`, Spark, a loop. It is made and pickled
     without loading the head, which its first call loads, in whatever process. ZooError for an unknown head, or one that
@@ -139,62 +142,50 @@ class Predictor:
         carry: pickle the head's files as well, for machines that do not share its folder. CLIP's weights stay behind.
     """
 
-    rank = 0  # of this process, among those that share the GPUs of a machine
+    head: "str | Path | Predictor"
+    image: str = "image"
+    top_k: int = 1
+    features: bool = False
+    reject: float | None = None
+    device: str = "auto"
+    _: KW_ONLY
+    precision: str = "auto"
+    classnames: Sequence[str] | None = None
+    batch_size: int = 32
+    carry: bool = False
 
-    def __init__(
-        self,
-        head: "str | Path | Predictor",
-        image: str = "image",
-        top_k: int = 1,
-        features: bool = False,
-        reject: float | None = None,
-        device: str = "auto",
-        *,
-        precision: str = "auto",
-        classnames: Sequence[str] | None = None,
-        batch_size: int = 32,
-        carry: bool = False,
-    ) -> None:
-        if isinstance(head, Predictor):
-            vars(self).update(head.__getstate__())
+    def __post_init__(self) -> None:
+        if isinstance(self.head, Predictor):
+            vars(self).update(self.head.__getstate__())
             return
         from dcp_zoo.zoo.resolve import head_files, head_sha256, parse_name  # here, as servers do without
 
-        check_range("top_k", top_k, 1)
-        check_range("batch_size", batch_size, 1)
-        self.image, self.top_k, self.features, self.reject = image, top_k, features, reject
-        self.device, self.precision, self.classnames, self.batch_size = device, precision, classnames, batch_size
-        self.on_onnx = str(head).endswith(".onnx")
-        if self.on_onnx and (classnames or precision not in ("auto", "float32") or reject not in (None, False, True)):
-            exported = f"{head} is run as it was exported"
+        check_range("top_k", self.top_k, 1)
+        check_range("batch_size", self.batch_size, 1)
+        name, self.rank = str(self.head), 0  # of this process, among those that share the GPUs of a machine
+        self.on_onnx = name.endswith(".onnx")
+        own = self.classnames or self.precision not in ("auto", "float32") or self.reject not in (None, False, True)
+        if self.on_onnx and own:
+            exported = f"{name} is run as it was exported"
             raise ZooError(f"{exported}: omit other classes and precision, and let reject be True or None.")
-        self.head = str(Path(head).absolute()) if self.on_onnx else str(parse_name(str(head)))
+        self.head = str(Path(name).absolute()) if self.on_onnx else str(parse_name(name))
         self.sha256 = head_sha256(self._place)
-        self.files = packed(head_files(self._place)) if carry else None
-
-    def __repr__(self) -> str:
-        return f"Predictor({self.head!r})"
+        self.files = packed(head_files(self._place)) if self.carry else None
 
     def __getstate__(self) -> Values:
-        return {name: value for name, value in vars(self).items() if name not in ("backend", "rank")}
+        return {name: value for name, value in vars(self).items() if name != "backend"} | {"rank": 0}
 
     @property
     def _place(self) -> Path:
         """The exported file, or the folder of the head's checkpoint."""
         from dcp_zoo.zoo.resolve import head_folder
 
-        return Path(self.head) if self.on_onnx else head_folder(self.head)
+        return Path(str(self.head)) if self.on_onnx else head_folder(str(self.head))
 
     def depends_on(self) -> Values:
         """What the answers depend on besides the images, as plain JSON."""
-        own = {"head": self.sha256, "classnames": self.classnames, "reject": self.reject}
-        if self.on_onnx:
-            return own
-        from dcp_zoo.heads.config import read_config
-        from dcp_zoo.training.device import pick_device, pick_precision
-
-        architecture = read_config(self._place)["architecture"]
-        return own | {"precision": pick_precision(self.precision, architecture, pick_device(self.device))}
+        options = {"classnames": self.classnames, "reject": self.reject, "precision": self.precision}
+        return {"head": self.sha256} | options
 
     @cached_property
     def backend(self) -> Backend:
@@ -206,7 +197,7 @@ class Predictor:
 
         if head_sha256(self._place) != self.sha256:
             raise ZooError(f"{self.head} is another head than when this Predictor was made: make it again.")
-        return self._loaded(self.head)
+        return self._loaded(str(self.head))
 
     def _loaded(self, head: str) -> Backend:
         device = f"auto:{self.rank}" if self.device == "auto" else self.device
@@ -226,7 +217,7 @@ class Predictor:
         pickles."""
         from dcp_zoo.zoo.resolve import get_pretrained_cfg
 
-        cfg = self.backend.preprocessing if self.on_onnx else get_pretrained_cfg(self.head)
+        cfg = self.backend.preprocessing if self.on_onnx else get_pretrained_cfg(str(self.head))
         return Decode(cfg, self.image)
 
     def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> Values:
@@ -234,7 +225,7 @@ class Predictor:
         images, left = images_of(batch, self.image)
         errors, found = self.backend.outputs(images or [None], self.batch_size)  # of no image, the types alone
         columns = left | found.of(slice(len(images))).columns(self.backend.classnames, self.top_k)
-        return columns | {ERROR: texts([str(errors.get(i, "")) for i in range(len(images))])}
+        return columns | {ERROR: np.array([str(errors.get(i, "")) for i in range(len(images))], str)}
 
 
 def images_of(batch: Mapping[str, Any], column: str) -> tuple[list[Any], Values]:
@@ -247,8 +238,3 @@ def images_of(batch: Mapping[str, Any], column: str) -> tuple[list[Any], Values]
     images = [ZooError(error) if error else image for image, error in zip_longest(batch[column], errors)]
     are_paths = all(image is None or isinstance(image, str) for image in batch[column])
     return images, {name: batch[name] for name in batch if name != ERROR and (are_paths or name != column)}
-
-
-def texts(values: Sequence[str]) -> np.ndarray:
-    """A column of texts, also where there is none."""
-    return np.array(values, str)

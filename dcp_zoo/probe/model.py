@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.backbone._torch import WeightCache
 from dcp_zoo.backbone.classes import rows_of
 from dcp_zoo.backbone.clip import Linear
 
@@ -97,7 +96,6 @@ class TextProbe(nn.Module):
             self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
         self.register_buffer("gate", torch.empty(0))
-        self._measured = WeightCache()
         self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - changed))
         for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
@@ -115,12 +113,9 @@ class TextProbe(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             text = self.text_scale * logits
             own = text + F.linear(features.to(weight.dtype), weight, bias).to(logits.dtype)
-            far = self.gated_by(classes)
-            return own if far is None else gated(own, text, far(features, examples=False), self.gate)
-
-    def gated_by(self, classes: Sequence[str]) -> Distance | None:
-        """What tells how far images are, for the gate; None without a gate, or an image of these classes."""
-        return found if len(self.gate) and len((found := self.measure(classes)).means) else None
+            if not len(self.gate):
+                return own
+            return gated(own, text, self.measure(classes)(features, examples=False), self.gate)
 
     def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
         """The logits for these C classes as a linear function of the features, which a gate leaves out; `text` is that
@@ -132,15 +127,11 @@ class TextProbe(nn.Module):
     def measure(self, classes: Sequence[str]) -> Distance:
         """How far images are from what the head has seen of these classes, by the frozen ones of the features: about 1
         for images like these."""
-
-        def measure() -> Distance:
-            parts = sum(map(len, self.widths))
-            unit = math.sqrt(parts / (parts - 1 if self.changed else parts)) / self.spread.float()
-            means = self._ordered(self.means, classes).float()
-            means = means[means.any(1)][:, self.changed :] * unit
-            return Distance(unit, means, self.examples.float() * unit, self.margin)
-
-        return self._measured(measure, self.buffers(), tuple(classes))
+        parts = sum(map(len, self.widths))
+        unit = math.sqrt(parts / (parts - 1 if self.changed else parts)) / self.spread.float()
+        means = self._ordered(self.means, classes).float()
+        means = means[means.any(1)] if means.any() else means[:1]  # of classes without images none is nearer
+        return Distance(unit, means[:, self.changed :] * unit, self.examples.float() * unit, self.margin)
 
     def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Features (B, F) -> `measure` of them (B,)."""

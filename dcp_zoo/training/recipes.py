@@ -168,14 +168,13 @@ class Recipe(TrainingRecipe, DCPConfig):
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "Recipe":
         """The default recipe; where it agrees with zero-shot CLIP, more so for classes and styles that it was not
-        trained on, and without a text probe for other styles, which it would judge by photographs. From ImageNet,
-        transfer is measured after `IMAGENET_EPOCHS`: this reads the authors' scripts, which disagree on it."""
+        trained on. From ImageNet, transfer is measured after `IMAGENET_EPOCHS`: this reads the authors' scripts, which
+        disagree on it."""
         default = default_recipe(model, dataset)
         if protocol == "few-shot":
             return default
-        classifier = "none" if protocol == "domain-shift" else default.classifier
         stop = IMAGENET_EPOCHS if dataset == "imagenet" and default.epochs else None
-        return replace(default, clip_reg=TRANSFER * default.clip_reg, classifier=classifier, stop_epoch=stop)
+        return replace(default, clip_reg=TRANSFER * default.clip_reg, stop_epoch=stop)
 
     @property
     def config(self) -> DCPConfig:

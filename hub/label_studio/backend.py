@@ -5,7 +5,7 @@
 
 For projects in which one class is chosen for each image. Until images of two classes are annotated, CLIP reads the
 names of the classes; from then on a text probe is fitted to all annotations, before the first prediction after each
-change. docs/browser.md says more.
+change. docs/inspect.md says more.
 """
 
 import json

@@ -41,7 +41,7 @@ PHOTOS, ANNOTATIONS, TOLERANCE = 60, 10, 1e-3
 START_SECONDS = 900  # Label Studio first makes its database
 LOWEST = {"ordering": ["tasks:predictions_score"]}
 LOGIN = {"username": "user@example.org", "password": "label-studio"}
-LOCAL = {  # a Label Studio that calls this machine, and nobody else; the flag is explained in docs/browser.md
+LOCAL = {  # a Label Studio that calls this machine, and nobody else; the flag is explained in docs/inspect.md
     "ML_BLOCK_LOCAL_IP": "false",
     "SSRF_PROTECTION_ENABLED": "false",
     "ff_front_dev_1682_model_version_dropdown_070622_short": "true",
